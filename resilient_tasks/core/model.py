@@ -1,0 +1,136 @@
+"""The words of the library as types: states, outcomes, verbs, and what a store answers.
+
+Times are seconds (``float``) on the store's clock, which for a shared store is the server's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class State(str, Enum):
+    """State of a breaker. The last three are set by an operator only."""
+
+    CLOSED = "CLOSED"
+    OPEN = "OPEN"
+    HALF_OPEN = "HALF_OPEN"
+    FORCED_OPEN = "FORCED_OPEN"
+    DISABLED = "DISABLED"
+    SHADOW = "SHADOW"
+
+    __str__ = str.__str__
+
+
+class Outcome(str, Enum):
+    """Outcome of one guarded call. ``SLOW`` succeeded, too late; ``IGNORED`` says nothing."""
+
+    SUCCESS = "SUCCESS"
+    FAILURE = "FAILURE"
+    SLOW = "SLOW"
+    IGNORED = "IGNORED"
+
+    __str__ = str.__str__
+
+
+class Verb(str, Enum):
+    """What an operator can do to a breaker, and the state it leads to."""
+
+    TRIP = "trip"  # OPEN, as if it had tripped
+    ISOLATE = "isolate"  # FORCED_OPEN
+    DISABLE = "disable"  # DISABLED
+    SHADOW = "shadow"  # SHADOW
+    RESET = "reset"  # CLOSED with an empty window
+
+    __str__ = str.__str__
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A breaker as its store knows it at one instant.
+
+    ``calls``, ``failures``, ``slow`` and the rates describe the sliding window while the breaker
+    counts (CLOSED, SHADOW) and stay as they were at the trip while it is OPEN or HALF_OPEN.
+    """
+
+    name: str
+    state: State
+    epoch: int  # grows with every transition
+    version: int  # grows with every transition and every permit that becomes free in HALF_OPEN
+    now: float  # the store's clock when this was read
+    since: float  # when the state was entered
+    reason: str = ""
+    actor: str = ""  # who: "" for the rules themselves, else what the operator's verb was given
+    calls: int = 0
+    failures: int = 0
+    slow: int = 0
+    openings: int = 0  # openings in a row, the exponent of the open time
+    open_until: float | None = None  # OPEN: when trials may begin; None: not OPEN, or only by an operator
+    trials: int = 0  # live permits
+    last_success_at: float | None = None  # last SUCCESS or SLOW that was counted
+    total_failures: int = 0  # failures ever counted, trials included
+    ramp_since: float | None = None  # CLOSED out of HALF_OPEN: when; otherwise None
+    would_open: bool = False  # SHADOW: the rules would have opened it
+    deferred: int = 0
+    oldest_deferred_at: float | None = None
+    next_deadline_at: float | None = None  # earliest end of a deferred task's ``defer_for``
+
+    @property
+    def failure_rate(self) -> float:
+        """Share of calls that failed, 0.0 to 1.0."""
+        return self.failures / self.calls if self.calls else 0.0
+
+    @property
+    def slow_rate(self) -> float:
+        """Share of calls that succeeded too late, 0.0 to 1.0."""
+        return self.slow / self.calls if self.calls else 0.0
+
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds from ``now`` until trials may begin; 0.0 if they may already; None if an operator decides."""
+        if self.state is State.FORCED_OPEN:
+            return None
+        return max(0.0, self.open_until - self.now) if self.open_until is not None else 0.0
+
+    @property
+    def next_probe_at(self) -> float | None:
+        """When the next trial may begin, on the store's clock; None unless the breaker is OPEN."""
+        return self.open_until
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One change of state, told to exactly one caller in the fleet."""
+
+    name: str
+    previous: State
+    state: State
+    epoch: int
+    at: float
+    reason: str
+    actor: str
+    calls: int
+    failures: int
+    slow: int
+    would_open: bool = False  # SHADOW only: state did not change, the rules would have opened it
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a store answers to a report, a tick or a verb."""
+
+    snapshot: Snapshot
+    transition: Transition | None = None  # set for the one caller that made it
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A store's answer to a request for admission.
+
+    ``trial`` is true when the caller now holds a permit, which it must settle or let expire.
+    """
+
+    admitted: bool
+    trial: bool
+    snapshot: Snapshot
+    transition: Transition | None = None  # OPEN became HALF_OPEN by this very request

@@ -1,0 +1,86 @@
+"""Every error of the library, under one root.
+
+::
+
+    ResilienceError
+    ├── ConfigurationError        a mistake in code or settings, found at definition or start-up
+    ├── BreakerOpenError          a breaker refused a call; carries breaker, state, retry_after
+    ├── DeferralExpiredError      a task waited longer than its ``defer_for``
+    ├── DeferredQueueFullError    a deferred queue is at its ``max_deferred``
+    └── StoreError                the shared store cannot be reached or is not what it should be
+
+All of them survive pickling (they cross process boundaries) and Celery's JSON result backends
+(which rebuild an exception from its ``args``): the data *is* the ``args``.
+"""
+
+from __future__ import annotations
+
+
+class ResilienceError(Exception):
+    """Root of all errors raised by ``resilient_tasks``."""
+
+
+class ConfigurationError(ResilienceError, ValueError):
+    """A definition or a setting is wrong. The message names the thing, the value and what is allowed."""
+
+
+class StoreError(ResilienceError):
+    """The shared store is away, too slow, or not a Redis-compatible server."""
+
+
+class BreakerOpenError(ResilienceError):
+    """A breaker refused a call.
+
+    Args:
+        breaker: name of the breaker.
+        state: state in which it refused, ``"OPEN"``, ``"HALF_OPEN"``, ``"FORCED_OPEN"`` or, during
+            the ramp after a recovery, ``"CLOSED"``.
+        retry_after: seconds until the breaker may admit calls again; ``None`` when only an operator
+            can tell.
+    """
+
+    def __init__(self, breaker: str, state: str = "OPEN", retry_after: float | None = None) -> None:
+        super().__init__(breaker, state, retry_after)
+        self.breaker = breaker
+        self.state = state
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        when = "" if self.retry_after is None else f", retry after {self.retry_after:.1f} s"
+        return f"breaker {self.breaker!r} is {self.state}{when}"
+
+
+class DeferralExpiredError(ResilienceError):
+    """A deferred task waited longer than its ``defer_for``.
+
+    Args:
+        breaker: name of the breaker the task waited for.
+        waited: seconds it spent in deferral.
+        defer_for: longest time in seconds that it was allowed to wait.
+    """
+
+    def __init__(self, breaker: str, waited: float = 0.0, defer_for: float = 0.0) -> None:
+        super().__init__(breaker, waited, defer_for)
+        self.breaker = breaker
+        self.waited = waited
+        self.defer_for = defer_for
+
+    def __str__(self) -> str:
+        return f"waited {self.waited:.1f} s for breaker {self.breaker!r}, longer than defer_for={self.defer_for:g} s"
+
+
+class DeferredQueueFullError(ResilienceError):
+    """A task was refused and its breaker's deferred queue is full.
+
+    Args:
+        breaker: name of the breaker.
+        max_deferred: the bound that was reached.
+    """
+
+    def __init__(self, breaker: str, max_deferred: int = 0) -> None:
+        super().__init__(breaker, max_deferred)
+        self.breaker = breaker
+        self.max_deferred = max_deferred
+
+    def __str__(self) -> str:
+        return f"the deferred queue of breaker {self.breaker!r} is full (max_deferred={self.max_deferred})"

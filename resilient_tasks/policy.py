@@ -1,0 +1,124 @@
+"""``BreakerPolicy``: the immutable settings of one breaker, checked when they are written down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from resilient_tasks.core.classification import Classify, Matcher, dependency_errors
+from resilient_tasks.errors import ConfigurationError
+
+_RATE = "a number above 0 and up to 1"
+_SECONDS = "a positive number of seconds"
+_COUNT = "an integer of 1 or more"
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rate(value: Any) -> bool:
+    return _number(value) and 0 < value <= 1
+
+
+def _is_seconds(value: Any) -> bool:
+    return _number(value) and 0 < value <= _LONGEST
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST
+
+
+_LONGEST = 30 * 24 * 3600.0
+_MOST = 1_000_000_000
+
+
+def _is_matchers(value: Any) -> bool:
+    return isinstance(value, tuple) and all(callable(item) for item in value)
+
+
+def _setting(default: Any, check: Callable[[Any], bool], allowed: str, *, optional: bool = False) -> Any:
+    def accepts(value: Any) -> bool:
+        return (optional and value is None) or check(value)
+
+    return field(default=default, metadata={"accepts": accepts, "allowed": f"{allowed}{' or None' if optional else ''}"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BreakerPolicy:
+    """When a breaker opens, for how long, and how it heals. Durations are seconds.
+
+    Args:
+        failure_rate_threshold: share of failures in the window that opens the breaker (inclusive).
+        slow_call_duration: a success that took longer is SLOW; ``None``: nothing is slow.
+        slow_call_rate_threshold: share of slow calls in the window that opens it (inclusive).
+        consecutive_failures: failures in a row that open it, whatever the rate; ``None``: off.
+        minimum_calls: calls the window must hold before a rate counts.
+        window: length of the sliding window; ten aligned buckets, so a call may live 1.1 times as long.
+        open_duration: first open time.
+        open_multiplier: growth of the open time with every opening in a row.
+        max_open_duration: cap of the open time and of ``Retry-After``; also the time spent CLOSED
+            that takes back one opening.
+        open_jitter: random lengthening of the open time, as a share of it.
+        trial_calls: permits that may live at once in HALF_OPEN.
+        trial_successes: successful trials that close the breaker; ``None``: ``trial_calls``.
+        trial_timeout: longest time a trial without a time limit of its own may take.
+        ramp: time after a recovery in which the share of admitted tasks grows from 10 % to all; 0: none.
+        max_concurrency: reserved for a fleet-wide bound on calls in flight.
+        resume_rate: ceiling for resumed tasks per second.
+        max_deferred: most messages the deferred queue may hold; ``None``: unbounded.
+        classify: ``(exception) -> Outcome``; the default is :func:`dependency_errors`.
+        failures: exception types or predicates that are failures whatever ``classify`` says.
+        ignore: exception types or predicates that say nothing; they win over ``failures``.
+
+    Raises:
+        ConfigurationError: a value is out of range; the message names field, value and what is allowed.
+    """
+
+    failure_rate_threshold: float = _setting(0.5, _is_rate, _RATE)
+    slow_call_duration: float | None = _setting(None, _is_seconds, _SECONDS, optional=True)
+    slow_call_rate_threshold: float = _setting(1.0, _is_rate, _RATE)
+    consecutive_failures: int | None = _setting(None, _is_count, _COUNT, optional=True)
+    minimum_calls: int = _setting(10, _is_count, _COUNT)
+    window: float = _setting(30.0, lambda v: _is_seconds(v) and v >= 0.1, "at least 0.1 seconds")
+    open_duration: float = _setting(10.0, _is_seconds, _SECONDS)
+    open_multiplier: float = _setting(2.0, lambda v: _number(v) and 1 <= v <= 100, "a number from 1 to 100")
+    max_open_duration: float = _setting(300.0, _is_seconds, _SECONDS)
+    open_jitter: float = _setting(0.1, lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1")
+    trial_calls: int = _setting(3, _is_count, _COUNT)
+    trial_successes: int | None = _setting(None, _is_count, _COUNT, optional=True)
+    trial_timeout: float = _setting(60.0, _is_seconds, _SECONDS)
+    ramp: float = _setting(10.0, lambda v: _number(v) and 0 <= v <= _LONGEST, "0 or a positive number of seconds")
+    max_concurrency: int | None = _setting(None, _is_count, _COUNT, optional=True)
+    resume_rate: float | None = _setting(None, lambda v: _number(v) and v > 0, "a positive number per second", optional=True)
+    max_deferred: int | None = _setting(None, _is_count, _COUNT, optional=True)
+    classify: Classify = _setting(dependency_errors, callable, "a callable")
+    failures: tuple[Matcher, ...] = _setting((), _is_matchers, "exception types or predicates")
+    ignore: tuple[Matcher, ...] = _setting((), _is_matchers, "exception types or predicates")
+
+    def __post_init__(self) -> None:
+        for name in ("failures", "ignore"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+            elif callable(value):
+                object.__setattr__(self, name, (value,))
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if not setting.metadata["accepts"](value):
+                raise ConfigurationError(f"{setting.name}={value!r}: allowed is {setting.metadata['allowed']}")
+        if self.max_open_duration < self.open_duration:
+            raise ConfigurationError(
+                f"max_open_duration={self.max_open_duration!r}: allowed is open_duration={self.open_duration!r} or more"
+            )
+        if self.trial_successes is not None and self.trial_successes > self.trial_calls:
+            raise ConfigurationError(
+                f"trial_successes={self.trial_successes!r}: allowed is up to trial_calls={self.trial_calls!r}"
+            )
+
+    @property
+    def needed_successes(self) -> int:
+        """Successful trials that close the breaker."""
+        return self.trial_calls if self.trial_successes is None else self.trial_successes

@@ -1,0 +1,153 @@
+"""What every store can do. Each decision is one atomic step on the store's own clock.
+
+``RedisStore`` runs a Lua script per method, ``LocalStore`` runs ``core/machine.py``; one contract
+suite holds both to the same behaviour. Jitter is an argument (a share from 0.0 up to 1.0) so that
+no store needs a random source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, Verb
+from resilient_tasks.policy import BreakerPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A breaker as a process declares it.
+
+    ``revision`` orders declarations of one name across a rolling deploy: the store keeps the policy
+    with the highest revision and every decision follows that one.
+    """
+
+    name: str
+    policy: BreakerPolicy = field(default_factory=BreakerPolicy)
+    revision: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Outcomes of calls admitted in one epoch, in order.
+
+    Args:
+        epoch: the breaker's epoch when the calls were admitted; reports of another epoch are dropped.
+        runs: run-length encoded outcomes, oldest first, e.g. ``((SUCCESS, 12), (FAILURE, 1))``.
+        cause: what the last failure was, for the transition's reason (a type's name, never its text).
+        retry_after: longest ``Retry-After`` among the failures, seconds.
+    """
+
+    epoch: int
+    runs: tuple[tuple[Outcome, int], ...]
+    cause: str = ""
+    retry_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a breaker's deferred tasks are being resumed; kept in the store between ticks.
+
+    ``outstanding`` counts resumed tasks that no worker has taken up yet.
+    """
+
+    batch: int = 0
+    failures_seen: int = 0  # Snapshot.total_failures when the batch was decided
+    outstanding: int = 0
+
+
+class Store(Protocol):
+    """Shared state of all breakers of one namespace.
+
+    Every method may raise :class:`~resilient_tasks.errors.StoreError`, within the store's time limit.
+    """
+
+    def read(self, specs: Sequence[Spec]) -> list[Snapshot]:
+        """Read breakers in one round trip, changing nothing. A breaker never seen before is CLOSED."""
+
+    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0) -> Grant:
+        """Ask to make one call.
+
+        CLOSED, DISABLED and SHADOW admit without a permit. OPEN whose time is over becomes HALF_OPEN.
+        HALF_OPEN grants at most ``trial_calls`` permits, to ``holder`` for ``lease`` seconds; asking
+        again with a live permit renews it. A denial writes nothing that could lengthen anyone's lease.
+        """
+
+    def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
+        """Lengthen live permits to ``lease`` seconds from now. False: the permit is no longer held."""
+
+    def record(self, spec: Spec, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
+        """Count outcomes of calls that needed no permit; open the breaker if that trips it."""
+
+    def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
+        """Count the outcome of a trial and free its permit. Without a live permit it changes nothing.
+
+        ``evidence`` gives epoch, cause and retry_after; its ``runs`` are not used.
+        """
+
+    def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:
+        """Do what time has made due: expired permits become failures, OPEN becomes HALF_OPEN."""
+
+    def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
+        """Carry out an operator's verb. A verb that leads to the present state makes no transition."""
+
+    # --- deferred tasks -------------------------------------------------------------------------
+
+    def add_deferred(self, name: str, task_id: str, *, deadline: float | None = None) -> None:
+        """Index a deferred task. ``deadline``: store time at which its ``defer_for`` ends."""
+
+    def remove_deferred(self, name: str, task_ids: Iterable[str]) -> None:
+        """Forget deferred tasks that were resumed, dead-lettered or dropped."""
+
+    def clear_deferred(self, name: str) -> None:
+        """Forget all deferred tasks of a breaker, because its deferred queue is known to be empty."""
+
+    def pace(self, name: str) -> Pace:
+        """Return the resume pace of a breaker."""
+
+    def save_pace(self, name: str, pace: Pace) -> None:
+        """Keep ``pace.batch`` and ``pace.failures_seen``. ``outstanding`` is only moved by the methods below."""
+
+    def resumed(self, name: str, count: int) -> None:
+        """Add ``count`` to the resumed tasks that no worker has taken up yet."""
+
+    def taken_up(self, name: str, count: int) -> None:
+        """Take ``count`` off them again, never below 0."""
+
+    def revoke(self, task_ids: Iterable[str]) -> None:
+        """Remember revoked task ids, for tasks that are deferred now or soon."""
+
+    def revoked(self, task_ids: Sequence[str]) -> set[str]:
+        """Return those of ``task_ids`` that were revoked."""
+
+    # --- small values ---------------------------------------------------------------------------
+
+    def put(self, kind: str, key: str, value: bytes, *, ttl: float) -> None:
+        """Keep a value for ``ttl`` seconds under ``(kind, key)``, with the time of writing."""
+
+    def get(self, kind: str, key: str) -> tuple[bytes, float] | None:
+        """Return ``(value, age in seconds)``, or None."""
+
+    # --- the tick ---------------------------------------------------------------------------------
+
+    def tick_lease(self, holder: str, *, ttl: float) -> AbstractContextManager[bool]:
+        """Hold the one tick lease while in the context; False when somebody else has it."""
+
+    def tick_completed(self) -> None:
+        """Note that a tick has run to its end."""
+
+    def last_tick_age(self) -> float | None:
+        """Seconds since a tick last ran to its end; None if never."""
+
+    # --- changes ------------------------------------------------------------------------------------
+
+    def changes(self, *, timeout: float) -> Iterator[Snapshot | None]:
+        """Yield states as others change them, None whenever ``timeout`` seconds pass in silence.
+
+        Used by one thread. Lost messages are possible; a regular :meth:`read` makes up for them.
+        """
+
+    def close(self) -> None:
+        """Close connections. The store may be used again and reconnects."""
