@@ -17,6 +17,7 @@ import ctypes
 import fcntl
 import importlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -35,6 +36,7 @@ LOCALHOST = "127.0.0.1"
 
 _STOP_TIMEOUT = 10.0
 _POLL_INTERVAL = 0.02
+_PORT_RANGE = (12_000, 32_000)
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -65,11 +67,16 @@ def wait_until(condition: Callable[[], T], *, timeout: float = 15.0, what: str =
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((LOCALHOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a TCP port of this machine that nobody listened on a moment ago.
+
+    It lies below the range from which outgoing connections get theirs, so a server that is stopped
+    and started again finds its port free.
+    """
+    while True:
+        port = random.randrange(*_PORT_RANGE)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((LOCALHOST, port))
+            return port
 
 
 def accepts_connections(port: int) -> bool:
@@ -200,7 +207,7 @@ def start_program(
             cwd=cwd,
             pass_fds=[record.fileno()],
             start_new_session=True,
-            preexec_fn=None if detached else _die_with(os.getpid()),
+            preexec_fn=None if detached else _die_with(os.getpid()),  # noqa: PLW1509 - two system calls, no locks
         )
         record.write(f"{popen.pid}\n")
     program = Program(name, log, popen, log_start)
@@ -315,40 +322,36 @@ def start_valkey(
 
     Args:
         directory: its data, log and pid file.
+        name: names log and pid file.
         port: a free one if not given. Give a stopped server's port to bring it back.
         binary: default: :func:`server_binary`.
         config: further settings, e.g. ``{"maxmemory": "20mb", "maxmemory-policy": "noeviction"}``.
         persistent: keep an append-only file, synced at every write, so that even a killed server
             comes back with its data.
+        detached: let it outlive this process.
 
     Raises:
         StartError: it did not start.
     """
-    for attempt in range(3):
-        chosen = port or free_port()
-        command = _server_command(binary or server_binary(), directory, chosen, config or {}, persistent)
-        program = start_program(command, name=name, directory=directory, detached=detached)
-        try:
-            # A ready line, not only an open port: another process may have taken the port meanwhile.
-            program.wait_for_output("eady to accept connections", timeout=15.0)
-            return Server(chosen, program)
-        except StartError:
-            if port or attempt == 2:
-                raise
-    raise AssertionError("unreachable")
+    chosen = port or free_port()
+    settings = {**_server_settings(directory, chosen, persistent=persistent), **(config or {})}
+    options = [part for key, value in settings.items() for part in (f"--{key}", value)]
+    command = [binary or server_binary(), *options]
+    program = start_program(command, name=name, directory=directory, detached=detached)
+    # A line of its own log, not only an open port: that might belong to another process.
+    program.wait_for_output("eady to accept connections", timeout=15.0)
+    return Server(chosen, program)
 
 
-def _server_command(binary: str, directory: Path, port: int, config: Mapping[str, str], persistent: bool) -> list[str]:
-    settings = {
+def _server_settings(directory: Path, port: int, *, persistent: bool) -> dict[str, str]:
+    return {
         "port": str(port),
         "bind": LOCALHOST,
         "dir": str(directory.resolve()),
         "save": "",
         "appendonly": "yes" if persistent else "no",
         "appendfsync": "always" if persistent else "no",
-        **config,
     }
-    return [binary, *(part for key, value in settings.items() for part in (f"--{key}", value))]
 
 
 # --- Celery -------------------------------------------------------------------------------------
@@ -394,12 +397,15 @@ def start_worker(
     Args:
         app: what ``celery -A`` takes, importable from ``cwd``.
         name: names log and pid file, and is the first half of the node name.
+        directory: where they go; made if missing.
         env: added to this process's environment.
         queues: the app's default queue if empty.
         pool: ``prefork``, ``threads``, ``gevent`` or ``solo``.
         concurrency: size of the pool.
         arguments: appended, e.g. ``["--without-mingle", "-O", "fair"]``.
         loglevel: ``INFO`` or ``DEBUG``; readiness is read off the log.
+        cwd: its working directory, from which ``app`` is imported.
+        detached: let it outlive this process.
     """
     node = f"{name}@localhost"
     options = ["-n", node, "-P", pool, "-c", str(concurrency), "-E", "-l", loglevel]
