@@ -129,6 +129,9 @@ class Program:
         except TimeoutError as error:
             self.kill()
             raise StartError(f"{error}\n{self._last_lines()}") from None
+        except BaseException:
+            self.kill()
+            raise
         if not self.running:
             self.kill()
             raise StartError(f"{self.name} ended with {self.popen.returncode}\n{self._last_lines()}")
@@ -209,7 +212,7 @@ def start_program(
             start_new_session=True,
             preexec_fn=None if detached else _die_with(os.getpid()),  # noqa: PLW1509 - two system calls, no locks
         )
-        record.write(f"{popen.pid}\n")
+        record.write(str(popen.pid))
     program = Program(name, log, popen, log_start)
     if not detached:
         atexit.register(_kill_if_running, popen)
@@ -251,17 +254,33 @@ def is_recorded_alive(record: Path) -> bool:
     return False
 
 
-def stop_recorded(record: Path, *, timeout: float = _STOP_TIMEOUT) -> bool:
-    """Stop the program that a pid file names; return whether it was alive. The file is removed."""
-    if alive := is_recorded_alive(record):
-        pid = int(record.read_text())
-        try:
-            os.kill(pid, signal.SIGTERM)
-            wait_until(lambda: not is_recorded_alive(record), timeout=timeout, what=f"{record.stem} to end")
-        except (TimeoutError, ProcessLookupError):
-            kill_group(pid)
-    record.unlink(missing_ok=True)
-    return alive
+def stop_recorded(*records: Path, timeout: float = _STOP_TIMEOUT) -> list[str]:
+    """Stop the programs that pid files name, all at once, and remove the files.
+
+    Args:
+        records: pid files; one that is stale or missing is fine.
+        timeout: seconds after which a program that does not end is killed.
+
+    Returns:
+        The names of those that were alive.
+    """
+    alive = [record for record in records if is_recorded_alive(record)]
+    for record in alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(record.read_text()), signal.SIGTERM)
+    deadline = time.monotonic() + timeout
+    for record in alive:
+        _wait_or_kill(record, max(0.0, deadline - time.monotonic()))
+    for record in records:
+        record.unlink(missing_ok=True)
+    return [record.stem for record in alive]
+
+
+def _wait_or_kill(record: Path, timeout: float) -> None:
+    try:
+        wait_until(lambda: not is_recorded_alive(record), timeout=timeout, what=f"{record.stem} to end")
+    except TimeoutError:
+        kill_group(int(record.read_text()))
 
 
 # --- servers ------------------------------------------------------------------------------------
