@@ -1,0 +1,269 @@
+"""The rules of a breaker: what a report, a request, a trial, a verb or the passing of time does to it.
+
+Everything here is plain data and pure arithmetic: no clock, no lock, no I/O. ``now`` is handed in as
+integer milliseconds, and all sums are integers, so that ``store/lua/breaker.lua``, which holds the
+same rules for the shared store, comes to the same answers to the last bit. The two have the same
+functions in the same order: change them together; a property test compares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from resilient_tasks.core.model import Outcome, State, Transition, Verb
+from resilient_tasks.core.record import COUNTING, Record
+from resilient_tasks.core.window import Totals
+
+_ADMITTING = frozenset({State.CLOSED, State.SHADOW, State.DISABLED})
+_TARGETS = {
+    Verb.TRIP: State.OPEN,
+    Verb.ISOLATE: State.FORCED_OPEN,
+    Verb.DISABLE: State.DISABLED,
+    Verb.SHADOW: State.SHADOW,
+    Verb.RESET: State.CLOSED,
+}
+
+
+@dataclass(slots=True)
+class Decision:
+    """One decision about one breaker at one instant. It changes the record and remembers the transition.
+
+    Args:
+        record: the breaker; changed in place.
+        now: the instant, milliseconds on the store's clock.
+        jitter: random share, 0.0 to 1.0, of the policy's jitter that a new open time gets.
+    """
+
+    record: Record
+    now: int
+    jitter: float = 0.0
+    transition: Transition | None = None
+    changed: bool = False  # others should hear of it: the version has grown
+
+    # --- what callers ask for -------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Do what time has made due: OPEN becomes HALF_OPEN, expired permits become failures."""
+        record = self.record
+        if record.state is State.OPEN and record.open_until is not None and self.now >= record.open_until:
+            self._enter(State.HALF_OPEN, "open time is over")
+        elif record.state is State.HALF_OPEN:
+            self._expire()
+
+    def acquire(self, holder: str, lease: int) -> tuple[bool, bool]:
+        """Return whether ``holder`` is admitted, and whether with a permit."""
+        self.advance()
+        if self.record.state is State.HALF_OPEN:
+            granted = self._grant(holder, lease)
+            return granted, granted
+        return self.record.state in _ADMITTING, False
+
+    def report(
+        self, epoch: int, runs: Sequence[tuple[Outcome, int]], cause: str = "", retry_after: int | None = None
+    ) -> None:
+        """Count runs of equal outcomes; open the breaker at the first that trips it and drop the rest."""
+        for outcome, count in runs:
+            if self.record.state not in COUNTING or not self._is_current(epoch):
+                return
+            if outcome is not Outcome.IGNORED and count > 0:
+                self._report_run(outcome, count, cause, retry_after)
+
+    def settle(
+        self, holder: str, epoch: int, outcome: Outcome, cause: str = "", retry_after: int | None = None
+    ) -> None:
+        """Count the outcome of a trial and free its permit."""
+        record = self.record
+        if record.state is State.HALF_OPEN:
+            self._expire()
+        if record.state is not State.HALF_OPEN or epoch != record.epoch or holder not in record.trials:
+            return
+        del record.trials[holder]
+        if outcome is Outcome.IGNORED:
+            self._announce()
+        else:
+            self._count_trial(outcome)
+            self._judge(cause, retry_after)
+
+    def command(self, verb: Verb, reason: str = "", actor: str = "") -> None:
+        """Carry out an operator's verb."""
+        target = _TARGETS[verb]
+        if self.record.state is target:
+            if verb is Verb.RESET:
+                self._start_afresh()
+        elif verb is Verb.TRIP:
+            self._open(reason, actor)
+        else:
+            self._enter(target, reason, actor)
+            if verb is Verb.RESET:
+                self.record.openings = 0
+
+    # --- counting -------------------------------------------------------------------------------
+
+    def _is_current(self, epoch: int) -> bool:
+        # 0: admitted before the store knew this breaker; true for as long as it has not changed since.
+        record = self.record
+        return epoch == record.epoch or (epoch == 0 and record.epoch == record.first_epoch)
+
+    def _report_run(self, outcome: Outcome, count: int, cause: str, retry_after: int | None) -> None:
+        tripped_at = None if self.record.would_open else self._trip_point(outcome, count)
+        self._count(outcome, tripped_at or count)
+        if tripped_at is None:
+            return
+        self._trip(cause, retry_after)
+        if self.record.state in COUNTING:
+            self._count(outcome, count - tripped_at)
+
+    def _trip_point(self, outcome: Outcome, count: int) -> int | None:
+        """Return which of ``count`` equal outcomes opens the breaker (1 for the first), or None."""
+        rules, totals = self.record.rules, self.record.figures(self.now)
+        points = []
+        if rules.consecutive and outcome is Outcome.FAILURE:
+            points.append(max(1, rules.consecutive - self.record.row))
+        # Within a run each rate only grows or only falls, so two looks tell whether it trips at all.
+        first = max(1, rules.minimum_calls - totals.calls)
+        if first <= count and rules.rate_trips(totals.plus(outcome, first)):
+            points.append(first)
+        elif first < count and rules.rate_trips(totals.plus(outcome, count)):
+            points.append(self._bisect(totals, outcome, first, count))
+        tripped_at = min(points, default=count + 1)
+        return tripped_at if tripped_at <= count else None
+
+    def _bisect(self, totals: Totals, outcome: Outcome, calm: int, tripped: int) -> int:
+        """Return the first point of a run that trips, given one that does not and a later one that does."""
+        while tripped - calm > 1:
+            middle = (calm + tripped) // 2
+            if self.record.rules.rate_trips(totals.plus(outcome, middle)):
+                tripped = middle
+            else:
+                calm = middle
+        return tripped
+
+    def _count(self, outcome: Outcome, count: int) -> None:
+        record = self.record
+        if count < 1:
+            return
+        record.window.add(outcome, count, now=self.now, length=record.rules.window)
+        if outcome is Outcome.FAILURE:
+            record.row += count
+            record.total_failures += count
+        else:
+            record.row = 0
+            record.last_success_at = self.now
+
+    def _trip(self, cause: str, retry_after: int | None) -> None:
+        reason = self._why(cause)
+        if self.record.state is State.CLOSED:
+            self._open(reason, retry_after=retry_after)
+        else:
+            self.record.would_open = True
+            self._announce()
+            self.transition = self._told(State.SHADOW, reason)
+
+    def _why(self, cause: str) -> str:
+        """Return why the breaker trips now, in words."""
+        record = self.record
+        figures = record.figures(self.now)
+        last = f", last: {cause}" if cause else ""
+        rate = record.rules.rate_trips(figures)
+        if rate is None:
+            return f"{record.row} consecutive failures{last}"
+        part = figures.failures if rate == "failure" else figures.slow
+        percent = (200 * part + figures.calls) // (2 * figures.calls)
+        return f"{rate} rate {percent} % of {figures.calls} calls{last if rate == 'failure' else ''}"
+
+    # --- trials ---------------------------------------------------------------------------------
+
+    def _expire(self) -> None:
+        """Count permits whose lease has run out: their holders died or hang."""
+        expired = [holder for holder, end in self.record.trials.items() if end <= self.now]
+        for holder in expired:
+            del self.record.trials[holder]
+            self._count_trial(Outcome.FAILURE)
+        self._judge("permit expired")
+
+    def _grant(self, holder: str, lease: int) -> bool:
+        """Hand out a permit if one more trial can still matter."""
+        record = self.record
+        if record.renew(holder, lease=lease, now=self.now):
+            return True
+        used = len(record.trials) + record.trial_successes + record.trial_failures
+        if used >= record.rules.trial_calls:
+            return False
+        record.trials[holder] = self.now + lease
+        return True
+
+    def _count_trial(self, outcome: Outcome) -> None:
+        record = self.record
+        if outcome is not Outcome.FAILURE:
+            record.last_success_at = self.now
+        # A dependency that answers too late is not back: the same calls would open the breaker again.
+        if outcome is Outcome.FAILURE or (outcome is Outcome.SLOW and record.rules.slow_trial_fails):
+            record.trial_failures += 1
+            record.total_failures += 1
+        else:
+            record.trial_successes += 1
+
+    def _judge(self, cause: str, retry_after: int | None = None) -> None:
+        """Leave HALF_OPEN as soon as its trials have decided."""
+        record, rules = self.record, self.record.rules
+        if record.trial_successes >= rules.needed:
+            self._enter(State.CLOSED, f"{record.trial_successes} of {rules.trial_calls} trials succeeded")
+            record.ramp_since = self.now
+        elif record.trial_failures > rules.trial_calls - rules.needed:
+            last = f", last: {cause}" if cause else ""
+            failed = f"{record.trial_failures} of {rules.trial_calls} trials failed"
+            self._open(f"{failed}{last}", retry_after=retry_after)
+
+    # --- transitions ----------------------------------------------------------------------------
+
+    def _open(self, reason: str, actor: str = "", *, retry_after: int | None = None) -> None:
+        self._enter(State.OPEN, reason, actor)
+        record = self.record
+        record.openings += 1
+        record.open_until = self.now + record.rules.open_for(record.openings, retry_after, self.jitter)
+
+    def _enter(self, state: State, reason: str, actor: str = "") -> None:
+        """Make a transition: a new epoch with nothing counted and no permits."""
+        record, previous = self.record, self.record.state
+        record.frozen = Totals() if state in COUNTING else record.figures(self.now)
+        record.openings = record.openings_left(self.now)
+        record.window.clear()
+        record.trials.clear()
+        record.row = record.trial_successes = record.trial_failures = 0
+        record.open_until = record.ramp_since = None
+        record.would_open = False
+        record.state, record.since, record.reason, record.actor = state, self.now, reason, actor
+        record.epoch += 1
+        self._announce()
+        self.transition = self._told(previous, reason, actor)
+
+    def _start_afresh(self) -> None:
+        """Reset a breaker that is CLOSED already: nobody needs to be told of a transition."""
+        record = self.record
+        record.window.clear()
+        record.row = record.openings = 0
+        record.ramp_since = None
+        self._announce()
+
+    def _announce(self) -> None:
+        self.record.version += 1
+        self.changed = True
+
+    def _told(self, previous: State, reason: str, actor: str = "") -> Transition:
+        """Return what the one caller that made the transition is told."""
+        record = self.record
+        figures = record.figures(self.now)
+        return Transition(
+            name=record.name,
+            previous=previous,
+            state=record.state,
+            epoch=record.epoch,
+            at=self.now / 1000,
+            reason=reason,
+            actor=actor,
+            calls=figures.calls,
+            failures=figures.failures,
+            slow=figures.slow,
+            would_open=record.would_open,
+        )

@@ -1,0 +1,71 @@
+"""Names of everything that the library keeps in Redis, and what may be part of such a name.
+
+All keys of one breaker share a hash tag, so that one script may touch them together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+from resilient_tasks.errors import ConfigurationError
+
+_LONGEST_NAME = 200
+
+
+def check_name(kind: str, name: str) -> str:
+    """Return ``name`` if it may name a breaker or a namespace.
+
+    Args:
+        kind: what it names, for the message, e.g. ``"breaker"``.
+        name: 1 to 200 printable characters without braces (they mark the hash tag), no space at either end.
+
+    Raises:
+        ConfigurationError: it may not.
+    """
+    readable = 0 < len(name) <= _LONGEST_NAME and name.isprintable() and name == name.strip()
+    if readable and not set("{}") & set(name):
+        return name
+    allowed = f"1 to {_LONGEST_NAME} printable characters, no braces, no space at either end"
+    raise ConfigurationError(f"{kind} name {name!r}: allowed is {allowed}")
+
+
+class BreakerKeys(NamedTuple):
+    """Keys of one breaker's state, in the order in which ``lua/breaker.lua`` expects them."""
+
+    state: str  # hash
+    window: str  # hash: slot -> bucket
+    trials: str  # sorted set: holder -> end of its lease, ms
+    deferred: str  # sorted set: task id -> deferred at, ms
+    deadlines: str  # sorted set: task id -> end of its defer_for, ms
+
+
+class Keys:
+    """Builds every key of one namespace."""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = check_name("namespace", namespace)
+        self.changes = f"{namespace}:changes"  # pub/sub channel
+        self.tick = f"{namespace}:tick"  # hash: lease of the tick, and when one completed
+        self.revoked = f"{namespace}:revoked"  # sorted set: task id -> revoked at, ms
+
+    def breaker(self, name: str) -> BreakerKeys:
+        """Return the keys of a breaker's state.
+
+        Raises:
+            ConfigurationError: the name cannot be part of a key.
+        """
+        return BreakerKeys(*(self._of_breaker(name, part) for part in BreakerKeys._fields))
+
+    def pace(self, name: str) -> str:
+        """Return the hash that holds how fast deferred tasks are resumed."""
+        return self._of_breaker(name, "pace")
+
+    def value(self, kind: str, key: str) -> str:
+        """Return the hash of a small value; unwieldy keys are replaced by their digest."""
+        if len(key) > _LONGEST_NAME or not key.isprintable() or key.startswith("sha256-"):
+            key = f"sha256-{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
+        return f"{self.namespace}:value:{kind}:{key}"
+
+    def _of_breaker(self, name: str, part: str) -> str:
+        return f"{self.namespace}:{{{check_name('breaker', name)}}}:{part}"
