@@ -1,0 +1,388 @@
+"""Fallbacks: what answers when a dependency cannot.
+
+A task names one fallback or a list of them, and they are tried in order until one answers::
+
+    @app.task(breaker=payments, fallback=[other_source, cached(max_age=3600), constant(0)])
+    def balance(account_id): ...
+
+- a function is called with the task's arguments; if it raises, the next one is tried;
+- ``cached(...)`` is the last good value of this task for these arguments, kept in the shared store;
+- ``constant(...)`` always answers.
+
+The task layer makes one :class:`FallbackChain` per task when the task is defined. Where an answer came
+from is kept as :class:`Provenance` beside the task's result.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any, Protocol
+
+from kombu import serialization
+from kombu.utils import json as kombu_json
+
+from resilient_tasks.errors import ConfigurationError, StoreError
+from resilient_tasks.store.base import Store
+
+logger = logging.getLogger("resilient_tasks")
+
+LARGEST_VALUE = 64 * 1024
+"""Most bytes of JSON that ``cached`` keeps for one call."""
+
+CacheKey = Callable[[tuple[Any, ...], dict[str, Any]], str]
+
+_ALLOWED = "allowed are cached(max_age=...), constant(...), a function, or a list of these"
+_VALUES = "fallback"
+_PROVENANCE = "provenance"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a task: what a fallback answers for, or what succeeded and is worth remembering.
+
+    Args:
+        task_name: name of the task.
+        body: the task's function, ``task.run``; its signature makes ``f(1)`` and ``f(a=1)`` one call.
+        args: positional arguments, as the body gets them.
+        kwargs: keyword arguments.
+    """
+
+    task_name: str
+    body: Callable[..., Any]
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return all arguments by parameter name, defaults included.
+
+        Raises:
+            TypeError: they do not fit the body's signature.
+        """
+        bound = _signature(self.body).bind(*self.args, **self.kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A fallback's answer. ``None`` is a legitimate ``value``.
+
+    Args:
+        value: what the task returns.
+        source: ``"cached"``, ``"constant"`` or the function's name.
+        age: seconds since a cached value was good; ``None`` for other sources.
+    """
+
+    value: Any
+    source: str
+    age: float | None = None
+
+
+class Fallback(Protocol):
+    """One link of a chain."""
+
+    def check(self, task_name: str, parameters: Sequence[str] | None) -> None:
+        """Raise ConfigurationError if this cannot work for a task with these parameters (None: not known)."""
+
+    def answer(self, call: Call, store: Store) -> Served | None:
+        """Return an answer, or None to let the next one try."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """The last good value; made by :func:`cached`."""
+
+    max_age: float
+    key: str | CacheKey | None = None
+
+    def check(self, task_name: str, parameters: Sequence[str] | None) -> None:
+        """Refuse a ``max_age`` that is not a positive number and a ``key`` that names no parameter."""
+        if not _is_positive_number(self.max_age):
+            raise ConfigurationError(
+                f"task {task_name!r}: fallback cached(max_age={self.max_age!r}): allowed is a positive number"
+                " of seconds"
+            )
+        if self.key is None or callable(self.key):
+            return
+        if parameters is not None and self.key not in parameters:
+            raise ConfigurationError(
+                f"task {task_name!r}: fallback cached(key={self.key!r}): allowed is the name of a parameter,"
+                f" one of {', '.join(parameters) or '(none)'}, or a callable (args, kwargs) -> str"
+            )
+
+    def answer(self, call: Call, store: Store) -> Served | None:
+        """Return the last good value if it is not older than ``max_age``."""
+        key = self.key_of(call)
+        found = None if key is None else _read(store, _VALUES, key)
+        if found is None or found[1] > self.max_age:
+            return None
+        payload, age = found
+        try:
+            return Served(_decode(payload), "cached", age)
+        except Exception:
+            logger.exception("task %s: its last good value cannot be read", call.task_name)
+            return None
+
+    def key_of(self, call: Call) -> str | None:
+        """Return the digest under which the value of ``call`` is kept; None: this call cannot be cached."""
+        try:
+            identity = self._identity(call)
+            text = kombu_json.dumps([call.task_name, identity], sort_keys=True)
+        except Exception as error:  # noqa: BLE001  users' key functions, and arguments that JSON cannot hold
+            logger.warning("task %s: this call cannot be cached: %r", call.task_name, error)
+            return None
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _identity(self, call: Call) -> Any:
+        if callable(self.key):
+            key = self.key(tuple(call.args), dict(call.kwargs))
+            if not isinstance(key, str):
+                raise TypeError(f"cached(key=...) returned {key!r}: allowed is a str")
+            return key
+        arguments = call.arguments()
+        return arguments if self.key is None else arguments[self.key]
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """Always the same value; made by :func:`constant`."""
+
+    value: Any
+
+    def check(self, task_name: str, parameters: Sequence[str] | None) -> None:  # noqa: ARG002  the protocol's
+        """Refuse a value that cannot become a task's result."""
+        try:
+            _encode(self.value)
+        except Exception as error:
+            raise ConfigurationError(
+                f"task {task_name!r}: fallback constant({self.value!r}): allowed is a value that JSON can hold"
+            ) from error
+
+    def answer(self, call: Call, store: Store) -> Served:  # noqa: ARG002  the protocol's
+        """Return the value; a copy, because a caller may change what it gets."""
+        return Served(copy.deepcopy(self.value), "constant")
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A user's function as a fallback."""
+
+    function: Callable[..., Any]
+
+    def check(self, task_name: str, parameters: Sequence[str] | None) -> None:  # noqa: ARG002  the protocol's
+        """Refuse coroutine functions: a task's body is synchronous and nothing would await them."""
+        if _is_async(self.function):
+            raise ConfigurationError(
+                f"task {task_name!r}: fallback {self.name} is a coroutine function: allowed is a plain function"
+            )
+
+    def answer(self, call: Call, store: Store) -> Served | None:  # noqa: ARG002  the protocol's
+        """Call the function with the task's arguments; an exception is logged and is no answer."""
+        try:
+            value = self.function(*call.args, **call.kwargs)
+        except Exception:
+            logger.exception("task %s: fallback %s failed", call.task_name, self.name)
+            return None
+        return Served(value, self.name)
+
+    @property
+    def name(self) -> str:
+        """Name of the function, however it is wrapped."""
+        function = self.function
+        while isinstance(function, partial):
+            function = function.func
+        return str(getattr(function, "__name__", type(function).__name__))
+
+
+def cached(max_age: float, key: str | CacheKey | None = None) -> Cached:
+    """Answer with the task's last good value for the same arguments.
+
+    Every success of the task is kept in the shared store as JSON for ``max_age`` seconds, if it takes at
+    most 64 KiB. The store's memory is bounded by that and by the number of different calls in ``max_age``.
+
+    Args:
+        max_age: seconds for which a value is good enough.
+        key: what tells calls apart; default all arguments. The name of a parameter, or a callable
+            ``(args, kwargs) -> str``.
+    """
+    return Cached(max_age, key)
+
+
+def constant(value: Any) -> Constant:
+    """Answer with ``value``, which must be something that JSON can hold."""
+    return Constant(value)
+
+
+class FallbackChain:
+    """The fallbacks of one task, tried in order. Empty chains are false."""
+
+    def __init__(self, task_name: str, members: Sequence[Fallback]) -> None:
+        self.task_name = task_name
+        self.members = tuple(members)
+        self._warned = False
+
+    def __bool__(self) -> bool:
+        return bool(self.members)
+
+    def answer(self, call: Call, store: Store) -> Served | None:
+        """Return the first answer, or None if no fallback has one. Raises nothing."""
+        for member in self.members:
+            served = member.answer(call, store)
+            if served is not None:
+                return served
+        return None
+
+    def remember(self, call: Call, value: Any, store: Store) -> None:
+        """Keep a good value for the ``cached`` fallbacks of this chain. Raises nothing."""
+        lifetimes = self._lifetimes(call)
+        if not lifetimes:
+            return
+        encoded, fault = _encoded(value)
+        if fault:
+            self._warn_once(fault)
+            return
+        for key, max_age in lifetimes.items():
+            _write(store, _VALUES, key, encoded, ttl=max_age)
+
+    def _lifetimes(self, call: Call) -> dict[str, float]:
+        """Keys to write; fallbacks that differ in ``max_age`` only share the longest-lived entry."""
+        lifetimes: dict[str, float] = {}
+        for member in self.members:
+            key = member.key_of(call) if isinstance(member, Cached) else None
+            if key is not None and isinstance(member, Cached):
+                lifetimes[key] = max(member.max_age, lifetimes.get(key, 0.0))
+        return lifetimes
+
+    def _warn_once(self, why: str) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning("task %s: its result is not kept for cached(): %s", self.task_name, why)
+
+
+def as_chain(fallback: Any, task_name: str, body: Callable[..., Any] | None = None) -> FallbackChain:
+    """Make the chain that a task's ``fallback=`` describes; ``None`` makes an empty one.
+
+    Args:
+        fallback: ``cached(...)``, ``constant(...)``, a function, or a list or tuple of these.
+        task_name: for messages and cache keys.
+        body: the task's function, ``task.run``; with it, a ``key=`` that names no parameter is found here
+            and not at the first call.
+
+    Raises:
+        ConfigurationError: one of them is something else or cannot work; the message names the task.
+    """
+    if fallback is None:
+        return FallbackChain(task_name, [])
+    items = fallback if isinstance(fallback, (list, tuple)) else [fallback]
+    members = [_as_member(item, task_name) for item in items]
+    parameters = None if body is None else _parameter_names(body)
+    for member in members:
+        member.check(task_name, parameters)
+    return FallbackChain(task_name, members)
+
+
+def _as_member(item: Any, task_name: str) -> Fallback:
+    if isinstance(item, (Cached, Constant)):
+        return item
+    if item is cached or item is constant or not callable(item):
+        raise ConfigurationError(f"task {task_name!r}: fallback={item!r}: {_ALLOWED}")
+    return Function(item)
+
+
+# --- provenance -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a task's result came from when a fallback made it.
+
+    Args:
+        source: ``"cached"``, ``"constant"`` or the function's name.
+        age: seconds since a cached value was good when it was served, else ``None``.
+        breaker: name of the breaker whose refusal or failure called for the fallback.
+    """
+
+    source: str
+    age: float | None
+    breaker: str
+
+
+def write_provenance(store: Store, task_id: str, served: Served, breaker: str, ttl: float) -> None:
+    """Note for ``ttl`` seconds where the result of ``task_id`` came from. Raises nothing."""
+    note = {"source": served.source, "age": served.age, "breaker": breaker}
+    _write(store, _PROVENANCE, task_id, json.dumps(note).encode(), ttl=ttl)
+
+
+def read_provenance(store: Store, task_id: str) -> Provenance | None:
+    """Return where the result of ``task_id`` came from; None: from the task itself, or not known (any more)."""
+    found = _read(store, _PROVENANCE, task_id)
+    if found is None:
+        return None
+    note = json.loads(found[0])
+    return Provenance(note["source"], note["age"], note["breaker"])
+
+
+# --- small helpers --------------------------------------------------------------------------------
+
+
+def _write(store: Store, kind: str, key: str, value: bytes, *, ttl: float) -> None:
+    try:
+        store.put(kind, key, value, ttl=ttl)
+    except StoreError as error:
+        logger.debug("%s not kept: %s", kind, error)
+
+
+def _read(store: Store, kind: str, key: str) -> tuple[bytes, float] | None:
+    try:
+        return store.get(kind, key)
+    except StoreError as error:
+        logger.debug("%s not read: %s", kind, error)
+        return None
+
+
+def _encoded(value: Any) -> tuple[bytes, str]:
+    """Return ``value`` as JSON, and what is wrong with that: an empty text if nothing is."""
+    try:
+        encoded = _encode(value)
+    except Exception as error:  # noqa: BLE001  whatever a user's __json__ may raise
+        return b"", f"JSON cannot hold it ({type(error).__name__})"
+    if len(encoded) > LARGEST_VALUE:
+        return b"", f"{len(encoded)} bytes are more than {LARGEST_VALUE}"
+    return encoded, ""
+
+
+def _encode(value: Any) -> bytes:
+    _, _, payload = serialization.dumps(value, serializer="json")
+    return payload if isinstance(payload, bytes) else str(payload).encode()
+
+
+def _decode(payload: bytes) -> Any:
+    return serialization.loads(payload, "application/json", "utf-8", accept={"application/json"})
+
+
+def _is_positive_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    while isinstance(function, partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+@lru_cache(maxsize=1024)
+def _signature(body: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(body)
+
+
+def _parameter_names(body: Callable[..., Any]) -> list[str]:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [parameter.name for parameter in _signature(body).parameters.values() if parameter.kind not in variadic]

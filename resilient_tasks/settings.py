@@ -1,0 +1,289 @@
+"""Settings from the environment: ``RESILIENT_TASKS_STORE_URL``, ``RESILIENT_TASKS_TICK_INTERVAL``, ...
+
+``Settings.load()`` reads them once, at start-up, and finds every mistake there and then: an unknown
+variable, a value out of range, a policy field that does not exist. ``__`` nests, so that an operator
+can override one field of one breaker without touching code::
+
+    RESILIENT_TASKS_BREAKERS__PAYMENTS__FAILURE_RATE_THRESHOLD=0.3
+
+Names of variables know neither case nor ``-`` nor ``.``: ``PAY_API`` is the override of a breaker
+``pay_api``, ``pay-api`` or ``Pay.API``; with two of those in one app it is ambiguous and an error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields, replace
+from typing import Annotated, Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from resilient_tasks.errors import ConfigurationError
+from resilient_tasks.policy import BreakerPolicy
+
+PREFIX = "RESILIENT_TASKS_"
+NESTED = "__"
+
+NAME_RULE = "1 to 100 letters, digits, '_', '-' and '.', beginning with a letter or a digit"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", re.ASCII)
+
+_CODE_ONLY = frozenset({"classify", "failures", "ignore"})
+_POLICY_FIELDS = {field.name: field for field in fields(BreakerPolicy)}
+
+# redis-py speaks three schemes; these are the other names under which Celery and users know them
+_SCHEMES = {
+    "redis": "redis",
+    "rediss": "rediss",
+    "unix": "unix",
+    "valkey": "redis",
+    "valkeys": "rediss",
+    "redis+socket": "unix",
+    "socket": "unix",
+}
+# Celery's and kombu's URLs carry options of their own as well; only these mean the same to redis-py
+_SHARED_OPTIONS = ("db", "ssl_", "client_name", "protocol", "username", "password")
+
+
+def is_name(text: str) -> bool:
+    """Tell whether ``text`` may name a breaker or a namespace (see ``NAME_RULE``)."""
+    return _NAME.fullmatch(text) is not None
+
+
+def _check_namespace(text: str) -> str:
+    if not is_name(text):
+        raise ValueError(NAME_RULE)
+    return text
+
+
+def _check_store_url(url: str) -> str:
+    if "://" not in url or _scheme(url) not in _SCHEMES:
+        raise ValueError("not a Redis or Valkey URL")
+    return url
+
+
+class Settings(BaseSettings):
+    """What an operator can set without touching code. Use :meth:`load`; a ``Settings`` is immutable.
+
+    Args:
+        store_url: the shared store; ``None``: see :func:`resolve_store_url`.
+        namespace: prefix of all keys, queues and names in the store and the broker.
+        tick_interval: seconds between two ticks.
+        store_timeout: longest time in seconds that one command may keep the store's caller waiting.
+        breakers: overridden policy fields per breaker.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter=NESTED, env_ignore_empty=True, extra="forbid", frozen=True
+    )
+
+    # a field's description is what its error message says is allowed
+    store_url: Annotated[str, AfterValidator(_check_store_url)] | None = Field(
+        None, description="a URL that begins with redis://, rediss:// or unix://", repr=False
+    )
+    namespace: Annotated[str, AfterValidator(_check_namespace)] = Field("resilient", description=NAME_RULE)
+    tick_interval: float = Field(1.0, ge=0.05, le=3600, description="a number of seconds from 0.05 to 3600")
+    store_timeout: float = Field(0.5, ge=0.01, le=60, description="a number of seconds from 0.01 to 60")
+    breakers: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description=f"policy fields per breaker, as in {PREFIX}BREAKERS__PAYMENTS__WINDOW=60"
+    )
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Settings:
+        """Read the environment; ``overrides`` that are not None win over it.
+
+        Raises:
+            ConfigurationError: something is unknown or out of range. The message names the variable, the
+                value (without a URL's password) and what is allowed.
+        """
+        given = {name: value for name, value in overrides.items() if value is not None}
+        _refuse_unknown_variables(os.environ)
+        try:
+            loaded = cls(**given)
+        except ValidationError as error:
+            raise ConfigurationError(_explain(error, given)) from None  # pydantic's text would show passwords
+        except SettingsError:
+            raise ConfigurationError(_explain_json()) from None
+        for breaker, values in loaded.breakers.items():
+            for name, value in values.items():
+                _parse(breaker, name, value)
+        return loaded
+
+    def policy_for(self, name: str, policy: BreakerPolicy) -> BreakerPolicy:
+        """Return ``policy`` with what the settings override for the breaker ``name``.
+
+        Raises:
+            ConfigurationError: two overrides match ``name``, or the overridden policy contradicts itself.
+        """
+        matches = [override for override in self.breakers if _folded(override) == _folded(name)]
+        if len(matches) > 1:
+            raise ConfigurationError(f"breaker {name!r}: the overrides {_listed(matches)} all match it; allowed is one")
+        if not matches:
+            return policy
+        override = matches[0]
+        values = {field: _parse(override, field, value) for field, value in self.breakers[override].items()}
+        try:
+            return replace(policy, **values)
+        except ConfigurationError as error:
+            variables = ", ".join(_variable("breakers", override, field) for field in values)
+            raise ConfigurationError(f"breaker {name!r} with {variables}: {error}") from None
+
+    def unknown_overrides(self, defined: Iterable[str]) -> list[str]:
+        """Return the overrides that match none of the ``defined`` breakers, for a warning at start-up.
+
+        Raises:
+            ConfigurationError: one override matches several breakers.
+        """
+        by_folded: dict[str, list[str]] = {}
+        for name in sorted(set(defined)):
+            by_folded.setdefault(_folded(name), []).append(name)
+        for override in self.breakers:
+            names = by_folded.get(_folded(override), [])
+            if len(names) > 1:
+                variable = _variable("breakers", override, "...")
+                raise ConfigurationError(f"{variable} matches the breakers {_listed(names)}; allowed is one")
+        return [override for override in self.breakers if _folded(override) not in by_folded]
+
+
+def resolve_store_url(
+    settings: Settings, broker_url: str | Sequence[str] | None, result_backend: str | None = None
+) -> str:
+    """Return the URL of the shared store as redis-py understands it.
+
+    That is ``store_url`` if set, else the broker if it is a Redis, else the result backend if it is one.
+    Of several broker URLs the first counts.
+
+    Raises:
+        ConfigurationError: none of them is a Redis, or the one that counts is reached through Sentinel.
+    """
+    if settings.store_url:
+        return _for_redis_py(settings.store_url)
+    candidates = (_first(broker_url), _first(result_backend))
+    for url in candidates:
+        if _scheme(url) == "sentinel":
+            raise ConfigurationError(
+                f"{hide_password(url)}: a store behind Sentinel cannot be derived; give {PREFIX}STORE_URL"
+            )
+        if _scheme(url) in _SCHEMES:
+            return _for_redis_py(url, shared_only=True)
+    broker, backend = (repr(hide_password(url)) if url else "not set" for url in candidates)
+    raise ConfigurationError(
+        f"neither the broker ({broker}) nor the result backend ({backend}) is a Redis or Valkey server; "
+        f"set {PREFIX}STORE_URL, for example to redis://localhost:6379/0"
+    )
+
+
+def hide_password(url: str) -> str:
+    """Return ``url`` with its password replaced, fit for a log or an error message."""
+    # up to the last "@": a password that was not percent-encoded may hold "@", "/" and ";"
+    hidden = re.sub(r"://([^:/@]*):.*@", r"://\1:***@", url, flags=re.DOTALL)
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", hidden)
+
+
+# --- store URLs -----------------------------------------------------------------------------------
+
+
+def _first(url: str | Sequence[str] | None) -> str:
+    if not url:
+        return ""
+    return url.split(";")[0].strip() if isinstance(url, str) else _first(url[0])
+
+
+def _scheme(url: str) -> str:
+    return url.partition("://")[0].lower()
+
+
+def _for_redis_py(url: str, *, shared_only: bool = False) -> str:
+    """Translate Celery's way to write a Redis URL; ``shared_only`` drops options meant for kombu alone."""
+    try:
+        parts = urlsplit(url)
+        query = dict(_translated(parts.query))
+    except ValueError as error:
+        raise ConfigurationError(f"{hide_password(url)!r} is not a URL: {error}") from None
+    if shared_only:
+        query = {name: value for name, value in query.items() if name.startswith(_SHARED_OPTIONS)}
+    options = f"?{urlencode(query)}" if query else ""
+    return f"{_SCHEMES[parts.scheme]}://{parts.netloc}{parts.path}{options}"
+
+
+def _translated(query: str) -> Iterator[tuple[str, str]]:
+    for name, value in parse_qsl(query):
+        if name == "virtual_host":
+            yield "db", value.strip("/")
+        elif name == "ssl_cert_reqs":
+            yield name, value.removeprefix("CERT_").lower()
+        else:
+            yield name, value
+
+
+# --- what is wrong, and where -----------------------------------------------------------------------
+
+
+def _variable(*path: str) -> str:
+    return PREFIX + NESTED.join(part.upper() for part in path)
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[-.]", "_", name.lower())
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    """Find typing errors: pydantic-settings reads the variables it knows and never sees the others."""
+    for variable, value in environ.items():
+        if not variable.upper().startswith(PREFIX):
+            continue
+        field, *nested = variable[len(PREFIX) :].lower().split(NESTED)
+        if field not in Settings.model_fields or (nested and field != "breakers"):
+            allowed = ", ".join(PREFIX + name.upper() for name in Settings.model_fields)
+            raise ConfigurationError(f"{variable}={hide_password(value)!r} is not a setting; allowed are {allowed}")
+
+
+def _explain(error: ValidationError, given: Mapping[str, Any]) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    path = [str(part) for part in first["loc"]]
+    label = ".".join(path) if path[0] in given else _variable(*path)
+    field = Settings.model_fields.get(path[0])
+    if field is None:
+        return f"{label} is not a setting; allowed are {', '.join(Settings.model_fields)}"
+    value = first["input"]
+    shown = hide_password(value) if isinstance(value, str) else value
+    return f"{label}={shown!r}: allowed is {field.description}"
+
+
+def _explain_json() -> str:
+    """Only the overrides are JSON, when they are given as one variable."""
+    variable = PREFIX + "BREAKERS"
+    value = next((value for name, value in os.environ.items() if name.upper() == variable), "")
+    return f"{variable}={value!r}: allowed is a JSON object of {Settings.model_fields['breakers'].description}"
+
+
+def _parse(breaker: str, name: str, value: Any) -> Any:
+    """Return an overridden policy field as the policy wants it; environment variables are text."""
+    variable = _variable("breakers", breaker, name)
+    if name in _CODE_ONLY:
+        raise ConfigurationError(f"{variable}={value!r}: {name} takes Python callables; give it in code")
+    field = _POLICY_FIELDS.get(name)
+    if field is None:
+        allowed = ", ".join(known for known in _POLICY_FIELDS if known not in _CODE_ONLY)
+        raise ConfigurationError(f"{variable}={value!r}: no such policy field; allowed are {allowed}")
+    parsed = _number_or_none(value) if isinstance(value, str) else value
+    if not field.metadata["accepts"](parsed):
+        raise ConfigurationError(f"{variable}={value!r}: allowed is {field.metadata['allowed']}")
+    return parsed
+
+
+def _number_or_none(text: str) -> object:
+    if text.strip().lower() in ("none", "null"):
+        return None
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(text)
+    return text

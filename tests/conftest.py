@@ -1,0 +1,19 @@
+"""What every test gets: an environment free of the developer's own settings, repeatable examples."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# no deadline: a shared machine is slow at times, and slow is not wrong
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in list(os.environ):
+        if variable.upper().startswith("RESILIENT_TASKS_"):
+            monkeypatch.delenv(variable)

@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import datetime as dt
+import decimal
+import logging
+import uuid
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import pytest
+
+from resilient_tasks.errors import ConfigurationError, StoreError
+from resilient_tasks.fallback import (
+    LARGEST_VALUE,
+    Call,
+    FallbackChain,
+    Provenance,
+    Served,
+    as_chain,
+    cached,
+    constant,
+    read_provenance,
+    write_provenance,
+)
+from resilient_tasks.store.base import Store
+
+
+class SmallValues:
+    """The part of a store that fallbacks use, with a clock that stands still until moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.away = False
+        self.kept: dict[tuple[str, str], tuple[bytes, float, float]] = {}
+
+    def put(self, kind: str, key: str, value: bytes, *, ttl: float) -> None:
+        if self.away:
+            raise StoreError("away")
+        self.kept[kind, key] = (value, self.now, ttl)
+
+    def get(self, kind: str, key: str) -> tuple[bytes, float] | None:
+        if self.away:
+            raise StoreError("away")
+        value, written, ttl = self.kept.get((kind, key), (b"", 0.0, 0.0))
+        age = self.now - written
+        return (value, age) if age < ttl else None
+
+    @property
+    def ttls(self) -> list[float]:
+        return [ttl for _, _, ttl in self.kept.values()]
+
+
+@pytest.fixture
+def values() -> SmallValues:
+    return SmallValues()
+
+
+@pytest.fixture
+def store(values: SmallValues) -> Store:
+    return cast("Store", values)
+
+
+def balance(account_id: int, currency: str = "EUR") -> int:
+    return account_id * len(currency)
+
+
+def chain_for(fallback: Any, body: Callable[..., Any] = balance) -> FallbackChain:
+    return as_chain(fallback, "shop.balance", body)
+
+
+def a_call(*args: Any, **kwargs: Any) -> Call:
+    return Call("shop.balance", balance, args, kwargs)
+
+
+# --- functions and constants ------------------------------------------------------------------------
+
+
+def test_no_fallback_is_an_empty_chain_that_answers_nothing(store: Store) -> None:
+    chain = chain_for(None)
+    assert not chain
+    assert chain.answer(a_call(1), store) is None
+
+
+def test_a_function_gets_the_arguments_of_the_task(store: Store) -> None:
+    chain = chain_for(balance)
+    assert chain
+    assert chain.answer(a_call(2, currency="USDT"), store) == Served(8, "balance")
+
+
+def test_a_function_that_raises_is_logged_and_the_next_one_is_tried(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(account_id: int) -> int:
+        raise LookupError("no other source")
+
+    chain = chain_for([broken, constant(7)])
+    assert chain.answer(a_call(1), store) == Served(7, "constant")
+    [record] = caplog.records
+    assert "shop.balance" in record.getMessage()
+    assert "broken" in record.getMessage()
+    assert record.exc_info is not None
+    assert record.exc_info[0] is LookupError
+
+
+def test_when_all_fail_there_is_no_answer(store: Store) -> None:
+    chain = chain_for([lambda account_id: 1 / 0, cached(max_age=5)])
+    assert chain.answer(a_call(1), store) is None
+
+
+def test_none_is_an_answer(store: Store) -> None:
+    chain = chain_for([lambda account_id: None, constant(7)])
+    served = chain.answer(a_call(1), store)
+    assert served == Served(None, "<lambda>")
+
+
+def test_the_name_of_a_wrapped_function(store: Store) -> None:
+    chain = chain_for(partial(balance, currency="X"))
+    assert chain.answer(a_call(3), store) == Served(3, "balance")
+
+
+def test_a_callable_object_goes_by_its_type(store: Store) -> None:
+    class OtherSource:
+        def __call__(self, account_id: int) -> int:
+            return -account_id
+
+    chain = chain_for(OtherSource())
+    assert chain.answer(a_call(3), store) == Served(-3, "OtherSource")
+
+
+def test_changing_a_constant_that_was_served_changes_no_later_answer(store: Store) -> None:
+    chain = chain_for(constant([1]))
+    first = chain.answer(a_call(1), store)
+    assert first is not None
+    first.value.append(2)
+    assert chain.answer(a_call(1), store) == Served([1], "constant")
+
+
+# --- cached -----------------------------------------------------------------------------------------
+
+
+def test_the_last_good_value_is_served_with_its_age(values: SmallValues, store: Store) -> None:
+    chain = chain_for(cached(max_age=60))
+    call = a_call(1)
+    chain.remember(call, {"eur": 10}, store)
+    chain.remember(call, {"eur": 12}, store)
+    values.now += 59
+    assert chain.answer(call, store) == Served({"eur": 12}, "cached", 59.0)
+    values.now += 2
+    assert chain.answer(call, store) is None
+    assert values.ttls == [60]
+
+
+def test_one_call_written_in_different_ways_is_one_key(store: Store) -> None:
+    chain = chain_for(cached(max_age=60))
+    chain.remember(a_call(1), 10, store)
+    for args, kwargs in ([1, "EUR"], {}), ([1], {"currency": "EUR"}), ([], {"currency": "EUR", "account_id": 1}):
+        assert chain.answer(a_call(*args, **kwargs), store) == Served(10, "cached", 0.0)
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [([2], {}), (["1"], {}), ([1, "USD"], {}), ([], {"account_id": 3})])
+def test_other_arguments_are_another_key(store: Store, args: list[Any], kwargs: dict[str, Any]) -> None:
+    chain = chain_for(cached(max_age=60))
+    chain.remember(a_call(1), 10, store)
+    assert chain.answer(a_call(*args, **kwargs), store) is None
+
+
+def test_tasks_do_not_share_values(store: Store) -> None:
+    chain = chain_for(cached(max_age=60))
+    chain.remember(a_call(1), 10, store)
+    assert chain.answer(Call("shop.other", balance, [1]), store) is None
+
+
+def test_variadic_bodies(store: Store) -> None:
+    def body(*args: Any, **kwargs: Any) -> None: ...
+
+    chain = chain_for(cached(max_age=60), body)
+    chain.remember(Call("shop.balance", body, [1, 2], {"a": 1, "b": 2}), 10, store)
+    assert chain.answer(Call("shop.balance", body, [1, 2], {"b": 2, "a": 1}), store) == Served(10, "cached", 0.0)
+    assert chain.answer(Call("shop.balance", body, [2, 1], {"a": 1, "b": 2}), store) is None
+
+
+def test_a_parameter_as_key(store: Store) -> None:
+    chain = chain_for(cached(max_age=60, key="account_id"))
+    chain.remember(a_call(1, currency="USD"), 10, store)
+    assert chain.answer(a_call(account_id=1), store) == Served(10, "cached", 0.0)
+    assert chain.answer(a_call(2, currency="USD"), store) is None
+
+
+def test_a_callable_as_key(store: Store) -> None:
+    chain = chain_for(cached(max_age=60, key=lambda args, kwargs: f"{args[0] % 2}{kwargs.get('currency')}"))
+    chain.remember(a_call(1), 10, store)
+    assert chain.answer(a_call(3), store) == Served(10, "cached", 0.0)
+    assert chain.answer(a_call(2), store) is None
+
+
+@pytest.mark.parametrize("key", [lambda args, kwargs: kwargs["absent"], lambda args, kwargs: None])
+def test_a_key_function_that_fails_is_a_miss(
+    values: SmallValues, store: Store, caplog: pytest.LogCaptureFixture, key: Any
+) -> None:
+    chain = chain_for([cached(max_age=60, key=key), constant(7)])
+    call = a_call(1)
+    chain.remember(call, 10, store)
+    assert values.kept == {}
+    assert chain.answer(call, store) == Served(7, "constant")
+    assert "shop.balance: this call cannot be cached" in caplog.text
+
+
+@pytest.mark.parametrize("args", [[object()], [1, "EUR", "too many"]])
+def test_arguments_that_json_or_the_body_cannot_take_are_a_miss(
+    values: SmallValues, store: Store, args: list[Any]
+) -> None:
+    chain = chain_for(cached(max_age=60))
+    call = a_call(*args)
+    chain.remember(call, 10, store)
+    assert values.kept == {}
+    assert chain.answer(call, store) is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        0,
+        "text",
+        [1, {"a": [2.5, None]}],
+        dt.datetime(2030, 1, 2, 3, tzinfo=dt.timezone.utc),
+        decimal.Decimal("1.10"),
+        uuid.UUID(int=7),
+    ],
+)
+def test_values_come_back_as_celery_results_do(store: Store, value: Any) -> None:
+    chain = chain_for(cached(max_age=60))
+    call = a_call(1)
+    chain.remember(call, value, store)
+    assert chain.answer(call, store) == Served(value, "cached", 0.0)
+
+
+def test_a_value_up_to_the_limit_is_kept(values: SmallValues, store: Store) -> None:
+    chain = chain_for(cached(max_age=60))
+    chain.remember(a_call(1), "x" * (LARGEST_VALUE - 2), store)  # JSON adds two quotes
+    assert len(values.kept) == 1
+
+
+@pytest.mark.parametrize("value", ["x" * (LARGEST_VALUE - 1), object()])
+def test_a_value_too_large_or_not_json_is_not_kept_and_warned_of_once(
+    values: SmallValues, store: Store, caplog: pytest.LogCaptureFixture, value: Any
+) -> None:
+    chain = chain_for(cached(max_age=60))
+    for account in 1, 2:
+        chain.remember(a_call(account), value, store)
+    assert values.kept == {}
+    assert [(record.levelno, "shop.balance" in record.getMessage()) for record in caplog.records] == [
+        (logging.WARNING, True)
+    ]
+
+
+def test_a_value_that_cannot_be_read_is_a_miss(values: SmallValues, store: Store) -> None:
+    chain = chain_for([cached(max_age=60), constant(7)])
+    call = a_call(1)
+    chain.remember(call, 10, store)
+    [entry] = values.kept
+    values.kept[entry] = (b"{broken", values.now, 60)
+    assert chain.answer(call, store) == Served(7, "constant")
+
+
+def test_two_ages_share_one_entry_that_lives_as_long_as_the_longer(values: SmallValues, store: Store) -> None:
+    fresh, stale = cached(max_age=10), cached(max_age=60)
+    chain = chain_for([fresh, lambda account_id: 1 / 0, stale])
+    call = a_call(1)
+    chain.remember(call, 10, store)
+    values.now += 30
+    assert values.ttls == [60]
+    assert fresh.answer(call, store) is None
+    assert chain.answer(call, store) == Served(10, "cached", 30.0)
+
+
+def test_nothing_is_written_for_a_chain_without_cached(values: SmallValues, store: Store) -> None:
+    chain = chain_for([balance, constant(1)])
+    chain.remember(a_call(1), 10, store)
+    assert values.kept == {}
+
+
+def test_a_store_that_is_away_is_a_miss_and_harms_nobody(values: SmallValues, store: Store) -> None:
+    chain = chain_for([cached(max_age=60), constant(7)])
+    call = a_call(1)
+    values.away = True
+    chain.remember(call, 10, store)
+    assert chain.answer(call, store) == Served(7, "constant")
+    values.away = False
+    assert values.kept == {}
+
+
+# --- mistakes found at definition -------------------------------------------------------------------
+
+
+async def asynchronous(account_id: int) -> int:
+    return account_id
+
+
+class AsynchronousObject:
+    async def __call__(self, account_id: int) -> int:
+        return account_id
+
+
+@pytest.mark.parametrize(
+    ("fallback", "allowed"),
+    [
+        ("other_source", "a function"),
+        (7, "a function"),
+        ([balance, None], "a function"),
+        (cached, "cached(max_age=...)"),
+        (constant, "constant(...)"),
+        (cached(max_age=0), "positive number of seconds"),
+        (cached(max_age=-1), "positive number of seconds"),
+        (cached(max_age=float("inf")), "positive number of seconds"),
+        (cached(max_age=True), "positive number of seconds"),
+        (cached(max_age=cast("float", "60")), "positive number of seconds"),
+        (cached(max_age=60, key="account"), "account_id, currency"),
+        (cached(max_age=60, key=cast("str", 3)), "name of a parameter"),
+        (constant(object()), "JSON"),
+        (asynchronous, "plain function"),
+        (partial(asynchronous, 1), "plain function"),
+        (AsynchronousObject(), "plain function"),
+    ],
+)
+def test_a_fallback_that_cannot_work_names_the_task_and_what_is_allowed(fallback: Any, allowed: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        chain_for(fallback)
+    assert "'shop.balance'" in str(caught.value)
+    assert allowed in str(caught.value)
+
+
+def test_a_key_must_be_one_parameter_not_all_of_them() -> None:
+    def body(*args: Any, **kwargs: Any) -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"key='kwargs'.*\(none\)"):
+        chain_for(cached(max_age=60, key="kwargs"), body)
+
+
+def test_without_the_body_a_wrong_key_is_a_miss(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    chain = as_chain(cached(max_age=60, key="account"), "shop.balance")
+    assert chain.answer(a_call(1), store) is None
+    assert "KeyError('account')" in caplog.text
+
+
+# --- provenance -------------------------------------------------------------------------------------
+
+
+def test_provenance_is_kept_beside_the_result(values: SmallValues, store: Store) -> None:
+    write_provenance(store, "task-1", Served(10, "cached", 30.0), "payments", ttl=60)
+    assert read_provenance(store, "task-1") == Provenance("cached", 30.0, "payments")
+    assert read_provenance(store, "task-2") is None
+    values.now += 60
+    assert read_provenance(store, "task-1") is None
+
+
+def test_provenance_of_a_store_that_is_away_is_unknown(values: SmallValues, store: Store) -> None:
+    values.away = True
+    write_provenance(store, "task-1", Served(10, "constant"), "payments", ttl=60)
+    assert read_provenance(store, "task-1") is None

@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import pytest
+import redis
+
+from resilient_tasks.errors import ConfigurationError
+from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.settings import Settings, hide_password, is_name, resolve_store_url
+
+PAYMENTS = "RESILIENT_TASKS_BREAKERS__PAYMENTS__"
+
+
+def environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(f"RESILIENT_TASKS_{name}", value)
+
+
+def refusal(**overrides: object) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.load(**overrides)
+    assert caught.value.__cause__ is None
+    return str(caught.value)
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+def test_defaults() -> None:
+    settings = Settings.load()
+    assert settings.store_url is None
+    assert settings.namespace == "resilient"
+    assert settings.tick_interval == 1.0
+    assert settings.store_timeout == 0.5
+    assert settings.breakers == {}
+
+
+def test_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, STORE_URL="redis://store/3", NAMESPACE="shop", TICK_INTERVAL="0.25", STORE_TIMEOUT="2")
+    settings = Settings.load()
+    assert settings.store_url == "redis://store/3"
+    assert settings.namespace == "shop"
+    assert settings.tick_interval == 0.25
+    assert settings.store_timeout == 2.0
+
+
+def test_arguments_win_over_environment_and_none_is_no_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, NAMESPACE="shop", TICK_INTERVAL="3")
+    settings = Settings.load(namespace="mine", tick_interval=None)
+    assert settings.namespace == "mine"
+    assert settings.tick_interval == 3.0
+
+
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, STORE_URL="", TICK_INTERVAL="", BREAKERS__PAYMENTS__WINDOW="")
+    settings = Settings.load()
+    assert settings.store_url is None
+    assert settings.tick_interval == 1.0
+    assert settings.policy_for("payments", BreakerPolicy(window=60.0)).window == 60.0
+
+
+def test_settings_do_not_change_after_loading() -> None:
+    settings = Settings.load()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.namespace = "other"
+
+
+def test_the_password_does_not_show_in_the_repr() -> None:
+    assert "hush" not in repr(Settings.load(store_url="redis://:hush@store"))
+
+
+# --- mistakes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "allowed"),
+    [
+        ("TICK_INTERVAL", "fast", "a number of seconds from 0.05 to 3600"),
+        ("TICK_INTERVAL", "0.04", "a number of seconds from 0.05 to 3600"),
+        ("TICK_INTERVAL", "3601", "a number of seconds from 0.05 to 3600"),
+        ("TICK_INTERVAL", "nan", "a number of seconds from 0.05 to 3600"),
+        ("STORE_TIMEOUT", "0", "a number of seconds from 0.01 to 60"),
+        ("NAMESPACE", "my shop", "letters, digits"),
+        ("NAMESPACE", "-shop", "letters, digits"),
+        ("STORE_URL", "http://store", "redis://"),
+        ("STORE_URL", "store", "redis://"),
+        ("BREAKERS", "[1]", "policy fields per breaker"),
+        ("BREAKERS__PAYMENTS", "3", "policy fields per breaker"),
+    ],
+)
+def test_a_bad_value_names_variable_value_and_what_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, allowed: str
+) -> None:
+    environment(monkeypatch, **{variable: value})
+    message = refusal()
+    assert f"RESILIENT_TASKS_{variable}" in message
+    assert value in message
+    assert allowed in message
+
+
+def test_a_bad_argument_is_named_as_the_argument_it_is() -> None:
+    assert refusal(tick_interval="fast").startswith("tick_interval='fast': allowed is")
+
+
+def test_a_password_in_a_bad_url_stays_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, STORE_URL="amqp://me:hush@store")
+    message = refusal()
+    assert "amqp://me:***@store" in message
+    assert "hush" not in message
+
+
+def test_broken_json_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, BREAKERS="{payments")
+    assert refusal().startswith("RESILIENT_TASKS_BREAKERS='{payments': allowed is a JSON object")
+
+
+@pytest.mark.parametrize("variable", ["TICK_INTERVALL", "STORE_URL__HOST", "X", "tick_intervall"])
+def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    environment(monkeypatch, **{variable: "redis://:hush@x"})
+    message = refusal()
+    assert f"RESILIENT_TASKS_{variable}" in message
+    assert "RESILIENT_TASKS_TICK_INTERVAL," in message
+    assert "hush" not in message
+
+
+def test_an_unknown_argument_is_an_error() -> None:
+    message = refusal(tick=3)
+    assert "tick" in message
+    assert "tick_interval" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("FAILURE_RATE", "0.3", "failure_rate_threshold"),
+        ("FAILURE_RATE_THRESHOLD", "1.5", "a number above 0 and up to 1"),
+        ("FAILURE_RATE_THRESHOLD", "high", "a number above 0 and up to 1"),
+        ("MINIMUM_CALLS", "2.5", "an integer of 1 or more"),
+        ("WINDOW", "inf", "seconds"),
+        ("WINDOW", "none", "seconds"),
+        ("CLASSIFY", "shop.classify", "give it in code"),
+        ("FAILURES", "KeyError", "give it in code"),
+        ("IGNORE", "KeyError", "give it in code"),
+        ("WINDOW__X", "1", "seconds"),
+    ],
+)
+def test_a_bad_override_is_found_at_loading(
+    monkeypatch: pytest.MonkeyPatch, field: str, value: str, allowed: str
+) -> None:
+    monkeypatch.setenv(PAYMENTS + field, value)
+    message = refusal()
+    assert message.startswith(PAYMENTS + field.partition("__")[0])
+    assert value in message
+    assert allowed in message
+
+
+# --- overrides per breaker --------------------------------------------------------------------------
+
+
+def test_an_override_wins_over_code_and_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PAYMENTS + "FAILURE_RATE_THRESHOLD", "0.3")
+    monkeypatch.setenv(PAYMENTS + "MINIMUM_CALLS", "20")
+    monkeypatch.setenv(PAYMENTS + "SLOW_CALL_DURATION", "None")
+    in_code = BreakerPolicy(failure_rate_threshold=0.9, window=60.0, slow_call_duration=2.0)
+    policy = Settings.load().policy_for("payments", in_code)
+    assert policy == BreakerPolicy(failure_rate_threshold=0.3, minimum_calls=20, window=60.0)
+
+
+@pytest.mark.parametrize("name", ["pay_api.v2", "pay-api-v2", "Pay.API.v2"])
+def test_names_of_variables_know_neither_case_nor_dashes_nor_dots(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    environment(monkeypatch, BREAKERS__PAY_API_V2__WINDOW="5")
+    settings = Settings.load()
+    assert settings.policy_for(name, BreakerPolicy()).window == 5
+    assert settings.unknown_overrides([name]) == []
+
+
+def test_other_breakers_keep_their_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PAYMENTS + "WINDOW", "5")
+    policy = BreakerPolicy()
+    assert Settings.load().policy_for("mail", policy) is policy
+
+
+def test_overrides_may_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, BREAKERS='{"pay.api": {"window": 5, "consecutive_failures": null}}')
+    policy = Settings.load().policy_for("pay.api", BreakerPolicy(consecutive_failures=3))
+    assert (policy.window, policy.consecutive_failures) == (5, None)
+
+
+def test_an_override_that_contradicts_the_code_names_breaker_and_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PAYMENTS + "OPEN_DURATION", "500")
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.load().policy_for("payments", BreakerPolicy())
+    assert "'payments'" in str(caught.value)
+    assert PAYMENTS + "OPEN_DURATION" in str(caught.value)
+    assert "max_open_duration=300.0" in str(caught.value)
+
+
+def test_two_overrides_for_one_breaker_are_ambiguous() -> None:
+    settings = Settings.load(breakers={"pay-api": {"window": 5}, "pay_api": {"window": 6}})
+    with pytest.raises(ConfigurationError, match=r"'pay-api', 'pay_api'"):
+        settings.policy_for("pay.api", BreakerPolicy())
+
+
+def test_one_override_for_two_breakers_is_ambiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, BREAKERS__PAY_API__WINDOW="5")
+    with pytest.raises(ConfigurationError, match=r"RESILIENT_TASKS_BREAKERS__PAY_API__.*'pay-api', 'pay\.api'"):
+        Settings.load().unknown_overrides(["pay.api", "pay-api", "mail"])
+
+
+def test_overrides_of_breakers_that_nobody_defines_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PAYMENTS + "WINDOW", "5")
+    environment(monkeypatch, BREAKERS__PAYMENT__WINDOW="5")
+    assert Settings.load().unknown_overrides(["payments", "mail"]) == ["payment"]
+
+
+# --- the store's URL --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("broker", "backend", "expected"),
+    [
+        ("redis://", None, "redis://"),
+        ("redis://:secret@broker:6380/2", "redis://backend", "redis://:secret@broker:6380/2"),
+        ("rediss://broker/1?ssl_cert_reqs=CERT_REQUIRED", None, "rediss://broker/1?ssl_cert_reqs=required"),
+        ("redis://broker?visibility_timeout=5", None, "redis://broker"),
+        ("redis+socket:///run/redis.sock?virtual_host=1", None, "unix:///run/redis.sock?db=1"),
+        ("redis+socket://:secret@/run/redis.sock", None, "unix://:secret@/run/redis.sock"),
+        ("valkey://broker/1", None, "redis://broker/1"),
+        ("redis://one/1;redis://two/1", None, "redis://one/1"),
+        (["redis://one/1", "redis://two/1"], None, "redis://one/1"),
+        ("amqp://broker", "redis://backend/1", "redis://backend/1"),
+        ("amqp://broker", "rediss://backend", "rediss://backend"),
+        (None, "redis://backend/1", "redis://backend/1"),
+    ],
+)
+def test_the_store_defaults_to_the_first_redis(broker: str | list[str], backend: str | None, expected: str) -> None:
+    url = resolve_store_url(Settings.load(), broker, backend)
+    assert url == expected
+    redis.Redis.from_url(url).close()  # redis-py understands what we made of it
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("redis://store/3?socket_timeout=2", "redis://store/3?socket_timeout=2"),
+        ("valkeys://store/3", "rediss://store/3"),
+        ("unix:///run/redis.sock?db=2", "unix:///run/redis.sock?db=2"),
+    ],
+)
+def test_the_setting_wins_and_keeps_its_options(given: str, expected: str) -> None:
+    assert resolve_store_url(Settings.load(store_url=given), "redis://broker") == expected
+
+
+def test_a_socket_url_reaches_the_socket_and_the_database() -> None:
+    url = resolve_store_url(Settings.load(), "redis+socket:///run/redis.sock?virtual_host=1")
+    options = redis.Redis.from_url(url).connection_pool.connection_kwargs
+    assert options["path"] == "/run/redis.sock"
+    assert options["db"] == 1
+
+
+def test_without_any_redis_the_error_says_what_to_set() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        resolve_store_url(Settings.load(), "amqp://me:hush@broker", "db+sqlite:///x")
+    assert "amqp://me:***@broker" in str(caught.value)
+    assert "RESILIENT_TASKS_STORE_URL" in str(caught.value)
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("broker", "backend"),
+    [("sentinel://:hush@one:26379;sentinel://two", None), ("amqp://broker", "sentinel://:hush@one:26379")],
+)
+def test_sentinel_asks_for_a_store_url(broker: str, backend: str | None) -> None:
+    with pytest.raises(ConfigurationError, match="give RESILIENT_TASKS_STORE_URL") as caught:
+        resolve_store_url(Settings.load(), broker, backend)
+    assert "hush" not in str(caught.value)
+
+
+def test_a_url_that_is_none_is_a_clear_error() -> None:
+    with pytest.raises(ConfigurationError, match="is not a URL"):
+        resolve_store_url(Settings.load(), "redis://:hush@[broken")
+
+
+@pytest.mark.parametrize(
+    ("url", "hidden"),
+    [
+        ("redis://localhost/0", "redis://localhost/0"),
+        ("redis://:hush@host:6379/0", "redis://:***@host:6379/0"),
+        ("amqp://me:hush@host//", "amqp://me:***@host//"),
+        ("redis://me:hu@sh/;x@host", "redis://me:***@host"),
+        ("unix:///run/x.sock?db=1&password=hush", "unix:///run/x.sock?db=1&password=***"),
+        ("redis://:hush@one;redis://:hush@two", "redis://:***@two"),
+        ("memory://", "memory://"),
+        ("", ""),
+    ],
+)
+def test_passwords_are_hidden(url: str, hidden: str) -> None:
+    assert hide_password(url) == hidden
+
+
+@pytest.mark.parametrize("name", ["a", "payments", "Pay-API.v2", "3ds", "x" * 100])
+def test_names(name: str) -> None:
+    assert is_name(name)
+
+
+@pytest.mark.parametrize("name", ["", "-a", ".a", "a b", "a:b", "a/b", "ä", "x" * 101, "a\n"])
+def test_what_cannot_be_a_name(name: str) -> None:
+    assert not is_name(name)
