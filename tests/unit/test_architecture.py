@@ -1,0 +1,115 @@
+"""The layer rule as data: dependencies point one way, and few modules know Celery."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "resilient_tasks"
+ROOT = Path(__file__).parents[2]
+
+# bottom to top; a module imports from its own layer and from lower ones
+LAYERS = [
+    {"errors", "policy", "core"},
+    {"store", "fallback", "monitor", "settings"},
+    {"fleet", "breaker"},
+    {"worker"},
+    {"app"},
+    {"__init__"},
+    {"cli", "testing"},
+]
+# who may import what of Celery and its transport
+CELERY = {
+    "celery": {"worker", "app", "cli"},
+    "billiard": {"worker"},
+    "kombu": {"worker"},
+    "kombu.serialization": {"worker", "fallback"},
+    "kombu.utils.json": {"worker", "fallback"},
+    "tests": set(),
+    "workers": set(),
+}
+RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / PACKAGE).rglob("*.py"))
+
+
+def imports(source: str) -> Iterator[str]:
+    """Yield every dotted name that ``source`` imports; ``from a import b`` is ``a.b``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_forbidden(unit: str, name: str) -> bool:
+    head, *rest = name.split(".")
+    if head == PACKAGE:
+        target = rest[0] if rest and rest[0] in RANK else "__init__"
+        return RANK[target] > RANK[unit]
+    if unit == "core" and head not in sys.stdlib_module_names and head != "__future__":
+        return True
+    rules = [rule for rule in CELERY if name == rule or name.startswith(f"{rule}.")]
+    return bool(rules) and unit not in CELERY[max(rules, key=len)]
+
+
+def unit_of(module: Path) -> str:
+    return module.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("module", modules(), ids=lambda module: str(module.relative_to(ROOT)))
+def test_a_module_imports_only_what_its_layer_may(module: Path) -> None:
+    unit = unit_of(module)
+    assert unit in RANK, f"{unit} has no place in LAYERS"
+    assert [name for name in imports(module.read_text()) if is_forbidden(unit, name)] == []
+
+
+@pytest.mark.parametrize(
+    ("unit", "statement"),
+    [
+        ("core", "import redis"),
+        ("core", "from resilient_tasks.store.base import Store"),
+        ("core", "from resilient_tasks import store"),
+        ("store", "from resilient_tasks import Resilience"),
+        ("store", "import kombu"),
+        ("breaker", "from celery import Celery"),
+        ("breaker", "def late():\n    import celery.app.task"),
+        ("fallback", "from kombu import Queue"),
+        ("fallback", "from kombu.utils import uuid"),
+        ("worker", "from resilient_tasks.app import Resilience"),
+        ("cli", "from tests.unit import helpers"),
+    ],
+)
+def test_the_rule_finds_what_it_forbids(unit: str, statement: str) -> None:
+    assert any(is_forbidden(unit, name) for name in imports(statement))
+
+
+@pytest.mark.parametrize(
+    ("unit", "statement"),
+    [
+        ("core", "from __future__ import annotations\nimport math"),
+        ("core", "from resilient_tasks.errors import StoreError"),
+        ("store", "from resilient_tasks.core import model\nimport redis"),
+        ("fallback", "from kombu import serialization\nfrom kombu.utils import json\nimport kombu.utils.json"),
+        ("worker", "from celery.worker.request import Request\nfrom kombu import Queue"),
+        ("testing", "from resilient_tasks import Resilience"),
+    ],
+)
+def test_the_rule_lets_pass_what_it_allows(unit: str, statement: str) -> None:
+    assert not any(is_forbidden(unit, name) for name in imports(statement))
+
+
+def test_the_public_surface_is_small() -> None:
+    public = getattr(importlib.import_module(PACKAGE), "__all__", [])
+    assert len(public) <= 20
+    assert len(set(public)) == len(public)
+    for name in public:
+        assert hasattr(importlib.import_module(PACKAGE), name)
