@@ -6,7 +6,7 @@ can override one field of one breaker without touching code::
 
     RESILIENT_TASKS_BREAKERS__PAYMENTS__FAILURE_RATE_THRESHOLD=0.3
 
-Names of variables know neither case nor ``-`` nor ``.``: ``PAY_API`` is the override of a breaker
+Names of variables know neither case nor punctuation: ``PAY_API`` is the override of a breaker
 ``pay_api``, ``pay-api`` or ``Pay.API``; with two of those in one app it is ambiguous and an error.
 """
 
@@ -25,12 +25,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.store.keys import check_name
 
 PREFIX = "RESILIENT_TASKS_"
 NESTED = "__"
-
-NAME_RULE = "1 to 100 letters, digits, '_', '-' and '.', beginning with a letter or a digit"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", re.ASCII)
 
 _CODE_ONLY = frozenset({"classify", "failures", "ignore"})
 _POLICY_FIELDS = {field.name: field for field in fields(BreakerPolicy)}
@@ -49,15 +47,8 @@ _SCHEMES = {
 _SHARED_OPTIONS = ("db", "ssl_", "client_name", "protocol", "username", "password")
 
 
-def is_name(text: str) -> bool:
-    """Tell whether ``text`` may name a breaker or a namespace (see ``NAME_RULE``)."""
-    return _NAME.fullmatch(text) is not None
-
-
 def _check_namespace(text: str) -> str:
-    if not is_name(text):
-        raise ValueError(NAME_RULE)
-    return text
+    return check_name("namespace", text)
 
 
 def _check_store_url(url: str) -> str:
@@ -85,7 +76,9 @@ class Settings(BaseSettings):
     store_url: Annotated[str, AfterValidator(_check_store_url)] | None = Field(
         None, description="a URL that begins with redis://, rediss:// or unix://", repr=False
     )
-    namespace: Annotated[str, AfterValidator(_check_namespace)] = Field("resilient", description=NAME_RULE)
+    namespace: Annotated[str, AfterValidator(_check_namespace)] = Field(
+        "resilient", description="up to 200 printable characters without braces"
+    )
     tick_interval: float = Field(1.0, ge=0.05, le=3600, description="a number of seconds from 0.05 to 3600")
     store_timeout: float = Field(0.5, ge=0.01, le=60, description="a number of seconds from 0.01 to 60")
     breakers: dict[str, dict[str, Any]] = Field(
@@ -228,7 +221,7 @@ def _variable(*path: str) -> str:
 
 
 def _folded(name: str) -> str:
-    return re.sub(r"[-.]", "_", name.lower())
+    return re.sub(r"\W", "_", name.lower())
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ import redis
 
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.settings import Settings, hide_password, is_name, resolve_store_url
+from resilient_tasks.settings import Settings, hide_password, resolve_store_url
 
 PAYMENTS = "RESILIENT_TASKS_BREAKERS__PAYMENTS__"
 
@@ -79,8 +79,8 @@ def test_the_password_does_not_show_in_the_repr() -> None:
         ("TICK_INTERVAL", "3601", "a number of seconds from 0.05 to 3600"),
         ("TICK_INTERVAL", "nan", "a number of seconds from 0.05 to 3600"),
         ("STORE_TIMEOUT", "0", "a number of seconds from 0.01 to 60"),
-        ("NAMESPACE", "my shop", "letters, digits"),
-        ("NAMESPACE", "-shop", "letters, digits"),
+        ("NAMESPACE", "{shop}", "without braces"),
+        ("NAMESPACE", " shop", "printable"),
         ("STORE_URL", "http://store", "redis://"),
         ("STORE_URL", "store", "redis://"),
         ("BREAKERS", "[1]", "policy fields per breaker"),
@@ -165,8 +165,8 @@ def test_an_override_wins_over_code_and_leaves_the_rest(monkeypatch: pytest.Monk
     assert policy == BreakerPolicy(failure_rate_threshold=0.3, minimum_calls=20, window=60.0)
 
 
-@pytest.mark.parametrize("name", ["pay_api.v2", "pay-api-v2", "Pay.API.v2"])
-def test_names_of_variables_know_neither_case_nor_dashes_nor_dots(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize("name", ["pay_api.v2", "pay-api-v2", "Pay.API.v2", "pay:api v2"])
+def test_names_of_variables_know_neither_case_nor_punctuation(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     environment(monkeypatch, BREAKERS__PAY_API_V2__WINDOW="5")
     settings = Settings.load()
     assert settings.policy_for(name, BreakerPolicy()).window == 5
@@ -295,13 +295,3 @@ def test_a_url_that_is_none_is_a_clear_error() -> None:
 )
 def test_passwords_are_hidden(url: str, hidden: str) -> None:
     assert hide_password(url) == hidden
-
-
-@pytest.mark.parametrize("name", ["a", "payments", "Pay-API.v2", "3ds", "x" * 100])
-def test_names(name: str) -> None:
-    assert is_name(name)
-
-
-@pytest.mark.parametrize("name", ["", "-a", ".a", "a b", "a:b", "a/b", "ä", "x" * 101, "a\n"])
-def test_what_cannot_be_a_name(name: str) -> None:
-    assert not is_name(name)
