@@ -29,7 +29,7 @@ from typing import Any, Protocol
 from kombu import serialization
 from kombu.utils import json as kombu_json
 
-from resilient_tasks.errors import ConfigurationError, StoreError
+from resilient_tasks.errors import ConfigurationError, ResilienceError, StoreError
 from resilient_tasks.store.base import Store
 
 logger = logging.getLogger("resilient_tasks")
@@ -121,7 +121,7 @@ class Cached:
     def answer(self, call: Call, store: Store) -> Served | None:
         """Return the last good value if it is not older than ``max_age``."""
         key = self.key_of(call)
-        found = None if key is None else _read(store, _VALUES, key)
+        found = None if key is None else _read_value(store, key)
         if found is None or found[1] > self.max_age:
             return None
         payload, age = found
@@ -188,8 +188,9 @@ class Function:
         """Call the function with the task's arguments; an exception is logged and is no answer."""
         try:
             value = self.function(*call.args, **call.kwargs)
-        except Exception:
-            logger.exception("task %s: fallback %s failed", call.task_name, self.name)
+        except Exception as error:
+            expected = isinstance(error, ResilienceError)  # its own breaker refused: no traceback per task
+            logger.warning("task %s: fallback %s: %r", call.task_name, self.name, error, exc_info=not expected)
             return None
         return Served(value, self.name)
 
@@ -322,8 +323,12 @@ def write_provenance(store: Store, task_id: str, served: Served, breaker: str, t
 
 
 def read_provenance(store: Store, task_id: str) -> Provenance | None:
-    """Return where the result of ``task_id`` came from; None: from the task itself, or not known (any more)."""
-    found = _read(store, _PROVENANCE, task_id)
+    """Return where the result of ``task_id`` came from; None: from the task itself, or not known (any more).
+
+    Raises:
+        StoreError: the store is away.
+    """
+    found = store.get(_PROVENANCE, task_id)
     if found is None:
         return None
     note = json.loads(found[0])
@@ -340,11 +345,11 @@ def _write(store: Store, kind: str, key: str, value: bytes, *, ttl: float) -> No
         logger.debug("%s not kept: %s", kind, error)
 
 
-def _read(store: Store, kind: str, key: str) -> tuple[bytes, float] | None:
+def _read_value(store: Store, key: str) -> tuple[bytes, float] | None:
     try:
-        return store.get(kind, key)
+        return store.get(_VALUES, key)
     except StoreError as error:
-        logger.debug("%s not read: %s", kind, error)
+        logger.debug("last good value not read: %s", error)
         return None
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from resilient_tasks.errors import ConfigurationError, StoreError
+from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreError
 from resilient_tasks.fallback import (
     LARGEST_VALUE,
     Call,
@@ -97,10 +97,21 @@ def test_a_function_that_raises_is_logged_and_the_next_one_is_tried(
     chain = chain_for([broken, constant(7)])
     assert chain.answer(a_call(1), store) == Served(7, "constant")
     [record] = caplog.records
-    assert "shop.balance" in record.getMessage()
-    assert "broken" in record.getMessage()
-    assert record.exc_info is not None
-    assert record.exc_info[0] is LookupError
+    assert "shop.balance: fallback broken: LookupError('no other source')" in record.getMessage()
+    assert record.exc_info
+
+
+def test_a_function_that_its_own_breaker_refuses_costs_one_log_line(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    def guarded(account_id: int) -> int:
+        raise BreakerOpenError("other-source")
+
+    chain = chain_for([guarded, constant(7)])
+    assert chain.answer(a_call(1), store) == Served(7, "constant")
+    [record] = caplog.records
+    assert "BreakerOpenError" in record.getMessage()
+    assert not record.exc_info
 
 
 def test_when_all_fail_there_is_no_answer(store: Store) -> None:
@@ -355,7 +366,8 @@ def test_provenance_is_kept_beside_the_result(values: SmallValues, store: Store)
     assert read_provenance(store, "task-1") is None
 
 
-def test_provenance_of_a_store_that_is_away_is_unknown(values: SmallValues, store: Store) -> None:
+def test_a_store_that_is_away_loses_provenance_and_cannot_tell_it(values: SmallValues, store: Store) -> None:
     values.away = True
-    write_provenance(store, "task-1", Served(10, "constant"), "payments", ttl=60)
-    assert read_provenance(store, "task-1") is None
+    write_provenance(store, "task-1", Served(10, "constant"), "payments", ttl=60)  # costs the note, not the task
+    with pytest.raises(StoreError):
+        read_provenance(store, "task-1")
