@@ -1,0 +1,60 @@
+# Everything here needs python3 (3.10 or newer) and make; no root, no running server.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+
+# `make demo ARGS=--keep`, `make test ARGS="-k breaker -x"`
+ARGS ?=
+
+# the directories of `make test`; `make test-all` runs whatever is below tests/
+QUICK_TESTS := $(wildcard tests/unit tests/contract tests/integration)
+# 1: a skipped test is a failed test
+RESILIENT_TASKS_TEST_ALL_STRICT ?=
+STRICT := $(if $(filter 1,$(RESILIENT_TASKS_TEST_ALL_STRICT)),-p tests.support.strict_skips)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo up down lint types test test-all bench clean
+
+help: ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED) ## a virtual environment in .venv with everything a contributor needs
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer, please: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: venv ## the outage drill: a real outage on a real stack, and a verdict; ARGS=--keep leaves it running
+	@$(BIN)/python -m workers.drill $(ARGS)
+
+up: venv ## start the stack: Valkey, flaky HTTP service, two workers, beat, Flower
+	@$(BIN)/python -m workers.stack up
+
+down: venv ## stop every stack of this checkout
+	@$(BIN)/python -m workers.stack down
+
+lint: venv ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv ## mypy --strict
+	$(BIN)/mypy --strict
+
+test: lint types ## what a contributor must pass: lint, types, all tests that need nothing installed
+	$(PYTEST) $(QUICK_TESTS) -m "not rabbitmq and not chromium" $(ARGS)
+
+test-all: venv ## all tests; those whose server or browser is not installed are skipped and listed with the reason
+	$(PYTEST) tests -rs $(STRICT) $(ARGS)
+
+bench: venv ## the benchmarks
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## stop the stacks and remove what was made, the virtual environment included
+	@if [ -x $(BIN)/python ] && [ -d .run ]; then $(BIN)/python -m workers.stack down; fi
+	rm -rf .run .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist $(VENV)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
