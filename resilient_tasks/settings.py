@@ -25,7 +25,6 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.store.keys import check_name
 
 PREFIX = "RESILIENT_TASKS_"
 NESTED = "__"
@@ -45,10 +44,6 @@ _SCHEMES = {
 }
 # Celery's and kombu's URLs carry options of their own as well; only these mean the same to redis-py
 _SHARED_OPTIONS = ("db", "ssl_", "client_name", "protocol", "username", "password")
-
-
-def _check_namespace(text: str) -> str:
-    return check_name("namespace", text)
 
 
 def _check_store_url(url: str) -> str:
@@ -76,8 +71,10 @@ class Settings(BaseSettings):
     store_url: Annotated[str, AfterValidator(_check_store_url)] | None = Field(
         None, description="a URL that begins with redis://, rediss:// or unix://", repr=False
     )
-    namespace: Annotated[str, AfterValidator(_check_namespace)] = Field(
-        "resilient", description="up to 200 printable characters without braces"
+    namespace: str = Field(
+        "resilient",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$",
+        description="1 to 100 letters, digits, '_', '.' and '-', beginning with a letter or a digit",
     )
     tick_interval: float = Field(1.0, ge=0.05, le=3600, description="a number of seconds from 0.05 to 3600")
     store_timeout: float = Field(0.5, ge=0.01, le=60, description="a number of seconds from 0.01 to 60")
