@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, Verb
+from resilient_tasks.core.pace import Pace as Pace
 from resilient_tasks.policy import BreakerPolicy
 
 
@@ -44,18 +45,6 @@ class Evidence:
     runs: tuple[tuple[Outcome, int], ...]
     cause: str = ""
     retry_after: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How fast a breaker's deferred tasks are being resumed; kept in the store between ticks.
-
-    ``outstanding`` counts resumed tasks that no worker has taken up yet.
-    """
-
-    batch: int = 0
-    failures_seen: int = 0  # Snapshot.total_failures when the batch was decided
-    outstanding: int = 0
 
 
 class Store(Protocol):
@@ -108,7 +97,7 @@ class Store(Protocol):
         """Return the resume pace of a breaker."""
 
     def save_pace(self, name: str, pace: Pace) -> None:
-        """Keep ``pace.batch`` and ``pace.failures_seen``. ``outstanding`` is only moved by the methods below."""
+        """Keep ``pace``, but for ``outstanding``, which is only moved by the methods below."""
 
     def resumed(self, name: str, count: int) -> None:
         """Add ``count`` to the resumed tasks that no worker has taken up yet."""
@@ -146,6 +135,7 @@ class Store(Protocol):
     def changes(self, *, timeout: float) -> Iterator[Snapshot | None]:
         """Yield states as others change them, None whenever ``timeout`` seconds pass in silence.
 
+        The first None comes as soon as it listens: whoever reads all breakers then misses nothing.
         Used by one thread. Lost messages are possible; a regular :meth:`read` makes up for them.
         """
 

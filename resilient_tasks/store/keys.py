@@ -31,7 +31,7 @@ def check_name(kind: str, name: str) -> str:
 
 
 class BreakerKeys(NamedTuple):
-    """Keys of one breaker's state, in the order in which ``lua/breaker.lua`` expects them."""
+    """Keys of one breaker's state, in the order in which ``lua/state.lua`` expects them."""
 
     state: str  # hash
     window: str  # hash: slot -> bucket

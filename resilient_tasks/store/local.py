@@ -18,7 +18,7 @@ from heapq import heapify, heappop, heappush
 
 from resilient_tasks.core.machine import Decision
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, Verb
-from resilient_tasks.core.record import COUNTING, Record, Rules, to_ms
+from resilient_tasks.core.record import COUNTING, Record, Rules, brief, to_ms
 from resilient_tasks.core.window import Totals
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Evidence, Pace, Spec

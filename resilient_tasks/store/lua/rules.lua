@@ -1,0 +1,254 @@
+-- The rules of a breaker: core/machine.py in Lua, over what state.lua has loaded.
+-- Same functions, same arithmetic: change the two together, a property test compares them.
+
+local ADMITTING = { CLOSED = true, SHADOW = true, DISABLED = true }
+local TARGETS = { trip = 'OPEN', isolate = 'FORCED_OPEN', disable = 'DISABLED', shadow = 'SHADOW', reset = 'CLOSED' }
+
+-- transitions ---------------------------------------------------------------------------
+
+local function announce()
+  record.version = record.version + 1
+  changed, dirty = true, true
+end
+
+local function tell(previous, reason, actor)
+  local sums = figures()
+  transition = {
+    name = NAME, previous = previous, state = record.state, epoch = record.epoch, at = now, reason = reason,
+    actor = actor, calls = sums.calls, failures = sums.failures, slow = sums.slow, would_open = record.would_open == 1,
+  }
+end
+
+local function start_window()
+  window, trials, touched, cleared = {}, {}, nil, true
+end
+
+local function enter(state, reason, actor)
+  local previous, openings = record.state, openings_left()
+  local frozen = COUNTING[state] and { calls = 0, failures = 0, slow = 0 } or figures()
+  local ended = {
+    state = state, since = now, reason = reason, actor = actor, openings = openings, row = 0, trial_successes = 0,
+    trial_failures = 0, would_open = 0, frozen_calls = frozen.calls, frozen_failures = frozen.failures,
+    frozen_slow = frozen.slow, epoch = record.epoch + 1,
+  }
+  for field, value in pairs(ended) do
+    record[field] = value
+  end
+  record.open_until, record.ramp_since = nil, nil
+  start_window()
+  announce()
+  tell(previous, reason, actor)
+end
+
+local function open(reason, actor, retry_after)
+  enter('OPEN', reason, actor)
+  record.openings = record.openings + 1
+  record.open_until = now + open_for(record.openings, retry_after)
+end
+
+local function start_afresh()
+  start_window()
+  record.row, record.openings, record.ramp_since = 0, 0, nil
+  announce()
+end
+
+-- counting ------------------------------------------------------------------------------
+
+-- 0: admitted before the store knew this breaker; true for as long as it has not changed since.
+local function is_current(epoch)
+  return epoch == record.epoch or (epoch == 0 and record.epoch == record.first_epoch)
+end
+
+-- The first point of a run that trips, given one that does not and a later one that does.
+local function bisect(sums, outcome, calm, tripped)
+  while tripped - calm > 1 do
+    local middle = math.floor((calm + tripped) / 2)
+    if rate_trips(plus(sums, outcome, middle)) then
+      tripped = middle
+    else
+      calm = middle
+    end
+  end
+  return tripped
+end
+
+-- Which of `count` equal outcomes opens the breaker (1 for the first), or nil.
+local function trip_point(outcome, count)
+  local sums, point = figures(), count + 1
+  if rules.consecutive > 0 and outcome == 'FAILURE' then
+    point = math.min(point, math.max(1, rules.consecutive - record.row))
+  end
+  -- Within a run each rate only grows or only falls, so two looks tell whether it trips at all.
+  local first = math.max(1, rules.minimum_calls - sums.calls)
+  if first <= count and rate_trips(plus(sums, outcome, first)) then
+    point = math.min(point, first)
+  elseif first < count and rate_trips(plus(sums, outcome, count)) then
+    point = math.min(point, bisect(sums, outcome, first, count))
+  end
+  return point <= count and point or nil
+end
+
+local function count_calls(outcome, count)
+  if count < 1 then
+    return
+  end
+  dirty = true
+  window_add(outcome, count)
+  if outcome == 'FAILURE' then
+    record.row = record.row + count
+    record.total_failures = record.total_failures + count
+  else
+    record.row = 0
+    record.last_success_at = now
+  end
+end
+
+local function with_cause(reason, cause)
+  return cause == '' and reason or reason .. ', last: ' .. cause
+end
+
+-- Why the breaker trips now, in words.
+local function why(cause)
+  local sums = figures()
+  local rate = rate_trips(sums)
+  if not rate then
+    return with_cause(integer(record.row) .. ' consecutive failures', cause)
+  end
+  local part = rate == 'failure' and sums.failures or sums.slow
+  local percent = math.floor((200 * part + sums.calls) / (2 * sums.calls))
+  local reason = rate .. ' rate ' .. integer(percent) .. ' % of ' .. integer(sums.calls) .. ' calls'
+  return rate == 'failure' and with_cause(reason, cause) or reason
+end
+
+local function trip(cause, retry_after)
+  local reason = why(cause)
+  if record.state == 'CLOSED' then
+    open(reason, '', retry_after)
+  else
+    record.would_open = 1
+    announce()
+    tell('SHADOW', reason, '')
+  end
+end
+
+local function report_run(outcome, count, cause, retry_after)
+  local tripped_at = record.would_open == 0 and trip_point(outcome, count) or nil
+  count_calls(outcome, tripped_at or count)
+  if tripped_at then
+    trip(cause, retry_after)
+    if COUNTING[record.state] then
+      count_calls(outcome, count - tripped_at)
+    end
+  end
+end
+
+-- trials --------------------------------------------------------------------------------
+
+local function count_trial(outcome)
+  dirty = true
+  if outcome ~= 'FAILURE' then
+    record.last_success_at = now
+  end
+  if outcome == 'FAILURE' or (outcome == 'SLOW' and rules.slow_trial_fails) then
+    record.trial_failures = record.trial_failures + 1
+    record.total_failures = record.total_failures + 1
+  else
+    record.trial_successes = record.trial_successes + 1
+  end
+end
+
+-- Leave HALF_OPEN as soon as its trials have decided.
+local function judge(cause, retry_after)
+  local of_trials = ' of ' .. integer(rules.trial_calls) .. ' trials '
+  if record.trial_successes >= rules.needed then
+    enter('CLOSED', integer(record.trial_successes) .. of_trials .. 'succeeded', '')
+    record.ramp_since = now
+  elseif record.trial_failures > rules.trial_calls - rules.needed then
+    open(with_cause(integer(record.trial_failures) .. of_trials .. 'failed', cause), '', retry_after)
+  end
+end
+
+-- Count permits whose lease has run out: their holders died or hang.
+local function expire()
+  for holder, lease_end in pairs(trials) do
+    if lease_end <= now then
+      trials[holder] = nil
+      count_trial('FAILURE')
+    end
+  end
+  judge('permit expired')
+end
+
+-- Hand out a permit if one more trial can still matter. A denial changes nothing.
+local function grant(holder, lease)
+  if renew(holder, lease) then
+    return true
+  end
+  if live_trials() + record.trial_successes + record.trial_failures >= rules.trial_calls then
+    return false
+  end
+  trials[holder] = now + lease
+  dirty = true
+  return true
+end
+
+-- what callers ask for --------------------------------------------------------------------
+
+local function advance()
+  if record.state == 'OPEN' and now >= record.open_until then
+    enter('HALF_OPEN', 'open time is over', '')
+  elseif record.state == 'HALF_OPEN' then
+    expire()
+  end
+end
+
+local function acquire(holder, lease)
+  advance()
+  if record.state == 'HALF_OPEN' then
+    local granted = grant(holder, lease)
+    return granted, granted
+  end
+  return ADMITTING[record.state] == true, false
+end
+
+local function report(epoch, runs, cause, retry_after)
+  for _, run in ipairs(runs) do
+    if not COUNTING[record.state] or not is_current(epoch) then
+      return
+    end
+    if run[1] ~= 'IGNORED' and run[2] > 0 then
+      report_run(run[1], run[2], cause, retry_after)
+    end
+  end
+end
+
+local function settle(holder, outcome, epoch, cause, retry_after)
+  if record.state == 'HALF_OPEN' then
+    expire()
+  end
+  if record.state ~= 'HALF_OPEN' or epoch ~= record.epoch or not trials[holder] then
+    return
+  end
+  trials[holder] = nil
+  if outcome == 'IGNORED' then
+    announce()
+  else
+    count_trial(outcome)
+    judge(cause, retry_after)
+  end
+end
+
+local function command(verb, reason, actor)
+  if record.state == TARGETS[verb] then
+    if verb == 'reset' then
+      start_afresh()
+    end
+  elseif verb == 'trip' then
+    open(reason, actor)
+  else
+    enter(TARGETS[verb], reason, actor)
+    if verb == 'reset' then
+      record.openings = 0
+    end
+  end
+end

@@ -1,0 +1,11 @@
+-- settle(holder, outcome, evidence) -> JSON {snapshot, transition}
+-- Count the outcome of a trial and free its permit; without a live permit nothing.
+-- KEYS, ARGV 1..4: see state.lua
+-- ARGV  5 holder     of the permit
+--       6 outcome    SUCCESS, FAILURE, SLOW or IGNORED
+--       7 evidence   JSON {epoch, cause, retry_after: ms or absent}
+
+local evidence = cjson.decode(ARGV[7])
+load_breaker(true)
+settle(ARGV[5], ARGV[6], evidence.epoch, evidence.cause, evidence.retry_after)
+return answer()

@@ -1,0 +1,277 @@
+-- What the store keeps of one breaker: loading, the window, the figures, the answer, saving.
+-- core/record.py and core/window.py in Lua: same functions, same arithmetic; change the two together.
+-- Put, after now.lua and before rules.lua, in front of every script that decides about a breaker.
+--
+-- KEYS  1 state      hash         fields of core/record.py's Record, and the newest policy as JSON
+--       2 window     hash         slot -> "index calls failures slow latest" of one bucket
+--       3 trials     sorted set   holder of a permit -> end of its lease, ms
+--       4 deferred   sorted set   task id -> deferred at, ms
+--       5 deadlines  sorted set   task id -> end of its defer_for, ms
+-- ARGV  1 name       of the breaker
+--       2 channel    on which changes are published
+--       3 rules      JSON of core/record.py's Rules, as this caller declares them
+--       4 jitter     0.0 to 1.0
+--
+-- A script that fails keeps what it wrote before: all reading comes first, save() writes last.
+
+local STATE, WINDOW, TRIALS, DEFERRED, DEADLINES = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local NAME, CHANNEL, JITTER = ARGV[1], ARGV[2], tonumber(ARGV[4])
+local COUNTING = { CLOSED = true, SHADOW = true }
+local BUCKETS, SLOTS, MOST_GROWTH_STEPS = 10, 11, 1000
+local TEXTS = { 'state', 'reason', 'actor' }
+local NUMBERS = {
+  'epoch', 'first_epoch', 'version', 'since', 'openings', 'open_until', 'frozen_calls', 'frozen_failures',
+  'frozen_slow', 'row', 'trial_successes', 'trial_failures', 'last_success_at', 'total_failures', 'ramp_since',
+  'would_open',
+}
+
+local now = now_ms()
+local record, rules, window, trials -- loaded below
+local transition -- what the caller is told, at most one
+local changed = false -- the version has grown: others should hear of it
+local dirty = false -- the state has to be written
+local touched -- slot of the window that has to be written
+local cleared = false -- window and trials start empty
+
+-- tostring() would round a millisecond timestamp.
+local function integer(number)
+  return string.format('%.0f', number)
+end
+
+-- reading ---------------------------------------------------------------------------------------
+
+local function load_hash(key)
+  local flat, hash = redis.call('HGETALL', key), {}
+  for i = 1, #flat, 2 do
+    hash[flat[i]] = flat[i + 1]
+  end
+  return hash
+end
+
+local function load_record()
+  local stored = load_hash(STATE)
+  local loaded = { policy = stored.policy }
+  for _, field in ipairs(TEXTS) do
+    loaded[field] = stored[field] or ''
+  end
+  for _, field in ipairs(NUMBERS) do
+    loaded[field] = tonumber(stored[field])
+  end
+  return stored.state and loaded
+end
+
+-- Epoch and version start from the clock: see Record.created. Epoch 0 is for a look at an unknown breaker.
+local function new_record(epoch)
+  return {
+    state = 'CLOSED', reason = '', actor = '', epoch = epoch, first_epoch = epoch, version = epoch, since = now,
+    openings = 0, frozen_calls = 0, frozen_failures = 0, frozen_slow = 0, row = 0, trial_successes = 0,
+    trial_failures = 0, total_failures = 0, would_open = 0,
+  }
+end
+
+-- The rules with the higher revision; of equal ones those declared last.
+local function newest_rules()
+  local declared = cjson.decode(ARGV[3])
+  if record.policy and record.policy ~= ARGV[3] then
+    local stored = cjson.decode(record.policy)
+    if stored.revision > declared.revision then
+      return stored
+    end
+  end
+  dirty = dirty or record.policy ~= ARGV[3]
+  record.policy = ARGV[3]
+  return declared
+end
+
+local function load_window()
+  local loaded = {}
+  for slot, text in pairs(load_hash(WINDOW)) do
+    local index, calls, failures, slow, latest = string.match(text, '(%d+) (%d+) (%d+) (%d+) (%d+)')
+    loaded[tonumber(slot)] = {
+      index = tonumber(index), calls = tonumber(calls), failures = tonumber(failures), slow = tonumber(slow),
+      latest = tonumber(latest),
+    }
+  end
+  return loaded
+end
+
+local function load_trials()
+  local flat, loaded = redis.call('ZRANGE', TRIALS, 0, -1, 'WITHSCORES'), {}
+  for i = 1, #flat, 2 do
+    loaded[flat[i]] = tonumber(flat[i + 1])
+  end
+  return loaded
+end
+
+-- creates: an unknown breaker comes into being (a decision), or is only looked at (a read).
+local function load_breaker(creates)
+  record = load_record()
+  if not record then
+    record = new_record(creates and now or 0)
+    dirty = true
+  end
+  rules = newest_rules()
+  window = COUNTING[record.state] and load_window() or {}
+  trials = record.state == 'HALF_OPEN' and load_trials() or {}
+end
+
+-- window.py ---------------------------------------------------------------------------------------
+
+local function plus(sums, outcome, count)
+  return {
+    calls = sums.calls + count,
+    failures = sums.failures + (outcome == 'FAILURE' and count or 0),
+    slow = sums.slow + (outcome == 'SLOW' and count or 0),
+  }
+end
+
+local function window_add(outcome, count)
+  local index = math.floor(now / math.ceil(rules.window / BUCKETS))
+  local slot = index % SLOTS
+  local bucket = window[slot]
+  if not bucket or bucket.index ~= index then
+    bucket = { calls = 0, failures = 0, slow = 0 }
+  end
+  bucket = plus(bucket, outcome, count)
+  bucket.index, bucket.latest = index, now
+  window[slot], touched = bucket, slot
+end
+
+local function window_totals()
+  local sums = { calls = 0, failures = 0, slow = 0 }
+  for _, bucket in pairs(window) do
+    if now - rules.window < bucket.latest and bucket.latest <= now + rules.window then
+      sums.calls = sums.calls + bucket.calls
+      sums.failures = sums.failures + bucket.failures
+      sums.slow = sums.slow + bucket.slow
+    end
+  end
+  return sums
+end
+
+-- record.py ---------------------------------------------------------------------------------------
+
+local function open_for(openings, retry_after)
+  local own = rules.open_time
+  for _ = 1, math.min(openings - 1, MOST_GROWTH_STEPS) do
+    own = own * rules.open_growth
+    if own >= rules.max_open_time then
+      break
+    end
+  end
+  local length = math.max(math.min(own, rules.max_open_time), math.min(retry_after or 0, rules.max_open_time))
+  return math.floor(length * (1 + rules.open_jitter * JITTER) + 0.5)
+end
+
+local function rate_trips(sums)
+  if sums.calls < rules.minimum_calls then
+    return nil
+  end
+  if sums.failures / sums.calls >= rules.failure_rate then
+    return 'failure'
+  end
+  return sums.slow / sums.calls >= rules.slow_rate and 'slow' or nil
+end
+
+local function figures()
+  if COUNTING[record.state] then
+    return window_totals()
+  end
+  return { calls = record.frozen_calls, failures = record.frozen_failures, slow = record.frozen_slow }
+end
+
+local function openings_left()
+  if record.state ~= 'CLOSED' then
+    return record.openings
+  end
+  return math.max(0, record.openings - math.floor(math.max(0, now - record.since) / rules.max_open_time))
+end
+
+local function live_trials()
+  local live = 0
+  for _, lease_end in pairs(trials) do
+    live = live + (lease_end > now and 1 or 0)
+  end
+  return live
+end
+
+local function renew(holder, lease)
+  local lease_end = trials[holder] or now
+  if lease_end <= now then
+    return false
+  end
+  trials[holder] = math.max(lease_end, now + lease)
+  dirty = true
+  return true
+end
+
+local function snapshot()
+  local sums = figures()
+  local oldest = redis.call('ZRANGE', DEFERRED, 0, 0, 'WITHSCORES')
+  local deadline = redis.call('ZRANGE', DEADLINES, 0, 0, 'WITHSCORES')
+  return {
+    name = NAME, state = record.state, epoch = record.epoch, version = record.version, now = now,
+    since = record.since, reason = record.reason, actor = record.actor, calls = sums.calls,
+    failures = sums.failures, slow = sums.slow, openings = openings_left(), open_until = record.open_until,
+    trials = live_trials(), last_success_at = record.last_success_at, total_failures = record.total_failures,
+    ramp_since = record.ramp_since, would_open = record.would_open == 1,
+    deferred = redis.call('ZCARD', DEFERRED), oldest_deferred_at = tonumber(oldest[2]),
+    next_deadline_at = tonumber(deadline[2]),
+  }
+end
+
+-- writing ---------------------------------------------------------------------------------------------
+
+local function save_record()
+  local fields = { 'policy', record.policy }
+  for _, field in ipairs(TEXTS) do
+    fields[#fields + 1] = field
+    fields[#fields + 1] = record[field]
+  end
+  for _, field in ipairs(NUMBERS) do
+    fields[#fields + 1] = field
+    fields[#fields + 1] = record[field] and integer(record[field]) or ''
+  end
+  redis.call('HSET', STATE, unpack(fields))
+end
+
+local function save_window()
+  local b = window[touched]
+  local text = string.format('%.0f %.0f %.0f %.0f %.0f', b.index, b.calls, b.failures, b.slow, b.latest)
+  redis.call('HSET', WINDOW, integer(touched), text)
+  redis.call('PEXPIRE', WINDOW, integer(2 * rules.window))
+end
+
+local function save_trials()
+  redis.call('DEL', TRIALS)
+  for holder, lease_end in pairs(trials) do
+    redis.call('ZADD', TRIALS, integer(lease_end), holder)
+  end
+end
+
+local function save()
+  if not dirty then
+    return
+  end
+  save_record()
+  if cleared then
+    redis.call('DEL', WINDOW, TRIALS)
+  end
+  if touched then
+    save_window()
+  end
+  if record.state == 'HALF_OPEN' then
+    save_trials()
+  end
+end
+
+-- Write, publish, and return JSON: the snapshot, the transition if this caller made one, and `more`.
+local function answer(more)
+  local reply = more or {}
+  reply.snapshot, reply.transition = snapshot(), transition
+  save()
+  if changed then
+    redis.call('PUBLISH', CHANNEL, cjson.encode(reply.snapshot))
+  end
+  return cjson.encode(reply)
+end

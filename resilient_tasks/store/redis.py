@@ -1,0 +1,298 @@
+"""``RedisStore``: the breakers of a whole fleet, in one Redis or Valkey server.
+
+Each decision is one Lua script (``store/lua``), so it is atomic, made once, and on the server's
+clock. Here is only what surrounds them: arguments in, answers out.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import redis
+from redis.client import PubSub
+
+from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, State, Transition, Verb
+from resilient_tasks.core.record import Rules, brief, to_ms, to_seconds
+from resilient_tasks.errors import StoreError
+from resilient_tasks.store.base import Evidence, Pace, Spec
+from resilient_tasks.store.keys import Keys
+from resilient_tasks.store.local import MOST_REVOKED, REVOKED_FOR
+from resilient_tasks.store.server import Argument, Script, Server
+
+_PER_ROUND_TRIP = 500
+_DECISIONS = ("acquire", "record", "settle", "advance", "command")
+_OTHERS = (
+    "renew", "defer", "outstanding", "revoke", "put", "get", "take_tick", "leave_tick", "tick_completed", "tick_age",
+    "time",
+)  # fmt: skip
+
+
+class RedisStore:
+    """A store on a server that many processes share; safe to use from several threads, and after a fork.
+
+    Args:
+        url: ``redis://``, ``rediss://``, ``unix://``, ``valkey://`` or ``valkeys://``.
+        namespace: what keeps the keys of several applications on one server apart.
+        timeout: longest wait in seconds for a connection, and for a reply.
+        cooldown: seconds for which a server that did not answer is tried by one caller only.
+        clock: Lua text that defines ``now_ms()``, for tests that advance the time; ``None``: the server's.
+        client_options: more arguments for redis-py's connections, e.g. ``ssl_ca_certs``.
+
+    Raises:
+        ConfigurationError: the URL, an option or the namespace is of no use. No connection is made.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        namespace: str,
+        timeout: float = 0.5,
+        cooldown: float = 1.0,
+        clock: str | None = None,
+        **client_options: Any,
+    ) -> None:
+        self._keys = Keys(namespace)
+        self._server = Server(url, timeout=timeout, cooldown=cooldown, **client_options)
+        self._scripts = {name: Script.load("state", "rules", name, clock=clock) for name in _DECISIONS}
+        self._scripts.update({name: Script.load(name, clock=clock) for name in _OTHERS})
+        self._read = Script.load("state", "rules", "read", clock=clock)
+
+    def __repr__(self) -> str:
+        return f"RedisStore({self._server.address!r}, namespace={self._keys.namespace!r})"
+
+    def ping(self) -> float:
+        """Return the server's time in seconds, which shows that it speaks Redis and runs scripts.
+
+        Raises:
+            StoreError: it does not, or it is away.
+        """
+        try:
+            return int(self._run("time", [])) / 1000
+        except StoreError as error:
+            if isinstance(error.__cause__, redis.ResponseError):
+                raise StoreError(f"{error}; it must run Lua scripts (EVAL, EVALSHA, TIME)") from error.__cause__
+            raise
+
+    # --- decisions --------------------------------------------------------------------------------
+
+    def read(self, specs: Sequence[Spec]) -> list[Snapshot]:
+        """Read breakers in one round trip, changing nothing. A breaker never seen before is CLOSED."""
+        calls = [(self._keys.breaker(spec.name), self._common(spec, 0.0)) for spec in specs]
+        chunks = [calls[start : start + _PER_ROUND_TRIP] for start in range(0, len(calls), _PER_ROUND_TRIP)]
+        replies = [reply for chunk in chunks for reply in self._server.run(partial(self._read.each, calls=chunk))]
+        return [_snapshot(json.loads(reply)["snapshot"]) for reply in replies]
+
+    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0) -> Grant:
+        """Ask to make one call; see :meth:`Store.acquire`."""
+        reply = self._decide("acquire", spec, jitter, holder, to_ms(lease))
+        return Grant(reply["admitted"], reply["trial"], _snapshot(reply["snapshot"]), _transition(reply))
+
+    def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
+        """Lengthen live permits to ``lease`` seconds from now. False: the permit is no longer held."""
+        trials = self._keys.breaker(name).trials
+        return [bool(renewed) for renewed in self._run("renew", [trials], to_ms(lease), *holders)]
+
+    def record(self, spec: Spec, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
+        """Count outcomes of calls that needed no permit; open the breaker if that trips it."""
+        return _answer(self._decide("record", spec, jitter, _evidence(evidence)))
+
+    def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
+        """Count the outcome of a trial and free its permit. Without a live permit it changes nothing."""
+        return _answer(self._decide("settle", spec, jitter, holder, outcome.value, _evidence(evidence)))
+
+    def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:
+        """Do what time has made due: expired permits become failures, OPEN becomes HALF_OPEN."""
+        return _answer(self._decide("advance", spec, jitter))
+
+    def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
+        """Carry out an operator's verb. A verb that leads to the present state makes no transition."""
+        return _answer(self._decide("command", spec, jitter, verb.value, brief(reason), brief(actor)))
+
+    # --- deferred tasks -----------------------------------------------------------------------------
+
+    def add_deferred(self, name: str, task_id: str, *, deadline: float | None = None) -> None:
+        """Index a deferred task. ``deadline``: store time at which its ``defer_for`` ends."""
+        keys = self._keys.breaker(name)
+        self._run("defer", [keys.deferred, keys.deadlines], task_id, "" if deadline is None else to_ms(deadline))
+
+    def remove_deferred(self, name: str, task_ids: Iterable[str]) -> None:
+        """Forget deferred tasks that were resumed, dead-lettered or dropped."""
+        keys, ids = self._keys.breaker(name), list(task_ids)
+
+        def remove(client: redis.Redis) -> None:
+            with client.pipeline(transaction=True) as pipeline:
+                for start in range(0, len(ids), _PER_ROUND_TRIP):
+                    some = ids[start : start + _PER_ROUND_TRIP]
+                    pipeline.zrem(keys.deferred, *some)
+                    pipeline.zrem(keys.deadlines, *some)
+                pipeline.execute()
+
+        if ids:
+            self._server.run(remove)
+
+    def clear_deferred(self, name: str) -> None:
+        """Forget all deferred tasks of a breaker, because its deferred queue is known to be empty."""
+        keys = self._keys.breaker(name)
+        self._server.run(lambda client: client.delete(keys.deferred, keys.deadlines))
+
+    def pace(self, name: str) -> Pace:
+        """Return the resume pace of a breaker."""
+        key = self._keys.pace(name)
+        names = ["batch", "failures_seen", "outstanding", "decided_at"]
+        fields = self._server.run(lambda client: client.hmget(key, names))
+        batch, failures_seen, outstanding = (int(field or 0) for field in fields[:3])
+        return Pace(batch, failures_seen, outstanding, float(fields[3] or 0))
+
+    def save_pace(self, name: str, pace: Pace) -> None:
+        """Keep ``pace``, but for ``outstanding``, which is only moved by the methods below."""
+        key = self._keys.pace(name)
+        fields = {"batch": pace.batch, "failures_seen": pace.failures_seen, "decided_at": pace.decided_at}
+        self._server.run(lambda client: client.hset(key, items=[item for field in fields.items() for item in field]))
+
+    def resumed(self, name: str, count: int) -> None:
+        """Add ``count`` to the resumed tasks that no worker has taken up yet."""
+        self._run("outstanding", [self._keys.pace(name)], count)
+
+    def taken_up(self, name: str, count: int) -> None:
+        """Take ``count`` off them again, never below 0."""
+        self._run("outstanding", [self._keys.pace(name)], -count)
+
+    def revoke(self, task_ids: Iterable[str]) -> None:
+        """Remember revoked task ids for seven days, the latest 50,000 of them."""
+        ids = list(task_ids)
+        for start in range(0, len(ids), _PER_ROUND_TRIP):
+            some = ids[start : start + _PER_ROUND_TRIP]
+            self._run("revoke", [self._keys.revoked], REVOKED_FOR, MOST_REVOKED, *some)
+
+    def revoked(self, task_ids: Sequence[str]) -> set[str]:
+        """Return those of ``task_ids`` that were revoked."""
+
+        def scores(client: redis.Redis) -> list[Any]:
+            with client.pipeline(transaction=False) as pipeline:
+                for task_id in task_ids:
+                    pipeline.zscore(self._keys.revoked, task_id)
+                return pipeline.execute()
+
+        if not task_ids:
+            return set()
+        return {task_id for task_id, at in zip(task_ids, self._server.run(scores), strict=True) if at is not None}
+
+    # --- small values -------------------------------------------------------------------------------
+
+    def put(self, kind: str, key: str, value: bytes, *, ttl: float) -> None:
+        """Keep a value for ``ttl`` seconds under ``(kind, key)``, with the time of writing."""
+        self._run("put", [self._keys.value(kind, key)], value, to_ms(ttl))
+
+    def get(self, kind: str, key: str) -> tuple[bytes, float] | None:
+        """Return ``(value, age in seconds)``, or None."""
+        reply = self._run("get", [self._keys.value(kind, key)])
+        return reply and (reply[0], reply[1] / 1000)
+
+    # --- the tick -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def tick_lease(self, holder: str, *, ttl: float) -> Iterator[bool]:
+        """Hold the one tick lease while in the context; False when somebody else has it."""
+        token = f"{holder}:{uuid.uuid4().hex}"
+        held = bool(self._run("take_tick", [self._keys.tick], token, to_ms(ttl)))
+        try:
+            yield held
+        finally:
+            if held:
+                with suppress(StoreError):  # then it runs out by itself
+                    self._run("leave_tick", [self._keys.tick], token)
+
+    def tick_completed(self) -> None:
+        """Note that a tick has run to its end."""
+        self._run("tick_completed", [self._keys.tick])
+
+    def last_tick_age(self) -> float | None:
+        """Seconds since a tick last ran to its end; None if never."""
+        return to_seconds(self._run("tick_age", [self._keys.tick]))
+
+    # --- changes --------------------------------------------------------------------------------------
+
+    def changes(self, *, timeout: float) -> Iterator[Snapshot | None]:
+        """Yield None as soon as it listens, then states as they change; None after ``timeout`` s of silence.
+
+        Whoever reads all breakers at the first None misses nothing in between.
+        """
+        with closing(self._server.run(self._subscribe)) as subscription:
+            yield None
+            while True:
+                with self._server.errors_translated():
+                    message = subscription.get_message(ignore_subscribe_messages=True, timeout=timeout)
+                yield message and _published(message["data"])
+
+    def close(self) -> None:
+        """Close connections. The store may be used again and reconnects."""
+        self._server.close()
+
+    # --- inside ---------------------------------------------------------------------------------------
+
+    def _run(self, script: str, keys: Sequence[str], *args: Argument) -> Any:
+        return self._server.run(lambda client: self._scripts[script](client, keys, *args))
+
+    def _decide(self, script: str, spec: Spec, jitter: float, *args: Argument) -> dict[str, Any]:
+        reply = self._run(script, self._keys.breaker(spec.name), *self._common(spec, jitter), *args)
+        decoded: dict[str, Any] = json.loads(reply)
+        return decoded
+
+    def _common(self, spec: Spec, jitter: float) -> tuple[Argument, ...]:
+        rules = json.dumps(Rules.of(spec.policy, spec.revision)._asdict())
+        return (spec.name, self._keys.changes, rules, jitter)
+
+    def _subscribe(self, client: redis.Redis) -> PubSub:
+        subscription: PubSub = client.pubsub()  # type: ignore[no-untyped-call]
+        try:
+            subscription.subscribe(self._keys.changes)
+            subscription.parse_response()  # type: ignore[no-untyped-call] # the confirmation: nothing is missed from here
+        except BaseException:
+            subscription.close()
+            raise
+        return subscription
+
+
+def _evidence(evidence: Evidence) -> str:
+    fields: dict[str, Any] = {
+        "epoch": evidence.epoch,
+        "runs": [[outcome.value, count] for outcome, count in evidence.runs],
+        "cause": brief(evidence.cause),
+    }
+    if evidence.retry_after is not None:
+        fields["retry_after"] = to_ms(evidence.retry_after)
+    return json.dumps(fields)
+
+
+def _answer(reply: dict[str, Any]) -> Answer:
+    return Answer(_snapshot(reply["snapshot"]), _transition(reply))
+
+
+_TIMES = ("now", "since", "open_until", "last_success_at", "ramp_since", "oldest_deferred_at", "next_deadline_at")
+
+
+def _snapshot(fields: dict[str, Any]) -> Snapshot:
+    times = {name: to_seconds(fields[name]) for name in _TIMES if name in fields}
+    return Snapshot(**{**fields, **times, "state": State(fields["state"])})
+
+
+def _transition(reply: dict[str, Any]) -> Transition | None:
+    fields = reply.get("transition")
+    if fields is None:
+        return None
+    states = {name: State(fields[name]) for name in ("previous", "state")}
+    return Transition(**{**fields, **states, "at": fields["at"] / 1000})
+
+
+def _published(data: bytes) -> Snapshot | None:
+    """Return the snapshot in a message; None for one that is not ours, which the next read makes up for."""
+    try:
+        return _snapshot(json.loads(data))
+    except (ValueError, KeyError, TypeError):
+        return None
