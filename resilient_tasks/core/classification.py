@@ -65,7 +65,15 @@ _BLAMES_DEPENDENCY: dict[str, frozenset[str]] = {
     "socket": frozenset({"gaierror", "herror"}),
     "ssl": frozenset({"SSLError"}),
     "urllib3": frozenset(
-        {"IncompleteRead", "MaxRetryError", "NewConnectionError", "ProtocolError", "ProxyError", "SSLError", "TimeoutError"}
+        {
+            "IncompleteRead",
+            "MaxRetryError",
+            "NewConnectionError",
+            "ProtocolError",
+            "ProxyError",
+            "SSLError",
+            "TimeoutError",
+        }
     ),
     "valkey": frozenset({"ConnectionError", "TimeoutError"}),
 }
@@ -81,16 +89,21 @@ _CONTROL_FLOW: dict[str, frozenset[str]] = {
     "celery": frozenset({"Ignore", "Reject", "Retry"}),
 }
 
-_NETWORK_ERRNOS = frozenset(
-    number
-    for name in (
-        "ECONNABORTED ECONNREFUSED ECONNRESET EHOSTDOWN EHOSTUNREACH ENETDOWN ENETRESET ENETUNREACH ENOTCONN EPIPE "
-        "ESHUTDOWN ETIMEDOUT"
-    ).split()
-    if (number := getattr(errno, name, None)) is not None
-)
+_NETWORK_ERRORS = (
+    "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN",
+    "ENETRESET", "ENETUNREACH", "ENOTCONN", "EPIPE", "ESHUTDOWN", "ETIMEDOUT",
+)  # fmt: skip
+_NETWORK_ERRNOS = {getattr(errno, name) for name in _NETWORK_ERRORS if hasattr(errno, name)}  # not all exist everywhere
 
-_MISTAKES_IN_CODE = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, NotImplementedError, TypeError)
+_MISTAKES_IN_CODE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+)
 _STATUS_ATTRIBUTES = ("status_code", "status", "http_status")
 _SMTP_TRY_LATER = frozenset({421, 451, 452, 454})
 _WRAPPED_AT_MOST = 3
@@ -145,8 +158,8 @@ def _outcome(
                 return Outcome.FAILURE
         asked = policy_classify
         return Outcome(policy_classify(exc))
-    except Exception:
-        _log_once(asked)
+    except Exception as error:  # noqa: BLE001  a user's function may raise anything; it must not mask the task's own
+        _log_once(asked, error)
         return Outcome.IGNORED
 
 
@@ -157,10 +170,10 @@ def _matches(matcher: Any, exc: BaseException) -> bool:
 _logged: set[int] = set()
 
 
-def _log_once(function: object) -> None:
+def _log_once(function: object, error: Exception) -> None:
     if id(function) not in _logged:
         _logged.add(id(function))
-        logger.exception("%r cannot classify this exception; such calls say nothing about their dependency", function)
+        logger.error("%r failed; calls that it cannot classify say nothing", function, exc_info=error)
 
 
 # --- which exception speaks --------------------------------------------------------------------------
@@ -240,9 +253,7 @@ def _is_network_error(exc: BaseException) -> bool:
 
 
 def _is_one_of(exc: BaseException, names_by_package: dict[str, frozenset[str]]) -> bool:
-    return any(
-        cls.__name__ in names_by_package.get(cls.__module__.partition(".")[0], ()) for cls in type(exc).__mro__
-    )
+    return any(cls.__name__ in names_by_package.get(cls.__module__.partition(".")[0], ()) for cls in type(exc).__mro__)
 
 
 def _status(exc: BaseException) -> int | None:
@@ -299,7 +310,7 @@ def _header(headers: Any, name: str) -> str | None:
     for spelling in (name, name.lower()):
         try:
             value = headers.get(spelling)
-        except Exception:
+        except Exception:  # noqa: BLE001  whatever they are, these are no headers
             return None
         if isinstance(value, (str, int, float)):
             return str(value).strip()
@@ -316,5 +327,5 @@ def _timestamp(date: str | None) -> float | None:
 def _attribute(source: object, name: str) -> Any:
     try:
         return getattr(source, name, None)
-    except Exception:  # a property may raise anything, e.g. httpx's RuntimeError for a missing request
+    except Exception:  # noqa: BLE001  a property may raise anything
         return None

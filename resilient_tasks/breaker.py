@@ -1,0 +1,218 @@
+"""``Breaker``: what users hold in their hands. It guards calls, registers a probe, and carries an operator's verbs."""
+
+from __future__ import annotations
+
+import functools
+import getpass
+import inspect
+import math
+import re
+import socket
+from collections.abc import Callable, Coroutine
+from time import perf_counter
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+
+from resilient_tasks.core.classification import Verdict
+from resilient_tasks.core.model import Outcome, Snapshot, Verb
+from resilient_tasks.errors import ConfigurationError
+from resilient_tasks.guard import _NO_PERMIT, Guard, Guarded, TaskScope, task_scope
+from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.store.base import Spec
+
+if TYPE_CHECKING:
+    from resilient_tasks.fleet import Fleet
+
+__all__ = ["Breaker", "TaskScope", "task_scope"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+NAME_RULE = "1 to 100 letters, digits, '_', '.' and '-', beginning with a letter or a digit"
+PROBE_TIMEOUT = 10.0  # seconds
+
+
+class Breaker(Guarded):
+    """The circuit breaker of one dependency, shared by all processes that use its name.
+
+    ``Resilience.breaker()`` makes it. Use it as a decorator, by :meth:`guard` or by :meth:`call`.
+
+    Args:
+        name: letters, digits, ``_``, ``.`` and ``-``; it becomes part of keys and queue names.
+        policy: when it opens, for how long, and how it heals.
+        fleet: returns this process's ``Fleet``; called on first use.
+        revision: orders declarations of one name across a rolling deploy; the highest one counts.
+
+    Attributes:
+        probe_function: what :meth:`probe` registered; None if nothing.
+        probe_timeout: seconds that it may take.
+
+    Raises:
+        ConfigurationError: the name is not allowed.
+    """
+
+    def __init__(
+        self, name: str, policy: BreakerPolicy | None = None, *, fleet: Callable[[], Fleet], revision: int = 0
+    ) -> None:
+        if not NAME.fullmatch(str(name)):
+            raise ConfigurationError(f"breaker name {name!r}: allowed is {NAME_RULE}")
+        super().__init__(Spec(name, policy or BreakerPolicy(), revision), fleet)
+        self.probe_function: Callable[[], Any] | None = None
+        self.probe_timeout = PROBE_TIMEOUT
+
+    def __repr__(self) -> str:
+        return f"<Breaker {self.name!r}>"
+
+    def snapshot(self) -> Snapshot:
+        """Read the breaker with its figures from the store."""
+        fleet = self.fleet
+        asked = fleet.view.asking()
+        snapshot = fleet.store.read([self.spec])[0]
+        fleet.view.update(snapshot, asked)
+        return snapshot
+
+    # --- guarded calls ----------------------------------------------------------------------------
+
+    def guard(self) -> Guard:
+        """Return a context manager for one guarded call, for ``with`` and ``async with``.
+
+        Entering it raises :class:`BreakerOpenError` when the breaker refuses; the body does not run then.
+        """
+        return Guard(self)
+
+    def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call ``fn`` under guard and return what it returns; for a coroutine function something to await.
+
+        Raises:
+            BreakerOpenError: the breaker refuses; ``fn`` does not run.
+        """
+        standing = self._standing
+        if not standing.admits or self._is_timed or self._view.is_behind:
+            return self._call_with_care(fn, args, kwargs)
+        epoch = standing.epoch
+        try:
+            result = fn(*args, **kwargs)
+        except BaseException as exc:
+            self._wait(self._failed(epoch, _NO_PERMIT, exc))
+            raise
+        if type(result) is CoroutineType:
+            return self._await(result)
+        standing.pending.append(epoch)
+        if not standing.scheduled:
+            self._reporter.schedule(standing)
+        if (scope := task_scope.get()) is not None:
+            scope.replaced(self.spec.name)
+        return result
+
+    def _call_with_care(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if inspect.iscoroutinefunction(fn):
+            return self._await(fn(*args, **kwargs))
+        epoch, holder = self._admit()
+        started = perf_counter()
+        try:
+            result = fn(*args, **kwargs)
+        except BaseException as exc:
+            self._wait(self._failed(epoch, holder, exc))
+            raise
+        if type(result) is CoroutineType:  # nothing has happened yet: it is admitted when it is awaited
+            self._wait(self._finished(epoch, holder, Verdict(Outcome.IGNORED)))
+            return self._await(result)
+        self._wait(self._succeeded(epoch, holder, perf_counter() - started))
+        return result
+
+    async def _await(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        try:
+            async with self.guard():
+                return await coroutine
+        finally:
+            coroutine.close()  # it has not even begun if the breaker refused
+
+    def __call__(self, fn: _F) -> _F:
+        """Decorate a function or a coroutine function: each call of it is a guarded call.
+
+        Raises:
+            ConfigurationError: ``fn`` is a generator function; its body would run outside the guard.
+        """
+        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+            raise ConfigurationError(f"breaker {self.name!r} cannot guard the generator {fn!r}: use guard() inside it")
+        if inspect.iscoroutinefunction(fn):
+
+            @functools.wraps(fn)
+            async def guarded_coroutine(*args: Any, **kwargs: Any) -> Any:
+                async with self.guard():
+                    return await fn(*args, **kwargs)
+
+            return cast("_F", guarded_coroutine)
+
+        @functools.wraps(fn)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            return self.call(fn, *args, **kwargs)
+
+        return cast("_F", guarded)
+
+    # --- probe ------------------------------------------------------------------------------------
+
+    @overload
+    def probe(self, fn: _F, /) -> _F: ...
+
+    @overload
+    def probe(self, /, *, timeout: float = PROBE_TIMEOUT) -> Callable[[_F], _F]: ...
+
+    def probe(self, fn: Any = None, /, *, timeout: float = PROBE_TIMEOUT) -> Any:
+        """Register the health check that stands in for a trial: ``@payments.probe``, ``@payments.probe(timeout=5)``.
+
+        It succeeds by returning; what it raises is judged like the exception of a guarded call.
+
+        Args:
+            fn: a function or coroutine function without arguments.
+            timeout: longest time in seconds that it may take.
+
+        Raises:
+            ConfigurationError: the breaker has a probe already, or the timeout is not positive.
+        """
+        if not 0 < timeout < math.inf:
+            raise ConfigurationError(f"probe timeout={timeout!r}: allowed is a positive number of seconds")
+        if fn is None:
+            return functools.partial(self._register_probe, timeout)
+        return self._register_probe(timeout, fn)
+
+    def _register_probe(self, timeout: float, fn: _F) -> _F:
+        known = self.probe_function
+        if known is not None and known is not fn:
+            raise ConfigurationError(f"breaker {self.name!r} has the probe {known!r} already; {fn!r} is one too many")
+        self.probe_function, self.probe_timeout = fn, timeout
+        return fn
+
+    # --- the operator's verbs ---------------------------------------------------------------------
+
+    def trip(self, reason: str = "", *, actor: str | None = None) -> Snapshot:
+        """Open the breaker as if it had tripped. Raises ``StoreError`` if the store is away, like all verbs."""
+        return self._command(Verb.TRIP, reason, actor)
+
+    def isolate(self, reason: str = "", *, actor: str | None = None) -> Snapshot:
+        """Refuse all calls, probes too, until :meth:`reset`."""
+        return self._command(Verb.ISOLATE, reason, actor)
+
+    def disable(self, reason: str = "", *, actor: str | None = None) -> Snapshot:
+        """Admit all calls and count nothing, until :meth:`reset`."""
+        return self._command(Verb.DISABLE, reason, actor)
+
+    def shadow(self, reason: str = "", *, actor: str | None = None) -> Snapshot:
+        """Admit all calls, count, and tell once when the breaker would have opened, until :meth:`reset`."""
+        return self._command(Verb.SHADOW, reason, actor)
+
+    def reset(self, reason: str = "", *, actor: str | None = None) -> Snapshot:
+        """Close the breaker, with an empty window."""
+        return self._command(Verb.RESET, reason, actor)
+
+    def _command(self, verb: Verb, reason: str, actor: str | None) -> Snapshot:
+        return self.fleet.command(self.spec, verb, reason, _this_user() if actor is None else actor)
+
+
+@functools.lru_cache(maxsize=1)
+def _this_user() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, ImportError, OSError):  # a container's user may have no name
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"

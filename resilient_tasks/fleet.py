@@ -1,0 +1,93 @@
+"""``Fleet``: this process's membership in the fleet that shares its breakers.
+
+It ties together the store, this process's view of it and the reporter, and is all that a ``Breaker``
+knows of the world. The composition root makes one per process, when the store's address is known.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+
+from resilient_tasks.core.model import Answer, Grant, Snapshot, Transition, Verb
+from resilient_tasks.store.base import Spec, Store
+from resilient_tasks.store.failover import FailoverStore
+from resilient_tasks.store.reports import LEASE, Reporter
+from resilient_tasks.store.view import Standing, View
+
+logger = logging.getLogger(__name__)
+
+
+def _tell_nobody(transition: Transition) -> None:
+    """Stand in for an announcer where nobody listens."""
+
+
+class Fleet:
+    """Store, view and reporter of this process.
+
+    Args:
+        store: the shared store; decisions fall back to a local one while it is away.
+        announce: is told each transition that this process has made; what it raises is logged.
+    """
+
+    def __init__(self, store: Store, *, announce: Callable[[Transition], None] = _tell_nobody) -> None:
+        self.store = store if isinstance(store, FailoverStore) else FailoverStore(store)
+        self.view = View(self.store)
+        self.reporter = Reporter(self.store, self.view, self.announce)
+        self._announce = announce
+
+    def declare(self, spec: Spec) -> Standing:
+        """Make a breaker known to this process, without I/O."""
+        return self.view.declare(spec)
+
+    def join(self, spec: Spec) -> Standing:
+        """Declare a breaker that is about to be used: read it once and keep the view fresh from now on."""
+        standing = self.declare(spec)
+        if not standing.known:
+            self.view.refresh()
+        self.view.follow()
+        return standing
+
+    def acquire(self, spec: Spec, holder: str, *, lease: float = LEASE) -> Grant:
+        """Ask the store for admission; a denial is remembered for a while. Never raises ``StoreError``."""
+        asked = self.view.asking()
+        grant = self.store.acquire(spec, holder, lease=lease, jitter=random.random())
+        self.learn(grant, asked)
+        if not grant.admitted:
+            self.view.standing(spec.name).deny()
+        return grant
+
+    def command(self, spec: Spec, verb: Verb, reason: str, actor: str) -> Snapshot:
+        """Carry out an operator's verb and return the state that it led to.
+
+        Raises:
+            StoreError: the store is away; nothing has changed.
+        """
+        asked = self.view.asking()
+        answer = self.store.command(spec, verb, reason=reason, actor=actor, jitter=random.random())
+        self.learn(answer, asked)
+        return answer.snapshot
+
+    def learn(self, answer: Answer | Grant, asked: int | None = None) -> None:
+        """Update the view by a store's answer, and announce the transition that it brought about."""
+        self.view.update(answer.snapshot, asked)
+        if answer.transition is not None:
+            self.announce(answer.transition)
+
+    def announce(self, transition: Transition) -> None:
+        """Tell of a transition; a listener that raises harms nobody."""
+        try:
+            self._announce(transition)
+        except Exception:
+            logger.exception("a listener failed on the transition of breaker %s", transition.name)
+
+    def become_child(self) -> None:
+        """Called in each child of a prefork pool: watch the main process instead of the store."""
+        self.view.become_child()
+
+    def close(self) -> None:
+        """Send what waits, bounded, and let go of threads and connections. Using the fleet revives it."""
+        self.reporter.close()
+        self.view.stop()
+        self.store.close()

@@ -1,0 +1,301 @@
+"""Guarding calls: how one is admitted, and what becomes of its outcome.
+
+In CLOSED a guarded call costs no I/O: admission reads this process's view, the outcome goes to the
+reporter. Only when the breaker is not CLOSED may a call ask the store, for a permit to make a trial.
+No lock is held while the user's code runs, and the exception that it raises always reaches the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import uuid
+from collections.abc import Callable
+from contextvars import ContextVar
+from time import perf_counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+from resilient_tasks.core.classification import Verdict, judge
+from resilient_tasks.core.model import Grant, Outcome, State
+from resilient_tasks.errors import BreakerOpenError
+from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.store.base import Spec
+from resilient_tasks.store.reports import LEASE, Reporter
+from resilient_tasks.store.view import Standing, View
+
+if TYPE_CHECKING:
+    from resilient_tasks.fleet import Fleet
+
+# ruff: noqa: SLF001  Guard and Guarded are two halves of one thing
+
+PATIENCE = 0.25  # seconds a failed call may wait until its failure is counted, so that the next call sees the effect
+TRIAL_PATIENCE = 1.0  # seconds a trial may wait until it is settled, for the same reason
+_GLANCE = 0.001  # seconds between two looks of a coroutine at its report
+_NO_PERMIT = ""
+_PERMIT_OF_TASK = "task"  # the call is part of a trial that the task around it answers for
+
+_Pass = tuple[int, str]  # an admitted call: its epoch, and the holder of its permit
+
+
+class TaskScope(Protocol):
+    """The run of a guarded task around a guard; the task layer puts it into :data:`task_scope`."""
+
+    def replaced(self, breaker: str) -> None:
+        """Take note that a guard inside has reported for ``breaker``: the task as a whole need not."""
+
+    def is_trial(self, breaker: str) -> bool:
+        """Whether the run holds a permit of ``breaker``: guards inside are part of that one trial."""
+
+
+task_scope: ContextVar[TaskScope | None] = ContextVar("resilient_tasks_scope", default=None)
+
+
+class Guarded:
+    """A dependency as this process calls it: the half of a ``Breaker`` that admits calls and reports outcomes.
+
+    It is made at import time, before anybody knows where the store is, so it finds its fleet on first use.
+
+    Args:
+        spec: the breaker as this process declares it.
+        fleet: returns this process's ``Fleet``.
+    """
+
+    _view: View
+    _reporter: Reporter
+
+    def __init__(self, spec: Spec, fleet: Callable[[], Fleet]) -> None:
+        self.spec = spec
+        self._find_fleet = fleet
+        self._joined: Fleet | None = None
+        self._standing = _NOWHERE
+        self._is_timed = spec.policy.slow_call_duration is not None
+        self._slow_after = math.inf if spec.policy.slow_call_duration is None else spec.policy.slow_call_duration
+
+    @property
+    def name(self) -> str:
+        """Name of the breaker."""
+        return self.spec.name
+
+    @property
+    def policy(self) -> BreakerPolicy:
+        """The policy as this process declares it."""
+        return self.spec.policy
+
+    # --- membership -------------------------------------------------------------------------------
+
+    @property
+    def fleet(self) -> Fleet:
+        """This process's fleet; on first use the breaker's state is read from the store."""
+        if self._joined is None:
+            fleet = self._find_fleet()
+            self._view, self._reporter = fleet.view, fleet.reporter
+            self._standing = fleet.join(self.spec)
+            self._joined = fleet
+        return self._joined
+
+    def detach(self) -> None:
+        """Forget the fleet; the next use finds it anew."""
+        self._joined = None
+        self._standing = _NOWHERE
+
+    # --- state ------------------------------------------------------------------------------------
+
+    @property
+    def standing(self) -> Standing:
+        """The breaker as this process sees it."""
+        self.fleet.view.catch_up()
+        return self._standing
+
+    @property
+    def state(self) -> State:
+        """State of the breaker as this process sees it."""
+        return self.standing.snapshot.state
+
+    @property
+    def admits(self) -> bool:
+        """Whether calls are admitted without asking the store."""
+        return self.standing.admits
+
+    @property
+    def trial_due(self) -> bool:
+        """Whether the next call may be a trial, as far as time goes."""
+        return self.standing.trial_due
+
+    def refusal(self) -> BreakerOpenError:
+        """Return the error that tells of a refusal at this moment."""
+        standing = self.standing
+        return BreakerOpenError(self.name, standing.snapshot.state.value, standing.retry_after)
+
+    # --- admission --------------------------------------------------------------------------------
+
+    def _admit(self) -> _Pass:
+        return self._admit_by_view() or self._ask_for_permit()
+
+    def _is_current(self) -> bool:
+        """Whether this process can answer without I/O."""
+        return self._joined is not None and not self._view.is_behind
+
+    def _admit_by_view(self) -> _Pass | None:
+        """Admit or refuse by what this process knows; None: the store must be asked for a permit."""
+        standing = self.standing
+        if standing.admits:
+            return standing.epoch, _NO_PERMIT
+        scope = task_scope.get()
+        if scope is not None and scope.is_trial(self.name):
+            return standing.epoch, _PERMIT_OF_TASK
+        if standing.refuses:
+            raise self.refusal()
+        return None
+
+    def _ask_for_permit(self) -> _Pass:
+        holder = uuid.uuid4().hex
+        grant = self.acquire(holder)
+        if not grant.admitted:
+            raise self.refusal()
+        if not grant.trial:
+            return grant.snapshot.epoch, _NO_PERMIT
+        self.hold(holder, self.policy.trial_timeout)
+        return grant.snapshot.epoch, holder
+
+    def acquire(self, holder: str, lease: float = LEASE) -> Grant:
+        """Ask the store for admission, in HALF_OPEN for a permit.
+
+        Args:
+            holder: who holds the permit; unique to the call.
+            lease: seconds after which the permit expires unless it is held or renewed.
+        """
+        return self.fleet.acquire(self.spec, holder, lease=lease)
+
+    def hold(self, holder: str, seconds: float) -> None:
+        """Renew a permit until it is settled, at most for so many seconds."""
+        fleet = self.fleet
+        fleet.reporter.hold(self.name, holder, fleet.view.clock() + seconds)
+
+    # --- outcomes ---------------------------------------------------------------------------------
+
+    def judge(self, exc: BaseException) -> Verdict:
+        """Tell what the exception that ended a call says about the dependency."""
+        policy = self.policy
+        return judge(policy.classify, policy.failures, policy.ignore, exc)
+
+    def outcome_of_success(self, seconds: float) -> Outcome:
+        """Return SUCCESS or, for a call that took too long, SLOW."""
+        return Outcome.SLOW if seconds > self._slow_after else Outcome.SUCCESS
+
+    def report(self, epoch: int, outcome: Outcome, cause: str = "", retry_after: float | None = None) -> int:
+        """Report a call that was admitted in ``epoch`` without a permit; see :meth:`Reporter.report`."""
+        return self.fleet.reporter.report(self._standing, epoch, outcome, cause, retry_after)
+
+    def settle(
+        self,
+        holder: str,
+        epoch: int,
+        outcome: Outcome,
+        cause: str = "",
+        retry_after: float | None = None,
+        *,
+        wait: bool = False,
+    ) -> int:
+        """Settle a trial; ``wait`` for the store's answer, bounded; see :meth:`Reporter.settle`."""
+        patience = TRIAL_PATIENCE if wait else 0.0
+        return self.fleet.reporter.settle(self.spec, holder, epoch, outcome, cause, retry_after, wait=patience)
+
+    def _succeeded(self, epoch: int, holder: str, seconds: float) -> int:
+        return self._finished(epoch, holder, Verdict(self.outcome_of_success(seconds)))
+
+    def _failed(self, epoch: int, holder: str, exc: BaseException) -> int:
+        return self._finished(epoch, holder, self.judge(exc))
+
+    def _finished(self, epoch: int, holder: str, verdict: Verdict) -> int:
+        """Report an admitted call; return a ticket to wait for, 0 if there is no hurry."""
+        if holder == _PERMIT_OF_TASK:
+            return 0
+        if (scope := task_scope.get()) is not None:
+            scope.replaced(self.name)
+        if holder:
+            return self.settle(holder, epoch, verdict.outcome, verdict.cause, verdict.retry_after)
+        return self.report(epoch, verdict.outcome, verdict.cause, verdict.retry_after)
+
+    def _wait(self, ticket: int) -> None:
+        if ticket:
+            self._reporter.wait(ticket, self._patience)
+
+    async def _wait_async(self, ticket: int) -> None:
+        give_up_at = perf_counter() + self._patience
+        # An event would have to cross over from the reporter's thread into each loop; failures are rare enough to look.
+        while not self._reporter.is_served(ticket) and perf_counter() < give_up_at:  # noqa: ASYNC110
+            await asyncio.sleep(_GLANCE)
+
+    @property
+    def _patience(self) -> float:
+        return PATIENCE if self._standing.admits else TRIAL_PATIENCE
+
+
+class Guard:
+    """One guarded call as a context manager; ``Breaker.guard()`` makes it. Not to be nested in itself."""
+
+    __slots__ = ("_breaker", "_epoch", "_holder", "_started")
+
+    def __init__(self, breaker: Guarded) -> None:
+        self._breaker = breaker
+
+    def __enter__(self) -> None:
+        breaker = self._breaker
+        standing = breaker._standing
+        if standing.admits and not breaker._view.is_behind:
+            self._epoch, self._holder = standing.epoch, _NO_PERMIT
+        else:
+            self._epoch, self._holder = breaker._admit()
+        self._started = perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        ticket = self._finish(exc)
+        if ticket:
+            self._breaker._wait(ticket)
+
+    async def __aenter__(self) -> None:
+        breaker = self._breaker
+        admitted = breaker._admit_by_view() if breaker._is_current() else None
+        self._epoch, self._holder = admitted or await self._admit_in_thread()
+        self._started = perf_counter()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        ticket = self._finish(exc)
+        if ticket:
+            await self._breaker._wait_async(ticket)
+
+    async def _admit_in_thread(self) -> _Pass:
+        """Ask the store without blocking the event loop."""
+        asking = asyncio.ensure_future(asyncio.to_thread(self._breaker._admit))
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            asking.add_done_callback(self._give_back)
+            raise
+
+    def _give_back(self, asking: asyncio.Future[_Pass]) -> None:
+        """Free the permit that came after its call had been cancelled."""
+        if not asking.cancelled() and asking.exception() is None:
+            epoch, holder = asking.result()
+            self._breaker._finished(epoch, holder, Verdict(Outcome.IGNORED))
+
+    def _finish(self, exc: BaseException | None) -> int:
+        breaker = self._breaker
+        if exc is not None:
+            return breaker._failed(self._epoch, self._holder, exc)
+        return breaker._succeeded(self._epoch, self._holder, perf_counter() - self._started)
+
+
+def _nowhere() -> Standing:
+    """Return a standing that admits nothing, for breakers that have not joined their fleet yet."""
+    standing = Standing(Spec("nowhere"), perf_counter)
+    standing.admits = False
+    return standing
+
+
+_NOWHERE = _nowhere()

@@ -1,0 +1,228 @@
+"""``FailoverStore``: the shared store while it answers, a local breaker while it does not.
+
+No task fails because the store is away. Decisions (reading, admitting, counting, settling) then fall to
+a ``LocalStore`` that goes on from the last state this process knew: OPEN is honoured until its deadline,
+what an operator has set stays set, counts begin anew. The first answer of the shared store ends that, and
+what was decided locally is forgotten.
+
+Everything that is not a decision (operator's verbs, the index of deferred tasks, values, the tick's lease)
+cannot be made up by one process: there a ``StoreError`` reaches the caller.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TypeVar
+
+from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, State, Verb
+from resilient_tasks.errors import StoreError
+from resilient_tasks.store.base import Evidence, Pace, Spec, Store
+from resilient_tasks.store.forking import renew_after_fork
+from resilient_tasks.store.local import LocalStore
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+class FailoverStore:
+    """A store whose decisions never raise ``StoreError``.
+
+    The delay of a decision is bounded by the shared store's own time limit and its fail-fast cooldown.
+
+    Args:
+        primary: the shared store.
+        local: decides while ``primary`` is away; by default one that runs on the shared store's clock,
+            as well as this process knows it.
+        clock: monotonic clock in seconds.
+    """
+
+    def __init__(
+        self, primary: Store, local: LocalStore | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._primary = primary
+        self._local = LocalStore(self._shared_time) if local is None else local
+        self._clock = clock
+        self._offset = time.time() - clock()
+        self._known: dict[str, Snapshot] = {}
+        self._adopted: set[str] = set()
+        self._away = False
+        self.after_fork()
+        renew_after_fork(self)
+
+    def __repr__(self) -> str:
+        return f"FailoverStore({self._primary!r})"
+
+    def after_fork(self) -> None:
+        """Replace the lock; the child goes on from what the parent knew."""
+        self._lock = threading.Lock()
+
+    @property
+    def away(self) -> bool:
+        """Whether the shared store did not answer when it was last asked for a decision."""
+        return self._away
+
+    # --- decisions ----------------------------------------------------------------------------------
+
+    def read(self, specs: Sequence[Spec]) -> list[Snapshot]:
+        """Read breakers; while the shared store is away, as this process's own breakers see them."""
+        return self._decide([spec.name for spec in specs], lambda store: store.read(specs), list)
+
+    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0) -> Grant:
+        """Ask to make one call; see :meth:`Store.acquire`."""
+        return self._decide(
+            [spec.name], lambda store: store.acquire(spec, holder, lease=lease, jitter=jitter), _snapshot_of
+        )
+
+    def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
+        """Lengthen live permits. While the shared store is away nobody can tell that one is lost."""
+        local = self._local if self._away else None
+        try:
+            return self._primary.renew(name, holders, lease=lease)
+        except StoreError as error:
+            self._leave(error)
+            if local is not None:
+                local.renew(name, holders, lease=lease)
+            return [True] * len(holders)
+
+    def record(self, spec: Spec, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
+        """Count outcomes of calls that needed no permit; see :meth:`Store.record`."""
+        return self._decide([spec.name], lambda store: store.record(spec, evidence, jitter=jitter), _snapshot_of)
+
+    def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
+        """Count the outcome of a trial and free its permit; see :meth:`Store.settle`."""
+        return self._decide(
+            [spec.name], lambda store: store.settle(spec, holder, outcome, evidence, jitter=jitter), _snapshot_of
+        )
+
+    def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:
+        """Do what time has made due; see :meth:`Store.advance`."""
+        return self._decide([spec.name], lambda store: store.advance(spec, jitter=jitter), _snapshot_of)
+
+    def _decide(
+        self, names: Sequence[str], ask: Callable[[Store], _T], snapshots_of: Callable[[_T], Iterable[Snapshot]]
+    ) -> _T:
+        try:
+            answer = ask(self._primary)
+        except StoreError as error:
+            self._leave(error)
+            self._adopt(names)
+            return ask(self._local)
+        self._return()
+        for snapshot in snapshots_of(answer):
+            self._note(snapshot)
+        return answer
+
+    def _note(self, snapshot: Snapshot) -> None:
+        self._known[snapshot.name] = snapshot
+        self._offset = snapshot.now - self._clock()
+        if self._adopted:
+            self._adopted.discard(snapshot.name)
+
+    def _adopt(self, names: Iterable[str]) -> None:
+        """Have the local store go on from what was last known, once per absence."""
+        with self._lock:
+            for name in names:
+                if name not in self._adopted:
+                    known = self._known.get(name) or Snapshot(name, State.CLOSED, 0, 0, now=0.0, since=0.0)
+                    self._local.adopt(replace(known, now=self._shared_time()))
+                    self._adopted.add(name)
+
+    def _shared_time(self) -> float:
+        return self._clock() + self._offset
+
+    def _leave(self, error: StoreError) -> None:
+        if not self._away:
+            self._away = True
+            logger.warning("the shared store is away, this process decides for itself: %s", error)
+
+    def _return(self) -> None:
+        if self._away:
+            with self._lock:
+                self._away = False
+                self._adopted.clear()
+            logger.warning("the shared store answers again")
+
+    # --- what only the shared store can do ------------------------------------------------------------
+
+    def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
+        """Carry out an operator's verb; see :meth:`Store.command`."""
+        answer = self._primary.command(spec, verb, reason=reason, actor=actor, jitter=jitter)
+        self._note(answer.snapshot)
+        return answer
+
+    def changes(self, *, timeout: float) -> Iterator[Snapshot | None]:
+        """Yield states as others change them; see :meth:`Store.changes`."""
+        for snapshot in self._primary.changes(timeout=timeout):
+            if snapshot is not None:
+                self._note(snapshot)
+            yield snapshot
+
+    def add_deferred(self, name: str, task_id: str, *, deadline: float | None = None) -> None:
+        """Index a deferred task; see :meth:`Store.add_deferred`."""
+        self._primary.add_deferred(name, task_id, deadline=deadline)
+
+    def remove_deferred(self, name: str, task_ids: Iterable[str]) -> None:
+        """Forget deferred tasks; see :meth:`Store.remove_deferred`."""
+        self._primary.remove_deferred(name, task_ids)
+
+    def clear_deferred(self, name: str) -> None:
+        """Forget all deferred tasks of a breaker; see :meth:`Store.clear_deferred`."""
+        self._primary.clear_deferred(name)
+
+    def pace(self, name: str) -> Pace:
+        """Return the resume pace of a breaker."""
+        return self._primary.pace(name)
+
+    def save_pace(self, name: str, pace: Pace) -> None:
+        """Keep the resume pace of a breaker; see :meth:`Store.save_pace`."""
+        self._primary.save_pace(name, pace)
+
+    def resumed(self, name: str, count: int) -> None:
+        """Add to the resumed tasks that no worker has taken up yet."""
+        self._primary.resumed(name, count)
+
+    def taken_up(self, name: str, count: int) -> None:
+        """Take ``count`` off them again."""
+        self._primary.taken_up(name, count)
+
+    def revoke(self, task_ids: Iterable[str]) -> None:
+        """Remember revoked task ids."""
+        self._primary.revoke(task_ids)
+
+    def revoked(self, task_ids: Sequence[str]) -> set[str]:
+        """Return those of ``task_ids`` that were revoked."""
+        return self._primary.revoked(task_ids)
+
+    def put(self, kind: str, key: str, value: bytes, *, ttl: float) -> None:
+        """Keep a value for ``ttl`` seconds."""
+        self._primary.put(kind, key, value, ttl=ttl)
+
+    def get(self, kind: str, key: str) -> tuple[bytes, float] | None:
+        """Return ``(value, age in seconds)``, or None."""
+        return self._primary.get(kind, key)
+
+    def tick_lease(self, holder: str, *, ttl: float) -> AbstractContextManager[bool]:
+        """Hold the one tick lease; see :meth:`Store.tick_lease`."""
+        return self._primary.tick_lease(holder, ttl=ttl)
+
+    def tick_completed(self) -> None:
+        """Note that a tick has run to its end."""
+        self._primary.tick_completed()
+
+    def last_tick_age(self) -> float | None:
+        """Seconds since a tick last ran to its end; None if never."""
+        return self._primary.last_tick_age()
+
+    def close(self) -> None:
+        """Close the connections of the shared store."""
+        self._primary.close()
+
+
+def _snapshot_of(answer: Answer | Grant) -> tuple[Snapshot]:
+    return (answer.snapshot,)

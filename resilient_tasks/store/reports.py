@@ -1,0 +1,388 @@
+"""Outcomes on their way to the store: noted by any thread without I/O, sent in batches by one.
+
+A success waits up to a tenth of a second for company, so that a busy process sends ten small messages
+a second per breaker however many calls it makes. A failure is sent at once, with the successes before
+it, because it may open the breaker. Whoever wants to know that a report has arrived (a caller whose
+next call should already see the breaker open) waits for the ticket that reporting returned.
+
+The same thread settles trials and renews their permits. Everything that waits is bounded: while the store
+is away the oldest outcomes are dropped and counted.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import random
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from itertools import groupby
+from typing import NamedTuple
+
+from resilient_tasks.core.model import Answer, Outcome, State, Transition
+from resilient_tasks.errors import StoreError
+from resilient_tasks.store.base import Evidence, Spec, Store
+from resilient_tasks.store.forking import renew_after_fork
+from resilient_tasks.store.view import Standing, View
+
+logger = logging.getLogger(__name__)
+
+LEASE = 5.0  # seconds; a permit whose holder dies is free after at most this long
+BATCH_INTERVAL = 0.1  # seconds between two reports of successes of one breaker
+EXIT_PATIENCE = 0.9  # seconds that the end of the process may wait for the last reports
+MOST_RUNS = 1_000  # per breaker, waiting for a store that is away
+_MOST_SETTLEMENTS = 10_000
+_NOTHING_URGENT = 0
+
+Announce = Callable[[Transition], None]
+
+
+class _Settlement(NamedTuple):
+    spec: Spec
+    holder: str
+    outcome: Outcome
+    evidence: Evidence
+    give_up_at: float  # the lease has run out by then: the store has settled it as a failure
+
+
+class _Batch:
+    """Outcomes of one epoch, run-length encoded, oldest first."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.runs: deque[tuple[Outcome, int]] = deque()
+        self.cause = ""
+        self.retry_after: float | None = None
+
+    def add(self, outcome: Outcome, count: int, cause: str, retry_after: float | None) -> None:
+        if self.runs and self.runs[-1][0] is outcome:
+            count += self.runs.pop()[1]
+        self.runs.append((outcome, count))
+        self.cause = cause or self.cause
+        if retry_after is not None:
+            self.retry_after = max(retry_after, self.retry_after or 0.0)
+
+    def drop_oldest(self) -> int:
+        """Return the number of outcomes dropped to stay within bounds."""
+        return sum(self.runs.popleft()[1] for _ in range(len(self.runs) - MOST_RUNS))
+
+    def evidence(self) -> Evidence:
+        return Evidence(self.epoch, tuple(self.runs), self.cause, self.retry_after)
+
+
+class _Outbox:
+    """What waits to be sent about one breaker; touched by the sending thread only, but for ``urgent``."""
+
+    def __init__(self, standing: Standing) -> None:
+        self.standing = standing
+        self.batches: list[_Batch] = []
+        self.urgent = False
+        self.due_at = 0.0
+
+    def collect(self) -> None:
+        """Move what is pending into batches; outcomes of an epoch that is over are worth nothing."""
+        pending = self.standing.pending
+        items = [pending.popleft() for _ in range(len(pending))]
+        for item, group in groupby(items):
+            epoch, outcome, cause, retry_after = item if isinstance(item, tuple) else (item, Outcome.SUCCESS, "", None)
+            self._batch(epoch).add(outcome, len(list(group)), cause, retry_after)
+        self.batches = [batch for batch in self.batches if self._is_current(batch)]
+
+    def _batch(self, epoch: int) -> _Batch:
+        if not self.batches or self.batches[-1].epoch != epoch:
+            self.batches.append(_Batch(epoch))
+        return self.batches[-1]
+
+    def _is_current(self, batch: _Batch) -> bool:
+        # epoch 0: admitted before the store had ever heard of this breaker; the store decides what it is worth
+        standing = self.standing
+        return standing.snapshot.state is not State.DISABLED and batch.epoch in (0, standing.epoch)
+
+
+class Reporter:
+    """Sends this process's outcomes to the store and keeps its permits alive.
+
+    Args:
+        store: where outcomes go.
+        view: learns from every answer.
+        announce: is told each transition that a report of this process has made.
+        clock: monotonic clock in seconds.
+    """
+
+    def __init__(
+        self, store: Store, view: View, announce: Announce, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.dropped = 0  # outcomes that were lost because the store was away for too long
+        self._store = store
+        self._view = view
+        self._announce = announce
+        self._clock = clock
+        self.after_fork()
+        renew_after_fork(self)
+        _reporters.add(self)
+
+    def after_fork(self) -> None:
+        """Start empty: what was pending at a fork is the parent's to send, its permits are the parent's to renew."""
+        self._condition = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._outboxes: dict[str, _Outbox] = {}
+        self._busy: dict[str, _Outbox] = {}
+        self._settlements: deque[_Settlement] = deque(maxlen=_MOST_SETTLEMENTS)
+        self._held: dict[tuple[str, str], float] = {}
+        self._renew_at = 0.0
+        self._asked = 0  # tickets handed out, and the last one that has been served
+        self._served = 0
+        for standing in self._view.standings():
+            standing.pending.clear()
+            standing.scheduled = False
+
+    # --- called by any thread, without I/O --------------------------------------------------------
+
+    def report(
+        self, standing: Standing, epoch: int, outcome: Outcome, cause: str = "", retry_after: float | None = None
+    ) -> int:
+        """Note the outcome of one call that needed no permit.
+
+        Args:
+            standing: of the breaker.
+            epoch: the breaker's epoch when the call was admitted.
+            outcome: IGNORED is not sent.
+            cause: what a failure was.
+            retry_after: seconds that the dependency asked for.
+
+        Returns:
+            A ticket for :meth:`wait`; 0 if the outcome is in no hurry.
+        """
+        if outcome is Outcome.IGNORED:
+            return _NOTHING_URGENT
+        standing.pending.append(epoch if outcome is Outcome.SUCCESS else (epoch, outcome, cause, retry_after))
+        if outcome is not Outcome.SUCCESS:
+            return self.schedule(standing, urgent=True)
+        if not standing.scheduled:
+            self.schedule(standing)
+        return _NOTHING_URGENT
+
+    def schedule(self, standing: Standing, *, urgent: bool = False) -> int:
+        """Have what is pending sent when it is due; at once if ``urgent``. Return the ticket for that."""
+        with self._condition:
+            standing.scheduled = True
+            outbox = self._outboxes.get(standing.name)
+            if outbox is None:
+                outbox = self._outboxes[standing.name] = _Outbox(standing)
+            outbox.urgent |= urgent
+            self._busy[standing.name] = outbox
+            return self._wake(urgent=urgent)
+
+    def settle(
+        self,
+        spec: Spec,
+        holder: str,
+        epoch: int,
+        outcome: Outcome,
+        cause: str = "",
+        retry_after: float | None = None,
+        *,
+        wait: float = 0.0,
+    ) -> int:
+        """Settle a trial, at once but by the sending thread; its permit is no longer renewed.
+
+        Args:
+            spec: the breaker.
+            holder: who holds the permit.
+            epoch: the epoch in which it was granted.
+            outcome: of the trial; IGNORED gives the permit back.
+            cause: what a failure was.
+            retry_after: seconds that the dependency asked for.
+            wait: longest time in seconds to wait until the store has answered.
+
+        Returns:
+            A ticket for :meth:`wait`.
+        """
+        evidence = Evidence(epoch, (), cause, retry_after)
+        with self._condition:
+            self._held.pop((spec.name, holder), None)
+            self._settlements.append(_Settlement(spec, holder, outcome, evidence, self._clock() + LEASE))
+            ticket = self._wake(urgent=True)
+        if wait:
+            self.wait(ticket, wait)
+        return ticket
+
+    def hold(self, name: str, holder: str, until: float) -> None:
+        """Renew a permit until it is settled, released or ``until`` (on the clock) has passed."""
+        with self._condition:
+            if not self._held:
+                self._renew_at = self._clock() + LEASE / 3
+            self._held[name, holder] = until
+            self._wake()
+
+    def release(self, name: str, holder: str) -> None:
+        """Renew a permit no longer; somebody else settles it or its lease runs out."""
+        with self._condition:
+            self._held.pop((name, holder), None)
+
+    # --- waiting ------------------------------------------------------------------------------------
+
+    def is_served(self, ticket: int) -> bool:
+        """Whether what ``ticket`` stands for has been sent, or tried and found impossible."""
+        return self._served >= ticket
+
+    def wait(self, ticket: int, timeout: float) -> bool:
+        """Wait until ``ticket`` is served, at most ``timeout`` seconds; return whether it is."""
+        if self.is_served(ticket):
+            return True
+        if threading.current_thread() is self._thread:  # a listener that makes a guarded call of its own
+            return False
+        with self._condition:
+            return self._condition.wait_for(lambda: self.is_served(ticket), timeout)
+
+    def flush(self, timeout: float) -> bool:
+        """Send all that waits now; return whether that was done within ``timeout`` seconds."""
+        with self._condition:
+            if not self._busy and not self._settlements and self._served == self._asked:
+                return True
+            for outbox in self._busy.values():
+                outbox.urgent = True
+            ticket = self._wake(urgent=True)
+        return self.wait(ticket, timeout)
+
+    def close(self, timeout: float = EXIT_PATIENCE) -> bool:
+        """Flush, then end the thread. Reporting again starts it anew."""
+        flushed = self.flush(timeout)
+        with self._condition:
+            self._closed = True
+            thread, self._thread = self._thread, None
+            self._condition.notify_all()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+        return flushed
+
+    # --- the thread -----------------------------------------------------------------------------------
+
+    def _wake(self, *, urgent: bool = False) -> int:
+        """Wake the thread, or start it; called with the condition held. Return a ticket if urgent."""
+        self._asked += urgent
+        if self._thread is None or not self._thread.is_alive():
+            self._start()
+        self._condition.notify_all()
+        return self._asked if urgent else _NOTHING_URGENT
+
+    def _start(self) -> None:
+        self._closed = False
+        thread = threading.Thread(target=self._run, name="resilient-tasks-reports", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is shutting down: nobody is left to send anything
+            logger.debug("outcomes are no longer reported: the process ends")
+            self._served = self._asked
+        else:
+            self._thread = thread
+
+    def _run(self) -> None:
+        condition = self._condition
+        while True:
+            with condition:
+                condition.wait_for(self._is_due, self._seconds_until_due())
+                if self._closed or self._thread is not threading.current_thread():
+                    return
+                ticket = self._asked
+                outboxes = self._take_due()
+            self._work(outboxes)
+            with condition:
+                self._served = ticket
+                condition.notify_all()
+
+    def _is_due(self) -> bool:
+        return self._closed or self._asked > self._served or self._seconds_until_due() == 0
+
+    def _seconds_until_due(self) -> float | None:
+        due = [0.0 if outbox.urgent else outbox.due_at for outbox in self._busy.values()]
+        if self._held:
+            due.append(self._renew_at)
+        return max(0.0, min(due) - self._clock()) if due else None
+
+    def _take_due(self) -> list[_Outbox]:
+        now = self._clock()
+        due = [outbox for outbox in self._busy.values() if outbox.urgent or outbox.due_at <= now]
+        for outbox in due:
+            # First this, then collecting: an outcome that comes in between schedules itself again.
+            del self._busy[outbox.standing.name]
+            outbox.standing.scheduled = False
+            outbox.urgent = False
+            outbox.due_at = now + BATCH_INTERVAL
+        return due
+
+    def _work(self, outboxes: list[_Outbox]) -> None:
+        try:
+            for outbox in outboxes:
+                self._send(outbox)
+            for _ in range(len(self._settlements)):
+                self._settle(self._settlements.popleft())
+            if self._held and self._renew_at <= self._clock():
+                self._renew()
+        except Exception:
+            logger.exception("outcomes could not be reported")
+
+    def _send(self, outbox: _Outbox) -> None:
+        outbox.collect()
+        while outbox.batches:
+            batch = outbox.batches[0]
+            asked = self._view.asking()
+            try:
+                answer = self._store.record(outbox.standing.spec, batch.evidence(), jitter=random.random())
+            except StoreError as error:
+                logger.debug("outcomes wait for the store: %s", error)
+                self.dropped += batch.drop_oldest()
+                self.schedule(outbox.standing)
+                return
+            del outbox.batches[0]
+            self._learn(answer, asked)
+
+    def _settle(self, settlement: _Settlement) -> None:
+        asked = self._view.asking()
+        spec, holder, outcome, evidence, give_up_at = settlement
+        try:
+            answer = self._store.settle(spec, holder, outcome, evidence, jitter=random.random())
+        except StoreError as error:
+            logger.debug("a trial waits to be settled: %s", error)
+            if self._clock() < give_up_at:
+                self._settlements.append(settlement)
+        else:
+            self._learn(answer, asked)
+
+    def _learn(self, answer: Answer, asked: int) -> None:
+        self._view.update(answer.snapshot, asked)
+        if answer.transition is not None:
+            self._announce(answer.transition)
+
+    def _renew(self) -> None:
+        now = self._clock()
+        self._renew_at = now + LEASE / 3
+        with self._condition:
+            self._held = {permit: until for permit, until in self._held.items() if until > now}
+            held = sorted(self._held)
+        for name, permits in groupby(held, key=lambda permit: permit[0]):
+            holders = [holder for _, holder in permits]
+            try:
+                alive = self._store.renew(name, holders, lease=LEASE)
+            except StoreError as error:
+                logger.debug("permits of breaker %s are not renewed: %s", name, error)
+                continue
+            for holder, is_alive in zip(holders, alive, strict=True):
+                if not is_alive:
+                    self.release(name, holder)
+
+
+_reporters: weakref.WeakSet[Reporter] = weakref.WeakSet()
+
+
+def _flush_at_exit() -> None:
+    deadline = time.monotonic() + EXIT_PATIENCE
+    for reporter in list(_reporters):
+        reporter.flush(max(0.0, deadline - time.monotonic()))
+
+
+atexit.register(_flush_at_exit)
