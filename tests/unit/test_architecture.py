@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors", "policy", "core"},
     {"store", "fallback", "monitor", "settings"},
-    {"fleet", "breaker"},
+    {"fleet", "guard", "breaker"},
     {"worker"},
     {"app"},
     {"__init__"},
