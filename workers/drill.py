@@ -7,9 +7,12 @@ healthy. Then both are healed and the tasks that waited have to finish by themse
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import click
@@ -166,18 +169,29 @@ def main(*, keep: bool, before: float, outage: float, after: float, drain: float
         stack = start_stack(new_run(), detached=keep, progress=console.print)
     except StartError as error:
         raise click.ClickException(str(error)) from error
-    finished = False
-    try:
+    with stopped_unless(stack, keep=keep):
         os.environ.update(stack.environment)  # read by the app when it connects for the first time
         rows = judge(Drill(stack, Plan(before, outage, after, drain), console).run())
-        console.print(verdict_table(rows))
-        finished = True
-    finally:
-        if not (keep and finished):
-            stack.stop()
+    console.print(verdict_table(rows))
     if keep:
         announce(stack)
+    elif passed(rows):
+        shutil.rmtree(stack.directory)
+    else:
+        console.print(f"logs: {stack.directory}")
     sys.exit(0 if passed(rows) else 1)
+
+
+@contextmanager
+def stopped_unless(stack: Stack, *, keep: bool) -> Iterator[None]:
+    """Stop the stack at the end, unless it is to be kept and nothing went wrong."""
+    try:
+        yield
+    except BaseException:
+        stack.stop()
+        raise
+    if not keep:
+        stack.stop()
 
 
 if __name__ == "__main__":
