@@ -1,0 +1,166 @@
+"""``Resilience``: the composition root. It knows everybody; nobody below knows it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from celery import Celery, Task
+from celery.signals import beat_init
+
+from resilient_tasks.breaker import Breaker
+from resilient_tasks.errors import ConfigurationError
+from resilient_tasks.fallback import Provenance, read_provenance
+from resilient_tasks.fleet import Fleet
+from resilient_tasks.monitor.events import Announcer
+from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.settings import Settings, resolve_store_url
+from resilient_tasks.store.base import Store
+from resilient_tasks.store.redis import RedisStore
+from resilient_tasks.worker import beat
+from resilient_tasks.worker.bootsteps import ControlQueue, Membership
+from resilient_tasks.worker.runtime import TICK_TASK, Runtime, runtime_of
+from resilient_tasks.worker.task import ResilientTask
+
+logger = logging.getLogger("resilient_tasks")
+
+_DEFAULT_TASK = Celery.task_cls
+
+
+class Resilience:
+    """Shared circuit breakers for one Celery app.
+
+    Args:
+        app: the Celery app; or call :meth:`init_app` later. Without any app breakers still guard calls,
+            if ``RESILIENT_TASKS_STORE_URL`` says where the store is.
+        settings: fields of :class:`~resilient_tasks.settings.Settings` that override the environment,
+            e.g. ``namespace="shop"``.
+
+    Raises:
+        ConfigurationError: a setting is unknown or out of range.
+    """
+
+    def __init__(self, app: Celery | None = None, **settings: Any) -> None:
+        self.settings = Settings.load(**settings)
+        self.announcer = Announcer(send=self._send_event)
+        self._app: Celery | None = None
+        self._breakers: dict[str, Breaker] = {}
+        self._revision = time.time_ns() // 1_000_000
+        self._fleet: Fleet | None = None
+        self._connecting = threading.Lock()
+        if app is not None:
+            self.init_app(app)
+
+    @property
+    def breakers(self) -> Mapping[str, Breaker]:
+        """All breakers by name."""
+        return MappingProxyType(self._breakers)
+
+    def init_app(self, app: Celery) -> None:
+        """Make the tasks of ``app`` resilient and its workers members of the fleet."""
+        self._app = app
+        runtime = Runtime(app, self._breakers, connect=lambda: self.fleet, settings=lambda: self.settings)
+        if app.task_cls == _DEFAULT_TASK:
+            app.task_cls = ResilientTask
+            app.__dict__.pop("Task", None)  # a class already made of the old one
+        app.steps["worker"].add(Membership)
+        app.steps["consumer"].add(ControlQueue)
+        _register_tick(runtime)
+        app.on_after_configure.connect(lambda **_: beat.add_tick_entry(runtime), weak=False)
+        app.on_after_finalize.connect(lambda **_: app.configured and beat.add_tick_entry(runtime), weak=False)
+
+    def breaker(self, name: str, policy: BreakerPolicy | None = None, **fields: Any) -> Breaker:
+        """Define the breaker of one dependency.
+
+        Args:
+            name: letters, digits, ``_``, ``-`` and ``.``; it becomes part of keys and queue names.
+            policy: its policy, or give the policy's fields by name.
+            fields: fields of :class:`~resilient_tasks.policy.BreakerPolicy`.
+
+        Returns:
+            The breaker; the same one when it is defined twice in the same way.
+
+        Raises:
+            ConfigurationError: name, field or value is not allowed, or the name is defined otherwise already.
+        """
+        if policy is not None and fields:
+            raise ConfigurationError(f"breaker {name!r}: give a policy or its fields ({', '.join(sorted(fields))}), not both")
+        try:
+            in_code = policy or BreakerPolicy(**fields)
+        except ConfigurationError as exc:
+            raise ConfigurationError(f"breaker {name!r}: {exc}") from None
+        except TypeError:
+            allowed = ", ".join(BreakerPolicy.__dataclass_fields__)
+            unknown = ", ".join(sorted(fields.keys() - BreakerPolicy.__dataclass_fields__.keys()))
+            raise ConfigurationError(f"breaker {name!r}: unknown policy field {unknown}; allowed are {allowed}") from None
+        new = Breaker(name, self.settings.policy_for(name, in_code), fleet=lambda: self.fleet, revision=self._revision)
+        known = self._breakers.setdefault(name, new)
+        if known.policy != new.policy:
+            raise ConfigurationError(f"breaker {name!r} is defined twice with different policies: {known.policy} and {new.policy}")
+        if known is new and self._fleet is not None:
+            self._fleet.declare(new.spec)
+        return known
+
+    @property
+    def fleet(self) -> Fleet:
+        """This process's membership in the fleet; connects on first use."""
+        if self._fleet is None:
+            with self._connecting:
+                if self._fleet is None:
+                    self._fleet = self._join(self._shared_store())
+        return self._fleet
+
+    def use_store(self, store: Store) -> None:
+        """Use another store from now on, e.g. one in memory for tests."""
+        with self._connecting:
+            former, self._fleet = self._fleet, self._join(store)
+        for breaker in self._breakers.values():
+            breaker.detach()
+        if former is not None:
+            former.close()
+
+    def provenance(self, task_id: str) -> Provenance | None:
+        """Tell where the result of a task came from, if a fallback served it.
+
+        Raises:
+            StoreError: the store is away.
+        """
+        return read_provenance(self.fleet.store, task_id)
+
+    def _join(self, store: Store) -> Fleet:
+        fleet = Fleet(store, announce=self.announcer)
+        for breaker in self._breakers.values():
+            fleet.declare(breaker.spec)
+        return fleet
+
+    def _shared_store(self) -> Store:
+        broker, backend = (self._app.conf.broker_url, self._app.conf.result_backend) if self._app else (None, None)
+        url = resolve_store_url(self.settings, broker, backend)
+        return RedisStore(url, namespace=self.settings.namespace, timeout=self.settings.store_timeout)
+
+    def _send_event(self, kind: str, **fields: Any) -> None:
+        """Send a Celery event from whatever process this is."""
+        if self._app is not None:
+            with self._app.events.default_dispatcher() as dispatcher:
+                dispatcher.send(kind, **fields)
+
+
+def _register_tick(runtime: Runtime) -> None:
+    """Register the periodic task; it runs in the main process, the body is for whoever calls it by hand."""
+
+    @runtime.app.task(name=TICK_TASK, base=Task, shared=False, ignore_result=True, queue=runtime.control_queue)
+    def tick() -> None:
+        runtime.host.heart.want_tick()
+
+
+@beat_init.connect  # type: ignore[untyped-decorator]  # Celery is untyped
+def _complete_schedule(sender: Any, **_: Any) -> None:
+    try:
+        runtime = runtime_of(sender.app)
+    except ConfigurationError:
+        return
+    beat.add_tick_to_scheduler(runtime, sender.scheduler)

@@ -1,0 +1,96 @@
+"""Where the library enters a worker: one bootstep of the worker, one of its consumer."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery import bootsteps
+from celery.signals import worker_process_init
+from kombu import Consumer, Queue
+
+from resilient_tasks.worker.host import Host
+from resilient_tasks.worker.runtime import TICK_TASK, Runtime, runtime_of
+
+logger = logging.getLogger("resilient_tasks")
+
+
+class Membership(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is untyped
+    """Checks the configuration before the worker starts, and shares memory before the pool forks."""
+
+    def __init__(self, worker: Any, **kwargs: Any) -> None:
+        super().__init__(worker, **kwargs)
+        runtime = runtime_of(worker.app)
+        runtime.validate()
+        runtime.fleet.view.share()
+        runtime.host = Host(runtime)
+
+    def stop(self, worker: Any) -> None:
+        """Leave the fleet when the pool has finished its last tasks."""
+        runtime_of(worker.app).host.close()
+
+    terminate = stop
+
+
+class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is untyped
+    """Joins the fleet when the consumer connects, and takes ticks from a queue and channel of their own.
+
+    Of their own, because a full prefetch window would starve them otherwise.
+    """
+
+    requires = ("celery.worker.consumer.events:Events",)
+
+    def __init__(self, consumer: Any, **kwargs: Any) -> None:
+        super().__init__(consumer, **kwargs)
+        self._ticks: Consumer | None = None
+
+    def start(self, consumer: Any) -> None:
+        runtime = runtime_of(consumer.app)
+        runtime.host.attach(consumer)
+        channel = consumer.connection.channel()
+        queue = Queue(runtime.control_queue, durable=True)
+        self._ticks = Consumer(channel, queues=[queue], on_message=_TickReceiver(runtime), prefetch_count=1)
+        self._ticks.consume()
+
+    def stop(self, consumer: Any) -> None:
+        ticks, self._ticks = self._ticks, None
+        if ticks is not None:
+            _quietly(ticks.cancel)
+            _quietly(ticks.channel.close)
+
+    shutdown = stop
+
+
+class _TickReceiver:
+    """Acknowledges what arrives on the control queue and wakes the heart."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def __call__(self, message: Any) -> None:
+        message.ack()
+        name = (message.headers or {}).get("task")
+        if name == TICK_TASK:
+            self._runtime.host.heart.want_tick()
+        else:
+            logger.warning("ignored a message on %s that is no tick: task=%.100r", self._runtime.control_queue, name)
+
+
+def _quietly(close: Any) -> None:
+    try:
+        close()
+    except Exception as exc:  # noqa: BLE001 - the connection may be gone already
+        logger.debug("closing the control queue: %s", exc)
+
+
+@worker_process_init.connect  # type: ignore[untyped-decorator]  # Celery is untyped
+def _become_child(**_: Any) -> None:
+    """In a pool process: read what the main process shares, follow nothing."""
+    from celery import current_app  # noqa: PLC0415 - the app of this process is set just before the signal
+
+    app = current_app._get_current_object()
+    try:
+        runtime = runtime_of(app)
+    except Exception:  # noqa: BLE001 - an app without Resilience
+        return
+    runtime.fleet.become_child()

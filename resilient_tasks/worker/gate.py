@@ -1,0 +1,116 @@
+"""The gate: in the worker's main process, before a message costs a pool slot.
+
+In CLOSED and OPEN it answers from the view. Only in HALF_OPEN does it ask the store, for a permit,
+and it remembers a denial until the breaker's version moves.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from resilient_tasks.core.model import Outcome
+from resilient_tasks.errors import BreakerOpenError
+from resilient_tasks.worker.run import Admission, Report
+from resilient_tasks.worker.ticket import Ticket
+
+if TYPE_CHECKING:
+    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.store.view import Standing
+    from resilient_tasks.worker.request import GatedRequest
+    from resilient_tasks.worker.runtime import Runtime
+
+
+class Gate:
+    """Admits or refuses the requests of one worker."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._taken_up: Counter[str] = Counter()
+        self._counting = threading.Lock()
+
+    def refuses_now(self, breaker: Breaker, ticket: Ticket) -> bool:
+        """Whether a message that has just arrived need not even wait for a pool slot."""
+        view = self._runtime.fleet.view
+        standing = view.standing(breaker.name)
+        if standing.admits:
+            return self._ramps_out(standing, ticket)
+        return breaker.probe_function is not None or standing.refuses
+
+    def refusal(self, breaker: Breaker) -> BreakerOpenError:
+        """Return the error that says why and for how long."""
+        view = self._runtime.fleet.view
+        standing = view.standing(breaker.name)
+        return BreakerOpenError(breaker.name, standing.snapshot.state.value, standing.retry_after)
+
+    def admit(self, breaker: Breaker, request: GatedRequest) -> Admission:
+        """Decide on a request that is about to enter the pool; may take a permit."""
+        standing, ticket = self._runtime.fleet.view.standing(breaker.name), request.ticket
+        if self.refuses_now(breaker, ticket):
+            return self._refused(breaker, ticket)
+        if not standing.admits:
+            return self._trial(breaker, request)
+        counts = self.would_count(breaker, ticket)
+        return Admission(breaker.name, standing.epoch, attempts=ticket.attempts, counts=counts)
+
+    def _refused(self, breaker: Breaker, ticket: Ticket) -> Admission:
+        refusal = self.refusal(breaker)
+        return Admission(
+            breaker.name, refused_in=refusal.state, retry_after=refusal.retry_after, attempts=ticket.attempts
+        )  # fmt: skip
+
+    def _trial(self, breaker: Breaker, request: GatedRequest) -> Admission:
+        fleet = self._runtime.fleet
+        grant = fleet.acquire(breaker.spec, request.id)
+        if not grant.admitted:
+            return self._refused(breaker, request.ticket)
+        if grant.trial:
+            fleet.reporter.hold(breaker.name, request.id, fleet.view.clock() + _trial_limit(request, breaker))
+        return Admission(breaker.name, grant.snapshot.epoch, trial=grant.trial, attempts=request.ticket.attempts)
+
+    def _ramps_out(self, standing: Standing, ticket: Ticket) -> bool:
+        """Whether the ramp after a recovery keeps this task out; resumed tasks have a pace of their own."""
+        share = standing.ramp_share()
+        if share >= 1.0 or ticket.resumed == standing.epoch:
+            return False
+        return random.random() >= share
+
+    def would_count(self, breaker: Breaker, ticket: Ticket) -> bool:
+        """Whether a failure now uses up an attempt: only if the dependency has served somebody since the last one.
+
+        A task that has not failed before looks back over one window.
+        """
+        view = self._runtime.fleet.view
+        last_success = view.standing(breaker.name).snapshot.last_success_at
+        since = ticket.attempted_at or view.server_now() - breaker.policy.window
+        return last_success is not None and last_success > since
+
+    def took_up(self, ticket: Ticket) -> None:
+        """Note that a resumed task has reached a worker."""
+        if ticket.resumed:
+            with self._counting:
+                self._taken_up[ticket.breaker] += 1
+
+    def flush_taken_up(self) -> dict[str, int]:
+        """Return how many resumed tasks have arrived since the last call, by breaker."""
+        with self._counting:
+            taken, self._taken_up = self._taken_up, Counter()
+        return dict(taken)
+
+    def settle(self, breaker: Breaker, admission: Admission, task_id: str, report: Report) -> None:
+        """Count what a run has found out, once."""
+        fleet = self._runtime.fleet
+        told = report.cause, report.retry_after
+        if admission.trial:
+            fleet.reporter.settle(breaker.spec, task_id, admission.epoch, report.outcome or Outcome.IGNORED, *told)
+        elif report.outcome is not None:
+            fleet.reporter.report(fleet.view.standing(breaker.name), admission.epoch, report.outcome, *told)
+
+
+def _trial_limit(request: GatedRequest, breaker: Breaker) -> float:
+    """Longest time in seconds for which a trial's permit is renewed."""
+    hard, soft = (*(request.time_limits or ()), None, None)[:2]
+    task: Any = request.task
+    return float(hard or task.time_limit or soft or task.soft_time_limit or breaker.policy.trial_timeout)

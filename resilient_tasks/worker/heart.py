@@ -1,0 +1,98 @@
+"""``Heart``: the one thread of a worker's main process that keeps time.
+
+It runs ticks outside the pool, so that a pool full of hanging tasks cannot starve them: when one
+arrives on the control queue, and of its own accord when no tick of anybody has completed for three
+intervals. In between it tells the store what the gate has counted and tries failed deferrals again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+from resilient_tasks.errors import StoreError
+from resilient_tasks.worker import seams
+from resilient_tasks.worker.tick import Tick, anything_due
+
+if TYPE_CHECKING:
+    from resilient_tasks.worker.deferral import Deferral
+    from resilient_tasks.worker.gate import Gate
+    from resilient_tasks.worker.runtime import Runtime
+
+logger = logging.getLogger("resilient_tasks")
+
+#: Ticks may fail to complete for this many intervals before the workers start their own.
+MISSED_TICKS = 3
+#: Rounds per tick interval, for what should not wait for a tick.
+ROUNDS = 4
+
+
+class Heart:
+    """Keeps time for one worker."""
+
+    def __init__(self, runtime: Runtime, gate: Gate, deferral: Deferral) -> None:
+        self._runtime = runtime
+        self._gate = gate
+        self._deferral = deferral
+        self._wanted = threading.Event()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._tick: Tick | None = None
+        self._revoked_seen: set[str] = set()
+
+    def start(self, consumer: Any) -> None:
+        """Begin to beat, or go on with a consumer that has reconnected."""
+        self._tick = Tick(self._runtime, consumer, wake=self._wanted.set)
+        if self._thread is None or not self._thread.is_alive():
+            self._stopping.clear()
+            self._thread = threading.Thread(target=self._beat, name="resilient-tasks-heart", daemon=True)
+            self._thread.start()
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Stop after the round that is under way, if that takes no longer than ``timeout`` seconds."""
+        self._stopping.set()
+        self._wanted.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+        if self._tick is not None:
+            self._tick.close()
+
+    def want_tick(self) -> None:
+        """Ask for a tick now, from any thread."""
+        self._wanted.set()
+
+    def _beat(self) -> None:
+        interval = self._runtime.settings.tick_interval
+        while not self._stopping.is_set():
+            wanted = self._wanted.wait(interval / ROUNDS)
+            self._wanted.clear()
+            try:
+                self._round(wanted)
+            except StoreError as exc:
+                logger.debug("no tick: %s", exc)
+            except Exception:
+                logger.exception("tick failed; the next one tries again")
+
+    def _round(self, wanted: bool) -> None:  # noqa: FBT001 - private
+        self._deferral.retry_held()
+        self._tell_store()
+        if self._tick is not None and not self._stopping.is_set() and (wanted or self._overdue()):
+            self._tick.run()
+
+    def _tell_store(self) -> None:
+        store = self._runtime.fleet.store
+        for breaker, count in self._gate.flush_taken_up().items():
+            store.taken_up(breaker, count)
+        fresh = set(seams.revoked_ids) - self._revoked_seen
+        if fresh:
+            store.revoke(fresh)
+            self._revoked_seen |= fresh
+
+    def _overdue(self) -> bool:
+        """Whether something is due and no tick has completed for too long, whatever beat sends."""
+        fleet = self._runtime.fleet
+        if not any(anything_due(breaker.standing.snapshot, fleet.view.server_now()) for breaker in self._runtime.breakers.values()):
+            return False
+        age = fleet.store.last_tick_age()
+        return age is None or age > MISSED_TICKS * self._runtime.settings.tick_interval

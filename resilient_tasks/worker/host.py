@@ -1,0 +1,52 @@
+"""``Host``: the worker's main process, with all that exists only there.
+
+Made after the pool has forked, when the consumer connects; its heart beats until the worker stops.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from resilient_tasks.worker import seams
+from resilient_tasks.worker.deferral import Deferral
+from resilient_tasks.worker.gate import Gate
+from resilient_tasks.worker.heart import Heart
+
+if TYPE_CHECKING:
+    from resilient_tasks.worker.request import GatedRequest
+    from resilient_tasks.worker.runtime import Runtime
+
+
+class Host:
+    """Gate, deferral and heart of one worker."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._consumer: Any = None
+        self.gate = Gate(runtime)
+        self.deferral = Deferral(runtime)
+        self.heart = Heart(runtime, self.gate, self.deferral)
+
+    def attach(self, consumer: Any) -> None:
+        """Join the fleet with a consumer that has just connected to the broker."""
+        self._consumer = consumer
+        fleet = self._runtime.fleet
+        fleet.view.refresh()  # a worker that joins while a breaker is OPEN obeys at once
+        fleet.view.follow()
+        self.heart.start(consumer)
+
+    def now(self) -> float:
+        """Seconds on the store's clock."""
+        return self._runtime.fleet.view.server_now()
+
+    def origin_of(self, request: GatedRequest) -> str:
+        """Name of the queue that a request came from."""
+        if request.ticket.origin:
+            return request.ticket.origin
+        return seams.queue_of(self._consumer.task_consumer, request.message)
+
+    def close(self) -> None:
+        """Leave the fleet at shutdown, with everything told that is still to be told."""
+        self.heart.stop()
+        self.deferral.close()
+        self._runtime.fleet.close()

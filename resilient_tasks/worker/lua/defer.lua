@@ -1,0 +1,23 @@
+-- Move one delivered message from the unacknowledged messages to a deferred queue.
+--
+-- The push happens only if this script also removed the unacknowledged entry: after a
+-- visibility-timeout restore the message is back on its queue, and a push would be a second copy.
+--
+-- KEYS[1]  hash  unacknowledged messages by delivery tag
+-- KEYS[2]  zset  their index by time of delivery
+-- KEYS[3]  list  the deferred queue, newest first
+-- ARGV[1]  delivery tag; '' when the message was acknowledged before (early ack)
+-- ARGV[2]  the message as it shall wait
+-- ARGV[3]  most messages the deferred queue may hold; '' for no bound
+-- returns  1 deferred; 0 no longer ours, nothing done; -1 full, nothing done
+if ARGV[3] ~= '' and redis.call('LLEN', KEYS[3]) >= tonumber(ARGV[3]) then
+  return -1
+end
+if ARGV[1] ~= '' then
+  if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then
+    return 0
+  end
+  redis.call('ZREM', KEYS[2], ARGV[1])
+end
+redis.call('LPUSH', KEYS[3], ARGV[2])
+return 1

@@ -1,0 +1,94 @@
+"""``TaskOptions``: the resilience options of one task, checked when the task class is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import tenacity
+
+from resilient_tasks.breaker import Breaker
+from resilient_tasks.errors import ConfigurationError
+from resilient_tasks.fallback import FallbackChain, as_chain
+from resilient_tasks.policy import BreakerPolicy
+
+DEFER, FAIL, RAISE = "defer", "fail", "raise"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOptions:
+    """Options of a task that names a breaker; see the README's table.
+
+    Args:
+        breaker: name of the breaker.
+        fallback: what may answer instead.
+        on_open: ``"defer"`` or ``"fail"``, when the breaker refuses and no fallback answers.
+        on_failure: ``"defer"`` or ``"raise"``, when the task itself fails through the dependency.
+        max_attempts: dependency failures of one task before it fails for good.
+        defer_for: longest time in deferral, seconds; None: no bound.
+        retrying: quick attempts inside one run; None: one attempt.
+    """
+
+    breaker: str
+    fallback: FallbackChain
+    on_open: str = DEFER
+    on_failure: str = DEFER
+    max_attempts: int = 8
+    defer_for: float | None = None
+    retrying: tenacity.Retrying | None = None
+
+    @classmethod
+    def of(cls, task: Any) -> TaskOptions:
+        """Read the options of a task class.
+
+        Raises:
+            ConfigurationError: an option is unknown or out of range; names task, option and what is allowed.
+        """
+        return cls(
+            breaker=_breaker_name(task),
+            fallback=as_chain(task.fallback, task.name, task.run),
+            on_open=_option(task, "on_open", task.on_open, lambda v: v in (DEFER, FAIL), "'defer' or 'fail'"),
+            on_failure=_option(
+                task, "on_failure",
+                task.on_dependency_failure or (DEFER if task.on_open == DEFER else RAISE),
+                lambda v: v in (DEFER, RAISE), "'defer' or 'raise'",
+            ),
+            max_attempts=_option(task, "max_attempts", task.max_attempts, _is_count, "an integer of 1 or more"),
+            defer_for=_option(
+                task, "defer_for", task.defer_for,
+                lambda v: v is None or _is_seconds(v), "a positive number of seconds or None",
+            ),
+            retrying=_option(
+                task, "retrying", task.retrying,
+                lambda v: v is None or isinstance(v, tenacity.Retrying), "a tenacity.Retrying or None",
+            ),
+        )  # fmt: skip
+
+    def delay(self, policy: BreakerPolicy, attempts: int) -> float:
+        """Seconds a task waits after its ``attempts``-th counted failure (the first, if none has counted)."""
+        growth = min(float(attempts or 1) - 1, 64.0)
+        return min(policy.open_duration * policy.open_multiplier**growth, policy.max_open_duration)
+
+
+def _option(task: Any, name: str, value: Any, accepts: Callable[[Any], bool], allowed: str) -> Any:
+    if not accepts(value):
+        raise ConfigurationError(f"task {task.name!r}: {name}={value!r}: allowed is {allowed}")
+    return value
+
+
+def _breaker_name(task: Any) -> str:
+    if getattr(task, "breaker_key", None) is not None:
+        raise ConfigurationError(f"task {task.name!r}: breaker_key={task.breaker_key!r}: keyed breakers are not available yet")
+    if isinstance(task.breaker, (list, tuple)):
+        raise ConfigurationError(f"task {task.name!r}: breaker={task.breaker!r}: one breaker per task; several are not available yet")
+    name = task.breaker.name if isinstance(task.breaker, Breaker) else task.breaker
+    return str(_option(task, "breaker", name, lambda v: isinstance(v, str), "a Breaker or the name of one"))

@@ -1,0 +1,184 @@
+"""``GatedRequest``: one delivered message of a guarded task, from arrival to its one verdict.
+
+A request ends in exactly one way: *finished* (Celery's own handling), *deferred*, or *failed*. Several
+callbacks compete to say so: ``on_success``, ``on_failure`` and, after the latter, ``on_timeout``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+from billiard.einfo import ExceptionWithTraceback
+from celery.exceptions import TaskRevokedError, Terminated, TimeLimitExceeded, WorkerLostError
+from celery.worker.request import Request
+
+from resilient_tasks.core.model import Outcome
+from resilient_tasks.errors import DeferredQueueFullError
+from resilient_tasks.worker import seams
+from resilient_tasks.worker.deferral import fail
+from resilient_tasks.worker.options import DEFER
+from resilient_tasks.worker.run import Admission, Report, TaskDeferred, run_admitted
+from resilient_tasks.worker.runtime import runtime_of
+from resilient_tasks.worker.ticket import Ticket
+
+if TYPE_CHECKING:
+    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.worker.host import Host
+
+
+class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
+    """A request that passes the gate before the pool, and can be put aside at any time until its end."""
+
+    admission: Admission | None = None
+    deferred = False
+
+    def __init__(self, message: Any, **kwargs: Any) -> None:
+        super().__init__(message, **kwargs)
+        self.ticket = Ticket.read(message.headers)
+        Ticket.take(self._request_dict)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Put our methods before those of the class that Celery derives for each task.
+
+        ``create_request_cls`` overrides ``execute_using_pool`` and ``on_success`` with faster copies
+        that call nobody's ``super()``.
+        """
+        super().__init_subclass__(**kwargs)
+        if "execute_using_pool" in cls.__dict__:
+            del cls.execute_using_pool
+        if "on_success" in cls.__dict__:
+            cls.finish = cls.__dict__["on_success"]
+            del cls.on_success
+
+    finish: Callable[..., Any] = Request.on_success
+
+    @property
+    def host(self) -> Host:
+        """The worker's main process."""
+        return runtime_of(self.app).host
+
+    @property
+    def breaker(self) -> Breaker:
+        """The breaker that the task names."""
+        return runtime_of(self.app).breakers[self.task.options.breaker]
+
+    @property
+    def context(self) -> Any:
+        """The task's request context, for result backends."""
+        return self._context
+
+    def defers_when_refused(self) -> bool:
+        """Whether a refusal needs no pool slot: there is no fallback to run and no error to raise."""
+        return self.task.options.on_open == DEFER and not self.task.options.fallback
+
+    # --- into the pool ----------------------------------------------------------------------------
+
+    def execute_using_pool(self, pool: Any, **_: Any) -> Any:
+        """Pass the gate and submit the task to the pool.
+
+        Raises:
+            TaskRevokedError: the task was revoked, or deferred: Celery then frees the pool slot.
+        """
+        if self.revoked():
+            raise TaskRevokedError(self.id)
+        admission = self.admission = self.host.gate.admit(self.breaker, self)
+        refusal = admission.refusal
+        if refusal is not None and self.defers_when_refused():
+            seams.task_ready(self)
+            self.put_aside(str(refusal))
+            raise TaskRevokedError(self.id)
+        return self._submit(pool, admission)
+
+    def _submit(self, pool: Any, admission: Admission) -> Any:
+        hard, soft = self.time_limits
+        result = pool.apply_async(
+            run_admitted,
+            args=(admission, self.type, self.id, self.request_dict, self.body, self.content_type, self.content_encoding),
+            accept_callback=self.on_accepted,
+            timeout_callback=self.on_timeout,
+            callback=self.on_success,
+            error_callback=self.on_failure,
+            soft_timeout=soft or self.task.soft_time_limit,
+            timeout=hard or self.task.time_limit,
+            correlation_id=self.id,
+        )
+        self._apply_result = ref(result) if result is not None else None
+        return result
+
+    # --- out of the pool --------------------------------------------------------------------------
+
+    def on_success(self, failed__retval__runtime: tuple[int, Any, float, Report], **kwargs: Any) -> Any:
+        """Handle what the pool returned: a value, or an exception that Celery has dealt with there."""
+        failed, value, runtime, report = failed__retval__runtime
+        self._settle(report)
+        if report.source:
+            self.send_event("task-fallback", breaker=self.breaker.name, source=report.source, age=report.age)
+        return self.finish((failed, value, runtime), **kwargs)
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:  # noqa: FBT001, FBT002 - Celery's signature
+        """Handle an exception: defer, or leave it to Celery."""
+        exc = exc_info.exception
+        if isinstance(exc, ExceptionWithTraceback):
+            exc = exc.exc
+        if isinstance(exc, TaskDeferred):
+            seams.task_ready(self)
+            return self.put_aside(exc.reason, exc.breaker, exc)
+        if not return_ok:
+            self._settle(self._report_of_death(exc))
+            if isinstance(exc, TimeLimitExceeded) and self._defers_time_out():
+                seams.task_ready(self)
+                return self.put_aside("the task exceeded its time limit", failed=self._failure())
+        return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:  # noqa: FBT001 - Celery's signature
+        """Handle a time limit; a hard one has been through :meth:`on_failure` already."""
+        if soft or not self.deferred:
+            super().on_timeout(soft, timeout)
+
+    def _settle(self, report: Report) -> None:
+        admission, self.admission = self.admission, None
+        if admission is not None and not admission.refused_in:
+            self.host.gate.settle(self.breaker, admission, self.id, report)
+
+    @staticmethod
+    def _report_of_death(exc: BaseException) -> Report:
+        """A child killed by a time limit, or lost, has failed; one killed by revoke or shutdown says nothing."""
+        if isinstance(exc, Terminated) or seams.shutting_down():
+            return Report(Outcome.IGNORED)
+        if isinstance(exc, (TimeLimitExceeded, WorkerLostError)):
+            return Report(Outcome.FAILURE, type(exc).__name__)
+        return Report(Outcome.IGNORED)
+
+    def _failure(self) -> TaskDeferred:
+        would_count = self.host.gate.would_count(self.breaker, self.ticket)
+        return TaskDeferred(self.breaker.name, "", self.ticket.attempts + would_count, True)
+
+    def _defers_time_out(self) -> bool:
+        options = self.task.options
+        return options.on_failure == DEFER and self._failure().attempts < options.max_attempts
+
+    # --- aside ------------------------------------------------------------------------------------
+
+    def put_aside(self, reason: str, breaker: str | None = None, failed: TaskDeferred | None = None) -> None:
+        """Defer the message; the verdict on this request is then final."""
+        self.deferred = True
+        name = breaker or self.breaker.name
+        try:
+            self.host.deferral.defer_or_hold(self, self._next_ticket(name, reason, failed))
+        except DeferredQueueFullError as full:
+            fail(self, full)
+            self.acknowledge()
+
+    def _next_ticket(self, breaker: str, reason: str, failed: TaskDeferred | None) -> Ticket:
+        now = self.host.now()
+        options = self.task.options
+        ticket = replace(self.ticket, breaker=breaker, origin=self.host.origin_of(self), reason=reason, resumed=0)
+        if not ticket.since:
+            ticket = replace(ticket, since=now, deadline=now + options.defer_for if options.defer_for else 0.0)
+        if failed is None or not failed.failed:
+            return ticket
+        delay = options.delay(self.breaker.policy, failed.attempts)
+        return replace(ticket, attempts=failed.attempts, attempted_at=now, not_before=now + delay)

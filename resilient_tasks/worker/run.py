@@ -1,0 +1,139 @@
+"""What the main process and a pool process tell each other about one run of a task.
+
+``Admission`` goes in with the task, ``Report`` comes back with its result, ``TaskDeferred`` is how
+the body says that the message must be put aside. All three cross a pipe, so they are plain data.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from celery.exceptions import Ignore
+
+from resilient_tasks.breaker import task_scope
+from resilient_tasks.core.classification import Verdict
+from resilient_tasks.core.model import Outcome
+from resilient_tasks.errors import BreakerOpenError
+from resilient_tasks.fallback import Served
+from resilient_tasks.worker import seams
+
+
+class Admission(NamedTuple):
+    """The gate's answer to one run.
+
+    Args:
+        breaker: the breaker that was asked.
+        epoch: its epoch at that moment; outcomes are reported for this epoch.
+        refused_in: the state in which it refused; "" when it admitted.
+        retry_after: seconds until it may admit again.
+        trial: the run holds a permit.
+        attempts: dependency failures of this task that counted so far.
+        counts: a dependency failure of this run would count as well.
+    """
+
+    breaker: str
+    epoch: int = 0
+    refused_in: str = ""
+    retry_after: float | None = None
+    trial: bool = False
+    attempts: int = 0
+    counts: bool = False
+
+    @property
+    def refusal(self) -> BreakerOpenError | None:
+        """The refusal as the error that it is; None when the run was admitted."""
+        return BreakerOpenError(self.breaker, self.refused_in, self.retry_after) if self.refused_in else None
+
+
+class Report(NamedTuple):
+    """What a run found out about its dependency.
+
+    Args:
+        outcome: of the task as a whole; None when the body did not run, or when guards inside it have
+            told already.
+        cause: what the failure was, e.g. ``"ReadTimeout"``.
+        retry_after: the dependency's own ``Retry-After``, seconds.
+        source: the fallback that answered; "" if none did.
+        age: age of a cached answer, seconds.
+    """
+
+    outcome: Outcome | None = None
+    cause: str = ""
+    retry_after: float | None = None
+    source: str = ""
+    age: float | None = None
+
+
+class TaskDeferred(Ignore):
+    """Raised by a task's run when its message must be put aside.
+
+    An ``Ignore``, because Celery writes no result for it and fires no callbacks; an ordinary exception
+    would have written FAILURE in the pool process already.
+
+    Args:
+        breaker: the breaker to wait for.
+        reason: why, for people.
+        attempts: dependency failures of this task that have counted, this one included.
+        failed: the task itself has failed (as opposed to: it was refused).
+    """
+
+    def __init__(self, breaker: str, reason: str, attempts: int = 0, failed: bool = False) -> None:  # noqa: FBT001, FBT002 - pickled by position
+        super().__init__(breaker, reason, attempts, failed)
+        self.breaker = breaker
+        self.reason = reason
+        self.attempts = attempts
+        self.failed = failed
+
+    def __str__(self) -> str:
+        return f"deferred, waits for breaker {self.breaker!r}: {self.reason}"
+
+
+@dataclass(slots=True)
+class Run:
+    """One run of a guarded task in the pool, between its admission and its report."""
+
+    admission: Admission
+    task_id: str
+    begun: bool = False
+    verdict: Verdict | None = None
+    served: Served | None = None
+    told: set[str] = field(default_factory=set)  # breakers whose own guards have reported
+
+    def begin(self, task_id: str | None) -> bool:
+        """Claim the run for the task body; False for calls of other tasks, or of itself, inside it."""
+        if self.begun or task_id != self.task_id:
+            return False
+        self.begun = True
+        return True
+
+    def replaced(self, breaker: str) -> None:
+        """A guard inside the body has reported for ``breaker``: the task as a whole need not."""
+        self.told.add(breaker)
+
+    def is_trial(self, breaker: str) -> bool:
+        """Whether the run holds a permit of ``breaker``, which covers all that it does inside."""
+        return self.admission.trial and self.admission.breaker == breaker
+
+    def report(self) -> Report:
+        """Return what the main process should know."""
+        served = (self.served.source, self.served.age) if self.served else ("", None)
+        if self.verdict is None or self.admission.breaker in self.told:
+            return Report(None, "", None, *served)
+        return Report(self.verdict.outcome, self.verdict.cause, self.verdict.retry_after, *served)
+
+
+current_run: ContextVar[Run | None] = ContextVar("resilient_tasks_run", default=None)
+
+
+def run_admitted(admission: Admission, name: str, task_id: str, *args: Any, app: Any = None) -> tuple[int, Any, float, Report]:
+    """Run a task in the pool, as Celery's own tracer does, and report on its dependency."""
+    run = Run(admission, task_id)
+    run_token, scope_token = current_run.set(run), task_scope.set(run)
+    try:
+        failed, value, runtime = seams.trace(app, name, task_id, *args)
+    finally:
+        current_run.reset(run_token)
+        task_scope.reset(scope_token)
+    return failed, value, runtime, run.report()

@@ -1,0 +1,129 @@
+"""``Runtime``: everything of one app that its workers, pool processes and producers share.
+
+The composition root ``Resilience`` makes one per Celery app; the rest of ``worker/`` finds it by
+:func:`runtime_of`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from celery import Celery
+
+from resilient_tasks.breaker import Breaker
+from resilient_tasks.errors import ConfigurationError
+from resilient_tasks.fleet import Fleet
+from resilient_tasks.settings import Settings
+
+if TYPE_CHECKING:
+    from resilient_tasks.store.base import Spec
+    from resilient_tasks.worker.host import Host
+
+logger = logging.getLogger("resilient_tasks")
+
+TICK_TASK = "resilient_tasks.tick"
+TICK_ENTRY = "resilient-tasks-tick"
+
+_runtimes: WeakKeyDictionary[Celery, Runtime] = WeakKeyDictionary()
+
+
+def runtime_of(app: Celery) -> Runtime:
+    """Return the runtime of an app.
+
+    Raises:
+        ConfigurationError: no ``Resilience`` was initialised with it.
+    """
+    try:
+        return _runtimes[app]
+    except KeyError:
+        raise ConfigurationError(f"app {app.main!r} has no Resilience: call Resilience(app) or init_app(app)") from None
+
+
+class Runtime:
+    """One app's breakers, settings and membership in the fleet.
+
+    Args:
+        app: the Celery app.
+        breakers: all breakers by name; shared with ``Resilience``, so it may still grow.
+        connect: makes the fleet; called on first use, when the app is configured.
+        settings: returns the settings; called on first use.
+    """
+
+    host: Host  # set by the worker's bootstep; only the main process of a worker has one
+
+    def __init__(
+        self,
+        app: Celery,
+        breakers: Mapping[str, Breaker],
+        connect: Callable[[], Fleet],
+        settings: Callable[[], Settings],
+    ) -> None:
+        self.app = app
+        self.breakers = breakers
+        self._connect = connect
+        self._settings = settings
+        _runtimes[app] = self
+
+    @property
+    def fleet(self) -> Fleet:
+        """This process's membership in the fleet."""
+        return self._connect()
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self._settings()
+
+    def breaker(self, name: str) -> Breaker:
+        """Return a breaker by name.
+
+        Raises:
+            ConfigurationError: nobody defines it.
+        """
+        try:
+            return self.breakers[name]
+        except KeyError:
+            known = ", ".join(sorted(self.breakers)) or "none"
+            raise ConfigurationError(f"no breaker is named {name!r}; defined: {known}") from None
+
+    @property
+    def control_queue(self) -> str:
+        """Name of the queue that ticks travel on."""
+        return f"{self.settings.namespace}.control"
+
+    @property
+    def result_ttl(self) -> float:
+        """Seconds for which what belongs to a result is kept."""
+        expires = self.app.conf.result_expires or timedelta(days=1)
+        return expires.total_seconds() if isinstance(expires, timedelta) else float(expires)
+
+    def specs(self) -> list[Spec]:
+        """Return all breakers as this process declares them."""
+        return [breaker.spec for breaker in self.breakers.values()]
+
+    def validate(self) -> None:
+        """Check at start-up what cannot be checked earlier.
+
+        Raises:
+            ConfigurationError: a task names a breaker that nobody defines, or is no ``ResilientTask``.
+        """
+        for task in self.app.tasks.values():
+            name = getattr(task, "breaker", None)
+            if name is None:
+                continue
+            name = getattr(name, "name", name)
+            options = getattr(task, "options", None)
+            if options is None:
+                raise ConfigurationError(
+                    f"task {task.name!r} names breaker {name!r} but its base {type(task).__mro__[1].__name__} is no"
+                    " ResilientTask: derive it from resilient_tasks.ResilientTask"
+                )
+            if options.breaker not in self.breakers:
+                known = ", ".join(sorted(self.breakers)) or "none"
+                raise ConfigurationError(f"task {task.name!r} names breaker {name!r}, which nobody defines; defined: {known}")
+        for unused in self.settings.unknown_overrides(self.breakers):
+            logger.warning("settings override breaker %r, which nobody defines", unused)

@@ -1,0 +1,104 @@
+"""Every touch of something that Celery or kombu do not document, in one place.
+
+``tests/unit/test_seams.py`` fails when one of them moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import redis
+from celery.app.trace import fast_trace_task, trace_task_ret
+from celery.worker import state as worker_state
+from celery.worker.request import Request
+from kombu.transport.virtual import Channel as VirtualChannel
+from kombu.transport.virtual import QoS as VirtualQoS
+from kombu.utils.json import dumps, loads
+
+TraceResult = tuple[int, Any, float]
+
+#: Forget that a request waits for or occupies a pool slot.
+task_ready: Callable[[Request], None] = worker_state.task_ready
+
+#: Ids this worker was told to revoke.
+revoked_ids = worker_state.revoked
+
+encode_message: Callable[[object], str] = dumps
+decode_message: Callable[[str | bytes], Any] = loads
+
+
+def shutting_down() -> bool:
+    """Whether this worker has been told to stop, warmly or coldly."""
+    return any(flag is not None and flag is not False for flag in (worker_state.should_stop, worker_state.should_terminate))
+
+
+def trace(app: Any, name: str, *args: Any) -> TraceResult:
+    """Run a task in the pool as Celery would have done: ``(failed, value, runtime)``."""
+    run = fast_trace_task if app is None or app.use_fast_trace_task else trace_task_ret
+    result: TraceResult = run(name, *args) if app is None else run(name, *args, app=app)
+    return result
+
+
+def announce_revoked(request: Request, reason: str) -> None:
+    """Give a request the result, events and signals of a task that was revoked before it ran."""
+    request._announce_revoked(reason, False, None, False)
+
+
+def is_redis(channel: Any) -> bool:
+    """Whether a channel keeps its queues in Redis lists and emulates acknowledgements in a hash."""
+    return isinstance(channel, VirtualChannel) and getattr(channel.connection, "driver_type", "") == "redis"
+
+
+def plain_client(channel: Any) -> redis.Redis:
+    """Return a client on the channel's own connections that adds no key prefix of its own."""
+    return redis.Redis(connection_pool=channel.pool)
+
+
+def list_key(channel: Any, queue: str, priority: int = 0) -> str:
+    """Return the Redis list that holds one priority of a queue."""
+    return str(channel.global_keyprefix + channel._q_for_pri(queue, priority))
+
+
+def message_priority(channel: Any, raw: Mapping[str, Any]) -> int:
+    """Return a raw message's priority as the channel sorts it."""
+    return int(channel._get_message_priority(raw, reverse=False))
+
+
+def unacked_keys(channel: Any) -> tuple[str, str]:
+    """Return the hash and the index that hold delivered, unacknowledged messages."""
+    return channel.global_keyprefix + channel.unacked_key, channel.global_keyprefix + channel.unacked_index_key
+
+
+def emulates_acks(channel: Any) -> bool:
+    """Whether unacknowledged messages are kept in Redis at all (transport option ``ack_emulation``)."""
+    return bool(channel.ack_emulation)
+
+
+def forget_delivery(message: Any) -> None:
+    """Acknowledge locally a message that a script has already taken out of the unacked hash."""
+    VirtualQoS.ack(message.channel.qos, message.delivery_tag)
+    message._state = "ACK"
+
+
+def new_delivery_tag(channel: Any) -> str:
+    """Return a delivery tag as the channel gives it to a fresh message."""
+    return str(channel._next_delivery_tag())
+
+
+def queue_of(task_consumer: Any, message: Any) -> str:
+    """Return the name of the queue that a consumed message came from."""
+    info = message.delivery_info or {}
+    tag = info.get("consumer_tag")
+    for name, active in getattr(task_consumer, "_active_tags", {}).items():
+        if tag is not None and active == tag:
+            return str(name)
+    return _queue_by_routing(task_consumer, message.channel, info.get("exchange") or "", info.get("routing_key") or "")
+
+
+def _queue_by_routing(task_consumer: Any, channel: Any, exchange: str, routing_key: str) -> str:
+    consumed = [queue.name for queue in task_consumer.queues]
+    if exchange:
+        routed = [name for name in channel._lookup(exchange, routing_key) if name in consumed]
+        return str(routed[0]) if routed else str(consumed[0])
+    return routing_key

@@ -1,0 +1,104 @@
+"""The tick: let due breakers into HALF_OPEN, probe them, resume what waits.
+
+One idempotent function under a lease in the store: however many beats and workers call it, one runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from resilient_tasks.core.model import Snapshot, State
+from resilient_tasks.worker.probe import Prober
+from resilient_tasks.worker.resume import Resumer
+
+if TYPE_CHECKING:
+    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.worker.runtime import Runtime
+
+logger = logging.getLogger("resilient_tasks")
+
+#: The lease of a tick outlives this many intervals; a worker that dies in mid-tick holds up no longer.
+LEASE_INTERVALS = 3
+SHORTEST_LEASE = 3.0
+#: Seconds between comparisons of the store's index with what really lies in the deferred queues.
+STOCKTAKING = 10.0
+
+_RESUMING = frozenset({State.CLOSED, State.SHADOW, State.DISABLED})
+
+
+def anything_due(snapshot: Snapshot, now: float) -> bool:
+    """Whether a tick would have something to do for a breaker."""
+    if snapshot.next_deadline_at is not None and snapshot.next_deadline_at <= now:
+        return True
+    if snapshot.state is State.OPEN:
+        return snapshot.open_until is not None and snapshot.open_until <= now
+    return snapshot.state is State.HALF_OPEN or (snapshot.state in _RESUMING and snapshot.deferred > 0)
+
+
+class Tick:
+    """Runs ticks in one worker.
+
+    Args:
+        runtime: the app's runtime.
+        consumer: the worker's consumer, for its name and its event dispatcher.
+        wake: asks for another tick at once, when a probe has changed something.
+    """
+
+    def __init__(self, runtime: Runtime, consumer: Any, wake: Callable[[], None]) -> None:
+        self._runtime = runtime
+        self._holder = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}"
+        self._resumer = Resumer(runtime, consumer)
+        self._prober = Prober(runtime, wake)
+        self._stock_taken_at = float("-inf")
+
+    def run(self) -> bool:
+        """Do everything that is due; False if another worker is at it.
+
+        Raises:
+            StoreError: the store is away.
+        """
+        store = self._runtime.fleet.store
+        lease = max(SHORTEST_LEASE, LEASE_INTERVALS * self._runtime.settings.tick_interval)
+        with store.tick_lease(self._holder, ttl=lease) as held:
+            if not held:
+                return False
+            self._take_stock()
+            breakers = list(self._runtime.breakers.values())
+            for breaker, snapshot in zip(breakers, store.read([breaker.spec for breaker in breakers]), strict=True):
+                if anything_due(snapshot, snapshot.now):
+                    self._serve(breaker, snapshot)
+            store.tick_completed()
+        return True
+
+    def _serve(self, breaker: Breaker, snapshot: Snapshot) -> None:
+        fleet = self._runtime.fleet
+        answer = fleet.store.advance(breaker.spec, jitter=random.random())  # noqa: S311 - spreads load
+        fleet.learn(answer)
+        snapshot = answer.snapshot
+        self._resumer.expire(breaker, snapshot)
+        if snapshot.state is State.HALF_OPEN:
+            if breaker.probe_function is not None:
+                self._prober.start(breaker)
+            else:
+                self._resumer.release_trials(breaker, snapshot)
+        elif snapshot.state in _RESUMING and snapshot.deferred:
+            self._resumer.resume(breaker, snapshot)
+
+    def _take_stock(self) -> None:
+        """Correct the index: deferrals while the store was away are not in it, lost copies still are."""
+        if time.monotonic() - self._stock_taken_at < STOCKTAKING:
+            return
+        self._stock_taken_at = time.monotonic()
+        for breaker in self._runtime.breakers.values():
+            self._resumer.take_stock(breaker)
+
+    def close(self) -> None:
+        """Close connections."""
+        self._resumer.close()

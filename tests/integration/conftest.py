@@ -1,0 +1,126 @@
+"""A real server, real workers, real beat: what the integration tests run on."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import redis
+
+from workers.processes import Program, Server, Worker, start_beat, start_valkey, start_worker, wait_until
+
+PATIENCE = 60.0  # generous: these conditions become true in a second or two on an idle machine
+MODULE = "tests.integration.shop"
+
+
+class Shop:
+    """The test project with its server, its side channel and the processes that a test starts."""
+
+    def __init__(self, server: Server, directory: Path) -> None:
+        self.server = server
+        self.directory = directory
+        self.side = redis.Redis.from_url(server.url(2), decode_responses=True)
+        self.broker = redis.Redis.from_url(server.url(0), decode_responses=True)
+        self.env = {
+            "SHOP_BROKER_URL": server.url(0),
+            "SHOP_BACKEND_URL": server.url(1),
+            "SHOP_SIDE_URL": server.url(2),
+        }
+        self._count = itertools.count(1)
+        self._programs: list[Program] = []
+        os.environ.update(self.env)
+        self.project: ModuleType = importlib.import_module(MODULE)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.project, name)
+
+    def worker(self, **options: Any) -> Worker:
+        """Start a worker and wait until it consumes."""
+        env = {**self.env, **options.pop("env", {})}
+        worker = start_worker(
+            MODULE, name=f"worker{next(self._count)}", directory=self.directory, env=env, **options
+        )  # fmt: skip
+        self._programs.append(worker)
+        return worker.wait_until_ready()
+
+    def beat(self) -> Program:
+        """Start beat."""
+        beat = start_beat(MODULE, name=f"beat{next(self._count)}", directory=self.directory, env=self.env)
+        self._programs.append(beat)
+        return beat
+
+    def stop(self) -> None:
+        """Stop all processes of a test; pytest shows what they wrote if it failed."""
+        while self._programs:
+            program = self._programs.pop()
+            program.stop()
+            print(f"--- {program.name}\n{program.output()}")
+
+    def clear(self) -> None:
+        """Forget everything that former tests have left: all workers must be stopped."""
+        for database in range(3):
+            client = redis.Redis.from_url(self.server.url(database))
+            left = [key for key in client.scan_iter() if not key.startswith(b"_kombu.binding")]
+            if left:
+                client.delete(*left)
+        self.project.resilience.fleet.view.refresh()
+
+    def set_health(self, dependency: str, health: str) -> None:
+        """Make a dependency ``up``, ``down`` or ``hang``."""
+        self.side.set(f"health:{dependency}", health)
+
+    def calls(self, dependency: str) -> int:
+        """How often a dependency was called."""
+        return int(self.side.get(f"calls:{dependency}") or 0)
+
+    def waiting(self, breaker: str) -> int:
+        """Length of a deferred queue, as any tool sees it."""
+        return int(self.broker.llen(f"resilient.deferred.{breaker}"))
+
+    def open(self, breaker: str) -> None:
+        """Open a breaker that stays open until told otherwise, and let every worker know."""
+        self.project.resilience.breakers[breaker].isolate(reason="test")
+
+    def close(self, breaker: str) -> None:
+        """Close it again."""
+        self.project.resilience.breakers[breaker].reset(reason="test")
+
+    def runs(self, task: str) -> list[str]:
+        """Ids of the runs of a task, in order."""
+        return list(self.side.lrange(f"runs:{task}", 0, -1))
+
+    def notes(self) -> list[Any]:
+        """What ``note`` was called with."""
+        return [json.loads(note) for note in self.side.lrange("notes", 0, -1)]
+
+    @staticmethod
+    def wait(condition: Callable[[], Any], what: str = "") -> None:
+        """Wait until a condition holds."""
+        wait_until(condition, timeout=PATIENCE, what=what or condition.__code__.co_name)
+
+    def wait_state(self, result: Any, state: str) -> None:
+        """Wait until a result has a state."""
+        self.wait(lambda: result.state == state, f"{result.id} to be {state}, it is {result.state}")
+
+
+@pytest.fixture(scope="session")
+def _shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+    directory = tmp_path_factory.mktemp("shop")
+    server = start_valkey(directory)
+    yield Shop(server, directory)
+    server.stop()
+
+
+@pytest.fixture
+def shop(_shop: Shop) -> Iterator[Shop]:
+    """An empty shop without workers; what a test starts is stopped after it, what it wrote is shown if it failed."""
+    _shop.clear()
+    yield _shop
+    _shop.stop()

@@ -1,0 +1,190 @@
+"""The Celery project that the integration tests run. Its dependencies are up or down by a key in Redis."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import redis
+import tenacity
+from celery import Celery
+
+from resilient_tasks import Resilience, cached, constant
+
+SIDE = redis.Redis.from_url(os.environ["SHOP_SIDE_URL"], decode_responses=True)  # tests look over its shoulder
+
+
+class DependencyDownError(ConnectionError):
+    """What calling a dependency that is down raises."""
+
+
+app = Celery("shop", broker=os.environ["SHOP_BROKER_URL"], backend=os.environ["SHOP_BACKEND_URL"])
+app.conf.update(
+    broker_connection_retry_on_startup=True,
+    broker_transport_options=json.loads(os.environ.get("SHOP_TRANSPORT_OPTIONS", "{}")),
+    result_extended=True,
+    task_acks_late=True,
+    worker_prefetch_multiplier=1,
+    beat_schedule={"early": {"task": "shop.ping", "schedule": 3600.0}},
+)
+resilience = Resilience(app)
+QUICK = {"consecutive_failures": 3, "open_duration": 1.0, "open_jitter": 0.0, "ramp": 0.0}
+
+payments = resilience.breaker("payments", **QUICK)
+accounts = resilience.breaker("accounts", **QUICK)
+probed = resilience.breaker("probed", **QUICK)
+tolerant = resilience.breaker("tolerant", **{**QUICK, "consecutive_failures": None, "minimum_calls": 1000})
+narrow = resilience.breaker("narrow", **QUICK, max_deferred=2)
+
+
+def call(dependency: str) -> str:
+    """Call a dependency as a client library would."""
+    SIDE.incr(f"calls:{dependency}")
+    health = SIDE.get(f"health:{dependency}") or "up"
+    if health == "hang":
+        wait_until_healthy(dependency)
+    elif health != "up":
+        raise DependencyDownError(f"{dependency} is {health}")
+    return "ok"
+
+
+def wait_until_healthy(dependency: str) -> None:
+    while SIDE.get(f"health:{dependency}") == "hang":
+        time.sleep(0.05)
+
+
+@app.task(bind=True, breaker=payments)
+def charge(self, order: int, *, dependency: str = "payments") -> int:
+    SIDE.rpush("runs:charge", self.request.id)
+    call(dependency)
+    return order
+
+
+@app.task(bind=True, breaker="payments")
+def describe(self, *args, **kwargs) -> dict:
+    """Return what a task can see of its own message."""
+    call("payments")
+    request = self.request
+    return {
+        "id": request.id,
+        "args": request.args,
+        "kwargs": request.kwargs,
+        "headers": request.headers,
+        "priority": request.delivery_info["priority"],
+        "queue": request.delivery_info["routing_key"],
+        "expires": request.expires,
+        "reply_to": request.reply_to,
+        "correlation_id": request.correlation_id,
+        "parent_id": request.parent_id,
+        "root_id": request.root_id,
+        "retries": request.retries,
+        "group": request.group,
+        "stamps": request.stamps,
+        "timelimit": request.timelimit,
+    }
+
+
+@app.task(breaker="accounts", fallback=[cached(max_age=3600)], on_open="fail")
+def balance(account: int) -> int:
+    call("accounts")
+    return account * 100
+
+
+@app.task(breaker="accounts", fallback=constant("n/a"))
+def nickname(account: int) -> str:
+    call("accounts")
+    return f"nick-{account}"
+
+
+@app.task(breaker="accounts", on_open="fail")
+def strict(account: int) -> int:
+    call("accounts")
+    return account
+
+
+@app.task(breaker="probed")
+def ship(order: int) -> int:
+    call("probed")
+    return order
+
+
+@probed.probe
+def probe() -> None:
+    call("probed")
+
+
+@app.task(bind=True, breaker="tolerant", max_attempts=2)
+def poison(self, dependency: str) -> str:
+    SIDE.rpush("runs:poison", self.request.id)
+    return call(dependency)
+
+
+@app.task(breaker="tolerant")
+def antidote() -> str:
+    return call("tolerant")
+
+
+@app.task(breaker="payments", defer_for=1.5)
+def urgent() -> str:
+    return call("payments")
+
+
+@app.task(breaker="narrow")
+def squeeze() -> str:
+    return call("narrow")
+
+
+@app.task(bind=True, breaker="payments", autoretry_for=(DependencyDownError,), retry_backoff=False, default_retry_delay=0, max_retries=1)
+def insistent(self) -> int:
+    SIDE.rpush("runs:insistent", self.request.id)
+    call("tolerant-elsewhere")
+    return self.request.retries
+
+
+@app.task(breaker="tolerant", retrying=tenacity.Retrying(stop=tenacity.stop_after_attempt(3), wait=tenacity.wait_none()))
+def stubborn(key: str) -> int:
+    tries = SIDE.incr(key)
+    if tries < 3:
+        raise DependencyDownError("not yet")
+    return tries
+
+
+@app.task(breaker="tolerant")
+def inner() -> str:
+    """A guarded call inside the body, of another dependency than the task's own."""
+    with payments.guard():
+        return call("payments")
+
+
+@app.task(breaker="tolerant", time_limit=2, max_attempts=3)
+def overrun() -> str:
+    SIDE.incr("runs:overrun")
+    call("overrun")
+    return "in time"
+
+
+@app.task
+def ping() -> str:
+    SIDE.incr("runs:ping")
+    return "pong"
+
+
+@app.task
+def hang() -> None:
+    """A task without a breaker that occupies its pool slot."""
+    SIDE.incr("hanging")
+    wait_until_healthy("hang")
+
+
+@app.task
+def collect(values: list) -> list:
+    return values
+
+
+@app.task
+def note(*args: object) -> None:
+    SIDE.rpush("notes", json.dumps([str(arg) for arg in args]))
+
+
+app.conf.beat_schedule = {"late": {"task": "shop.ping", "schedule": 3600.0}}

@@ -1,0 +1,127 @@
+"""A dependency goes down and comes back, with real workers, beat and broker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.integration.conftest import Shop
+
+
+def _all_done(results: list[Any]) -> bool:
+    return all(result.state == "SUCCESS" for result in results)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent", "solo"])
+def test_tasks_wait_in_the_broker_and_finish_by_themselves(shop: Shop, pool: str) -> None:
+    shop.beat()
+    shop.worker(pool=pool)
+    shop.set_health("payments", "down")
+    results = [shop.charge.delay(order) for order in range(40)]
+
+    shop.wait(lambda: all(result.state == "DEFERRED" for result in results), "all to be DEFERRED")
+    assert shop.waiting("payments") == 40
+    assert results[-1].info["breaker"] == "payments"
+    assert results[-1].info["reason"]
+    assert results[-1].info["since"] == pytest.approx(shop.resilience.fleet.view.server_now(), abs=60)
+
+    shop.set_health("payments", "up")
+    shop.wait(lambda: _all_done(results), "all to finish")
+    assert [result.result for result in results] == list(range(40))
+    assert shop.waiting("payments") == 0
+    assert set(shop.runs("charge")) == {result.id for result in results}
+    snapshot = shop.payments.snapshot()
+    assert (snapshot.state, snapshot.deferred) == ("CLOSED", 0)
+
+
+def test_a_dead_dependency_is_called_a_few_times_and_healthy_work_goes_on(shop: Shop) -> None:
+    shop.beat()
+    shop.worker()
+    shop.worker()
+    shop.set_health("payments", "down")
+    charges = [shop.charge.delay(order) for order in range(100)]
+    pings = [shop.ping.delay() for _ in range(100)]
+    shop.wait(lambda: _all_done(pings), "the pings")
+    shop.wait(lambda: shop.waiting("payments") == 100, "all charges to wait")
+    opened = shop.payments.snapshot()
+    assert opened.state == "OPEN" or opened.openings >= 1
+    # three in a row open it; what the other processes were calling at that moment came on top
+    assert shop.side.llen("runs:charge") <= 3 + 4 + 3 * opened.openings
+    shop.set_health("payments", "up")
+    shop.wait(lambda: _all_done(charges), "the charges")
+
+
+def test_a_probe_stands_in_for_tasks(shop: Shop) -> None:
+    shop.beat()
+    shop.worker()
+    shop.set_health("probed", "down")
+    results = [shop.ship.delay(order) for order in range(10)]
+    shop.wait(lambda: shop.waiting("probed") == 10, "all to wait")
+    shop.wait(lambda: shop.probed.snapshot().openings >= 3, "probes to fail")
+    task_calls = sum(1 for result in results if result.info and "failed" in result.info["reason"])
+    assert task_calls <= 3 + 2
+    shop.set_health("probed", "up")
+    shop.wait(lambda: _all_done(results), "all to finish")
+
+
+def test_workers_take_over_when_there_is_no_beat(shop: Shop) -> None:
+    shop.worker()
+    shop.set_health("payments", "down")
+    results = [shop.charge.delay(order) for order in range(10)]
+    shop.wait(lambda: shop.waiting("payments") == 10, "all to wait")
+    shop.set_health("payments", "up")
+    shop.wait(lambda: _all_done(results), "all to finish")
+
+
+def test_a_pool_full_of_hanging_tasks_does_not_starve_the_tick(shop: Shop) -> None:
+    shop.beat()
+    shop.worker(queues=["celery"])
+    shop.open("payments")
+    waiting = [shop.charge.delay(order) for order in range(5)]
+    shop.wait(lambda: shop.waiting("payments") == 5, "all to wait")
+    shop.set_health("hang", "hang")
+    for _ in range(8):
+        shop.hang.delay()
+    shop.wait(lambda: shop.side.get("hanging") == "2", "the pool to be full")
+    shop.close("payments")
+    shop.wait(lambda: shop.waiting("payments") == 0, "the tick to resume them")
+    shop.set_health("hang", "up")
+    shop.wait(lambda: _all_done(waiting), "all to finish")
+
+
+def test_nothing_is_published_while_nothing_is_due(shop: Shop) -> None:
+    beat = shop.beat()
+    shop.worker()
+    assert shop.ping.delay().get(timeout=30) == "pong"
+    shop.open("payments")
+    charge = shop.charge.delay(1)
+    shop.wait_state(charge, "DEFERRED")
+    assert "resilient-tasks-tick" not in beat.output()
+    shop.close("payments")
+    assert charge.get(timeout=60) == 1
+    assert "resilient-tasks-tick" in beat.output()
+
+
+def test_a_worker_that_joins_while_open_obeys_at_once(shop: Shop) -> None:
+    shop.open("payments")
+    results = [shop.charge.delay(order) for order in range(20)]
+    shop.worker()
+    shop.wait(lambda: shop.waiting("payments") == 20, "all to wait")
+    assert shop.calls("payments") == 0
+    assert {result.state for result in results} == {"DEFERRED"}
+
+
+def test_every_transition_is_announced_once(shop: Shop) -> None:
+    shop.beat()
+    workers = [shop.worker(), shop.worker()]
+    shop.set_health("payments", "down")
+    charge = [shop.charge.delay(order) for order in range(6)]
+    shop.wait(lambda: shop.payments.snapshot().openings >= 2, "two openings")
+    shop.set_health("payments", "up")
+    shop.wait(lambda: _all_done(charge), "all to finish")
+    log = "".join(worker.output() for worker in workers)
+    lines = [line for line in log.splitlines() if "breaker" in line and "WARNING" in line]
+    epochs = [line for line in lines if "payments" in line]
+    assert len(epochs) == len(set(epochs))
+    assert any("CLOSED" in line for line in lines)
