@@ -97,11 +97,7 @@ class Breaker(Guarded):
             raise
         if type(result) is CoroutineType:
             return self._await(result)
-        standing.pending.append(epoch)
-        if not standing.scheduled:
-            self._reporter.schedule(standing)
-        if (scope := task_scope.get()) is not None:
-            scope.replaced(self.spec.name)
+        self._count_success(epoch)
         return result
 
     def _call_with_care(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:

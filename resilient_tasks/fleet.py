@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Callable
 
 from resilient_tasks.core.model import Answer, Grant, Snapshot, Transition, Verb
@@ -29,12 +30,19 @@ class Fleet:
     Args:
         store: the shared store; decisions fall back to a local one while it is away.
         announce: is told each transition that this process has made; what it raises is logged.
+        clock: monotonic clock in seconds, for tests that advance the time.
     """
 
-    def __init__(self, store: Store, *, announce: Callable[[Transition], None] = _tell_nobody) -> None:
-        self.store = store if isinstance(store, FailoverStore) else FailoverStore(store)
-        self.view = View(self.store)
-        self.reporter = Reporter(self.store, self.view, self.announce)
+    def __init__(
+        self,
+        store: Store,
+        *,
+        announce: Callable[[Transition], None] = _tell_nobody,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store = store if isinstance(store, FailoverStore) else FailoverStore(store, clock=clock)
+        self.view = View(self.store, clock)
+        self.reporter = Reporter(self.store, self.view, self.announce, clock)
         self._announce = announce
 
     def declare(self, spec: Spec) -> Standing:
@@ -87,7 +95,7 @@ class Fleet:
         self.view.become_child()
 
     def close(self) -> None:
-        """Send what waits, bounded, and let go of threads and connections. Using the fleet revives it."""
+        """Send what waits, for about a second at most, and let go of threads and connections."""
         self.reporter.close()
         self.view.stop()
         self.store.close()

@@ -201,6 +201,15 @@ class Guarded:
         patience = TRIAL_PATIENCE if wait else 0.0
         return self.fleet.reporter.settle(self.spec, holder, epoch, outcome, cause, retry_after, wait=patience)
 
+    def _count_success(self, epoch: int) -> None:
+        """Report a plain success without a permit: the one path that has to be fast."""
+        standing = self._standing
+        standing.pending.append(epoch)
+        if not standing.scheduled:
+            self._reporter.schedule(standing)
+        if (scope := task_scope.get()) is not None:
+            scope.replaced(self.spec.name)
+
     def _succeeded(self, epoch: int, holder: str, seconds: float) -> int:
         return self._finished(epoch, holder, Verdict(self.outcome_of_success(seconds)))
 
@@ -218,8 +227,7 @@ class Guarded:
         return self.report(epoch, verdict.outcome, verdict.cause, verdict.retry_after)
 
     def _wait(self, ticket: int) -> None:
-        if ticket:
-            self._reporter.wait(ticket, self._patience)
+        self._reporter.wait(ticket, self._patience)
 
     async def _wait_async(self, ticket: int) -> None:
         give_up_at = perf_counter() + self._patience
@@ -235,39 +243,36 @@ class Guarded:
 class Guard:
     """One guarded call as a context manager; ``Breaker.guard()`` makes it. Not to be nested in itself."""
 
-    __slots__ = ("_breaker", "_epoch", "_holder", "_started")
+    __slots__ = ("_breaker", "_epoch", "_holder", "_is_plain", "_started")
 
     def __init__(self, breaker: Guarded) -> None:
         self._breaker = breaker
 
     def __enter__(self) -> None:
-        breaker = self._breaker
-        standing = breaker._standing
-        if standing.admits and not breaker._view.is_behind:
-            self._epoch, self._holder = standing.epoch, _NO_PERMIT
-        else:
-            self._epoch, self._holder = breaker._admit()
-        self._started = perf_counter()
+        if not self._enters_freely():
+            self._begin(self._breaker._admit())
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        ticket = self._finish(exc)
-        if ticket:
-            self._breaker._wait(ticket)
+        if self._is_plain and exc is None:
+            self._breaker._count_success(self._epoch)
+        else:
+            self._breaker._wait(self._finish(exc))
 
     async def __aenter__(self) -> None:
-        breaker = self._breaker
-        admitted = breaker._admit_by_view() if breaker._is_current() else None
-        self._epoch, self._holder = admitted or await self._admit_in_thread()
-        self._started = perf_counter()
+        if not self._enters_freely():
+            breaker = self._breaker
+            admitted = breaker._admit_by_view() if breaker._is_current() else None
+            self._begin(admitted or await self._admit_in_thread())
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        ticket = self._finish(exc)
-        if ticket:
-            await self._breaker._wait_async(ticket)
+        if self._is_plain and exc is None:
+            self._breaker._count_success(self._epoch)
+        else:
+            await self._breaker._wait_async(self._finish(exc))
 
     async def _admit_in_thread(self) -> _Pass:
         """Ask the store without blocking the event loop."""
@@ -284,11 +289,23 @@ class Guard:
             epoch, holder = asking.result()
             self._breaker._finished(epoch, holder, Verdict(Outcome.IGNORED))
 
-    def _finish(self, exc: BaseException | None) -> int:
+    def _enters_freely(self) -> bool:
+        """Admit a call that needs neither I/O nor a permit nor a clock; False: that is not enough."""
         breaker = self._breaker
+        standing = breaker._standing
+        self._epoch = standing.epoch
+        self._is_plain = standing.admits and not breaker._is_timed and not breaker._view.is_behind
+        return self._is_plain
+
+    def _begin(self, admitted: _Pass) -> None:
+        self._epoch, self._holder = admitted
+        self._started = perf_counter()
+
+    def _finish(self, exc: BaseException | None) -> int:
+        breaker, holder = self._breaker, _NO_PERMIT if self._is_plain else self._holder
         if exc is not None:
-            return breaker._failed(self._epoch, self._holder, exc)
-        return breaker._succeeded(self._epoch, self._holder, perf_counter() - self._started)
+            return breaker._failed(self._epoch, holder, exc)
+        return breaker._succeeded(self._epoch, holder, perf_counter() - self._started)
 
 
 def _nowhere() -> Standing:

@@ -128,12 +128,12 @@ class Reporter:
         """Start empty: what was pending at a fork is the parent's to send, its permits are the parent's to renew."""
         self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._closed = False
         self._outboxes: dict[str, _Outbox] = {}
         self._busy: dict[str, _Outbox] = {}
         self._settlements: deque[_Settlement] = deque(maxlen=_MOST_SETTLEMENTS)
         self._held: dict[tuple[str, str], float] = {}
         self._renew_at = 0.0
+        self._settle_at = 0.0  # when settlements that the store could not take are tried again
         self._asked = 0  # tickets handed out, and the last one that has been served
         self._served = 0
         for standing in self._view.standings():
@@ -253,7 +253,6 @@ class Reporter:
         """Flush, then end the thread. Reporting again starts it anew."""
         flushed = self.flush(timeout)
         with self._condition:
-            self._closed = True
             thread, self._thread = self._thread, None
             self._condition.notify_all()
         if thread is not None and thread is not threading.current_thread():
@@ -271,7 +270,6 @@ class Reporter:
         return self._asked if urgent else _NOTHING_URGENT
 
     def _start(self) -> None:
-        self._closed = False
         thread = threading.Thread(target=self._run, name="resilient-tasks-reports", daemon=True)
         try:
             thread.start()
@@ -286,7 +284,7 @@ class Reporter:
         while True:
             with condition:
                 condition.wait_for(self._is_due, self._seconds_until_due())
-                if self._closed or self._thread is not threading.current_thread():
+                if self._is_dismissed():
                     return
                 ticket = self._asked
                 outboxes = self._take_due()
@@ -295,13 +293,18 @@ class Reporter:
                 self._served = ticket
                 condition.notify_all()
 
+    def _is_dismissed(self) -> bool:
+        return self._thread is not threading.current_thread()
+
     def _is_due(self) -> bool:
-        return self._closed or self._asked > self._served or self._seconds_until_due() == 0
+        return self._is_dismissed() or self._asked > self._served or self._seconds_until_due() == 0
 
     def _seconds_until_due(self) -> float | None:
         due = [0.0 if outbox.urgent else outbox.due_at for outbox in self._busy.values()]
         if self._held:
             due.append(self._renew_at)
+        if self._settlements:
+            due.append(self._settle_at)
         return max(0.0, min(due) - self._clock()) if due else None
 
     def _take_due(self) -> list[_Outbox]:
@@ -316,15 +319,19 @@ class Reporter:
         return due
 
     def _work(self, outboxes: list[_Outbox]) -> None:
+        for outbox in outboxes:
+            self._safely(lambda outbox=outbox: self._send(outbox))
+        for _ in range(len(self._settlements)):
+            self._safely(lambda: self._settle(self._settlements.popleft()))
+        if self._held and self._renew_at <= self._clock():
+            self._safely(self._renew)
+
+    def _safely(self, job: Callable[[], None]) -> None:
+        """Do a job; no mistake of a store or a listener may end the thread."""
         try:
-            for outbox in outboxes:
-                self._send(outbox)
-            for _ in range(len(self._settlements)):
-                self._settle(self._settlements.popleft())
-            if self._held and self._renew_at <= self._clock():
-                self._renew()
+            job()
         except Exception:
-            logger.exception("outcomes could not be reported")
+            logger.exception("outcomes of guarded calls could not be reported")
 
     def _send(self, outbox: _Outbox) -> None:
         outbox.collect()
@@ -348,6 +355,7 @@ class Reporter:
             answer = self._store.settle(spec, holder, outcome, evidence, jitter=random.random())
         except StoreError as error:
             logger.debug("a trial waits to be settled: %s", error)
+            self._settle_at = self._clock() + BATCH_INTERVAL
             if self._clock() < give_up_at:
                 self._settlements.append(settlement)
         else:
