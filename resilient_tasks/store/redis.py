@@ -75,9 +75,11 @@ class RedisStore:
         try:
             return int(self._run("time", [])) / 1000
         except StoreError as error:
-            if isinstance(error.__cause__, redis.ResponseError):
-                raise StoreError(f"{error}; it must run Lua scripts (EVAL, EVALSHA, TIME)") from error.__cause__
-            raise
+            answered = isinstance(error.__cause__, redis.ResponseError)
+            needed = (
+                "it must run Lua scripts (EVAL, EVALSHA, TIME)" if answered else "it must be a Redis or Valkey server"
+            )
+            raise StoreError(f"{error}; {needed}") from error.__cause__
 
     # --- decisions --------------------------------------------------------------------------------
 

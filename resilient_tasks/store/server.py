@@ -170,7 +170,7 @@ class Server:
             return
         with self._lock:
             now = time.monotonic()
-            if self._retry_at is not None and now < self._retry_at:
+            if now < (self._retry_at or now):
                 raise StoreError(f"{self._last_failure} (tried a moment ago)")
             self._retry_at = now + self._cooldown  # the others wait for what this caller finds
 

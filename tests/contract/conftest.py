@@ -1,0 +1,72 @@
+"""One suite, every store: this process's, the scripts in fakeredis, the scripts in a real server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+
+from resilient_tasks.store.local import LocalStore
+from resilient_tasks.store.redis import RedisStore
+from tests.contract.lab import CLOCK_LUA, Lab, LocalClock, ServerClock
+from workers.processes import Server, start_valkey
+
+
+@pytest.fixture(scope="session")
+def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = start_valkey(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(running_server: Server) -> Server:
+    """A real server without any keys."""
+    with redis.Redis.from_url(running_server.url()) as client:
+        client.flushall()
+    return running_server
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[Server]:
+    """A real server that a test may stop, freeze or kill."""
+    server = start_valkey(tmp_path)
+    yield server
+    server.program.kill()
+
+
+@pytest.fixture
+def shared_store(server: Server) -> Iterator[RedisStore]:
+    """A store on a real server and its real time."""
+    store = RedisStore(server.url(), namespace="test")
+    yield store
+    store.close()
+
+
+@pytest.fixture(params=["local", "fakeredis", "server"])
+def lab(request: pytest.FixtureRequest) -> Lab:
+    """Each store in turn, with a clock that stands still until the test advances it."""
+    if request.param == "local":
+        clock = LocalClock()
+        return Lab(LocalStore(clock), clock, lambda: LocalStore(clock))
+    if request.param == "fakeredis":
+        fake = fakeredis.FakeServer()
+        client = fakeredis.FakeRedis(server=fake)
+        options = {"connection_class": fakeredis.FakeRedisConnection, "server": fake}
+        return _shared_lab("redis://fake", client, request.addfinalizer, **options)
+    server: Server = request.getfixturevalue("server")
+    return _shared_lab(server.url(), redis.Redis.from_url(server.url()), request.addfinalizer)
+
+
+def _shared_lab(url: str, client: redis.Redis, on_end: Callable[[Callable[[], object]], None], **options: Any) -> Lab:
+    def store(namespace: str) -> RedisStore:
+        opened = RedisStore(url, namespace=namespace, clock=CLOCK_LUA, **options)
+        on_end(opened.close)
+        return opened
+
+    on_end(client.close)
+    return Lab(store("test"), ServerClock(client), lambda: store("other"))

@@ -1,0 +1,153 @@
+"""What the contract tests hold in their hands: a store with a clock that is advanced, and a breaker in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import redis
+
+from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, State, Transition, Verb
+from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.store.base import Evidence, Spec, Store
+
+START = 1_789_000_000.437  # no round number: buckets and milliseconds are not aligned with it
+CLOCK_KEY = "clock-of-the-test"
+CLOCK_LUA = f"""
+local function now_ms()
+  return tonumber(redis.call('GET', '{CLOCK_KEY}'))
+end
+"""
+OUTCOMES = {"S": Outcome.SUCCESS, "F": Outcome.FAILURE, "L": Outcome.SLOW, "I": Outcome.IGNORED}
+
+
+class Clock(Protocol):
+    """A clock that stands still until it is advanced."""
+
+    def __call__(self) -> float: ...
+
+    def advance(self, seconds: float) -> None: ...
+
+
+@dataclass
+class LocalClock:
+    now: float = START
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now = round(self.now + seconds, 3)
+
+
+@dataclass
+class ServerClock:
+    """The time in a key of the server, where ``CLOCK_LUA`` reads it."""
+
+    client: redis.Redis
+    now: float = START
+
+    def __post_init__(self) -> None:
+        self.set()
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now = round(self.now + seconds, 3)
+        self.set()
+
+    def set(self) -> None:
+        self.client.set(CLOCK_KEY, round(self.now * 1000))
+
+
+@dataclass
+class Lab:
+    """A store, the clock it goes by, and a way to open it a second time under another namespace."""
+
+    store: Store
+    clock: Clock
+    other_namespace: Callable[[], Store]
+
+    def breaker(self, name: str = "payments", *, revision: int = 0, **policy: Any) -> Subject:
+        """Return a breaker with the policy that the scenarios are told with, unless said otherwise."""
+        told: dict[str, Any] = {
+            "failure_rate_threshold": 0.5, "minimum_calls": 5, "window": 20.0, "open_duration": 5.0, "open_jitter": 0.0,
+        }  # fmt: skip
+        return Subject(self.store, self.clock, Spec(name, BreakerPolicy(**{**told, **policy}), revision))
+
+
+@dataclass
+class Subject:
+    """A breaker under test. ``calls`` are letters: S success, F failure, L slow (late), I ignored."""
+
+    store: Store
+    clock: Clock
+    spec: Spec
+    transitions: list[Transition] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def state(self) -> State:
+        return self.snapshot().state
+
+    def snapshot(self) -> Snapshot:
+        return self.store.read([self.spec])[0]
+
+    def calls(self, letters: str, *, epoch: int | None = None, **evidence: Any) -> Answer:
+        """Report one outcome after the other, as calls admitted in the present epoch, or in ``epoch``."""
+        for letter in letters:
+            admitted_in = self.snapshot().epoch if epoch is None else epoch
+            runs = ((OUTCOMES[letter], 1),)
+            answer = self._told(self.store.record(self.spec, Evidence(admitted_in, runs, **evidence)))
+        return answer
+
+    def batch(self, *runs: tuple[str, int], **evidence: Any) -> Answer:
+        """Report runs of equal outcomes at once."""
+        encoded = tuple((OUTCOMES[letter], count) for letter, count in runs)
+        return self._told(self.store.record(self.spec, Evidence(self.snapshot().epoch, encoded, **evidence)))
+
+    def ask(self, holder: str = "holder", *, lease: float = 10.0) -> Grant:
+        grant = self.store.acquire(self.spec, holder, lease=lease)
+        self.transitions += [grant.transition] if grant.transition else []
+        return grant
+
+    def settle(self, holder: str, letter: str, *, epoch: int | None = None, **evidence: Any) -> Answer:
+        admitted_in = self.snapshot().epoch if epoch is None else epoch
+        told = Evidence(admitted_in, (), **evidence)
+        return self._told(self.store.settle(self.spec, holder, OUTCOMES[letter], told))
+
+    def trials(self, letters: str) -> State:
+        """Make one trial after the other and return the state after the last."""
+        for number, letter in enumerate(letters):
+            holder = f"trial {number} at {self.clock()}"
+            assert self.ask(holder).trial
+            self.settle(holder, letter)
+        return self.state
+
+    def advance(self) -> Answer:
+        return self._told(self.store.advance(self.spec))
+
+    def command(self, verb: Verb, *, reason: str = "", actor: str = "") -> Answer:
+        return self._told(self.store.command(self.spec, verb, reason=reason, actor=actor))
+
+    def open(self) -> Subject:
+        """Trip it with failures."""
+        assert self.batch(("F", self.spec.policy.minimum_calls)).snapshot.state is State.OPEN
+        return self
+
+    def half_open(self) -> Subject:
+        """Trip it and wait until trials may begin."""
+        snapshot = self.open().snapshot()
+        assert snapshot.retry_after is not None
+        self.clock.advance(snapshot.retry_after)
+        assert self.advance().snapshot.state is State.HALF_OPEN
+        return self
+
+    def _told(self, answer: Answer) -> Answer:
+        self.transitions += [answer.transition] if answer.transition else []
+        return answer

@@ -1,0 +1,58 @@
+"""How others hear of a change."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from itertools import islice
+from typing import Any, cast
+
+from resilient_tasks.core.model import State, Verb
+from tests.contract.lab import Lab
+
+
+def listening(lab: Lab, timeout: float = 5.0) -> Any:
+    changes = cast("Any", lab.store.changes(timeout=timeout))
+    assert next(changes) is None, "it listens from here on"
+    return closing(changes)
+
+
+def test_every_transition_is_published_as_the_state_it_led_to(lab: Lab) -> None:
+    breaker = lab.breaker(trial_calls=1)
+    with listening(lab) as changes:
+        breaker.half_open()
+        breaker.trials("S")
+        answer = breaker.command(Verb.ISOLATE, reason="maintenance: größer", actor="ada")
+        heard = list(islice(changes, 4))
+    assert [snapshot.state for snapshot in heard] == [State.OPEN, State.HALF_OPEN, State.CLOSED, State.FORCED_OPEN]
+    assert heard[-1] == answer.snapshot
+    assert [s.version for s in heard] == sorted({s.version for s in heard})
+
+
+def test_a_permit_given_back_and_a_would_be_opening_are_published(lab: Lab) -> None:
+    on_trial, shadow = lab.breaker("on trial", trial_calls=1).half_open(), lab.breaker("shadow")
+    shadow.command(Verb.SHADOW)
+    on_trial.ask("a")
+    with listening(lab) as changes:
+        on_trial.settle("a", "I")
+        shadow.calls("FFFFF")
+        freed, would_open = islice(changes, 2)
+    assert (freed.name, freed.trials) == ("on trial", 0)
+    assert (would_open.name, would_open.would_open) == ("shadow", True)
+
+
+def test_counting_publishes_nothing(lab: Lab) -> None:
+    breaker = lab.breaker()
+    with listening(lab, timeout=0.05) as changes:
+        breaker.calls("SFSF")
+        breaker.ask()
+        lab.store.add_deferred(breaker.name, "a")
+        assert next(changes) is None
+
+
+def test_several_breakers_share_one_channel_and_namespaces_do_not(lab: Lab) -> None:
+    stranger = lab.other_namespace()
+    with listening(lab) as changes:
+        stranger.command(lab.breaker("stranger").spec, Verb.ISOLATE)
+        lab.breaker("mail").open()
+        lab.breaker("payments").open()
+        assert [snapshot.name for snapshot in islice(changes, 2)] == ["mail", "payments"]

@@ -1,0 +1,90 @@
+"""Small values, and the lease of the tick."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.contract.lab import Lab
+
+
+@pytest.mark.parametrize("value", [b"", b"text", bytes(range(256)), b"x" * 1_000_000])
+def test_a_value_comes_back_with_its_age(lab: Lab, value: bytes) -> None:
+    lab.store.put("fallback", "rates", value, ttl=60)
+    lab.clock.advance(12.5)
+    assert lab.store.get("fallback", "rates") == (value, 12.5)
+
+
+def test_a_value_ends_after_its_time(lab: Lab) -> None:
+    lab.store.put("fallback", "rates", b"1", ttl=60)
+    lab.clock.advance(59.999)
+    assert lab.store.get("fallback", "rates") is not None
+    lab.clock.advance(0.001)
+    assert lab.store.get("fallback", "rates") is None
+
+
+def test_writing_again_makes_it_young_again(lab: Lab) -> None:
+    lab.store.put("fallback", "rates", b"1", ttl=60)
+    lab.clock.advance(50)
+    lab.store.put("fallback", "rates", b"2", ttl=60)
+    lab.clock.advance(50)
+    assert lab.store.get("fallback", "rates") == (b"2", 50.0)
+
+
+KEYS = ["k", "K", "k" * 500, "k" * 501, "a b", "a\nb", "ü", "\udcff", "", "sha256-0", "{k}"]
+
+
+def test_kinds_and_keys_are_kept_apart(lab: Lab) -> None:
+    assert lab.store.get("fallback", "k") is None
+    for number, key in enumerate(KEYS):
+        lab.store.put("fallback", key, b"%d" % number, ttl=60)
+        lab.store.put("ticket", key, b"other", ttl=60)
+    assert [lab.store.get("fallback", key) for key in KEYS] == [(b"%d" % number, 0.0) for number in range(len(KEYS))]
+
+
+def test_one_holds_the_tick_at_a_time(lab: Lab) -> None:
+    with lab.store.tick_lease("a", ttl=10) as first, lab.store.tick_lease("b", ttl=10) as second:
+        assert (first, second) == (True, False)
+        with lab.store.tick_lease("a", ttl=10) as same_holder_again:
+            assert not same_holder_again
+    with lab.store.tick_lease("b", ttl=10) as after:
+        assert after
+
+
+def test_a_tick_that_died_holds_its_lease_no_longer_than_agreed(lab: Lab) -> None:
+    with lab.store.tick_lease("dead", ttl=10):
+        lab.clock.advance(9.999)
+        with lab.store.tick_lease("b", ttl=10) as early:
+            assert not early
+        lab.clock.advance(0.001)
+        with lab.store.tick_lease("b", ttl=10) as in_time:
+            assert in_time
+
+
+def test_who_overran_its_lease_does_not_release_the_next_one(lab: Lab) -> None:
+    slow = lab.store.tick_lease("slow", ttl=10)
+    assert slow.__enter__()
+    lab.clock.advance(10)
+    with lab.store.tick_lease("next", ttl=10) as following:
+        assert following
+        slow.__exit__(None, None, None)
+        with lab.store.tick_lease("third", ttl=10) as third:
+            assert not third
+
+
+def test_an_error_in_the_tick_gives_the_lease_back(lab: Lab) -> None:
+    with pytest.raises(RuntimeError, match="in the tick"), lab.store.tick_lease("a", ttl=10):
+        raise RuntimeError("in the tick")
+    with lab.store.tick_lease("b", ttl=10) as held:
+        assert held
+
+
+def test_the_age_of_the_last_completed_tick(lab: Lab) -> None:
+    assert lab.store.last_tick_age() is None
+    lab.store.tick_completed()
+    lab.clock.advance(2.75)
+    assert lab.store.last_tick_age() == 2.75
+    with lab.store.tick_lease("a", ttl=10):
+        lab.clock.advance(1)
+    assert lab.store.last_tick_age() == 3.75
+    lab.store.tick_completed()
+    assert lab.store.last_tick_age() == 0.0
