@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -216,7 +216,7 @@ def line_server(answer: Callable[[bytes], bytes]) -> Iterator[int]:
     listener = socket.create_server(("127.0.0.1", 0))
 
     def talk(connection: socket.socket) -> None:
-        with closing(connection):
+        with closing(connection), suppress(OSError):
             while chunk := connection.recv(65536):
                 connection.sendall(answer(chunk))
 
