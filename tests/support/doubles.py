@@ -1,0 +1,62 @@
+"""A clock that tests advance, and a store that goes away when told to."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from resilient_tasks.errors import StoreError
+from resilient_tasks.store.local import LocalStore
+
+
+class ManualClock:
+    """Time stands still until a test advances it."""
+
+    def __init__(self, now: float = 1_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class FlakyStore:
+    """A ``LocalStore`` behind a cable that a test can pull; it counts what passes through."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self.inner = LocalStore(clock)
+        self.away = False
+        self.calls: Counter[str] = Counter()
+        self.arguments: list[tuple[str, tuple[Any, ...]]] = []
+        self._lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.inner, name)
+
+        def passed_on(*args: Any, **kwargs: Any) -> Any:
+            with self._lock:
+                self.calls[name] += 1
+                self.arguments.append((name, args))
+            if self.away:
+                raise StoreError("the cable is pulled")
+            return method(*args, **kwargs)
+
+        return passed_on
+
+    def wipe(self, clock: Callable[[], float]) -> None:
+        """Lose everything, as a server without persistence does when it restarts."""
+        self.inner = LocalStore(clock)
+
+
+def wait_until(condition: Callable[[], object], timeout: float = 10.0) -> None:
+    """Wait for a condition that another thread or process brings about."""
+    give_up_at = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > give_up_at:
+            raise AssertionError(f"not within {timeout} s: {condition}")
+        time.sleep(0.002)

@@ -1,0 +1,342 @@
+"""What exceptions say about the dependency, by the default rules and by a policy's own."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import errno
+import http.client
+import logging
+import pickle
+import smtplib
+import socket
+import ssl
+import urllib.error
+from email.message import Message
+from email.utils import format_datetime
+from datetime import datetime, timezone
+from typing import Any
+
+import gevent
+import httpx
+import pytest
+import redis
+from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
+from celery.exceptions import Ignore, Reject, Retry
+
+from resilient_tasks.core.classification import dependency_errors, judge
+from resilient_tasks.core.model import Outcome
+from resilient_tasks.errors import BreakerOpenError
+
+REQUEST = httpx.Request("GET", "http://pay.example/")
+
+
+def http_error(status: int, **headers: str) -> httpx.HTTPStatusError:
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    response = httpx.Response(status, headers=sent, request=REQUEST)
+    return httpx.HTTPStatusError("no", request=REQUEST, response=response)
+
+
+def urllib_error(status: int) -> urllib.error.HTTPError:
+    headers = Message()
+    headers["Retry-After"] = "3"
+    return urllib.error.HTTPError("http://pay.example/", status, "no", headers, None)
+
+
+def foreign(path: str, *bases: type[BaseException]) -> BaseException:
+    """Return an instance of a library's exception class without the library."""
+    module, _, name = path.rpartition(".")
+    return type(name, bases or (Exception,), {"__module__": module})()
+
+
+def carrying(status_attribute: str, status: int) -> Exception:
+    error = Exception("no")
+    setattr(error, status_attribute, status)
+    return error
+
+
+def judged(exc: BaseException, **settings: Any) -> Any:
+    defaults = {"policy_classify": dependency_errors, "failures": (), "ignore": ()}
+    return judge(**{**defaults, **settings}, exc=exc)
+
+
+FAILURES = [
+    ConnectionRefusedError(),
+    ConnectionResetError(),
+    BrokenPipeError(),
+    TimeoutError(),
+    socket.timeout(),
+    asyncio.TimeoutError(),
+    asyncio.IncompleteReadError(b"", 3),
+    concurrent.futures.TimeoutError(),
+    socket.gaierror(-2, "Name or service not known"),
+    socket.herror(),
+    ssl.SSLError(),
+    ssl.SSLCertVerificationError(),
+    OSError(errno.ENETUNREACH, "unreachable"),
+    OSError(errno.EHOSTUNREACH, "unreachable"),
+    OSError(errno.ETIMEDOUT, "late"),
+    OSError("Multiple exceptions: [Errno 111] Connect call failed, [Errno 101] Network is unreachable"),
+    http.client.RemoteDisconnected(),
+    http.client.IncompleteRead(b""),
+    http.client.BadStatusLine("?"),
+    urllib.error.URLError(ConnectionRefusedError()),
+    urllib.error.URLError(socket.gaierror(-2, "unknown")),
+    urllib_error(502),
+    smtplib.SMTPServerDisconnected(),
+    smtplib.SMTPConnectError(421, b"busy"),
+    smtplib.SMTPResponseException(451, b"try later"),
+    SoftTimeLimitExceeded(),
+    WorkerLostError(),
+    gevent.Timeout(1),
+    httpx.ConnectError("no"),
+    httpx.ReadTimeout("late"),
+    httpx.PoolTimeout("late"),
+    httpx.RemoteProtocolError("broken"),
+    http_error(500),
+    http_error(503),
+    http_error(429),
+    redis.ConnectionError(),
+    redis.TimeoutError(),
+    redis.BusyLoadingError(),
+    foreign("requests.exceptions.ReadTimeout", type("Timeout", (OSError,), {"__module__": "requests.exceptions"})),
+    foreign("requests.exceptions.ConnectionError", OSError),
+    foreign("requests.exceptions.ChunkedEncodingError", OSError),
+    foreign("urllib3.exceptions.MaxRetryError"),
+    foreign("urllib3.exceptions.NewConnectionError"),
+    foreign("aiohttp.client_exceptions.ClientConnectionError"),
+    foreign("aiohttp.client_exceptions.ClientPayloadError"),
+    foreign("botocore.exceptions.HTTPClientError"),
+    carrying("status_code", 503),
+    carrying("status", 500),
+    carrying("http_status", 429),
+]
+
+SAYS_NOTHING = [
+    ValueError(),
+    TypeError(),
+    KeyError(),
+    ZeroDivisionError(),
+    AssertionError(),
+    RuntimeError("?"),
+    FileNotFoundError(errno.ENOENT, "no such file"),
+    PermissionError(errno.EACCES, "not yours"),
+    IsADirectoryError(),
+    OSError(errno.ENOSPC, "disk full"),
+    OSError("Multiple exceptions in my parser"),
+    http.client.InvalidURL(),
+    urllib.error.URLError("unknown url type: gopher"),
+    urllib_error(404),
+    smtplib.SMTPRecipientsRefused({}),
+    smtplib.SMTPResponseException(550, b"no such mailbox"),
+    httpx.UnsupportedProtocol("gopher"),
+    httpx.LocalProtocolError("bad header"),
+    httpx.DecodingError("not gzip"),
+    httpx.TooManyRedirects("round and round"),
+    httpx.InvalidURL("?"),
+    http_error(400),
+    http_error(404),
+    http_error(408),
+    http_error(302),
+    redis.ResponseError("WRONGTYPE"),
+    redis.AuthenticationError(),
+    foreign("requests.exceptions.InvalidURL", OSError, ValueError),
+    foreign("requests.exceptions.HTTPError", OSError),
+    foreign("urllib3.exceptions.LocationParseError", ValueError),
+    foreign("mylib.ConnectionError"),
+    carrying("status_code", 404),
+    carrying("status", True),
+    carrying("status", 1503),
+    BreakerOpenError("payments"),
+    Ignore(),
+    Reject(),
+    KeyboardInterrupt(),
+    SystemExit(1),
+    GeneratorExit(),
+    asyncio.CancelledError(),
+]
+
+
+def name_of(exc: BaseException) -> str:
+    return f"{type(exc).__module__}.{type(exc).__name__}({exc})"
+
+
+@pytest.mark.parametrize("exc", FAILURES, ids=name_of)
+def test_the_dependency_is_to_blame(exc: BaseException) -> None:
+    assert dependency_errors(exc) is Outcome.FAILURE
+    assert judged(exc).outcome is Outcome.FAILURE
+
+
+@pytest.mark.parametrize("exc", SAYS_NOTHING, ids=name_of)
+def test_the_dependency_is_not_to_blame(exc: BaseException) -> None:
+    assert dependency_errors(exc) is Outcome.IGNORED
+    assert judged(exc).outcome is Outcome.IGNORED
+
+
+# --- wrapped, carried, grouped ------------------------------------------------------------------------
+
+
+def raised_from(outer: BaseException, cause: BaseException) -> BaseException:
+    outer.__cause__ = cause
+    return outer
+
+
+def test_a_librarys_own_error_speaks_by_its_cause() -> None:
+    wrapped = raised_from(foreign("payments.PaymentError"), raised_from(RuntimeError(), http_error(503, Retry_After="4")))
+    verdict = judged(wrapped)
+    assert verdict.outcome is Outcome.FAILURE
+    assert verdict.cause == "HTTP 503"
+    assert verdict.retry_after == 4.0
+
+
+def test_a_programming_error_is_one_wherever_it_came_from() -> None:
+    assert dependency_errors(raised_from(KeyError("id"), ConnectionError())) is Outcome.IGNORED
+
+
+def test_an_error_while_handling_another_is_judged_alone() -> None:
+    error = RuntimeError("in the handler")
+    error.__context__ = ConnectionError()
+    assert dependency_errors(error) is Outcome.IGNORED
+
+
+def test_chains_of_causes_end_somewhere() -> None:
+    first, second = RuntimeError(), RuntimeError()
+    first.__cause__, second.__cause__ = second, first
+    assert dependency_errors(first) is Outcome.IGNORED
+
+
+def test_one_dependency_error_in_a_group_is_enough() -> None:
+    group_class = type("BaseExceptionGroup", (Exception,), {})
+    group = group_class()
+    group.exceptions = (ValueError(), http_error(404), ConnectionError())
+    assert judged(group).outcome is Outcome.FAILURE
+    assert judged(group).cause == "ConnectionError"
+    group.exceptions = (ValueError(), http_error(404))
+    assert judged(group).outcome is Outcome.IGNORED
+
+
+def test_a_retry_counts_as_what_it_carries() -> None:
+    assert judged(Retry(exc=httpx.ConnectError("no"))).outcome is Outcome.FAILURE
+    assert judged(Retry(exc=ValueError())).outcome is Outcome.IGNORED
+    assert judged(Retry()).outcome is Outcome.IGNORED
+    assert judged(Retry(exc=BreakerOpenError("other"))).outcome is Outcome.IGNORED
+
+
+def test_a_retry_that_cannot_pickle_its_exception_is_judged_by_the_original() -> None:
+    with pytest.raises(TypeError):
+        pickle.loads(pickle.dumps(http_error(503)))
+    try:
+        try:
+            raise http_error(503, Retry_After="7")
+        except httpx.HTTPError as error:
+            raise Retry(exc=error) from None
+    except Retry as retry:
+        assert judged(retry).outcome is Outcome.FAILURE
+        assert judged(retry).retry_after == 7.0
+
+
+# --- Retry-After and cause ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry_After": "7"}, 7.0),
+        ({"Retry_After": "0.5"}, 0.5),
+        ({"Retry_After": "-3"}, 0.0),
+        ({"Retry_After": "Wed, 21 Oct 2065 07:28:30 GMT", "Date": "Wed, 21 Oct 2065 07:28:00 GMT"}, 30.0),
+        ({"Retry_After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+        ({"Retry_After": "soon"}, None),
+        ({"Retry_After": "nan"}, None),
+        ({"Retry_After": "inf"}, None),
+        ({}, None),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(headers: dict[str, str], seconds: float | None) -> None:
+    assert judged(http_error(503, **headers)).retry_after == seconds
+
+
+def test_a_date_without_the_servers_own_counts_from_the_wall_clock() -> None:
+    noon = datetime(2065, 10, 21, 12, 0, tzinfo=timezone.utc)
+    error = http_error(429, Retry_After=format_datetime(noon, usegmt=True))
+    assert judged(error, clock=lambda: noon.timestamp() - 90).retry_after == 90.0
+
+
+def test_retry_after_of_a_client_error_says_nothing() -> None:
+    assert judged(http_error(404, Retry_After="7")).retry_after is None
+
+
+def test_headers_of_other_clients_are_found() -> None:
+    assert judged(urllib_error(503)).retry_after == 3.0
+    error = foreign("botocore.exceptions.ClientError")
+    error.response = {"ResponseMetadata": {"HTTPStatusCode": 503, "HTTPHeaders": {"retry-after": "2"}}}  # type: ignore[attr-defined]
+    assert judged(error) == judged(http_error(503, Retry_After="2"))
+
+
+def test_the_cause_never_holds_an_exceptions_text() -> None:
+    assert judged(ConnectionError("redis://:secret@host")).cause == "ConnectionError"
+    assert judged(http_error(503)).cause == "HTTP 503"
+    assert judged(ValueError("secret")).cause == "ValueError"
+
+
+def test_an_exception_whose_attributes_raise_says_nothing() -> None:
+    class Nasty(Exception):
+        @property
+        def response(self) -> object:
+            raise RuntimeError("not set")
+
+    assert judged(Nasty()).outcome is Outcome.IGNORED
+
+
+# --- a policy's own rules -----------------------------------------------------------------------------
+
+
+class Declined(Exception):
+    code = "declined"
+
+
+class Overdrawn(Declined):
+    pass
+
+
+def test_types_subclasses_and_predicates_decide() -> None:
+    assert judged(Overdrawn(), failures=(Declined,)).outcome is Outcome.FAILURE
+    assert judged(Overdrawn(), failures=(lambda exc: getattr(exc, "code", "") == "declined",)).outcome is Outcome.FAILURE
+    assert judged(ConnectionResetError(), ignore=(ConnectionError,)).outcome is Outcome.IGNORED
+    assert judged(http_error(503), ignore=(lambda exc: exc.response.status_code == 503,)).outcome is Outcome.IGNORED
+
+
+def test_ignore_wins_over_failures_and_failures_over_classify() -> None:
+    assert judged(Overdrawn(), failures=(Declined,), ignore=(Overdrawn,)).outcome is Outcome.IGNORED
+    says_success = {"policy_classify": lambda _: Outcome.SUCCESS}
+    assert judged(Overdrawn(), **says_success).outcome is Outcome.SUCCESS
+    assert judged(Overdrawn(), failures=(Declined,), **says_success).outcome is Outcome.FAILURE
+
+
+def test_control_flow_is_no_failure_whatever_a_policy_says() -> None:
+    for exc in (Ignore(), Reject(), Retry(), SystemExit(), KeyboardInterrupt(), asyncio.CancelledError(), BreakerOpenError("x")):
+        assert judged(exc, failures=(BaseException,)).outcome is Outcome.IGNORED
+    assert judged(Retry(exc=Declined()), failures=(Declined,)).outcome is Outcome.FAILURE
+
+
+@pytest.mark.parametrize("setting", ["policy_classify", "failures", "ignore"])
+def test_a_users_function_that_raises_is_logged_once(setting: str, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(exc: BaseException) -> Outcome:
+        raise ZeroDivisionError
+
+    given: Any = broken if setting == "policy_classify" else (broken,)
+    with caplog.at_level(logging.ERROR):
+        for _ in range(3):
+            assert judged(Declined(), **{setting: given}).outcome is Outcome.IGNORED
+    assert len(caplog.records) == 1
+    assert "broken" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("answer", [None, True, "FAILED", 3])
+def test_a_classify_that_answers_nonsense_says_nothing(answer: Any) -> None:
+    assert judged(ConnectionError(), policy_classify=lambda _: answer).outcome is Outcome.IGNORED
+
+
+def test_a_classify_may_answer_in_plain_text() -> None:
+    assert judged(Declined(), policy_classify=lambda _: "FAILURE").outcome is Outcome.FAILURE

@@ -1,0 +1,200 @@
+"""Decisions go on while the shared store is away, and come back to it by themselves."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from resilient_tasks.core.model import Outcome, State, Verb
+from resilient_tasks.errors import StoreError
+from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.store.base import Evidence, Pace, Spec
+from resilient_tasks.store.failover import FailoverStore
+from tests.support.doubles import FlakyStore, ManualClock
+
+SPEC = Spec("payments", BreakerPolicy(minimum_calls=3, trial_calls=2, open_duration=10, open_jitter=0))
+SERVER_AHEAD = 60.0
+
+
+class Line:
+    """A failover store, the shared store behind it, and the clock of both."""
+
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.shared = FlakyStore(lambda: self.clock() + SERVER_AHEAD)
+        self.store = FailoverStore(self.shared, clock=self.clock)  # type: ignore[arg-type]
+
+    def fail(self, times: int) -> Any:
+        epoch = self.store.read([SPEC])[0].epoch
+        return self.store.record(SPEC, Evidence(epoch, ((Outcome.FAILURE, times),), "ConnectTimeout"))
+
+    def state(self) -> State:
+        return self.store.read([SPEC])[0].state
+
+
+@pytest.fixture
+def line() -> Line:
+    return Line()
+
+
+def test_the_shared_store_decides_while_it_answers(line: Line) -> None:
+    line.fail(3)
+    assert line.shared.inner.read([SPEC])[0].state is State.OPEN
+    assert not line.store.away
+
+
+def test_a_local_breaker_opens_while_the_store_is_away(line: Line) -> None:
+    line.shared.away = True
+    answer = line.fail(3)
+    assert answer.transition.state is State.OPEN
+    assert line.store.away
+    assert line.state() is State.OPEN
+
+
+def test_open_is_honoured_until_its_deadline_then_local_trials_heal(line: Line) -> None:
+    line.fail(3)
+    line.clock.advance(4)
+    line.shared.away = True
+    snapshot = line.store.read([SPEC])[0]
+    assert snapshot.state is State.OPEN
+    assert snapshot.retry_after == pytest.approx(6, abs=0.01)
+    line.clock.advance(5.9)
+    assert not line.store.acquire(SPEC, "a", lease=5).admitted
+    line.clock.advance(0.2)
+    for holder in ("a", "b"):
+        grant = line.store.acquire(SPEC, holder, lease=5)
+        assert grant.trial
+        line.store.settle(SPEC, holder, Outcome.SUCCESS, Evidence(grant.snapshot.epoch, ()))
+    assert line.state() is State.CLOSED
+
+
+@pytest.mark.parametrize("verb", [Verb.ISOLATE, Verb.DISABLE, Verb.SHADOW])
+def test_what_an_operator_has_set_stays_set(line: Line, verb: Verb) -> None:
+    state = line.store.command(SPEC, verb).snapshot.state
+    line.shared.away = True
+    line.clock.advance(3600)
+    assert line.state() is state
+    line.fail(100)
+    assert line.state() is state
+
+
+def test_changes_made_by_others_are_known_as_well(line: Line) -> None:
+    changes = line.store.changes(timeout=0.01)
+    next(changes)
+    line.shared.inner.command(SPEC, Verb.ISOLATE)
+    assert next(changes) is not None
+    line.shared.away = True
+    assert line.state() is State.FORCED_OPEN
+
+
+def test_the_first_answer_ends_it_and_local_decisions_are_forgotten(line: Line) -> None:
+    line.state()
+    line.shared.away = True
+    line.fail(3)
+    line.shared.away = False
+    assert line.state() is State.CLOSED
+    assert not line.store.away
+    line.shared.away = True
+    assert line.state() is State.CLOSED
+
+
+def test_the_next_absence_goes_on_from_the_newest_state(line: Line) -> None:
+    line.state()
+    line.shared.away = True
+    line.state()
+    line.shared.away = False
+    line.fail(3)
+    line.shared.away = True
+    assert line.state() is State.OPEN
+
+
+def test_time_stays_the_servers(line: Line) -> None:
+    line.state()
+    line.shared.away = True
+    line.clock.advance(5)
+    assert line.store.read([SPEC])[0].now == pytest.approx(line.clock() + SERVER_AHEAD, abs=0.01)
+
+
+def test_no_decision_raises(line: Line) -> None:
+    line.shared.away = True
+    evidence = Evidence(0, ((Outcome.SUCCESS, 1),))
+    assert line.store.read([SPEC, Spec("mail")])[1].name == "mail"
+    assert line.store.acquire(SPEC, "holder", lease=5).admitted
+    assert line.store.record(SPEC, evidence).snapshot.calls == 1
+    assert line.store.settle(SPEC, "holder", Outcome.SUCCESS, evidence).transition is None
+    assert line.store.advance(SPEC).transition is None
+    assert line.store.renew("payments", ["holder", "other"], lease=5) == [True, True]
+
+
+def test_local_permits_are_renewed(line: Line) -> None:
+    line.shared.away = True
+    line.fail(3)
+    line.clock.advance(10)
+    grant = line.store.acquire(SPEC, "holder", lease=5)
+    for _ in range(4):
+        line.clock.advance(4)
+        line.store.renew("payments", ["holder"], lease=5)
+    assert grant.trial
+    assert line.store.read([SPEC])[0].trials == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("command", (SPEC, Verb.TRIP)),
+        ("add_deferred", ("payments", "id")),
+        ("remove_deferred", ("payments", ["id"])),
+        ("clear_deferred", ("payments",)),
+        ("pace", ("payments",)),
+        ("save_pace", ("payments", Pace())),
+        ("resumed", ("payments", 1)),
+        ("taken_up", ("payments", 1)),
+        ("revoke", (["id"],)),
+        ("revoked", (["id"],)),
+        ("get", ("kind", "key")),
+        ("tick_completed", ()),
+        ("last_tick_age", ()),
+    ],
+)
+def test_what_one_process_cannot_make_up_raises(line: Line, method: str, arguments: tuple[Any, ...]) -> None:
+    getattr(line.store, method)(*arguments)
+    assert line.shared.calls[method] == 1
+    line.shared.away = True
+    with pytest.raises(StoreError):
+        getattr(line.store, method)(*arguments)
+
+
+def test_values_the_tick_and_changes_raise_too(line: Line) -> None:
+    line.store.put("kind", "key", b"value", ttl=5)
+    assert line.store.get("kind", "key") == (b"value", 0.0)
+    with line.store.tick_lease("me", ttl=5) as held:
+        assert held
+    line.shared.away = True
+    with pytest.raises(StoreError):
+        line.store.put("kind", "key", b"value", ttl=5)
+    with pytest.raises(StoreError):
+        next(line.store.changes(timeout=0.01))
+    with pytest.raises(StoreError):
+        line.store.tick_lease("me", ttl=5)
+
+
+def test_going_and_coming_back_are_logged_once(line: Line, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        line.shared.away = True
+        for _ in range(5):
+            line.state()
+        line.shared.away = False
+        for _ in range(5):
+            line.state()
+    assert ["away" in record.message for record in caplog.records] == [True, False]
+
+
+def test_an_emptied_store_is_taken_at_its_word(line: Line) -> None:
+    line.fail(3)
+    line.shared.away = True
+    line.state()
+    line.shared.wipe(lambda: line.clock() + SERVER_AHEAD)
+    line.shared.away = False
+    assert line.state() is State.CLOSED

@@ -1,0 +1,395 @@
+"""A process's copy of the breakers: which news wins, what admission reads from it, and who keeps it fresh."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from resilient_tasks.core.model import Snapshot, State, Verb
+from resilient_tasks.errors import StoreError
+from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.store import view as view_module
+from resilient_tasks.store.base import Spec
+from resilient_tasks.store.view import DENIAL_MEMORY, POLL_INTERVAL, View
+from tests.support.doubles import FlakyStore, ManualClock, wait_until
+
+SPEC = Spec("payments", BreakerPolicy(ramp=10))
+SERVER_AHEAD = 500_000.0
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def store(clock: ManualClock) -> FlakyStore:
+    return FlakyStore(lambda: clock() + SERVER_AHEAD)
+
+
+@pytest.fixture
+def view(store: FlakyStore, clock: ManualClock) -> Iterator[View]:
+    view = View(store, clock)
+    view.declare(SPEC)
+    yield view
+    view.stop()
+
+
+def snapshot(clock: ManualClock, state: State = State.CLOSED, epoch: int = 5, version: int = 5, **fields: Any) -> Snapshot:
+    now = clock() + SERVER_AHEAD
+    return Snapshot(SPEC.name, state, epoch, version, now=now, since=now, **fields)
+
+
+# --- what admission reads -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", list(State))
+def test_only_some_states_admit(view: View, clock: ManualClock, state: State) -> None:
+    view.update(snapshot(clock, state))
+    assert view.standing("payments").admits is (state in {State.CLOSED, State.DISABLED, State.SHADOW})
+    assert view.standing("payments").epoch == 5
+
+
+def test_a_breaker_nobody_has_heard_of_admits(view: View) -> None:
+    standing = view.standing("payments")
+    assert standing.admits
+    assert not standing.known
+    assert standing.epoch == 0
+
+
+def test_open_refuses_until_its_deadline_on_this_clock(view: View, clock: ManualClock) -> None:
+    view.update(snapshot(clock, State.OPEN, open_until=clock() + SERVER_AHEAD + 10))
+    standing = view.standing("payments")
+    assert standing.refuses
+    assert standing.retry_after == pytest.approx(10)
+    clock.advance(9.99)
+    assert standing.refuses
+    assert not standing.trial_due
+    assert standing.retry_after == pytest.approx(0.01)
+    clock.advance(0.01)
+    assert not standing.refuses
+    assert standing.trial_due
+    assert not standing.admits
+    assert standing.retry_after == 0.0
+
+
+def test_forced_open_has_no_deadline(view: View, clock: ManualClock) -> None:
+    view.update(snapshot(clock, State.FORCED_OPEN))
+    standing = view.standing("payments")
+    clock.advance(10**9)
+    assert standing.refuses
+    assert standing.deadline == math.inf
+    assert standing.retry_after is None
+
+
+def test_a_denial_is_remembered_until_the_version_moves(view: View, clock: ManualClock) -> None:
+    view.update(snapshot(clock, State.HALF_OPEN))
+    standing = view.standing("payments")
+    assert not standing.refuses
+    standing.deny()
+    assert standing.refuses
+    assert standing.retry_after == DENIAL_MEMORY
+    view.update(snapshot(clock, State.HALF_OPEN, version=6))
+    assert not standing.refuses
+    standing.deny()
+    clock.advance(DENIAL_MEMORY)
+    assert not standing.refuses
+
+
+def test_the_ramp_grows_from_a_tenth_to_all(view: View, clock: ManualClock) -> None:
+    view.update(snapshot(clock, ramp_since=clock() + SERVER_AHEAD))
+    shares = []
+    for _ in range(6):
+        shares.append(view.standing("payments").ramp_share())
+        clock.advance(2)
+    assert shares == pytest.approx([0.1, 0.28, 0.46, 0.64, 0.82, 1.0])
+    view.update(snapshot(clock, State.SHADOW, epoch=6, ramp_since=clock()))
+    assert view.standing("payments").ramp_share() == 1.0
+
+
+def test_the_stores_clock_is_known(view: View, clock: ManualClock) -> None:
+    view.refresh()
+    clock.advance(3)
+    assert view.server_now() == clock() + SERVER_AHEAD
+
+
+# --- which news wins ----------------------------------------------------------------------------------
+
+
+def test_higher_epoch_or_version_wins(view: View, clock: ManualClock) -> None:
+    view.update(snapshot(clock, State.OPEN, epoch=6, version=8))
+    assert not view.update(snapshot(clock, State.CLOSED, epoch=5, version=9))
+    assert not view.update(snapshot(clock, State.HALF_OPEN, epoch=6, version=7))
+    assert view.standing("payments").snapshot.state is State.OPEN
+    assert view.update(snapshot(clock, State.HALF_OPEN, epoch=7, version=9))
+    assert view.standing("payments").snapshot.state is State.HALF_OPEN
+
+
+def test_figures_of_an_older_reading_do_not_come_back(view: View, clock: ManualClock) -> None:
+    older = snapshot(clock, calls=1)
+    clock.advance(1)
+    view.update(snapshot(clock, calls=2))
+    view.update(older)
+    assert view.standing("payments").snapshot.calls == 2
+
+
+def test_figures_alone_are_no_change(view: View, clock: ManualClock) -> None:
+    assert view.update(snapshot(clock, calls=1))
+    assert not view.update(snapshot(clock, calls=2))
+    assert view.standing("payments").snapshot.calls == 2
+
+
+def test_an_emptied_store_starts_with_a_higher_epoch(view: View, store: FlakyStore, clock: ManualClock) -> None:
+    store.command(SPEC, Verb.TRIP)
+    view.refresh()
+    clock.advance(60)
+    store.wipe(lambda: clock() + SERVER_AHEAD)
+    store.command(SPEC, Verb.SHADOW)
+    view.refresh()
+    assert view.standing("payments").snapshot.state is State.SHADOW
+
+
+def test_an_answer_to_a_later_question_wins_even_with_a_lower_epoch(view: View, clock: ManualClock) -> None:
+    view.update(snapshot(clock, State.OPEN, epoch=9))
+    asked = view.asking()
+    assert view.update(snapshot(clock, State.CLOSED, epoch=5), asked)
+    assert view.standing("payments").snapshot.state is State.CLOSED
+
+
+def test_an_answer_to_an_earlier_question_does_not(view: View, clock: ManualClock) -> None:
+    view.update(snapshot(clock, State.CLOSED, epoch=5))
+    asked = view.asking()
+    view.update(snapshot(clock, State.OPEN, epoch=6))
+    assert not view.update(snapshot(clock, State.CLOSED, epoch=5), asked)
+    assert view.standing("payments").snapshot.state is State.OPEN
+
+
+def test_breakers_that_nobody_declared_are_no_concern(view: View, clock: ManualClock) -> None:
+    assert not view.update(replace(snapshot(clock), name="other"))
+    with pytest.raises(KeyError):
+        view.standing("other")
+
+
+def test_declaring_again_keeps_the_standing(view: View) -> None:
+    standing = view.standing("payments")
+    renewed = Spec("payments", BreakerPolicy(window=5), revision=2)
+    assert view.declare(renewed) is standing
+    assert standing.spec is renewed
+
+
+def test_a_refresh_is_one_reading_of_all(view: View, store: FlakyStore) -> None:
+    view.declare(Spec("mail"))
+    view.refresh()
+    assert store.calls == {"read": 1}
+    assert all(standing.known for standing in view.standings())
+
+
+def test_a_refresh_that_fails_changes_nothing(view: View, store: FlakyStore) -> None:
+    store.command(SPEC, Verb.ISOLATE)
+    view.refresh()
+    store.away = True
+    with pytest.raises(StoreError):
+        view.refresh()
+    assert view.standing("payments").snapshot.state is State.FORCED_OPEN
+
+
+# --- a process that follows ---------------------------------------------------------------------------
+
+
+def followers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "resilient-tasks-view"]
+
+
+def test_changes_are_heard(view: View, store: FlakyStore) -> None:
+    view.follow()
+    wait_until(lambda: store.calls["changes"])
+    store.command(SPEC, Verb.ISOLATE)
+    wait_until(lambda: not view.standing("payments").admits)
+
+
+def test_a_lost_message_is_made_up_for(view: View, store: FlakyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silence(*, timeout: float) -> Iterator[None]:
+        while True:
+            threading.Event().wait(min(timeout, 0.01))
+            yield None
+
+    monkeypatch.setattr(view_module, "POLL_INTERVAL", 0.05)
+    monkeypatch.setattr(store.inner, "changes", silence)
+    view.follow()
+    wait_until(lambda: store.calls["read"])
+    store.command(SPEC, Verb.ISOLATE)
+    wait_until(lambda: not view.standing("payments").admits)
+
+
+def test_following_survives_an_outage(view: View, store: FlakyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view_module, "POLL_INTERVAL", 0.01)
+    store.away = True
+    view.follow()
+    wait_until(lambda: store.calls["read"] > 3)
+    store.away = False
+    store.command(SPEC, Verb.ISOLATE)
+    wait_until(lambda: not view.standing("payments").admits)
+
+
+def test_following_survives_a_mistake_in_the_store(
+    view: View, store: FlakyStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(view_module, "POLL_INTERVAL", 0.01)
+    with monkeypatch.context() as broken:
+        broken.setattr(store.inner, "read", lambda specs: 1 / 0)
+        view.follow()
+        wait_until(lambda: "ZeroDivisionError" in caplog.text)
+    store.command(SPEC, Verb.ISOLATE)
+    wait_until(lambda: not view.standing("payments").admits)
+
+
+def test_there_is_one_follower_and_it_stops(view: View) -> None:
+    before = len(followers())
+    view.follow()
+    view.follow()
+    assert len(followers()) == before + 1
+    view.stop()
+    assert len(followers()) == before
+    view.follow()
+    assert len(followers()) == before + 1
+
+
+# --- children of a prefork pool -----------------------------------------------------------------------
+
+
+def in_child(work: Any) -> str:
+    """Run ``work`` in a forked process and return the text that it returns."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            text = str(work())
+        except BaseException as error:
+            text = repr(error)
+        os.write(writer, text.encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    os.waitpid(pid, 0)
+    return text
+
+
+def become_child(view: View) -> None:
+    """Let the fork handler's part happen in this process: it is the child now, and somebody else the main process."""
+    view.after_fork()
+    view.become_child()
+
+
+def bump(view: View) -> None:
+    """Do in the main process's stead what it does when it has heard of a change."""
+    assert view.signal is not None
+    view.signal[0] += 1
+
+
+def test_a_child_starts_with_what_its_parent_knew(view: View, store: FlakyStore) -> None:
+    store.command(SPEC, Verb.ISOLATE)
+    view.share()
+    view.refresh()
+
+    def look() -> str:
+        view.become_child()
+        store.calls.clear()
+        return f"{view.standing('payments').snapshot.state} {dict(store.calls)}"
+
+    assert in_child(look) == "FORCED_OPEN {}"
+
+
+def test_the_main_process_counts_changes_not_figures(view: View, clock: ManualClock) -> None:
+    view.share()
+    view.update(snapshot(clock))
+    counted = view.seen
+    view.update(snapshot(clock, calls=7))
+    assert view.seen == counted
+    view.update(snapshot(clock, State.OPEN, epoch=6))
+    assert view.seen == counted + 1
+
+
+def test_a_forked_child_hears_the_main_process_through_memory(view: View, store: FlakyStore, clock: ManualClock) -> None:
+    view.share()
+    view.refresh()
+    told, tell = os.pipe()
+
+    def look() -> str:
+        view.become_child()
+        os.read(told, 1)
+        store.inner.command(SPEC, Verb.ISOLATE)  # the child's copy of the "shared" store; the bump is the parent's
+        store.calls.clear()
+        return f"{view.is_behind} {view.standing('payments').snapshot.state} {view.is_behind} {dict(store.calls)}"
+
+    threading.Timer(0.05, lambda: (view.update(snapshot(clock, State.FORCED_OPEN, 10**13, 10**13)), os.write(tell, b"!"))).start()
+    assert in_child(look) == "True FORCED_OPEN False {'read': 1}"
+
+
+def test_a_child_reads_only_when_something_has_moved(view: View, store: FlakyStore) -> None:
+    view.share()
+    view.refresh()
+    become_child(view)
+    store.calls.clear()
+    for _ in range(100):
+        view.standing("payments")
+    assert store.calls == {}
+    bump(view)
+    for _ in range(100):
+        view.standing("payments")
+    assert store.calls == {"read": 1}
+
+
+def test_a_child_that_cannot_read_keeps_what_it_has_and_tries_twice_a_second(
+    view: View, store: FlakyStore, clock: ManualClock
+) -> None:
+    view.share()
+    view.refresh()
+    become_child(view)
+    store.away = True
+    store.inner.command(SPEC, Verb.ISOLATE)
+    bump(view)
+    store.calls.clear()
+    for _ in range(10):
+        assert view.standing("payments").admits
+    assert store.calls == {"read": 1}
+    clock.advance(POLL_INTERVAL)
+    store.away = False
+    assert not view.standing("payments").admits
+
+
+def test_a_child_never_follows_nor_counts(view: View, clock: ManualClock) -> None:
+    view.share()
+    become_child(view)
+    before = len(followers())
+    view.follow()
+    assert len(followers()) == before
+    assert view.signal is not None
+    counted = view.signal[0]
+    view.update(snapshot(clock, State.OPEN, epoch=9))
+    assert view.signal[0] == counted
+    assert view.standing("payments").snapshot.state is State.OPEN
+
+
+def test_a_fork_without_shared_memory_follows_for_itself(view: View) -> None:
+    view.follow()
+
+    def look() -> str:
+        before = len(followers())
+        behind = view.is_behind
+        view.catch_up()
+        return f"{before} {behind} {len(followers())} {view.is_behind}"
+
+    assert in_child(look) == "0 True 1 False"
+
+
+def test_locks_held_at_the_fork_do_not_block_the_child(view: View, clock: ManualClock) -> None:
+    view.share()
+    with view._lock:
+        assert in_child(lambda: view.update(snapshot(clock, State.OPEN))) == "True"
