@@ -48,6 +48,9 @@ class FlakyStore:
 
         return passed_on
 
+    def close(self) -> None:
+        """Never fails."""
+
     def wipe(self, clock: Callable[[], float]) -> None:
         """Lose everything, as a server without persistence does when it restarts."""
         self.inner = LocalStore(clock)

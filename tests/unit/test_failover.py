@@ -24,7 +24,7 @@ class Line:
     def __init__(self) -> None:
         self.clock = ManualClock()
         self.shared = FlakyStore(lambda: self.clock() + SERVER_AHEAD)
-        self.store = FailoverStore(self.shared, clock=self.clock)  # type: ignore[arg-type]
+        self.store = FailoverStore(self.shared, clock=self.clock)
 
     def fail(self, times: int) -> Any:
         epoch = self.store.read([SPEC])[0].epoch

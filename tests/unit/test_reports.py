@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -243,9 +244,13 @@ def test_a_trial_is_given_up_when_its_lease_has_run_out(desk: Desk) -> None:
 def test_a_held_permit_outlives_its_lease(desk: Desk) -> None:
     holder = desk.half_open()
     desk.reporter.hold("payments", holder, desk.clock() + 60)
+
+    def renewed_at_least(times: int) -> bool:
+        return desk.store.calls["renew"] >= times
+
     for step in range(1, 9):
         desk.advance(LEASE / 3)
-        wait_until(lambda step=step: desk.store.calls["renew"] >= step)
+        wait_until(functools.partial(renewed_at_least, step))
     assert desk.store.read([SPEC])[0].trials == 1
     desk.reporter.settle(SPEC, holder, desk.standing.epoch, SUCCESS, wait=5)
     assert desk.standing.snapshot.state is State.CLOSED

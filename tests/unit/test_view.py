@@ -41,7 +41,9 @@ def view(store: FlakyStore, clock: ManualClock) -> Iterator[View]:
     view.stop()
 
 
-def snapshot(clock: ManualClock, state: State = State.CLOSED, epoch: int = 5, version: int = 5, **fields: Any) -> Snapshot:
+def snapshot(
+    clock: ManualClock, state: State = State.CLOSED, epoch: int = 5, version: int = 5, **fields: Any
+) -> Snapshot:
     now = clock() + SERVER_AHEAD
     return Snapshot(SPEC.name, state, epoch, version, now=now, since=now, **fields)
 
@@ -316,7 +318,9 @@ def test_the_main_process_counts_changes_not_figures(view: View, clock: ManualCl
     assert view.seen == counted + 1
 
 
-def test_a_forked_child_hears_the_main_process_through_memory(view: View, store: FlakyStore, clock: ManualClock) -> None:
+def test_a_forked_child_hears_the_main_process_through_memory(
+    view: View, store: FlakyStore, clock: ManualClock
+) -> None:
     view.share()
     view.refresh()
     told, tell = os.pipe()
@@ -328,7 +332,9 @@ def test_a_forked_child_hears_the_main_process_through_memory(view: View, store:
         store.calls.clear()
         return f"{view.is_behind} {view.standing('payments').snapshot.state} {view.is_behind} {dict(store.calls)}"
 
-    threading.Timer(0.05, lambda: (view.update(snapshot(clock, State.FORCED_OPEN, 10**13, 10**13)), os.write(tell, b"!"))).start()
+    threading.Timer(
+        0.05, lambda: (view.update(snapshot(clock, State.FORCED_OPEN, 10**13, 10**13)), os.write(tell, b"!"))
+    ).start()
     assert in_child(look) == "True FORCED_OPEN False {'read': 1}"
 
 

@@ -1,0 +1,635 @@
+"""What users hold in their hands: guarded calls in every state, the probe, the operator's verbs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from resilient_tasks.breaker import Breaker, task_scope
+from resilient_tasks.core.model import Outcome, State, Transition
+from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreError
+from resilient_tasks.fleet import Fleet
+from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.store.view import DENIAL_MEMORY
+from tests.support.doubles import FlakyStore, ManualClock, wait_until
+
+POLICY = BreakerPolicy(minimum_calls=4, window=20, open_duration=5, open_jitter=0, trial_calls=2)
+
+
+class Rig:
+    """A breaker in a fleet of one, on a clock that stands still."""
+
+    def __init__(self, policy: BreakerPolicy = POLICY) -> None:
+        self.clock = ManualClock()
+        self.store = FlakyStore(self.clock)
+        self.told: list[Transition] = []
+        self.fleet = Fleet(self.store, announce=self.told.append, clock=self.clock)
+        self.breaker = Breaker("payments", policy, fleet=lambda: self.fleet)
+        self.ran = 0
+
+    def works(self) -> str:
+        self.ran += 1
+        return "paid"
+
+    def fails(self) -> None:
+        self.ran += 1
+        raise ConnectionResetError("no")
+
+    def fail(self, times: int) -> None:
+        for _ in range(times):
+            with pytest.raises(ConnectionResetError):
+                self.breaker.call(self.fails)
+
+    def half_open(self) -> None:
+        """Open the breaker and let its time pass."""
+        self.breaker.trip()
+        self.clock.advance(5)
+
+    def figures(self) -> tuple[int, int]:
+        assert self.fleet.reporter.flush(5)
+        snapshot = self.breaker.snapshot()
+        return snapshot.calls, snapshot.failures
+
+    def decisions(self) -> int:
+        return sum(self.store.calls[name] for name in ("read", "acquire", "record", "settle", "renew"))
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    rig = Rig()
+    yield rig
+    rig.fleet.close()
+
+
+def use_call(rig: Rig, fn: Any) -> Any:
+    return rig.breaker.call(fn)
+
+
+def use_guard(rig: Rig, fn: Any) -> Any:
+    with rig.breaker.guard():
+        return fn()
+
+
+def use_decorator(rig: Rig, fn: Any) -> Any:
+    @rig.breaker
+    def guarded() -> Any:
+        return fn()
+
+    return guarded()
+
+
+def use_async_guard(rig: Rig, fn: Any) -> Any:
+    async def main() -> Any:
+        async with rig.breaker.guard():
+            return fn()
+
+    return asyncio.run(main())
+
+
+def use_async_decorator(rig: Rig, fn: Any) -> Any:
+    @rig.breaker
+    async def guarded() -> Any:
+        return fn()
+
+    return asyncio.run(guarded())
+
+
+def use_async_call(rig: Rig, fn: Any) -> Any:
+    async def body() -> Any:
+        await asyncio.sleep(0)
+        return fn()
+
+    async def main() -> Any:
+        return await rig.breaker.call(body)
+
+    return asyncio.run(main())
+
+
+def use_coroutine_of_a_plain_function(rig: Rig, fn: Any) -> Any:
+    async def body() -> Any:
+        return fn()
+
+    async def main() -> Any:
+        return await rig.breaker.call(functools.partial(returning, body))
+
+    return asyncio.run(main())
+
+
+def returning(body: Any) -> Any:
+    """Make a coroutine without being a coroutine function."""
+    return body()
+
+
+every_way = pytest.mark.parametrize(
+    "use",
+    [
+        use_call,
+        use_guard,
+        use_decorator,
+        use_async_guard,
+        use_async_decorator,
+        use_async_call,
+        use_coroutine_of_a_plain_function,
+    ],
+)
+
+
+# --- guarded calls, every way -------------------------------------------------------------------------
+
+
+@every_way
+def test_a_call_runs_and_is_counted(rig: Rig, use: Any) -> None:
+    assert use(rig, rig.works) == "paid"
+    assert rig.ran == 1
+    assert rig.figures() == (1, 0)
+
+
+@every_way
+def test_the_exception_reaches_the_caller_also_of_the_call_that_trips(rig: Rig, use: Any) -> None:
+    for _ in range(4):
+        with pytest.raises(ConnectionResetError, match="no"):
+            use(rig, rig.fails)
+    assert rig.breaker.state is State.OPEN
+
+
+@every_way
+def test_the_call_after_the_trip_is_refused_and_does_not_run(rig: Rig, use: Any) -> None:
+    for _ in range(4):
+        with pytest.raises(ConnectionResetError):
+            use(rig, rig.fails)
+    with pytest.raises(BreakerOpenError) as refused:
+        use(rig, rig.works)
+    assert rig.ran == 4
+    assert (refused.value.breaker, refused.value.state, refused.value.retry_after) == ("payments", "OPEN", 5.0)
+    assert [(told.previous, told.state) for told in rig.told] == [(State.CLOSED, State.OPEN)]
+
+
+@every_way
+def test_trials_close_the_breaker(rig: Rig, use: Any) -> None:
+    rig.half_open()
+    assert use(rig, rig.works) == "paid"
+    assert rig.breaker.state is State.HALF_OPEN
+    assert use(rig, rig.works) == "paid"
+    assert rig.breaker.state is State.CLOSED
+    assert [told.state for told in rig.told] == [State.OPEN, State.HALF_OPEN, State.CLOSED]
+    assert rig.figures() == (0, 0)
+
+
+@every_way
+def test_a_failed_trial_opens_it_again(rig: Rig, use: Any) -> None:
+    rig.half_open()
+    with pytest.raises(ConnectionResetError):
+        use(rig, rig.fails)
+    assert rig.breaker.state is State.OPEN
+    assert rig.breaker.snapshot().openings == 2
+
+
+@every_way
+def test_a_trial_that_says_nothing_frees_its_permit(rig: Rig, use: Any) -> None:
+    def mistake() -> None:
+        raise KeyError("id")
+
+    rig.half_open()
+    for _ in range(5):
+        with pytest.raises(KeyError):
+            use(rig, mistake)
+    assert rig.breaker.state is State.HALF_OPEN
+    assert rig.breaker.snapshot().trials == 0
+
+
+@every_way
+def test_interruptions_say_nothing(rig: Rig, use: Any) -> None:
+    def interrupted() -> None:
+        raise GeneratorExit
+
+    with pytest.raises(GeneratorExit):
+        use(rig, interrupted)
+    assert rig.figures() == (0, 0)
+
+
+@every_way
+def test_a_forced_open_breaker_refuses_for_ever(rig: Rig, use: Any) -> None:
+    rig.breaker.isolate("maintenance")
+    rig.clock.advance(10**7)
+    with pytest.raises(BreakerOpenError) as refused:
+        use(rig, rig.works)
+    assert refused.value.state == "FORCED_OPEN"
+    assert refused.value.retry_after is None
+    assert rig.ran == 0
+
+
+@every_way
+def test_slow_calls_count_as_slow(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(0, 100_000, 3))
+    monkeypatch.setattr("resilient_tasks.guard.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("resilient_tasks.breaker.perf_counter", lambda: next(ticks))
+    rig = Rig(BreakerPolicy(minimum_calls=2, slow_call_duration=2.0, slow_call_rate_threshold=1.0))
+    use(rig, rig.works)
+    use(rig, rig.works)
+    assert rig.fleet.reporter.flush(5)
+    assert rig.breaker.state is State.OPEN
+    assert rig.breaker.snapshot().slow_rate == 1.0
+    rig.fleet.close()
+
+
+# --- what admission costs -----------------------------------------------------------------------------
+
+
+def test_a_closed_breaker_is_read_once_and_then_asks_nobody(rig: Rig) -> None:
+    rig.breaker.call(rig.works)
+    assert rig.fleet.reporter.flush(5)
+    before = rig.decisions()
+    for _ in range(1000):
+        rig.breaker.call(rig.works)
+        with rig.breaker.guard():
+            rig.works()
+    assert rig.fleet.reporter.flush(5)
+    assert rig.decisions() - before <= 2
+    assert rig.figures() == (2001, 0)
+
+
+def test_an_open_breaker_refuses_without_asking(rig: Rig) -> None:
+    rig.breaker.trip()
+    before = rig.decisions()
+    for _ in range(1000):
+        with pytest.raises(BreakerOpenError):
+            rig.breaker.call(rig.works)
+    assert rig.decisions() == before
+
+
+def test_a_breaker_joins_knowing_its_state(rig: Rig) -> None:
+    rig.breaker.isolate()
+    newcomer = Fleet(rig.store, clock=rig.clock)
+    breaker = Breaker("payments", POLICY, fleet=lambda: newcomer)
+    with pytest.raises(BreakerOpenError):
+        breaker.call(rig.works)
+    newcomer.close()
+
+
+def test_a_denial_is_not_asked_for_again_at_once(rig: Rig) -> None:
+    rig.half_open()
+    with rig.breaker.guard(), rig.breaker.guard():
+        for _ in range(50):
+            with pytest.raises(BreakerOpenError) as refused:
+                rig.breaker.call(rig.works)
+        assert refused.value.state == "HALF_OPEN"
+        assert rig.store.calls["acquire"] == 3
+        rig.clock.advance(DENIAL_MEMORY)
+        with pytest.raises(BreakerOpenError):
+            rig.breaker.call(rig.works)
+        assert rig.store.calls["acquire"] == 4
+    assert rig.breaker.state is State.CLOSED
+
+
+def test_a_permit_given_back_admits_one_more(rig: Rig) -> None:
+    rig.half_open()
+    with rig.breaker.guard():
+        with contextlib.suppress(KeyError), rig.breaker.guard():
+            with pytest.raises(BreakerOpenError):
+                rig.breaker.call(rig.works)
+            raise KeyError
+        assert rig.breaker.call(rig.works) == "paid"
+
+
+def test_a_call_from_before_the_trip_changes_nothing_afterwards(rig: Rig) -> None:
+    with contextlib.suppress(ConnectionResetError), rig.breaker.guard():
+        rig.half_open()
+        assert rig.breaker.call(rig.works) == "paid"
+        raise ConnectionResetError
+    assert rig.breaker.state is State.HALF_OPEN
+
+
+def test_threads_run_side_by_side(rig: Rig) -> None:
+    inside = threading.Barrier(4, timeout=10)
+    threads = [threading.Thread(target=rig.breaker.call, args=(inside.wait,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert rig.figures() == (4, 0)
+
+
+# --- the store is away --------------------------------------------------------------------------------
+
+
+def test_no_call_fails_because_the_store_is_away(rig: Rig) -> None:
+    rig.store.away = True
+    assert rig.breaker.call(rig.works) == "paid"
+    rig.fail(3)
+    with pytest.raises(BreakerOpenError):
+        rig.breaker.call(rig.works)
+    rig.clock.advance(5)
+    assert rig.breaker.call(rig.works) == "paid"
+    assert rig.breaker.call(rig.works) == "paid"
+    assert rig.breaker.state is State.CLOSED
+
+
+def test_the_shared_breaker_takes_over_when_it_is_back(rig: Rig) -> None:
+    rig.breaker.call(rig.works)
+    assert rig.fleet.reporter.flush(5)
+    rig.store.away = True
+    rig.fail(4)
+    assert rig.breaker.state is State.OPEN
+    rig.store.away = False
+    rig.fleet.view.refresh()
+    assert rig.breaker.state is State.CLOSED
+    assert rig.breaker.call(rig.works) == "paid"
+    assert rig.figures() == (2, 0)
+
+
+def test_a_verb_needs_the_store(rig: Rig) -> None:
+    rig.store.away = True
+    with pytest.raises(StoreError):
+        rig.breaker.trip()
+
+
+def test_a_listener_that_raises_harms_nobody(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    rig.fleet._announce = lambda _: 1 / 0  # type: ignore[assignment]
+    rig.fail(4)
+    assert rig.breaker.state is State.OPEN
+    rig.breaker.reset()
+    assert rig.breaker.state is State.CLOSED
+    assert caplog.text.count("ZeroDivisionError") == 2
+
+
+# --- coroutines ---------------------------------------------------------------------------------------
+
+
+def test_a_refused_coroutine_does_not_begin(rig: Rig, recwarn: pytest.WarningsRecorder) -> None:
+    async def body() -> None:
+        rig.works()
+
+    rig.breaker.trip()
+    with pytest.raises(BreakerOpenError):
+        asyncio.run(rig.breaker.call(body))
+    assert rig.ran == 0
+    assert not [warning for warning in recwarn if "never awaited" in str(warning.message)]
+
+
+def test_admission_happens_when_a_coroutine_is_awaited(rig: Rig) -> None:
+    async def body() -> None:
+        rig.works()
+
+    async def main() -> None:
+        waiting = rig.breaker.call(body)
+        rig.breaker.trip()
+        with pytest.raises(BreakerOpenError):
+            await waiting
+
+    rig.breaker.call(rig.works)
+    asyncio.run(main())
+    assert rig.ran == 1
+
+
+def test_asking_for_a_permit_does_not_block_the_loop(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.half_open()
+    asked, answer = threading.Event(), threading.Event()
+    acquire = rig.store.inner.acquire
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        asked.set()
+        answer.wait(10)
+        return acquire(*args, **kwargs)
+
+    monkeypatch.setattr(rig.store.inner, "acquire", slow)
+
+    async def main() -> int:
+        turns = 0
+        trial = asyncio.create_task(rig.breaker(_noop)())
+        while not asked.is_set() or turns < 10:
+            turns += 1
+            await asyncio.sleep(0.001)
+        answer.set()
+        await trial
+        return turns
+
+    assert asyncio.run(main()) >= 10
+
+
+async def _noop() -> None:
+    pass
+
+
+async def until(condition: Callable[[], object]) -> None:
+    await asyncio.to_thread(wait_until, condition)
+
+
+def test_a_permit_that_comes_after_the_cancellation_is_given_back(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.half_open()
+    answer = threading.Event()
+    acquire = rig.store.inner.acquire
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        answer.wait(10)
+        return acquire(*args, **kwargs)
+
+    monkeypatch.setattr(rig.store.inner, "acquire", slow)
+
+    async def main() -> None:
+        trial = asyncio.create_task(rig.breaker(_noop)())
+        await until(lambda: rig.store.calls["acquire"])
+        trial.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await trial
+        answer.set()
+        await until(lambda: rig.store.calls["settle"])
+
+    asyncio.run(main())
+    wait_until(lambda: rig.breaker.snapshot().trials == 0)
+    assert rig.breaker.state is State.HALF_OPEN
+
+
+def test_a_cancelled_call_says_nothing(rig: Rig) -> None:
+    async def main() -> None:
+        call = asyncio.create_task(rig.breaker.call(asyncio.sleep, 60))
+        await asyncio.sleep(0.01)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    asyncio.run(main())
+    assert rig.figures() == (0, 0)
+
+
+# --- guards inside a task of the same breaker -----------------------------------------------------------
+
+
+class Scope:
+    def __init__(self, *, trial: bool = False) -> None:
+        self.trial = trial
+        self.told: list[str] = []
+
+    def replaced(self, breaker: str) -> None:
+        self.told.append(breaker)
+
+    def is_trial(self, breaker: str) -> bool:
+        return self.trial and breaker == "payments"
+
+
+@pytest.fixture
+def scope() -> Iterator[Scope]:
+    scope = Scope()
+    token = task_scope.set(scope)
+    yield scope
+    task_scope.reset(token)
+
+
+@every_way
+def test_a_guard_inside_a_task_answers_in_its_stead(rig: Rig, scope: Scope, use: Any) -> None:
+    use(rig, rig.works)
+    assert set(scope.told) == {"payments"}
+    scope.told.clear()
+    with pytest.raises(ConnectionResetError):
+        use(rig, rig.fails)
+    assert set(scope.told) == {"payments"}
+    assert rig.figures() == (2, 1)
+
+
+@every_way
+def test_a_guard_inside_a_trial_needs_no_permit_of_its_own(rig: Rig, scope: Scope, use: Any) -> None:
+    scope.trial = True
+    rig.half_open()
+    rig.breaker.acquire("the task")
+    rig.breaker.acquire("another task")
+    for _ in range(3):
+        assert use(rig, rig.works) == "paid"
+    assert rig.store.calls["acquire"] == 2
+    assert scope.told == []
+    assert rig.breaker.snapshot().trials == 2
+
+
+# --- definition, probe, verbs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["payments", "p", "Pay.API-2_eu", "9lives", "a" * 100])
+def test_names(name: str, rig: Rig) -> None:
+    assert Breaker(name, fleet=lambda: rig.fleet).name == name
+
+
+@pytest.mark.parametrize("name", ["", " pay", "-pay", ".pay", "pay:acme", "pay/eu", "pä", "pay\n", "a" * 101, "{pay}"])
+def test_other_names_are_refused_by_name(name: str, rig: Rig) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        Breaker(name, fleet=lambda: rig.fleet)
+    assert repr(name) in str(raised.value)
+    assert "allowed is" in str(raised.value)
+
+
+def test_defining_a_breaker_needs_no_fleet() -> None:
+    def too_early() -> Fleet:
+        raise AssertionError("the application is not configured yet")
+
+    breaker = Breaker("payments", fleet=too_early)
+    assert repr(breaker) == "<Breaker 'payments'>"
+    assert breaker(lambda: 1) is not None
+
+
+def test_decorating_keeps_what_a_function_is(rig: Rig) -> None:
+    @rig.breaker
+    def fetch(a: int, b: int = 2) -> int:
+        """Fetch it."""
+        return a + b
+
+    assert fetch(1, b=4) == 5
+    assert (fetch.__name__, fetch.__doc__) == ("fetch", "Fetch it.")
+    assert asyncio.iscoroutinefunction(rig.breaker(_noop))
+
+
+def test_arguments_named_like_our_own_reach_the_function(rig: Rig) -> None:
+    assert rig.breaker.call(lambda **given: given, fn=1, self=2) == {"fn": 1, "self": 2}
+
+
+def test_generators_cannot_be_guarded(rig: Rig) -> None:
+    def pages() -> Iterator[int]:
+        yield 1
+
+    with pytest.raises(ConfigurationError, match="pages"):
+        rig.breaker(pages)
+
+
+def test_a_probe_is_registered_once(rig: Rig) -> None:
+    def ping() -> None:
+        pass
+
+    def pong() -> None:
+        pass
+
+    assert rig.breaker.probe_function is None
+    assert rig.breaker.probe(ping) is ping
+    assert (rig.breaker.probe_function, rig.breaker.probe_timeout) == (ping, 10.0)
+    assert rig.breaker.probe(timeout=5)(ping) is ping
+    assert rig.breaker.probe_timeout == 5
+    with pytest.raises(ConfigurationError, match=r"ping.*pong"):
+        rig.breaker.probe(pong)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan")])
+def test_a_probe_ends_some_time(rig: Rig, timeout: float) -> None:
+    with pytest.raises(ConfigurationError, match="timeout="):
+        rig.breaker.probe(timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("verb", "state"),
+    [
+        ("trip", State.OPEN),
+        ("isolate", State.FORCED_OPEN),
+        ("disable", State.DISABLED),
+        ("shadow", State.SHADOW),
+    ],
+)
+def test_verbs_lead_to_their_state_at_once(rig: Rig, verb: str, state: State) -> None:
+    getattr(rig.breaker, verb)(reason="drill", actor="ann")
+    assert rig.breaker.state is state
+    assert rig.breaker.admits is (state in {State.DISABLED, State.SHADOW})
+    getattr(rig.breaker, verb)(reason="again")
+    rig.breaker.reset(reason="done")
+    assert rig.breaker.state is State.CLOSED
+    assert (rig.told[0].state, rig.told[0].reason, rig.told[0].actor) == (state, "drill", "ann")
+    assert len(rig.told) == 2
+    assert "@" in rig.told[1].actor
+
+
+def test_shadow_admits_counts_and_tells_once(rig: Rig) -> None:
+    rig.breaker.shadow()
+    rig.fail(8)
+    assert rig.breaker.state is State.SHADOW
+    assert rig.figures() == (8, 8)
+    assert [told.would_open for told in rig.told] == [False, True]
+
+
+def test_disabled_admits_and_counts_nothing(rig: Rig) -> None:
+    rig.breaker.disable()
+    rig.fail(8)
+    assert rig.figures() == (0, 0)
+    assert rig.store.calls["record"] == 0
+
+
+def test_a_breaker_can_change_its_fleet(rig: Rig) -> None:
+    rig.breaker.trip()
+    other = Fleet(FlakyStore(rig.clock), clock=rig.clock)
+    former, rig.fleet = rig.fleet, other
+    rig.breaker.detach()
+    assert rig.breaker.state is State.CLOSED
+    former.close()
+
+
+# --- what a task layer asks -----------------------------------------------------------------------------
+
+
+def test_the_task_layers_side(rig: Rig) -> None:
+    rig.half_open()
+    assert rig.breaker.trial_due
+    grant = rig.breaker.acquire("task-1")
+    assert grant.trial
+    rig.breaker.hold("task-1", 30)
+    rig.breaker.settle("task-1", grant.snapshot.epoch, Outcome.FAILURE, "HTTP 503", 60.0, wait=True)
+    assert rig.breaker.state is State.OPEN
+    assert rig.breaker.refusal().retry_after == 60.0
+    assert not rig.breaker.trial_due
+    assert rig.breaker.snapshot().reason.endswith("HTTP 503")
