@@ -138,8 +138,8 @@ def _calls_while_ill(recording: Recording, name: str) -> Row:
     limits, reached = recording.limits[name], len(recording.stats[name]["arrivals_while_ill"])
     trials = limits.trial_calls * _half_openings_while_ill(recording, name)
     most = limits.calls_to_trip + limits.slots + trials
-    bound = f"<= {most}: {limits.calls_to_trip} to trip + {limits.slots} in flight + {trials} trials"
-    return Row(f"calls that reached {name} while ill", str(reached), bound, ok=reached <= most)
+    bound = f"<= {most} ({limits.calls_to_trip} to trip, {limits.slots} in flight, {trials} trials)"
+    return Row(f"calls that reached ill {name}", str(reached), bound, ok=reached <= most)
 
 
 def _half_openings_while_ill(recording: Recording, name: str) -> int:
@@ -172,9 +172,7 @@ def _finished_per_second(recording: Recording, stream: str, start: float, end: f
 
 
 def _deferral(recording: Recording) -> list[Row]:
-    peak = Row(
-        "waiting in state DEFERRED at the peak", str(recording.peak_deferred), "> 0", ok=recording.peak_deferred > 0
-    )
+    peak = Row("DEFERRED at the peak", str(recording.peak_deferred), "> 0", ok=recording.peak_deferred > 0)
     healed = recording.marks.healed_at
     ends = [recording.finished[id_].at - healed for id_ in recording.deferred if id_ in recording.finished]
     resumed = [seconds for seconds in ends if seconds > 0]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from workers.load import BreakerEvent, Result, Submission
+from workers.display import PlainLines, Status, StreamStatus
+from workers.load import BreakerEvent, Result, Stream, Submission, schedule
 from workers.verdict import Limits, Marks, Recording, judge, passed
 
 ILL_AT, HEALED_AT = 100.0, 120.0
@@ -68,7 +72,7 @@ def test_a_good_recording_passes() -> None:
         ({"finished": with_result("SUCCESS", {"id": "8"})}, ["finished under their own id"]),
         ({"strays": ["other"]}, ["finished under another id"]),
         ({"fallbacks": Counter()}, ["answered by a fallback"]),
-        ({"peak_deferred": 0}, ["waiting in state DEFERRED at the peak"]),
+        ({"peak_deferred": 0}, ["DEFERRED at the peak"]),
         ({"deferred": frozenset()}, ["deferred tasks finished after healing"]),
     ],
 )
@@ -92,7 +96,7 @@ def test_calls_to_a_dead_service_are_bounded_by_trip_slots_and_trials() -> None:
     at_bound = {**recording().stats, "payments": figures(arrivals_while_ill=[101.0] * 12)}
     over = {**recording().stats, "payments": figures(arrivals_while_ill=[101.0] * 13)}
     assert failed_lines(recording(stats=at_bound)) == []
-    assert failed_lines(recording(stats=over)) == ["calls that reached payments while ill"]
+    assert failed_lines(recording(stats=over)) == ["calls that reached ill payments"]
 
 
 def test_healthy_work_that_slows_down_fails() -> None:
@@ -107,3 +111,26 @@ def test_healthy_work_that_slows_down_fails() -> None:
 def test_a_late_first_resumption_fails() -> None:
     late = {**recording().finished, "order": Result("order", "SUCCESS", {"id": "7"}, HEALED_AT + 11.0)}
     assert failed_lines(recording(finished=late)) == ["first deferred task finished"]
+
+
+def test_plain_lines_tell_each_phase_at_once_and_then_every_two_seconds() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, width=120)
+    lines = PlainLines(console)
+    stream = StreamStatus("payments", "OPEN", submitted=9, finished=4, deferred=5, failed=0, reached_while_ill=2)
+    for elapsed, phase in ((0.1, "before"), (0.6, "before"), (1.1, "outage"), (2.2, "outage")):
+        lines.show(Status(phase, elapsed, [stream]))
+    assert screen.getvalue().splitlines() == [
+        "  0.1 s  before",
+        "  0.1 s  payments OPEN 4/9, 5 deferred",
+        "  1.1 s  outage",
+        "  2.2 s  payments OPEN 4/9, 5 deferred",
+    ]
+
+
+def test_the_schedule_keeps_each_rate_and_the_order_of_time() -> None:
+    fast, slow = Stream("fast", task=None, rate=4.0), Stream("slow", task=None, rate=1.0, keys=2)
+    calls = list(islice(schedule([fast, slow], start=100.0), 15))
+    assert [due for due, _, _ in calls] == sorted(due for due, _, _ in calls)
+    assert [due for due, stream, _ in calls if stream is fast][:5] == [100.0, 100.25, 100.5, 100.75, 101.0]
+    assert [stream.key(number) for _, stream, number in calls if stream is slow] == [0, 1, 0]
