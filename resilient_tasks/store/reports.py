@@ -283,7 +283,8 @@ class Reporter:
         condition = self._condition
         while True:
             with condition:
-                condition.wait_for(self._is_due, self._seconds_until_due())
+                while not self._is_due():  # what is due may change with every wake-up, so no wait_for()
+                    condition.wait(self._seconds_until_due())
                 if self._is_dismissed():
                     return
                 ticket = self._asked

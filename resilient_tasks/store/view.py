@@ -251,7 +251,8 @@ class View:
             except StoreError as error:
                 logger.debug("the view is stale: %s", error)
             except Exception:
-                logger.exception("the view could not be refreshed; trying again")
+                if not stopped.is_set():  # else the connection was closed under our feet
+                    logger.exception("the view could not be refreshed; trying again")
             stopped.wait(POLL_INTERVAL)
 
     def _hear_changes(self, stopped: threading.Event) -> None:

@@ -84,6 +84,17 @@ def test_successes_are_sent_when_their_interval_is_over(desk: Desk) -> None:
     wait_until(lambda: len(desk.recorded()) == 2)
 
 
+def test_nobody_has_to_wake_the_thread_for_that() -> None:
+    store = FlakyStore()
+    view = View(store)
+    standing = view.declare(SPEC)
+    reporter = Reporter(store, view, lambda _: None)
+    for sent in range(1, 4):
+        reporter.report(standing, standing.epoch, SUCCESS)
+        wait_until(lambda sent=sent: store.calls["record"] == sent)  # type: ignore[misc]
+    reporter.close()
+
+
 def test_a_failure_is_sent_at_once_with_what_came_before_it(desk: Desk) -> None:
     desk.report(SUCCESS)
     wait_until(lambda: len(desk.recorded()) == 1)

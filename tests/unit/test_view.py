@@ -251,6 +251,26 @@ def test_following_survives_a_mistake_in_the_store(
     wait_until(lambda: not view.standing("payments").admits)
 
 
+def test_a_connection_closed_at_the_end_is_no_news(
+    view: View, store: FlakyStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    listening, closed = threading.Event(), threading.Event()
+
+    def cut(*, timeout: float) -> Iterator[None]:
+        listening.set()
+        closed.wait(10)
+        raise ValueError("I/O operation on closed file")
+        yield None
+
+    monkeypatch.setattr(store.inner, "changes", cut)
+    view.follow()
+    listening.wait(10)
+    view.stop(timeout=0)
+    closed.set()
+    view.stop()
+    assert caplog.text == ""
+
+
 def test_there_is_one_follower_and_it_stops(view: View) -> None:
     before = len(followers())
     view.follow()
