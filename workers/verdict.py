@@ -138,7 +138,7 @@ def _calls_while_ill(recording: Recording, name: str) -> Row:
     limits, reached = recording.limits[name], len(recording.stats[name]["arrivals_while_ill"])
     trials = limits.trial_calls * _half_openings_while_ill(recording, name)
     most = limits.calls_to_trip + limits.slots + trials
-    bound = f"<= {most} ({limits.calls_to_trip} to trip, {limits.slots} in flight, {trials} trials)"
+    bound = f"<= {most}: {limits.calls_to_trip} to trip, {limits.slots} running, {trials} trials"
     return Row(f"calls that reached ill {name}", str(reached), bound, ok=reached <= most)
 
 
