@@ -70,8 +70,13 @@ class Resilience:
         app.steps["worker"].add(Membership)
         app.steps["consumer"].add(ControlQueue)
         _register_tick(runtime)
-        app.on_after_configure.connect(lambda **_: beat.add_tick_entry(runtime), weak=False)
-        app.on_after_finalize.connect(lambda **_: app.configured and beat.add_tick_entry(runtime), weak=False)
+
+        def add_tick_entry(**_: Any) -> None:
+            if app.configured:
+                beat.add_tick_entry(runtime)
+
+        app.on_after_configure.connect(add_tick_entry, weak=False)
+        app.on_after_finalize.connect(add_tick_entry, weak=False)
 
     def breaker(self, name: str, policy: BreakerPolicy | None = None, **fields: Any) -> Breaker:
         """Define the breaker of one dependency.
@@ -88,7 +93,9 @@ class Resilience:
             ConfigurationError: name, field or value is not allowed, or the name is defined otherwise already.
         """
         if policy is not None and fields:
-            raise ConfigurationError(f"breaker {name!r}: give a policy or its fields ({', '.join(sorted(fields))}), not both")
+            raise ConfigurationError(
+                f"breaker {name!r}: give a policy or its fields ({', '.join(sorted(fields))}), not both"
+            )
         try:
             in_code = policy or BreakerPolicy(**fields)
         except ConfigurationError as exc:
@@ -96,11 +103,15 @@ class Resilience:
         except TypeError:
             allowed = ", ".join(BreakerPolicy.__dataclass_fields__)
             unknown = ", ".join(sorted(fields.keys() - BreakerPolicy.__dataclass_fields__.keys()))
-            raise ConfigurationError(f"breaker {name!r}: unknown policy field {unknown}; allowed are {allowed}") from None
+            raise ConfigurationError(
+                f"breaker {name!r}: unknown policy field {unknown}; allowed are {allowed}"
+            ) from None
         new = Breaker(name, self.settings.policy_for(name, in_code), fleet=lambda: self.fleet, revision=self._revision)
         known = self._breakers.setdefault(name, new)
         if known.policy != new.policy:
-            raise ConfigurationError(f"breaker {name!r} is defined twice with different policies: {known.policy} and {new.policy}")
+            raise ConfigurationError(
+                f"breaker {name!r} is defined twice with different policies: {known.policy} and {new.policy}"
+            )
         if known is new and self._fleet is not None:
             self._fleet.declare(new.spec)
         return known
@@ -152,7 +163,7 @@ class Resilience:
 def _register_tick(runtime: Runtime) -> None:
     """Register the periodic task; it runs in the main process, the body is for whoever calls it by hand."""
 
-    @runtime.app.task(name=TICK_TASK, base=Task, shared=False, ignore_result=True, queue=runtime.control_queue)
+    @runtime.app.task(name=TICK_TASK, base=Task, shared=False, ignore_result=True, queue=runtime.control_queue)  # type: ignore[untyped-decorator]
     def tick() -> None:
         runtime.host.heart.want_tick()
 

@@ -26,7 +26,13 @@ EXPIRY_INTERVALS = 3
 class TickSchedule(schedule):  # type: ignore[misc]  # Celery is untyped
     """Every tick interval, if a breaker is due or tasks wait; silent otherwise."""
 
-    def __init__(self, run_every: Any = None, relative: bool = False, nowfun: Any = None, app: Celery | None = None) -> None:  # noqa: FBT001, FBT002 - Celery's signature
+    def __init__(
+        self,
+        run_every: Any = None,
+        relative: bool = False,  # noqa: FBT001, FBT002 - Celery's signature
+        nowfun: Any = None,
+        app: Celery | None = None,
+    ) -> None:
         super().__init__(run_every or timedelta(seconds=1), relative, nowfun, app)
 
     def is_due(self, last_run_at: Any) -> Any:

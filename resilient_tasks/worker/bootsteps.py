@@ -9,8 +9,9 @@ from celery import bootsteps
 from celery.signals import worker_process_init
 from kombu import Consumer, Queue
 
+from resilient_tasks.worker import seams
 from resilient_tasks.worker.host import Host
-from resilient_tasks.worker.runtime import TICK_TASK, Runtime, runtime_of
+from resilient_tasks.worker.runtime import TICK_TASK, Runtime, find_runtime, runtime_of
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -45,6 +46,7 @@ class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is 
         self._ticks: Consumer | None = None
 
     def start(self, consumer: Any) -> None:
+        """Join, and consume the control queue."""
         runtime = runtime_of(consumer.app)
         runtime.host.attach(consumer)
         channel = consumer.connection.channel()
@@ -52,11 +54,12 @@ class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is 
         self._ticks = Consumer(channel, queues=[queue], on_message=_TickReceiver(runtime), prefetch_count=1)
         self._ticks.consume()
 
-    def stop(self, consumer: Any) -> None:
+    def stop(self, _consumer: Any) -> None:
+        """Take no more ticks."""
         ticks, self._ticks = self._ticks, None
         if ticks is not None:
             _quietly(ticks.cancel)
-            _quietly(ticks.channel.close)
+            _quietly(lambda: ticks.channel and ticks.channel.close())
 
     shutdown = stop
 
@@ -86,11 +89,6 @@ def _quietly(close: Any) -> None:
 @worker_process_init.connect  # type: ignore[untyped-decorator]  # Celery is untyped
 def _become_child(**_: Any) -> None:
     """In a pool process: read what the main process shares, follow nothing."""
-    from celery import current_app  # noqa: PLC0415 - the app of this process is set just before the signal
-
-    app = current_app._get_current_object()
-    try:
-        runtime = runtime_of(app)
-    except Exception:  # noqa: BLE001 - an app without Resilience
-        return
-    runtime.fleet.become_child()
+    runtime = find_runtime(seams.current_app())
+    if runtime is not None:
+        runtime.fleet.become_child()

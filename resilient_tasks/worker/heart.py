@@ -92,7 +92,10 @@ class Heart:
     def _overdue(self) -> bool:
         """Whether something is due and no tick has completed for too long, whatever beat sends."""
         fleet = self._runtime.fleet
-        if not any(anything_due(breaker.standing.snapshot, fleet.view.server_now()) for breaker in self._runtime.breakers.values()):
+        if not any(
+            anything_due(breaker.standing.snapshot, fleet.view.server_now())
+            for breaker in self._runtime.breakers.values()
+        ):
             return False
         age = fleet.store.last_tick_age()
         return age is None or age > MISSED_TICKS * self._runtime.settings.tick_interval

@@ -76,7 +76,7 @@ class TaskOptions:
     def delay(self, policy: BreakerPolicy, attempts: int) -> float:
         """Seconds a task waits after its ``attempts``-th counted failure (the first, if none has counted)."""
         growth = min(float(attempts or 1) - 1, 64.0)
-        return min(policy.open_duration * policy.open_multiplier**growth, policy.max_open_duration)
+        return min(policy.open_duration * float(policy.open_multiplier**growth), policy.max_open_duration)
 
 
 def _option(task: Any, name: str, value: Any, accepts: Callable[[Any], bool], allowed: str) -> Any:
@@ -87,8 +87,12 @@ def _option(task: Any, name: str, value: Any, accepts: Callable[[Any], bool], al
 
 def _breaker_name(task: Any) -> str:
     if getattr(task, "breaker_key", None) is not None:
-        raise ConfigurationError(f"task {task.name!r}: breaker_key={task.breaker_key!r}: keyed breakers are not available yet")
+        raise ConfigurationError(
+            f"task {task.name!r}: breaker_key={task.breaker_key!r}: keyed breakers are not available yet"
+        )
     if isinstance(task.breaker, (list, tuple)):
-        raise ConfigurationError(f"task {task.name!r}: breaker={task.breaker!r}: one breaker per task; several are not available yet")
+        raise ConfigurationError(
+            f"task {task.name!r}: breaker={task.breaker!r}: one breaker per task; several are not available yet"
+        )
     name = task.breaker.name if isinstance(task.breaker, Breaker) else task.breaker
     return str(_option(task, "breaker", name, lambda v: isinstance(v, str), "a Breaker or the name of one"))

@@ -35,10 +35,12 @@ class Entry:
 
     @property
     def task_id(self) -> str:
+        """Id of the task; empty if the message says none."""
         return str((self.message.headers or {}).get("id", ""))
 
     @property
     def task_name(self) -> str:
+        """Name of the task; empty if the message says none."""
         return str((self.message.headers or {}).get("task", ""))
 
 
@@ -114,11 +116,12 @@ class RedisQueues(Queues):
         self._defer_source = (scripts / "defer.lua").read_text()
         self._move_source = (scripts / "move.lua").read_text()
 
-    def _run(self, source: str, keys: Sequence[str], args: Sequence[str]) -> Any:
+    def _run(self, source: str, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
         client = seams.plain_client(self.channel)
         return client.register_script(source)(keys=keys, args=args)
 
     def defer(self, message: Any, ticket: Ticket, *, owned: bool, limit: int | None) -> bool:
+        """See :meth:`Queues.defer`."""
         raw = message.serializable()
         raw["headers"] = ticket.write(raw["headers"])
         raw["properties"] = {**raw["properties"], "delivery_tag": seams.new_delivery_tag(self.channel)}
@@ -133,9 +136,10 @@ class RedisQueues(Queues):
         return bool(answer)
 
     def sift(self, breaker: str, scan: int, choose: Callable[[Sequence[Entry]], Sequence[Move]]) -> list[Move]:
+        """See :meth:`Queues.sift`."""
         source = seams.list_key(self.channel, self.deferred(breaker))
         waiting = seams.plain_client(self.channel).lrange(source, -scan, -1)
-        texts: dict[int, bytes] = {}
+        texts: dict[int, str | bytes] = {}
         entries: list[Entry] = []
         for text in reversed(waiting):
             with contextlib.suppress(Exception):  # an undecodable element stays where it is
@@ -146,8 +150,9 @@ class RedisQueues(Queues):
         moves = choose(entries)
         return self._make(source, [(texts[id(move.entry.message)], move) for move in moves]) if moves else []
 
-    def _make(self, source: str, moves: Sequence[tuple[bytes, Move]]) -> list[Move]:
-        keys, args = [source], []
+    def _make(self, source: str, moves: Sequence[tuple[str | bytes, Move]]) -> list[Move]:
+        keys = [source]
+        args: list[str | bytes | int] = []
         for text, move in moves:
             raw = _with_ticket(move.entry.message, move.ticket)
             index = 0
@@ -161,7 +166,8 @@ class RedisQueues(Queues):
         return [move for (_, move), done in zip(moves, moved, strict=True) if done]
 
     def size(self, *queues: str) -> int:
-        return sum(self.channel._size(queue) for queue in queues)
+        """See :meth:`Queues.size`."""
+        return sum(seams.queue_size(self.channel, queue) for queue in queues)
 
 
 class PublishedQueues(Queues):
@@ -200,6 +206,7 @@ class PublishedQueues(Queues):
         )  # fmt: skip
 
     def defer(self, message: Any, ticket: Ticket, *, owned: bool, limit: int | None) -> bool:
+        """See :meth:`Queues.defer`."""
         queue = self.deferred(ticket.breaker)
         with self._exclusive():
             self._declare(queue)
@@ -211,6 +218,7 @@ class PublishedQueues(Queues):
         return True
 
     def sift(self, breaker: str, scan: int, choose: Callable[[Sequence[Entry]], Sequence[Move]]) -> list[Move]:
+        """See :meth:`Queues.sift`."""
         queue = self.deferred(breaker)
         with self._exclusive():
             self._declare(queue)
@@ -232,6 +240,7 @@ class PublishedQueues(Queues):
         return int(self.channel.queue_declare(queue, passive=True).message_count)
 
     def size(self, *queues: str) -> int:
+        """See :meth:`Queues.size`."""
         with self._exclusive():
             for queue in queues:
                 self._declare(queue)

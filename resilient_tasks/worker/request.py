@@ -96,7 +96,15 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         hard, soft = self.time_limits
         result = pool.apply_async(
             run_admitted,
-            args=(admission, self.type, self.id, self.request_dict, self.body, self.content_type, self.content_encoding),
+            args=(
+                admission,
+                self.type,
+                self.id,
+                self.request_dict,
+                self.body,
+                self.content_type,
+                self.content_encoding,
+            ),
             accept_callback=self.on_accepted,
             timeout_callback=self.on_timeout,
             callback=self.on_success,
@@ -158,7 +166,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
 
     def _defers_time_out(self) -> bool:
         options = self.task.options
-        return options.on_failure == DEFER and self._failure().attempts < options.max_attempts
+        return bool(options.on_failure == DEFER and self._failure().attempts < options.max_attempts)
 
     # --- aside ------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from resilient_tasks.core.model import Snapshot, State
+from resilient_tasks.core.model import Snapshot
 from resilient_tasks.core.pace import Pace, next_pace
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.deferral import dead, drop, expired, fail, resume
@@ -58,7 +58,12 @@ class Resumer:
         store = self._runtime.fleet.store
         free = breaker.policy.trial_calls - snapshot.trials - store.pace(breaker.name).outstanding
         if free > 0:
-            self._release(breaker, snapshot, free, lambda entries: sorted(entries, key=lambda entry: entry.ticket.attempted_at > 0))
+            self._release(
+                breaker,
+                snapshot,
+                free,
+                lambda entries: sorted(entries, key=lambda entry: entry.ticket.attempted_at > 0),
+            )
 
     def expire(self, breaker: Breaker, snapshot: Snapshot) -> None:
         """Dead-letter tasks whose ``defer_for`` is over."""
@@ -95,13 +100,22 @@ class Resumer:
             due = [entry for entry in entries if entry.ticket.not_before <= snapshot.now]
             chosen = list(islice(order(due), count))
             revoked = store.revoked([entry.task_id for entry in chosen]) if chosen else set()
-            return [self._drop_revoked(entry) if entry.task_id in revoked else self._resume(entry, snapshot) for entry in chosen]
+            return [
+                self._drop_revoked(entry) if entry.task_id in revoked else self._resume(entry, snapshot)
+                for entry in chosen
+            ]
 
         moves = self._sift(breaker.name, count + LOOK_AHEAD, choose)
         resumed = sum(1 for move in moves if move.ticket is not None)
         if resumed:
             store.resumed(breaker.name, resumed)
-            logger.info("breaker %r is %s: %d of %d deferred tasks resumed", breaker.name, snapshot.state, resumed, snapshot.deferred)
+            logger.info(
+                "breaker %r is %s: %d of %d deferred tasks resumed",
+                breaker.name,
+                snapshot.state,
+                resumed,
+                snapshot.deferred,
+            )
 
     def _sift(self, breaker: str, scan: int, choose: Callable[[Sequence[Entry]], Sequence[Move]]) -> list[Move]:
         moves = self._queues.sift(breaker, scan, choose)
@@ -115,7 +129,9 @@ class Resumer:
 
     def _resume(self, entry: Entry, snapshot: Snapshot) -> Move:
         move = resume(entry, snapshot.epoch, self._runtime.app.conf.task_default_queue)
-        self._event("task-retried", entry, exception=f"resumed, breaker {snapshot.name!r} is {snapshot.state}", traceback=None)
+        self._event(
+            "task-retried", entry, exception=f"resumed, breaker {snapshot.name!r} is {snapshot.state}", traceback=None
+        )
         return move
 
     def _drop_revoked(self, entry: Entry) -> Move:

@@ -66,7 +66,7 @@ class Report(NamedTuple):
     age: float | None = None
 
 
-class TaskDeferred(Ignore):
+class TaskDeferred(Ignore):  # type: ignore[misc]  # Celery is untyped
     """Raised by a task's run when its message must be put aside.
 
     An ``Ignore``, because Celery writes no result for it and fires no callbacks; an ordinary exception
@@ -127,7 +127,9 @@ class Run:
 current_run: ContextVar[Run | None] = ContextVar("resilient_tasks_run", default=None)
 
 
-def run_admitted(admission: Admission, name: str, task_id: str, *args: Any, app: Any = None) -> tuple[int, Any, float, Report]:
+def run_admitted(
+    admission: Admission, name: str, task_id: str, *args: Any, app: Any = None
+) -> tuple[int, Any, float, Report]:
     """Run a task in the pool, as Celery's own tracer does, and report on its dependency."""
     run = Run(admission, task_id)
     run_token, scope_token = current_run.set(run), task_scope.set(run)

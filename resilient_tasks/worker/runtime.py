@@ -37,10 +37,15 @@ def runtime_of(app: Celery) -> Runtime:
     Raises:
         ConfigurationError: no ``Resilience`` was initialised with it.
     """
-    try:
-        return _runtimes[app]
-    except KeyError:
-        raise ConfigurationError(f"app {app.main!r} has no Resilience: call Resilience(app) or init_app(app)") from None
+    runtime = find_runtime(app)
+    if runtime is None:
+        raise ConfigurationError(f"app {app.main!r} has no Resilience: call Resilience(app) or init_app(app)")
+    return runtime
+
+
+def find_runtime(app: Celery) -> Runtime | None:
+    """Return the runtime of an app; None if no ``Resilience`` was initialised with it."""
+    return _runtimes.get(app)
 
 
 class Runtime:
@@ -124,6 +129,8 @@ class Runtime:
                 )
             if options.breaker not in self.breakers:
                 known = ", ".join(sorted(self.breakers)) or "none"
-                raise ConfigurationError(f"task {task.name!r} names breaker {name!r}, which nobody defines; defined: {known}")
+                raise ConfigurationError(
+                    f"task {task.name!r} names breaker {name!r}, which nobody defines; defined: {known}"
+                )
         for unused in self.settings.unknown_overrides(self.breakers):
             logger.warning("settings override breaker %r, which nobody defines", unused)

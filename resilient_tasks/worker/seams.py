@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import redis
+from celery import Celery
+from celery import current_app as _current_app
 from celery.app.trace import fast_trace_task, trace_task_ret
 from celery.worker import state as worker_state
 from celery.worker.request import Request
@@ -28,9 +30,16 @@ encode_message: Callable[[object], str] = dumps
 decode_message: Callable[[str | bytes], Any] = loads
 
 
+def current_app() -> Celery:
+    """Return the app that this process runs."""
+    return _current_app._get_current_object()
+
+
 def shutting_down() -> bool:
     """Whether this worker has been told to stop, warmly or coldly."""
-    return any(flag is not None and flag is not False for flag in (worker_state.should_stop, worker_state.should_terminate))
+    return any(
+        flag is not None and flag is not False for flag in (worker_state.should_stop, worker_state.should_terminate)
+    )
 
 
 def trace(app: Any, name: str, *args: Any) -> TraceResult:
@@ -58,6 +67,11 @@ def plain_client(channel: Any) -> redis.Redis:
 def list_key(channel: Any, queue: str, priority: int = 0) -> str:
     """Return the Redis list that holds one priority of a queue."""
     return str(channel.global_keyprefix + channel._q_for_pri(queue, priority))
+
+
+def queue_size(channel: Any, queue: str) -> int:
+    """Return the number of messages that lie in a queue, of all priorities."""
+    return int(channel._size(queue))
 
 
 def message_priority(channel: Any, raw: Mapping[str, Any]) -> int:

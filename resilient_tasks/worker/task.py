@@ -37,7 +37,6 @@ class ResilientTask(Task):  # type: ignore[misc]  # Celery is untyped
     breaker_key: Any = None
     fallback: Any = None
     on_open: str = DEFER
-    on_open: str = DEFER
     on_dependency_failure: str | None = None
     max_attempts: int = 8
     defer_for: float | None = None
@@ -107,8 +106,18 @@ def _attempts(task: ResilientTask, breaker: Breaker) -> Any:
     retrying = _options(task).retrying
     if retrying is None:
         return lambda fn, *args, **kwargs: fn(*args, **kwargs)
-    stop = tenacity.stop_any(retrying.stop, lambda _: not breaker.admits)
-    return retrying.copy(stop=stop, reraise=True)
+    return retrying.copy(stop=_StopWhenOpen(breaker, retrying.stop), reraise=True)
+
+
+class _StopWhenOpen(tenacity.stop.stop_base):
+    """Ends quick attempts when the user's own condition does, or as soon as the breaker no longer admits."""
+
+    def __init__(self, breaker: Breaker, otherwise: Any) -> None:
+        self._breaker = breaker
+        self._otherwise = otherwise
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
+        return not self._breaker.admits or bool(self._otherwise(retry_state))
 
 
 class _GatedRun:

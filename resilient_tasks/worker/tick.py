@@ -79,7 +79,7 @@ class Tick:
 
     def _serve(self, breaker: Breaker, snapshot: Snapshot) -> None:
         fleet = self._runtime.fleet
-        answer = fleet.store.advance(breaker.spec, jitter=random.random())  # noqa: S311 - spreads load
+        answer = fleet.store.advance(breaker.spec, jitter=random.random())
         fleet.learn(answer)
         snapshot = answer.snapshot
         self._resumer.expire(breaker, snapshot)

@@ -13,6 +13,7 @@ from typing import Any
 
 HEADER = "x-resilient-tasks"
 
+_MOST = 1e17  # no time and no count of ours comes near
 _TEXT, _SECONDS, _COUNT = "text", "seconds", "count"
 _KINDS = {
     "breaker": _TEXT, "origin": _TEXT, "reason": _TEXT,
@@ -81,4 +82,4 @@ def _valid(kind: str, value: object) -> bool:
         return isinstance(value, str)
     if isinstance(value, bool) or not isinstance(value, int if kind == _COUNT else (int, float)):
         return False
-    return math.isfinite(value) and 0 <= value < 1e17
+    return math.isfinite(value) and 0 <= value < _MOST

@@ -135,14 +135,23 @@ def squeeze() -> str:
     return call("narrow")
 
 
-@app.task(bind=True, breaker="payments", autoretry_for=(DependencyDownError,), retry_backoff=False, default_retry_delay=0, max_retries=1)
+@app.task(
+    bind=True,
+    breaker="payments",
+    autoretry_for=(DependencyDownError,),
+    retry_backoff=False,
+    default_retry_delay=0,
+    max_retries=1,
+)
 def insistent(self) -> int:
     SIDE.rpush("runs:insistent", self.request.id)
     call("tolerant-elsewhere")
     return self.request.retries
 
 
-@app.task(breaker="tolerant", retrying=tenacity.Retrying(stop=tenacity.stop_after_attempt(3), wait=tenacity.wait_none()))
+@app.task(
+    breaker="tolerant", retrying=tenacity.Retrying(stop=tenacity.stop_after_attempt(3), wait=tenacity.wait_none())
+)
 def stubborn(key: str) -> int:
     tries = SIDE.incr(key)
     if tries < 3:
