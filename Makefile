@@ -11,6 +11,7 @@ ARGS ?=
 
 # the directories of `make test`; `make test-all` runs whatever is below tests/
 QUICK_TESTS := $(wildcard tests/unit tests/contract tests/integration)
+BENCHMARKS := $(basename $(notdir $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))))
 # 1: a skipped test is a failed test
 RESILIENT_TASKS_TEST_ALL_STRICT ?=
 STRICT := $(if $(filter 1,$(RESILIENT_TASKS_TEST_ALL_STRICT)),-p tests.support.strict_skips)
@@ -51,8 +52,8 @@ test: lint types ## what a contributor must pass: lint, types, all tests that ne
 test-all: venv ## all tests; those whose server or browser is not installed are skipped and listed with the reason
 	$(PYTEST) tests -rs $(STRICT) $(ARGS)
 
-bench: venv ## the benchmarks
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: venv ## the benchmarks, one after the other
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
 clean: ## stop the stacks and remove what was made, the virtual environment included
 	@if [ -x $(BIN)/python ] && [ -d .run ]; then $(BIN)/python -m workers.stack down; fi
