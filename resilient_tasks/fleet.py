@@ -11,11 +11,12 @@ import random
 import time
 from collections.abc import Callable
 
-from resilient_tasks.core.model import Answer, Grant, Snapshot, Transition, Verb
+from resilient_tasks.core.model import Answer, Grant, Snapshot, State, Transition, Verb
 from resilient_tasks.store.base import Spec, Store
 from resilient_tasks.store.failover import FailoverStore
 from resilient_tasks.store.reports import LEASE, Reporter
-from resilient_tasks.store.view import Standing, View
+from resilient_tasks.store.standing import Standing
+from resilient_tasks.store.view import View
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Fleet:
         asked = self.view.asking()
         grant = self.store.acquire(spec, holder, lease=lease, jitter=random.random())
         self.learn(grant, asked)
-        if not grant.admitted:
+        if not grant.admitted and grant.snapshot.state is State.HALF_OPEN:
             self.view.standing(spec.name).deny()
         return grant
 

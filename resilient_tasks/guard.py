@@ -22,7 +22,8 @@ from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Spec
 from resilient_tasks.store.reports import LEASE, Reporter
-from resilient_tasks.store.view import Standing, View
+from resilient_tasks.store.standing import Standing
+from resilient_tasks.store.view import View
 
 if TYPE_CHECKING:
     from resilient_tasks.fleet import Fleet

@@ -19,21 +19,23 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
-from resilient_tasks.core.model import Answer, Outcome, State, Transition
+from resilient_tasks.core.model import Answer, Outcome, Transition
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Evidence, Spec, Store
 from resilient_tasks.store.forking import renew_after_fork
-from resilient_tasks.store.view import Standing, View
+from resilient_tasks.store.outbox import Outbox
+from resilient_tasks.store.standing import Standing
+from resilient_tasks.store.view import View
 
 logger = logging.getLogger(__name__)
 
 LEASE = 5.0  # seconds; a permit whose holder dies is free after at most this long
 BATCH_INTERVAL = 0.1  # seconds between two reports of successes of one breaker
 EXIT_PATIENCE = 0.9  # seconds that the end of the process may wait for the last reports
-MOST_RUNS = 1_000  # per breaker, waiting for a store that is away
 _MOST_SETTLEMENTS = 10_000
 _NOTHING_URGENT = 0
 
@@ -46,60 +48,6 @@ class _Settlement(NamedTuple):
     outcome: Outcome
     evidence: Evidence
     give_up_at: float  # the lease has run out by then: the store has settled it as a failure
-
-
-class _Batch:
-    """Outcomes of one epoch, run-length encoded, oldest first."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.runs: deque[tuple[Outcome, int]] = deque()
-        self.cause = ""
-        self.retry_after: float | None = None
-
-    def add(self, outcome: Outcome, count: int, cause: str, retry_after: float | None) -> None:
-        if self.runs and self.runs[-1][0] is outcome:
-            count += self.runs.pop()[1]
-        self.runs.append((outcome, count))
-        self.cause = cause or self.cause
-        if retry_after is not None:
-            self.retry_after = max(retry_after, self.retry_after or 0.0)
-
-    def drop_oldest(self) -> int:
-        """Return the number of outcomes dropped to stay within bounds."""
-        return sum(self.runs.popleft()[1] for _ in range(len(self.runs) - MOST_RUNS))
-
-    def evidence(self) -> Evidence:
-        return Evidence(self.epoch, tuple(self.runs), self.cause, self.retry_after)
-
-
-class _Outbox:
-    """What waits to be sent about one breaker; touched by the sending thread only, but for ``urgent``."""
-
-    def __init__(self, standing: Standing) -> None:
-        self.standing = standing
-        self.batches: list[_Batch] = []
-        self.urgent = False
-        self.due_at = 0.0
-
-    def collect(self) -> None:
-        """Move what is pending into batches; outcomes of an epoch that is over are worth nothing."""
-        pending = self.standing.pending
-        items = [pending.popleft() for _ in range(len(pending))]
-        for item, group in groupby(items):
-            epoch, outcome, cause, retry_after = item if isinstance(item, tuple) else (item, Outcome.SUCCESS, "", None)
-            self._batch(epoch).add(outcome, len(list(group)), cause, retry_after)
-        self.batches = [batch for batch in self.batches if self._is_current(batch)]
-
-    def _batch(self, epoch: int) -> _Batch:
-        if not self.batches or self.batches[-1].epoch != epoch:
-            self.batches.append(_Batch(epoch))
-        return self.batches[-1]
-
-    def _is_current(self, batch: _Batch) -> bool:
-        # epoch 0: admitted before the store had ever heard of this breaker; the store decides what it is worth
-        standing = self.standing
-        return standing.snapshot.state is not State.DISABLED and batch.epoch in (0, standing.epoch)
 
 
 class Reporter:
@@ -128,14 +76,15 @@ class Reporter:
         """Start empty: what was pending at a fork is the parent's to send, its permits are the parent's to renew."""
         self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._outboxes: dict[str, _Outbox] = {}
-        self._busy: dict[str, _Outbox] = {}
+        self._outboxes: dict[str, Outbox] = {}
+        self._busy: dict[str, Outbox] = {}
         self._settlements: deque[_Settlement] = deque(maxlen=_MOST_SETTLEMENTS)
         self._held: dict[tuple[str, str], float] = {}
         self._renew_at = 0.0
         self._settle_at = 0.0  # when settlements that the store could not take are tried again
         self._asked = 0  # tickets handed out, and the last one that has been served
         self._served = 0
+        self._is_sending = False
         for standing in self._view.standings():
             standing.pending.clear()
             standing.scheduled = False
@@ -172,7 +121,7 @@ class Reporter:
             standing.scheduled = True
             outbox = self._outboxes.get(standing.name)
             if outbox is None:
-                outbox = self._outboxes[standing.name] = _Outbox(standing)
+                outbox = self._outboxes[standing.name] = Outbox(standing)
             outbox.urgent |= urgent
             self._busy[standing.name] = outbox
             return self._wake(urgent=urgent)
@@ -242,7 +191,7 @@ class Reporter:
     def flush(self, timeout: float) -> bool:
         """Send all that waits now; return whether that was done within ``timeout`` seconds."""
         with self._condition:
-            if not self._busy and not self._settlements and self._served == self._asked:
+            if not (self._busy or self._settlements or self._is_sending):
                 return True
             for outbox in self._busy.values():
                 outbox.urgent = True
@@ -289,8 +238,10 @@ class Reporter:
                     return
                 ticket = self._asked
                 outboxes = self._take_due()
+                self._is_sending = True
             self._work(outboxes)
             with condition:
+                self._is_sending = False
                 self._served = ticket
                 condition.notify_all()
 
@@ -308,7 +259,7 @@ class Reporter:
             due.append(self._settle_at)
         return max(0.0, min(due) - self._clock()) if due else None
 
-    def _take_due(self) -> list[_Outbox]:
+    def _take_due(self) -> list[Outbox]:
         now = self._clock()
         due = [outbox for outbox in self._busy.values() if outbox.urgent or outbox.due_at <= now]
         for outbox in due:
@@ -319,11 +270,11 @@ class Reporter:
             outbox.due_at = now + BATCH_INTERVAL
         return due
 
-    def _work(self, outboxes: list[_Outbox]) -> None:
+    def _work(self, outboxes: list[Outbox]) -> None:
         for outbox in outboxes:
-            self._safely(lambda outbox=outbox: self._send(outbox))
+            self._safely(partial(self._send, outbox))
         for _ in range(len(self._settlements)):
-            self._safely(lambda: self._settle(self._settlements.popleft()))
+            self._safely(partial(self._settle, self._settlements.popleft()))
         if self._held and self._renew_at <= self._clock():
             self._safely(self._renew)
 
@@ -334,7 +285,7 @@ class Reporter:
         except Exception:
             logger.exception("outcomes of guarded calls could not be reported")
 
-    def _send(self, outbox: _Outbox) -> None:
+    def _send(self, outbox: Outbox) -> None:
         outbox.collect()
         while outbox.batches:
             batch = outbox.batches[0]

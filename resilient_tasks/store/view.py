@@ -18,106 +18,20 @@ import math
 import mmap
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
-from resilient_tasks.core.model import Outcome, Snapshot, State
+from resilient_tasks.core.model import Snapshot
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Spec, Store
 from resilient_tasks.store.forking import renew_after_fork
+from resilient_tasks.store.standing import Standing
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["POLL_INTERVAL", "Standing", "View"]
+
 POLL_INTERVAL = 0.5  # seconds between two reads of all states, and before a failed read is tried again
-DENIAL_MEMORY = 1.0  # seconds for which a denied permit is not asked for again, unless something has moved
-RAMP_START = 0.1  # share of tasks admitted at the beginning of a ramp
-
-ADMITTING = frozenset({State.CLOSED, State.DISABLED, State.SHADOW})
-
-# What waits to be reported about one breaker: the bare epoch stands for a success, the commonest thing by far.
-Occurrence = tuple[int, Outcome, str, float | None]
-_MOST_PENDING = 1_000_000
-
-
-class Standing:
-    """One breaker as this process sees it. Read without locks; written by its :class:`View` only.
-
-    Attributes:
-        spec: the breaker as this process declares it.
-        snapshot: what the store last said; CLOSED with epoch 0 before it said anything.
-        known: the store has said something.
-        admits: calls need not ask the store: CLOSED, DISABLED or SHADOW.
-        epoch: of ``snapshot``; the outcome of a call belongs to the epoch that admitted it.
-        deadline: on the view's clock, when trials may begin: -inf at once, +inf only by an operator.
-        pending: outcomes that the ``Reporter`` has not sent yet.
-        scheduled: the ``Reporter`` knows that something is pending.
-    """
-
-    __slots__ = (
-        "_clock", "_denied", "_heard_at", "admits", "deadline", "epoch",
-        "known", "mark", "pending", "scheduled", "snapshot", "spec",
-    )  # fmt: skip
-
-    def __init__(self, spec: Spec, clock: Callable[[], float]) -> None:
-        self.spec = spec
-        self._clock = clock
-        self.known = False
-        self.mark = 0  # the view's count of updates when this one was made
-        self.pending: deque[int | Occurrence] = deque(maxlen=_MOST_PENDING)
-        self.scheduled = False
-        self._denied = (-1, -math.inf)
-        self.hear(Snapshot(spec.name, State.CLOSED, epoch=0, version=0, now=0.0, since=0.0), -math.inf)
-
-    @property
-    def name(self) -> str:
-        """Name of the breaker."""
-        return self.spec.name
-
-    def hear(self, snapshot: Snapshot, now: float) -> None:
-        """Take over what the store said at ``now`` on the view's clock."""
-        self.snapshot = snapshot
-        self._heard_at = now
-        self.deadline = self._deadline(snapshot)
-        self.epoch = snapshot.epoch
-        self.admits = snapshot.state in ADMITTING
-
-    def _deadline(self, snapshot: Snapshot) -> float:
-        if snapshot.state is State.FORCED_OPEN:
-            return math.inf
-        return -math.inf if snapshot.open_until is None else self._heard_at + snapshot.open_until - snapshot.now
-
-    @property
-    def retry_after(self) -> float | None:
-        """Seconds until a call may be admitted again; None when only an operator can tell."""
-        if self.deadline == math.inf:
-            return None
-        return max(0.0, max(self.deadline, self._denied_until()) - self._clock())
-
-    @property
-    def trial_due(self) -> bool:
-        """Whether the next call may be a trial, as far as time goes: HALF_OPEN, or OPEN and its time is over."""
-        return not self.admits and self._clock() >= self.deadline
-
-    @property
-    def refuses(self) -> bool:
-        """Whether a call is refused without asking the store: not yet time, or denied a moment ago."""
-        return not self.admits and self._clock() < max(self.deadline, self._denied_until())
-
-    def deny(self) -> None:
-        """Remember that the store has just denied a permit, until the breaker's version moves."""
-        self._denied = (self.snapshot.version, self._clock() + DENIAL_MEMORY)
-
-    def _denied_until(self) -> float:
-        version, until = self._denied
-        return until if version == self.snapshot.version else -math.inf
-
-    def ramp_share(self) -> float:
-        """Return the share of tasks to admit, 0.1 to 1.0: it grows while the breaker is fresh from a recovery."""
-        since, ramp = self.snapshot.ramp_since, self.spec.policy.ramp
-        if since is None or ramp <= 0 or self.snapshot.state is not State.CLOSED:
-            return 1.0
-        elapsed = self.snapshot.now - since + self._clock() - self._heard_at
-        return min(1.0, RAMP_START + (1 - RAMP_START) * max(0.0, elapsed) / ramp)
 
 
 class View:
@@ -230,11 +144,16 @@ class View:
     def follow(self) -> None:
         """Keep the view fresh from now on, in one daemon thread. Does nothing in a child, or twice."""
         with self._lock:
-            if self.signal is not None or (self._follower is not None and self._follower.is_alive()):
+            if self.signal is not None or self._is_following():
                 return
-            self._stopped.clear()
-            self._follower = threading.Thread(target=self._follow, name="resilient-tasks-view", daemon=True)
-            self._follower.start()
+            self._stopped = threading.Event()
+            follower = threading.Thread(target=self._follow, name="resilient-tasks-view", daemon=True)
+            with suppress(RuntimeError):  # the interpreter is shutting down: there is no future to follow
+                follower.start()
+                self._follower = follower
+
+    def _is_following(self) -> bool:
+        return self._follower is not None and self._follower.is_alive() and not self._stopped.is_set()
 
     def stop(self, timeout: float = 1.0) -> None:
         """Stop following, waiting at most ``timeout`` seconds for the thread."""

@@ -15,10 +15,11 @@ import pytest
 
 from resilient_tasks.core.model import Outcome, State, Transition, Verb
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.store import reports
+from resilient_tasks.store import outbox
 from resilient_tasks.store.base import Evidence, Spec
 from resilient_tasks.store.reports import BATCH_INTERVAL, LEASE, Reporter
-from resilient_tasks.store.view import Standing, View
+from resilient_tasks.store.standing import Standing
+from resilient_tasks.store.view import View
 from tests.support.doubles import FlakyStore, ManualClock, wait_until
 
 SUCCESS, FAILURE, SLOW, IGNORED = Outcome.SUCCESS, Outcome.FAILURE, Outcome.SLOW, Outcome.IGNORED
@@ -192,7 +193,7 @@ def test_outcomes_wait_for_a_store_that_is_away(desk: Desk) -> None:
 
 
 def test_what_waits_is_bounded_and_what_is_dropped_is_counted(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reports, "MOST_RUNS", 10)
+    monkeypatch.setattr(outbox, "MOST_RUNS", 10)
     desk.store.away = True
     desk.report(*[SUCCESS, FAILURE] * 50)
     desk.reporter.flush(5)

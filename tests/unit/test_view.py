@@ -16,7 +16,8 @@ from resilient_tasks.errors import StoreError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store import view as view_module
 from resilient_tasks.store.base import Spec
-from resilient_tasks.store.view import DENIAL_MEMORY, POLL_INTERVAL, View
+from resilient_tasks.store.standing import DENIAL_MEMORY
+from resilient_tasks.store.view import POLL_INTERVAL, View
 from tests.support.doubles import FlakyStore, ManualClock, wait_until
 
 SPEC = Spec("payments", BreakerPolicy(ramp=10))
