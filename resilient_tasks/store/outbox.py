@@ -22,6 +22,7 @@ class Batch:
         self.retry_after: float | None = None
 
     def add(self, outcome: Outcome, count: int, cause: str, retry_after: float | None) -> None:
+        """Append ``count`` equal outcomes."""
         if self.runs and self.runs[-1][0] is outcome:
             count += self.runs.pop()[1]
         self.runs.append((outcome, count))
@@ -34,6 +35,7 @@ class Batch:
         return sum(self.runs.popleft()[1] for _ in range(len(self.runs) - MOST_RUNS))
 
     def evidence(self) -> Evidence:
+        """Return the batch as the store takes it."""
         return Evidence(self.epoch, tuple(self.runs), self.cause, self.retry_after)
 
 

@@ -58,9 +58,7 @@ class Standing:
         self.snapshot = snapshot
         self._heard_at = now
         self.deadline = self._deadline(snapshot)
-        self.epoch = (
-            snapshot.epoch
-        )  # before ``admits``: whoever sees that calls are admitted sees the epoch they are in
+        self.epoch = snapshot.epoch  # before ``admits``: a call admitted by this news belongs to this epoch
         self.admits = snapshot.state in ADMITTING
 
     def _deadline(self, snapshot: Snapshot) -> float:

@@ -287,6 +287,15 @@ def test_a_denial_is_not_asked_for_again_at_once(rig: Rig) -> None:
     assert rig.breaker.state is State.CLOSED
 
 
+def test_being_a_moment_early_is_no_denial_to_remember(rig: Rig) -> None:
+    rig.half_open()
+    rig.store.inner._clock = lambda: rig.clock() - 0.002  # the server's clock, which this process can only estimate
+    with pytest.raises(BreakerOpenError):
+        rig.breaker.call(rig.works)
+    rig.clock.advance(0.002)
+    assert rig.breaker.call(rig.works) == "paid"
+
+
 def test_a_permit_given_back_admits_one_more(rig: Rig) -> None:
     rig.half_open()
     with rig.breaker.guard():
