@@ -153,7 +153,7 @@ class Guarded:
         holder = uuid.uuid4().hex
         grant = self.acquire(holder)
         if not grant.admitted:
-            raise self.refusal()
+            raise BreakerOpenError(self.name, grant.snapshot.state.value, self._standing.retry_after)
         if not grant.trial:
             return grant.snapshot.epoch, _NO_PERMIT
         self.hold(holder, self.policy.trial_timeout)

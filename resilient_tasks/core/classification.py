@@ -105,7 +105,7 @@ _MISTAKES_IN_CODE = (
     TypeError,
 )
 _STATUS_ATTRIBUTES = ("status_code", "status", "http_status")
-_SMTP_TRY_LATER = frozenset({421, 451, 452, 454})
+_SMTP_TRY_LATER = frozenset({"421", "451", "452", "454"})
 _WRAPPED_AT_MOST = 3
 
 
@@ -235,7 +235,7 @@ def _says(exc: BaseException) -> Outcome | None:
         return Outcome.IGNORED
     if isinstance(exc, (ConnectionError, TimeoutError)) or _is_one_of(exc, _BLAMES_DEPENDENCY):
         return Outcome.FAILURE
-    if _attribute(exc, "smtp_code") in _SMTP_TRY_LATER or _is_network_error(exc):
+    if str(_attribute(exc, "smtp_code")) in _SMTP_TRY_LATER or _is_network_error(exc):
         return Outcome.FAILURE
     return None
 

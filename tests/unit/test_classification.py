@@ -49,9 +49,9 @@ def foreign(path: str, *bases: type[BaseException]) -> BaseException:
     return type(name, bases or (Exception,), {"__module__": module})()
 
 
-def carrying(status_attribute: str, status: int) -> Exception:
+def carrying(attribute: str, value: object) -> Exception:
     error = Exception("no")
-    setattr(error, status_attribute, status)
+    setattr(error, attribute, value)
     return error
 
 
@@ -147,6 +147,8 @@ SAYS_NOTHING = [
     carrying("status_code", 404),
     carrying("status", True),
     carrying("status", 1503),
+    carrying("smtp_code", []),
+    carrying("response", object()),
     BreakerOpenError("payments"),
     Ignore(),
     Reject(),
