@@ -17,35 +17,54 @@ PATIENCE = 0.25  # seconds a deferral may wait for the result backend
 class PatientWriter:
     """Runs writes one after the other in a thread and waits for each, but only so long.
 
-    A result backend that is away blocks for seconds (its own retries). While a write hangs, further
-    ones are skipped, not queued: a DEFERRED written late could overtake the task's real result.
+    A result backend that is away blocks for seconds (its own retries). While a write hangs, others are
+    skipped, not queued: a DEFERRED written late could overtake the task's real result.
     """
 
     def __init__(self, patience: float = PATIENCE) -> None:
         self._patience = patience
-        self._jobs: SimpleQueue[tuple[Callable[[], Any], threading.Event]] = SimpleQueue()
+        self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._pending: threading.Event | None = None
-        self._lock = threading.Lock()
+        self._starting = threading.Lock()
+        self._hanging: _Job | None = None
 
-    def write(self, job: Callable[[], Any]) -> bool:
-        """Run ``job``; True if it was done in time, False if it was skipped, failed or still runs."""
-        with self._lock:
-            if self._pending is not None and not self._pending.is_set():
-                return False
+    def write(self, action: Callable[[], Any]) -> bool:
+        """Run ``action``; True if it was done in time, False if it was skipped or still runs."""
+        if self._hanging is not None and not self._hanging.done.is_set():
+            return False
+        self._ensure_thread()
+        job = _Job(action)
+        self._jobs.put(job)
+        if job.done.wait(self._patience):
+            return True
+        job.wanted = False
+        self._hanging = job
+        return False
+
+    def _ensure_thread(self) -> None:
+        with self._starting:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._work, name="resilient-tasks-results", daemon=True)
                 self._thread.start()
-            done = self._pending = threading.Event()
-            self._jobs.put((job, done))
-        return done.wait(self._patience)
 
     def _work(self) -> None:
         while True:
-            job, done = self._jobs.get()
-            try:
-                job()
-            except Exception as exc:  # noqa: BLE001 - whatever the backend raises, a deferral goes on without it
-                logger.warning("result backend did not take %s: %s", DEFERRED, type(exc).__name__)
-            finally:
-                done.set()
+            self._jobs.get().run()
+
+
+class _Job:
+    """One write; unwanted once its writer has given up on it."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        self._action = action
+        self.wanted = True
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        try:
+            if self.wanted:
+                self._action()
+        except Exception as exc:  # noqa: BLE001 - whatever the backend raises, a deferral goes on without it
+            logger.warning("result backend did not take %s: %s", DEFERRED, type(exc).__name__)
+        finally:
+            self.done.set()

@@ -85,7 +85,7 @@ def test_a_pool_full_of_hanging_tasks_does_not_starve_the_tick(shop: Shop) -> No
         shop.hang.delay()
     shop.wait(lambda: shop.side.get("hanging") == "2", "the pool to be full")
     shop.close("payments")
-    shop.wait(lambda: shop.waiting("payments") == 0, "the tick to resume them")
+    shop.wait(lambda: shop.waiting("payments") < 5, "the tick to resume the first ones")
     shop.set_health("hang", "up")
     shop.wait(lambda: _all_done(waiting), "all to finish")
 
