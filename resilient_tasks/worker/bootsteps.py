@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from celery import bootsteps
-from celery.signals import worker_process_init
+from celery.signals import worker_process_init, worker_process_shutdown, worker_shutdown
 from kombu import Consumer, Queue
 
 from resilient_tasks.worker import seams
@@ -16,7 +17,7 @@ from resilient_tasks.worker.runtime import TICK_TASK, Runtime, find_runtime, run
 logger = logging.getLogger("resilient_tasks")
 
 
-class Membership(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is untyped
+class Membership(bootsteps.Step):  # type: ignore[misc]  # Celery is untyped
     """Checks the configuration before the worker starts, and shares memory before the pool forks."""
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
@@ -25,12 +26,6 @@ class Membership(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is un
         runtime.validate()
         runtime.fleet.view.share()
         runtime.host = Host(runtime)
-
-    def stop(self, worker: Any) -> None:
-        """Leave the fleet when the pool has finished its last tasks."""
-        runtime_of(worker.app).host.close()
-
-    terminate = stop
 
 
 class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is untyped
@@ -86,9 +81,25 @@ def _quietly(close: Any) -> None:
         logger.debug("closing the control queue: %s", exc)
 
 
+@worker_shutdown.connect  # type: ignore[untyped-decorator]  # Celery is untyped
+def _leave(sender: Any, **_: Any) -> None:
+    """Leave the fleet when the pool has finished its last tasks."""
+    runtime = find_runtime(sender.app)
+    if runtime is not None:
+        runtime.host.close()
+
+
 @worker_process_init.connect  # type: ignore[untyped-decorator]  # Celery is untyped
 def _become_child(**_: Any) -> None:
     """In a pool process: read what the main process shares, follow nothing."""
     runtime = find_runtime(seams.current_app())
-    if runtime is not None:
+    if runtime is not None and runtime.host.pid != os.getpid():  # the solo pool is no process of its own
         runtime.fleet.become_child()
+
+
+@worker_process_shutdown.connect  # type: ignore[untyped-decorator]  # Celery is untyped
+def _tell_the_rest(**_: Any) -> None:
+    """In a pool process that ends: it skips exit handlers, and its last outcomes may not have been sent."""
+    runtime = find_runtime(seams.current_app())
+    if runtime is not None and runtime.host.pid != os.getpid():
+        runtime.fleet.close()

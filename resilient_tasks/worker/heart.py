@@ -84,10 +84,10 @@ class Heart:
         store = self._runtime.fleet.store
         for breaker, count in self._gate.flush_taken_up().items():
             store.taken_up(breaker, count)
-        fresh = set(seams.revoked_ids) - self._revoked_seen
-        if fresh:
-            store.revoke(fresh)
-            self._revoked_seen |= fresh
+        revoked = set(seams.revoked_ids)
+        if revoked - self._revoked_seen:
+            store.revoke(revoked - self._revoked_seen)
+        self._revoked_seen = revoked
 
     def _overdue(self) -> bool:
         """Whether something is due and no tick has completed for too long, whatever beat sends."""

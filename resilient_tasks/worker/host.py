@@ -5,6 +5,7 @@ Made after the pool has forked, when the consumer connects; its heart beats unti
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.worker import seams
@@ -18,11 +19,16 @@ if TYPE_CHECKING:
 
 
 class Host:
-    """Gate, deferral and heart of one worker."""
+    """Gate, deferral and heart of one worker.
+
+    Attributes:
+        pid: id of the main process; pool processes inherit the object and are not it.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._consumer: Any = None
+        self.pid = os.getpid()
         self.gate = Gate(runtime)
         self.deferral = Deferral(runtime)
         self.heart = Heart(runtime, self.gate, self.deferral)

@@ -94,17 +94,10 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
 
     def _submit(self, pool: Any, admission: Admission) -> Any:
         hard, soft = self.time_limits
+        message = self.type, self.id, self.request_dict, self.body, self.content_type, self.content_encoding
         result = pool.apply_async(
             run_admitted,
-            args=(
-                admission,
-                self.type,
-                self.id,
-                self.request_dict,
-                self.body,
-                self.content_type,
-                self.content_encoding,
-            ),
+            args=(seams.tracer(self.app), admission, *message),
             accept_callback=self.on_accepted,
             timeout_callback=self.on_timeout,
             callback=self.on_success,

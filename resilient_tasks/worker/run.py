@@ -6,6 +6,7 @@ the body says that the message must be put aside. All three cross a pipe, so the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.fallback import Served
-from resilient_tasks.worker import seams
+from resilient_tasks.worker.seams import TraceResult
 
 
 class Admission(NamedTuple):
@@ -128,13 +129,13 @@ current_run: ContextVar[Run | None] = ContextVar("resilient_tasks_run", default=
 
 
 def run_admitted(
-    admission: Admission, name: str, task_id: str, *args: Any, app: Any = None
+    trace: Callable[..., TraceResult], admission: Admission, name: str, task_id: str, *args: Any
 ) -> tuple[int, Any, float, Report]:
-    """Run a task in the pool, as Celery's own tracer does, and report on its dependency."""
+    """Run a task in the pool with Celery's own tracer, and report on its dependency."""
     run = Run(admission, task_id)
     run_token, scope_token = current_run.set(run), task_scope.set(run)
     try:
-        failed, value, runtime = seams.trace(app, name, task_id, *args)
+        failed, value, runtime = trace(name, task_id, *args)
     finally:
         current_run.reset(run_token)
         task_scope.reset(scope_token)
