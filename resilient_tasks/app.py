@@ -112,9 +112,15 @@ class Resilience:
             raise ConfigurationError(
                 f"breaker {name!r} is defined twice with different policies: {known.policy} and {new.policy}"
             )
-        if known is new and self._fleet is not None:
-            self._fleet.declare(new.spec)
+        if known is new:
+            self._welcome(new)
         return known
+
+    def _welcome(self, breaker: Breaker) -> None:
+        if breaker.policy.max_concurrency is not None:
+            logger.warning("breaker %r: max_concurrency is not enforced yet", breaker.name)
+        if self._fleet is not None:
+            self._fleet.declare(breaker.spec)
 
     @property
     def fleet(self) -> Fleet:

@@ -6,7 +6,6 @@ import functools
 import getpass
 import inspect
 import math
-import re
 import socket
 from collections.abc import Callable, Coroutine
 from time import perf_counter
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, Verb
+from resilient_tasks.core.names import check_name
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.guard import _NO_PERMIT, Guard, Guarded, TaskScope, task_scope
 from resilient_tasks.policy import BreakerPolicy
@@ -27,8 +27,6 @@ __all__ = ["Breaker", "TaskScope", "task_scope"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-NAME_RULE = "1 to 100 letters, digits, '_', '.' and '-', beginning with a letter or a digit"
 PROBE_TIMEOUT = 10.0  # seconds
 
 
@@ -54,9 +52,7 @@ class Breaker(Guarded):
     def __init__(
         self, name: str, policy: BreakerPolicy | None = None, *, fleet: Callable[[], Fleet], revision: int = 0
     ) -> None:
-        if not NAME.fullmatch(str(name)):
-            raise ConfigurationError(f"breaker name {name!r}: allowed is {NAME_RULE}")
-        super().__init__(Spec(name, policy or BreakerPolicy(), revision), fleet)
+        super().__init__(Spec(check_name("breaker", name), policy or BreakerPolicy(), revision), fleet)
         self.probe_function: Callable[[], Any] | None = None
         self.probe_timeout = PROBE_TIMEOUT
 

@@ -27,6 +27,10 @@ def _is_seconds(value: Any) -> bool:
     return _number(value) and 0 < value <= _LONGEST
 
 
+def _is_positive(value: Any) -> bool:
+    return _number(value) and value > 0
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST
 
@@ -43,7 +47,8 @@ def _setting(default: Any, check: Callable[[Any], bool], allowed: str, *, option
     def accepts(value: Any) -> bool:
         return (optional and value is None) or check(value)
 
-    return field(default=default, metadata={"accepts": accepts, "allowed": f"{allowed}{' or None' if optional else ''}"})
+    metadata = {"accepts": accepts, "allowed": f"{allowed} or None" if optional else allowed}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +71,7 @@ class BreakerPolicy:
         trial_successes: successful trials that close the breaker; ``None``: ``trial_calls``.
         trial_timeout: longest time a trial without a time limit of its own may take.
         ramp: time after a recovery in which the share of admitted tasks grows from 10 % to all; 0: none.
-        max_concurrency: reserved for a fleet-wide bound on calls in flight.
+        max_concurrency: reserved for a fleet-wide bound on calls in flight; not enforced yet.
         resume_rate: ceiling for resumed tasks per second.
         max_deferred: most messages the deferred queue may hold; ``None``: unbounded.
         classify: ``(exception) -> Outcome``; the default is :func:`dependency_errors`.
@@ -92,7 +97,7 @@ class BreakerPolicy:
     trial_timeout: float = _setting(60.0, _is_seconds, _SECONDS)
     ramp: float = _setting(10.0, lambda v: _number(v) and 0 <= v <= _LONGEST, "0 or a positive number of seconds")
     max_concurrency: int | None = _setting(None, _is_count, _COUNT, optional=True)
-    resume_rate: float | None = _setting(None, lambda v: _number(v) and v > 0, "a positive number per second", optional=True)
+    resume_rate: float | None = _setting(None, _is_positive, "a positive number per second", optional=True)
     max_deferred: int | None = _setting(None, _is_count, _COUNT, optional=True)
     classify: Classify = _setting(dependency_errors, callable, "a callable")
     failures: tuple[Matcher, ...] = _setting((), _is_matchers, "exception types or predicates")

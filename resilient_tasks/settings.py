@@ -23,6 +23,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from resilient_tasks.core.names import NAME_PATTERN, NAME_RULE
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.policy import BreakerPolicy
 
@@ -73,8 +74,8 @@ class Settings(BaseSettings):
     )
     namespace: str = Field(
         "resilient",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$",
-        description="1 to 100 letters, digits, '_', '.' and '-', beginning with a letter or a digit",
+        pattern=f"^{NAME_PATTERN}$",
+        description=NAME_RULE,
     )
     tick_interval: float = Field(1.0, ge=0.05, le=3600, description="a number of seconds from 0.05 to 3600")
     store_timeout: float = Field(0.5, ge=0.01, le=60, description="a number of seconds from 0.01 to 60")

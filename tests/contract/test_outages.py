@@ -274,6 +274,30 @@ def commands(chunk: bytes) -> list[bytes]:
     return [b"*" + part for part in chunk.split(b"\r\n*")] if chunk else []
 
 
+def test_all_keys_of_a_breaker_share_a_slot_and_are_declared(tmp_path: Path) -> None:
+    """A server in cluster mode refuses a script that touches several slots."""
+    server = start_valkey(tmp_path, config={"cluster-enabled": "yes"})
+    try:
+        with redis.Redis.from_url(server.url()) as client:
+            client.execute_command("CLUSTER ADDSLOTSRANGE 0 16383")
+            wait_until(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", what="the cluster")
+        store = RedisStore(server.url(), namespace="test")
+        store.add_deferred("payments", "task", deadline=1.0)
+        opened(store)
+        store.command(PAYMENTS, Verb.RESET)
+        store.remove_deferred("payments", ["task"])
+        store.clear_deferred("payments")
+        store.resumed("payments", 1)
+        assert [s.name for s in store.read([PAYMENTS, Spec("mail"), Spec("geocoder")])] == [
+            "payments",
+            "mail",
+            "geocoder",
+        ]
+        store.close()
+    finally:
+        server.stop()
+
+
 # --- URLs and passwords -------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -58,8 +59,11 @@ class Shop:
 
     def stop(self) -> None:
         """Stop all processes of a test; pytest shows what they wrote if it failed."""
-        while self._programs:
-            program = self._programs.pop()
+        programs, self._programs = self._programs, []
+        for program in programs:  # all at once, it takes each a second
+            if program.running:
+                program.send_signal(signal.SIGTERM)
+        for program in programs:
             program.stop()
             print(f"--- {program.name}\n{program.output()}")
 
