@@ -1,0 +1,89 @@
+"""The scripts as texts: they describe themselves, and keep the habits that numbers in Lua ask for."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+
+import pytest
+
+from resilient_tasks.store.redis import RedisStore
+from resilient_tasks.store.server import Script
+
+FOLDER = resources.files("resilient_tasks.store") / "lua"
+TEXTS = {
+    file.name.removesuffix(".lua"): file.read_text("utf-8") for file in FOLDER.iterdir() if file.name != "__pycache__"
+}
+PARTS = {"now", "state", "rules"}  # put in front of others, no scripts of their own
+METHODS = sorted(TEXTS.keys() - PARTS)
+
+
+def code_of(text: str) -> str:
+    return re.sub(r"--.*", "", text)
+
+
+def header_of(text: str) -> list[str]:
+    return [line for line in text.split("\n\n", maxsplit=1)[0].splitlines() if line.startswith("--")]
+
+
+def test_every_script_is_used() -> None:
+    store = RedisStore("redis://localhost", namespace="test")
+    assert sorted([*store._scripts, "read"]) == METHODS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_header_reads_like_a_signature(name: str) -> None:
+    header = header_of(TEXTS[name])
+    assert re.fullmatch(rf"-- {name}\(.*\) -> .+", header[0])
+    text = "\n".join(header)
+    delegated = "see state.lua" in text
+    code = code_of(TEXTS[name])
+    for what in ("KEYS", "ARGV"):
+        used = {int(number) for number in re.findall(rf"{what}\[(\d+)\]", code)}
+        described = {int(number) for number in re.findall(rf"-- (?:{what})?\s+(\d+)(?:\.\.)? ", section(header, what))}
+        assert used <= described or (delegated and used <= described | {1, 2, 3, 4}), what
+
+
+def section(header: list[str], what: str) -> str:
+    """Return the lines of a header that describe KEYS or ARGV."""
+    lines, inside = [], False
+    for line in header:
+        if re.match(r"-- [A-Z]", line):
+            inside = line.startswith(f"-- {what}")
+        lines += [line] if inside else []
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_timestamps_keep_all_their_digits(name: str) -> None:
+    """``tostring`` has 14 digits; a float that is returned loses its fraction."""
+    assert "tostring(" not in code_of(TEXTS[name])
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_the_only_clock_is_the_servers(name: str) -> None:
+    assert name == "now" or "'TIME'" not in code_of(TEXTS[name])
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_lines_and_functions_are_short(name: str) -> None:
+    lines = TEXTS[name].splitlines()
+    assert max(map(len, lines)) <= 120
+    longest = max(
+        (
+            len(body.splitlines())
+            for body in re.findall(r"^local function.*?^end", TEXTS[name], re.DOTALL | re.MULTILINE)
+        ),
+        default=0,
+    )
+    assert longest <= 20
+
+
+def test_reading_writes_nothing() -> None:
+    assert not re.search(r"save|answer", code_of(TEXTS["read"]))
+
+
+def test_another_clock_takes_the_place_of_the_servers() -> None:
+    script = Script.load("time", clock="local function now_ms() return 5 end")
+    assert "TIME'" not in script._text
+    assert script._text.startswith("local function now_ms() return 5 end")
