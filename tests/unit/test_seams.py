@@ -1,0 +1,309 @@
+"""What the library takes for granted of Celery and kombu and neither documents: a release that moves it fails here."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.app.trace import fast_trace_task, trace_task_ret
+from celery.exceptions import Ignore, InvalidTaskError, TaskRevokedError
+from celery.worker import state, strategy
+from celery.worker import worker as worker_module
+from celery.worker.consumer import Consumer
+from celery.worker.request import Request, create_request_cls
+from kombu import Connection, Exchange, Producer, Queue
+from kombu import Consumer as MessageConsumer
+
+from resilient_tasks.worker import seams
+from workers.processes import Server, start_valkey
+
+
+@pytest.fixture
+def app() -> Celery:
+    app = Celery("seams", broker="memory://", backend="cache+memory://", set_as_current=False)
+
+    @app.task(name="double", shared=False)
+    def double(number: int) -> int:
+        return 2 * number
+
+    app.finalize()
+    return app
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = start_valkey(tmp_path_factory.mktemp("seams"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def channel(server: Server) -> Iterator[Any]:
+    with Connection(server.url(0), transport_options={"global_keyprefix": "pre."}) as connection:
+        channel = connection.default_channel
+        seams.plain_client(channel).flushdb()
+        yield channel
+
+
+def request_of(app: Celery, base: type = Request, **headers: Any) -> Any:
+    body = json.dumps([[21], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}])
+    message = SimpleNamespace(
+        headers={"id": "an-id", "task": "double", "lang": "py", **headers}, body=body, payload=json.loads(body),
+        content_type="application/json", content_encoding="utf-8", delivery_info={}, properties={},
+    )  # fmt: skip
+    return base(message, app=app, task=app.tasks["double"])
+
+
+# --- the worker's state ---------------------------------------------------------------------------
+
+
+def test_task_ready_forgets_a_request(app: Celery) -> None:
+    request = request_of(app)
+    state.task_reserved(request)
+    assert request in state.reserved_requests
+    assert state.requests["an-id"] is request
+    seams.task_ready(request)
+    assert request not in state.reserved_requests
+    assert "an-id" not in state.requests
+
+
+def test_revoked_ids_are_those_that_the_revoke_command_adds_to(app: Celery) -> None:
+    seams.revoked_ids.add("revoked-id")
+    try:
+        assert "revoked-id" in list(state.revoked)
+        assert request_of(app, id="revoked-id").id in seams.revoked_ids
+    finally:
+        seams.revoked_ids.discard("revoked-id")
+
+
+@pytest.mark.parametrize("flag", ["should_stop", "should_terminate"])
+@pytest.mark.parametrize("exit_code", [0, True])
+def test_shutting_down_is_told_by_two_flags_that_hold_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, flag: str, exit_code: int
+) -> None:
+    assert (state.should_stop, state.should_terminate) == (None, None)
+    assert not seams.shutting_down()
+    monkeypatch.setattr(state, flag, exit_code)
+    assert seams.shutting_down()
+
+
+def test_announce_revoked_settles_a_request(app: Celery) -> None:
+    acknowledged = []
+    request = request_of(app)
+    request._on_ack = lambda *args: acknowledged.append(args)
+    seams.announce_revoked(request, "no longer wanted")
+    assert app.AsyncResult("an-id").state == "REVOKED"
+    assert len(acknowledged) == 1
+
+
+# --- running a task -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_tracer_is_what_celery_itself_would_use(app: Celery, fast: bool) -> None:  # noqa: FBT001
+    app.use_fast_trace_task = fast
+    request_class = create_request_cls(
+        Request, app.tasks["double"], SimpleNamespace(apply_async=None), "", None, app=app
+    )
+    closure = inspect.getclosurevars(request_class.execute_using_pool).nonlocals
+    assert seams.tracer(app) is closure["trace"] is (fast_trace_task if fast else trace_task_ret)
+
+
+def test_a_tracer_takes_the_message_and_returns_failed_value_and_runtime(app: Celery) -> None:
+    request = request_of(app)
+    failed, value, runtime = seams.tracer(app)(
+        request.type, request.id, request.request_dict, request.body, request.content_type, request.content_encoding,
+        app=app,
+    )  # fmt: skip
+    assert (failed, value) == (0, "42")
+    assert runtime >= 0
+
+
+def test_an_ignore_leaves_neither_result_nor_callbacks(app: Celery) -> None:
+    @app.task(name="ignoring", shared=False, on_failure=lambda *_: pytest.fail("on_failure was called"))
+    def ignoring() -> None:
+        raise Ignore
+
+    result = ignoring.apply(throw=False)
+    assert result.state == "IGNORED"
+    assert app.AsyncResult(result.id).state == "PENDING"
+
+
+# --- the derived request class, the pool's slot, the strategy -----------------------------------------
+
+
+def test_celery_derives_a_request_class_that_overrides_two_methods(app: Celery) -> None:
+    class Ours(Request):
+        pass
+
+    derived = create_request_cls(Ours, app.tasks["double"], SimpleNamespace(apply_async=None), "", None, app=app)
+    overridden = {name for name in vars(derived) if not name.startswith("__")}
+    assert overridden == {"execute_using_pool", "on_success"}
+    assert derived.__mro__[1] is Ours
+
+
+def test_the_derived_class_submits_what_we_submit(app: Celery) -> None:
+    submitted: list[tuple[tuple, dict]] = []
+
+    def apply_async(*args: Any, **options: Any) -> None:
+        submitted.append((args, options))
+
+    pool = SimpleNamespace(apply_async=apply_async)
+    derived = create_request_cls(Request, app.tasks["double"], pool, "", None, app=app)
+    request = request_of(app, derived)
+    request.execute_using_pool(pool)
+    (trace, *_), options = submitted[0]
+    assert trace is seams.tracer(app)
+    assert options.pop("args") == (
+        request.type, request.id, request.request_dict, request.body, request.content_type, request.content_encoding,
+    )  # fmt: skip
+    assert set(options) == {
+        "accept_callback", "timeout_callback", "callback", "error_callback", "soft_timeout", "timeout",
+        "correlation_id",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_task_revoked_at_submission_frees_its_pool_slot(refused: bool) -> None:  # noqa: FBT001
+    released = []
+
+    def execute_using_pool(_pool: object) -> None:
+        if refused:
+            raise TaskRevokedError("an-id")
+
+    worker = SimpleNamespace(pool=None, _quick_release=lambda: released.append(1))
+    worker_module.WorkController._process_task(worker, SimpleNamespace(execute_using_pool=execute_using_pool))
+    assert len(released) == refused
+
+
+def test_the_signature_of_a_strategy_and_of_its_handler(app: Celery) -> None:
+    assert list(inspect.signature(strategy.default).parameters)[:3] == ["task", "app", "consumer"]
+    needed = [
+        "hostname", "connection_errors", "event_dispatcher", "timer", "apply_eta_task", "disable_rate_limits",
+        "task_buckets", "on_task_request", "_limit_task", "_limit_post_eta", "controller",
+    ]  # fmt: skip
+    source = inspect.getsource(strategy.default)
+    assert all(f"consumer.{name}" in source for name in needed)
+    handler = strategy.default(app.tasks["double"], app, _Anything())
+    assert list(inspect.signature(handler).parameters)[:5] == ["message", "body", "ack", "reject", "callbacks"]
+
+
+def test_a_consumer_reports_a_message_that_its_strategy_finds_invalid() -> None:
+    reported: list[Exception] = []
+
+    def invalid(*_: Any) -> None:
+        raise InvalidTaskError("not a task")
+
+    consumer = SimpleNamespace(
+        strategies={"double": invalid}, on_unknown_message=None, on_unknown_task=None, on_task_message=(),
+        on_invalid_task=lambda _body, _message, exc: reported.append(exc), call_soon_ack=None,
+        _restore_prefetch_count_after_connection_restart=None, _maximum_prefetch_restored=True,
+    )  # fmt: skip
+    on_task_received = Consumer.create_task_handler(consumer, promise=lambda *_, **__: None)
+    on_task_received(SimpleNamespace(headers={"task": "double"}, ack_log_error=None, reject_log_error=None))
+    assert [type(exc) for exc in reported] == [InvalidTaskError]
+
+
+class _Anything:
+    """Has whatever attribute it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _Anything()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _Anything()
+
+
+# --- kombu's Redis transport --------------------------------------------------------------------------
+
+
+def publish(channel: Any, queue: str, **options: Any) -> None:
+    Producer(channel).publish({"hello": 1}, routing_key=queue, declare=[Queue(queue)], **options)
+
+
+def receive(channel: Any, *queues: Queue) -> tuple[Any, MessageConsumer]:
+    received: list[Any] = []
+    consumer = MessageConsumer(channel, queues=list(queues), on_message=received.append)
+    consumer.consume()
+    channel.connection.client.drain_events(timeout=10)
+    return received[0], consumer
+
+
+def test_a_redis_channel_is_told_from_others(channel: Any) -> None:
+    assert seams.is_redis(channel)
+    with Connection("memory://") as connection:
+        assert not seams.is_redis(connection.default_channel)
+
+
+@pytest.mark.parametrize("priority", [0, 3, 9])
+def test_messages_lie_in_the_list_that_we_say(channel: Any, priority: int) -> None:
+    publish(channel, "shop", priority=priority)
+    raw = {"properties": {"priority": priority}}
+    key = seams.list_key(channel, "shop", seams.message_priority(channel, raw))
+    assert key.startswith("pre.shop")
+    waiting = seams.plain_client(channel).lrange(key, 0, -1)
+    assert [seams.decode_message(text)["properties"]["priority"] for text in waiting] == [priority]
+    assert seams.queue_size(channel, "shop") == 1
+
+
+def test_a_delivered_message_lies_in_the_unacknowledged_hash_and_its_index(channel: Any) -> None:
+    publish(channel, "shop")
+    message, _ = receive(channel, Queue("shop"))
+    unacked, index = seams.unacked_keys(channel)
+    client = seams.plain_client(channel)
+    assert seams.emulates_acks(channel)
+    assert client.hkeys(unacked) == [message.delivery_tag.encode()] == client.zrange(index, 0, -1)
+
+
+def test_a_message_that_a_script_took_is_forgotten_without_touching_redis(channel: Any) -> None:
+    publish(channel, "shop")
+    message, _ = receive(channel, Queue("shop"))
+    seams.forget_delivery(message)
+    assert message.acknowledged
+    assert seams.plain_client(channel).hlen(seams.unacked_keys(channel)[0]) == 1
+    channel.qos.restore_unacked_once()
+    assert seams.queue_size(channel, "shop") == 0
+
+
+def test_a_message_survives_the_way_through_our_encoding(channel: Any) -> None:
+    publish(channel, "shop", headers={"id": "an-id"}, priority=3)
+    message, _ = receive(channel, Queue("shop"))
+    again = channel.Message(seams.decode_message(seams.encode_message(message.serializable())), channel=channel)
+    assert (again.payload, again.headers, again.properties) == (message.payload, message.headers, message.properties)
+
+
+def test_fresh_delivery_tags_differ(channel: Any) -> None:
+    assert seams.new_delivery_tag(channel) != seams.new_delivery_tag(channel)
+
+
+@pytest.mark.parametrize(
+    ("kind", "binding", "routing_key"),
+    [("", "", "shop"), ("direct", "shop.new", "shop.new"), ("topic", "shop.*", "shop.new")],
+)
+def test_the_queue_that_a_message_came_from(channel: Any, kind: str, binding: str, routing_key: str) -> None:
+    exchange = Exchange(f"an-exchange-{kind}", kind) if kind else Exchange("")
+    queues = [Queue("other"), Queue("shop", exchange if kind else None, routing_key=binding)]
+    for queue in queues:
+        queue(channel).declare()
+    Producer(channel).publish({}, exchange=exchange, routing_key=routing_key)
+    message, consumer = receive(channel, *queues)
+    assert seams.queue_of(consumer, message) == "shop"
+
+
+def test_on_amqp_the_consumer_tag_tells_the_queue() -> None:
+    consumer = SimpleNamespace(_active_tags={"shop": "tag-1", "other": "tag-2"})
+    message = SimpleNamespace(delivery_info={"consumer_tag": "tag-2"}, channel=None)
+    assert seams.queue_of(consumer, message) == "other"
+
+
+def test_the_current_app_is_no_proxy(app: Celery) -> None:
+    app.set_current()
+    try:
+        assert seams.current_app() is app
+    finally:
+        Celery("nobody").set_current()
