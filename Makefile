@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 # `make demo ARGS=--keep`, `make test ARGS="-k breaker -x"`
 ARGS ?=
 
-# the directories of `make test`; `make test-all` runs whatever is below tests/
+# the directories of `make test`
 QUICK_TESTS := $(wildcard tests/unit tests/contract tests/integration)
 BENCHMARKS := $(basename $(notdir $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))))
 # 1: a skipped test is a failed test
@@ -49,8 +49,8 @@ types: venv ## mypy --strict
 test: lint types ## what a contributor must pass: lint, types, all tests that need nothing installed
 	$(PYTEST) $(QUICK_TESTS) -m "not rabbitmq and not chromium" $(ARGS)
 
-test-all: venv ## all tests; those whose server or browser is not installed are skipped and listed with the reason
-	$(PYTEST) tests -rs $(STRICT) $(ARGS)
+test-all: test ## make test, then what needs more: skipped, with the reason, where its server or browser is not installed
+	$(PYTEST) tests -rs -m "rabbitmq or chromium" $(STRICT) $(ARGS)
 
 bench: venv ## the benchmarks, one after the other
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done

@@ -43,7 +43,8 @@ class Heart:
 
     def start(self, consumer: Any) -> None:
         """Begin to beat, or go on with a consumer that has reconnected."""
-        self._tick = Tick(self._runtime, consumer, wake=self._wanted.set)
+        if self._tick is None:
+            self._tick = Tick(self._runtime, consumer, wake=self._wanted.set)
         if self._thread is None or not self._thread.is_alive():
             self._stopping.clear()
             self._thread = threading.Thread(target=self._beat, name="resilient-tasks-heart", daemon=True)
@@ -57,6 +58,7 @@ class Heart:
             self._thread.join(timeout)
         if self._tick is not None:
             self._tick.close()
+            self._tick = None
 
     def want_tick(self) -> None:
         """Ask for a tick now, from any thread."""

@@ -17,7 +17,8 @@ import redis
 
 from workers.processes import Program, Server, Worker, start_beat, start_valkey, start_worker, wait_until
 
-PATIENCE = float(os.environ.get("SHOP_PATIENCE", "60"))  # these conditions become true in a second or two on an idle machine
+# seconds; what is waited for comes true in a second or two on an idle machine
+PATIENCE = float(os.environ.get("SHOP_PATIENCE", "60"))
 MODULE = "tests.integration.shop"
 
 
@@ -45,8 +46,9 @@ class Shop:
     def worker(self, **options: Any) -> Worker:
         """Start a worker and wait until it consumes."""
         env = {**self.env, **options.pop("env", {})}
+        arguments = ["--without-mingle", *options.pop("arguments", [])]  # mingling takes each a second
         worker = start_worker(
-            MODULE, name=f"worker{next(self._count)}", directory=self.directory, env=env, **options
+            MODULE, name=f"worker{next(self._count)}", directory=self.directory, env=env, arguments=arguments, **options
         )  # fmt: skip
         self._programs.append(worker)
         return worker.wait_until_ready()
