@@ -1,0 +1,88 @@
+"""The header that a deferred message carries, and whatever strangers may put in its place."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.app.task import Context
+from hypothesis import example, given
+from hypothesis import strategies as st
+from kombu.utils.json import dumps, loads
+
+from resilient_tasks.worker.request import GatedRequest
+from resilient_tasks.worker.ticket import HEADER, Ticket
+
+SECONDS = st.floats(min_value=0, max_value=1e12)
+COUNTS = st.integers(min_value=0, max_value=10**12)
+TICKETS = st.builds(
+    Ticket, breaker=st.text(), origin=st.text(), reason=st.text(), since=SECONDS, attempts=COUNTS, attempted_at=SECONDS,
+    not_before=SECONDS, deadline=SECONDS, resumed=COUNTS,
+)  # fmt: skip
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
+NEARLY_TICKETS = st.dictionaries(st.sampled_from(sorted(asdict(Ticket()))), SCALARS | JSON)
+
+
+@given(TICKETS)
+def test_a_ticket_survives_the_message(ticket: Ticket) -> None:
+    headers = loads(dumps(ticket.write({"id": "an-id"})))
+    assert Ticket.read(headers) == ticket
+    assert Ticket.take(headers) == ticket
+    assert headers == {"id": "an-id"}
+
+
+@given(JSON | NEARLY_TICKETS)
+@example({"attempts": 10**400})
+@example({"since": 10**400})
+@example({"since": float("inf")})
+@example({"attempts": True})
+@example({"unknown": {"nested": [[[]]]}})
+def test_whatever_stands_in_the_header_a_sane_ticket_is_read(value: Any) -> None:
+    ticket = Ticket.read({HEADER: value})
+    assert Ticket.read(loads(dumps(ticket.write({})))) == ticket
+
+
+@given(JSON)
+def test_headers_of_any_kind_hold_no_ticket(headers: Any) -> None:
+    assert Ticket.read(headers) == Ticket()
+
+
+@pytest.fixture(scope="module")
+def app() -> Celery:
+    app = Celery("tickets", broker="memory://", set_as_current=False)
+
+    @app.task(name="known", shared=False)
+    def known() -> None: ...
+
+    app.finalize()
+    return app
+
+
+@given(value=JSON | NEARLY_TICKETS)
+def test_the_header_never_reaches_the_task(app: Celery, value: Any) -> None:
+    headers = {"id": "an-id", "task": "known", "x-trace": "abc", HEADER: value}
+    message = SimpleNamespace(
+        headers=headers, body="[[], {}, {}]", payload=[[], {}, {}], content_type="application/json",
+        content_encoding="utf-8", delivery_info={}, properties={},
+    )  # fmt: skip
+    request = GatedRequest(message, app=app, task=app.tasks["known"], headers=headers)
+    assert HEADER not in request.request_dict
+    assert HEADER not in (Context(request.request_dict).headers or {})
+    assert HEADER not in vars(request.context)
+    assert Context(request.request_dict).headers == {"x-trace": "abc"}
+    assert HEADER in message.headers  # the message itself is not ours to change
+
+
+def test_a_ticket_is_small() -> None:
+    assert Ticket(breaker="payments", origin="celery").write({}) == {
+        HEADER: {"breaker": "payments", "origin": "celery"}
+    }
+
+
+def test_resuming_marks_the_epoch_and_keeps_the_rest() -> None:
+    ticket = Ticket(breaker="payments", origin="celery", attempts=2, since=1.0)
+    assert ticket.resume(7) == Ticket(breaker="payments", origin="celery", attempts=2, since=1.0, resumed=7)
