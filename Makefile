@@ -47,7 +47,7 @@ types: venv ## mypy --strict
 	$(BIN)/mypy --strict
 
 test: lint types ## what a contributor must pass: lint, types, all tests that need nothing installed
-	$(PYTEST) $(QUICK_TESTS) -m "not rabbitmq and not chromium" $(ARGS)
+	$(PYTEST) $(QUICK_TESTS) -m "not rabbitmq and not chromium" $(STRICT) $(ARGS)
 
 test-all: test ## make test, then what needs more: skipped, with the reason, where its server or browser is not installed
 	$(PYTEST) tests -rs -m "rabbitmq or chromium" $(STRICT) $(ARGS)
