@@ -3,7 +3,7 @@
 Everything here is plain data and pure arithmetic: no clock, no lock, no I/O. ``now`` is handed in as
 integer milliseconds, and all sums are integers, so that ``store/lua/rules.lua``, which holds the
 same rules for the shared store, comes to the same answers to the last bit. The two have the same
-functions in the same order: change them together; a property test compares them.
+functions: change them together; a property test compares them.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from resilient_tasks.policy import BreakerPolicy
 COUNTING = frozenset({State.CLOSED, State.SHADOW})
 _LONGEST = 10**13  # ms, 317 years; more would lose digits on its way through Lua
 _LONGEST_TEXT = 200
+_UNDECLARED = -(2**53)  # a revision older than every other
 _MOST_GROWTH_STEPS = 1000  # a multiplier close to 1 must not make a loop of a breaker's whole life
 
 
@@ -129,6 +130,36 @@ class Record:
         must not match, and views that remember the old version must see the new one as newer.
         """
         return cls(name, rules, epoch=now, first_epoch=now, version=now, since=now)
+
+    @classmethod
+    def continued(cls, snapshot: Snapshot, now: int) -> Record:
+        """Return a record that goes on from ``snapshot``, with its times moved to another clock.
+
+        Calls counted so far and permits are not known and start empty; so are the rules, until
+        somebody comes with a declaration.
+        """
+
+        def here(at: float | None) -> int | None:
+            return None if at is None else now + round((at - snapshot.now) * 1000)
+
+        counts = snapshot.state in COUNTING
+        return cls(
+            name=snapshot.name,
+            rules=Rules.of(BreakerPolicy(), _UNDECLARED),
+            state=snapshot.state,
+            epoch=snapshot.epoch,
+            version=snapshot.version,
+            since=here(snapshot.since) or now,
+            reason=snapshot.reason,
+            actor=snapshot.actor,
+            openings=snapshot.openings,
+            open_until=here(snapshot.open_until),
+            frozen=Totals() if counts else Totals(snapshot.calls, snapshot.failures, snapshot.slow),
+            last_success_at=here(snapshot.last_success_at),
+            total_failures=snapshot.total_failures,
+            ramp_since=here(snapshot.ramp_since),
+            would_open=snapshot.would_open,
+        )
 
     def figures(self, now: int) -> Totals:
         """Return the sums of the window, or what they were when the breaker stopped counting."""

@@ -16,6 +16,9 @@ from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, Verb
 from resilient_tasks.core.pace import Pace as Pace
 from resilient_tasks.policy import BreakerPolicy
 
+REVOKED_FOR = 7 * 24 * 3600.0  # s for which a revoked id is remembered
+MOST_REVOKED = 50_000  # ids
+
 
 @dataclass(frozen=True, slots=True)
 class Spec:

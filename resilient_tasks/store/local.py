@@ -13,66 +13,19 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from heapq import heapify, heappop, heappush
+from dataclasses import dataclass, replace
 
 from resilient_tasks.core.machine import Decision
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, Verb
-from resilient_tasks.core.record import COUNTING, Record, Rules, brief, to_ms
-from resilient_tasks.core.window import Totals
-from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.store.base import Evidence, Pace, Spec
+from resilient_tasks.core.record import Record, Rules, brief, to_ms
+from resilient_tasks.store.base import MOST_REVOKED, REVOKED_FOR, Evidence, Pace, Spec
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.store.keys import check_name
+from resilient_tasks.store.waiting import Times, Waiting
 
-MOST_REVOKED = 50_000
-REVOKED_FOR = 7 * 24 * 3600 * 1000  # ms
 _MOST_DEFERRED = 100_000  # per breaker; the index of a store that is meant to bridge an outage of the shared one
 _MOST_VALUES = 10_000
 _MOST_UNREAD_CHANGES = 1_000
-_NOT_DECLARED_HERE = -(2**53)
-
-
-class _Times:
-    """Ids with a time each, and the earliest of them at once."""
-
-    def __init__(self) -> None:
-        self._time_of: dict[str, int] = {}
-        self._heap: list[tuple[int, str]] = []  # may hold outdated entries
-
-    def __len__(self) -> int:
-        return len(self._time_of)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._time_of
-
-    def put(self, key: str, at: int) -> None:
-        self._time_of[key] = at
-        heappush(self._heap, (at, key))
-        if len(self._heap) > 2 * len(self._time_of) + 100:
-            self._heap = [(time, key) for key, time in self._time_of.items()]
-            heapify(self._heap)
-
-    def discard(self, key: str) -> None:
-        self._time_of.pop(key, None)
-
-    def earliest(self) -> tuple[int, str] | None:
-        while self._heap and self._time_of.get(self._heap[0][1]) != self._heap[0][0]:
-            heappop(self._heap)
-        return self._heap[0] if self._heap else None
-
-    def earliest_time(self) -> int | None:
-        earliest = self.earliest()
-        return earliest and earliest[0]
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """A breaker's deferred tasks and how fast they are resumed."""
-
-    deferred: _Times = field(default_factory=_Times)
-    deadlines: _Times = field(default_factory=_Times)
-    pace: Pace = field(default_factory=Pace)
 
 
 @dataclass(slots=True)
@@ -93,9 +46,9 @@ class LocalStore:
         self._clock = clock
         self._lock = threading.RLock()
         self._records: dict[str, Record] = {}
-        self._waiting: dict[str, _Waiting] = {}
+        self._waiting: dict[str, Waiting] = {}
         self._values: dict[tuple[str, str], tuple[bytes, int, int]] = {}  # -> value, written at, ends at
-        self._revoked = _Times()
+        self._revoked = Times()
         self._tick = _Tick()
         self._listeners: list[queue.Queue[Snapshot]] = []
         renew_after_fork(self)
@@ -163,7 +116,7 @@ class LocalStore:
         """
         with self._lock:
             if snapshot.epoch:
-                self._records[snapshot.name] = _as_record(snapshot, self._now())
+                self._records[snapshot.name] = Record.continued(snapshot, self._now())
             else:
                 self._records.pop(snapshot.name, None)
 
@@ -194,7 +147,7 @@ class LocalStore:
         """Forget all deferred tasks of a breaker, because its deferred queue is known to be empty."""
         with self._lock:
             waiting = self._waiting_for(name)
-            waiting.deferred, waiting.deadlines = _Times(), _Times()
+            waiting.deferred, waiting.deadlines = Times(), Times()
 
     def pace(self, name: str) -> Pace:
         """Return the resume pace of a breaker."""
@@ -222,7 +175,7 @@ class LocalStore:
             for task_id in task_ids:
                 self._revoked.put(task_id, now)
             while (oldest := self._revoked.earliest()) and (
-                oldest[0] <= now - REVOKED_FOR or len(self._revoked) > MOST_REVOKED
+                oldest[0] <= now - to_ms(REVOKED_FOR) or len(self._revoked) > MOST_REVOKED
             ):
                 self._revoked.discard(oldest[1])
 
@@ -317,9 +270,7 @@ class LocalStore:
         check_name("breaker", spec.name)
         rules = Rules.of(spec.policy, spec.revision)
         known = self._records.get(spec.name)
-        if known is None:
-            return Record(spec.name, rules, since=now)
-        return replace(known, rules=known.rules.or_newer(rules))
+        return replace(known, rules=known.rules.or_newer(rules)) if known else Record(spec.name, rules, since=now)
 
     def _snapshot(self, record: Record, now: int) -> Snapshot:
         waiting = self._waiting.get(record.name)
@@ -340,8 +291,8 @@ class LocalStore:
                     listener.put(snapshot)
         return Answer(snapshot, decision.transition)
 
-    def _waiting_for(self, name: str) -> _Waiting:
-        return self._waiting.setdefault(check_name("breaker", name), _Waiting())
+    def _waiting_for(self, name: str) -> Waiting:
+        return self._waiting.setdefault(check_name("breaker", name), Waiting())
 
     def _move_outstanding(self, name: str, count: int) -> None:
         with self._lock:
@@ -359,29 +310,3 @@ def _next_or_none(listener: queue.Queue[Snapshot], timeout: float) -> Snapshot |
 
 def _retry_after(evidence: Evidence) -> int | None:
     return None if evidence.retry_after is None else to_ms(evidence.retry_after)
-
-
-def _as_record(snapshot: Snapshot, now: int) -> Record:
-    """Return a record that continues ``snapshot``, whose times are on another clock."""
-
-    def here(at: float | None) -> int | None:
-        return None if at is None else now + round((at - snapshot.now) * 1000)
-
-    frozen = Totals() if snapshot.state in COUNTING else Totals(snapshot.calls, snapshot.failures, snapshot.slow)
-    return Record(
-        name=snapshot.name,
-        rules=Rules.of(BreakerPolicy(), _NOT_DECLARED_HERE),  # until somebody comes with a declaration
-        state=snapshot.state,
-        epoch=snapshot.epoch,
-        version=snapshot.version,
-        since=here(snapshot.since) or now,
-        reason=snapshot.reason,
-        actor=snapshot.actor,
-        openings=snapshot.openings,
-        open_until=here(snapshot.open_until),
-        frozen=frozen,
-        last_success_at=here(snapshot.last_success_at),
-        total_failures=snapshot.total_failures,
-        ramp_since=here(snapshot.ramp_since),
-        would_open=snapshot.would_open,
-    )

@@ -19,9 +19,8 @@ from redis.client import PubSub
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, State, Transition, Verb
 from resilient_tasks.core.record import Rules, brief, to_ms, to_seconds
 from resilient_tasks.errors import StoreError
-from resilient_tasks.store.base import Evidence, Pace, Spec
+from resilient_tasks.store.base import MOST_REVOKED, REVOKED_FOR, Evidence, Pace, Spec
 from resilient_tasks.store.keys import Keys
-from resilient_tasks.store.local import MOST_REVOKED, REVOKED_FOR
 from resilient_tasks.store.server import Argument, Script, Server
 
 _PER_ROUND_TRIP = 500
@@ -170,7 +169,7 @@ class RedisStore:
         ids = list(task_ids)
         for start in range(0, len(ids), _PER_ROUND_TRIP):
             some = ids[start : start + _PER_ROUND_TRIP]
-            self._run("revoke", [self._keys.revoked], REVOKED_FOR, MOST_REVOKED, *some)
+            self._run("revoke", [self._keys.revoked], to_ms(REVOKED_FOR), MOST_REVOKED, *some)
 
     def revoked(self, task_ids: Sequence[str]) -> set[str]:
         """Return those of ``task_ids`` that were revoked."""

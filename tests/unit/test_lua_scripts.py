@@ -69,14 +69,8 @@ def test_the_only_clock_is_the_servers(name: str) -> None:
 def test_lines_and_functions_are_short(name: str) -> None:
     lines = TEXTS[name].splitlines()
     assert max(map(len, lines)) <= 120
-    longest = max(
-        (
-            len(body.splitlines())
-            for body in re.findall(r"^local function.*?^end", TEXTS[name], re.DOTALL | re.MULTILINE)
-        ),
-        default=0,
-    )
-    assert longest <= 20
+    functions = re.findall(r"^local function.*?^end", TEXTS[name], re.DOTALL | re.MULTILINE)
+    assert max((len(function.splitlines()) for function in functions), default=0) <= 20
 
 
 def test_reading_writes_nothing() -> None:
