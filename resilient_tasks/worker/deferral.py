@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.errors import DeferralExpiredError, DeferredQueueFullError, StoreError
 from resilient_tasks.worker import seams
+from resilient_tasks.worker.patience import PatientWriter
 from resilient_tasks.worker.queues import Entry, Move, Queues, open_queues
-from resilient_tasks.worker.results import DEFERRED, PatientWriter
 from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -25,8 +25,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("resilient_tasks")
 
+#: State of a task's result while its message waits.
+DEFERRED = "DEFERRED"
+
 #: Deferrals that failed on the broker and are held in memory until it is back.
 MOST_HELD = 10_000
+#: Seconds that one deferral may wait for the store, and for the result backend.
+INDEX_PATIENCE = 0.1
+STATE_PATIENCE = 0.25
 
 
 class Deferral:
@@ -35,21 +41,27 @@ class Deferral:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._queues = open_queues(runtime.app, runtime.settings.namespace)
-        self._results = PatientWriter()
-        self._held: deque[tuple[GatedRequest, Ticket]] = deque(maxlen=MOST_HELD)
+        self._index_writer = PatientWriter("index of deferred tasks", INDEX_PATIENCE)
+        self._state_writer = PatientWriter("result backend", STATE_PATIENCE)
+        self._held: deque[tuple[GatedRequest, Ticket]] = deque()
         self._retrying = threading.Lock()
 
-    def defer(self, request: GatedRequest, ticket: Ticket) -> None:
+    def defer(self, request: GatedRequest, ticket: Ticket, *, limited: bool = True) -> None:
         """Put a request's message aside.
+
+        Args:
+            request: whose message.
+            ticket: what the message shall say about itself.
+            limited: the policy's ``max_deferred`` applies.
 
         Raises:
             DeferredQueueFullError: the queue is at the policy's ``max_deferred``.
             Exception: whatever the broker raises; the message is where it was.
         """
-        self._index(request.id, ticket)
+        self._index_writer.write(lambda: self._index(request.id, ticket))
         if request.store_errors:
-            self._results.write(lambda: self._write_state(request, ticket))
-        limit = self._runtime.breakers[ticket.breaker].policy.max_deferred
+            self._state_writer.write(lambda: self._write_state(request, ticket))
+        limit = self._runtime.breaker(ticket.breaker).policy.max_deferred if limited else None
         try:
             mine = self._queues.defer(request.message, ticket, owned=not request.acknowledged, limit=limit)
         except DeferredQueueFullError:
@@ -60,15 +72,21 @@ class Deferral:
             request.send_event("task-deferred", breaker=ticket.breaker, reason=ticket.reason, since=ticket.since)
             logger.info("Task %s[%s] deferred: %s", request.name, request.id, ticket.reason)
 
-    def defer_or_hold(self, request: GatedRequest, ticket: Ticket) -> None:
+    def defer_or_hold(self, request: GatedRequest, ticket: Ticket, *, limited: bool = True) -> None:
         """Like :meth:`defer`, but keep the request and try again later if the broker cannot take it."""
         try:
-            self.defer(request, ticket)
+            self.defer(request, ticket, limited=limited)
         except DeferredQueueFullError:
             raise
         except Exception as exc:  # noqa: BLE001 - any broker error: the message must not be lost
             logger.warning("Task %s[%s] cannot be deferred yet: %s", request.name, request.id, type(exc).__name__)
-            self._held.append((request, ticket))
+            self._hold(request, ticket)
+
+    def _hold(self, request: GatedRequest, ticket: Ticket) -> None:
+        if len(self._held) == MOST_HELD:
+            lost, _ = self._held.popleft()
+            logger.error("Task %s[%s] is no longer held: %d others are", lost.name, lost.id, MOST_HELD)
+        self._held.append((request, ticket))
 
     def retry_held(self) -> None:
         """Try once more to put aside what could not be; stop at the first failure."""
@@ -76,7 +94,7 @@ class Deferral:
             for _ in range(len(self._held)):
                 request, ticket = self._held.popleft()
                 held = len(self._held)
-                self.defer_or_hold(request, ticket)
+                self.defer_or_hold(request, ticket, limited=False)  # it was let in before
                 if len(self._held) > held:
                     return
 
@@ -86,8 +104,8 @@ class Deferral:
             self._runtime.fleet.store.remove_deferred(breaker, task_ids)
 
     def _index(self, task_id: str, ticket: Ticket) -> None:
-        with suppress(StoreError):  # the tick finds the message by the length of its queue
-            self._runtime.fleet.store.add_deferred(ticket.breaker, task_id, deadline=ticket.deadline or None)
+        """Best-effort: the tick's stocktaking finds a message that is missing here."""
+        self._runtime.fleet.store.add_deferred(ticket.breaker, task_id, deadline=ticket.deadline or None)
 
     @staticmethod
     def _write_state(request: GatedRequest, ticket: Ticket) -> None:

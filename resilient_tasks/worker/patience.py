@@ -1,4 +1,4 @@
-"""Writing ``DEFERRED`` to the result backend without ever waiting long for it."""
+"""Writing to something that may be away without ever waiting long for it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from typing import Any
 
 logger = logging.getLogger("resilient_tasks")
 
-DEFERRED = "DEFERRED"
-PATIENCE = 0.25  # seconds a deferral may wait for the result backend
-
 
 class PatientWriter:
     """Runs writes one after the other in a thread and waits for each, but only so long.
 
     A result backend that is away blocks for seconds (its own retries). While a write hangs, others are
-    skipped, not queued: a DEFERRED written late could overtake the task's real result.
+    skipped, not queued: a state written late could overtake the task's real result.
+
+    Args:
+        name: of what is written to, for the log.
+        patience: longest time in seconds to wait for one write.
     """
 
-    def __init__(self, patience: float = PATIENCE) -> None:
+    def __init__(self, name: str, patience: float) -> None:
+        self._name = name
         self._patience = patience
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -33,7 +35,7 @@ class PatientWriter:
         if self._hanging is not None and not self._hanging.done.is_set():
             return False
         self._ensure_thread()
-        job = _Job(action)
+        job = _Job(action, self._name)
         self._jobs.put(job)
         if job.done.wait(self._patience):
             return True
@@ -44,7 +46,7 @@ class PatientWriter:
     def _ensure_thread(self) -> None:
         with self._starting:
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._work, name="resilient-tasks-results", daemon=True)
+                self._thread = threading.Thread(target=self._work, name="resilient-tasks-writer", daemon=True)
                 self._thread.start()
 
     def _work(self) -> None:
@@ -55,8 +57,9 @@ class PatientWriter:
 class _Job:
     """One write; unwanted once its writer has given up on it."""
 
-    def __init__(self, action: Callable[[], Any]) -> None:
+    def __init__(self, action: Callable[[], Any], target: str) -> None:
         self._action = action
+        self._target = target
         self.wanted = True
         self.done = threading.Event()
 
@@ -64,7 +67,7 @@ class _Job:
         try:
             if self.wanted:
                 self._action()
-        except Exception as exc:  # noqa: BLE001 - whatever the backend raises, a deferral goes on without it
-            logger.warning("result backend did not take %s: %s", DEFERRED, type(exc).__name__)
+        except Exception as exc:  # noqa: BLE001 - whatever it raises, a deferral goes on without it
+            logger.warning("a deferral goes on without the %s: %s", self._target, type(exc).__name__)
         finally:
             self.done.set()
