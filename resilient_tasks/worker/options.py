@@ -14,6 +14,7 @@ from resilient_tasks.fallback import FallbackChain, as_chain
 from resilient_tasks.policy import BreakerPolicy
 
 DEFER, FAIL, RAISE = "defer", "fail", "raise"
+_LONGEST = 100 * 365 * 24 * 3600.0  # seconds; what is meant to be longer is None
 
 
 def _is_count(value: Any) -> bool:
@@ -21,7 +22,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_seconds(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= _LONGEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class TaskOptions:
             on_open=_option(task, "on_open", task.on_open, lambda v: v in (DEFER, FAIL), "'defer' or 'fail'"),
             on_failure=_option(
                 task, "on_failure",
-                task.on_dependency_failure or (DEFER if task.on_open == DEFER else RAISE),
+                _default_on_failure(task) if task.on_dependency_failure is None else task.on_dependency_failure,
                 lambda v: v in (DEFER, RAISE), "'defer' or 'raise'",
             ),
             max_attempts=_option(task, "max_attempts", task.max_attempts, _is_count, "an integer of 1 or more"),
@@ -83,6 +84,10 @@ def _option(task: Any, name: str, value: Any, accepts: Callable[[Any], bool], al
     if not accepts(value):
         raise ConfigurationError(f"task {task.name!r}: {name}={value!r}: allowed is {allowed}")
     return value
+
+
+def _default_on_failure(task: Any) -> str:
+    return DEFER if task.on_open == DEFER else RAISE
 
 
 def _breaker_name(task: Any) -> str:

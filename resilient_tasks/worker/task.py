@@ -6,6 +6,8 @@ request class, and a ``__call__`` that decides what a refusal and a dependency f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,12 @@ from resilient_tasks.worker.runtime import runtime_of
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
+
+#: What Celery makes a task's handler and requests of.
+_PARTS = {
+    "Strategy": "resilient_tasks.worker.strategy:gated",
+    "Request": "resilient_tasks.worker.request:GatedRequest",
+}
 
 
 class ResilientTask(Task):  # type: ignore[misc]  # Celery is untyped
@@ -42,11 +50,12 @@ class ResilientTask(Task):  # type: ignore[misc]  # Celery is untyped
     defer_for: float | None = None
     retrying: tenacity.Retrying | None = None
     options: TaskOptions | None = None
+    own_call: Callable[..., Any] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if isinstance(cls.__dict__.get("on_failure"), str):
-            cls.on_dependency_failure = cls.__dict__["on_failure"]
+        if "on_failure" in cls.__dict__ and not callable(cls.on_failure):
+            cls.on_dependency_failure = cls.on_failure
             del cls.on_failure
         if cls.breaker is not None and cls.name:
             _guard(cls)
@@ -55,10 +64,20 @@ class ResilientTask(Task):  # type: ignore[misc]  # Celery is untyped
 def _guard(cls: type[ResilientTask]) -> None:
     """Make a task class that names a breaker a guarded one."""
     cls.options = TaskOptions.of(cls)
-    cls.Strategy = "resilient_tasks.worker.strategy:gated"
-    if cls.Request == Task.Request:
-        cls.Request = "resilient_tasks.worker.request:GatedRequest"
+    for part, ours in _PARTS.items():
+        if getattr(cls, part) not in (getattr(Task, part), ours):
+            raise ConfigurationError(f"task {cls.name!r}: {part}={getattr(cls, part)!r}: a guarded task needs {ours!r}")
+        setattr(cls, part, ours)
+    if cls.__call__ not in (Task.__call__, _run_guarded):
+        cls.own_call = cls.__call__
     cls.__call__ = _run_guarded
+
+
+def _body(task: ResilientTask, *, direct: bool = False) -> Callable[..., Any]:
+    """Return what runs the task's function: the ``__call__`` of a user's base class, else what Celery would call."""
+    if task.own_call is not None:
+        return task.own_call
+    return partial(Task.__call__, task) if direct else task.run
 
 
 def _run_guarded(task: ResilientTask, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +100,7 @@ def _run_ungated(task: ResilientTask, args: Any, kwargs: Any) -> Any:
     runtime = runtime_of(task.app)
     breaker = runtime.breakers[options.breaker]
     call = Call(task.name, task.run, args, kwargs)
-    body = task.run if task.request.is_eager else super(ResilientTask, task).__call__
+    body = _body(task, direct=not task.request.is_eager)
     try:
         value = _attempts(task, breaker)(breaker.call, body, *args, **kwargs)
     except Exception as exc:
@@ -149,13 +168,13 @@ class _GatedRun:
 
     def _body(self) -> Any:
         if self.options.retrying is None:
-            return self.task.run(*self.args, **self.kwargs)
+            return _body(self.task)(*self.args, **self.kwargs)
         return _attempts(self.task, self.breaker)(self._one_attempt)
 
     def _one_attempt(self) -> Any:
         if self.run.admission.trial:  # its one permit covers all attempts, its verdict is the last one's
-            return self.task.run(*self.args, **self.kwargs)
-        return self.breaker.call(self.task.run, *self.args, **self.kwargs)
+            return _body(self.task)(*self.args, **self.kwargs)
+        return self.breaker.call(_body(self.task), *self.args, **self.kwargs)
 
     def refused(self, refusal: BreakerOpenError) -> Any:
         """Answer for a body that a breaker kept from running, or from going on."""
