@@ -166,10 +166,21 @@ class Resilience:
                 dispatcher.send(kind, **fields)
 
 
+class _TickTask(Task):  # type: ignore[misc]  # Celery is untyped
+    """Goes to the control queue, whoever sends it; Celery's own ``queue`` attribute is deprecated."""
+
+    abstract = True
+    control_queue = ""
+
+    def apply_async(self, *args: Any, **options: Any) -> Any:
+        return super().apply_async(*args, **{"queue": self.control_queue, **options})
+
+
 def _register_tick(runtime: Runtime) -> None:
     """Register the periodic task; it runs in the main process, the body is for whoever calls it by hand."""
+    options = {"base": _TickTask, "shared": False, "ignore_result": True, "control_queue": runtime.control_queue}
 
-    @runtime.app.task(name=TICK_TASK, base=Task, shared=False, ignore_result=True, queue=runtime.control_queue)  # type: ignore[untyped-decorator]
+    @runtime.app.task(name=TICK_TASK, **options)  # type: ignore[untyped-decorator]  # Celery is untyped
     def tick() -> None:
         runtime.host.heart.want_tick()
 
