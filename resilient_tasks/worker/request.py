@@ -128,10 +128,11 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
             seams.task_ready(self)
             return self.put_aside(exc.reason, exc.breaker, exc)
         if not return_ok:
+            deferred = self._deferred_by_time_out(exc)
             self._settle(self._report_of_death(exc))
-            if isinstance(exc, TimeLimitExceeded) and self._defers_time_out():
+            if deferred is not None:
                 seams.task_ready(self)
-                return self.put_aside("the task exceeded its time limit", failed=self._failure())
+                return self.put_aside(deferred.reason, failed=deferred)
         return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:  # noqa: FBT001 - Celery's signature
@@ -153,13 +154,15 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
             return Report(Outcome.FAILURE, type(exc).__name__)
         return Report(Outcome.IGNORED)
 
-    def _failure(self) -> TaskDeferred:
-        would_count = self.host.gate.would_count(self.breaker, self.ticket)
-        return TaskDeferred(self.breaker.name, "", self.ticket.attempts + would_count, True)
-
-    def _defers_time_out(self) -> bool:
-        options = self.task.options
-        return bool(options.on_failure == DEFER and self._failure().attempts < options.max_attempts)
+    def _deferred_by_time_out(self, exc: BaseException) -> TaskDeferred | None:
+        """Return what the run itself would have raised, had the time limit not killed it."""
+        admission, options = self.admission, self.task.options
+        if admission is None or not isinstance(exc, TimeLimitExceeded) or options.on_failure != DEFER:
+            return None
+        attempts = admission.attempts + admission.counts
+        if attempts >= options.max_attempts:
+            return None
+        return TaskDeferred(self.breaker.name, "the task exceeded its time limit", attempts, True)
 
     # --- aside ------------------------------------------------------------------------------------
 
