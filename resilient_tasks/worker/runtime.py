@@ -123,9 +123,10 @@ class Runtime:
             name = getattr(name, "name", name)
             options = getattr(task, "options", None)
             if options is None:
+                base = next(base for base in type(task).__mro__[1:] if base is not self.app.Task)
                 raise ConfigurationError(
-                    f"task {task.name!r} names breaker {name!r} but its base {type(task).__mro__[1].__name__} is no"
-                    " ResilientTask: derive it from resilient_tasks.ResilientTask"
+                    f"task {task.name!r} names breaker {name!r} but its base {base.__name__} is no ResilientTask:"
+                    " derive it from resilient_tasks.ResilientTask"
                 )
             if options.breaker not in self.breakers:
                 known = ", ".join(sorted(self.breakers)) or "none"

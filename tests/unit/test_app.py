@@ -1,0 +1,182 @@
+"""``Resilience`` and a Celery app: who may come first, and what start-up finds out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from celery import Celery, Task
+
+from resilient_tasks import Breaker, BreakerPolicy, ConfigurationError, Resilience, ResilientTask, StoreError
+from resilient_tasks.testing import force, in_memory
+from resilient_tasks.worker.runtime import runtime_of
+
+
+@pytest.fixture
+def app() -> Celery:
+    return Celery("shop", broker="memory://", backend="cache+memory://", set_as_current=False)
+
+
+def define(app: Celery, **options: Any) -> Any:
+    @app.task(name="charge", shared=False, **options)
+    def charge() -> str:
+        return "charged"
+
+    return charge
+
+
+# --- app and Resilience, in any order -----------------------------------------------------------------
+
+
+def test_an_app_may_come_later(app: Celery) -> None:
+    resilience = Resilience()
+    payments = resilience.breaker("payments")
+    task = define(app, breaker=payments)
+    resilience.init_app(app)
+    assert isinstance(task._get_current_object(), ResilientTask)
+    assert task.options.breaker == "payments"
+    runtime_of(app).validate()
+
+
+def test_an_app_that_made_its_tasks_before_is_told_at_start_up(app: Celery) -> None:
+    define(app, breaker="payments")
+    app.finalize()
+    Resilience(app).breaker("payments")
+    with pytest.raises(ConfigurationError, match=r"task 'charge' names breaker 'payments' but .* no ResilientTask"):
+        runtime_of(app).validate()
+
+
+def test_a_breaker_may_be_defined_after_the_tasks_that_name_it(app: Celery) -> None:
+    resilience = Resilience(app)
+    define(app, breaker="payments")
+    app.finalize()
+    with pytest.raises(ConfigurationError, match=r"task 'charge' names breaker 'payments', which nobody defines"):
+        runtime_of(app).validate()
+    resilience.breaker("payments")
+    runtime_of(app).validate()
+
+
+def test_a_task_class_of_the_users_stays_the_apps_default(app: Celery) -> None:
+    class Mine(Task):
+        abstract = True
+
+    app.task_cls = Mine
+    resilience = Resilience(app)
+    resilience.breaker("payments")
+    assert issubclass(app.Task, Mine)
+    assert not issubclass(app.Task, ResilientTask)
+    define(app, breaker="payments")
+    with pytest.raises(ConfigurationError, match=r"task 'charge' .* its base Mine is no ResilientTask: derive it from"):
+        runtime_of(app).validate()
+
+
+def test_a_task_class_that_is_ours_by_descent_needs_nothing_more(app: Celery) -> None:
+    class Mine(ResilientTask):
+        abstract = True
+
+    app.task_cls = Mine
+    Resilience(app).breaker("payments")
+    task = define(app, breaker="payments")
+    assert isinstance(task._get_current_object(), Mine)
+    runtime_of(app).validate()
+
+
+def test_breakers_guard_calls_without_any_app(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESILIENT_TASKS_STORE_URL", "redis://nobody.invalid:1/0")
+    resilience = Resilience()
+    payments = resilience.breaker("payments")
+    with in_memory(resilience):
+        assert payments.call(lambda: 7) == 7
+        force(payments, "OPEN")
+        with pytest.raises(Exception, match="'payments' is OPEN"), payments.guard():
+            pytest.fail("the body must not run")
+
+
+def test_without_an_app_and_without_a_url_the_store_is_unknown() -> None:
+    with pytest.raises(ConfigurationError, match="RESILIENT_TASKS_STORE_URL"):
+        Resilience().breaker("payments").snapshot()
+
+
+def test_a_task_of_an_app_without_resilience_says_so(app: Celery) -> None:
+    task = define(app, breaker="payments", base=ResilientTask)
+    with pytest.raises(ConfigurationError, match=r"app 'shop' has no Resilience: call Resilience\(app\)"):
+        task()
+
+
+# --- definitions ----------------------------------------------------------------------------------------
+
+
+def test_a_breaker_defined_twice_alike_is_one_breaker() -> None:
+    resilience = Resilience()
+    first = resilience.breaker("payments", open_duration=5)
+    assert resilience.breaker("payments", open_duration=5) is first
+    assert resilience.breaker("payments", BreakerPolicy(open_duration=5)) is first
+    assert dict(resilience.breakers) == {"payments": first}
+
+
+def test_a_breaker_defined_twice_differently_is_a_mistake() -> None:
+    resilience = Resilience()
+    first = resilience.breaker("payments", open_duration=5)
+    with pytest.raises(ConfigurationError, match=r"'payments' is defined twice .*open_duration=5.*open_duration=6"):
+        resilience.breaker("payments", open_duration=6)
+    assert resilience.breakers["payments"] is first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields", "message"),
+    [
+        (("payments",), {"open_duration": -1}, "breaker 'payments': open_duration=-1: allowed is a positive"),
+        (("payments",), {"opne_duration": 1}, "breaker 'payments': unknown policy field opne_duration; allowed are"),
+        (("payments", BreakerPolicy()), {"window": 1}, r"give a policy or its fields \(window\), not both"),
+        (("pay ments",), {}, "breaker name 'pay ments': allowed is"),
+        (("",), {}, "breaker name '': allowed is"),
+        ((3,), {}, "breaker name 3: allowed is"),
+        ((None,), {}, "breaker name None: allowed is"),
+    ],
+)
+def test_a_wrong_definition_is_refused(arguments: tuple, fields: dict, message: str) -> None:
+    resilience = Resilience()
+    with pytest.raises(ConfigurationError, match=message):
+        resilience.breaker(*arguments, **fields)
+    assert not resilience.breakers
+
+
+def test_breakers_cannot_be_added_behind_the_scenes() -> None:
+    breakers: Any = Resilience().breakers
+    with pytest.raises(TypeError):
+        breakers["payments"] = Breaker
+
+
+# --- a worker's start-up ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def amqp_app() -> Celery:
+    return Celery("shop", broker="amqp://nobody.invalid//", backend="cache+memory://", set_as_current=False)
+
+
+def test_a_store_that_nobody_names_is_one_clear_error(amqp_app: Celery) -> None:
+    resilience = Resilience(amqp_app)
+    resilience.breaker("payments")
+    with pytest.raises(ConfigurationError) as refused:
+        amqp_app.WorkController(pool_cls="solo")
+    assert "neither the broker ('amqp://nobody.invalid//') nor the result backend" in str(refused.value)
+    assert "set RESILIENT_TASKS_STORE_URL, for example to redis://localhost:6379/0" in str(refused.value)
+
+
+def test_a_wrong_task_keeps_a_worker_from_starting(amqp_app: Celery) -> None:
+    Resilience(amqp_app)
+    define(amqp_app, breaker="payments")
+    with pytest.raises(ConfigurationError, match=r"task 'charge' names breaker 'payments'.*; defined: none"):
+        amqp_app.WorkController(pool_cls="solo")
+
+
+def test_a_store_that_is_away_is_no_error_at_start_up(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESILIENT_TASKS_STORE_URL", "redis://127.0.0.1:1/0")
+    resilience = Resilience(app)
+    payments = resilience.breaker("payments")
+    app.WorkController(pool_cls="solo")
+    assert payments.snapshot().state == payments.state == "CLOSED"
+    with pytest.raises(StoreError):
+        payments.isolate()
+    resilience.fleet.close()
