@@ -2,18 +2,21 @@
 
 It runs ticks outside the pool, so that a pool full of hanging tasks cannot starve them: when one
 arrives on the control queue, and of its own accord when no tick of anybody has completed for three
-intervals. In between it tells the store what the gate has counted and tries failed deferrals again.
+intervals. Even while nothing seems due it runs one every few seconds, because a store that was away, or
+has lost its data, does not know what waits. In between it tells the store what the gate has counted and
+tries failed deferrals again.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.errors import StoreError
 from resilient_tasks.worker import seams
-from resilient_tasks.worker.tick import Tick, anything_due
+from resilient_tasks.worker.tick import STOCKTAKING, Tick, anything_due
 
 if TYPE_CHECKING:
     from resilient_tasks.worker.deferral import Deferral
@@ -40,6 +43,7 @@ class Heart:
         self._thread: threading.Thread | None = None
         self._tick: Tick | None = None
         self._revoked_seen: set[str] = set()
+        self._idle_look_at = float("-inf")
 
     def start(self, consumer: Any) -> None:
         """Begin to beat, or go on with a consumer that has reconnected."""
@@ -92,12 +96,23 @@ class Heart:
         self._revoked_seen = revoked
 
     def _overdue(self) -> bool:
-        """Whether something is due and no tick has completed for too long, whatever beat sends."""
-        fleet = self._runtime.fleet
-        if not any(
-            anything_due(breaker.standing.snapshot, fleet.view.server_now())
-            for breaker in self._runtime.breakers.values()
-        ):
+        """Whether no tick has completed for too long, whatever beat sends."""
+        if self._anything_due():
+            patience = MISSED_TICKS * self._runtime.settings.tick_interval
+        elif self._time_for_an_idle_look():
+            patience = STOCKTAKING / 2  # then one of the fleet's workers has just done it
+        else:
             return False
-        age = fleet.store.last_tick_age()
-        return age is None or age > MISSED_TICKS * self._runtime.settings.tick_interval
+        age = self._runtime.fleet.store.last_tick_age()
+        return age is None or age > patience
+
+    def _anything_due(self) -> bool:
+        now = self._runtime.fleet.view.server_now()
+        return any(anything_due(breaker.standing.snapshot, now) for breaker in self._runtime.breakers.values())
+
+    def _time_for_an_idle_look(self) -> bool:
+        now = time.monotonic()
+        if now < self._idle_look_at:
+            return False
+        self._idle_look_at = now + STOCKTAKING
+        return True

@@ -82,7 +82,7 @@ class Resumer:
         indexed = store.read([breaker.spec])[0].deferred
         if waiting == 0 and indexed:
             store.clear_deferred(breaker.name)
-        elif waiting > 0 and indexed == 0:
+        elif waiting > indexed:  # the index is written first and cleared last: some deferrals are missing
             self._queues.sift(breaker.name, LOOK_AHEAD, lambda entries: self._reindex(breaker.name, entries))
 
     def close(self) -> None:
