@@ -68,7 +68,9 @@ class Deferral:
             self.forget(ticket.breaker, [request.id])
             raise
         request.acknowledged = True
-        if mine:
+        if not mine:  # the broker has restored it: its other copy decides
+            self.forget(ticket.breaker, [request.id])
+        else:
             request.send_event("task-deferred", breaker=ticket.breaker, reason=ticket.reason, since=ticket.since)
             logger.info("Task %s[%s] deferred: %s", request.name, request.id, ticket.reason)
 
