@@ -7,7 +7,8 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,18 @@ from typing import Any
 import pytest
 import redis
 
-from workers.processes import Program, Server, Worker, start_beat, start_valkey, start_worker, wait_until
+from resilient_tasks import Resilience
+from resilient_tasks.breaker import Breaker
+from workers.processes import (
+    Program,
+    Server,
+    Worker,
+    start_beat,
+    start_program,
+    start_valkey,
+    start_worker,
+    wait_until,
+)
 
 # seconds; what is waited for comes true in a second or two on an idle machine
 PATIENCE = float(os.environ.get("SHOP_PATIENCE", "60"))
@@ -28,8 +40,8 @@ class Shop:
     def __init__(self, server: Server, directory: Path) -> None:
         self.server = server
         self.directory = directory
-        self.side = redis.Redis.from_url(server.url(2), decode_responses=True)
-        self.broker = redis.Redis.from_url(server.url(0), decode_responses=True)
+        self.side: Any = redis.Redis.from_url(server.url(2), decode_responses=True)
+        self.broker: Any = redis.Redis.from_url(server.url(0), decode_responses=True)
         self.env = {
             "SHOP_BROKER_URL": server.url(0),
             "SHOP_BACKEND_URL": server.url(1),
@@ -58,6 +70,39 @@ class Shop:
         beat = start_beat(MODULE, name=f"beat{next(self._count)}", directory=self.directory, env=self.env)
         self._programs.append(beat)
         return beat
+
+    def server_of_its_own(self, *, persistent: bool = False) -> Server:
+        """Start one more server, for a test to break."""
+        name = f"server{next(self._count)}"
+        return self._watched(start_valkey(self.directory / name, name=name, persistent=persistent))
+
+    def start_again(self, server: Server, *, persistent: bool = False) -> Server:
+        """Bring a server back that was stopped or killed; without persistence it is empty."""
+        directory = server.program.log.parent
+        name = f"server{next(self._count)}"
+        return self._watched(start_valkey(directory, name=name, port=server.port, persistent=persistent))
+
+    def _watched(self, server: Server) -> Server:
+        self._programs.append(server.program)
+        return server
+
+    def program(self, command: Sequence[str], *, directory: Path, env: dict[str, str] | None = None) -> Program:
+        """Start any other program, in ``directory``."""
+        name = f"program{next(self._count)}"
+        program = start_program(
+            command, name=name, directory=self.directory, env={**self.env, **(env or {})}, cwd=directory
+        )  # fmt: skip
+        self._programs.append(program)
+        return program
+
+    @contextmanager
+    def breaker_in(self, store: Server, name: str = "payments") -> Iterator[Breaker]:
+        """Return a breaker of the shop as an operator sees it who works on another store than the default one."""
+        resilience = Resilience(store_url=store.url())
+        try:
+            yield resilience.breaker(name, self.project.resilience.breakers[name].policy)
+        finally:
+            resilience.fleet.close()
 
     def stop(self) -> None:
         """Stop all processes of a test; pytest shows what they wrote if it failed."""
@@ -101,6 +146,11 @@ class Shop:
     def runs(self, task: str) -> list[str]:
         """Ids of the runs of a task, in order."""
         return list(self.side.lrange(f"runs:{task}", 0, -1))
+
+    def kill_pool_process(self) -> None:
+        """Kill the pool process that runs ``reckless``, as the kernel does when memory is short."""
+        self.wait(lambda: self.side.llen("pids"), "it to run")
+        os.kill(int(self.side.lpop("pids")), signal.SIGKILL)
 
     def notes(self) -> list[Any]:
         """What ``note`` was called with."""

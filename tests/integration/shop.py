@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from typing import Any
 
 import redis
 import tenacity
 from celery import Celery
 
 from resilient_tasks import Resilience, cached, constant
+from resilient_tasks.core.model import State
 
-SIDE = redis.Redis.from_url(os.environ["SHOP_SIDE_URL"], decode_responses=True)  # tests look over its shoulder
+SIDE: Any = redis.Redis.from_url(os.environ["SHOP_SIDE_URL"], decode_responses=True)  # tests look over its shoulder
 
 
 class DependencyDownError(ConnectionError):
@@ -29,7 +31,7 @@ app.conf.update(
     beat_schedule={"early": {"task": "shop.ping", "schedule": 3600.0}},
 )
 resilience = Resilience(app, tick_interval=0.25)
-QUICK = {"consecutive_failures": 3, "open_duration": 0.5, "open_multiplier": 1.0, "open_jitter": 0.0, "ramp": 0.0}
+QUICK: dict[str, Any] = {"consecutive_failures": 3, "open_duration": 0.5, "open_multiplier": 1.0, "open_jitter": 0.0, "ramp": 0.0}
 
 payments = resilience.breaker("payments", **QUICK)
 accounts = resilience.breaker("accounts", **QUICK)
@@ -41,15 +43,15 @@ narrow = resilience.breaker("narrow", **QUICK, max_deferred=2)
 def call(dependency: str) -> str:
     """Call a dependency as a client library would."""
     SIDE.incr(f"calls:{dependency}")
+    wait_until_healthy(dependency)
     health = SIDE.get(f"health:{dependency}") or "up"
-    if health == "hang":
-        wait_until_healthy(dependency)
-    elif health != "up":
+    if health != "up":
         raise DependencyDownError(f"{dependency} is {health}")
     return "ok"
 
 
 def wait_until_healthy(dependency: str) -> None:
+    """Hang for as long as the dependency does."""
     while SIDE.get(f"health:{dependency}") == "hang":
         time.sleep(0.05)
 
@@ -171,6 +173,43 @@ def overrun() -> str:
     SIDE.incr("runs:overrun")
     call("overrun")
     return "in time"
+
+
+@app.task(bind=True, breaker="tolerant", acks_late=False)
+def early(self) -> str:
+    """A task that is acknowledged before it runs."""
+    SIDE.rpush("runs:early", self.request.id)
+    return call("early")
+
+
+@app.task(breaker="tolerant", on_failure="raise")
+def reckless(dependency: str) -> str:
+    """A task that leaves its failures to Celery, and tells which process runs it."""
+    SIDE.rpush("pids", os.getpid())
+    return call(dependency)
+
+
+@app.task(bind=True, breaker="payments", max_retries=2)
+def retried(self) -> int:
+    """A task that uses up all the retries that it has."""
+    if self.request.retries < self.max_retries:
+        raise self.retry(countdown=0)
+    return self.request.retries
+
+
+@app.task
+def watch() -> None:
+    """Keep a pool process busy until it knows that payments refuses everything, and tell when that was."""
+    SIDE.rpush("watching", os.getpid())
+    while payments.state is not State.FORCED_OPEN:
+        time.sleep(0.001)
+    SIDE.rpush("obeyed", time.time())
+
+
+@app.task(ignore_result=True)
+def tally() -> None:
+    """A task without a breaker that needs no result backend."""
+    SIDE.incr("tally")
 
 
 @app.task

@@ -1,0 +1,268 @@
+"""What can die or freeze does: processes, store, broker, result backend. Nothing is lost, and healthy work goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+from celery.exceptions import WorkerLostError
+from kombu import Connection, Consumer, Queue
+
+from resilient_tasks.core.model import State
+from resilient_tasks.worker.queues import open_queues
+from resilient_tasks.worker.ticket import Ticket
+from tests.integration.conftest import Shop
+from workers.processes import Server
+
+DEFERRED_PAYMENTS = "resilient.deferred.payments"
+
+
+def soon_restored(seconds: int) -> dict[str, str]:
+    """Return an environment in which the broker soon restores what dead workers had taken."""
+    options = {"visibility_timeout": seconds, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
+    return {"SHOP_TRANSPORT_OPTIONS": json.dumps(options)}
+
+
+def all_done(results: list[Any]) -> bool:
+    return all(result.state == "SUCCESS" for result in results)
+
+
+def copies(broker: redis.Redis) -> Counter[str]:
+    """Count the copies of each task's message, wherever on the broker they are."""
+    lists = [broker.lrange(queue, 0, -1) for queue in ("celery", DEFERRED_PAYMENTS)]
+    messages = [json.loads(text) for texts in lists for text in texts]
+    messages += [json.loads(text)[0] for text in broker.hvals("unacked")]
+    return Counter(message["headers"]["id"] for message in messages)
+
+
+# --- the broker's own redelivery ------------------------------------------------------------------
+
+
+def test_a_message_restored_just_before_its_deferral_gets_no_second_copy(shop: Shop) -> None:
+    result = shop.charge.delay(1)
+    queues = open_queues(shop.app, "resilient")
+    received: list[Any] = []
+    with shop.app.connection_for_read() as connection:
+        channel = connection.default_channel
+        with Consumer(channel, [Queue("celery")], on_message=received.append):
+            shop.wait(lambda: connection.drain_events(timeout=5) or received, "the message")
+        channel.qos.restore_by_tag(received[0].delivery_tag)
+        mine = queues.defer(received[0], Ticket(breaker="payments", origin="celery"), owned=True, limit=None)
+        assert not mine
+        assert copies(shop.broker) == {result.id: 1}
+    queues.close()
+    assert shop.waiting("payments") == 0
+    assert copies(shop.broker) == {result.id: 1}
+
+
+def test_tasks_restored_while_they_run_are_put_aside_once(shop: Shop) -> None:
+    workers = [shop.worker(env=soon_restored(1)) for _ in range(2)]
+    shop.set_health("payments", "hang")
+    results = [shop.charge.delay(order) for order in range(2)]
+    ids = {result.id for result in results}
+    shop.wait(lambda: set(Counter(shop.runs("charge")).values()) == {2}, "each to run twice at the same time")
+    shop.open("payments")
+    shop.set_health("payments", "down")
+    shop.wait(lambda: shop.waiting("payments") == 2 and copies(shop.broker) == dict.fromkeys(ids, 1), "one of each")
+    shop.set_health("payments", "up")
+    shop.close("payments")
+    shop.wait(lambda: all_done(results), "all to finish")
+    shop.wait(lambda: not copies(shop.broker), "the broker to be empty")
+    assert all(worker.running for worker in workers)
+
+
+# --- early acknowledgement --------------------------------------------------------------------------
+
+
+def test_early_ack_loses_nothing_at_the_gate(shop: Shop) -> None:
+    worker = shop.worker()
+    shop.open("tolerant")
+    results = [shop.early.delay() for _ in range(10)]
+    shop.wait(lambda: shop.waiting("tolerant") == 10, "all to wait")
+    worker.kill()
+    assert shop.runs("early") == []
+    shop.close("tolerant")
+    shop.worker()
+    shop.wait(lambda: all_done(results), "all to finish")
+    assert sorted(shop.runs("early")) == sorted(result.id for result in results)
+
+
+def test_early_ack_puts_a_failing_task_aside_after_its_run(shop: Shop) -> None:
+    shop.worker()
+    shop.set_health("early", "down")
+    result = shop.early.delay()
+    shop.wait_state(result, "DEFERRED")
+    assert shop.waiting("tolerant") == 1
+    assert shop.broker.hlen("unacked") == 0
+    shop.set_health("early", "up")
+    assert result.get(timeout=60) == "ok"
+    assert set(shop.runs("early")) == {result.id}
+
+
+# --- processes --------------------------------------------------------------------------------------
+
+
+def test_a_killed_worker_gives_its_permits_to_another(shop: Shop) -> None:
+    doomed = shop.worker(env=soon_restored(2))
+    shop.set_health("payments", "hang")
+    shop.payments.trip()
+    results = [shop.charge.delay(order) for order in range(5)]
+    shop.wait(lambda: shop.payments.snapshot().trials and shop.calls("payments"), "a trial")
+    doomed.kill()
+    held = shop.payments.snapshot()
+    assert (held.state, held.trials > 0) == (State.HALF_OPEN, True)
+    shop.set_health("payments", "up")
+    shop.worker(env=soon_restored(2))
+    shop.wait(lambda: all_done(results), "all to finish")
+    shop.wait(lambda: shop.payments.snapshot().state is State.CLOSED, "the breaker to close")
+
+
+def test_a_killed_pool_process_is_one_failure(shop: Shop) -> None:
+    shop.worker()
+    shop.set_health("slow", "hang")
+    result = shop.reckless.delay("slow")
+    shop.kill_pool_process()
+    with pytest.raises(WorkerLostError):
+        result.get(timeout=60)
+    assert shop.antidote.delay().get(timeout=60) == "ok"
+    shop.wait(lambda: shop.tolerant.snapshot().calls == 2, "both to be counted")
+    assert shop.tolerant.snapshot().failures == 1
+
+
+def test_a_trial_whose_pool_process_is_killed_fails_at_once(shop: Shop) -> None:
+    shop.worker()
+    shop.set_health("slow", "hang")
+    shop.tolerant.trip()
+    shop.reckless.delay("slow")
+    shop.wait(lambda: shop.side.llen("pids"), "the trial")
+    half_open = shop.tolerant.snapshot()
+    shop.kill_pool_process()
+    shop.wait(lambda: shop.tolerant.snapshot().openings > half_open.openings, "the breaker to open again")
+    assert "WorkerLostError" in shop.tolerant.snapshot().reason
+
+
+# --- the result backend -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["frozen", "stopped"])
+def test_without_the_result_backend_tasks_are_deferred_and_healthy_ones_run(shop: Shop, fault: str) -> None:
+    backend = shop.server_of_its_own()
+    shop.worker(env={"SHOP_BACKEND_URL": backend.url()})
+    shop.open("payments")
+    _take_away(backend, fault)
+    began = time.monotonic()
+    charges = [shop.charge.delay(order).id for order in range(50)]
+    for _ in range(50):
+        shop.tally.delay()
+    shop.wait(lambda: shop.waiting("payments") == 50 and shop.side.get("tally") == "50", "all of both kinds")
+    assert time.monotonic() - began < 10  # a write that waited for each deferral would take minutes
+    backend = _bring_back(shop, backend, fault)
+    shop.close("payments")
+    shop.wait(lambda: sorted(shop.runs("charge")) == sorted(charges), "all to run")
+    results = redis.Redis.from_url(backend.url())
+    shop.wait(lambda: all(_stored_state(results, task_id) == "SUCCESS" for task_id in charges), "all to finish")
+
+
+def _stored_state(results: redis.Redis, task_id: str) -> str:
+    meta = results.get(f"celery-task-meta-{task_id}")
+    return json.loads(meta)["status"] if meta else "PENDING"
+
+
+def _take_away(server: Server, fault: str) -> None:
+    if fault == "frozen":
+        server.program.freeze()
+    else:
+        server.stop()
+
+
+def _bring_back(shop: Shop, server: Server, fault: str, *, persistent: bool = False) -> Server:
+    if fault != "frozen":
+        return shop.start_again(server, persistent=persistent)
+    server.program.thaw()
+    return server
+
+
+# --- the store --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(shop: Shop) -> Iterator[Server]:
+    """Yield a store of its own for the workers of the test."""
+    server = shop.server_of_its_own()
+    shop.env["RESILIENT_TASKS_STORE_URL"] = server.url()
+    yield server
+    del shop.env["RESILIENT_TASKS_STORE_URL"]
+
+
+@pytest.mark.parametrize("fault", ["frozen", "stopped"])
+def test_without_the_store_open_is_honoured_and_healthy_tasks_run(shop: Shop, store: Server, fault: str) -> None:
+    with shop.breaker_in(store) as payments:
+        payments.isolate()
+    shop.worker()
+    charges = [shop.charge.delay(order) for order in range(5)]
+    shop.wait(lambda: shop.waiting("payments") == 5, "the first to wait")
+    _take_away(store, fault)
+    healthy = [shop.antidote.delay() for _ in range(20)]
+    charges += [shop.charge.delay(order) for order in range(5)]
+    shop.wait(lambda: all_done(healthy), "the healthy ones")
+    shop.wait(lambda: shop.waiting("payments") == 10, "the others to wait as well")
+    assert shop.calls("payments") == 0
+    store = _bring_back(shop, store, fault)
+    with shop.breaker_in(store) as payments:
+        payments.reset()
+    shop.wait(lambda: all_done(charges), "all to finish")
+
+
+def test_without_the_store_a_breaker_opens_in_each_worker(shop: Shop, store: Server) -> None:
+    shop.worker()
+    assert shop.charge.delay(0).get(timeout=60) == 0
+    store.stop()
+    shop.set_health("payments", "down")
+    charges = [shop.charge.delay(order) for order in range(30)]
+    shop.wait(lambda: shop.waiting("payments") == 30, "all to wait")
+    assert shop.calls("payments") < 30
+    shop.start_again(store)
+    shop.set_health("payments", "up")
+    shop.wait(lambda: all_done(charges), "all to finish")
+
+
+@pytest.mark.parametrize("command", ["FLUSHALL", "SCRIPT FLUSH"])
+def test_a_store_that_forgets_strands_nothing(shop: Shop, store: Server, command: str) -> None:
+    shop.worker()
+    with shop.breaker_in(store) as payments:
+        payments.isolate()
+        charges = [shop.charge.delay(order) for order in range(10)]
+        shop.wait(lambda: shop.waiting("payments") == 10, "all to wait")
+        redis.Redis.from_url(store.url()).execute_command(*command.split())
+        payments.reset()
+    shop.wait(lambda: all_done(charges), "all to finish")
+    assert sorted(shop.runs("charge")) == sorted(result.id for result in charges)
+
+
+# --- the broker -------------------------------------------------------------------------------------
+
+
+def test_a_broker_killed_in_mid_outage_loses_nothing(shop: Shop) -> None:
+    server = shop.server_of_its_own(persistent=True)
+    worker = shop.worker(env={**soon_restored(3), "SHOP_BROKER_URL": server.url()})
+    broker = redis.Redis.from_url(server.url(), decode_responses=True)
+    shop.set_health("payments", "down")
+    charges = _charge_through(shop, server, 20)
+    shop.wait(lambda: broker.llen(DEFERRED_PAYMENTS) >= 10, "some to wait")
+    server.program.kill()
+    server = shop.start_again(server, persistent=True)
+    charges += _charge_through(shop, server, 10)
+    shop.wait(lambda: broker.llen(DEFERRED_PAYMENTS) >= 20, "most to wait")
+    shop.set_health("payments", "up")
+    shop.wait(lambda: all_done(charges), "all to finish")
+    assert worker.running
+
+
+def _charge_through(shop: Shop, broker: Server, count: int) -> list[Any]:
+    with Connection(broker.url()) as connection:
+        return [shop.charge.apply_async((order,), connection=connection) for order in range(count)]
