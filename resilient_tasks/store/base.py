@@ -124,14 +124,25 @@ class Store(Protocol):
 
     # --- the tick ---------------------------------------------------------------------------------
 
-    def tick_lease(self, holder: str, *, ttl: float) -> AbstractContextManager[bool]:
-        """Hold the one tick lease while in the context; False when somebody else has it."""
+    def tick_lease(self, holder: str, *, ttl: float, scope: str = "") -> AbstractContextManager[bool]:
+        """Hold the one tick lease of ``scope`` while in the context; False when somebody else has it."""
 
-    def tick_completed(self) -> None:
+    def tick_completed(self, scope: str = "") -> None:
         """Note that a tick has run to its end."""
 
-    def last_tick_age(self) -> float | None:
+    def last_tick_age(self, scope: str = "") -> float | None:
         """Seconds since a tick last ran to its end; None if never."""
+
+    # --- who is who -------------------------------------------------------------------------------
+
+    def declare(self, names: Iterable[str]) -> None:
+        """Note that a living worker defines these breakers."""
+
+    def abandoned(self, *, unseen_for: float) -> list[str]:
+        """Return breakers that workers used to define and none has declared for so many seconds."""
+
+    def retire(self, names: Iterable[str]) -> None:
+        """Forget that breakers were ever declared."""
 
     # --- changes ------------------------------------------------------------------------------------
 

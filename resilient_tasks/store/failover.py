@@ -207,17 +207,29 @@ class FailoverStore:
         """Return ``(value, age in seconds)``, or None."""
         return self._primary.get(kind, key)
 
-    def tick_lease(self, holder: str, *, ttl: float) -> AbstractContextManager[bool]:
+    def tick_lease(self, holder: str, *, ttl: float, scope: str = "") -> AbstractContextManager[bool]:
         """Hold the one tick lease; see :meth:`Store.tick_lease`."""
-        return self._primary.tick_lease(holder, ttl=ttl)
+        return self._primary.tick_lease(holder, ttl=ttl, scope=scope)
 
-    def tick_completed(self) -> None:
+    def tick_completed(self, scope: str = "") -> None:
         """Note that a tick has run to its end."""
-        self._primary.tick_completed()
+        self._primary.tick_completed(scope)
 
-    def last_tick_age(self) -> float | None:
+    def last_tick_age(self, scope: str = "") -> float | None:
         """Seconds since a tick last ran to its end; None if never."""
-        return self._primary.last_tick_age()
+        return self._primary.last_tick_age(scope)
+
+    def declare(self, names: Iterable[str]) -> None:
+        """Note that a living worker defines these breakers."""
+        self._primary.declare(names)
+
+    def abandoned(self, *, unseen_for: float) -> list[str]:
+        """Return breakers that none has declared for so many seconds; see :meth:`Store.abandoned`."""
+        return self._primary.abandoned(unseen_for=unseen_for)
+
+    def retire(self, names: Iterable[str]) -> None:
+        """Forget that breakers were ever declared."""
+        self._primary.retire(names)
 
     def close(self) -> None:
         """Close the connections of the shared store."""

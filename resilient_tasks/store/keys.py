@@ -46,7 +46,7 @@ class Keys:
     def __init__(self, namespace: str) -> None:
         self.namespace = check_name("namespace", namespace)
         self.changes = f"{namespace}:changes"  # pub/sub channel
-        self.tick = f"{namespace}:tick"  # hash: lease of the tick, and when one completed
+        self.breakers = f"{namespace}:breakers"  # sorted set: name -> last declared by a worker, ms
         self.revoked = f"{namespace}:revoked"  # sorted set: task id -> revoked at, ms
 
     def breaker(self, name: str) -> BreakerKeys:
@@ -56,6 +56,10 @@ class Keys:
             ConfigurationError: the name cannot be part of a key.
         """
         return BreakerKeys(*(self._of_breaker(name, part) for part in BreakerKeys._fields))
+
+    def tick(self, scope: str) -> str:
+        """Return the hash that holds the lease of the tick, and when one completed."""
+        return f"{self.namespace}:tick:{scope}" if scope else f"{self.namespace}:tick"
 
     def pace(self, name: str) -> str:
         """Return the hash that holds how fast deferred tasks are resumed."""

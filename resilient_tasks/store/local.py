@@ -49,7 +49,8 @@ class LocalStore:
         self._waiting: dict[str, Waiting] = {}
         self._values: dict[tuple[str, str], tuple[bytes, int, int]] = {}  # -> value, written at, ends at
         self._revoked = Times()
-        self._tick = _Tick()
+        self._ticks: dict[str, _Tick] = {}
+        self._declared: dict[str, int] = {}
         self._listeners: list[queue.Queue[Snapshot]] = []
         renew_after_fork(self)
 
@@ -205,11 +206,11 @@ class LocalStore:
     # --- the tick -----------------------------------------------------------------------------------
 
     @contextmanager
-    def tick_lease(self, holder: str, *, ttl: float) -> Iterator[bool]:
-        """Hold the one tick lease while in the context; False when somebody else has it."""
+    def tick_lease(self, holder: str, *, ttl: float, scope: str = "") -> Iterator[bool]:
+        """Hold the one tick lease of ``scope`` while in the context; False when somebody else has it."""
         token = f"{holder}:{uuid.uuid4().hex}"
         with self._lock:
-            now, tick = self._now(), self._tick
+            now, tick = self._now(), self._ticks.setdefault(scope, _Tick())
             if tick.lease_ends <= now:
                 tick.holder, tick.lease_ends = token, now + to_ms(ttl)
             held = tick.holder == token
@@ -217,19 +218,38 @@ class LocalStore:
             yield held
         finally:
             with self._lock:
-                if self._tick.holder == token:
-                    self._tick.lease_ends = 0
+                if tick.holder == token:
+                    tick.lease_ends = 0
 
-    def tick_completed(self) -> None:
+    def tick_completed(self, scope: str = "") -> None:
         """Note that a tick has run to its end."""
         with self._lock:
-            self._tick.completed = self._now()
+            self._ticks.setdefault(scope, _Tick()).completed = self._now()
 
-    def last_tick_age(self) -> float | None:
+    def last_tick_age(self, scope: str = "") -> float | None:
         """Seconds since a tick last ran to its end; None if never."""
         with self._lock:
-            completed = self._tick.completed
+            completed = self._ticks.get(scope, _Tick()).completed
             return None if completed is None else (self._now() - completed) / 1000
+
+    # --- who is who ---------------------------------------------------------------------------------
+
+    def declare(self, names: Iterable[str]) -> None:
+        """Note that a living worker defines these breakers."""
+        with self._lock:
+            self._declared.update(dict.fromkeys(names, self._now()))
+
+    def abandoned(self, *, unseen_for: float) -> list[str]:
+        """Return breakers that workers used to define and none has declared for so many seconds."""
+        with self._lock:
+            latest = self._now() - to_ms(unseen_for)
+            return [name for name, at in self._declared.items() if at <= latest]
+
+    def retire(self, names: Iterable[str]) -> None:
+        """Forget that breakers were ever declared."""
+        with self._lock:
+            for name in names:
+                self._declared.pop(name, None)
 
     # --- changes --------------------------------------------------------------------------------------
 

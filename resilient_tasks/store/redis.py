@@ -27,7 +27,7 @@ _PER_ROUND_TRIP = 500
 _DECISIONS = ("acquire", "record", "settle", "advance", "command")
 _OTHERS = (
     "renew", "defer", "outstanding", "revoke", "put", "get", "take_tick", "leave_tick", "tick_completed", "tick_age",
-    "time",
+    "declare", "abandoned", "time",
 )  # fmt: skip
 
 
@@ -198,24 +198,43 @@ class RedisStore:
     # --- the tick -----------------------------------------------------------------------------------
 
     @contextmanager
-    def tick_lease(self, holder: str, *, ttl: float) -> Iterator[bool]:
-        """Hold the one tick lease while in the context; False when somebody else has it."""
+    def tick_lease(self, holder: str, *, ttl: float, scope: str = "") -> Iterator[bool]:
+        """Hold the one tick lease of ``scope`` while in the context; False when somebody else has it."""
         token = f"{holder}:{uuid.uuid4().hex}"
-        held = bool(self._run("take_tick", [self._keys.tick], token, to_ms(ttl)))
+        held = bool(self._run("take_tick", [self._keys.tick(scope)], token, to_ms(ttl)))
         try:
             yield held
         finally:
             if held:
                 with suppress(StoreError):  # then it runs out by itself
-                    self._run("leave_tick", [self._keys.tick], token)
+                    self._run("leave_tick", [self._keys.tick(scope)], token)
 
-    def tick_completed(self) -> None:
+    def tick_completed(self, scope: str = "") -> None:
         """Note that a tick has run to its end."""
-        self._run("tick_completed", [self._keys.tick])
+        self._run("tick_completed", [self._keys.tick(scope)])
 
-    def last_tick_age(self) -> float | None:
+    def last_tick_age(self, scope: str = "") -> float | None:
         """Seconds since a tick last ran to its end; None if never."""
-        return to_seconds(self._run("tick_age", [self._keys.tick]))
+        return to_seconds(self._run("tick_age", [self._keys.tick(scope)]))
+
+    # --- who is who ---------------------------------------------------------------------------------
+
+    def declare(self, names: Iterable[str]) -> None:
+        """Note that a living worker defines these breakers."""
+        known = list(names)
+        if known:
+            self._run("declare", [self._keys.breakers], *known)
+
+    def abandoned(self, *, unseen_for: float) -> list[str]:
+        """Return breakers that workers used to define and none has declared for so many seconds."""
+        found = self._run("abandoned", [self._keys.breakers], to_ms(unseen_for))
+        return [name.decode() for name in found]
+
+    def retire(self, names: Iterable[str]) -> None:
+        """Forget that breakers were ever declared."""
+        gone = list(names)
+        if gone:
+            self._server.run(lambda client: client.zrem(self._keys.breakers, *gone))
 
     # --- changes --------------------------------------------------------------------------------------
 

@@ -88,3 +88,22 @@ def test_the_age_of_the_last_completed_tick(lab: Lab) -> None:
     assert lab.store.last_tick_age() == 3.75
     lab.store.tick_completed()
     assert lab.store.last_tick_age() == 0.0
+
+
+def test_each_scope_has_a_tick_of_its_own(lab: Lab) -> None:
+    with lab.store.tick_lease("a", ttl=10, scope="one") as one, lab.store.tick_lease("b", ttl=10, scope="two") as two:
+        assert (one, two) == (True, True)
+    lab.store.tick_completed("one")
+    assert (lab.store.last_tick_age("one"), lab.store.last_tick_age("two")) == (0.0, None)
+
+
+def test_a_breaker_that_nobody_declares_any_more_is_abandoned(lab: Lab) -> None:
+    lab.store.declare(["kept", "renamed"])
+    lab.clock.advance(30)
+    lab.store.declare(["kept"])
+    lab.clock.advance(30)
+    assert lab.store.abandoned(unseen_for=60) == ["renamed"]
+    assert lab.store.abandoned(unseen_for=60.001) == []
+    lab.store.retire(["renamed", "unheard of"])
+    lab.clock.advance(1000)
+    assert lab.store.abandoned(unseen_for=60) == ["kept"]
