@@ -29,6 +29,8 @@ logger = logging.getLogger("resilient_tasks")
 MISSED_TICKS = 3
 #: Rounds per tick interval, for what should not wait for a tick.
 ROUNDS = 4
+#: Seconds between two declarations that this worker is alive and which breakers it defines.
+DECLARING = 10.0
 
 
 class Heart:
@@ -44,6 +46,7 @@ class Heart:
         self._tick: Tick | None = None
         self._revoked_seen: set[str] = set()
         self._idle_look_at = float("-inf")
+        self._declare_at = float("-inf")
 
     def start(self, consumer: Any) -> None:
         """Begin to beat, or go on with a consumer that has reconnected."""
@@ -90,6 +93,9 @@ class Heart:
         store = self._runtime.fleet.store
         for breaker, count in self._gate.flush_taken_up().items():
             store.taken_up(breaker, count)
+        if time.monotonic() >= self._declare_at:
+            store.declare(self._runtime.breakers)
+            self._declare_at = time.monotonic() + DECLARING
         revoked = set(seams.revoked_ids)
         if revoked - self._revoked_seen:
             store.revoke(revoked - self._revoked_seen)
@@ -103,7 +109,7 @@ class Heart:
             patience = STOCKTAKING / 2  # then one of the fleet's workers has just done it
         else:
             return False
-        age = self._runtime.fleet.store.last_tick_age()
+        age = self._runtime.fleet.store.last_tick_age(self._runtime.tick_scope)
         return age is None or age > patience
 
     def _anything_due(self) -> bool:

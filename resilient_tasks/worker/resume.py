@@ -85,6 +85,19 @@ class Resumer:
         elif waiting > indexed:  # the index is written first and cleared last: some deferrals are missing
             self._queues.sift(breaker.name, LOOK_AHEAD, lambda entries: self._reindex(breaker.name, entries))
 
+    def send_home(self, unseen_for: float) -> None:
+        """Resume the tasks of breakers that no worker defines any more; the gate decides by the current code."""
+        store = self._runtime.fleet.store
+        for name in store.abandoned(unseen_for=unseen_for):
+            while self._queues.sift(name, LOOK_AHEAD, self._all_home):
+                logger.warning("breaker %r is defined nowhere any more: its deferred tasks are resumed", name)
+            store.clear_deferred(name)
+            store.retire([name])
+
+    def _all_home(self, entries: Sequence[Entry]) -> list[Move]:
+        default_queue = self._runtime.app.conf.task_default_queue
+        return [resume(entry, 0, default_queue) for entry in entries]
+
     def close(self) -> None:
         """Close connections."""
         self._queues.close()

@@ -6,6 +6,7 @@ The composition root ``Resilience`` makes one per Celery app; the rest of ``work
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -105,6 +106,11 @@ class Runtime:
         """Seconds for which what belongs to a result is kept."""
         expires = self.app.conf.result_expires or timedelta(days=1)
         return expires.total_seconds() if isinstance(expires, timedelta) else float(expires)
+
+    @property
+    def tick_scope(self) -> str:
+        """What tells the ticks of workers apart that share a namespace but define other breakers."""
+        return hashlib.sha256("\n".join(sorted(self.breakers)).encode()).hexdigest()[:16]
 
     def specs(self) -> list[Spec]:
         """Return all breakers as this process declares them."""

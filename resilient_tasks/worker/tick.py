@@ -29,6 +29,8 @@ LEASE_INTERVALS = 3
 SHORTEST_LEASE = 3.0
 #: Seconds between comparisons of the store's index with what really lies in the deferred queues.
 STOCKTAKING = 10.0
+#: A breaker that no worker has declared for this many seconds is gone: renamed or removed by a deploy.
+ABANDONED_AFTER = 60.0
 
 _RESUMING = frozenset({State.CLOSED, State.SHADOW, State.DISABLED})
 
@@ -64,9 +66,9 @@ class Tick:
         Raises:
             StoreError: the store is away.
         """
-        store = self._runtime.fleet.store
+        store, scope = self._runtime.fleet.store, self._runtime.tick_scope
         lease = max(SHORTEST_LEASE, LEASE_INTERVALS * self._runtime.settings.tick_interval)
-        with store.tick_lease(self._holder, ttl=lease) as held:
+        with store.tick_lease(self._holder, ttl=lease, scope=scope) as held:
             if not held:
                 return False
             self._take_stock()
@@ -74,7 +76,7 @@ class Tick:
             for breaker, snapshot in zip(breakers, store.read([breaker.spec for breaker in breakers]), strict=True):
                 if anything_due(snapshot, snapshot.now):
                     self._serve(breaker, snapshot)
-            store.tick_completed()
+            store.tick_completed(scope)
         return True
 
     def _serve(self, breaker: Breaker, snapshot: Snapshot) -> None:
@@ -98,6 +100,7 @@ class Tick:
         self._stock_taken_at = time.monotonic()
         for breaker in self._runtime.breakers.values():
             self._resumer.take_stock(breaker)
+        self._resumer.send_home(ABANDONED_AFTER)
 
     def close(self) -> None:
         """Close connections."""

@@ -125,3 +125,18 @@ def test_every_transition_is_announced_once(shop: Shop) -> None:
     epochs = [line for line in lines if "payments" in line]
     assert len(epochs) == len(set(epochs))
     assert any("CLOSED" in line for line in lines)
+
+
+def test_tasks_of_a_breaker_that_a_deploy_has_removed_go_home(shop: Shop) -> None:
+    worker = shop.worker()
+    shop.open("payments")
+    results = [shop.charge.delay(order) for order in range(3)]
+    shop.wait(lambda: shop.waiting("payments") == 3, "all to wait")
+    worker.stop()
+    # as a deploy that renames the breaker leaves it: the tasks wait, and its last declaration is old
+    shop.broker.rename("resilient.deferred.payments", "resilient.deferred.removed")
+    shop.broker.zadd("resilient:breakers", {"removed": 1})
+    shop.close("payments")
+    shop.worker()
+    shop.wait(lambda: _all_done(results), "all to finish")
+    assert shop.waiting("removed") == 0
