@@ -34,7 +34,9 @@ class Gate:
     def refuses_now(self, breaker: Breaker, ticket: Ticket) -> bool:
         """Whether a message that has just arrived need not even wait for a pool slot."""
         view = self._runtime.fleet.view
-        standing = view.standing(breaker.name)
+        return self._refuses(view.standing(breaker.name), breaker, ticket)
+
+    def _refuses(self, standing: Standing, breaker: Breaker, ticket: Ticket) -> bool:
         if standing.admits:
             return self._ramps_out(standing, ticket)
         return breaker.probe_function is not None or standing.refuses
@@ -48,7 +50,7 @@ class Gate:
     def admit(self, breaker: Breaker, request: GatedRequest) -> Admission:
         """Decide on a request that is about to enter the pool; may take a permit."""
         standing, ticket = self._runtime.fleet.view.standing(breaker.name), request.ticket
-        if self.refuses_now(breaker, ticket):
+        if self._refuses(standing, breaker, ticket):
             return self._refused(breaker, ticket)
         if not standing.admits:
             return self._trial(breaker, request)

@@ -20,7 +20,7 @@ from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.deferral import fail
 from resilient_tasks.worker.options import DEFER
-from resilient_tasks.worker.run import Admission, Report, TaskDeferred, run_admitted
+from resilient_tasks.worker.run import Admission, Packed, Report, TaskDeferred, run_admitted
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
 
@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 
 
 class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
-    """A request that passes the gate before the pool, and can be put aside at any time until its end."""
+    """A request that passes the gate before the pool, and can be put aside at any time until its end.
+
+    Attributes:
+        ticket: what the message said about former deferrals.
+        admission: the gate's answer, until the outcome of the run is settled.
+        deferred: the message has been put aside.
+    """
 
     admission: Admission | None = None
     deferred = False
@@ -97,7 +103,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         message = self.type, self.id, self.request_dict, self.body, self.content_type, self.content_encoding
         result = pool.apply_async(
             run_admitted,
-            args=(seams.tracer(self.app), admission, *message),
+            args=(seams.tracer(self.app), admission.pack(), *message),
             accept_callback=self.on_accepted,
             timeout_callback=self.on_timeout,
             callback=self.on_success,
@@ -111,9 +117,10 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
 
     # --- out of the pool --------------------------------------------------------------------------
 
-    def on_success(self, failed__retval__runtime: tuple[int, Any, float, Report], **kwargs: Any) -> Any:
+    def on_success(self, failed__retval__runtime: tuple[int, Any, float, Packed], **kwargs: Any) -> Any:
         """Handle what the pool returned: a value, or an exception that Celery has dealt with there."""
-        failed, value, runtime, report = failed__retval__runtime
+        failed, value, runtime, packed = failed__retval__runtime
+        report = Report.unpack(packed)
         self._settle(report)
         if report.source:
             self.send_event("task-fallback", breaker=self.breaker.name, source=report.source, age=report.age)

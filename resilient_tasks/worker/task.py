@@ -21,7 +21,7 @@ from resilient_tasks.errors import BreakerOpenError, ConfigurationError
 from resilient_tasks.fallback import Call, write_provenance
 from resilient_tasks.worker.options import DEFER, TaskOptions
 from resilient_tasks.worker.run import Run, TaskDeferred, current_run
-from resilient_tasks.worker.runtime import runtime_of
+from resilient_tasks.worker.runtime import Runtime, runtime_of
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
@@ -85,13 +85,13 @@ def _run_guarded(task: ResilientTask, *args: Any, **kwargs: Any) -> Any:
     run = current_run.get()
     if run is None or not run.begin(task.request.id):
         return _run_ungated(task, args, kwargs)
-    breaker = runtime_of(task.app).breakers[run.admission.breaker]
+    runtime = runtime_of(task.app)
+    breaker = runtime.breakers[run.admission.breaker]
     refusal = run.admission.refusal
     if refusal is None and not run.admission.trial and breaker.state in (State.OPEN, State.FORCED_OPEN):
         refusal = breaker.refusal()  # it has opened since the gate let us through
-    if refusal is None:
-        return _GatedRun(task, breaker, run, args, kwargs).attempt()
-    return _GatedRun(task, breaker, run, args, kwargs).refused(refusal)
+    gated_run = _GatedRun(task, runtime, breaker, run, Call(task.name, task.run, args, kwargs))
+    return gated_run.attempt() if refusal is None else gated_run.refused(refusal)
 
 
 def _run_ungated(task: ResilientTask, args: Any, kwargs: Any) -> Any:
@@ -142,12 +142,10 @@ class _StopWhenOpen(tenacity.stop.stop_base):
 class _GatedRun:
     """One run of a guarded task that came through the gate."""
 
-    def __init__(self, task: ResilientTask, breaker: Breaker, run: Run, args: Any, kwargs: Any) -> None:
-        self.task, self.breaker, self.run = task, breaker, run
-        self.args, self.kwargs = args, kwargs
+    def __init__(self, task: ResilientTask, runtime: Runtime, breaker: Breaker, run: Run, call: Call) -> None:
+        self.task, self.runtime, self.breaker, self.run, self.call = task, runtime, breaker, run, call
+        self.args, self.kwargs = call.args, call.kwargs
         self.options = _options(task)
-        self.runtime = runtime_of(task.app)
-        self.call = Call(task.name, task.run, args, kwargs)
 
     def attempt(self) -> Any:
         """Run the body and judge it."""

@@ -51,8 +51,10 @@ class Ticket:
     def read(cls, headers: object) -> Ticket:
         """Return the ticket in ``headers``; an empty one if there is none or it makes no sense."""
         raw = headers.get(HEADER) if isinstance(headers, Mapping) else None
+        if raw is None:  # nearly every message there is
+            return _NO_TICKET
         if not isinstance(raw, Mapping) or not all(_valid(kind, raw.get(name)) for name, kind in _KINDS.items()):
-            return cls()
+            return _NO_TICKET
         return cls(**{name: raw[name] for name in _KINDS if raw.get(name) is not None})
 
     @classmethod
@@ -70,6 +72,8 @@ class Ticket:
         """Return the ticket of the same task on its way back to the origin queue."""
         return replace(self, resumed=epoch)
 
+
+_NO_TICKET = Ticket()
 
 assert _KINDS.keys() == {item.name for item in fields(Ticket)}, "every field of Ticket needs a kind"  # noqa: S101
 
