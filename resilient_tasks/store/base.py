@@ -153,5 +153,12 @@ class Store(Protocol):
         Used by one thread. Lost messages are possible; a regular :meth:`read` makes up for them.
         """
 
+    def check(self) -> None:
+        """Find at start-up a server that is no store at all; one that is away is nobody's mistake.
+
+        Raises:
+            ConfigurationError: something else answers at the store's address.
+        """
+
     def close(self) -> None:
         """Close connections. The store may be used again and reconnects."""

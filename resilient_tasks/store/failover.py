@@ -231,6 +231,10 @@ class FailoverStore:
         """Forget that breakers were ever declared."""
         self._primary.retire(names)
 
+    def check(self) -> None:
+        """Find a server that is no store at all; see :meth:`Store.check`."""
+        self._primary.check()
+
     def close(self) -> None:
         """Close the connections of the shared store."""
         self._primary.close()

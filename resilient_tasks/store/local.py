@@ -265,6 +265,9 @@ class LocalStore:
             if listener in self._listeners:
                 self._listeners.remove(listener)
 
+    def check(self) -> None:
+        """Do nothing: there is no server."""
+
     def close(self) -> None:
         """Do nothing: there are no connections."""
 

@@ -18,7 +18,7 @@ from redis.client import PubSub
 
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, State, Transition, Verb
 from resilient_tasks.core.record import Rules, brief, to_ms, to_seconds
-from resilient_tasks.errors import StoreError
+from resilient_tasks.errors import ConfigurationError, StoreError
 from resilient_tasks.store.base import MOST_REVOKED, REVOKED_FOR, Evidence, Pace, Spec
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.server import Argument, Script, Server
@@ -79,6 +79,14 @@ class RedisStore:
                 "it must run Lua scripts (EVAL, EVALSHA, TIME)" if answered else "it must be a Redis or Valkey server"
             )
             raise StoreError(f"{error}; {needed}") from error.__cause__
+
+    def check(self) -> None:
+        """Find a server that is no Redis; see :meth:`Store.check`."""
+        try:
+            self.ping()
+        except StoreError as error:
+            if isinstance(error.__cause__, redis.InvalidResponse):
+                raise ConfigurationError(str(error)) from None
 
     # --- decisions --------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ class Membership(bootsteps.Step):  # type: ignore[misc]  # Celery is untyped
         super().__init__(worker, **kwargs)
         runtime = runtime_of(worker.app)
         runtime.validate()
+        runtime.fleet.store.check()
         runtime.fleet.view.share()
         runtime.host = Host(runtime)
 
