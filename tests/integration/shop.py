@@ -31,7 +31,13 @@ app.conf.update(
     beat_schedule={"early": {"task": "shop.ping", "schedule": 3600.0}},
 )
 resilience = Resilience(app, tick_interval=0.25)
-QUICK: dict[str, Any] = {"consecutive_failures": 3, "open_duration": 0.5, "open_multiplier": 1.0, "open_jitter": 0.0, "ramp": 0.0}
+QUICK: dict[str, Any] = {
+    "consecutive_failures": 3,
+    "open_duration": 0.5,
+    "open_multiplier": 1.0,
+    "open_jitter": 0.0,
+    "ramp": 0.0,
+}
 
 payments = resilience.breaker("payments", **QUICK)
 accounts = resilience.breaker("accounts", **QUICK)
