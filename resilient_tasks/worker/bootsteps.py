@@ -68,7 +68,7 @@ class _TickReceiver:
 
     def __call__(self, message: Any) -> None:
         message.ack()
-        name = (message.headers or {}).get("task")
+        name = message.headers.get("task") if isinstance(message.headers, dict) else None
         if name == TICK_TASK:
             self._runtime.host.heart.want_tick()
         else:

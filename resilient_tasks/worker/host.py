@@ -46,10 +46,14 @@ class Host:
         return self._runtime.fleet.view.server_now()
 
     def origin_of(self, request: GatedRequest) -> str:
-        """Name of the queue that a request came from."""
-        if request.ticket.origin:
+        """Name of the queue that a request came from.
+
+        A ticket knows best, but only one of the queues that this worker consumes can be true.
+        """
+        tasks = self._consumer.task_consumer
+        if any(request.ticket.origin == queue.name for queue in tasks.queues):
             return request.ticket.origin
-        return seams.queue_of(self._consumer.task_consumer, request.message)
+        return seams.queue_of(tasks, request.message)
 
     def close(self) -> None:
         """Leave the fleet at shutdown, with everything told that is still to be told."""

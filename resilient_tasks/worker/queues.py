@@ -8,6 +8,7 @@ never none.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +18,13 @@ from typing import Any
 
 from celery import Celery
 from kombu import Producer, Queue
+from kombu.exceptions import OperationalError
 
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.ticket import Ticket
+
+logger = logging.getLogger("resilient_tasks")
 
 #: Properties that belong to one delivery, not to the message.
 _OF_ONE_DELIVERY = frozenset({"delivery_info", "delivery_tag", "body_encoding", "application_headers"})
@@ -78,6 +82,15 @@ class Queues(ABC):
         with contextlib.suppress(Exception):
             self._connection.close()
 
+    def _task_entry(self, message: Any) -> Entry | None:
+        """Return the entry of a waiting task; None for a message that is none, or has no way back."""
+        ticket = Ticket.read(message.headers)
+        is_task = bool(ticket.breaker) or isinstance((message.headers or {}).get("id"), str)
+        return Entry(message, ticket) if is_task and not ticket.origin.startswith(f"{self.namespace}.") else None
+
+    def _warn_of_stranger(self, breaker: str) -> None:
+        logger.warning("moved something that is no task from %s to %s", self.deferred(breaker), self.dead(breaker))
+
     @abstractmethod
     def defer(self, message: Any, ticket: Ticket, *, owned: bool, limit: int | None) -> bool:
         """Put a delivered message aside.
@@ -99,7 +112,8 @@ class Queues(ABC):
     def sift(self, breaker: str, scan: int, choose: Callable[[Sequence[Entry]], Sequence[Move]]) -> list[Move]:
         """Offer the ``scan`` oldest waiting messages to ``choose`` and make the moves that it returns.
 
-        The others keep their places. Returns the moves that were made.
+        The others keep their places, but what is no task goes to the dead-letter queue, so that it is in
+        nobody's way. Returns the moves that were made.
         """
 
     @abstractmethod
@@ -142,16 +156,33 @@ class RedisQueues(Queues):
         texts: dict[int, str | bytes] = {}
         entries: list[Entry] = []
         for text in reversed(waiting):
-            with contextlib.suppress(Exception):  # an undecodable element stays where it is
-                raw = seams.decode_message(text)
-                message = self.channel.Message(raw, channel=self.channel)
-                entries.append(Entry(message, Ticket.read(message.headers)))
-                texts[id(message)] = text
+            entry = self._entry(text)
+            if entry is None:
+                self._set_aside(breaker, text)
+            else:
+                entries.append(entry)
+                texts[id(entry.message)] = text
         moves = choose(entries)
-        return self._make(source, [(texts[id(move.entry.message)], move) for move in moves]) if moves else []
+        return self._make(breaker, [(texts[id(move.entry.message)], move) for move in moves]) if moves else []
 
-    def _make(self, source: str, moves: Sequence[tuple[str | bytes, Move]]) -> list[Move]:
-        keys = [source]
+    def _entry(self, text: str | bytes) -> Entry | None:
+        try:
+            message = self.channel.Message(seams.decode_message(text), channel=self.channel)
+            deliverable = {"exchange", "routing_key"} <= message.delivery_info.keys()  # or kombu stumbles
+            return self._task_entry(message) if deliverable else None
+        except Exception:  # noqa: BLE001 - whatever garbage does to a decoder
+            return None
+
+    def _keys(self, breaker: str) -> list[str]:
+        """Return the first two keys of the script that moves messages."""
+        return [seams.list_key(self.channel, self.deferred(breaker)), seams.list_key(self.channel, self.dead(breaker))]
+
+    def _set_aside(self, breaker: str, text: str | bytes) -> None:
+        self._warn_of_stranger(breaker)
+        self._run(self._move_source, self._keys(breaker), [text, 2, text])
+
+    def _make(self, breaker: str, moves: Sequence[tuple[str | bytes, Move]]) -> list[Move]:
+        keys = self._keys(breaker)
         args: list[str | bytes | int] = []
         for text, move in moves:
             raw = _with_ticket(move.entry.message, move.ticket)
@@ -178,6 +209,7 @@ class PublishedQueues(Queues):
         self._connection.transport_options = {**self._connection.transport_options, "confirm_publish": True}
         self._lock = threading.Lock()
         self._declared: set[str] = set()
+        self._returned = False
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -194,25 +226,38 @@ class PublishedQueues(Queues):
             Queue(queue, durable=True)(self.channel).declare()
             self._declared.add(queue)
 
-    def _publish(self, message: Any, queue: str, ticket: Ticket | None) -> None:
+    def _publish(self, message: Any, queue: str, ticket: Ticket | None) -> bool:
+        """Publish straight to a queue; False if there is no such queue."""
         headers = _stripped(message.headers or {})
         headers.pop("compression", None)  # kombu has unpacked the body already
         if ticket:
             headers = ticket.write(headers)
         properties = {name: value for name, value in message.properties.items() if name not in _OF_ONE_DELIVERY}
-        Producer(self.channel, auto_declare=False).publish(
-            message.body, exchange="", routing_key=queue, headers=headers,
+        self._returned = False
+        Producer(self.channel, auto_declare=False, on_return=self._note_return).publish(
+            message.body, exchange="", routing_key=queue, headers=headers, mandatory=True,
             content_type=message.content_type, content_encoding=message.content_encoding, **properties,
         )  # fmt: skip
+        return not self._returned
+
+    def _note_return(self, *_: Any) -> None:
+        self._returned = True
+
+    def _publish_to_own(self, message: Any, queue: str, ticket: Ticket | None) -> None:
+        self._declare(queue)
+        if not self._publish(message, queue, ticket):
+            raise OperationalError(f"queue {queue} was deleted a moment ago")
 
     def defer(self, message: Any, ticket: Ticket, *, owned: bool, limit: int | None) -> bool:
         """See :meth:`Queues.defer`."""
         queue = self.deferred(ticket.breaker)
         with self._exclusive():
             self._declare(queue)
-            if limit is not None and self._size(queue) >= limit:
-                raise DeferredQueueFullError(ticket.breaker, limit)
-            self._publish(message, queue, ticket)
+            full = limit is not None and self._size(queue) >= limit
+            if not full:
+                self._publish_to_own(message, queue, ticket)
+        if full:
+            raise DeferredQueueFullError(ticket.breaker, limit or 0)
         if owned:
             message.ack()
         return True
@@ -224,17 +269,31 @@ class PublishedQueues(Queues):
             self._declare(queue)
             messages = list(_bounded(lambda: self.channel.basic_get(queue), scan))
             try:
-                entries = [Entry(message, Ticket.read(message.headers)) for message in messages]
-                made = list(choose(entries))
+                made = list(choose(self._tasks(breaker, messages)))
                 for move in made:
-                    if move.queue is not None:
-                        self._publish(move.entry.message, move.queue, move.ticket)
-                    move.entry.message.ack()
+                    self._make(breaker, move)
                 return made
             finally:
                 for message in reversed(messages):
                     if not message.acknowledged:
                         message.requeue()
+
+    def _tasks(self, breaker: str, messages: Sequence[Any]) -> list[Entry]:
+        entries = {id(message): self._task_entry(message) for message in messages}
+        for message in messages:
+            if entries[id(message)] is None:
+                self._warn_of_stranger(breaker)
+                self._make(breaker, Move(Entry(message, Ticket()), self.dead(breaker)))
+        return [entry for entry in entries.values() if entry is not None]
+
+    def _make(self, breaker: str, move: Move) -> None:
+        message, dead = move.entry.message, self.dead(breaker)
+        if move.queue == dead:
+            self._publish_to_own(message, dead, move.ticket)
+        elif move.queue is not None and not self._publish(message, move.queue, move.ticket):
+            logger.error("Task %s is dead-lettered: its queue %s is gone", move.entry.task_id, move.queue)
+            self._publish_to_own(message, dead, move.ticket)
+        message.ack()
 
     def _size(self, queue: str) -> int:
         return int(self.channel.queue_declare(queue, passive=True).message_count)
@@ -243,7 +302,8 @@ class PublishedQueues(Queues):
         """See :meth:`Queues.size`."""
         with self._exclusive():
             for queue in queues:
-                self._declare(queue)
+                if queue.startswith(f"{self.namespace}."):  # others have arguments that only their owners know
+                    self._declare(queue)
             return sum(self._size(queue) for queue in queues)
 
 

@@ -110,7 +110,7 @@ class Resumer:
         store = self._runtime.fleet.store
 
         def choose(entries: Sequence[Entry]) -> list[Move]:
-            due = [entry for entry in entries if entry.ticket.not_before <= snapshot.now]
+            due = [entry for entry in entries if self._is_due(breaker, entry, snapshot.now)]
             chosen = list(islice(order(due), count))
             revoked = store.revoked([entry.task_id for entry in chosen]) if chosen else set()
             return [
@@ -130,6 +130,11 @@ class Resumer:
                 snapshot.deferred,
             )
 
+    @staticmethod
+    def _is_due(breaker: Breaker, entry: Entry, now: float) -> bool:
+        """Whether a task has waited long enough; a wait longer than any of ours is of another clock."""
+        return not 0 < entry.ticket.not_before - now <= breaker.policy.max_open_duration
+
     def _sift(self, breaker: str, scan: int, choose: Callable[[Sequence[Entry]], Sequence[Move]]) -> list[Move]:
         moves = self._queues.sift(breaker, scan, choose)
         if moves:
@@ -148,18 +153,18 @@ class Resumer:
         return move
 
     def _drop_revoked(self, entry: Entry) -> Move:
-        task = self._runtime.app.tasks.get(entry.task_name)
-        if task is None:
+        request = self._request(entry)
+        if request is None:
             self._runtime.app.backend.mark_as_revoked(entry.task_id, "revoked")
         else:
-            seams.announce_revoked(self._request(entry, task), "revoked")
+            seams.announce_revoked(request, "revoked")
         return drop(entry)
 
     def _dead_letter(self, entry: Entry, now: float) -> Move:
         error = expired(entry, now)
-        task = self._runtime.app.tasks.get(entry.task_name)
-        if error is not None and task is not None:
-            fail(self._request(entry, task), error)
+        request = self._request(entry)
+        if error is not None and request is not None:
+            fail(request, error)
         elif error is not None:
             self._runtime.app.backend.mark_as_failure(entry.task_id, error)
         logger.warning("Task %s[%s] is dead-lettered: %s", entry.task_name, entry.task_id, error)
@@ -177,11 +182,17 @@ class Resumer:
         consumed = {queue.name for queue in self._runtime.app.amqp.queues.consume_from.values()}
         return min(pace.outstanding, self._queues.size(*consumed))
 
-    def _request(self, entry: Entry, task: Any) -> GatedRequest:
-        return GatedRequest(
-            entry.message, app=self._runtime.app, task=task, hostname=self._consumer.hostname, eventer=self._events(),
-            body=entry.message.body, headers=entry.message.headers, decoded=False,
-        )  # fmt: skip
+    def _request(self, entry: Entry) -> GatedRequest | None:
+        """Return the request that a worker would make of a message; None if it could not."""
+        try:
+            return GatedRequest(
+                entry.message, app=self._runtime.app, task=self._runtime.app.tasks[entry.task_name],
+                hostname=self._consumer.hostname, eventer=self._events(),
+                body=entry.message.body, headers=entry.message.headers, decoded=False,
+            )  # fmt: skip
+        except Exception as exc:  # noqa: BLE001 - whatever a stranger wrote into the message
+            logger.warning("Task %s[%s] is no task of this app: %r", entry.task_name, entry.task_id, exc)
+            return None
 
     def _event(self, kind: str, entry: Entry, **fields: Any) -> None:
         events = self._events()
