@@ -48,6 +48,9 @@ class TaskScope(Protocol):
     def is_trial(self, breaker: str) -> bool:
         """Whether the run holds a permit of ``breaker``: guards inside are part of that one trial."""
 
+    def found(self, verdict: Verdict) -> None:
+        """Take note of what a guard inside the trial has found; it replaces the task-level outcome."""
+
 
 task_scope: ContextVar[TaskScope | None] = ContextVar("resilient_tasks_scope", default=None)
 
@@ -219,9 +222,12 @@ class Guarded:
 
     def _finished(self, epoch: int, holder: str, verdict: Verdict) -> int:
         """Report an admitted call; return a ticket to wait for, 0 if there is no hurry."""
+        scope = task_scope.get()
         if holder == _PERMIT_OF_TASK:
+            if scope is not None:
+                scope.found(verdict)
             return 0
-        if (scope := task_scope.get()) is not None:
+        if scope is not None:
             scope.replaced(self.name)
         if holder:
             return self.settle(holder, epoch, verdict.outcome, verdict.cause, verdict.retry_after)

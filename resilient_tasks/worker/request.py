@@ -123,7 +123,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         report = Report.unpack(packed)
         self._settle(report)
         if report.source:
-            self.send_event("task-fallback", breaker=self.breaker.name, source=report.source, age=report.age)
+            self.send_event("task-fallback", breaker=report.served_for, source=report.source, age=report.age)
         return self.finish((failed, value, runtime), **kwargs)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:  # noqa: FBT001, FBT002 - Celery's signature

@@ -65,6 +65,7 @@ class Report(NamedTuple):
         retry_after: the dependency's own ``Retry-After``, seconds.
         source: the fallback that answered; "" if none did.
         age: age of a cached answer, seconds.
+        served_for: the breaker whose refusal or failure the fallback answered.
     """
 
     outcome: Outcome | None = None
@@ -72,6 +73,7 @@ class Report(NamedTuple):
     retry_after: float | None = None
     source: str = ""
     age: float | None = None
+    served_for: str = ""
 
     def pack(self) -> Packed:
         """Return the same as a tuple of plain values."""
@@ -117,7 +119,9 @@ class Run:
     begun: bool = False
     verdict: Verdict | None = None
     served: Served | None = None
-    told: set[str] = field(default_factory=set)  # breakers whose own guards have reported
+    served_for: str = ""  # the breaker whose refusal or failure the fallback answered
+    reported: set[str] = field(default_factory=set)  # breakers whose own guards have reported
+    within_trial: Verdict | None = None  # the worst that guards inside a trial have found
 
     def begin(self, task_id: str | None) -> bool:
         """Claim the run for the task body; False for calls of other tasks, or of itself, inside it."""
@@ -128,7 +132,13 @@ class Run:
 
     def replaced(self, breaker: str) -> None:
         """A guard inside the body has reported for ``breaker``: the task as a whole need not."""
-        self.told.add(breaker)
+        self.reported.add(breaker)
+
+    def found(self, verdict: Verdict) -> None:
+        """A guard inside the trial has come to a verdict, which replaces that on the task as a whole."""
+        worst = self.within_trial
+        if worst is None or worst.outcome is not Outcome.FAILURE:
+            self.within_trial = verdict
 
     def is_trial(self, breaker: str) -> bool:
         """Whether the run holds a permit of ``breaker``, which covers all that it does inside."""
@@ -136,10 +146,16 @@ class Run:
 
     def report(self) -> Report:
         """Return what the main process should know."""
-        served = (self.served.source, self.served.age) if self.served else ("", None)
-        if self.verdict is None or self.admission.breaker in self.told:
+        served = (self.served.source, self.served.age, self.served_for) if self.served else ("", None, "")
+        verdict = self._verdict()
+        if verdict is None:
             return Report(None, "", None, *served)
-        return Report(self.verdict.outcome, self.verdict.cause, self.verdict.retry_after, *served)
+        return Report(verdict.outcome, verdict.cause, verdict.retry_after, *served)
+
+    def _verdict(self) -> Verdict | None:
+        if self.admission.trial:
+            return self.within_trial or self.verdict
+        return None if self.admission.breaker in self.reported else self.verdict
 
 
 current_run: ContextVar[Run | None] = ContextVar("resilient_tasks_run", default=None)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from resilient_tasks.breaker import Breaker, task_scope
+from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, State, Transition
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreError
 from resilient_tasks.fleet import Fleet
@@ -473,12 +474,16 @@ class Scope:
     def __init__(self, *, trial: bool = False) -> None:
         self.trial = trial
         self.told: list[str] = []
+        self.found_in_trial: list[Outcome] = []
 
     def replaced(self, breaker: str) -> None:
         self.told.append(breaker)
 
     def is_trial(self, breaker: str) -> bool:
         return self.trial and breaker == "payments"
+
+    def found(self, verdict: Verdict) -> None:
+        self.found_in_trial.append(verdict.outcome)
 
 
 @pytest.fixture

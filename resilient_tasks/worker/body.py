@@ -1,0 +1,206 @@
+"""Running the body of a guarded task, and what a refusal and a dependency failure lead to.
+
+A run that came through the gate may end with the message put aside. One that did not, eager or by a
+direct call, has no message: where no fallback answers, the error reaches the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import tenacity
+from celery import Task
+from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry
+
+from resilient_tasks.core.classification import Verdict
+from resilient_tasks.core.model import Outcome, State
+from resilient_tasks.errors import BreakerOpenError, ResilienceError
+from resilient_tasks.fallback import Call, write_provenance
+from resilient_tasks.worker.options import DEFER
+from resilient_tasks.worker.run import Run, TaskDeferred, current_run
+from resilient_tasks.worker.runtime import runtime_of
+
+if TYPE_CHECKING:
+    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.worker.task import ResilientTask
+
+_CONTROL_FLOW = (Ignore, Reject, Retry, ResilienceError)
+
+
+def run_guarded(task: ResilientTask, *args: Any, **kwargs: Any) -> Any:
+    """Run the body of a guarded task: its ``__call__``.
+
+    Raises:
+        BreakerOpenError: the breaker refused and nothing else answers.
+        TaskDeferred: the message must be put aside; only from a worker's pool.
+        ConfigurationError: nobody defines the task's breaker.
+    """
+    run = current_run.get()
+    if run is None or not run.begin(task.request.id):
+        return _UngatedBody(task, args, kwargs).run()
+    return _GatedBody(task, args, kwargs, run).run()
+
+
+class _Body:
+    """One run of a body, with its breaker and fallbacks around it."""
+
+    def __init__(self, task: Any, args: Any, kwargs: Any) -> None:
+        self.task, self.args, self.kwargs = task, args, kwargs
+        self.options = task.options
+        self.runtime = runtime_of(task.app)
+        self.breaker: Breaker = self.runtime.breaker(self.options.breaker)
+        self.call = Call(task.name, task.run, args, kwargs)
+
+    def run(self) -> Any:
+        """Run it and answer for it."""
+        try:
+            value = self.attempts()
+        except Retry:
+            raise  # Celery has sent the task off again: this run has no answer of its own
+        except BreakerOpenError as refusal:
+            return self.answer(refusal.breaker, partial(self.refused, refusal))
+        except Exception as exc:
+            if self.breaker.judge(exc).outcome is not Outcome.FAILURE:
+                raise
+            return self.answer(self.breaker.name, partial(self.failed, exc))
+        self.options.fallback.remember(self.call, value, self.runtime.fleet.store)
+        return value
+
+    def attempts(self) -> Any:
+        """Make the one attempt, or the quick ones of ``retrying=``."""
+        retrying = self.options.retrying
+        if retrying is None:
+            return self.attempt()
+        bounded = retrying.copy(
+            stop=_StopWhenOpen(self.breaker, retrying.stop), retry=_RetryErrors(retrying.retry), reraise=True
+        )
+        return bounded(self.attempt)
+
+    def attempt(self) -> Any:
+        """Call the body once."""
+        return self.breaker.call(self.function, *self.args, **self.kwargs)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The ``__call__`` of a user's base class, else what Celery would call."""
+        function: Callable[..., Any] = self.task.own_call or self.task.run
+        return function
+
+    def answer(self, breaker: str, otherwise: Callable[[], Any]) -> Any:
+        """Return what a fallback serves; if none does, what ``otherwise`` makes of it."""
+        served = self.options.fallback.answer(self.call, self.runtime.fleet.store)
+        if served is None:
+            return otherwise()
+        if self.task.request.id:
+            ttl = self.runtime.result_ttl
+            write_provenance(self.runtime.fleet.store, self.task.request.id, served, breaker, ttl)
+        self.serve(served, breaker)
+        return served.value
+
+    def serve(self, served: Any, breaker: str) -> None:
+        """Take note that a fallback has answered."""
+
+    def refused(self, refusal: BreakerOpenError) -> NoReturn:
+        """End a run that a breaker has refused, and no fallback has answered."""
+        raise refusal
+
+    def failed(self, exc: Exception) -> NoReturn:
+        """End a run that has failed through its dependency, and no fallback has answered."""
+        raise exc
+
+
+class _UngatedBody(_Body):
+    """A run that passed no gate: eager, or a direct call."""
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """A direct call gets a request of its own, as Celery's own ``__call__`` gives it."""
+        if self.task.own_call is None and not self.task.request.is_eager:
+            return partial(Task.__call__, self.task)
+        return super().function
+
+
+class _GatedBody(_Body):
+    """A run that came through the gate and reports to it."""
+
+    def __init__(self, task: Any, args: Any, kwargs: Any, run: Run) -> None:
+        super().__init__(task, args, kwargs)
+        self.gated = run
+
+    def attempts(self) -> Any:
+        """Attempt it if it is still admitted, and judge the run as a whole."""
+        refusal = self.gated.admission.refusal or self._refusal_since()
+        if refusal is not None:
+            raise refusal
+        started = perf_counter()
+        try:
+            value = super().attempts()
+        except BreakerOpenError:
+            self.gated.verdict = Verdict(Outcome.IGNORED)
+            raise
+        except BaseException as exc:
+            self.gated.verdict = self.breaker.judge(exc)
+            raise
+        self.gated.verdict = Verdict(self.breaker.outcome_of_success(perf_counter() - started))
+        return value
+
+    def attempt(self) -> Any:
+        """Call the body; quick attempts are outcomes of their own, but for those of a trial, which has one."""
+        if self.options.retrying is None or self.gated.admission.trial:
+            return self.function(*self.args, **self.kwargs)
+        return super().attempt()
+
+    def serve(self, served: Any, breaker: str) -> None:
+        """Have the main process tell of it."""
+        self.gated.served, self.gated.served_for = served, breaker
+
+    def refused(self, refusal: BreakerOpenError) -> NoReturn:
+        """Defer the task until the breaker that refused admits, if that is one of this app."""
+        if self.options.on_open != DEFER or refusal.breaker not in self.runtime.breakers:
+            raise refusal
+        raise TaskDeferred(refusal.breaker, str(refusal), self.gated.admission.attempts) from refusal
+
+    def failed(self, exc: Exception) -> NoReturn:
+        """Defer the task, unless it has used up its attempts or Celery retries it."""
+        attempts = self.gated.admission.attempts + self.gated.admission.counts
+        if self.options.on_failure != DEFER or self._has_retried(exc) or attempts >= self.options.max_attempts:
+            raise exc
+        cause = self.gated.verdict.cause if self.gated.verdict else ""
+        raise TaskDeferred(self.breaker.name, f"the task failed: {cause}", attempts, True) from exc
+
+    def _refusal_since(self) -> BreakerOpenError | None:
+        """Return the refusal of a breaker that has opened since the gate let this run through."""
+        if self.gated.admission.trial or self.breaker.state not in (State.OPEN, State.FORCED_OPEN):
+            return None
+        return self.breaker.refusal()
+
+    def _has_retried(self, exc: Exception) -> bool:
+        """Whether Celery's own retrying has had its say about this failure."""
+        automatic = tuple(getattr(self.task, "autoretry_for", None) or ())
+        return bool(self.task.request.retries > 0 or isinstance(exc, (MaxRetriesExceededError, *automatic)))
+
+
+class _StopWhenOpen(tenacity.stop.stop_base):
+    """Ends quick attempts when the user's own condition does, or as soon as the breaker no longer admits."""
+
+    def __init__(self, breaker: Breaker, otherwise: Any) -> None:
+        self._breaker = breaker
+        self._otherwise = otherwise
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
+        return not self._breaker.admits or bool(self._otherwise(retry_state))
+
+
+class _RetryErrors(tenacity.retry_base):
+    """Repeats what the user's own condition does, but no control flow: ``self.retry()`` has sent a message already."""
+
+    def __init__(self, otherwise: Any) -> None:
+        self._otherwise = otherwise
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
+        outcome = retry_state.outcome
+        error = outcome.exception() if outcome is not None else None
+        return not isinstance(error, _CONTROL_FLOW) and bool(self._otherwise(retry_state))
