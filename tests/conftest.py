@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+from celery._state import _set_task_join_will_block
 from hypothesis import settings
 
 # no deadline: a shared machine is slow at times, and slow is not wrong
@@ -17,3 +19,10 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in list(os.environ):
         if variable.upper().startswith("RESILIENT_TASKS_"):
             monkeypatch.delenv(variable)
+
+
+@pytest.fixture(autouse=True)
+def _outside_any_pool() -> Iterator[None]:
+    """A solo pool makes this process a pool process, in which nobody may wait for results."""
+    yield
+    _set_task_join_will_block(False)
