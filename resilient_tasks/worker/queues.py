@@ -57,6 +57,9 @@ class Move:
     ticket: Ticket | None = None
 
 
+Choose = Callable[[Sequence[Entry]], Sequence[Move]]
+
+
 class Queues(ABC):
     """The broker's side of deferring. One instance per thread or guarded by the caller's loop."""
 
@@ -109,8 +112,8 @@ class Queues(ABC):
         """
 
     @abstractmethod
-    def sift(self, breaker: str, scan: int, choose: Callable[[Sequence[Entry]], Sequence[Move]]) -> list[Move]:
-        """Offer the ``scan`` oldest waiting messages to ``choose`` and make the moves that it returns.
+    def sift(self, breaker: str, scan: int, choose: Choose, *, start: int = 0) -> list[Move]:
+        """Offer the ``scan`` oldest waiting messages, but for the first ``start``, to ``choose``; make its moves.
 
         The others keep their places, but what is no task goes to the dead-letter queue, so that it is in
         nobody's way. Returns the moves that were made.
@@ -149,7 +152,7 @@ class RedisQueues(Queues):
             seams.forget_delivery(message)
         return bool(answer)
 
-    def sift(self, breaker: str, scan: int, choose: Callable[[Sequence[Entry]], Sequence[Move]]) -> list[Move]:
+    def sift(self, breaker: str, scan: int, choose: Choose, *, start: int = 0) -> list[Move]:
         """See :meth:`Queues.sift`."""
         source = seams.list_key(self.channel, self.deferred(breaker))
         waiting = seams.plain_client(self.channel).lrange(source, -scan, -1)
@@ -234,7 +237,8 @@ class PublishedQueues(Queues):
             headers = ticket.write(headers)
         properties = {name: value for name, value in message.properties.items() if name not in _OF_ONE_DELIVERY}
         self._returned = False
-        Producer(self.channel, auto_declare=False, on_return=self._note_return).publish(
+        on_return = self._note_return if hasattr(self.channel, "events") else None  # emulated ones take everything
+        Producer(self.channel, auto_declare=False, on_return=on_return).publish(
             message.body, exchange="", routing_key=queue, headers=headers, mandatory=True,
             content_type=message.content_type, content_encoding=message.content_encoding, **properties,
         )  # fmt: skip
@@ -262,7 +266,7 @@ class PublishedQueues(Queues):
             message.ack()
         return True
 
-    def sift(self, breaker: str, scan: int, choose: Callable[[Sequence[Entry]], Sequence[Move]]) -> list[Move]:
+    def sift(self, breaker: str, scan: int, choose: Choose, *, start: int = 0) -> list[Move]:
         """See :meth:`Queues.sift`."""
         queue = self.deferred(breaker)
         with self._exclusive():
