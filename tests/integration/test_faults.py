@@ -65,7 +65,7 @@ def test_tasks_restored_while_they_run_are_put_aside_once(shop: Shop) -> None:
     shop.set_health("payments", "hang")
     results = [shop.charge.delay(order) for order in range(2)]
     ids = {result.id for result in results}
-    shop.wait(lambda: set(Counter(shop.runs("charge")).values()) == {2}, "each to run twice at the same time")
+    shop.wait(lambda: len(shop.runs("charge")) == 4, "the pools to be full of second copies")
     shop.open("payments")
     shop.set_health("payments", "down")
     shop.wait(lambda: shop.waiting("payments") == 2 and copies(shop.broker) == dict.fromkeys(ids, 1), "one of each")
@@ -96,9 +96,8 @@ def test_early_ack_puts_a_failing_task_aside_after_its_run(shop: Shop) -> None:
     shop.worker()
     shop.set_health("early", "down")
     result = shop.early.delay()
-    shop.wait_state(result, "DEFERRED")
-    assert shop.waiting("tolerant") == 1
-    assert shop.broker.hlen("unacked") == 0
+    shop.wait(lambda: shop.waiting("tolerant") == 1 and not shop.broker.hlen("unacked"), "it to wait")
+    assert result.state == "DEFERRED"
     shop.set_health("early", "up")
     assert result.get(timeout=60) == "ok"
     assert set(shop.runs("early")) == {result.id}
@@ -113,9 +112,8 @@ def test_a_killed_worker_gives_its_permits_to_another(shop: Shop) -> None:
     shop.payments.trip()
     results = [shop.charge.delay(order) for order in range(5)]
     shop.wait(lambda: shop.payments.snapshot().trials and shop.calls("payments"), "a trial")
+    assert shop.payments.snapshot().state is State.HALF_OPEN
     doomed.kill()
-    held = shop.payments.snapshot()
-    assert (held.state, held.trials > 0) == (State.HALF_OPEN, True)
     shop.set_health("payments", "up")
     shop.worker(env=soon_restored(2))
     shop.wait(lambda: all_done(results), "all to finish")
@@ -135,15 +133,13 @@ def test_a_killed_pool_process_is_one_failure(shop: Shop) -> None:
 
 
 def test_a_trial_whose_pool_process_is_killed_fails_at_once(shop: Shop) -> None:
-    shop.worker()
+    worker = shop.worker()
     shop.set_health("slow", "hang")
     shop.tolerant.trip()
     shop.reckless.delay("slow")
-    shop.wait(lambda: shop.side.llen("pids"), "the trial")
-    half_open = shop.tolerant.snapshot()
     shop.kill_pool_process()
-    shop.wait(lambda: shop.tolerant.snapshot().openings > half_open.openings, "the breaker to open again")
-    assert "WorkerLostError" in shop.tolerant.snapshot().reason
+    opened_again = "tolerant: HALF_OPEN -> OPEN: 1 of 3 trials failed, last: WorkerLostError"
+    shop.wait(lambda: opened_again in worker.output(), "the breaker to open again")
 
 
 # --- the result backend -----------------------------------------------------------------------------
@@ -160,7 +156,7 @@ def test_without_the_result_backend_tasks_are_deferred_and_healthy_ones_run(shop
     for _ in range(50):
         shop.tally.delay()
     shop.wait(lambda: shop.waiting("payments") == 50 and shop.side.get("tally") == "50", "all of both kinds")
-    assert time.monotonic() - began < 10  # a write that waited for each deferral would take minutes
+    assert time.monotonic() - began < 15  # one deferral that waits for the backend takes longer than that
     backend = _bring_back(shop, backend, fault)
     shop.close("payments")
     shop.wait(lambda: sorted(shop.runs("charge")) == sorted(charges), "all to run")
