@@ -254,7 +254,7 @@ class RedisStore:
         with closing(self._server.run(self._subscribe)) as subscription:
             yield None
             while True:
-                with self._server.errors_translated():
+                with self._server.errors_translated(remember=False):
                     message = subscription.get_message(ignore_subscribe_messages=True, timeout=timeout)
                 yield message and _published(message["data"])
 

@@ -133,13 +133,19 @@ class Server:
         return result
 
     @contextmanager
-    def errors_translated(self) -> Iterator[None]:
-        """Turn every error of redis-py into a StoreError, and remember if the server is away."""
+    def errors_translated(self, *, remember: bool = True) -> Iterator[None]:
+        """Turn every error of redis-py into a StoreError.
+
+        Args:
+            remember: take a missing reply as a sign that the server is away. Not for a subscription: that it was
+                cut says nothing about the server, and nobody else has to wait for it.
+        """
         try:
             yield
         except _AWAY as error:
-            with self._lock:
-                self._retry_at = time.monotonic() + self._cooldown
+            if remember:
+                with self._lock:
+                    self._retry_at = time.monotonic() + self._cooldown
             self._raise(error, _trouble(error))
         except redis.RedisError as error:
             self._raise(error, "answered with an error")

@@ -1,0 +1,69 @@
+"""The Celery project that the benchmarks run: tasks that do nothing, with a breaker and without.
+
+Bare is the setting in which the library costs most in proportion: no results, no task events and no log line
+per task, so that little but Celery's own handling of a message is left to compare with. ``BENCH_USUAL=1``
+switches all three on, as most projects have them. ``BENCH_WATCH=1`` makes each process of a worker note when
+it begins to refuse.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from typing import Any
+
+import redis
+from celery import Celery, signals
+
+from resilient_tasks import Resilience
+
+USUAL = os.environ.get("BENCH_USUAL") == "1"
+REFUSALS = "refusals"  # list on the broker's server: who saw the breaker refuse, and when
+WATCH_INTERVAL = 0.002  # seconds
+
+app = Celery("bench", broker=os.environ["BENCH_BROKER"], backend=os.environ["BENCH_BACKEND"])
+app.conf.update(
+    broker_connection_retry_on_startup=True,
+    task_acks_late=True,
+    task_ignore_result=not USUAL,
+    worker_prefetch_multiplier=4,
+)
+resilience = Resilience(app)
+payments = resilience.breaker("payments")
+
+if not USUAL:
+    for silenced in ("celery.worker.strategy", "celery.app.trace", "resilient_tasks"):
+        logging.getLogger(silenced).setLevel(logging.WARNING)
+
+
+@app.task(send_events=USUAL)
+def plain() -> None:
+    """Do nothing."""
+
+
+@app.task(breaker=payments, send_events=USUAL)
+def guarded() -> None:
+    """Do nothing, behind the gate."""
+
+
+def watch() -> None:
+    """Note each time at which this process begins to refuse, as the gate and the guards of this process see it."""
+    with redis.Redis.from_url(os.environ["BENCH_BROKER"]) as client:
+        refused = not payments.admits
+        while True:
+            refuses = not payments.admits
+            if refuses and not refused:
+                client.rpush(REFUSALS, f"{os.getpid()} {time.time()}")
+            refused = refuses
+            time.sleep(WATCH_INTERVAL)
+
+
+def start_watching(**_: Any) -> None:
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if os.environ.get("BENCH_WATCH") == "1":
+    signals.worker_ready.connect(start_watching)
+    signals.worker_process_init.connect(start_watching)

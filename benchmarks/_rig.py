@@ -1,0 +1,152 @@
+"""What the benchmarks with a real worker share: a server, the project, its workers, and statistics.
+
+Messages are published once and kept as a template. A round copies the template to the queue, in one command,
+and ends when the queue is empty and every message acknowledged; so the producer takes no part in it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import logging
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+import psutil
+import redis
+
+from resilient_tasks.core.model import State
+from workers.processes import Server, Worker, start_valkey, start_worker, wait_until
+
+MODULE = "benchmarks._project"
+QUEUE = "celery"
+POLL_INTERVAL = 0.002  # seconds; how exactly a round's end is seen
+PATIENCE = 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class Round:
+    """One run of a template through a worker: seconds in all, CPU seconds of its main process and its pool."""
+
+    seconds: float
+    main: float
+    pool: float
+
+
+class Rig:
+    """The project on servers of its own: one for broker and results, one for the breakers' state."""
+
+    def __init__(self, broker: Server, store: Server, directory: Path, environment: dict[str, str]) -> None:
+        self.environment = environment
+        self.broker = redis.Redis.from_url(broker.url(0), decode_responses=True)
+        self.results = redis.Redis.from_url(broker.url(1))
+        self.store = redis.Redis.from_url(store.url(0), decode_responses=True)
+        self.project: ModuleType = importlib.import_module(MODULE)
+        logging.getLogger("resilient_tasks").setLevel(logging.ERROR)  # each transition is worth a warning
+        self._directory = directory
+        self._workers: list[Worker] = []
+        self._count = itertools.count(1)
+
+    def worker(self) -> Worker:
+        """Start a prefork worker with two processes and wait until it consumes."""
+        name = f"worker-{next(self._count)}"
+        worker = start_worker(MODULE, name=name, directory=self._directory, env=self.environment)
+        self._workers.append(worker)
+        return worker.wait_until_ready()
+
+    def stop_workers(self) -> None:
+        """Stop all workers."""
+        while self._workers:
+            self._workers.pop().stop()
+
+    def template(self, task: Any, count: int) -> str:
+        """Keep ``count`` messages of a task under its name. No worker may run."""
+        for _ in range(count):
+            task.delay()
+        self.broker.rename(QUEUE, task.name)
+        return str(task.name)
+
+    def go(self, template: str, worker: Worker) -> Round:
+        """Send a template through a worker."""
+        self.results.flushdb()
+        before = cpu(worker)
+        started = time.perf_counter()
+        self.broker.copy(template, QUEUE)
+        self.wait_until_done()
+        seconds = time.perf_counter() - started
+        after = cpu(worker)
+        return Round(seconds, after[0] - before[0], after[1] - before[1])
+
+    def wait_until_done(self) -> None:
+        """Wait until no message is queued or unacknowledged."""
+        deadline = time.monotonic() + PATIENCE
+        while self.broker.llen(QUEUE) or self.broker.hlen("unacked"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.broker.llen(QUEUE)} messages are still queued")
+            time.sleep(POLL_INTERVAL)
+
+    def set_state(self, state: State) -> None:
+        """Isolate or reset the breaker and let every worker know."""
+        breaker = self.project.payments
+        breaker.isolate(reason="benchmark") if state is State.FORCED_OPEN else breaker.reset(reason="benchmark")
+        time.sleep(1.0)  # twice as long as a lost message takes to be made up for
+
+    def deferred(self) -> int:
+        """Number of waiting tasks."""
+        return int(self.broker.llen("resilient.deferred.payments"))
+
+
+def cpu(worker: Worker) -> tuple[float, float]:
+    """Return the CPU seconds that a worker's main process and its pool have used."""
+    main = psutil.Process(worker.pid)
+    used = [sum(process.cpu_times()[:2]) for process in (main, *main.children())]
+    return used[0], sum(used[1:])
+
+
+@contextmanager
+def rig(**environment: str) -> Iterator[Rig]:
+    """Start the servers; stop them, and all workers, at the end."""
+    with tempfile.TemporaryDirectory() as directory:
+        servers = [start_valkey(Path(directory), name=name) for name in ("broker", "store")]
+        broker, store = servers
+        urls = {"BENCH_BROKER": broker.url(0), "BENCH_BACKEND": broker.url(1)}
+        environment = {**urls, "RESILIENT_TASKS_STORE_URL": store.url(0), **environment}
+        os.environ.update(environment)
+        bench = Rig(broker, store, Path(directory), environment)
+        try:
+            yield bench
+        finally:
+            bench.stop_workers()
+            bench.project.resilience.fleet.close()
+            for server in servers:
+                server.stop()
+
+
+def confidence(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the median, by resampling."""
+    draw = random.Random(1)
+    medians = sorted(median(draw.choices(values, k=len(values))) for _ in range(2000))
+    return medians[50], medians[-51]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the smallest value that ``share`` of all do not exceed."""
+    ranked = sorted(values)
+    return ranked[min(len(ranked) - 1, int(share * len(ranked)))]
+
+
+def verdict(*, met: bool) -> str:
+    """Say whether a target is met."""
+    return "met" if met else "MISSED"
+
+
+__all__ = ["PATIENCE", "Rig", "Round", "State", "confidence", "percentile", "rig", "verdict", "wait_until"]

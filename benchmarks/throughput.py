@@ -1,0 +1,70 @@
+"""What the gate costs a worker: a task that does nothing, guarded and not, through the same worker.
+
+Prefork with two processes, Redis broker, acks_late. Rounds alternate, so that a busy machine slows both alike;
+the ratio is the median of the ratios of neighbouring rounds. CPU time says the same with less noise.
+Run with ``usual`` for one setting only, or ``bare``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from statistics import median
+
+from benchmarks._rig import Rig, Round, confidence, rig, verdict
+
+TASKS = 300  # per round
+PAIRS = 40
+TARGET = 0.97
+SETTINGS = {
+    "bare": "no results, no events, no log line per task",
+    "usual": "results, events and log lines on",
+}
+
+
+def measure(bench: Rig) -> list[tuple[Round, Round]]:
+    """Return pairs of neighbouring rounds, unguarded and guarded."""
+    plain, guarded = (bench.template(task, TASKS) for task in (bench.project.plain, bench.project.guarded))
+    worker = bench.worker()
+    for template in (plain, guarded):
+        bench.go(template, worker)
+    pairs = []
+    for number in range(PAIRS):
+        if number % 2:
+            own = bench.go(guarded, worker)
+            pairs.append((bench.go(plain, worker), own))
+        else:
+            other = bench.go(plain, worker)
+            pairs.append((other, bench.go(guarded, worker)))
+    return pairs
+
+
+def report(setting: str, pairs: list[tuple[Round, Round]]) -> None:
+    print(f"\n{PAIRS} pairs of rounds of {TASKS} tasks that do nothing; {SETTINGS[setting]}\n")
+    print(f"{'':12}{'tasks/s':>10}{'CPU of main process':>22}{'CPU of pool':>14}   (per task)")
+    for index, name in enumerate(("unguarded", "guarded")):
+        rounds = [pair[index] for pair in pairs]
+        speed = TASKS / median(one.seconds for one in rounds)
+        main, pool = (sum(getattr(one, part) for one in rounds) / TASKS / PAIRS * 1e6 for part in ("main", "pool"))
+        print(f"{name:12}{speed:10.0f}{main:19.0f} µs{pool:11.0f} µs")
+    ratios = [plain.seconds / guarded.seconds for plain, guarded in pairs]
+    low, high = confidence(ratios)
+    spent = [sum(pair[index].main + pair[index].pool for pair in pairs) for index in (0, 1)]
+    print(f"\nguarded / unguarded: {median(ratios):.3f} of the tasks/s (95 % of {low:.3f} to {high:.3f});", end=" ")
+    print(f"unguarded / guarded CPU {spent[0] / spent[1]:.3f}")
+    print(f"target >= {TARGET}: {verdict(met=median(ratios) >= TARGET)}")
+
+
+def main() -> None:
+    wanted = [name for name in sys.argv[1:] if name in SETTINGS]
+    if len(wanted) != 1:  # a process for each: the project reads its setting when it is imported
+        for name in wanted or SETTINGS:
+            subprocess.run([sys.executable, "-m", "benchmarks.throughput", name], check=True)
+        return
+    with rig(BENCH_USUAL=str(int(wanted[0] == "usual"))) as bench:
+        pairs = measure(bench)
+    report(wanted[0], pairs)
+
+
+if __name__ == "__main__":
+    main()
