@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+import redis
 from celery import Celery
 from kombu import Producer, Queue
 from kombu.exceptions import OperationalError
@@ -132,10 +133,18 @@ class RedisQueues(Queues):
         scripts = resources.files("resilient_tasks.worker") / "lua"
         self._defer_source = (scripts / "defer.lua").read_text()
         self._move_source = (scripts / "move.lua").read_text()
+        self._known_client: redis.Redis | None = None
+
+    @property
+    def _client(self) -> redis.Redis:
+        """A client on the channel's connections; kept, because making one costs as much as a command."""
+        channel = self.channel
+        if self._known_client is None or self._known_client.connection_pool is not channel.pool:
+            self._known_client = seams.plain_client(channel)
+        return self._known_client
 
     def _run(self, source: str, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
-        client = seams.plain_client(self.channel)
-        return client.register_script(source)(keys=keys, args=args)
+        return self._client.register_script(source)(keys=keys, args=args)
 
     def defer(self, message: Any, ticket: Ticket, *, owned: bool, limit: int | None) -> bool:
         """See :meth:`Queues.defer`."""
@@ -155,7 +164,7 @@ class RedisQueues(Queues):
     def sift(self, breaker: str, scan: int, choose: Choose, *, start: int = 0) -> list[Move]:
         """See :meth:`Queues.sift`."""
         source = seams.list_key(self.channel, self.deferred(breaker))
-        waiting = seams.plain_client(self.channel).lrange(source, -scan, -1)
+        waiting = self._client.lrange(source, -scan, -1)
         texts: dict[int, str | bytes] = {}
         entries: list[Entry] = []
         for text in reversed(waiting):
