@@ -259,6 +259,22 @@ def test_a_broker_killed_in_mid_outage_loses_nothing(shop: Shop) -> None:
     assert worker.running
 
 
+def test_a_task_acknowledged_early_that_fails_while_the_broker_is_away_is_put_aside_later(shop: Shop) -> None:
+    server = shop.server_of_its_own(persistent=True)
+    worker = shop.worker(env={"SHOP_BROKER_URL": server.url()})
+    shop.set_health("early", "hang")
+    with Connection(server.url()) as connection:
+        result = shop.early.apply_async(connection=connection)
+    shop.wait(lambda: shop.runs("early"), "it to run")
+    server.program.kill()
+    shop.set_health("early", "down")
+    shop.wait(lambda: "Connection to broker lost" in worker.output(), "the worker to notice")
+    server = shop.start_again(server, persistent=True)
+    shop.wait_state(result, "DEFERRED")
+    shop.set_health("early", "up")
+    assert result.get(timeout=60) == "ok"
+
+
 def _charge_through(shop: Shop, broker: Server, count: int) -> list[Any]:
     with Connection(broker.url()) as connection:
         return [shop.charge.apply_async((order,), connection=connection) for order in range(count)]
