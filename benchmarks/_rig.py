@@ -11,9 +11,11 @@ import itertools
 import logging
 import os
 import random
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,10 @@ from resilient_tasks.core.model import State
 from workers.processes import Server, Worker, start_valkey, start_worker, wait_until
 
 MODULE = "benchmarks._project"
+SETTINGS = {
+    "bare": "no results, no events, no log line per task",
+    "usual": "results, events and log lines on",
+}
 QUEUE = "celery"
 POLL_INTERVAL = 0.002  # seconds; how exactly a round's end is seen
 PATIENCE = 60.0  # seconds
@@ -131,6 +137,20 @@ def rig(**environment: str) -> Iterator[Rig]:
                 server.stop()
 
 
+def in_each_setting(module: str, measure: Callable[[Rig, str], None]) -> None:
+    """Call ``measure`` for bare and usual tasks, or for those named on the command line.
+
+    Each in a process of its own, because the project reads its setting when it is imported.
+    """
+    wanted = [name for name in sys.argv[1:] if name in SETTINGS]
+    if len(wanted) == 1:
+        with rig(BENCH_USUAL=str(int(wanted[0] == "usual"))) as bench:
+            measure(bench, SETTINGS[wanted[0]])
+        return
+    for name in SETTINGS:
+        subprocess.run([sys.executable, "-m", module, name], check=True)
+
+
 def confidence(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % confidence interval of the median, by resampling."""
     draw = random.Random(1)
@@ -149,4 +169,15 @@ def verdict(*, met: bool) -> str:
     return "met" if met else "MISSED"
 
 
-__all__ = ["PATIENCE", "Rig", "Round", "State", "confidence", "percentile", "rig", "verdict", "wait_until"]
+__all__ = [
+    "PATIENCE",
+    "Rig",
+    "Round",
+    "State",
+    "confidence",
+    "in_each_setting",
+    "percentile",
+    "rig",
+    "verdict",
+    "wait_until",
+]

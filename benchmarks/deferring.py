@@ -1,8 +1,8 @@
 """How fast a worker puts refused tasks aside, and how fast a tick moves them back.
 
 The breaker is isolated while its tasks are queued; the same worker also runs a task that does nothing, so
-that the two speeds can be compared. Deferring must be the faster one, or a backlog of refused tasks would
-hold up the others on the same queue.
+that the two speeds can be compared: a backlog of refused tasks should hold up others on its queue no longer than
+if it ran.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks._rig import PATIENCE, Rig, State, rig, verdict, wait_until
+from benchmarks._rig import Rig, State, in_each_setting
 from resilient_tasks.core.pace import Pace
-from resilient_tasks.worker.resume import Resumer
 from resilient_tasks.worker.runtime import runtime_of
+from resilient_tasks.worker.tick import Tick
 
 TASKS = 2_000
 ROUNDS = 3
@@ -43,12 +43,12 @@ def seconds_of_resuming(bench: Rig) -> tuple[int, float]:
     waiting, snapshot = bench.deferred(), breaker.snapshot()
     store.save_pace(breaker.name, Pace(waiting, snapshot.total_failures, 0, snapshot.now))
     worker: Any = SimpleNamespace(event_dispatcher=None, hostname="bench")
-    resumer = Resumer(runtime, worker)
+    tick = Tick(runtime, worker, wake=lambda: None)
     started = time.perf_counter()
-    resumer.resume(breaker, snapshot)
+    assert tick.run(), "somebody else held the lease"
     seconds = time.perf_counter() - started
-    resumer.close()
-    assert bench.deferred() == 0 and bench.broker.llen("celery") == waiting, "a task was lost or doubled"
+    tick.close()
+    assert (bench.deferred(), bench.broker.llen("celery")) == (0, waiting), "a task was lost or doubled"
     return waiting, seconds
 
 
@@ -57,15 +57,16 @@ def report(setting: str, runs: list[float], deferrals: list[float]) -> None:
     print(f"\n{ROUNDS} rounds of {TASKS} tasks, one worker, prefork with two processes; {setting}\n")
     print(f"runs of a task that does nothing {median(runs):8.0f} /s")
     print(f"deferrals                        {median(deferrals):8.0f} /s   {ratio:.2f} times as fast")
-    print(f"target: faster than runs: {verdict(met=ratio > 1)}")
+
+
+def compare(bench: Rig, setting: str) -> None:
+    report(setting, *measure(bench))
+    count, seconds = seconds_of_resuming(bench)
+    print(f"one tick moved {count} waiting tasks back in {seconds:.2f} s: {count / seconds:.0f} /s")
 
 
 def main() -> None:
-    with rig(BENCH_USUAL="1") as bench:
-        report("results, events and log lines on", *measure(bench))
-        wait_until(lambda: not bench.broker.hlen("unacked"), timeout=PATIENCE, what="the worker to be idle")
-        count, seconds = seconds_of_resuming(bench)
-        print(f"\none tick moved {count} waiting tasks back in {seconds:.2f} s: {count / seconds:.0f} /s")
+    in_each_setting("benchmarks.deferring", compare)
 
 
 if __name__ == "__main__":

@@ -2,24 +2,18 @@
 
 Prefork with two processes, Redis broker, acks_late. Rounds alternate, so that a busy machine slows both alike;
 the ratio is the median of the ratios of neighbouring rounds. CPU time says the same with less noise.
-Run with ``usual`` for one setting only, or ``bare``.
+With the argument ``bare`` or ``usual`` only that setting is measured.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from statistics import median
 
-from benchmarks._rig import Rig, Round, confidence, rig, verdict
+from benchmarks._rig import Rig, Round, confidence, in_each_setting, verdict
 
 TASKS = 300  # per round
 PAIRS = 40
 TARGET = 0.97
-SETTINGS = {
-    "bare": "no results, no events, no log line per task",
-    "usual": "results, events and log lines on",
-}
 
 
 def measure(bench: Rig) -> list[tuple[Round, Round]]:
@@ -40,7 +34,7 @@ def measure(bench: Rig) -> list[tuple[Round, Round]]:
 
 
 def report(setting: str, pairs: list[tuple[Round, Round]]) -> None:
-    print(f"\n{PAIRS} pairs of rounds of {TASKS} tasks that do nothing; {SETTINGS[setting]}\n")
+    print(f"\n{PAIRS} pairs of rounds of {TASKS} tasks that do nothing; {setting}\n")
     print(f"{'':12}{'tasks/s':>10}{'CPU of main process':>22}{'CPU of pool':>14}   (per task)")
     for index, name in enumerate(("unguarded", "guarded")):
         rounds = [pair[index] for pair in pairs]
@@ -55,15 +49,12 @@ def report(setting: str, pairs: list[tuple[Round, Round]]) -> None:
     print(f"target >= {TARGET}: {verdict(met=median(ratios) >= TARGET)}")
 
 
+def compare(bench: Rig, setting: str) -> None:
+    report(setting, measure(bench))
+
+
 def main() -> None:
-    wanted = [name for name in sys.argv[1:] if name in SETTINGS]
-    if len(wanted) != 1:  # a process for each: the project reads its setting when it is imported
-        for name in wanted or SETTINGS:
-            subprocess.run([sys.executable, "-m", "benchmarks.throughput", name], check=True)
-        return
-    with rig(BENCH_USUAL=str(int(wanted[0] == "usual"))) as bench:
-        pairs = measure(bench)
-    report(wanted[0], pairs)
+    in_each_setting("benchmarks.throughput", compare)
 
 
 if __name__ == "__main__":

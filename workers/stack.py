@@ -213,7 +213,7 @@ def announce(stack: Stack) -> None:
     lines += [
         "",
         f"  . {stack.directory}/env                        # then any celery command, e.g.",
-        f"  {Path(sys.executable).parent / 'celery'} -A {APP} breakers list",
+        f"  {Path(sys.executable).parent / 'celery'} -A {APP} inspect active",
         f'  curl -X PUT {stack.service.admin_url}/payments -d \'{{"health": "hang"}}\'',
         "  make down",
     ]
