@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from resilient_tasks.core.model import Outcome, State, Transition, Verb
+from resilient_tasks.core.model import ADMITTING, Outcome, State, Transition, Verb
 from resilient_tasks.core.record import COUNTING, Record
 from resilient_tasks.core.window import Totals
 
-_ADMITTING = frozenset({State.CLOSED, State.SHADOW, State.DISABLED})
 _TARGETS = {
     Verb.TRIP: State.OPEN,
     Verb.ISOLATE: State.FORCED_OPEN,
@@ -57,7 +56,7 @@ class Decision:
         if self.record.state is State.HALF_OPEN:
             granted = self._grant(holder, lease)
             return granted, granted
-        return self.record.state in _ADMITTING, False
+        return self.record.state in ADMITTING, False
 
     def report(
         self, epoch: int, runs: Sequence[tuple[Outcome, int]], cause: str = "", retry_after: int | None = None

@@ -22,6 +22,10 @@ class State(str, Enum):
     __str__ = str.__str__
 
 
+#: States in which calls need not ask for a permit.
+ADMITTING = frozenset({State.CLOSED, State.DISABLED, State.SHADOW})
+
+
 class Outcome(str, Enum):
     """Outcome of one guarded call. ``SLOW`` succeeded, too late; ``IGNORED`` says nothing."""
 

@@ -6,13 +6,12 @@ import math
 from collections import deque
 from collections.abc import Callable
 
-from resilient_tasks.core.model import Outcome, Snapshot, State
+from resilient_tasks.core.model import ADMITTING, Outcome, Snapshot, State
 from resilient_tasks.store.base import Spec
 
 DENIAL_MEMORY = 1.0  # seconds for which a denied permit is not asked for again, unless something has moved
 RAMP_START = 0.1  # share of tasks admitted at the beginning of a ramp
 
-ADMITTING = frozenset({State.CLOSED, State.DISABLED, State.SHADOW})
 
 # What waits to be reported about one breaker: the bare epoch stands for a success, the commonest thing by far.
 Occurrence = tuple[int, Outcome, str, float | None]

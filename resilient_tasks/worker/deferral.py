@@ -8,19 +8,20 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.errors import DeferralExpiredError, DeferredQueueFullError, StoreError
 from resilient_tasks.worker import seams
+from resilient_tasks.worker.events import EventSender
 from resilient_tasks.worker.patience import PatientWriter
-from resilient_tasks.worker.queues import Entry, Move, Queues, open_queues
+from resilient_tasks.worker.queues import Choose, Entry, Move, open_queues
+from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
-    from resilient_tasks.worker.request import GatedRequest
     from resilient_tasks.worker.runtime import Runtime
 
 logger = logging.getLogger("resilient_tasks")
@@ -30,6 +31,8 @@ DEFERRED = "DEFERRED"
 
 #: Deferrals that failed on the broker and are held in memory until it is back.
 MOST_HELD = 10_000
+#: Waiting tasks that are looked at in one go.
+PAGE = 500
 #: Seconds that one deferral may wait for the store, and for the result backend.
 INDEX_PATIENCE = 0.1
 STATE_PATIENCE = 0.25
@@ -76,6 +79,9 @@ class Deferral:
 
     def defer_or_hold(self, request: GatedRequest, ticket: Ticket, *, limited: bool = True) -> None:
         """Like :meth:`defer`, but keep the request and try again later if the broker cannot take it."""
+        if self._held and limited:  # the broker was away a moment ago: do not wait for it once per task
+            self._hold(request, ticket)
+            return
         try:
             self.defer(request, ticket, limited=limited)
         except DeferredQueueFullError:
@@ -122,19 +128,112 @@ class Deferral:
         self._queues.close()
 
 
-def resume(entry: Entry, epoch: int, default_queue: str) -> Move:
-    """Send a waiting message back to the queue that it came from."""
-    return Move(entry, entry.ticket.origin or default_queue, entry.ticket.resume(epoch))
+class DeferredTasks:
+    """The tick's hands on the tasks that wait: resume, dead-letter, drop. On connections of its own."""
 
+    def __init__(self, runtime: Runtime, consumer: Any) -> None:
+        self._runtime = runtime
+        self._consumer = consumer
+        self._events = EventSender(runtime.app, consumer)
+        self.queues = open_queues(runtime.app, runtime.settings.namespace)
 
-def dead(entry: Entry, queues: Queues, reason: str) -> Move:
-    """Send a waiting message to the dead-letter queue."""
-    return Move(entry, queues.dead(entry.ticket.breaker), replace(entry.ticket, reason=reason))
+    def count(self, breaker: str) -> int:
+        """Return the number of messages that wait on the broker."""
+        return self.queues.size(self.queues.deferred(breaker))
 
+    def sift(self, breaker: str, choose: Choose, *, start: int = 0, scan: int = PAGE) -> list[Move]:
+        """Offer the oldest waiting tasks, but for the first ``start``, to ``choose`` and make its moves.
 
-def drop(entry: Entry) -> Move:
-    """Take a waiting message off the broker for good."""
-    return Move(entry, None)
+        The index first: a resumed task may be deferred again before this returns.
+        """
+        store = self._runtime.fleet.store
+        planned: list[Move] = []
+
+        def plan(entries: Sequence[Entry]) -> Sequence[Move]:
+            planned.extend(choose(entries))
+            store.remove_deferred(breaker, [move.entry.task_id for move in planned])
+            return planned
+
+        made = self.queues.sift(breaker, scan, plan, start=start)
+        for move in planned:
+            if move not in made:
+                store.add_deferred(breaker, move.entry.task_id, deadline=move.entry.ticket.deadline or None)
+        return made
+
+    def sift_pages(self, breaker: str, choose: Choose, *, enough: Callable[[list[Move]], bool]) -> list[Move]:
+        """Go on with :meth:`sift` page by page until the moves made are ``enough`` or nothing is left."""
+        made: list[Move] = []
+        start, offered = 0, PAGE
+
+        def look(entries: Sequence[Entry]) -> Sequence[Move]:
+            nonlocal offered
+            offered = len(entries)
+            return choose(entries)
+
+        while offered >= PAGE and not enough(made):
+            moves = self.sift(breaker, look, start=start)
+            made += moves
+            start += offered - len(moves)
+        return made
+
+    def resume(self, entries: Sequence[Entry], epoch: int, why: str) -> list[Move]:
+        """Send tasks back to the queues that they came from; drop those that were revoked meanwhile."""
+        revoked = self._runtime.fleet.store.revoked([entry.task_id for entry in entries])
+        return [
+            self.drop_revoked(entry) if entry.task_id in revoked else self._resume(entry, epoch, why)
+            for entry in entries
+        ]
+
+    def _resume(self, entry: Entry, epoch: int, why: str) -> Move:
+        # stock monitors know how to leave RETRY, but not DEFERRED
+        self._events.send("task-retried", uuid=entry.task_id, exception=why, traceback=None)
+        return Move(entry, self.origin(entry), entry.ticket.resume(epoch))
+
+    def origin(self, entry: Entry) -> str:
+        """Return the name of the queue that a task came from."""
+        return entry.ticket.origin or str(self._runtime.app.conf.task_default_queue)
+
+    def dead_letter(self, entry: Entry, error: Exception) -> Move:
+        """Fail a task, and keep its message in the dead-letter queue."""
+        request = self._request(entry)
+        if request is not None:
+            request.fail(error)
+        else:
+            self._runtime.app.backend.mark_as_failure(entry.task_id, error)
+        logger.warning("Task %s[%s] is dead-lettered: %s", entry.task_name, entry.task_id, error)
+        return Move(entry, self.queues.dead(entry.ticket.breaker), replace(entry.ticket, reason=str(error)))
+
+    def drop_revoked(self, entry: Entry) -> Move:
+        """Give a task that was revoked while it waited its result, and drop its message."""
+        request = self._request(entry)
+        if request is not None:
+            seams.announce_revoked(request, "revoked")
+        else:
+            self._runtime.app.backend.mark_as_revoked(entry.task_id, "revoked")
+        return Move(entry, None)
+
+    def _request(self, entry: Entry) -> GatedRequest | None:
+        """Return the request that a worker would make of a message; None if it could not."""
+        app, message = self._runtime.app, entry.message
+        try:
+            return GatedRequest(
+                message,
+                app=app,
+                task=app.tasks[entry.task_name],
+                hostname=self._consumer.hostname,
+                eventer=self._events.dispatcher(),
+                body=message.body,
+                headers=message.headers,
+                decoded=False,
+            )
+        except Exception as exc:  # noqa: BLE001 - whatever a stranger wrote into the message
+            logger.warning("Task %s[%s] is no task of this app: %r", entry.task_name, entry.task_id, exc)
+            return None
+
+    def close(self) -> None:
+        """Close connections."""
+        self.queues.close()
+        self._events.close()
 
 
 def expired(entry: Entry, now: float) -> DeferralExpiredError | None:
@@ -143,10 +242,3 @@ def expired(entry: Entry, now: float) -> DeferralExpiredError | None:
     if not ticket.deadline or now < ticket.deadline:
         return None
     return DeferralExpiredError(ticket.breaker, now - ticket.since, ticket.deadline - ticket.since)
-
-
-def fail(request: Any, error: Exception) -> None:
-    """Give a task that never ran its FAILURE: result, error callbacks, chord, event."""
-    request.task.backend.mark_as_failure(request.id, error, request=request.context, store_result=request.store_errors)
-    request.send_event("task-failed", exception=repr(error), traceback=None)
-    seams.task_ready(request)

@@ -6,13 +6,13 @@ and it remembers a denial until the breaker's version moves.
 
 from __future__ import annotations
 
-import random
 import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from resilient_tasks.core.model import Outcome
-from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.worker.run import Admission, Report
 from resilient_tasks.worker.ticket import Ticket
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from resilient_tasks.worker.runtime import Runtime
 
 
+#: Seconds for which the permit of a trial that waits for its pool process is renewed.
+LONGEST_WAIT = 600.0
+
+
 class Gate:
     """Admits or refuses the requests of one worker."""
 
@@ -31,26 +35,23 @@ class Gate:
         self._taken_up: Counter[str] = Counter()
         self._counting = threading.Lock()
 
-    def refuses_now(self, breaker: Breaker, ticket: Ticket) -> bool:
+    def refuses_now(self, breaker: Breaker, ticket: Ticket, task_id: str) -> bool:
         """Whether a message that has just arrived need not even wait for a pool slot."""
-        view = self._runtime.fleet.view
-        return self._refuses(view.standing(breaker.name), breaker, ticket)
+        return self._refuses(self._runtime.fleet.view.standing(breaker.name), breaker, ticket, task_id)
 
-    def _refuses(self, standing: Standing, breaker: Breaker, ticket: Ticket) -> bool:
+    def _refuses(self, standing: Standing, breaker: Breaker, ticket: Ticket, task_id: str) -> bool:
         if standing.admits:
-            return self._ramps_out(standing, ticket)
-        return breaker.probe_function is not None or standing.refuses
+            return _ramps_out(standing, ticket, task_id)
+        return standing.refuses or self._leaves_trials_to_probes(breaker)
 
-    def refusal(self, breaker: Breaker) -> BreakerOpenError:
-        """Return the error that says why and for how long."""
-        view = self._runtime.fleet.view
-        standing = view.standing(breaker.name)
-        return BreakerOpenError(breaker.name, standing.snapshot.state.value, standing.retry_after)
+    def _leaves_trials_to_probes(self, breaker: Breaker) -> bool:
+        """A probe keeps tasks from being trials, but while the store is away no tick can run it."""
+        return breaker.probe_function is not None and not self._runtime.fleet.store.away
 
     def admit(self, breaker: Breaker, request: GatedRequest) -> Admission:
         """Decide on a request that is about to enter the pool; may take a permit."""
         standing, ticket = self._runtime.fleet.view.standing(breaker.name), request.ticket
-        if self._refuses(standing, breaker, ticket):
+        if self._refuses(standing, breaker, ticket, request.id):
             return self._refused(breaker, ticket)
         if not standing.admits:
             return self._trial(breaker, request)
@@ -58,7 +59,7 @@ class Gate:
         return Admission(breaker.name, standing.epoch, attempts=ticket.attempts, counts=counts)
 
     def _refused(self, breaker: Breaker, ticket: Ticket) -> Admission:
-        refusal = self.refusal(breaker)
+        refusal = breaker.refusal()
         return Admission(
             breaker.name, refused_in=refusal.state, retry_after=refusal.retry_after, attempts=ticket.attempts
         )  # fmt: skip
@@ -69,15 +70,13 @@ class Gate:
         if not grant.admitted:
             return self._refused(breaker, request.ticket)
         if grant.trial:
-            fleet.reporter.hold(breaker.name, request.id, fleet.view.clock() + _trial_limit(request, breaker))
+            fleet.reporter.hold(breaker.name, request.id, fleet.view.clock() + LONGEST_WAIT)
         return Admission(breaker.name, grant.snapshot.epoch, trial=grant.trial, attempts=request.ticket.attempts)
 
-    def _ramps_out(self, standing: Standing, ticket: Ticket) -> bool:
-        """Whether the ramp after a recovery keeps this task out; resumed tasks have a pace of their own."""
-        share = standing.ramp_share()
-        if share >= 1.0 or ticket.resumed == standing.epoch:
-            return False
-        return random.random() >= share
+    def hold(self, breaker: Breaker, request: GatedRequest) -> None:
+        """Renew the permit of a trial that has begun to run, for as long as it may take."""
+        fleet = self._runtime.fleet
+        fleet.reporter.hold(breaker.name, request.id, fleet.view.clock() + _trial_limit(request, breaker))
 
     def would_count(self, breaker: Breaker, ticket: Ticket) -> bool:
         """Whether a failure now uses up an attempt: only if the dependency has served somebody since the last one.
@@ -95,11 +94,15 @@ class Gate:
             with self._counting:
                 self._taken_up[ticket.breaker] += 1
 
-    def flush_taken_up(self) -> dict[str, int]:
-        """Return how many resumed tasks have arrived since the last call, by breaker."""
+    def tell_taken_up(self, tell: Callable[[str, int], object]) -> None:
+        """Tell how many resumed tasks have arrived, by breaker; what raises is told again the next time."""
+        for breaker in list(self._taken_up):
+            count = self._taken_up[breaker]
+            tell(breaker, count)
+            with self._counting:
+                self._taken_up[breaker] -= count
         with self._counting:
-            taken, self._taken_up = self._taken_up, Counter()
-        return dict(taken)
+            self._taken_up = +self._taken_up
 
     def settle(self, breaker: Breaker, admission: Admission, task_id: str, report: Report) -> None:
         """Count what a run has found out, once."""
@@ -109,6 +112,17 @@ class Gate:
             fleet.reporter.settle(breaker.spec, task_id, admission.epoch, report.outcome or Outcome.IGNORED, *told)
         elif report.outcome is not None:
             fleet.reporter.report(fleet.view.standing(breaker.name), admission.epoch, report.outcome, *told)
+
+
+def _ramps_out(standing: Standing, ticket: Ticket, task_id: str) -> bool:
+    """Whether the ramp after a recovery keeps this task out; resumed tasks have a pace of their own.
+
+    The lot is drawn from the task's id, so that it falls alike wherever it is asked for.
+    """
+    share = standing.ramp_share()
+    if share >= 1.0 or ticket.resumed == standing.epoch:
+        return False
+    return crc32(f"{standing.epoch}:{task_id}".encode()) >= share * 2**32
 
 
 def _trial_limit(request: GatedRequest, breaker: Breaker) -> float:

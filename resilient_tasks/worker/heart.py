@@ -47,6 +47,7 @@ class Heart:
         self._revoked_seen: set[str] = set()
         self._idle_look_at = float("-inf")
         self._declare_at = float("-inf")
+        self._in_touch_since = time.monotonic()
 
     def start(self, consumer: Any) -> None:
         """Begin to beat, or go on with a consumer that has reconnected."""
@@ -79,6 +80,7 @@ class Heart:
             try:
                 self._round(wanted)
             except StoreError as exc:
+                self._in_touch_since = time.monotonic()
                 logger.debug("no tick: %s", exc)
             except Exception:
                 logger.exception("tick failed; the next one tries again")
@@ -87,15 +89,15 @@ class Heart:
         self._deferral.retry_held()
         self._tell_store()
         if self._tick is not None and not self._stopping.is_set() and (wanted or self._overdue()):
-            self._tick.run()
+            self._tick.run(observed_for=time.monotonic() - self._in_touch_since)
 
     def _tell_store(self) -> None:
         store = self._runtime.fleet.store
-        for breaker, count in self._gate.flush_taken_up().items():
-            store.taken_up(breaker, count)
-        if time.monotonic() >= self._declare_at:
+        self._gate.tell_taken_up(store.taken_up)
+        now = time.monotonic()
+        if now >= self._declare_at:
             store.declare(self._runtime.breakers)
-            self._declare_at = time.monotonic() + DECLARING
+            self._declare_at = now + DECLARING
         revoked = set(seams.revoked_ids)
         if revoked - self._revoked_seen:
             store.revoke(revoked - self._revoked_seen)

@@ -20,6 +20,8 @@ logger = logging.getLogger("resilient_tasks")
 
 #: Probes of one breaker that hang for ever, beyond which this process starts no more of them.
 MOST_ABANDONED = 10
+#: Seconds after which a probe that hangs is no longer counted: others may come back before it does.
+GIVEN_UP_AFTER = 300.0
 #: Seconds a probe waits for the store to take its outcome before the next one.
 PATIENCE = 5.0
 
@@ -38,7 +40,8 @@ class Prober:
 
     def start(self, breaker: Breaker) -> None:
         """Begin to probe a breaker that is HALF_OPEN, unless that is under way."""
-        running = self._running[breaker.name] = [one for one in self._running.get(breaker.name, []) if one.is_alive()]
+        running = [one for one in self._running.get(breaker.name, []) if one.is_alive() and not one.is_given_up()]
+        self._running[breaker.name] = running
         if any(not one.overrun() for one in running):
             return
         if len(running) >= MOST_ABANDONED:
@@ -63,6 +66,10 @@ class _Probing(threading.Thread):
     def overrun(self) -> bool:
         """Whether the present probe has had its time."""
         return bool(self._clock() > self._deadline)
+
+    def is_given_up(self) -> bool:
+        """Whether it has hung for so long that it counts no more."""
+        return bool(self._clock() > self._deadline + GIVEN_UP_AFTER)
 
     def run(self) -> None:
         try:

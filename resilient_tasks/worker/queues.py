@@ -27,8 +27,10 @@ from resilient_tasks.worker.ticket import Ticket
 
 logger = logging.getLogger("resilient_tasks")
 
-#: Properties that belong to one delivery, not to the message.
-_OF_ONE_DELIVERY = frozenset({"delivery_info", "delivery_tag", "body_encoding", "application_headers"})
+#: Properties that belong to one delivery, or that kombu takes under a name of their own.
+_NOT_COPIED = frozenset({
+    "delivery_info", "delivery_tag", "body_encoding", "application_headers", "content_type", "content_encoding",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +43,19 @@ class Entry:
     @property
     def task_id(self) -> str:
         """Id of the task; empty if the message says none."""
-        return str((self.message.headers or {}).get("id", ""))
+        return self._field("id")
 
     @property
     def task_name(self) -> str:
         """Name of the task; empty if the message says none."""
-        return str((self.message.headers or {}).get("task", ""))
+        return self._field("task")
+
+    def _field(self, name: str) -> str:
+        headers = self.message.headers or {}
+        if name in headers:
+            return str(headers[name])
+        payload = self.message.payload  # message protocol 1 has it there
+        return str(payload.get(name, "")) if isinstance(payload, dict) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +97,11 @@ class Queues(ABC):
 
     def _task_entry(self, message: Any) -> Entry | None:
         """Return the entry of a waiting task; None for a message that is none, or has no way back."""
-        ticket = Ticket.read(message.headers)
-        is_task = bool(ticket.breaker) or isinstance((message.headers or {}).get("id"), str)
-        return Entry(message, ticket) if is_task and not ticket.origin.startswith(f"{self.namespace}.") else None
+        with contextlib.suppress(Exception):  # whatever a stranger wrote into it
+            entry = Entry(message, Ticket.read(message.headers))
+            if entry.task_id and not entry.ticket.origin.startswith(f"{self.namespace}."):
+                return entry
+        return None
 
     def _warn_of_stranger(self, breaker: str) -> None:
         logger.warning("moved something that is no task from %s to %s", self.deferred(breaker), self.dead(breaker))
@@ -164,7 +175,7 @@ class RedisQueues(Queues):
     def sift(self, breaker: str, scan: int, choose: Choose, *, start: int = 0) -> list[Move]:
         """See :meth:`Queues.sift`."""
         source = seams.list_key(self.channel, self.deferred(breaker))
-        waiting = self._client.lrange(source, -scan, -1)
+        waiting = self._client.lrange(source, -start - scan, -start - 1)
         texts: dict[int, str | bytes] = {}
         entries: list[Entry] = []
         for text in reversed(waiting):
@@ -244,7 +255,9 @@ class PublishedQueues(Queues):
         headers.pop("compression", None)  # kombu has unpacked the body already
         if ticket:
             headers = ticket.write(headers)
-        properties = {name: value for name, value in message.properties.items() if name not in _OF_ONE_DELIVERY}
+        properties = {name: value for name, value in message.properties.items() if name not in _NOT_COPIED}
+        if "expiration" in properties:  # milliseconds as text, but kombu takes seconds
+            properties["expiration"] = float(properties["expiration"]) / 1000
         self._returned = False
         on_return = self._note_return if hasattr(self.channel, "events") else None  # emulated ones take everything
         Producer(self.channel, auto_declare=False, on_return=on_return).publish(
@@ -280,9 +293,9 @@ class PublishedQueues(Queues):
         queue = self.deferred(breaker)
         with self._exclusive():
             self._declare(queue)
-            messages = list(_bounded(lambda: self.channel.basic_get(queue), scan))
+            messages = list(_bounded(lambda: self._get(queue), start + scan))
             try:
-                made = list(choose(self._tasks(breaker, messages)))
+                made = list(choose(self._tasks(breaker, messages[start:])))
                 for move in made:
                     self._make(breaker, move)
                 return made
@@ -290,6 +303,10 @@ class PublishedQueues(Queues):
                 for message in reversed(messages):
                     if not message.acknowledged:
                         message.requeue()
+
+    def _get(self, queue: str) -> Any:
+        message = self.channel.basic_get(queue)
+        return None if message is None else self.channel.message_to_python(message)
 
     def _tasks(self, breaker: str, messages: Sequence[Any]) -> list[Entry]:
         entries = {id(message): self._task_entry(message) for message in messages}

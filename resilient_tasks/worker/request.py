@@ -6,6 +6,7 @@ callbacks compete to say so: ``on_success``, ``on_failure`` and, after the latte
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from celery.worker.request import Request
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.worker import seams
-from resilient_tasks.worker.deferral import fail
 from resilient_tasks.worker.options import DEFER
 from resilient_tasks.worker.run import Admission, Packed, Report, TaskDeferred, run_admitted
 from resilient_tasks.worker.runtime import runtime_of
@@ -27,6 +27,8 @@ from resilient_tasks.worker.ticket import Ticket
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
     from resilient_tasks.worker.host import Host
+
+logger = logging.getLogger("resilient_tasks")
 
 
 class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
@@ -115,6 +117,12 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         self._apply_result = ref(result) if result is not None else None
         return result
 
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        """Handle the start of the run; the time of a trial counts from here."""
+        super().on_accepted(pid, time_accepted)
+        if self.admission is not None and self.admission.trial:
+            self.host.gate.hold(self.breaker, self)
+
     # --- out of the pool --------------------------------------------------------------------------
 
     def on_success(self, failed__retval__runtime: tuple[int, Any, float, Packed], **kwargs: Any) -> Any:
@@ -180,8 +188,17 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         try:
             self.host.deferral.defer_or_hold(self, self._next_ticket(name, reason, failed))
         except DeferredQueueFullError as full:
-            fail(self, full)
+            self.fail(full)
             self.acknowledge()
+
+    def fail(self, error: Exception) -> None:
+        """Give a task that never ran its FAILURE: result, error callbacks, chord, event."""
+        seams.task_ready(self)
+        try:
+            self.task.backend.mark_as_failure(self.id, error, request=self.context, store_result=self.store_errors)
+        except Exception:
+            logger.exception("Task %s[%s] has failed, and its result could not be written", self.name, self.id)
+        self.send_event("task-failed", exception=repr(error), traceback=None)
 
     def _next_ticket(self, breaker: str, reason: str, failed: TaskDeferred | None) -> Ticket:
         now = self.host.now()

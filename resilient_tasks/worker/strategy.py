@@ -36,7 +36,8 @@ def gated(task: Any, app: Celery, consumer: Any) -> Handler:
         ticket = Ticket.read(message.headers)
         if ticket.breaker in runtime.breakers:  # strangers may write tickets, too
             host.gate.took_up(ticket)
-        if body is None and host.gate.refuses_now(breaker, ticket) and "args" not in message.payload:
+        is_protocol_2 = body is None and "args" not in message.payload
+        if is_protocol_2 and host.gate.refuses_now(breaker, ticket, message.headers["id"]):
             request = task_request(message, ack, reject)
             if request.defers_when_refused() and not request.eta:
                 return defer_at_once(request)
@@ -57,7 +58,7 @@ def gated(task: Any, app: Celery, consumer: Any) -> Handler:
             root_id=request.root_id, parent_id=request.parent_id, retries=request.request_dict.get("retries", 0),
             eta=None, expires=request.expires and request.expires.isoformat(),
         )  # fmt: skip
-        request.put_aside(str(host.gate.refusal(breaker)))
+        request.put_aside(str(breaker.refusal()))
 
     return handle_message
 

@@ -12,11 +12,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from resilient_tasks.core.model import Snapshot, State
+from resilient_tasks.core.model import ADMITTING, Snapshot, State
+from resilient_tasks.errors import StoreError
+from resilient_tasks.worker.deferral import DeferredTasks
 from resilient_tasks.worker.probe import Prober
 from resilient_tasks.worker.resume import Resumer
+from resilient_tasks.worker.stock import Stocktaker
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
@@ -30,9 +34,7 @@ SHORTEST_LEASE = 3.0
 #: Seconds between comparisons of the store's index with what really lies in the deferred queues.
 STOCKTAKING = 10.0
 #: A breaker that no worker has declared for this many seconds is gone: renamed or removed by a deploy.
-ABANDONED_AFTER = 60.0
-
-_RESUMING = frozenset({State.CLOSED, State.SHADOW, State.DISABLED})
+ABANDONED_AFTER = 600.0
 
 
 def anything_due(snapshot: Snapshot, now: float) -> bool:
@@ -41,7 +43,7 @@ def anything_due(snapshot: Snapshot, now: float) -> bool:
         return True
     if snapshot.state is State.OPEN:
         return snapshot.open_until is not None and snapshot.open_until <= now
-    return snapshot.state is State.HALF_OPEN or (snapshot.state in _RESUMING and snapshot.deferred > 0)
+    return snapshot.state is State.HALF_OPEN or (snapshot.state in ADMITTING and snapshot.deferred > 0)
 
 
 class Tick:
@@ -56,12 +58,18 @@ class Tick:
     def __init__(self, runtime: Runtime, consumer: Any, wake: Callable[[], None]) -> None:
         self._runtime = runtime
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}"
-        self._resumer = Resumer(runtime, consumer)
+        self._tasks = DeferredTasks(runtime, consumer)
+        self._resumer = Resumer(runtime, self._tasks)
+        self._stocktaker = Stocktaker(runtime, self._tasks)
         self._prober = Prober(runtime, wake)
         self._stock_taken_at = float("-inf")
 
-    def run(self) -> bool:
+    def run(self, *, observed_for: float = 0.0) -> bool:
         """Do everything that is due; False if another worker is at it.
+
+        Args:
+            observed_for: seconds for which this worker has been in touch with the store without a gap; only
+                who has watched long enough can tell that a breaker is abandoned.
 
         Raises:
             StoreError: the store is away.
@@ -71,37 +79,47 @@ class Tick:
         with store.tick_lease(self._holder, ttl=lease, scope=scope) as held:
             if not held:
                 return False
-            self._take_stock()
+            self._take_stock(observed_for)
             breakers = list(self._runtime.breakers.values())
             for breaker, snapshot in zip(breakers, store.read([breaker.spec for breaker in breakers]), strict=True):
                 if anything_due(snapshot, snapshot.now):
-                    self._serve(breaker, snapshot)
+                    self._shielded(breaker.name, partial(self._serve, breaker))
             store.tick_completed(scope)
         return True
 
-    def _serve(self, breaker: Breaker, snapshot: Snapshot) -> None:
+    def _serve(self, breaker: Breaker) -> None:
         fleet = self._runtime.fleet
         answer = fleet.store.advance(breaker.spec, jitter=random.random())
         fleet.learn(answer)
         snapshot = answer.snapshot
-        self._resumer.expire(breaker, snapshot)
+        self._stocktaker.expire(breaker, snapshot)
         if snapshot.state is State.HALF_OPEN:
             if breaker.probe_function is not None:
                 self._prober.start(breaker)
             else:
                 self._resumer.release_trials(breaker, snapshot)
-        elif snapshot.state in _RESUMING and snapshot.deferred:
+        elif snapshot.state in ADMITTING and snapshot.deferred:
             self._resumer.resume(breaker, snapshot)
 
-    def _take_stock(self) -> None:
-        """Correct the index: deferrals while the store was away are not in it, lost copies still are."""
+    def _take_stock(self, observed_for: float) -> None:
         if time.monotonic() - self._stock_taken_at < STOCKTAKING:
             return
         self._stock_taken_at = time.monotonic()
         for breaker in self._runtime.breakers.values():
-            self._resumer.take_stock(breaker)
-        self._resumer.send_home(ABANDONED_AFTER)
+            self._shielded(breaker.name, partial(self._stocktaker.count, breaker))
+        if observed_for >= ABANDONED_AFTER:
+            self._shielded("abandoned", partial(self._stocktaker.send_home, ABANDONED_AFTER))
+
+    @staticmethod
+    def _shielded(name: str, step: Callable[[], object]) -> None:
+        """Run one step; what goes wrong with one breaker holds up no other."""
+        try:
+            step()
+        except StoreError:
+            raise
+        except Exception:
+            logger.exception("the tick failed for breaker %r; the next one tries again", name)
 
     def close(self) -> None:
         """Close connections."""
-        self._resumer.close()
+        self._tasks.close()

@@ -21,7 +21,7 @@ def test_tasks_wait_in_the_broker_and_finish_by_themselves(shop: Shop, pool: str
     results = [shop.charge.delay(order) for order in range(40)]
 
     shop.wait(lambda: all(result.state == "DEFERRED" for result in results), "all to be DEFERRED")
-    assert shop.waiting("payments") == 40
+    shop.wait(lambda: shop.waiting("payments") == 40, "all to wait")  # the state is written first
     assert results[-1].info["breaker"] == "payments"
     assert results[-1].info["reason"]
     assert results[-1].info["since"] == pytest.approx(shop.resilience.fleet.view.server_now(), abs=60)

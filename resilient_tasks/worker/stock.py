@@ -1,0 +1,74 @@
+"""Stocktaking: what must be found among the waiting tasks without anybody asking for it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from resilient_tasks.core.model import Snapshot
+from resilient_tasks.worker.deferral import DeferredTasks, expired
+from resilient_tasks.worker.queues import Entry, Move
+
+if TYPE_CHECKING:
+    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.worker.runtime import Runtime
+
+logger = logging.getLogger("resilient_tasks")
+
+#: Seconds that one tick may spend on failing the expired tasks of one breaker.
+EXPIRING = 1.0
+
+
+class Stocktaker:
+    """Looks through the deferred queues for the ticks of one worker."""
+
+    def __init__(self, runtime: Runtime, tasks: DeferredTasks) -> None:
+        self._runtime = runtime
+        self._tasks = tasks
+
+    def expire(self, breaker: Breaker, snapshot: Snapshot) -> None:
+        """Dead-letter tasks whose ``defer_for`` is over."""
+        if snapshot.next_deadline_at is None or snapshot.next_deadline_at > snapshot.now:
+            return
+        give_up_at = time.monotonic() + EXPIRING
+
+        def choose(entries: Sequence[Entry]) -> list[Move]:
+            moves = []
+            for entry in entries:
+                error = expired(entry, snapshot.now)
+                if error is not None and time.monotonic() < give_up_at:
+                    moves.append(self._tasks.dead_letter(entry, error))
+            return moves
+
+        self._tasks.sift_pages(breaker.name, choose, enough=lambda _: time.monotonic() >= give_up_at)
+
+    def count(self, breaker: Breaker) -> None:
+        """Bring the store's index in line with what really waits on the broker.
+
+        Deferrals while the store was away are missing in it, lost copies are still there.
+        """
+        store = self._runtime.fleet.store
+        waiting = self._tasks.count(breaker.name)
+        indexed = store.read([breaker.spec])[0].deferred
+        if waiting == 0 and indexed:
+            store.clear_deferred(breaker.name)
+        elif waiting > indexed:  # the index is written first and cleared first: some deferrals are missing
+            self._tasks.sift(breaker.name, lambda entries: self._index(breaker.name, entries))
+
+    def send_home(self, unseen_for: float) -> None:
+        """Resume the tasks of breakers that no worker defines any more; the gate decides by the current code."""
+        store = self._runtime.fleet.store
+        for name in store.abandoned(unseen_for=unseen_for):
+            why = f"resumed, breaker {name!r} is defined nowhere any more"
+            while self._tasks.sift(name, partial(self._tasks.resume, epoch=0, why=why)):
+                logger.warning("breaker %r is defined nowhere any more: its tasks are resumed", name)
+            store.clear_deferred(name)
+            store.retire([name])
+
+    def _index(self, breaker: str, entries: Sequence[Entry]) -> list[Move]:
+        for entry in entries:
+            self._runtime.fleet.store.add_deferred(breaker, entry.task_id, deadline=entry.ticket.deadline or None)
+        return []
