@@ -17,6 +17,7 @@ from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fallback import Provenance, read_provenance
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.monitor.events import Announcer
+from resilient_tasks.monitor.mailer import Mailer
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.settings import Settings, resolve_store_url
 from resilient_tasks.store.base import Store
@@ -47,6 +48,7 @@ class Resilience:
     def __init__(self, app: Celery | None = None, **settings: Any) -> None:
         self.settings = Settings.load(**settings)
         self.announcer = Announcer(send=self._send_event)
+        self._mailer = Mailer()
         self._app: Celery | None = None
         self._breakers: dict[str, Breaker] = {}
         self._revision = time.time_ns() // 1_000_000
@@ -87,11 +89,13 @@ class Resilience:
             fields: fields of :class:`~resilient_tasks.policy.BreakerPolicy`.
 
         Returns:
-            The breaker; the same one when it is defined twice in the same way.
+            The breaker; the same one when it is asked for by name alone, or defined twice in the same way.
 
         Raises:
             ConfigurationError: name, field or value is not allowed, or the name is defined otherwise already.
         """
+        if policy is None and not fields and name in self._breakers:
+            return self._breakers[name]
         if policy is not None and fields:
             raise ConfigurationError(
                 f"breaker {name!r}: give a policy or its fields ({', '.join(sorted(fields))}), not both"
@@ -160,10 +164,15 @@ class Resilience:
         return RedisStore(url, namespace=self.settings.namespace, timeout=self.settings.store_timeout)
 
     def _send_event(self, kind: str, **fields: Any) -> None:
-        """Send a Celery event from whatever process this is."""
-        if self._app is not None:
-            with self._app.events.default_dispatcher() as dispatcher:
-                dispatcher.send(kind, **fields)
+        """Send a Celery event from whatever process this is, and wait for no broker."""
+        app = self._app
+        if app is not None:
+
+            def send() -> None:
+                with app.events.default_dispatcher() as dispatcher:
+                    dispatcher.send(kind, **fields)
+
+            self._mailer.post(send)
 
 
 class _TickTask(Task):  # type: ignore[misc]  # Celery is untyped

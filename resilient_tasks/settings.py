@@ -181,7 +181,10 @@ def hide_password(url: str) -> str:
 def _first(url: str | Sequence[str] | None) -> str:
     if not url:
         return ""
-    return url.split(";")[0].strip() if isinstance(url, str) else _first(url[0])
+    if not isinstance(url, str):
+        return _first(url[0])
+    first = url.split(";")[0].strip()
+    return f"{first}://" if first in _SCHEMES else first  # Celery takes a scheme alone
 
 
 def _scheme(url: str) -> str:
@@ -228,13 +231,13 @@ def _listed(names: Iterable[str]) -> str:
 
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
     """Find typing errors: pydantic-settings reads the variables it knows and never sees the others."""
-    for variable, value in environ.items():
+    for variable in environ:
         if not variable.upper().startswith(PREFIX):
             continue
         field, *nested = variable[len(PREFIX) :].lower().split(NESTED)
         if field not in Settings.model_fields or (nested and field != "breakers"):
             allowed = ", ".join(PREFIX + name.upper() for name in Settings.model_fields)
-            raise ConfigurationError(f"{variable}={hide_password(value)!r} is not a setting; allowed are {allowed}")
+            raise ConfigurationError(f"{variable} is not a setting; allowed are {allowed}")  # its value may be a secret
 
 
 def _explain(error: ValidationError, given: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, ClassVar
 
 import redis
 from celery import Celery
@@ -73,9 +73,12 @@ Choose = Callable[[Sequence[Entry]], Sequence[Move]]
 class Queues(ABC):
     """The broker's side of deferring. One instance per thread or guarded by the caller's loop."""
 
+    #: A broker that is away is noticed at once; whoever asked tries again later.
+    transport_options: ClassVar[dict[str, Any]] = {"max_retries": 0}
+
     def __init__(self, app: Celery, namespace: str) -> None:
         self.namespace = namespace
-        self._connection = app.connection_for_read()
+        self._connection = app.connection_for_read(transport_options=self.transport_options)
 
     def deferred(self, breaker: str) -> str:
         """Name of a breaker's deferred queue."""
@@ -138,6 +141,12 @@ class Queues(ABC):
 
 class RedisQueues(Queues):
     """Lists on a Redis broker; kombu's order: newest first, so that an ordinary consumer could drain them."""
+
+    transport_options: ClassVar[dict[str, Any]] = {
+        "max_retries": 0,
+        "socket_timeout": 5.0,
+        "socket_connect_timeout": 2.0,
+    }
 
     def __init__(self, app: Celery, namespace: str) -> None:
         super().__init__(app, namespace)
@@ -227,9 +236,10 @@ class RedisQueues(Queues):
 class PublishedQueues(Queues):
     """Any other transport: durable queues without consumers, publish then acknowledge."""
 
+    transport_options: ClassVar[dict[str, Any]] = {"max_retries": 0, "confirm_publish": True}
+
     def __init__(self, app: Celery, namespace: str) -> None:
         super().__init__(app, namespace)
-        self._connection.transport_options = {**self._connection.transport_options, "confirm_publish": True}
         self._lock = threading.Lock()
         self._declared: set[str] = set()
         self._returned = False
@@ -285,8 +295,16 @@ class PublishedQueues(Queues):
         if full:
             raise DeferredQueueFullError(ticket.breaker, limit or 0)
         if owned:
-            message.ack()
+            self._acknowledge(message)
         return True
+
+    @staticmethod
+    def _acknowledge(message: Any) -> None:
+        """The message is in its new place, so that cannot be undone: at worst the broker delivers a second copy."""
+        try:
+            message.ack()
+        except Exception as exc:  # noqa: BLE001 - whatever a dead channel raises
+            logger.warning("a deferred message could not be acknowledged: %s", type(exc).__name__)
 
     def sift(self, breaker: str, scan: int, choose: Choose, *, start: int = 0) -> list[Move]:
         """See :meth:`Queues.sift`."""

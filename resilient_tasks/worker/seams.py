@@ -17,6 +17,8 @@ from celery.worker.request import Request
 from kombu.transport.virtual import Channel as VirtualChannel
 from kombu.transport.virtual import QoS as VirtualQoS
 from kombu.utils.json import dumps, loads
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 TraceResult = tuple[int, Any, float]
 
@@ -59,8 +61,12 @@ def is_redis(channel: Any) -> bool:
 
 
 def plain_client(channel: Any) -> redis.Redis:
-    """Return a client on the channel's own connections that adds no key prefix of its own."""
-    return redis.Redis(connection_pool=channel.pool)
+    """Return a client on the channel's own connections that adds no key prefix and tries nothing twice."""
+    pool = channel.pool
+    if "retry" not in pool.connection_kwargs:  # redis-py would try ten times, for seconds
+        pool.connection_kwargs["retry"] = Retry(NoBackoff(), 0)
+        pool.disconnect()
+    return redis.Redis(connection_pool=pool)
 
 
 def list_key(channel: Any, queue: str, priority: int = 0) -> str:
