@@ -1,0 +1,166 @@
+"""What a guarded body's run leads to, in a pool process and eagerly, without a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import tenacity
+from celery import Celery
+from celery.app.task import Context
+from celery.exceptions import Ignore, Retry
+
+from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Outcome, Resilience, constant
+from resilient_tasks.testing import Clock, force, in_memory
+from resilient_tasks.worker.run import Admission, Report, TaskDeferred, run_admitted
+
+TASK_ID = "d3f0"
+
+
+@pytest.fixture
+def app() -> Celery:
+    return Celery("tasks", broker="memory://", backend="cache+memory://", set_as_current=False)
+
+
+@pytest.fixture
+def resilience(app: Celery) -> Resilience:
+    return Resilience(app)
+
+
+@pytest.fixture
+def payments(resilience: Resilience) -> Breaker:
+    return resilience.breaker("payments", consecutive_failures=3, open_jitter=0)
+
+
+@pytest.fixture
+def clock(resilience: Resilience, payments: Breaker) -> Iterator[Clock]:
+    with in_memory(resilience) as clock:
+        yield clock
+
+
+def gated(task: Any, admission: Admission) -> tuple[Any, Report]:
+    """Run a task as a pool process does; return what it returned or raised, and the report."""
+
+    def trace(_name: str, task_id: str) -> tuple[int, Any, float]:
+        task.request_stack.push(Context(id=task_id, called_directly=False, retries=0))
+        try:
+            return 0, task(), 0.0
+        except Exception as exc:
+            return 1, exc, 0.0
+        finally:
+            task.request_stack.pop()
+
+    _, value, _, report = run_admitted(trace, admission.pack(), task.name, TASK_ID)
+    return value, Report.unpack(report)
+
+
+def seven() -> int:
+    return 7
+
+
+def failing(error: Exception) -> Callable[[], None]:
+    def body() -> None:
+        raise error
+
+    return body
+
+
+def test_a_success_is_reported(app: Celery, payments: Breaker, clock: Clock) -> None:
+    task = app.task(breaker="payments", name="t")(seven)
+    assert gated(task, Admission("payments")) == (7, Report(Outcome.SUCCESS))
+
+
+def test_a_dependency_failure_puts_the_task_aside(app: Celery, payments: Breaker, clock: Clock) -> None:
+    task = app.task(breaker="payments", name="t")(failing(ConnectionError()))
+    deferred, report = gated(task, Admission("payments", attempts=2, counts=True))
+    assert isinstance(deferred, TaskDeferred)
+    assert (deferred.breaker, deferred.attempts, deferred.failed) == ("payments", 3, True)
+    assert report == Report(Outcome.FAILURE, "ConnectionError")
+
+
+def test_the_last_attempt_fails_for_good(app: Celery, payments: Breaker, clock: Clock) -> None:
+    task = app.task(breaker="payments", name="t", max_attempts=3)(failing(ConnectionError("still")))
+    error, report = gated(task, Admission("payments", attempts=2, counts=True))
+    assert isinstance(error, ConnectionError)
+    assert report.outcome is Outcome.FAILURE
+
+
+def test_a_refused_run_is_deferred_failed_or_served(app: Celery, payments: Breaker, clock: Clock) -> None:
+    refused = Admission("payments", refused_in="HALF_OPEN", retry_after=1.0)
+    for options, kind in (({}, TaskDeferred), ({"on_open": "fail"}, BreakerOpenError)):
+        task = app.task(breaker="payments", name=f"t-{kind.__name__}", **options)(failing(AssertionError("ran")))
+        value, report = gated(task, refused)
+        assert isinstance(value, kind)
+        assert report == Report()
+    task = app.task(breaker="payments", name="served", fallback=constant(1))(failing(AssertionError("ran")))
+    assert gated(task, refused) == (1, Report(source="constant", served_for="payments"))
+
+
+def test_a_breaker_that_opened_on_the_way_refuses(app: Celery, payments: Breaker, clock: Clock) -> None:
+    task = app.task(breaker="payments", name="t")(failing(AssertionError("ran")))
+    force(payments, "OPEN")
+    value, report = gated(task, Admission("payments"))
+    assert isinstance(value, TaskDeferred)
+    assert not value.failed
+    assert report == Report()
+
+
+def test_a_guard_inside_a_trial_decides_it(app: Celery, payments: Breaker, clock: Clock) -> None:
+    @app.task(breaker="payments", name="t")
+    def swallows() -> str:
+        with suppress(ConnectionError):
+            payments.call(failing(ConnectionError()))
+        return "swallowed"
+
+    force(payments, "OPEN")
+    value, report = gated(swallows, Admission("payments", trial=True))
+    assert value == "swallowed"
+    assert report == Report(Outcome.FAILURE, "ConnectionError")
+
+
+def test_a_guard_inside_an_ordinary_run_speaks_for_itself(app: Celery, payments: Breaker, clock: Clock) -> None:
+    @app.task(breaker="payments", name="t")
+    def guarded() -> int:
+        return payments.call(lambda: 3)
+
+    assert gated(guarded, Admission("payments")) == (3, Report())
+
+
+def test_a_refusal_by_a_breaker_of_somebody_else_is_the_tasks_own_error(
+    app: Celery, payments: Breaker, clock: Clock
+) -> None:
+    task = app.task(breaker="payments", name="t")(failing(BreakerOpenError("elsewhere")))
+    value, _ = gated(task, Admission("payments"))
+    assert isinstance(value, BreakerOpenError)
+
+
+@pytest.mark.parametrize("error", [Retry(exc=ConnectionError()), Ignore(), BreakerOpenError("payments")])
+def test_quick_attempts_never_repeat_control_flow(
+    app: Celery, payments: Breaker, clock: Clock, error: Exception
+) -> None:
+    calls = []
+
+    @app.task(breaker="payments", name="t", retrying=tenacity.Retrying(stop=tenacity.stop_after_attempt(5)))
+    def once() -> None:
+        calls.append(1)
+        raise error
+
+    gated(once, Admission("payments"))
+    assert calls == [1]
+
+
+def test_provenance_of_an_eager_task(app: Celery, resilience: Resilience, payments: Breaker, clock: Clock) -> None:
+    task = app.task(breaker="payments", name="t", fallback=constant("n/a"))(failing(ConnectionError()))
+    result = task.apply()
+    assert result.get() == "n/a"
+    provenance = resilience.provenance(result.id)
+    assert provenance is not None
+    assert (provenance.source, provenance.breaker) == ("constant", "payments")
+
+
+def test_an_unknown_breaker_is_named(app: Celery, resilience: Resilience) -> None:
+    task = app.task(breaker="nobody", name="t")(seven)
+    with pytest.raises(ConfigurationError, match="nobody"):
+        task()
