@@ -344,7 +344,11 @@ class PublishedQueues(Queues):
         message.ack()
 
     def _size(self, queue: str) -> int:
-        return int(self.channel.queue_declare(queue, passive=True).message_count)
+        with self._connection.channel() as passing:  # a broker ends a channel that asks for a queue that is gone
+            try:
+                return int(passing.queue_declare(queue, passive=True).message_count)
+            except self._connection.channel_errors:
+                return 0
 
     def size(self, *queues: str) -> int:
         """See :meth:`Queues.size`."""

@@ -1,0 +1,277 @@
+"""The same outage where the broker is no Redis: RabbitMQ, files, memory. The breakers' state is still in Redis."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+from celery.contrib.testing.worker import start_worker as start_worker_here
+from kombu import Exchange, Queue
+
+from resilient_tasks import Resilience
+from workers.processes import Program, Server, celery_command, start_beat, start_valkey, start_worker, wait_until
+from workers.rabbitmq import RabbitMQ, rabbitmq_binary, start_rabbitmq
+
+MODULE = "tests.integration.depot"
+PATIENCE = 25.0
+ORDERS = 30
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The store, and the tests' side channel."""
+    server = start_valkey(tmp_path_factory.mktemp("store"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def side(server: Server) -> redis.Redis:
+    """Where a test sets the dependency's health and counts what was called."""
+    side = redis.Redis.from_url(server.url(0), decode_responses=True)
+    side.flushall()
+    return side
+
+
+@pytest.fixture(scope="module")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+    if rabbitmq_binary() is None:
+        pytest.skip("RabbitMQ is not installed")
+    rabbitmq = start_rabbitmq(tmp_path_factory.mktemp("rabbitmq"))
+    yield rabbitmq
+    rabbitmq.stop()
+
+
+class Depot:
+    """The test project on some broker, in processes of its own."""
+
+    def __init__(self, broker: str, server: Server, directory: Path, **settings: Any) -> None:
+        self.directory = directory
+        self.side = redis.Redis.from_url(server.url(0), decode_responses=True)
+        self.env = {
+            "DEPOT_BROKER_URL": broker,
+            "DEPOT_BACKEND_URL": server.url(1),
+            "DEPOT_SIDE_URL": server.url(0),
+            "RESILIENT_TASKS_STORE_URL": server.url(2),
+            **{f"DEPOT_{name.upper()}": value for name, value in settings.items()},
+        }
+        self.queue = self.env.setdefault("DEPOT_QUEUE", "depot")
+        self._count = itertools.count(1)
+        self._programs: list[Program] = []
+
+    def worker(self, **options: Any) -> Program:
+        name = f"worker{next(self._count)}"
+        worker = start_worker(MODULE, name=name, directory=self.directory, env=self.env, **options)
+        self._programs.append(worker)
+        return worker.wait_until_ready()
+
+    def beat(self) -> Program:
+        beat = start_beat(MODULE, directory=self.directory, env=self.env)
+        self._programs.append(beat)
+        return beat
+
+    def client(self) -> Celery:
+        """Return an app that sends what the project's tasks take and reads what they return."""
+        app = Celery("client", broker=self.env["DEPOT_BROKER_URL"], backend=self.env["DEPOT_BACKEND_URL"])
+        app.conf.broker_transport_options = json.loads(self.env.get("DEPOT_TRANSPORT_OPTIONS", "{}"))
+        arguments = json.loads(self.env.get("DEPOT_QUEUE_ARGUMENTS", "{}"))
+        exchange = Exchange(f"to-{self.queue}", "topic")
+        app.conf.task_queues = [Queue(self.queue, exchange, routing_key="work.#", queue_arguments=arguments)]
+        app.conf.task_default_queue = self.queue
+        app.conf.task_default_routing_key = "work.anywhere"
+        return app
+
+    def stop(self) -> None:
+        while self._programs:
+            program = self._programs.pop()
+            program.kill()  # nothing they would still do matters to anybody
+            print(f"--- {program.name}\n{program.output()}")
+
+
+@pytest.fixture
+def depot(side: redis.Redis, server: Server, tmp_path: Path) -> Iterator[Callable[..., Depot]]:
+    depots: list[Depot] = []
+
+    def make(broker: str, **settings: Any) -> Depot:
+        depots.append(Depot(broker, server, tmp_path, **settings))
+        return depots[-1]
+
+    yield make
+    for each in depots:
+        each.stop()
+
+
+def send_charges(client: Celery, priorities: list[int]) -> list[Any]:
+    options: dict[str, Any] = {"headers": {"x-trace": "abc"}, "reply_to": "somebody"}
+    return [
+        client.send_task("charge", (order,), priority=priority, **options) for order, priority in enumerate(priorities)
+    ]
+
+
+def are(state: str, results: list[Any]) -> Callable[[], bool]:
+    return lambda: {result.state for result in results} == {state}
+
+
+def messages_in(client: Celery, *queues: str) -> list[int]:
+    """Return how many messages lie in each of some queues."""
+    with client.connection_for_read() as connection:
+        return [connection.default_channel.queue_declare(queue, passive=True).message_count for queue in queues]
+
+
+def live_through_an_outage(depot: Depot, priorities: list[int]) -> Celery:
+    """Let the dependency go down and come back, and see that every task does what it would have done."""
+    depot.side.set("health", "down")
+    client = depot.client()
+    results = send_charges(client, priorities)
+    wait_until(are("DEFERRED", results), timeout=PATIENCE, what="all to be deferred")
+    assert results[0].info["breaker"] == "payments"
+    assert client.send_task("ping").get(timeout=PATIENCE) == "pong"
+    depot.side.set("health", "up")
+    wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
+    expected = [[order, priority, {"x-trace": "abc"}, "somebody"] for order, priority in enumerate(priorities)]
+    assert [result.result for result in results] == expected
+    return client
+
+
+# --- RabbitMQ ---------------------------------------------------------------------------------------------
+
+KINDS = {
+    "classic": {},
+    "prioritised": {"x-max-priority": 10},
+    "quorum": {"x-queue-type": "quorum"},
+}
+
+
+@pytest.fixture
+def on_rabbitmq(request: pytest.FixtureRequest, rabbitmq: RabbitMQ, depot: Callable[..., Depot]) -> Depot:
+    arguments = json.dumps(KINDS[request.param])
+    return depot(rabbitmq.url, queue=f"depot-{request.param}", queue_arguments=arguments)
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.parametrize("on_rabbitmq", ["prioritised", "quorum"], indirect=True)
+def test_an_outage_on_rabbitmq(on_rabbitmq: Depot) -> None:
+    on_rabbitmq.beat()
+    on_rabbitmq.worker()
+    on_rabbitmq.worker()
+    priorities = [order % 10 for order in range(ORDERS)]
+    client = live_through_an_outage(on_rabbitmq, priorities)
+    queues = on_rabbitmq.queue, "resilient.deferred.payments", "resilient.control"
+    wait_until(lambda: messages_in(client, *queues) == [0, 0, 0], timeout=PATIENCE, what="the queues to be empty")
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.parametrize("on_rabbitmq", ["classic", "quorum"], indirect=True)
+def test_a_message_on_rabbitmq_is_in_one_place(on_rabbitmq: Depot) -> None:
+    depot = on_rabbitmq
+    worker = depot.worker()
+    depot.side.set("health", "down")
+    client = depot.client()
+    results = send_charges(client, [0] * ORDERS)
+    wait_until(are("DEFERRED", results), timeout=PATIENCE, what="all to be deferred")
+    worker.stop()  # a tick would have released trials
+    queues = depot.queue, "resilient.deferred.payments"
+    wait_until(
+        lambda: sum(messages_in(client, *queues)) >= ORDERS, timeout=PATIENCE, what="the broker to have them all"
+    )
+    assert sum(messages_in(client, *queues)) == ORDERS
+    depot.side.set("health", "up")
+    depot.side.delete("runs")
+    depot.worker()
+    wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
+    assert sorted(depot.side.lrange("runs", 0, -1)) == sorted(result.id for result in results)
+    wait_until(lambda: messages_in(client, *queues) == [0, 0], timeout=PATIENCE, what="the queues to be empty")
+
+
+@pytest.mark.rabbitmq
+def test_a_task_whose_queue_is_gone_is_dead_lettered(rabbitmq: RabbitMQ, depot: Callable[..., Depot]) -> None:
+    former = depot(rabbitmq.url, queue="depot-former")
+    worker = former.worker()
+    former.side.set("health", "down")
+    client = former.client()
+    results = send_charges(client, [0] * 4)
+    wait_until(are("DEFERRED", results), timeout=PATIENCE, what="all to be deferred")
+    worker.kill()
+    with client.connection_for_write() as connection:
+        connection.default_channel.queue_delete("depot-former")
+        connection.default_channel.queue_declare("resilient.dead.payments", durable=True, auto_delete=False)
+    former.side.set("health", "up")
+    former.env["DEPOT_QUEUE"] = "depot-later"
+    former.worker()
+    wait_until(lambda: messages_in(client, "resilient.dead.payments") == [4], timeout=PATIENCE, what="dead letters")
+    assert messages_in(client, "resilient.deferred.payments") == [0]
+
+
+def test_without_a_store_a_worker_says_what_to_do_and_ends(tmp_path: Path) -> None:
+    env = {
+        **os.environ,
+        "DEPOT_BROKER_URL": "amqp://guest:secret@127.0.0.1:1//",
+        "DEPOT_BACKEND_URL": "rpc://",
+        "DEPOT_SIDE_URL": "redis://127.0.0.1:1",
+    }
+    command = celery_command(MODULE, "worker", "-P", "solo", "-l", "INFO")
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert ended.returncode != 0
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("resilient_tasks.errors.")]
+    assert len(errors) == 1
+    assert "set RESILIENT_TASKS_STORE_URL, for example to redis://localhost:6379/0" in errors[0]
+    assert "secret" not in ended.stderr
+
+
+# --- files, with a real worker ------------------------------------------------------------------------------
+
+
+def test_an_outage_on_files(depot: Callable[..., Depot], tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    folders = {name: str(tmp_path / "files") for name in ("data_folder_in", "data_folder_out")}
+    options: dict[str, Any] = {**folders, "control_folder": str(tmp_path / "control"), "polling_interval": 0.02}
+    on_files = depot("filesystem://", transport_options=json.dumps(options))
+    on_files.worker(pool="solo", arguments=["--without-gossip", "--without-mingle"])
+    live_through_an_outage(on_files, [0] * ORDERS)
+
+
+# --- memory, in this process ---------------------------------------------------------------------------------
+
+
+class Dependency:
+    """Up or down, and how often it was called."""
+
+    def __init__(self) -> None:
+        self.up = False
+        self.calls = 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if not self.up:
+            raise ConnectionError("down")
+
+
+@pytest.mark.parametrize("pool", ["solo", "threads"])
+def test_an_outage_in_memory(server: Server, side: redis.Redis, monkeypatch: pytest.MonkeyPatch, pool: str) -> None:
+    monkeypatch.setenv("RESILIENT_TASKS_STORE_URL", server.url(2))
+    app = Celery("memory", broker="memory://", backend="cache+memory://", set_as_current=False)
+    app.conf.update(task_acks_late=True, broker_transport_options={"polling_interval": 0.02})
+    resilience = Resilience(app, tick_interval=0.25)
+    payments = resilience.breaker("payments", consecutive_failures=3, open_duration=0.5, open_jitter=0.0, ramp=0.0)
+    dependency = Dependency()
+
+    @app.task(name="charge", shared=False, breaker=payments)
+    def charge(order: int) -> int:
+        dependency()
+        return order
+
+    with start_worker_here(app, pool=pool, perform_ping_check=False):
+        results = [charge.delay(order) for order in range(ORDERS)]
+        wait_until(are("DEFERRED", results), timeout=PATIENCE, what="all to be deferred")
+        dependency.up = True
+        wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
+    assert [result.result for result in results] == list(range(ORDERS))
+    assert payments.snapshot().state == "CLOSED"
