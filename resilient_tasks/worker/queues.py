@@ -51,11 +51,12 @@ class Entry:
         return self._field("task")
 
     def _field(self, name: str) -> str:
-        headers = self.message.headers or {}
+        headers, value = self.message.headers or {}, None
         if name in headers:
-            return str(headers[name])
-        payload = self.message.payload  # message protocol 1 has it there
-        return str(payload.get(name, "")) if isinstance(payload, dict) else ""
+            value = headers[name]
+        elif isinstance(self.message.payload, dict):  # message protocol 1 has it there
+            value = self.message.payload.get(name)
+        return value if isinstance(value, str) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class Queues(ABC):
         """Return the entry of a waiting task; None for a message that is none, or has no way back."""
         with contextlib.suppress(Exception):  # whatever a stranger wrote into it
             entry = Entry(message, Ticket.read(message.headers))
-            if entry.task_id and not entry.ticket.origin.startswith(f"{self.namespace}."):
+            if entry.task_id and entry.task_name and not entry.ticket.origin.startswith(f"{self.namespace}."):
                 return entry
         return None
 
@@ -230,7 +231,13 @@ class RedisQueues(Queues):
 
     def size(self, *queues: str) -> int:
         """See :meth:`Queues.size`."""
-        return sum(seams.queue_size(self.channel, queue) for queue in queues)
+        return sum(self._size(queue) for queue in queues)
+
+    def _size(self, queue: str) -> int:
+        try:
+            return seams.queue_size(self.channel, queue)
+        except redis.ResponseError:  # a key that is no list: only a forged ticket names it
+            return 0
 
 
 class PublishedQueues(Queues):

@@ -138,7 +138,9 @@ def test_a_message_that_makes_no_sense_is_rejected(running: Shop, state: str) ->
 GARBAGE = [
     "garbage", "", "5", "null", "[]", "{}", '{"properties": {}}', '{"properties": {"delivery_tag": "1"}}', "\x80" * 10,
     envelope(None, b"[]"), envelope([], b"[]"), envelope("text", b"[]"), envelope({"id": 5, "task": 5}, b"{"),
-    envelope({}, b"[]"), envelope({HEADER: "text"}, b"[]"), envelope({"id": "1"}, b"[]", delivery_info=5),
+    envelope({}, b"[]"), envelope({HEADER: "text"}, b"[]"),
+    envelope({HEADER: {"breaker": "payments"}}, b"{"), envelope({HEADER: {"breaker": "payments"}}, b"[]"),
+    envelope({"id": "1"}, b"[]", delivery_info=5),
     envelope({"id": "1"}, b"[]", priority="high"), envelope({"id": "1"}, b"[]", body_encoding="rot13"),
     "x" * 1_000_000,
 ]  # fmt: skip
