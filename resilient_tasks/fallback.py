@@ -185,9 +185,10 @@ class Function:
             )
 
     def answer(self, call: Call, store: Store) -> Served | None:  # noqa: ARG002  the protocol's
-        """Call the function with the task's arguments; an exception is logged and is no answer."""
+        """Call the function with the task's arguments; an exception, or what JSON cannot hold, is no answer."""
         try:
             value = self.function(*call.args, **call.kwargs)
+            _encode(value)
         except Exception as error:
             expected = isinstance(error, ResilienceError)  # its own breaker refused: no traceback per task
             logger.warning("task %s: fallback %s: %r", call.task_name, self.name, error, exc_info=not expected)

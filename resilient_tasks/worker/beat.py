@@ -49,7 +49,16 @@ class TickSchedule(schedule):  # type: ignore[misc]  # Celery is untyped
         except StoreError as exc:
             logger.debug("beat cannot read the store: %s", exc)
             return False
-        return any(anything_due(snapshot, snapshot.now) for snapshot in snapshots)
+        return any(anything_due(snapshot, snapshot.now) for snapshot in snapshots) and not _piles_up(runtime)
+
+
+def _piles_up(runtime: Runtime) -> bool:
+    """Whether ticks lie about that no worker takes: brokers do not throw away what has expired."""
+    try:
+        return runtime.queues.size(runtime.control_queue) >= EXPIRY_INTERVALS
+    except Exception as exc:  # noqa: BLE001 - beat itself tells of a broker that is away
+        logger.debug("beat cannot count the ticks that wait: %s", type(exc).__name__)
+        return False
 
 
 def tick_entry(runtime: Runtime) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Deferral:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._queues = open_queues(runtime.app, runtime.settings.namespace)
-        self._index_writer = PatientWriter("index of deferred tasks", INDEX_PATIENCE)
+        self._index_writer = PatientWriter("index of deferred tasks", INDEX_PATIENCE, even_late=True)
         self._state_writer = PatientWriter("result backend", STATE_PATIENCE)
         self._held: deque[tuple[GatedRequest, Ticket]] = deque()
         self._retrying = threading.Lock()

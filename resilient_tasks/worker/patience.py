@@ -15,31 +15,34 @@ class PatientWriter:
     """Runs writes one after the other in a thread and waits for each, but only so long.
 
     A result backend that is away blocks for seconds (its own retries). While a write hangs, others are
-    skipped, not queued: a state written late could overtake the task's real result.
+    skipped, not queued, unless ``even_late``: a state written late could overtake the task's real result.
 
     Args:
         name: of what is written to, for the log.
         patience: longest time in seconds to wait for one write.
+        even_late: better late than never.
     """
 
-    def __init__(self, name: str, patience: float) -> None:
+    def __init__(self, name: str, patience: float, *, even_late: bool = False) -> None:
         self._name = name
         self._patience = patience
+        self._even_late = even_late
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self._hanging: _Job | None = None
 
     def write(self, action: Callable[[], Any]) -> bool:
-        """Run ``action``; True if it was done in time, False if it was skipped or still runs."""
-        if self._hanging is not None and not self._hanging.done.is_set():
+        """Run ``action``; True if it was done in time, False if it was skipped, still runs or comes late."""
+        hangs = self._hanging is not None and not self._hanging.done.is_set()
+        if hangs and not self._even_late:
             return False
         self._ensure_thread()
         job = _Job(action, self._name)
         self._jobs.put(job)
-        if job.done.wait(self._patience):
+        if job.done.wait(0 if hangs else self._patience):
             return True
-        job.wanted = False
+        job.wanted = self._even_late
         self._hanging = job
         return False
 

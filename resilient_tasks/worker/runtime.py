@@ -10,6 +10,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,7 @@ from resilient_tasks.breaker import Breaker
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.settings import Settings
+from resilient_tasks.worker.queues import Queues, open_queues
 
 if TYPE_CHECKING:
     from resilient_tasks.store.base import Spec
@@ -106,6 +108,11 @@ class Runtime:
         """Seconds for which what belongs to a result is kept."""
         expires = self.app.conf.result_expires or timedelta(days=1)
         return expires.total_seconds() if isinstance(expires, timedelta) else float(expires)
+
+    @cached_property
+    def queues(self) -> Queues:
+        """The broker's queues, for a process that is no worker."""
+        return open_queues(self.app, self.settings.namespace)
 
     @property
     def tick_scope(self) -> str:

@@ -20,6 +20,8 @@ logger = logging.getLogger("resilient_tasks")
 
 #: Seconds that one tick may spend on failing the expired tasks of one breaker.
 EXPIRING = 1.0
+#: Seconds that a message may take from the index to its queue.
+ON_ITS_WAY = 5.0
 
 
 class Stocktaker:
@@ -52,10 +54,12 @@ class Stocktaker:
         """
         store = self._runtime.fleet.store
         waiting = self._tasks.count(breaker.name)
-        indexed = store.read([breaker.spec])[0].deferred
-        if waiting == 0 and indexed:
-            store.clear_deferred(breaker.name)
-        elif waiting > indexed:  # the index is written first and cleared first: some deferrals are missing
+        snapshot = store.read([breaker.spec])[0]
+        if waiting == 0 and snapshot.oldest_deferred_at is not None:
+            # an entry of this moment belongs to a message that is on its way: the index is written first
+            if snapshot.now - snapshot.oldest_deferred_at > ON_ITS_WAY:
+                store.clear_deferred(breaker.name)
+        elif waiting > snapshot.deferred:  # the index is written first and cleared first: some deferrals are missing
             self._tasks.sift(breaker.name, lambda entries: self._index(breaker.name, entries))
 
     def send_home(self, unseen_for: float) -> None:

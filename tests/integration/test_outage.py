@@ -140,3 +140,19 @@ def test_tasks_of_a_breaker_that_a_deploy_has_removed_go_home(shop: Shop) -> Non
     shop.worker()
     shop.wait(lambda: _all_done(results), "all to finish")
     assert shop.waiting("removed") == 0
+
+
+def test_ticks_do_not_pile_up_while_there_is_no_worker(shop: Shop) -> None:
+    shop.open("payments")
+    worker = shop.worker()
+    result = shop.charge.delay(1)
+    shop.wait(lambda: shop.waiting("payments") == 1, "it to wait")
+    worker.stop()
+    shop.close("payments")
+    beat = shop.beat()
+    shop.wait(lambda: shop.broker.llen("resilient.control") == 3, "beat to send ticks")
+    sent = beat.output().count("Sending due task resilient-tasks-tick")
+    shop.wait(lambda: shop.probed.snapshot().now > shop.payments.snapshot().since + 3, "ten more ticks to be due")
+    assert shop.broker.llen("resilient.control") == sent == 3
+    shop.worker()
+    shop.wait(lambda: result.state == "SUCCESS", "it to finish")

@@ -68,12 +68,12 @@ def failing(error: Exception) -> Callable[[], None]:
 
 
 def test_a_success_is_reported(app: Celery, payments: Breaker, clock: Clock) -> None:
-    task = app.task(breaker="payments", name="t")(seven)
+    task = app.task(shared=False, breaker="payments", name="t")(seven)
     assert gated(task, Admission("payments")) == (7, Report(Outcome.SUCCESS))
 
 
 def test_a_dependency_failure_puts_the_task_aside(app: Celery, payments: Breaker, clock: Clock) -> None:
-    task = app.task(breaker="payments", name="t")(failing(ConnectionError()))
+    task = app.task(shared=False, breaker="payments", name="t")(failing(ConnectionError()))
     deferred, report = gated(task, Admission("payments", attempts=2, counts=True))
     assert isinstance(deferred, TaskDeferred)
     assert (deferred.breaker, deferred.attempts, deferred.failed) == ("payments", 3, True)
@@ -81,7 +81,7 @@ def test_a_dependency_failure_puts_the_task_aside(app: Celery, payments: Breaker
 
 
 def test_the_last_attempt_fails_for_good(app: Celery, payments: Breaker, clock: Clock) -> None:
-    task = app.task(breaker="payments", name="t", max_attempts=3)(failing(ConnectionError("still")))
+    task = app.task(shared=False, breaker="payments", name="t", max_attempts=3)(failing(ConnectionError("still")))
     error, report = gated(task, Admission("payments", attempts=2, counts=True))
     assert isinstance(error, ConnectionError)
     assert report.outcome is Outcome.FAILURE
@@ -90,16 +90,20 @@ def test_the_last_attempt_fails_for_good(app: Celery, payments: Breaker, clock: 
 def test_a_refused_run_is_deferred_failed_or_served(app: Celery, payments: Breaker, clock: Clock) -> None:
     refused = Admission("payments", refused_in="HALF_OPEN", retry_after=1.0)
     for options, kind in (({}, TaskDeferred), ({"on_open": "fail"}, BreakerOpenError)):
-        task = app.task(breaker="payments", name=f"t-{kind.__name__}", **options)(failing(AssertionError("ran")))
+        task = app.task(shared=False, breaker="payments", name=f"t-{kind.__name__}", **options)(
+            failing(AssertionError("ran"))
+        )
         value, report = gated(task, refused)
         assert isinstance(value, kind)
         assert report == Report()
-    task = app.task(breaker="payments", name="served", fallback=constant(1))(failing(AssertionError("ran")))
+    task = app.task(shared=False, breaker="payments", name="served", fallback=constant(1))(
+        failing(AssertionError("ran"))
+    )
     assert gated(task, refused) == (1, Report(source="constant", served_for="payments"))
 
 
 def test_a_breaker_that_opened_on_the_way_refuses(app: Celery, payments: Breaker, clock: Clock) -> None:
-    task = app.task(breaker="payments", name="t")(failing(AssertionError("ran")))
+    task = app.task(shared=False, breaker="payments", name="t")(failing(AssertionError("ran")))
     force(payments, "OPEN")
     value, report = gated(task, Admission("payments"))
     assert isinstance(value, TaskDeferred)
@@ -108,7 +112,7 @@ def test_a_breaker_that_opened_on_the_way_refuses(app: Celery, payments: Breaker
 
 
 def test_a_guard_inside_a_trial_decides_it(app: Celery, payments: Breaker, clock: Clock) -> None:
-    @app.task(breaker="payments", name="t")
+    @app.task(shared=False, breaker="payments", name="t")
     def swallows() -> str:
         with suppress(ConnectionError):
             payments.call(failing(ConnectionError()))
@@ -121,7 +125,7 @@ def test_a_guard_inside_a_trial_decides_it(app: Celery, payments: Breaker, clock
 
 
 def test_a_guard_inside_an_ordinary_run_speaks_for_itself(app: Celery, payments: Breaker, clock: Clock) -> None:
-    @app.task(breaker="payments", name="t")
+    @app.task(shared=False, breaker="payments", name="t")
     def guarded() -> int:
         return payments.call(lambda: 3)
 
@@ -131,7 +135,7 @@ def test_a_guard_inside_an_ordinary_run_speaks_for_itself(app: Celery, payments:
 def test_a_refusal_by_a_breaker_of_somebody_else_is_the_tasks_own_error(
     app: Celery, payments: Breaker, clock: Clock
 ) -> None:
-    task = app.task(breaker="payments", name="t")(failing(BreakerOpenError("elsewhere")))
+    task = app.task(shared=False, breaker="payments", name="t")(failing(BreakerOpenError("elsewhere")))
     value, _ = gated(task, Admission("payments"))
     assert isinstance(value, BreakerOpenError)
 
@@ -142,7 +146,9 @@ def test_quick_attempts_never_repeat_control_flow(
 ) -> None:
     calls = []
 
-    @app.task(breaker="payments", name="t", retrying=tenacity.Retrying(stop=tenacity.stop_after_attempt(5)))
+    @app.task(
+        shared=False, breaker="payments", name="t", retrying=tenacity.Retrying(stop=tenacity.stop_after_attempt(5))
+    )
     def once() -> None:
         calls.append(1)
         raise error
@@ -152,7 +158,7 @@ def test_quick_attempts_never_repeat_control_flow(
 
 
 def test_provenance_of_an_eager_task(app: Celery, resilience: Resilience, payments: Breaker, clock: Clock) -> None:
-    task = app.task(breaker="payments", name="t", fallback=constant("n/a"))(failing(ConnectionError()))
+    task = app.task(shared=False, breaker="payments", name="t", fallback=constant("n/a"))(failing(ConnectionError()))
     result = task.apply()
     assert result.get() == "n/a"
     provenance = resilience.provenance(result.id)
@@ -161,6 +167,6 @@ def test_provenance_of_an_eager_task(app: Celery, resilience: Resilience, paymen
 
 
 def test_an_unknown_breaker_is_named(app: Celery, resilience: Resilience) -> None:
-    task = app.task(breaker="nobody", name="t")(seven)
+    task = app.task(shared=False, breaker="nobody", name="t")(seven)
     with pytest.raises(ConfigurationError, match="nobody"):
         task()
