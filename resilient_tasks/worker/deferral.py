@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.errors import DeferralExpiredError, DeferredQueueFullError, StoreError
+from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.events import EventSender
 from resilient_tasks.worker.patience import PatientWriter
@@ -74,7 +75,7 @@ class Deferral:
         if not mine:  # the broker has restored it: its other copy decides
             self.forget(ticket.breaker, [request.id])
         else:
-            request.send_event("task-deferred", breaker=ticket.breaker, reason=ticket.reason, since=ticket.since)
+            request.send_event(TASK_DEFERRED, breaker=ticket.breaker, reason=ticket.reason, since=ticket.since)
             logger.info("Task %s[%s] deferred: %s", request.name, request.id, ticket.reason)
 
     def defer_or_hold(self, request: GatedRequest, ticket: Ticket, *, limited: bool = True) -> None:
@@ -185,8 +186,7 @@ class DeferredTasks:
         ]
 
     def _resume(self, entry: Entry, epoch: int, why: str) -> Move:
-        # stock monitors know how to leave RETRY, but not DEFERRED
-        self._events.send("task-retried", uuid=entry.task_id, exception=why, traceback=None)
+        self._events.send(TASK_RESUMED, uuid=entry.task_id, exception=why, traceback=None)
         return Move(entry, self.origin(entry), entry.ticket.resume(epoch))
 
     def origin(self, entry: Entry) -> str:

@@ -18,6 +18,7 @@ from celery.worker.request import Request
 
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.errors import DeferredQueueFullError
+from resilient_tasks.monitor.events import TASK_FALLBACK
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.options import DEFER
 from resilient_tasks.worker.run import Admission, Packed, Report, TaskDeferred, run_admitted
@@ -131,7 +132,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         report = Report.unpack(packed)
         self._settle(report)
         if report.source:
-            self.send_event("task-fallback", breaker=report.served_for, source=report.source, age=report.age)
+            self.send_event(TASK_FALLBACK, breaker=report.served_for, source=report.source, age=report.age)
         return self.finish((failed, value, runtime), **kwargs)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:  # noqa: FBT001, FBT002 - Celery's signature

@@ -14,7 +14,6 @@ from celery import current_app as _current_app
 from celery.app.trace import fast_trace_task, trace_task_ret
 from celery.worker import state as worker_state
 from celery.worker.request import Request
-from kombu.transport.virtual import Channel as VirtualChannel
 from kombu.transport.virtual import QoS as VirtualQoS
 from kombu.utils.json import dumps, loads
 from redis.backoff import NoBackoff
@@ -53,11 +52,6 @@ def tracer(app: Celery) -> Callable[..., TraceResult]:
 def announce_revoked(request: Request, reason: str) -> None:
     """Give a request the result, events and signals of a task that was revoked before it ran."""
     request._announce_revoked(reason, False, None, False)
-
-
-def is_redis(channel: Any) -> bool:
-    """Whether a channel keeps its queues in Redis lists and emulates acknowledgements in a hash."""
-    return isinstance(channel, VirtualChannel) and getattr(channel.connection, "driver_type", "") == "redis"
 
 
 def plain_client(channel: Any) -> redis.Redis:

@@ -234,12 +234,6 @@ def receive(channel: Any, *queues: Queue) -> tuple[Any, MessageConsumer]:
     return received[0], consumer
 
 
-def test_a_redis_channel_is_told_from_others(channel: Any) -> None:
-    assert seams.is_redis(channel)
-    with Connection("memory://") as connection:
-        assert not seams.is_redis(connection.default_channel)
-
-
 @pytest.mark.parametrize("priority", [0, 3, 9])
 def test_messages_lie_in_the_list_that_we_say(channel: Any, priority: int) -> None:
     publish(channel, "shop", priority=priority)
