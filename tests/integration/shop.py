@@ -12,8 +12,8 @@ import tenacity
 from celery import Celery
 
 from resilient_tasks import Resilience, cached, constant
-from resilient_tasks.worker import heart, tick
 from resilient_tasks.core.model import State
+from resilient_tasks.worker import heart, tick
 
 SIDE: Any = redis.Redis.from_url(os.environ["SHOP_SIDE_URL"], decode_responses=True)  # tests look over its shoulder
 
