@@ -32,6 +32,19 @@ app.conf.update(
 )
 resilience = Resilience(app)
 payments = resilience.breaker("payments")
+QUICK: dict[str, Any] = {
+    "consecutive_failures": 3,
+    "open_duration": 2.0,
+    "open_multiplier": 1.0,
+    "open_jitter": 0.0,
+    "ramp": 0.0,
+}
+recovering = resilience.breaker("recovering", **QUICK)
+probed = resilience.breaker("probed", **QUICK)
+
+SIDE = redis.Redis.from_url(os.environ["BENCH_BROKER"])
+ILL = "dependency:ill"
+FINISHED = "finished"  # list on the broker's server: when tasks finished, seconds since 1970
 
 if not USUAL:
     for silenced in ("celery.worker.strategy", "celery.app.trace", "resilient_tasks"):
@@ -46,6 +59,32 @@ def plain() -> None:
 @app.task(breaker=payments, send_events=USUAL)
 def guarded() -> None:
     """Do nothing, behind the gate."""
+
+
+@probed.probe
+def probe() -> None:
+    """Ask the dependency of ``probed``."""
+    call()
+
+
+@app.task(breaker=recovering)
+def charge() -> None:
+    """Call the dependency; without a probe, tasks like this one find out that it is back."""
+    call()
+    SIDE.rpush(FINISHED, str(time.time()))
+
+
+@app.task(breaker=probed)
+def ship() -> None:
+    """Call the dependency; a probe finds out that it is back."""
+    call()
+    SIDE.rpush(FINISHED, str(time.time()))
+
+
+def call() -> None:
+    """Call a dependency that is ill while a key exists."""
+    if SIDE.exists(ILL):
+        raise ConnectionError
 
 
 def watch() -> None:

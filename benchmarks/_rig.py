@@ -27,7 +27,7 @@ import psutil
 import redis
 
 from resilient_tasks.core.model import State
-from workers.processes import Server, Worker, start_valkey, start_worker, wait_until
+from workers.processes import Program, Server, Worker, start_beat, start_valkey, start_worker, wait_until
 
 MODULE = "benchmarks._project"
 SETTINGS = {
@@ -59,7 +59,7 @@ class Rig:
         self.project: ModuleType = importlib.import_module(MODULE)
         logging.getLogger("resilient_tasks").setLevel(logging.ERROR)  # each transition is worth a warning
         self._directory = directory
-        self._workers: list[Worker] = []
+        self._workers: list[Program] = []
         self._count = itertools.count(1)
 
     def worker(self) -> Worker:
@@ -69,8 +69,12 @@ class Rig:
         self._workers.append(worker)
         return worker.wait_until_ready()
 
+    def beat(self) -> None:
+        """Start beat; it is stopped with the workers."""
+        self._workers.append(start_beat(MODULE, directory=self._directory, env=self.environment))
+
     def stop_workers(self) -> None:
-        """Stop all workers."""
+        """Stop all workers, and beat."""
         while self._workers:
             self._workers.pop().stop()
 
