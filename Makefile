@@ -13,8 +13,8 @@ ARGS ?=
 QUICK_TESTS := $(wildcard tests/unit tests/contract tests/integration)
 BENCHMARKS := $(basename $(notdir $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))))
 # 1: a skipped test is a failed test
-RESILIENT_TASKS_TEST_ALL_STRICT ?=
-STRICT := $(if $(filter 1,$(RESILIENT_TASKS_TEST_ALL_STRICT)),-p tests.support.strict_skips)
+TEST_ALL_STRICT ?=
+STRICT := $(if $(filter 1,$(TEST_ALL_STRICT)),-p tests.support.strict_skips)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo up down lint types test test-all bench clean

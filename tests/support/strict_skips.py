@@ -1,7 +1,7 @@
 """A pytest plugin that turns skips into failures, for a machine on which everything must be able to run.
 
 ``python -m pytest -p tests.support.strict_skips``; ``make test-all`` asks for it when
-``RESILIENT_TASKS_TEST_ALL_STRICT=1``. A test that is expected to fail (xfail) is no skip.
+``TEST_ALL_STRICT=1``. A test that is expected to fail (xfail) is no skip.
 """
 
 from __future__ import annotations
