@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("resilient_tasks")
 
+#: Seconds after which resumed tasks that nobody takes up no longer count as outstanding.
+STUCK = 10.0
+
 
 class Resumer:
     """Decides for the ticks of one worker how many tasks are resumed, and which."""
@@ -25,6 +29,7 @@ class Resumer:
         self._runtime = runtime
         self._tasks = tasks
         self._origins: dict[str, set[str]] = {}  # breaker -> queues that its tasks were resumed to
+        self._untouched: dict[str, tuple[int, float]] = {}  # breaker -> outstanding tasks, and since when
 
     def resume(self, breaker: Breaker, snapshot: Snapshot) -> None:
         """Resume the next batch of a breaker that admits calls."""
@@ -87,4 +92,17 @@ class Resumer:
         if not pace.outstanding:
             return 0
         consumed = {queue.name for queue in self._runtime.app.amqp.queues.consume_from.values()}
-        return min(pace.outstanding, self._tasks.queues.size(*self._origins.get(breaker.name, consumed)))
+        outstanding = min(pace.outstanding, self._tasks.queues.size(*self._origins.get(breaker.name, consumed)))
+        if not self._is_stuck(breaker.name, outstanding):
+            return outstanding
+        self._runtime.fleet.store.taken_up(breaker.name, pace.outstanding)
+        return 0
+
+    def _is_stuck(self, breaker: str, outstanding: int) -> bool:
+        """Whether nobody takes anything up: tasks for a queue without workers must not hold up those of others."""
+        before, since = self._untouched.get(breaker, (0, 0.0))
+        now = time.monotonic()
+        if outstanding < before or not before:
+            since = now
+        self._untouched[breaker] = outstanding, since
+        return outstanding > 0 and now - since > STUCK

@@ -156,3 +156,19 @@ def test_ticks_do_not_pile_up_while_there_is_no_worker(shop: Shop) -> None:
     assert shop.broker.llen("resilient.control") == sent == 3
     shop.worker()
     shop.wait(lambda: result.state == "SUCCESS", "it to finish")
+
+
+def test_a_queue_without_workers_does_not_hold_up_the_others(shop: Shop) -> None:
+    shop.beat()
+    deserter = shop.worker(queues=["deserted"])
+    shop.open("payments")
+    stranded = [shop.charge.apply_async((order,), queue="deserted") for order in range(10)]
+    shop.wait(lambda: shop.waiting("payments") == 10, "the first to wait")
+    shop.worker(queues=["celery"])
+    others = [shop.charge.delay(order) for order in range(10)]
+    shop.wait(lambda: shop.waiting("payments") == 20, "all to wait")
+    deserter.stop()
+    shop.close("payments")
+    shop.wait(lambda: _all_done(others), "those whose workers live")
+    shop.worker(queues=["deserted"])
+    shop.wait(lambda: _all_done(stranded), "those whose workers have come back")
