@@ -11,10 +11,10 @@ import logging
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from celery import Celery
+from celery import Celery, Task
 
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.errors import ConfigurationError
@@ -130,21 +130,34 @@ class Runtime:
             ConfigurationError: a task names a breaker that nobody defines, or is no ``ResilientTask``.
         """
         for task in self.app.tasks.values():
-            name = getattr(task, "breaker", None)
-            if name is None:
-                continue
-            name = getattr(name, "name", name)
-            options = getattr(task, "options", None)
-            if options is None:
-                base = next(base for base in type(task).__mro__[1:] if base is not self.app.Task)
-                raise ConfigurationError(
-                    f"task {task.name!r} names breaker {name!r} but its base {base.__name__} is no ResilientTask:"
-                    " derive it from resilient_tasks.ResilientTask"
-                )
-            if options.breaker not in self.breakers:
-                known = ", ".join(sorted(self.breakers)) or "none"
-                raise ConfigurationError(
-                    f"task {task.name!r} names breaker {name!r}, which nobody defines; defined: {known}"
-                )
+            if getattr(task, "breaker", None) is not None:
+                self._validate(task, getattr(task.breaker, "name", task.breaker))
         for unused in self.settings.unknown_overrides(self.breakers):
             logger.warning("settings override breaker %r, which nobody defines", unused)
+
+    def _validate(self, task: Any, name: str) -> None:
+        if getattr(task, "options", None) is None:
+            base = next(base for base in type(task).__mro__[1:] if base is not self.app.Task)
+            raise ConfigurationError(
+                f"task {task.name!r} names breaker {name!r} but its base {base.__name__} is no ResilientTask:"
+                " derive it from resilient_tasks.ResilientTask"
+            )
+        if name in self.breakers:
+            return
+        if not self._is_another_apps(task, name):
+            known = ", ".join(sorted(self.breakers)) or "none"
+            raise ConfigurationError(
+                f"task {task.name!r} names breaker {name!r}, which nobody defines; defined: {known}"
+            )
+        type(task).Strategy, type(task).Request = Task.Strategy, Task.Request
+
+    def _is_another_apps(self, task: Any, name: str) -> bool:
+        """Whether a task is a copy of one of another app in this process: Celery shares tasks among all apps."""
+        others = [runtime for runtime in list(_runtimes.values()) if runtime is not self and name in runtime.breakers]
+        return any(_function(other.app.tasks.get(task.name)) is _function(task) for other in others)
+
+
+def _function(task: Any) -> Any:
+    """Return the function that a task was made of."""
+    function = getattr(task, "__wrapped__", task)
+    return getattr(function, "__func__", function)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from celery import Celery, Task
+from celery import Celery, Task, _state
 
 from resilient_tasks import Breaker, BreakerPolicy, ConfigurationError, Resilience, ResilientTask, StoreError
 from resilient_tasks.testing import force, in_memory
@@ -169,6 +169,27 @@ def test_a_wrong_task_keeps_a_worker_from_starting(amqp_app: Celery) -> None:
     define(amqp_app, breaker="payments")
     with pytest.raises(ConfigurationError, match=r"task 'charge' names breaker 'payments'.*; defined: none"):
         amqp_app.WorkController(pool_cls="solo")
+
+
+def test_a_task_that_celery_has_copied_from_another_app_is_left_to_celery(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESILIENT_TASKS_STORE_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setattr(_state, "_on_app_finalizers", set(_state._on_app_finalizers))  # for no later app
+    other = Celery("other", broker="memory://", set_as_current=False)
+    theirs = Resilience(other)
+    theirs.breaker("their-own")
+
+    @other.task(name="theirs", breaker="their-own")
+    def task() -> None:
+        pass
+
+    other.finalize()
+    Resilience(app)
+    app.WorkController(pool_cls="solo")
+    assert app.tasks["theirs"].Strategy == Task.Strategy
+    with pytest.raises(ConfigurationError, match="their-own"):
+        app.tasks["theirs"]()
 
 
 def test_a_store_that_is_away_is_no_error_at_start_up(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
