@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from resilient_tasks.errors import DeferralExpiredError, DeferredQueueFullError, StoreError
 from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED
 from resilient_tasks.worker import seams
+from resilient_tasks.worker.broker import open_queues
 from resilient_tasks.worker.events import EventSender
 from resilient_tasks.worker.patience import PatientWriter
-from resilient_tasks.worker.queues import Choose, Entry, Move, open_queues
+from resilient_tasks.worker.queues import Choose, Entry, Move
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.ticket import Ticket
 

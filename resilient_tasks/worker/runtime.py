@@ -20,7 +20,8 @@ from resilient_tasks.breaker import Breaker
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.settings import Settings
-from resilient_tasks.worker.queues import Queues, open_queues
+from resilient_tasks.worker.broker import open_queues
+from resilient_tasks.worker.queues import Queues
 
 if TYPE_CHECKING:
     from resilient_tasks.store.base import Spec

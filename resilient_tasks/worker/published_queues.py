@@ -1,0 +1,158 @@
+"""Deferred queues on any other broker: publish with confirmation, then acknowledge."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+from celery import Celery
+from kombu import Producer, Queue
+from kombu.exceptions import OperationalError
+
+from resilient_tasks.errors import DeferredQueueFullError
+from resilient_tasks.worker.queues import Choose, Entry, Move, Queues, without_ticket
+from resilient_tasks.worker.ticket import Ticket
+
+logger = logging.getLogger("resilient_tasks")
+
+#: Properties that belong to one delivery, or that kombu takes under a name of their own.
+_NOT_COPIED = frozenset({
+    "delivery_info", "delivery_tag", "body_encoding", "application_headers", "content_type", "content_encoding",
+})  # fmt: skip
+
+
+class PublishedQueues(Queues):
+    """Any other transport: durable queues without consumers, publish then acknowledge."""
+
+    transport_options: ClassVar[dict[str, Any]] = {"max_retries": 0, "confirm_publish": True}
+
+    def __init__(self, app: Celery, namespace: str) -> None:
+        super().__init__(app, namespace)
+        self._lock = threading.Lock()
+        self._declared: set[str] = set()
+        self._returned = False
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except Exception:
+                self._declared.clear()
+                self.close()
+                raise
+
+    def _declare(self, queue: str) -> None:
+        if queue not in self._declared:
+            Queue(queue, durable=True)(self.channel).declare()
+            self._declared.add(queue)
+
+    def _publish(self, message: Any, queue: str, ticket: Ticket | None) -> bool:
+        """Publish straight to a queue; False if there is no such queue."""
+        headers = without_ticket(message.headers or {})
+        headers.pop("compression", None)  # kombu has unpacked the body already
+        if ticket:
+            headers = ticket.write(headers)
+        properties = {name: value for name, value in message.properties.items() if name not in _NOT_COPIED}
+        if "expiration" in properties:  # milliseconds as text, but kombu takes seconds
+            properties["expiration"] = float(properties["expiration"]) / 1000
+        self._returned = False
+        on_return = self._note_return if hasattr(self.channel, "events") else None  # emulated ones take everything
+        Producer(self.channel, auto_declare=False, on_return=on_return).publish(
+            message.body, exchange="", routing_key=queue, headers=headers, mandatory=True,
+            content_type=message.content_type, content_encoding=message.content_encoding, **properties,
+        )  # fmt: skip
+        return not self._returned
+
+    def _note_return(self, *_: Any) -> None:
+        self._returned = True
+
+    def _publish_to_own(self, message: Any, queue: str, ticket: Ticket | None) -> None:
+        self._declare(queue)
+        if not self._publish(message, queue, ticket):
+            raise OperationalError(f"queue {queue} was deleted a moment ago")
+
+    def defer(self, message: Any, ticket: Ticket, *, owned: bool, limit: int | None) -> bool:
+        """See :meth:`Queues.defer`."""
+        queue = self.deferred(ticket.breaker)
+        with self._exclusive():
+            self._declare(queue)
+            full = limit is not None and self._size(queue) >= limit
+            if not full:
+                self._publish_to_own(message, queue, ticket)
+        if full:
+            raise DeferredQueueFullError(ticket.breaker, limit or 0)
+        if owned:
+            self._acknowledge(message)
+        return True
+
+    @staticmethod
+    def _acknowledge(message: Any) -> None:
+        """The message is in its new place, so that cannot be undone: at worst the broker delivers a second copy."""
+        try:
+            message.ack()
+        except Exception as exc:  # noqa: BLE001 - whatever a dead channel raises
+            logger.warning("a deferred message could not be acknowledged: %s", type(exc).__name__)
+
+    def sift(self, breaker: str, scan: int, choose: Choose, *, start: int = 0) -> list[Move]:
+        """See :meth:`Queues.sift`."""
+        queue = self.deferred(breaker)
+        with self._exclusive():
+            self._declare(queue)
+            messages = list(_bounded(lambda: self._get(queue), start + scan))
+            try:
+                made = list(choose(self._tasks(breaker, messages[start:])))
+                for move in made:
+                    self._make(breaker, move)
+                return made
+            finally:
+                for message in reversed(messages):
+                    if not message.acknowledged:
+                        message.requeue()
+
+    def _get(self, queue: str) -> Any:
+        message = self.channel.basic_get(queue)
+        return None if message is None else self.channel.message_to_python(message)
+
+    def _tasks(self, breaker: str, messages: Sequence[Any]) -> list[Entry]:
+        entries = {id(message): self._task_entry(message) for message in messages}
+        for message in messages:
+            if entries[id(message)] is None:
+                self._warn_of_stranger(breaker)
+                self._make(breaker, Move(Entry(message, Ticket()), self.dead(breaker)))
+        return [entry for entry in entries.values() if entry is not None]
+
+    def _make(self, breaker: str, move: Move) -> None:
+        message, dead = move.entry.message, self.dead(breaker)
+        if move.queue == dead:
+            self._publish_to_own(message, dead, move.ticket)
+        elif move.queue is not None and not self._publish(message, move.queue, move.ticket):
+            logger.error("Task %s is dead-lettered: its queue %s is gone", move.entry.task_id, move.queue)
+            self._publish_to_own(message, dead, move.ticket)
+        message.ack()
+
+    def _size(self, queue: str) -> int:
+        with self._connection.channel() as passing:  # a broker ends a channel that asks for a queue that is gone
+            try:
+                return int(passing.queue_declare(queue, passive=True).message_count)
+            except self._connection.channel_errors:
+                return 0
+
+    def size(self, *queues: str) -> int:
+        """See :meth:`Queues.size`."""
+        with self._exclusive():
+            for queue in queues:
+                if queue.startswith(f"{self.namespace}."):  # others have arguments that only their owners know
+                    self._declare(queue)
+            return sum(self._size(queue) for queue in queues)
+
+
+def _bounded(get: Callable[[], Any], most: int) -> Iterator[Any]:
+    for _ in range(most):
+        message = get()
+        if message is None:
+            return
+        yield message

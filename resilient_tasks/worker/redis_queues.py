@@ -1,0 +1,124 @@
+"""Deferred queues on a Redis or Valkey broker: each operation is one conditional script."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any, ClassVar
+
+import redis
+from celery import Celery
+
+from resilient_tasks.errors import DeferredQueueFullError
+from resilient_tasks.worker import seams
+from resilient_tasks.worker.queues import Choose, Entry, Move, Queues, without_ticket
+from resilient_tasks.worker.ticket import Ticket
+
+logger = logging.getLogger("resilient_tasks")
+
+
+class RedisQueues(Queues):
+    """Lists on a Redis broker; kombu's order: newest first, so that an ordinary consumer could drain them."""
+
+    transport_options: ClassVar[dict[str, Any]] = {
+        "max_retries": 0,
+        "socket_timeout": 5.0,
+        "socket_connect_timeout": 2.0,
+    }
+
+    def __init__(self, app: Celery, namespace: str) -> None:
+        super().__init__(app, namespace)
+        scripts = resources.files("resilient_tasks.worker") / "lua"
+        self._defer_source = (scripts / "defer.lua").read_text()
+        self._move_source = (scripts / "move.lua").read_text()
+        self._known_client: redis.Redis | None = None
+
+    @property
+    def _client(self) -> redis.Redis:
+        """A client on the channel's connections; kept, because making one costs as much as a command."""
+        channel = self.channel
+        if self._known_client is None or self._known_client.connection_pool is not channel.pool:
+            self._known_client = seams.plain_client(channel)
+        return self._known_client
+
+    def _run(self, source: str, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
+        return self._client.register_script(source)(keys=keys, args=args)
+
+    def defer(self, message: Any, ticket: Ticket, *, owned: bool, limit: int | None) -> bool:
+        """See :meth:`Queues.defer`."""
+        raw = message.serializable()
+        raw["headers"] = ticket.write(raw["headers"])
+        raw["properties"] = {**raw["properties"], "delivery_tag": seams.new_delivery_tag(self.channel)}
+        keys = [*seams.unacked_keys(self.channel), seams.list_key(self.channel, self.deferred(ticket.breaker))]
+        bound = "" if limit is None else str(limit)
+        tag = message.delivery_tag if owned and seams.emulates_acks(message.channel) else ""
+        answer = self._run(self._defer_source, keys, [tag, seams.encode_message(raw), bound])
+        if answer < 0:
+            raise DeferredQueueFullError(ticket.breaker, limit or 0)
+        if owned:
+            seams.forget_delivery(message)
+        return bool(answer)
+
+    def sift(self, breaker: str, scan: int, choose: Choose, *, start: int = 0) -> list[Move]:
+        """See :meth:`Queues.sift`."""
+        source = seams.list_key(self.channel, self.deferred(breaker))
+        waiting = self._client.lrange(source, -start - scan, -start - 1)
+        texts: dict[int, str | bytes] = {}
+        entries: list[Entry] = []
+        for text in reversed(waiting):
+            entry = self._entry(text)
+            if entry is None:
+                self._set_aside(breaker, text)
+            else:
+                entries.append(entry)
+                texts[id(entry.message)] = text
+        moves = choose(entries)
+        return self._make(breaker, [(texts[id(move.entry.message)], move) for move in moves]) if moves else []
+
+    def _entry(self, text: str | bytes) -> Entry | None:
+        try:
+            message = self.channel.Message(seams.decode_message(text), channel=self.channel)
+            deliverable = {"exchange", "routing_key"} <= message.delivery_info.keys()  # or kombu stumbles
+            return self._task_entry(message) if deliverable else None
+        except Exception:  # noqa: BLE001 - whatever garbage does to a decoder
+            return None
+
+    def _keys(self, breaker: str) -> list[str]:
+        """Return the first two keys of the script that moves messages."""
+        return [seams.list_key(self.channel, self.deferred(breaker)), seams.list_key(self.channel, self.dead(breaker))]
+
+    def _set_aside(self, breaker: str, text: str | bytes) -> None:
+        self._warn_of_stranger(breaker)
+        self._run(self._move_source, self._keys(breaker), [text, 2, text])
+
+    def _make(self, breaker: str, moves: Sequence[tuple[str | bytes, Move]]) -> list[Move]:
+        keys = self._keys(breaker)
+        args: list[str | bytes | int] = []
+        for text, move in moves:
+            raw = _with_ticket(move.entry.message, move.ticket)
+            index = 0
+            if move.queue is not None:
+                key = seams.list_key(self.channel, move.queue, seams.message_priority(self.channel, raw))
+                if key not in keys[1:]:
+                    keys.append(key)
+                index = keys.index(key, 1) + 1
+            args += [text, index, seams.encode_message(raw)]
+        moved = self._run(self._move_source, keys, args)
+        return [move for (_, move), done in zip(moves, moved, strict=True) if done]
+
+    def size(self, *queues: str) -> int:
+        """See :meth:`Queues.size`."""
+        return sum(self._size(queue) for queue in queues)
+
+    def _size(self, queue: str) -> int:
+        try:
+            return seams.queue_size(self.channel, queue)
+        except redis.ResponseError:  # a key that is no list: only a forged ticket names it
+            return 0
+
+
+def _with_ticket(message: Any, ticket: Ticket | None) -> dict[str, Any]:
+    raw: dict[str, Any] = message.serializable()
+    raw["headers"] = ticket.write(raw["headers"]) if ticket else without_ticket(raw["headers"])
+    return raw
