@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,52 +14,65 @@ from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
 
-logger = logging.getLogger("resilient_tasks")
 
-Handler = Callable[..., Any]
-
-
-def gated(task: Any, app: Celery, consumer: Any) -> Handler:
-    """Return the message handler of a guarded task (Celery's ``Task.Strategy``).
+class gated:  # noqa: N801 - Celery knows strategies as functions
+    """The message handler of a guarded task (Celery's ``Task.Strategy``).
 
     What the breaker refuses is deferred there and then: it takes no pool slot and no place in the
     prefetch window. Everything else goes on untouched to Celery's own strategy.
     """
-    runtime = runtime_of(app)
-    host = runtime.host
-    breaker = runtime.breakers[task.options.breaker]
-    handle = default(task, app, consumer)
 
-    def handle_message(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **kwargs: Any) -> Any:
+    def __init__(self, task: Any, app: Celery, consumer: Any) -> None:
+        self._task, self._app, self._consumer = task, app, consumer
+        self._runtime = runtime_of(app)
+        self._gate = self._runtime.host.gate
+        self._breaker = self._runtime.breakers[task.options.breaker]
+        self._go_on = default(task, app, consumer)
+
+    def __call__(self, message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **kwargs: Any) -> Any:
+        """Handle one message that has just arrived."""
         _check(message, body)
         ticket = Ticket.read(message.headers)
-        if ticket.breaker in runtime.breakers:  # strangers may write tickets, too
-            host.gate.took_up(ticket)
+        if ticket.breaker in self._runtime.breakers:  # strangers may write tickets, too
+            self._gate.took_up(ticket)
         is_protocol_2 = body is None and "args" not in message.payload
-        if is_protocol_2 and host.gate.refuses_now(breaker, ticket, message.headers["id"]):
-            request = task_request(message, ack, reject)
+        if is_protocol_2 and self._gate.refuses_now(self._breaker, ticket, message.headers["id"]):
+            request = self._request(message, ack, reject)
             if request.defers_when_refused() and not request.eta:
-                return defer_at_once(request)
-        return handle(message, body, ack, reject, callbacks, **kwargs)
+                return self._defer(request)
+        return self._go_on(message, body, ack, reject, callbacks, **kwargs)
 
-    def task_request(message: Any, ack: Any, reject: Any) -> GatedRequest:
+    def _request(self, message: Any, ack: Any, reject: Any) -> GatedRequest:
         return GatedRequest(
-            message, on_ack=ack, on_reject=reject, app=app, hostname=consumer.hostname, task=task,
-            eventer=consumer.event_dispatcher, connection_errors=consumer.connection_errors,
-            body=message.body, headers=message.headers, decoded=False, utc=app.uses_utc_timezone(),
-        )  # fmt: skip
+            message,
+            on_ack=ack,
+            on_reject=reject,
+            app=self._app,
+            task=self._task,
+            hostname=self._consumer.hostname,
+            eventer=self._consumer.event_dispatcher,
+            connection_errors=self._consumer.connection_errors,
+            body=message.body,
+            headers=message.headers,
+            decoded=False,
+            utc=self._app.uses_utc_timezone(),
+        )
 
-    def defer_at_once(request: GatedRequest) -> None:
+    def _defer(self, request: GatedRequest) -> None:
         if request.revoked():  # or expired: Celery has settled it
             return
         request.send_event(
-            "task-received", name=request.name, args=request.argsrepr, kwargs=request.kwargsrepr,
-            root_id=request.root_id, parent_id=request.parent_id, retries=request.request_dict.get("retries", 0),
-            eta=None, expires=request.expires and request.expires.isoformat(),
-        )  # fmt: skip
-        request.put_aside(str(breaker.refusal()))
-
-    return handle_message
+            "task-received",
+            name=request.name,
+            args=request.argsrepr,
+            kwargs=request.kwargsrepr,
+            root_id=request.root_id,
+            parent_id=request.parent_id,
+            retries=request.request_dict.get("retries", 0),
+            eta=None,
+            expires=request.expires and request.expires.isoformat(),
+        )
+        request.put_aside(str(self._breaker.refusal()))
 
 
 def _check(message: Any, body: Any) -> None:
