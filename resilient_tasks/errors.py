@@ -46,6 +46,8 @@ class BreakerOpenError(ResilienceError):
         self.retry_after = retry_after
 
     def __str__(self) -> str:
+        if self.state == "CLOSED":
+            return f"breaker {self.breaker!r} has just closed and admits a growing share of tasks"
         when = "" if self.retry_after is None else f", retry after {self.retry_after:.1f} s"
         return f"breaker {self.breaker!r} is {self.state}{when}"
 

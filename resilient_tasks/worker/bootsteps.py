@@ -32,10 +32,11 @@ class Membership(bootsteps.Step):  # type: ignore[misc]  # Celery is untyped
 class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is untyped
     """Joins the fleet when the consumer connects, and takes ticks from a queue and channel of their own.
 
-    Of their own, because a full prefetch window would starve them otherwise.
+    Of their own, because a full prefetch window would starve them otherwise. After Mingle, which waits
+    for a second of silence on the connection: ticks that arrive meanwhile would never let it end.
     """
 
-    requires = ("celery.worker.consumer.events:Events",)
+    requires = ("celery.worker.consumer.mingle:Mingle",)
 
     def __init__(self, consumer: Any, **kwargs: Any) -> None:
         super().__init__(consumer, **kwargs)

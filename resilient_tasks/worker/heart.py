@@ -47,6 +47,7 @@ class Heart:
         self._revoked_seen: set[str] = set()
         self._idle_look_at = float("-inf")
         self._declare_at = float("-inf")
+        self._took_over = False
         self._in_touch_since = time.monotonic()
 
     def start(self, consumer: Any) -> None:
@@ -69,7 +70,8 @@ class Heart:
             self._tick = None
 
     def want_tick(self) -> None:
-        """Ask for a tick now, from any thread."""
+        """Run a tick that somebody has sent, from any thread."""
+        self._took_over = False
         self._wanted.set()
 
     def _beat(self) -> None:
@@ -106,13 +108,16 @@ class Heart:
     def _overdue(self) -> bool:
         """Whether no tick has completed for too long, whatever beat sends."""
         if self._anything_due():
-            patience = MISSED_TICKS * self._runtime.settings.tick_interval
+            patience = (1 if self._took_over else MISSED_TICKS) * self._runtime.settings.tick_interval
         elif self._time_for_an_idle_look():
             patience = STOCKTAKING / 2  # then one of the fleet's workers has just done it
         else:
             return False
         age = self._runtime.fleet.store.last_tick_age(self._runtime.tick_scope)
-        return age is None or age > patience
+        if age is not None and age <= patience:
+            return False
+        self._took_over = True  # from now on at full pace, until somebody sends ticks again
+        return True
 
     def _anything_due(self) -> bool:
         now = self._runtime.fleet.view.server_now()

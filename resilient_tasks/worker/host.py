@@ -34,7 +34,9 @@ class Host:
         self.heart = Heart(runtime, self.gate, self.deferral)
 
     def attach(self, consumer: Any) -> None:
-        """Join the fleet with a consumer that has just connected to the broker."""
+        """Join the fleet with a consumer that has just connected to the broker, before it takes any task."""
+        if self._consumer is consumer:
+            return
         self._consumer = consumer
         fleet = self._runtime.fleet
         fleet.view.refresh()  # a worker that joins while a breaker is OPEN obeys at once

@@ -25,6 +25,7 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
     def __init__(self, task: Any, app: Celery, consumer: Any) -> None:
         self._task, self._app, self._consumer = task, app, consumer
         self._runtime = runtime_of(app)
+        self._runtime.host.attach(consumer)
         self._gate = self._runtime.host.gate
         self._breaker = self._runtime.breakers[task.options.breaker]
         self._go_on = default(task, app, consumer)

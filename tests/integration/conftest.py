@@ -55,10 +55,10 @@ class Shop:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.project, name)
 
-    def worker(self, **options: Any) -> Worker:
-        """Start a worker and wait until it consumes."""
+    def worker(self, *, mingle: bool = False, **options: Any) -> Worker:
+        """Start a worker and wait until it consumes; mingling takes each a second."""
         env = {**self.env, **options.pop("env", {})}
-        arguments = ["--without-mingle", *options.pop("arguments", [])]  # mingling takes each a second
+        arguments = [*([] if mingle else ["--without-mingle"]), *options.pop("arguments", [])]
         worker = start_worker(
             MODULE, name=f"worker{next(self._count)}", directory=self.directory, env=env, arguments=arguments, **options
         )  # fmt: skip

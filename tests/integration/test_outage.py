@@ -172,3 +172,17 @@ def test_a_queue_without_workers_does_not_hold_up_the_others(shop: Shop) -> None
     shop.wait(lambda: _all_done(others), "those whose workers live")
     shop.worker(queues=["deserted"])
     shop.wait(lambda: _all_done(stranded), "those whose workers have come back")
+
+
+def test_a_worker_that_starts_while_ticks_arrive_is_ready_at_once(shop: Shop) -> None:
+    worker = shop.worker()
+    shop.open("payments")
+    results = [shop.charge.delay(order) for order in range(5)]
+    shop.wait(lambda: shop.waiting("payments") == 5, "all to wait")
+    worker.stop()
+    shop.payments.trip(reason="test")  # due for as long as nobody runs a trial
+    shop.beat()  # four ticks a second, which no second of silence ever interrupts
+    shop.wait(lambda: shop.broker.llen("resilient.control") > 0, "ticks to arrive")
+    mingling = shop.worker(mingle=True)
+    assert "mingle: all alone" in mingling.output()
+    shop.wait(lambda: _all_done(results), "all to finish")

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from celery import Celery, Task, _state
+from celery.worker.consumer.mingle import Mingle
 
 from resilient_tasks import Breaker, BreakerPolicy, ConfigurationError, Resilience, ResilientTask, StoreError
 from resilient_tasks.testing import force, in_memory
+from resilient_tasks.worker.bootsteps import ControlQueue
 from resilient_tasks.worker.runtime import runtime_of
 
 
@@ -201,3 +203,11 @@ def test_a_store_that_is_away_is_no_error_at_start_up(app: Celery, monkeypatch: 
     with pytest.raises(StoreError):
         payments.isolate()
     resilience.fleet.close()
+
+
+def test_ticks_are_taken_only_after_mingling(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mingle waits for a second of silence on the connection, which ticks would never let come."""
+    monkeypatch.setenv("RESILIENT_TASKS_STORE_URL", "redis://127.0.0.1:1/0")
+    Resilience(app)
+    steps = [type(step) for step in app.WorkController(pool_cls="solo").consumer.blueprint.order]
+    assert steps.index(ControlQueue) > steps.index(Mingle)
