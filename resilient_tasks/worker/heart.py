@@ -48,6 +48,7 @@ class Heart:
         self._idle_look_at = float("-inf")
         self._declare_at = float("-inf")
         self._took_over = False
+        self._due_since: float | None = None
         self._in_touch_since = time.monotonic()
 
     def start(self, consumer: Any) -> None:
@@ -107,17 +108,21 @@ class Heart:
 
     def _overdue(self) -> bool:
         """Whether no tick has completed for too long, whatever beat sends."""
-        if self._anything_due():
-            patience = (1 if self._took_over else MISSED_TICKS) * self._runtime.settings.tick_interval
-        elif self._time_for_an_idle_look():
-            patience = STOCKTAKING / 2  # then one of the fleet's workers has just done it
-        else:
-            return False
-        age = self._runtime.fleet.store.last_tick_age(self._runtime.tick_scope)
-        if age is not None and age <= patience:
+        if not self._anything_due():
+            self._due_since = None
+            return self._time_for_an_idle_look() and self._nobody_ticked_for(STOCKTAKING / 2)
+        now = time.monotonic()
+        if self._due_since is None:
+            self._due_since = now
+        patience = (1 if self._took_over else MISSED_TICKS) * self._runtime.settings.tick_interval
+        if now - self._due_since <= patience or not self._nobody_ticked_for(patience):
             return False
         self._took_over = True  # from now on at full pace, until somebody sends ticks again
         return True
+
+    def _nobody_ticked_for(self, seconds: float) -> bool:
+        age = self._runtime.fleet.store.last_tick_age(self._runtime.tick_scope)
+        return age is None or age > seconds
 
     def _anything_due(self) -> bool:
         now = self._runtime.fleet.view.server_now()
