@@ -143,7 +143,7 @@ class DeferredTasks:
         """Return the number of messages that wait on the broker."""
         return self.queues.size(self.queues.deferred(breaker))
 
-    def sift(self, breaker: str, choose: Choose, *, start: int = 0, scan: int = PAGE) -> list[Move]:
+    def sift(self, breaker: str, choose: Choose, *, start: int = 0) -> list[Move]:
         """Offer the oldest waiting tasks, but for the first ``start``, to ``choose`` and make its moves.
 
         The index first: a resumed task may be deferred again before this returns.
@@ -156,9 +156,10 @@ class DeferredTasks:
             store.remove_deferred(breaker, [move.entry.task_id for move in planned])
             return planned
 
-        made = self.queues.sift(breaker, scan, plan, start=start)
+        made = self.queues.sift(breaker, PAGE, plan, start=start)
+        done = {id(move) for move in made}
         for move in planned:
-            if move not in made:
+            if id(move) not in done:
                 store.add_deferred(breaker, move.entry.task_id, deadline=move.entry.ticket.deadline or None)
         return made
 

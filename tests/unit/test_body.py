@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +13,7 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Retry
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Outcome, Resilience, constant
-from resilient_tasks.testing import Clock, force, in_memory
+from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker.run import Admission, Report, TaskDeferred, run_admitted
 
 TASK_ID = "d3f0"
@@ -22,22 +22,6 @@ TASK_ID = "d3f0"
 @pytest.fixture
 def app() -> Celery:
     return Celery("tasks", broker="memory://", backend="cache+memory://", set_as_current=False)
-
-
-@pytest.fixture
-def resilience(app: Celery) -> Resilience:
-    return Resilience(app)
-
-
-@pytest.fixture
-def payments(resilience: Resilience) -> Breaker:
-    return resilience.breaker("payments", consecutive_failures=3, open_jitter=0)
-
-
-@pytest.fixture
-def clock(resilience: Resilience, payments: Breaker) -> Iterator[Clock]:
-    with in_memory(resilience) as clock:
-        yield clock
 
 
 def gated(task: Any, admission: Admission) -> tuple[Any, Report]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from celery import Celery
 
 from resilient_tasks import Breaker, Resilience
-from resilient_tasks.testing import Clock, force, in_memory
+from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker.gate import Gate
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
@@ -24,19 +23,8 @@ def app() -> Celery:
 
 
 @pytest.fixture
-def resilience(app: Celery) -> Resilience:
-    return Resilience(app)
-
-
-@pytest.fixture
 def payments(resilience: Resilience) -> Breaker:
     return resilience.breaker("payments", trial_calls=1, open_duration=1, open_jitter=0, ramp=10)
-
-
-@pytest.fixture
-def clock(resilience: Resilience, payments: Breaker) -> Iterator[Clock]:
-    with in_memory(resilience) as clock:
-        yield clock
 
 
 @pytest.fixture

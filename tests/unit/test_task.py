@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from celery import Celery, Task, _state, shared_task
 from celery.app.trace import task_has_custom
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Resilience, ResilientTask, cached, constant
-from resilient_tasks.testing import Clock, force, in_memory
+from resilient_tasks.testing import Clock, force
 
 THREE_QUICK = tenacity.Retrying(stop=tenacity.stop_after_attempt(3), wait=tenacity.wait_none())
 
@@ -21,22 +21,6 @@ def app() -> Celery:
     app = Celery("tasks", broker="memory://", backend="cache+memory://", set_as_current=False)
     app.conf.task_always_eager = True
     return app
-
-
-@pytest.fixture
-def resilience(app: Celery) -> Resilience:
-    return Resilience(app)
-
-
-@pytest.fixture
-def payments(resilience: Resilience) -> Breaker:
-    return resilience.breaker("payments", consecutive_failures=3, open_jitter=0)
-
-
-@pytest.fixture
-def clock(resilience: Resilience, payments: Breaker) -> Iterator[Clock]:
-    with in_memory(resilience) as clock:
-        yield clock
 
 
 @pytest.fixture(params=["eagerly", "directly"])

@@ -1,0 +1,27 @@
+"""One app's breaker in memory, for tests that define the fixture ``app``; a module may define its own instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from celery import Celery
+
+from resilient_tasks import Breaker, Resilience
+from resilient_tasks.testing import Clock, in_memory
+
+
+@pytest.fixture
+def resilience(app: Celery) -> Resilience:
+    return Resilience(app)
+
+
+@pytest.fixture
+def payments(resilience: Resilience) -> Breaker:
+    return resilience.breaker("payments", consecutive_failures=3, open_jitter=0)
+
+
+@pytest.fixture
+def clock(resilience: Resilience, payments: Breaker) -> Iterator[Clock]:
+    with in_memory(resilience) as clock:
+        yield clock
