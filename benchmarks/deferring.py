@@ -39,9 +39,8 @@ def seconds_of_resuming(bench: Rig) -> tuple[int, float]:
     bench.stop_workers()
     bench.set_state(State.CLOSED)
     breaker, runtime = bench.project.payments, runtime_of(bench.project.app)
-    store = runtime.fleet.store
     waiting, snapshot = bench.deferred(), breaker.snapshot()
-    store.save_pace(breaker.name, Pace(waiting, snapshot.total_failures, 0, snapshot.now))
+    runtime.fleet.ledger.save_pace(breaker.name, Pace(waiting, snapshot.total_failures, 0, snapshot.now))
     worker: Any = SimpleNamespace(event_dispatcher=None, hostname="bench")
     tick = Tick(runtime, worker, wake=lambda: None)
     started = time.perf_counter()

@@ -153,7 +153,8 @@ class Resilience:
         return read_provenance(self.fleet.store, task_id)
 
     def _join(self, store: Store) -> Fleet:
-        fleet = Fleet(store, announce=self.announcer)
+        ledger = store.ledger if isinstance(store, RedisStore) else None
+        fleet = Fleet(store, ledger, announce=self.announcer)
         for breaker in self._breakers.values():
             fleet.declare(breaker.spec)
         return fleet

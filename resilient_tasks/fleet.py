@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable
 
 from resilient_tasks.core.model import Answer, Grant, Snapshot, State, Transition, Verb
+from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Spec, Store
 from resilient_tasks.store.failover import FailoverStore
+from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.store.reports import LEASE, Reporter
 from resilient_tasks.store.standing import Standing
 from resilient_tasks.store.view import View
@@ -30,6 +32,7 @@ class Fleet:
 
     Args:
         store: the shared store; decisions fall back to a local one while it is away.
+        ledger: what workers must know in common; None for a store that no worker uses.
         announce: is told each transition that this process has made; what it raises is logged.
         clock: monotonic clock in seconds, for tests that advance the time.
     """
@@ -37,14 +40,27 @@ class Fleet:
     def __init__(
         self,
         store: Store,
+        ledger: Ledger | None = None,
         *,
         announce: Callable[[Transition], None] = _tell_nobody,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store if isinstance(store, FailoverStore) else FailoverStore(store, clock=clock)
+        self._ledger = ledger
         self.view = View(self.store, clock)
         self.reporter = Reporter(self.store, self.view, self.announce, clock)
         self._announce = announce
+
+    @property
+    def ledger(self) -> Ledger:
+        """What the fleet's workers must know in common.
+
+        Raises:
+            StoreError: the store is one in memory and keeps none.
+        """
+        if self._ledger is None:
+            raise StoreError(f"{self.store!r} keeps no ledger of deferred tasks: workers need a shared store")
+        return self._ledger
 
     def declare(self, spec: Spec) -> Standing:
         """Make a breaker known to this process, without I/O."""

@@ -7,17 +7,12 @@ no store needs a random source.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, Verb
-from resilient_tasks.core.pace import Pace as Pace
 from resilient_tasks.policy import BreakerPolicy
-
-REVOKED_FOR = 7 * 24 * 3600.0  # s for which a revoked id is remembered
-MOST_REVOKED = 50_000  # ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,35 +80,6 @@ class Store(Protocol):
     def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
         """Carry out an operator's verb. A verb that leads to the present state makes no transition."""
 
-    # --- deferred tasks -------------------------------------------------------------------------
-
-    def add_deferred(self, name: str, task_id: str, *, deadline: float | None = None) -> None:
-        """Index a deferred task. ``deadline``: store time at which its ``defer_for`` ends."""
-
-    def remove_deferred(self, name: str, task_ids: Iterable[str]) -> None:
-        """Forget deferred tasks that were resumed, dead-lettered or dropped."""
-
-    def clear_deferred(self, name: str) -> None:
-        """Forget all deferred tasks of a breaker, because its deferred queue is known to be empty."""
-
-    def pace(self, name: str) -> Pace:
-        """Return the resume pace of a breaker."""
-
-    def save_pace(self, name: str, pace: Pace) -> None:
-        """Keep ``pace``, but for ``outstanding``, which is only moved by the methods below."""
-
-    def resumed(self, name: str, count: int) -> None:
-        """Add ``count`` to the resumed tasks that no worker has taken up yet."""
-
-    def taken_up(self, name: str, count: int) -> None:
-        """Take ``count`` off them again, never below 0."""
-
-    def revoke(self, task_ids: Iterable[str]) -> None:
-        """Remember revoked task ids, for tasks that are deferred now or soon."""
-
-    def revoked(self, task_ids: Sequence[str]) -> set[str]:
-        """Return those of ``task_ids`` that were revoked."""
-
     # --- small values ---------------------------------------------------------------------------
 
     def put(self, kind: str, key: str, value: bytes, *, ttl: float) -> None:
@@ -121,28 +87,6 @@ class Store(Protocol):
 
     def get(self, kind: str, key: str) -> tuple[bytes, float] | None:
         """Return ``(value, age in seconds)``, or None."""
-
-    # --- the tick ---------------------------------------------------------------------------------
-
-    def tick_lease(self, holder: str, *, ttl: float, scope: str = "") -> AbstractContextManager[bool]:
-        """Hold the one tick lease of ``scope`` while in the context; False when somebody else has it."""
-
-    def tick_completed(self, scope: str = "") -> None:
-        """Note that a tick has run to its end."""
-
-    def last_tick_age(self, scope: str = "") -> float | None:
-        """Seconds since a tick last ran to its end; None if never."""
-
-    # --- who is who -------------------------------------------------------------------------------
-
-    def declare(self, names: Iterable[str]) -> None:
-        """Note that a living worker defines these breakers."""
-
-    def abandoned(self, *, unseen_for: float) -> list[str]:
-        """Return breakers that workers used to define and none has declared for so many seconds."""
-
-    def retire(self, names: Iterable[str]) -> None:
-        """Forget that breakers were ever declared."""
 
     # --- changes ------------------------------------------------------------------------------------
 

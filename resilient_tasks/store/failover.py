@@ -15,13 +15,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TypeVar
 
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, State, Verb
 from resilient_tasks.errors import StoreError
-from resilient_tasks.store.base import Evidence, Pace, Spec, Store
+from resilient_tasks.store.base import Evidence, Spec, Store
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.store.local import LocalStore
 
@@ -163,42 +162,6 @@ class FailoverStore:
                 self._note(snapshot)
             yield snapshot
 
-    def add_deferred(self, name: str, task_id: str, *, deadline: float | None = None) -> None:
-        """Index a deferred task; see :meth:`Store.add_deferred`."""
-        self._primary.add_deferred(name, task_id, deadline=deadline)
-
-    def remove_deferred(self, name: str, task_ids: Iterable[str]) -> None:
-        """Forget deferred tasks; see :meth:`Store.remove_deferred`."""
-        self._primary.remove_deferred(name, task_ids)
-
-    def clear_deferred(self, name: str) -> None:
-        """Forget all deferred tasks of a breaker; see :meth:`Store.clear_deferred`."""
-        self._primary.clear_deferred(name)
-
-    def pace(self, name: str) -> Pace:
-        """Return the resume pace of a breaker."""
-        return self._primary.pace(name)
-
-    def save_pace(self, name: str, pace: Pace) -> None:
-        """Keep the resume pace of a breaker; see :meth:`Store.save_pace`."""
-        self._primary.save_pace(name, pace)
-
-    def resumed(self, name: str, count: int) -> None:
-        """Add to the resumed tasks that no worker has taken up yet."""
-        self._primary.resumed(name, count)
-
-    def taken_up(self, name: str, count: int) -> None:
-        """Take ``count`` off them again."""
-        self._primary.taken_up(name, count)
-
-    def revoke(self, task_ids: Iterable[str]) -> None:
-        """Remember revoked task ids."""
-        self._primary.revoke(task_ids)
-
-    def revoked(self, task_ids: Sequence[str]) -> set[str]:
-        """Return those of ``task_ids`` that were revoked."""
-        return self._primary.revoked(task_ids)
-
     def put(self, kind: str, key: str, value: bytes, *, ttl: float) -> None:
         """Keep a value for ``ttl`` seconds."""
         self._primary.put(kind, key, value, ttl=ttl)
@@ -206,30 +169,6 @@ class FailoverStore:
     def get(self, kind: str, key: str) -> tuple[bytes, float] | None:
         """Return ``(value, age in seconds)``, or None."""
         return self._primary.get(kind, key)
-
-    def tick_lease(self, holder: str, *, ttl: float, scope: str = "") -> AbstractContextManager[bool]:
-        """Hold the one tick lease; see :meth:`Store.tick_lease`."""
-        return self._primary.tick_lease(holder, ttl=ttl, scope=scope)
-
-    def tick_completed(self, scope: str = "") -> None:
-        """Note that a tick has run to its end."""
-        self._primary.tick_completed(scope)
-
-    def last_tick_age(self, scope: str = "") -> float | None:
-        """Seconds since a tick last ran to its end; None if never."""
-        return self._primary.last_tick_age(scope)
-
-    def declare(self, names: Iterable[str]) -> None:
-        """Note that a living worker defines these breakers."""
-        self._primary.declare(names)
-
-    def abandoned(self, *, unseen_for: float) -> list[str]:
-        """Return breakers that none has declared for so many seconds; see :meth:`Store.abandoned`."""
-        return self._primary.abandoned(unseen_for=unseen_for)
-
-    def retire(self, names: Iterable[str]) -> None:
-        """Forget that breakers were ever declared."""
-        self._primary.retire(names)
 
     def check(self) -> None:
         """Find a server that is no store at all; see :meth:`Store.check`."""

@@ -111,11 +111,11 @@ class Deferral:
     def forget(self, breaker: str, task_ids: Sequence[str]) -> None:
         """Take tasks off the index, as far as the store can be reached."""
         with suppress(StoreError):
-            self._runtime.fleet.store.remove_deferred(breaker, task_ids)
+            self._runtime.fleet.ledger.remove_deferred(breaker, task_ids)
 
     def _index(self, task_id: str, ticket: Ticket) -> None:
         """Best-effort: the tick's stocktaking finds a message that is missing here."""
-        self._runtime.fleet.store.add_deferred(ticket.breaker, task_id, deadline=ticket.deadline or None)
+        self._runtime.fleet.ledger.add_deferred(ticket.breaker, task_id, deadline=ticket.deadline or None)
 
     @staticmethod
     def _write_state(request: GatedRequest, ticket: Ticket) -> None:
@@ -148,19 +148,19 @@ class DeferredTasks:
 
         The index first: a resumed task may be deferred again before this returns.
         """
-        store = self._runtime.fleet.store
+        ledger = self._runtime.fleet.ledger
         planned: list[Move] = []
 
         def plan(entries: Sequence[Entry]) -> Sequence[Move]:
             planned.extend(choose(entries))
-            store.remove_deferred(breaker, [move.entry.task_id for move in planned])
+            ledger.remove_deferred(breaker, [move.entry.task_id for move in planned])
             return planned
 
         made = self.queues.sift(breaker, PAGE, plan, start=start)
         done = {id(move) for move in made}
         for move in planned:
             if id(move) not in done:
-                store.add_deferred(breaker, move.entry.task_id, deadline=move.entry.ticket.deadline or None)
+                ledger.add_deferred(breaker, move.entry.task_id, deadline=move.entry.ticket.deadline or None)
         return made
 
     def sift_pages(self, breaker: str, choose: Choose, *, enough: Callable[[list[Move]], bool]) -> list[Move]:
@@ -181,7 +181,7 @@ class DeferredTasks:
 
     def resume(self, entries: Sequence[Entry], epoch: int, why: str) -> list[Move]:
         """Send tasks back to the queues that they came from; drop those that were revoked meanwhile."""
-        revoked = self._runtime.fleet.store.revoked([entry.task_id for entry in entries])
+        revoked = self._runtime.fleet.ledger.revoked([entry.task_id for entry in entries])
         return [
             self.drop_revoked(entry) if entry.task_id in revoked else self._resume(entry, epoch, why)
             for entry in entries

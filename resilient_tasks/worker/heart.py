@@ -95,15 +95,15 @@ class Heart:
             self._tick.run(observed_for=time.monotonic() - self._in_touch_since)
 
     def _tell_store(self) -> None:
-        store = self._runtime.fleet.store
-        self._gate.tell_taken_up(store.taken_up)
+        ledger = self._runtime.fleet.ledger
+        self._gate.tell_taken_up(ledger.taken_up)
         now = time.monotonic()
         if now >= self._declare_at:
-            store.declare(self._runtime.breakers)
+            ledger.declare(self._runtime.breakers)
             self._declare_at = now + DECLARING
         revoked = set(seams.revoked_ids)
         if revoked - self._revoked_seen:
-            store.revoke(revoked - self._revoked_seen)
+            ledger.revoke(revoked - self._revoked_seen)
         self._revoked_seen = revoked
 
     def _overdue(self) -> bool:
@@ -121,7 +121,7 @@ class Heart:
         return True
 
     def _nobody_ticked_for(self, seconds: float) -> bool:
-        age = self._runtime.fleet.store.last_tick_age(self._runtime.tick_scope)
+        age = self._runtime.fleet.ledger.last_tick_age(self._runtime.tick_scope)
         return age is None or age > seconds
 
     def _anything_due(self) -> bool:

@@ -33,8 +33,8 @@ class Resumer:
 
     def resume(self, breaker: Breaker, snapshot: Snapshot) -> None:
         """Resume the next batch of a breaker that admits calls."""
-        store = self._runtime.fleet.store
-        pace = store.pace(breaker.name)
+        ledger = self._runtime.fleet.ledger
+        pace = ledger.pace(breaker.name)
         following, count = next_pace(
             pace,
             snapshot,
@@ -42,19 +42,19 @@ class Resumer:
             outstanding=self._outstanding(breaker, pace),
             interval=self._runtime.settings.tick_interval,
         )
-        store.save_pace(breaker.name, following)
+        ledger.save_pace(breaker.name, following)
         if count > 0 and self._still(breaker, snapshot):
             self._release(breaker, snapshot, count)
 
     def release_trials(self, breaker: Breaker, snapshot: Snapshot) -> None:
         """Resume as many tasks as there are permits; those that have never failed first."""
-        outstanding = self._outstanding(breaker, self._runtime.fleet.store.pace(breaker.name))
+        outstanding = self._outstanding(breaker, self._runtime.fleet.ledger.pace(breaker.name))
         free = breaker.policy.trial_calls - snapshot.trials - outstanding
         if free > 0:
             self._release(breaker, snapshot, free, unfailed_first=True)
 
     def _release(self, breaker: Breaker, snapshot: Snapshot, count: int, *, unfailed_first: bool = False) -> None:
-        store = self._runtime.fleet.store
+        ledger = self._runtime.fleet.ledger
         wanted, resumed = count, 0
         why = f"resumed, breaker {breaker.name!r} is {snapshot.state}"
 
@@ -65,7 +65,7 @@ class Resumer:
                 due.sort(key=lambda entry: entry.ticket.attempted_at > 0)
             moves = self._tasks.resume(due[:wanted], snapshot.epoch, why)
             going = sum(1 for move in moves if move.queue is not None)
-            store.resumed(breaker.name, going)  # before they can be taken up
+            ledger.resumed(breaker.name, going)  # before they can be taken up
             wanted -= going
             return moves
 
@@ -74,7 +74,7 @@ class Resumer:
                 self._origins.setdefault(breaker.name, set()).add(move.queue)
                 resumed += 1
         if resumed < count - wanted:
-            store.taken_up(breaker.name, count - wanted - resumed)  # somebody else has moved them
+            ledger.taken_up(breaker.name, count - wanted - resumed)  # somebody else has moved them
         if resumed:
             logger.info("breaker %r is %s: %d tasks resumed", breaker.name, snapshot.state, resumed)
 
@@ -95,7 +95,7 @@ class Resumer:
         outstanding = min(pace.outstanding, self._tasks.queues.size(*self._origins.get(breaker.name, consumed)))
         if not self._is_stuck(breaker.name, outstanding):
             return outstanding
-        self._runtime.fleet.store.taken_up(breaker.name, pace.outstanding)
+        self._runtime.fleet.ledger.taken_up(breaker.name, pace.outstanding)
         return 0
 
     def _is_stuck(self, breaker: str, outstanding: int) -> bool:

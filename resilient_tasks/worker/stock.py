@@ -52,27 +52,27 @@ class Stocktaker:
 
         Deferrals while the store was away are missing in it, lost copies are still there.
         """
-        store = self._runtime.fleet.store
+        fleet = self._runtime.fleet
         waiting = self._tasks.count(breaker.name)
-        snapshot = store.read([breaker.spec])[0]
+        snapshot = fleet.store.read([breaker.spec])[0]
         if waiting == 0 and snapshot.oldest_deferred_at is not None:
             # an entry of this moment belongs to a message that is on its way: the index is written first
             if snapshot.now - snapshot.oldest_deferred_at > ON_ITS_WAY:
-                store.clear_deferred(breaker.name)
+                fleet.ledger.clear_deferred(breaker.name)
         elif waiting > snapshot.deferred:  # the index is written first and cleared first: some deferrals are missing
             self._tasks.sift(breaker.name, lambda entries: self._index(breaker.name, entries))
 
     def send_home(self, unseen_for: float) -> None:
         """Resume the tasks of breakers that no worker defines any more; the gate decides by the current code."""
-        store = self._runtime.fleet.store
-        for name in store.abandoned(unseen_for=unseen_for):
+        ledger = self._runtime.fleet.ledger
+        for name in ledger.abandoned(unseen_for=unseen_for):
             why = f"resumed, breaker {name!r} is defined nowhere any more"
             while self._tasks.sift(name, partial(self._tasks.resume, epoch=0, why=why)):
                 logger.warning("breaker %r is defined nowhere any more: its tasks are resumed", name)
-            store.clear_deferred(name)
-            store.retire([name])
+            ledger.clear_deferred(name)
+            ledger.retire([name])
 
     def _index(self, breaker: str, entries: Sequence[Entry]) -> list[Move]:
         for entry in entries:
-            self._runtime.fleet.store.add_deferred(breaker, entry.task_id, deadline=entry.ticket.deadline or None)
+            self._runtime.fleet.ledger.add_deferred(breaker, entry.task_id, deadline=entry.ticket.deadline or None)
         return []

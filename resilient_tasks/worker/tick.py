@@ -74,17 +74,17 @@ class Tick:
         Raises:
             StoreError: the store is away.
         """
-        store, scope = self._runtime.fleet.store, self._runtime.tick_scope
+        fleet, scope = self._runtime.fleet, self._runtime.tick_scope
         lease = max(SHORTEST_LEASE, LEASE_INTERVALS * self._runtime.settings.tick_interval)
-        with store.tick_lease(self._holder, ttl=lease, scope=scope) as held:
+        with fleet.ledger.tick_lease(self._holder, ttl=lease, scope=scope) as held:
             if not held:
                 return False
             self._take_stock(observed_for)
             breakers = list(self._runtime.breakers.values())
-            for breaker, snapshot in zip(breakers, store.read([breaker.spec for breaker in breakers]), strict=True):
+            for breaker, snapshot in zip(breakers, fleet.store.read(self._runtime.specs()), strict=True):
                 if anything_due(snapshot, snapshot.now):
                     self._shielded(breaker.name, partial(self._serve, breaker))
-            store.tick_completed(scope)
+            fleet.ledger.tick_completed(scope)
         return True
 
     def _serve(self, breaker: Breaker) -> None:

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import pytest
 import redis
 
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, State, Transition, Verb
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Evidence, Spec, Store
+from resilient_tasks.store.ledger import Ledger
+from resilient_tasks.store.redis import RedisStore
 
 START = 1_789_000_000.437  # no round number: buckets and milliseconds are not aligned with it
 CLOCK_KEY = "clock-of-the-test"
@@ -20,6 +23,16 @@ local function now_ms()
 end
 """
 OUTCOMES = {"S": Outcome.SUCCESS, "F": Outcome.FAILURE, "L": Outcome.SLOW, "I": Outcome.IGNORED}
+
+
+#: For tests of what only a shared store has.
+SHARED = pytest.mark.parametrize("lab", ["fakeredis", "server"], indirect=True)
+
+
+def ledger_of(store: Store) -> Ledger:
+    """Return the ledger of a shared store."""
+    assert isinstance(store, RedisStore)
+    return store.ledger
 
 
 class Clock(Protocol):
@@ -69,6 +82,11 @@ class Lab:
     store: Store
     clock: Clock
     other_namespace: Callable[[], Store]
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger beside a shared store's breakers."""
+        return ledger_of(self.store)
 
     def breaker(self, name: str = "payments", *, revision: int = 0, **policy: Any) -> Subject:
         """Return a breaker with the policy that the scenarios are told with, unless said otherwise."""

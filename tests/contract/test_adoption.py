@@ -97,22 +97,7 @@ def test_a_policy_declared_here_decides(lab: Lab, local: LocalStore, clock: Loca
     assert at_home(shared, local, clock).calls("FF").snapshot.state is State.OPEN
 
 
-def test_adopting_keeps_the_index_of_deferred_tasks(lab: Lab, local: LocalStore, clock: LocalClock) -> None:
-    shared = lab.breaker()
-    shared.calls("S")
-    local.add_deferred(shared.name, "task")
-    assert at_home(shared, local, clock).snapshot().deferred == 1
-
-
 # --- bounds -----------------------------------------------------------------------------------------
-
-
-def test_the_index_is_bounded(local: LocalStore, monkeypatch: pytest.MonkeyPatch, lab: Lab) -> None:
-    monkeypatch.setattr("resilient_tasks.store.local._MOST_DEFERRED", 3)
-    for number in range(5):
-        local.add_deferred("payments", f"task {number}", deadline=float(number))
-    snapshot = local.read([lab.breaker().spec])[0]
-    assert (snapshot.deferred, snapshot.next_deadline_at) == (3, 0.0)
 
 
 def test_values_are_bounded(local: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:

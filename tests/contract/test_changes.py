@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any, cast
 
 from resilient_tasks.core.model import State, Verb
-from tests.contract.lab import Lab
+from tests.contract.lab import SHARED, Lab
 
 
 def listening(lab: Lab, timeout: float = 5.0) -> Any:
@@ -40,12 +40,13 @@ def test_a_permit_given_back_and_a_would_be_opening_are_published(lab: Lab) -> N
     assert (would_open.name, would_open.would_open) == ("shadow", True)
 
 
+@SHARED
 def test_counting_publishes_nothing(lab: Lab) -> None:
     breaker = lab.breaker()
     with listening(lab, timeout=0.05) as changes:
         breaker.calls("SFSF")
         breaker.ask()
-        lab.store.add_deferred(breaker.name, "a")
+        lab.ledger.add_deferred(breaker.name, "a")
         assert next(changes) is None
 
 

@@ -9,7 +9,8 @@ import pytest
 from resilient_tasks.core.model import Outcome, State, Verb
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.store.base import Evidence, Spec, Store
-from tests.contract.lab import Lab
+from resilient_tasks.store.ledger import Ledger
+from tests.contract.lab import SHARED, Lab, ledger_of
 
 
 def test_reading_changes_nothing(lab: Lab) -> None:
@@ -77,21 +78,22 @@ def test_a_look_at_an_older_or_newer_policy_writes_nothing(lab: Lab) -> None:
     assert current.snapshot().calls == 2
 
 
+@SHARED
 def test_two_namespaces_do_not_see_each_other(lab: Lab) -> None:
     here, there = lab.breaker(), lab.other_namespace()
     here.open()
     lab.store.put("fallback", "key", b"value", ttl=60)
-    lab.store.revoke(["task"])
-    lab.store.tick_completed()
-    lab.store.add_deferred(here.name, "task")
-    lab.store.resumed(here.name, 3)
+    lab.ledger.revoke(["task"])
+    lab.ledger.tick_completed()
+    lab.ledger.add_deferred(here.name, "task")
+    lab.ledger.resumed(here.name, 3)
     snapshot = there.read([here.spec])[0]
     assert (snapshot.state, snapshot.deferred) == (State.CLOSED, 0)
     assert there.get("fallback", "key") is None
-    assert there.revoked(["task"]) == set()
-    assert there.last_tick_age() is None
-    assert there.pace(here.name).outstanding == 0
-    with lab.store.tick_lease("a", ttl=60) as one, there.tick_lease("b", ttl=60) as other:
+    assert ledger_of(there).revoked(["task"]) == set()
+    assert ledger_of(there).last_tick_age() is None
+    assert ledger_of(there).pace(here.name).outstanding == 0
+    with lab.ledger.tick_lease("a", ttl=60) as one, ledger_of(there).tick_lease("b", ttl=60) as other:
         assert (one, other) == (True, True)
 
 
@@ -104,27 +106,46 @@ USES: list[Callable[[Store, Spec], object]] = [
     lambda store, spec: store.advance(spec),
     lambda store, spec: store.command(spec, Verb.RESET),
     lambda store, spec: store.renew(spec.name, ["a"], lease=1),
-    lambda store, spec: store.add_deferred(spec.name, "task"),
-    lambda store, spec: store.remove_deferred(spec.name, ["task"]),
-    lambda store, spec: store.clear_deferred(spec.name),
-    lambda store, spec: store.pace(spec.name),
-    lambda store, spec: store.resumed(spec.name, 1),
+]
+ENTRIES: list[Callable[[Ledger, str], object]] = [
+    lambda ledger, name: ledger.add_deferred(name, "task"),
+    lambda ledger, name: ledger.remove_deferred(name, ["task"]),
+    lambda ledger, name: ledger.clear_deferred(name),
+    lambda ledger, name: ledger.pace(name),
+    lambda ledger, name: ledger.resumed(name, 1),
 ]
 
 
-@pytest.mark.parametrize(
+IMPOSSIBLE = pytest.mark.parametrize(
     "name", ["", " ", "pay{ments}", "pay}ments", "pay\nments", "pay\x00ments", "x" * 201, "\udcff"]
 )
+
+
+@IMPOSSIBLE
 def test_names_that_no_key_could_hold_are_refused(lab: Lab, name: str) -> None:
     for use in USES:
         with pytest.raises(ConfigurationError, match="breaker name"):
             use(lab.store, Spec(name))
 
 
+@SHARED
+@IMPOSSIBLE
+def test_names_that_no_key_could_hold_are_refused_by_the_ledger(lab: Lab, name: str) -> None:
+    for use in ENTRIES:
+        with pytest.raises(ConfigurationError, match="breaker name"):
+            use(lab.ledger, name)
+
+
+@SHARED
+@pytest.mark.parametrize("name", ["payments:acme", "Zahlung über PayPal", "x/y?z=*[1]'\""])
+def test_the_ledger_takes_all_other_names(lab: Lab, name: str) -> None:
+    lab.ledger.add_deferred(name, "task")
+    assert lab.breaker(name).snapshot().deferred == 1
+
+
 @pytest.mark.parametrize("name", ["payments", "payments:acme", "Zahlung über PayPal", "a" * 200, "x/y?z=*[1]'\""])
 def test_all_other_names_work(lab: Lab, name: str) -> None:
     breaker = lab.breaker(name, trial_calls=1).half_open()
-    lab.store.add_deferred(name, "task")
-    assert (breaker.snapshot().name, breaker.snapshot().deferred) == (name, 1)
+    assert breaker.snapshot().name == name
     assert breaker.trials("S") is State.CLOSED
     assert {told.name for told in breaker.transitions} == {name}

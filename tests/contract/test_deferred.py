@@ -2,112 +2,123 @@
 
 from __future__ import annotations
 
-from resilient_tasks.store.base import Pace
-from tests.contract.lab import Lab
+from resilient_tasks.core.pace import Pace
+from tests.contract.lab import SHARED, Lab
 
 
+@SHARED
 def test_deferred_tasks_are_counted_with_the_oldest_and_the_next_deadline(lab: Lab) -> None:
     breaker, first = lab.breaker(), lab.clock()
     assert (breaker.snapshot().deferred, breaker.snapshot().oldest_deferred_at) == (0, None)
-    lab.store.add_deferred(breaker.name, "a", deadline=first + 60)
+    lab.ledger.add_deferred(breaker.name, "a", deadline=first + 60)
     lab.clock.advance(1)
-    lab.store.add_deferred(breaker.name, "b", deadline=first + 30)
-    lab.store.add_deferred(breaker.name, "c")
+    lab.ledger.add_deferred(breaker.name, "b", deadline=first + 30)
+    lab.ledger.add_deferred(breaker.name, "c")
     snapshot = breaker.snapshot()
     assert (snapshot.deferred, snapshot.oldest_deferred_at, snapshot.next_deadline_at) == (3, first, first + 30)
 
-    lab.store.remove_deferred(breaker.name, ["a", "b", "stranger"])
+    lab.ledger.remove_deferred(breaker.name, ["a", "b", "stranger"])
     snapshot = breaker.snapshot()
     assert (snapshot.deferred, snapshot.oldest_deferred_at, snapshot.next_deadline_at) == (1, first + 1, None)
 
 
+@SHARED
 def test_a_task_deferred_twice_is_counted_once_since_the_first_time(lab: Lab) -> None:
     breaker, first = lab.breaker(), lab.clock()
-    lab.store.add_deferred(breaker.name, "a", deadline=first + 60)
+    lab.ledger.add_deferred(breaker.name, "a", deadline=first + 60)
     lab.clock.advance(1)
-    lab.store.add_deferred(breaker.name, "a", deadline=first + 90)
+    lab.ledger.add_deferred(breaker.name, "a", deadline=first + 90)
     snapshot = breaker.snapshot()
     assert (snapshot.deferred, snapshot.oldest_deferred_at, snapshot.next_deadline_at) == (1, first, first + 90)
-    lab.store.add_deferred(breaker.name, "a")
+    lab.ledger.add_deferred(breaker.name, "a")
     assert breaker.snapshot().next_deadline_at is None
 
 
+@SHARED
 def test_a_task_resumed_and_deferred_again_waits_anew(lab: Lab) -> None:
     breaker = lab.breaker()
-    lab.store.add_deferred(breaker.name, "a")
-    lab.store.remove_deferred(breaker.name, ["a"])
+    lab.ledger.add_deferred(breaker.name, "a")
+    lab.ledger.remove_deferred(breaker.name, ["a"])
     lab.clock.advance(5)
-    lab.store.add_deferred(breaker.name, "a")
+    lab.ledger.add_deferred(breaker.name, "a")
     assert breaker.snapshot().oldest_deferred_at == lab.clock()
 
 
+@SHARED
 def test_the_index_can_be_cleared(lab: Lab) -> None:
     breaker, other = lab.breaker(), lab.breaker("mail")
     for name in (breaker.name, other.name):
-        lab.store.add_deferred(name, "a", deadline=lab.clock() + 60)
-    lab.store.clear_deferred(breaker.name)
+        lab.ledger.add_deferred(name, "a", deadline=lab.clock() + 60)
+    lab.ledger.clear_deferred(breaker.name)
     snapshot = breaker.snapshot()
     assert (snapshot.deferred, snapshot.oldest_deferred_at, snapshot.next_deadline_at) == (0, None, None)
     assert other.snapshot().deferred == 1
 
 
+@SHARED
 def test_thousands_of_deferred_tasks(lab: Lab) -> None:
     breaker, first = lab.breaker(), lab.clock()
     ids = [f"task {number}" for number in range(2500)]
     for number, task_id in enumerate(ids):
-        lab.store.add_deferred(breaker.name, task_id, deadline=first + 100 - number % 100)
+        lab.ledger.add_deferred(breaker.name, task_id, deadline=first + 100 - number % 100)
     assert (breaker.snapshot().deferred, breaker.snapshot().next_deadline_at) == (2500, first + 1)
-    lab.store.remove_deferred(breaker.name, (task_id for task_id in ids if task_id != "task 7"))
+    lab.ledger.remove_deferred(breaker.name, (task_id for task_id in ids if task_id != "task 7"))
     assert (breaker.snapshot().deferred, breaker.snapshot().next_deadline_at) == (1, first + 93)
-    lab.store.remove_deferred(breaker.name, [])
+    lab.ledger.remove_deferred(breaker.name, [])
     assert breaker.snapshot().deferred == 1
 
 
+@SHARED
 def test_deferring_touches_neither_state_nor_version(lab: Lab) -> None:
     breaker = lab.breaker().open()
     before = breaker.snapshot()
-    lab.store.add_deferred(breaker.name, "a")
+    lab.ledger.add_deferred(breaker.name, "a")
     after = breaker.snapshot()
     assert (after.epoch, after.version, after.open_until) == (before.epoch, before.version, before.open_until)
 
 
+@SHARED
 def test_the_pace_is_kept_and_outstanding_is_moved_on_its_own(lab: Lab) -> None:
     breaker = lab.breaker()
-    assert lab.store.pace(breaker.name) == Pace()
-    lab.store.resumed(breaker.name, 5)
-    lab.store.save_pace(breaker.name, Pace(batch=6, failures_seen=7, outstanding=99, decided_at=1234.567))
-    lab.store.taken_up(breaker.name, 2)
-    assert lab.store.pace(breaker.name) == Pace(batch=6, failures_seen=7, outstanding=3, decided_at=1234.567)
+    assert lab.ledger.pace(breaker.name) == Pace()
+    lab.ledger.resumed(breaker.name, 5)
+    lab.ledger.save_pace(breaker.name, Pace(batch=6, failures_seen=7, outstanding=99, decided_at=1234.567))
+    lab.ledger.taken_up(breaker.name, 2)
+    assert lab.ledger.pace(breaker.name) == Pace(batch=6, failures_seen=7, outstanding=3, decided_at=1234.567)
 
 
+@SHARED
 def test_outstanding_never_falls_below_nothing(lab: Lab) -> None:
     breaker = lab.breaker()
-    lab.store.resumed(breaker.name, 2)
-    lab.store.taken_up(breaker.name, 5)
-    lab.store.resumed(breaker.name, 1)
-    assert lab.store.pace(breaker.name).outstanding == 1
+    lab.ledger.resumed(breaker.name, 2)
+    lab.ledger.taken_up(breaker.name, 5)
+    lab.ledger.resumed(breaker.name, 1)
+    assert lab.ledger.pace(breaker.name).outstanding == 1
 
 
+@SHARED
 def test_revoked_ids_are_remembered(lab: Lab) -> None:
-    assert lab.store.revoked(["a"]) == set()
-    assert lab.store.revoked([]) == set()
-    lab.store.revoke(["a", "b"])
-    lab.store.revoke([])
-    assert lab.store.revoked(["c", "b", "a"]) == {"a", "b"}
+    assert lab.ledger.revoked(["a"]) == set()
+    assert lab.ledger.revoked([]) == set()
+    lab.ledger.revoke(["a", "b"])
+    lab.ledger.revoke([])
+    assert lab.ledger.revoked(["c", "b", "a"]) == {"a", "b"}
 
 
+@SHARED
 def test_revoked_ids_are_forgotten_after_a_week(lab: Lab) -> None:
-    lab.store.revoke(["old"])
+    lab.ledger.revoke(["old"])
     lab.clock.advance(6 * 24 * 3600)
-    lab.store.revoke(["new"])
-    assert lab.store.revoked(["old", "new"]) == {"old", "new"}
+    lab.ledger.revoke(["new"])
+    assert lab.ledger.revoked(["old", "new"]) == {"old", "new"}
     lab.clock.advance(24 * 3600)
-    lab.store.revoke(["newest"])
-    assert lab.store.revoked(["old", "new", "newest"]) == {"new", "newest"}
+    lab.ledger.revoke(["newest"])
+    assert lab.ledger.revoked(["old", "new", "newest"]) == {"new", "newest"}
 
 
+@SHARED
 def test_only_so_many_revoked_ids_are_remembered(lab: Lab) -> None:
-    lab.store.revoke(["first"])
+    lab.ledger.revoke(["first"])
     lab.clock.advance(1)
-    lab.store.revoke(f"task {number}" for number in range(50_000))
-    assert lab.store.revoked(["first", "task 0", "task 49999"]) == {"task 0", "task 49999"}
+    lab.ledger.revoke(f"task {number}" for number in range(50_000))
+    assert lab.ledger.revoked(["first", "task 0", "task 49999"]) == {"task 0", "task 49999"}

@@ -99,7 +99,6 @@ causes = st.sampled_from(["", "ReadTimeout", "HTTP 503"])
 retry_afters = st.sampled_from([None, None, 0.0, 0.7, 12.3456, 1e9])
 counts = st.sampled_from([0, 1, 1, 2, 3, 7, 50, 100_000])
 off_by = st.sampled_from([-0.001, 0.0, 0.0, 0.001])
-ids = st.sampled_from("abc")
 
 
 @st.composite
@@ -227,23 +226,12 @@ def look(draw: Draw) -> Step:
     return lambda pair: pair.both("read", [pair.spec(n), Spec("unknown")])
 
 
-@st.composite
-def defer(draw: Draw) -> Step:
-    added, removed, deadline = draw(ids), draw(st.lists(ids, max_size=1)), draw(st.sampled_from([None, 5.0, 1e9]))
-
-    def step(pair: Pair) -> None:
-        pair.both("add_deferred", NAME, added, deadline=deadline)
-        pair.both("remove_deferred", NAME, removed)
-
-    return step
-
-
 def some(most: int, *strategies: st.SearchStrategy[Step]) -> st.SearchStrategy[list[Step]]:
     return st.lists(st.one_of(*strategies), min_size=most // 2, max_size=most)
 
 
 times = (pass_one_of_the_policys_times(), pass_one_of_the_policys_times())
-healthy = some(6, record(), record(), trip(), look(), defer(), reset(), *times)
+healthy = some(6, record(), record(), trip(), look(), reset(), *times)
 outage = st.tuples(trip(), until_open_ends()).map(list)
 on_trial = some(
     8, ask(), ask(), settle(), trial(), renew(), until_lease_ends(), until_lease_ends(), advance(), record()

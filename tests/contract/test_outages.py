@@ -49,7 +49,7 @@ def test_flushed_scripts_are_loaded_again(server: Server, shared_store: RedisSto
             lambda: shared_store.read([PAYMENTS, Spec("mail")]),
             lambda: shared_store.acquire(PAYMENTS, "a", lease=1),
             lambda: shared_store.advance(PAYMENTS),
-            lambda: shared_store.add_deferred("payments", "task"),
+            lambda: shared_store.ledger.add_deferred("payments", "task"),
         ):
             client.script_flush()
             use()
@@ -282,12 +282,12 @@ def test_all_keys_of_a_breaker_share_a_slot_and_are_declared(tmp_path: Path) -> 
             client.execute_command("CLUSTER ADDSLOTSRANGE 0 16383")
             wait_until(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", what="the cluster")
         store = RedisStore(server.url(), namespace="test")
-        store.add_deferred("payments", "task", deadline=1.0)
+        store.ledger.add_deferred("payments", "task", deadline=1.0)
         opened(store)
         store.command(PAYMENTS, Verb.RESET)
-        store.remove_deferred("payments", ["task"])
-        store.clear_deferred("payments")
-        store.resumed("payments", 1)
+        store.ledger.remove_deferred("payments", ["task"])
+        store.ledger.clear_deferred("payments")
+        store.ledger.resumed("payments", 1)
         assert [s.name for s in store.read([PAYMENTS, Spec("mail"), Spec("geocoder")])] == [
             "payments",
             "mail",

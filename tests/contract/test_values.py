@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.contract.lab import Lab
+from tests.contract.lab import SHARED, Lab
 
 
 @pytest.mark.parametrize("value", [b"", b"text", bytes(range(256)), b"x" * 1_000_000])
@@ -41,69 +41,76 @@ def test_kinds_and_keys_are_kept_apart(lab: Lab) -> None:
     assert [lab.store.get("fallback", key) for key in KEYS] == [(b"%d" % number, 0.0) for number in range(len(KEYS))]
 
 
+@SHARED
 def test_one_holds_the_tick_at_a_time(lab: Lab) -> None:
-    with lab.store.tick_lease("a", ttl=10) as first, lab.store.tick_lease("b", ttl=10) as second:
+    with lab.ledger.tick_lease("a", ttl=10) as first, lab.ledger.tick_lease("b", ttl=10) as second:
         assert (first, second) == (True, False)
-        with lab.store.tick_lease("a", ttl=10) as same_holder_again:
+        with lab.ledger.tick_lease("a", ttl=10) as same_holder_again:
             assert not same_holder_again
-    with lab.store.tick_lease("b", ttl=10) as after:
+    with lab.ledger.tick_lease("b", ttl=10) as after:
         assert after
 
 
+@SHARED
 def test_a_tick_that_died_holds_its_lease_no_longer_than_agreed(lab: Lab) -> None:
-    with lab.store.tick_lease("dead", ttl=10):
+    with lab.ledger.tick_lease("dead", ttl=10):
         lab.clock.advance(9.999)
-        with lab.store.tick_lease("b", ttl=10) as early:
+        with lab.ledger.tick_lease("b", ttl=10) as early:
             assert not early
         lab.clock.advance(0.001)
-        with lab.store.tick_lease("b", ttl=10) as in_time:
+        with lab.ledger.tick_lease("b", ttl=10) as in_time:
             assert in_time
 
 
+@SHARED
 def test_who_overran_its_lease_does_not_release_the_next_one(lab: Lab) -> None:
-    slow = lab.store.tick_lease("slow", ttl=10)
+    slow = lab.ledger.tick_lease("slow", ttl=10)
     assert slow.__enter__()
     lab.clock.advance(10)
-    with lab.store.tick_lease("next", ttl=10) as following:
+    with lab.ledger.tick_lease("next", ttl=10) as following:
         assert following
         slow.__exit__(None, None, None)
-        with lab.store.tick_lease("third", ttl=10) as third:
+        with lab.ledger.tick_lease("third", ttl=10) as third:
             assert not third
 
 
+@SHARED
 def test_an_error_in_the_tick_gives_the_lease_back(lab: Lab) -> None:
-    with pytest.raises(RuntimeError, match="in the tick"), lab.store.tick_lease("a", ttl=10):
+    with pytest.raises(RuntimeError, match="in the tick"), lab.ledger.tick_lease("a", ttl=10):
         raise RuntimeError("in the tick")
-    with lab.store.tick_lease("b", ttl=10) as held:
+    with lab.ledger.tick_lease("b", ttl=10) as held:
         assert held
 
 
+@SHARED
 def test_the_age_of_the_last_completed_tick(lab: Lab) -> None:
-    assert lab.store.last_tick_age() is None
-    lab.store.tick_completed()
+    assert lab.ledger.last_tick_age() is None
+    lab.ledger.tick_completed()
     lab.clock.advance(2.75)
-    assert lab.store.last_tick_age() == 2.75
-    with lab.store.tick_lease("a", ttl=10):
+    assert lab.ledger.last_tick_age() == 2.75
+    with lab.ledger.tick_lease("a", ttl=10):
         lab.clock.advance(1)
-    assert lab.store.last_tick_age() == 3.75
-    lab.store.tick_completed()
-    assert lab.store.last_tick_age() == 0.0
+    assert lab.ledger.last_tick_age() == 3.75
+    lab.ledger.tick_completed()
+    assert lab.ledger.last_tick_age() == 0.0
 
 
+@SHARED
 def test_each_scope_has_a_tick_of_its_own(lab: Lab) -> None:
-    with lab.store.tick_lease("a", ttl=10, scope="one") as one, lab.store.tick_lease("b", ttl=10, scope="two") as two:
+    with lab.ledger.tick_lease("a", ttl=10, scope="one") as one, lab.ledger.tick_lease("b", ttl=10, scope="two") as two:
         assert (one, two) == (True, True)
-    lab.store.tick_completed("one")
-    assert (lab.store.last_tick_age("one"), lab.store.last_tick_age("two")) == (0.0, None)
+    lab.ledger.tick_completed("one")
+    assert (lab.ledger.last_tick_age("one"), lab.ledger.last_tick_age("two")) == (0.0, None)
 
 
+@SHARED
 def test_a_breaker_that_nobody_declares_any_more_is_abandoned(lab: Lab) -> None:
-    lab.store.declare(["kept", "renamed"])
+    lab.ledger.declare(["kept", "renamed"])
     lab.clock.advance(30)
-    lab.store.declare(["kept"])
+    lab.ledger.declare(["kept"])
     lab.clock.advance(30)
-    assert lab.store.abandoned(unseen_for=60) == ["renamed"]
-    assert lab.store.abandoned(unseen_for=60.001) == []
-    lab.store.retire(["renamed", "unheard of"])
+    assert lab.ledger.abandoned(unseen_for=60) == ["renamed"]
+    assert lab.ledger.abandoned(unseen_for=60.001) == []
+    lab.ledger.retire(["renamed", "unheard of"])
     lab.clock.advance(1000)
-    assert lab.store.abandoned(unseen_for=60) == ["kept"]
+    assert lab.ledger.abandoned(unseen_for=60) == ["kept"]

@@ -105,7 +105,7 @@ def test_revoked_while_deferred(shop: Shop, *, restart: bool) -> None:
     doomed, spared = shop.charge.delay(1), shop.charge.delay(2)
     shop.wait(lambda: shop.waiting("payments") == 2, "both to wait")
     shop.app.control.revoke(doomed.id)
-    shop.wait(lambda: shop.resilience.fleet.store.revoked([doomed.id]), "the revoke to be kept")
+    shop.wait(lambda: shop.resilience.fleet.ledger.revoked([doomed.id]), "the revoke to be kept")
     if restart:
         worker.stop()
         shop.worker()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from celery.schedules import schedule
 from celery.signals import beat_init
 
 from resilient_tasks import Breaker, Resilience
+from resilient_tasks.core.model import Snapshot
+from resilient_tasks.store.base import Spec
+from resilient_tasks.store.local import LocalStore
 from resilient_tasks.testing import Clock, force, in_memory
 from resilient_tasks.worker.beat import TickSchedule
 from resilient_tasks.worker.runtime import TICK_ENTRY, TICK_TASK
@@ -43,6 +47,17 @@ def payments(resilience: Resilience) -> Breaker:
 def clock(resilience: Resilience, payments: Breaker) -> Iterator[Clock]:
     with in_memory(resilience) as clock:
         yield clock
+
+
+class StoreWithDeferredTask(LocalStore):
+    """A store that knows of one task that waits."""
+
+    def __init__(self, clock: Clock, deadline: float | None = None) -> None:
+        super().__init__(clock)
+        self.deadline = deadline
+
+    def read(self, specs: Sequence[Spec]) -> list[Snapshot]:
+        return [replace(snapshot, deferred=1, next_deadline_at=self.deadline) for snapshot in super().read(specs)]
 
 
 def start_beat(app: Celery, tmp_path: Path, scheduler: type = PersistentScheduler) -> Any:
@@ -185,7 +200,7 @@ def test_a_tick_is_sent_when_an_open_time_is_over(
 def test_a_tick_is_sent_while_tasks_wait_that_may_go(
     ticks: Any, payments: Breaker, resilience: Resilience, clock: Clock
 ) -> None:
-    resilience.fleet.store.add_deferred("payments", "an-id", deadline=None)
+    resilience.use_store(StoreWithDeferredTask(clock))
     assert ticks() == 1
     force(payments, "FORCED_OPEN")
     assert ticks() == 1
@@ -194,8 +209,8 @@ def test_a_tick_is_sent_while_tasks_wait_that_may_go(
 def test_a_tick_is_sent_when_a_deferred_task_has_waited_long_enough(
     ticks: Any, payments: Breaker, resilience: Resilience, clock: Clock
 ) -> None:
+    resilience.use_store(StoreWithDeferredTask(clock, deadline=clock() + 5))
     force(payments, "FORCED_OPEN")
-    resilience.fleet.store.add_deferred("payments", "an-id", deadline=clock() + 5)
     assert ticks() == 0
     clock.advance(6)
     assert ticks() == 1

@@ -10,7 +10,7 @@ import pytest
 from resilient_tasks.core.model import Outcome, State, Verb
 from resilient_tasks.errors import StoreError
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.store.base import Evidence, Pace, Spec
+from resilient_tasks.store.base import Evidence, Spec
 from resilient_tasks.store.failover import FailoverStore
 from tests.support.doubles import FlakyStore, ManualClock
 
@@ -144,18 +144,7 @@ def test_local_permits_are_renewed(line: Line) -> None:
     ("method", "arguments"),
     [
         ("command", (SPEC, Verb.TRIP)),
-        ("add_deferred", ("payments", "id")),
-        ("remove_deferred", ("payments", ["id"])),
-        ("clear_deferred", ("payments",)),
-        ("pace", ("payments",)),
-        ("save_pace", ("payments", Pace())),
-        ("resumed", ("payments", 1)),
-        ("taken_up", ("payments", 1)),
-        ("revoke", (["id"],)),
-        ("revoked", (["id"],)),
         ("get", ("kind", "key")),
-        ("tick_completed", ()),
-        ("last_tick_age", ()),
     ],
 )
 def test_what_one_process_cannot_make_up_raises(line: Line, method: str, arguments: tuple[Any, ...]) -> None:
@@ -166,18 +155,14 @@ def test_what_one_process_cannot_make_up_raises(line: Line, method: str, argumen
         getattr(line.store, method)(*arguments)
 
 
-def test_values_the_tick_and_changes_raise_too(line: Line) -> None:
+def test_values_and_changes_raise_too(line: Line) -> None:
     line.store.put("kind", "key", b"value", ttl=5)
     assert line.store.get("kind", "key") == (b"value", 0.0)
-    with line.store.tick_lease("me", ttl=5) as held:
-        assert held
     line.shared.away = True
     with pytest.raises(StoreError):
         line.store.put("kind", "key", b"value", ttl=5)
     with pytest.raises(StoreError):
         next(line.store.changes(timeout=0.01))
-    with pytest.raises(StoreError):
-        line.store.tick_lease("me", ttl=5)
 
 
 def test_going_and_coming_back_are_logged_once(line: Line, caplog: pytest.LogCaptureFixture) -> None:

@@ -28,7 +28,7 @@ def header_of(text: str) -> list[str]:
 
 def test_every_script_is_used() -> None:
     store = RedisStore("redis://localhost", namespace="test")
-    assert sorted([*store._scripts, "read"]) == METHODS
+    assert sorted([*store._scripts, *store.ledger._scripts, "read"]) == METHODS
 
 
 @pytest.mark.parametrize("name", METHODS)

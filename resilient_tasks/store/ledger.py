@@ -1,0 +1,158 @@
+"""``Ledger``: what the fleet's workers must know in common beside the breakers' states.
+
+Which tasks wait and until when, how fast they are resumed, which were revoked, who ticks, and which
+breakers somebody still defines. It lies in the shared store; no process can make it up for itself.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import redis
+
+from resilient_tasks.core.pace import Pace
+from resilient_tasks.core.record import to_ms, to_seconds
+from resilient_tasks.errors import StoreError
+from resilient_tasks.store.keys import Keys
+from resilient_tasks.store.server import Argument, Script, Server
+
+REVOKED_FOR = 7 * 24 * 3600.0  # s for which a revoked id is remembered
+MOST_REVOKED = 50_000  # ids
+
+_PER_ROUND_TRIP = 500
+_SCRIPTS = (
+    "defer", "outstanding", "revoke", "take_tick", "leave_tick", "tick_completed", "tick_age", "declare", "abandoned",
+)  # fmt: skip
+
+
+class Ledger:
+    """The fleet's ledger, in the same server and namespace as its breakers.
+
+    Every method may raise :class:`~resilient_tasks.errors.StoreError`, within the server's time limit.
+
+    Args:
+        server: connection to the shared store.
+        keys: names of the namespace's keys.
+        clock: Lua text that defines ``now_ms()``, for tests that advance the time; ``None``: the server's.
+    """
+
+    def __init__(self, server: Server, keys: Keys, clock: str | None = None) -> None:
+        self._server = server
+        self._keys = keys
+        self._scripts = {name: Script.load(name, clock=clock) for name in _SCRIPTS}
+
+    # --- deferred tasks -----------------------------------------------------------------------------
+
+    def add_deferred(self, name: str, task_id: str, *, deadline: float | None = None) -> None:
+        """Index a deferred task. ``deadline``: store time at which its ``defer_for`` ends."""
+        keys = self._keys.breaker(name)
+        self._run("defer", [keys.deferred, keys.deadlines], task_id, "" if deadline is None else to_ms(deadline))
+
+    def remove_deferred(self, name: str, task_ids: Iterable[str]) -> None:
+        """Forget deferred tasks that were resumed, dead-lettered or dropped."""
+        keys, ids = self._keys.breaker(name), list(task_ids)
+
+        def remove(client: redis.Redis) -> None:
+            with client.pipeline(transaction=True) as pipeline:
+                for start in range(0, len(ids), _PER_ROUND_TRIP):
+                    some = ids[start : start + _PER_ROUND_TRIP]
+                    pipeline.zrem(keys.deferred, *some)
+                    pipeline.zrem(keys.deadlines, *some)
+                pipeline.execute()
+
+        if ids:
+            self._server.run(remove)
+
+    def clear_deferred(self, name: str) -> None:
+        """Forget all deferred tasks of a breaker, because its deferred queue is known to be empty."""
+        keys = self._keys.breaker(name)
+        self._server.run(lambda client: client.delete(keys.deferred, keys.deadlines))
+
+    def pace(self, name: str) -> Pace:
+        """Return the resume pace of a breaker."""
+        key = self._keys.pace(name)
+        names = ["batch", "failures_seen", "outstanding", "decided_at"]
+        fields = self._server.run(lambda client: client.hmget(key, names))
+        batch, failures_seen, outstanding = (int(field or 0) for field in fields[:3])
+        return Pace(batch, failures_seen, outstanding, float(fields[3] or 0))
+
+    def save_pace(self, name: str, pace: Pace) -> None:
+        """Keep ``pace``, but for ``outstanding``, which is only moved by the methods below."""
+        key = self._keys.pace(name)
+        fields = {"batch": pace.batch, "failures_seen": pace.failures_seen, "decided_at": pace.decided_at}
+        self._server.run(lambda client: client.hset(key, items=[item for field in fields.items() for item in field]))
+
+    def resumed(self, name: str, count: int) -> None:
+        """Add ``count`` to the resumed tasks that no worker has taken up yet."""
+        self._run("outstanding", [self._keys.pace(name)], count)
+
+    def taken_up(self, name: str, count: int) -> None:
+        """Take ``count`` off them again, never below 0."""
+        self._run("outstanding", [self._keys.pace(name)], -count)
+
+    def revoke(self, task_ids: Iterable[str]) -> None:
+        """Remember revoked task ids for seven days, the latest 50,000 of them."""
+        ids = list(task_ids)
+        for start in range(0, len(ids), _PER_ROUND_TRIP):
+            some = ids[start : start + _PER_ROUND_TRIP]
+            self._run("revoke", [self._keys.revoked], to_ms(REVOKED_FOR), MOST_REVOKED, *some)
+
+    def revoked(self, task_ids: Sequence[str]) -> set[str]:
+        """Return those of ``task_ids`` that were revoked."""
+
+        def scores(client: redis.Redis) -> list[Any]:
+            with client.pipeline(transaction=False) as pipeline:
+                for task_id in task_ids:
+                    pipeline.zscore(self._keys.revoked, task_id)
+                return pipeline.execute()
+
+        if not task_ids:
+            return set()
+        return {task_id for task_id, at in zip(task_ids, self._server.run(scores), strict=True) if at is not None}
+
+    # --- the tick -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def tick_lease(self, holder: str, *, ttl: float, scope: str = "") -> Iterator[bool]:
+        """Hold the one tick lease of ``scope`` while in the context; False when somebody else has it."""
+        token = f"{holder}:{uuid.uuid4().hex}"
+        held = bool(self._run("take_tick", [self._keys.tick(scope)], token, to_ms(ttl)))
+        try:
+            yield held
+        finally:
+            if held:
+                with suppress(StoreError):  # then it runs out by itself
+                    self._run("leave_tick", [self._keys.tick(scope)], token)
+
+    def tick_completed(self, scope: str = "") -> None:
+        """Note that a tick has run to its end."""
+        self._run("tick_completed", [self._keys.tick(scope)])
+
+    def last_tick_age(self, scope: str = "") -> float | None:
+        """Seconds since a tick last ran to its end; None if never."""
+        return to_seconds(self._run("tick_age", [self._keys.tick(scope)]))
+
+    # --- who is who ---------------------------------------------------------------------------------
+
+    def declare(self, names: Iterable[str]) -> None:
+        """Note that a living worker defines these breakers."""
+        known = list(names)
+        if known:
+            self._run("declare", [self._keys.breakers], *known)
+
+    def abandoned(self, *, unseen_for: float) -> list[str]:
+        """Return breakers that workers used to define and none has declared for so many seconds."""
+        found = self._run("abandoned", [self._keys.breakers], to_ms(unseen_for))
+        return [name.decode() for name in found]
+
+    def retire(self, names: Iterable[str]) -> None:
+        """Forget that breakers were ever declared."""
+        gone = list(names)
+        if gone:
+            self._server.run(lambda client: client.zrem(self._keys.breakers, *gone))
+
+    def _run(self, script: str, keys: Sequence[str], *args: Argument) -> Any:
+        return self._server.run(lambda client: self._scripts[script](client, keys, *args))
