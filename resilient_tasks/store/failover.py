@@ -5,8 +5,7 @@ a ``LocalStore`` that goes on from the last state this process knew: OPEN is hon
 what an operator has set stays set, counts begin anew. The first answer of the shared store ends that, and
 what was decided locally is forgotten.
 
-Everything that is not a decision (operator's verbs, the index of deferred tasks, values, the tick's lease)
-cannot be made up by one process: there a ``StoreError`` reaches the caller.
+Operator's verbs and kept values cannot be made up by one process: there a ``StoreError`` reaches the caller.
 """
 
 from __future__ import annotations
