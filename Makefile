@@ -9,6 +9,10 @@ PYTEST := $(BIN)/python -m pytest
 # `make demo ARGS=--keep`, `make test ARGS="-k breaker -x"`
 ARGS ?=
 
+# Tests wait for real processes more than they compute; one file runs in one process, in order.
+JOBS ?= 3
+PARALLEL := -n $(JOBS) --dist loadfile
+
 # the directories of `make test`
 QUICK_TESTS := $(wildcard tests/unit tests/contract tests/integration)
 BENCHMARKS := $(basename $(notdir $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))))
@@ -47,10 +51,10 @@ types: venv ## mypy --strict
 	$(BIN)/mypy --strict
 
 test: lint types ## what a contributor must pass: lint, types, all tests that need nothing installed
-	$(PYTEST) $(QUICK_TESTS) -m "not rabbitmq and not chromium" $(STRICT) $(ARGS)
+	$(PYTEST) $(QUICK_TESTS) $(PARALLEL) -m "not rabbitmq and not chromium" $(STRICT) $(ARGS)
 
 test-all: test ## make test, then what needs more: skipped, with the reason, where its server or browser is not installed
-	$(PYTEST) tests -rs -m "rabbitmq or chromium" $(STRICT) $(ARGS)
+	$(PYTEST) tests $(PARALLEL) -rs -m "rabbitmq or chromium" $(STRICT) $(ARGS)
 
 bench: venv ## the benchmarks, one after the other
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
