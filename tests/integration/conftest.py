@@ -165,6 +165,10 @@ class Shop:
         """Wait until a result has a state."""
         self.wait(lambda: result.state == state, f"{result.id} to be {state}, it is {result.state}")
 
+    def wait_done(self, *results: Any) -> None:
+        """Wait until all tasks have succeeded."""
+        self.wait(lambda: all(result.state == "SUCCESS" for result in results), "all to finish")
+
 
 @pytest.fixture(scope="session")
 def _shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
