@@ -105,10 +105,11 @@ def test_nothing_is_published_while_nothing_is_due(shop: Shop) -> None:
     assert charge.get(timeout=60) == 1
 
 
-def test_a_worker_that_joins_while_open_obeys_at_once(shop: Shop) -> None:
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_worker_that_joins_while_open_obeys_at_once(shop: Shop, pool: str) -> None:
     shop.open("payments")
     results = [shop.charge.delay(order) for order in range(20)]
-    shop.worker()
+    shop.worker(pool=pool)
     shop.wait(lambda: shop.waiting("payments") == 20, "all to wait")
     assert shop.calls("payments") == 0
     assert {result.state for result in results} == {"DEFERRED"}
