@@ -130,21 +130,6 @@ def test_every_transition_is_announced_once(shop: Shop) -> None:
     assert any("CLOSED" in line for line in lines)
 
 
-def test_tasks_of_a_breaker_that_a_deploy_has_removed_go_home(shop: Shop) -> None:
-    worker = shop.worker()
-    shop.open("payments")
-    results = [shop.charge.delay(order) for order in range(3)]
-    shop.wait(lambda: shop.waiting("payments") == 3, "all to wait")
-    worker.stop()
-    # as a deploy that renames the breaker leaves it: the tasks wait, and its last declaration is old
-    shop.broker.rename("resilient.deferred.payments", "resilient.deferred.removed")
-    shop.broker.zadd("resilient:breakers", {"removed": 1})
-    shop.close("payments")
-    shop.worker()
-    shop.wait(lambda: _all_done(results), "all to finish")
-    assert shop.waiting("removed") == 0
-
-
 def test_ticks_do_not_pile_up_while_there_is_no_worker(shop: Shop) -> None:
     shop.open("payments")
     worker = shop.worker()
