@@ -83,7 +83,7 @@ class Breaker(Guarded):
             BreakerOpenError: the breaker refuses; ``fn`` does not run.
         """
         standing = self._standing
-        if not standing.admits or self._is_timed or self._view.is_behind:
+        if not standing.admits or self._examines or self._view.is_behind:
             return self._call_with_care(fn, args, kwargs)
         epoch = standing.epoch
         try:
@@ -109,13 +109,12 @@ class Breaker(Guarded):
         if type(result) is CoroutineType:  # nothing has happened yet: it is admitted when it is awaited
             self._wait(self._finished(epoch, holder, Verdict(Outcome.IGNORED)))
             return self._await(result)
-        self._wait(self._succeeded(epoch, holder, perf_counter() - started))
+        self._wait(self._succeeded(epoch, holder, perf_counter() - started, result))
         return result
 
     async def _await(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         try:
-            async with self.guard():
-                return await coroutine
+            return await self.guard().wait_for(coroutine)
         finally:
             coroutine.close()  # it has not even begun if the breaker refused
 
@@ -131,8 +130,7 @@ class Breaker(Guarded):
 
             @functools.wraps(fn)
             async def guarded_coroutine(*args: Any, **kwargs: Any) -> Any:
-                async with self.guard():
-                    return await fn(*args, **kwargs)
+                return await self._await(fn(*args, **kwargs))
 
             return cast("_F", guarded_coroutine)
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from resilient_tasks.core.classification import Verdict, judge
+from resilient_tasks.core.classification import Verdict, dependency_errors, judge, judge_result
 from resilient_tasks.core.model import Grant, Outcome, State
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.policy import BreakerPolicy
@@ -35,6 +35,8 @@ TRIAL_PATIENCE = 1.0  # seconds a trial may wait until it is settled, for the sa
 _GLANCE = 0.001  # seconds between two looks of a coroutine at its report
 _NO_PERMIT = ""
 _PERMIT_OF_TASK = "task"  # the call is part of a trial that the task around it answers for
+_NO_VALUE = object()
+_SUCCESS, _SLOW = Verdict(Outcome.SUCCESS), Verdict(Outcome.SLOW)
 
 _Pass = tuple[int, str]  # an admitted call: its epoch, and the holder of its permit
 
@@ -73,7 +75,8 @@ class Guarded:
         self._find_fleet = fleet
         self._joined: Fleet | None = None
         self._standing = _NOWHERE
-        self._is_timed = spec.policy.slow_call_duration is not None
+        # a success that nobody need look at takes the fast path
+        self._examines = spec.policy.slow_call_duration is not None or spec.policy.classify is not dependency_errors
         self._slow_after = math.inf if spec.policy.slow_call_duration is None else spec.policy.slow_call_duration
 
     @property
@@ -183,9 +186,15 @@ class Guarded:
         policy = self.policy
         return judge(policy.classify, policy.failures, policy.ignore, exc)
 
-    def outcome_of_success(self, seconds: float) -> Outcome:
-        """Return SUCCESS or, for a call that took too long, SLOW."""
-        return Outcome.SLOW if seconds > self._slow_after else Outcome.SUCCESS
+    def judge_success(self, seconds: float, value: object = _NO_VALUE) -> Verdict:
+        """Tell what a call that returned says about the dependency; SLOW if it took too long.
+
+        Args:
+            seconds: that it took.
+            value: what it returned, for a ``classify`` of the user's; nothing for a ``with`` block.
+        """
+        verdict = _SUCCESS if value is _NO_VALUE else judge_result(self.policy.classify, value)
+        return _SLOW if verdict.outcome is Outcome.SUCCESS and seconds > self._slow_after else verdict
 
     def report(self, epoch: int, outcome: Outcome, cause: str = "", retry_after: float | None = None) -> int:
         """Report a call that was admitted in ``epoch`` without a permit; see :meth:`Reporter.report`."""
@@ -214,8 +223,8 @@ class Guarded:
         if (scope := task_scope.get()) is not None:
             scope.replaced(self.spec.name)
 
-    def _succeeded(self, epoch: int, holder: str, seconds: float) -> int:
-        return self._finished(epoch, holder, Verdict(self.outcome_of_success(seconds)))
+    def _succeeded(self, epoch: int, holder: str, seconds: float, value: object = _NO_VALUE) -> int:
+        return self._finished(epoch, holder, self.judge_success(seconds, value))
 
     def _failed(self, epoch: int, holder: str, exc: BaseException) -> int:
         return self._finished(epoch, holder, self.judge(exc))
@@ -250,10 +259,11 @@ class Guarded:
 class Guard:
     """One guarded call as a context manager; ``Breaker.guard()`` makes it. Not to be nested in itself."""
 
-    __slots__ = ("_breaker", "_epoch", "_holder", "_is_plain", "_started")
+    __slots__ = ("_breaker", "_epoch", "_holder", "_is_plain", "_started", "_value")
 
     def __init__(self, breaker: Guarded) -> None:
         self._breaker = breaker
+        self._value: object = _NO_VALUE
 
     def __enter__(self) -> None:
         if not self._enters_freely():
@@ -281,6 +291,12 @@ class Guard:
         else:
             await self._breaker._wait_async(self._finish(exc))
 
+    async def wait_for(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Await the guarded call itself, so that its value can be judged."""
+        async with self:
+            self._value = await coroutine
+        return self._value
+
     async def _admit_in_thread(self) -> _Pass:
         """Ask the store without blocking the event loop."""
         asking = asyncio.ensure_future(asyncio.to_thread(self._breaker._admit))
@@ -301,7 +317,7 @@ class Guard:
         breaker = self._breaker
         standing = breaker._standing
         self._epoch = standing.epoch
-        self._is_plain = standing.admits and not breaker._is_timed and not breaker._view.is_behind
+        self._is_plain = standing.admits and not breaker._examines and not breaker._view.is_behind
         return self._is_plain
 
     def _begin(self, admitted: _Pass) -> None:
@@ -312,7 +328,7 @@ class Guard:
         breaker, holder = self._breaker, _NO_PERMIT if self._is_plain else self._holder
         if exc is not None:
             return breaker._failed(self._epoch, holder, exc)
-        return breaker._succeeded(self._epoch, holder, perf_counter() - self._started)
+        return breaker._succeeded(self._epoch, holder, perf_counter() - self._started, self._value)
 
 
 def _nowhere() -> Standing:

@@ -74,7 +74,8 @@ class BreakerPolicy:
         max_concurrency: reserved for a fleet-wide bound on calls in flight; not enforced yet.
         resume_rate: ceiling for resumed tasks per second.
         max_deferred: most messages the deferred queue may hold; ``None``: unbounded.
-        classify: ``(exception) -> Outcome``; the default is :func:`dependency_errors`.
+        classify: ``(exception or returned value) -> Outcome``; the default is :func:`dependency_errors`,
+            for which every value is a SUCCESS. It is not asked about ``with`` blocks that end well.
         failures: exception types or predicates that are failures whatever ``classify`` says.
         ignore: exception types or predicates that say nothing; they win over ``failures``.
 

@@ -144,7 +144,7 @@ class _GatedBody(_Body):
         except BaseException as exc:
             self.gated.verdict = self.breaker.judge(exc)
             raise
-        self.gated.verdict = Verdict(self.breaker.outcome_of_success(perf_counter() - started))
+        self.gated.verdict = self.breaker.judge_success(perf_counter() - started, value)
         return value
 
     def attempt(self) -> Any:

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -647,3 +648,19 @@ def test_the_task_layers_side(rig: Rig) -> None:
     assert rig.breaker.refusal().retry_after == 60.0
     assert not rig.breaker.trial_due
     assert rig.breaker.snapshot().reason.endswith("HTTP 503")
+
+
+# --- returned values ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", [use_call, use_decorator, use_async_decorator, use_async_call])
+def test_a_classify_of_the_users_judges_what_calls_return(use: Callable[[Rig, Any], Any]) -> None:
+    def classify(result: Any) -> Outcome:
+        return Outcome.FAILURE if result == "declined" else Outcome.SUCCESS
+
+    rig = Rig(replace(POLICY, classify=classify))
+    try:
+        assert [use(rig, lambda: "paid"), use(rig, lambda: "declined")] == ["paid", "declined"]
+        assert rig.figures() == (2, 1)
+    finally:
+        rig.fleet.close()

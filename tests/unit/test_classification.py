@@ -10,25 +10,37 @@ import logging
 import pickle
 import smtplib
 import socket
+import sqlite3
 import ssl
 import urllib.error
 from datetime import datetime, timezone
 from email.message import Message
 from email.utils import format_datetime
 from typing import Any
+from unittest import mock
 
+import aiohttp
 import gevent
+import grpc  # type: ignore[import-untyped]  # it ships no types
 import httpx
+import openai
+import psycopg
 import pytest
 import redis
+import requests
+import sqlalchemy.exc
 from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
 from celery.exceptions import Ignore, Reject, Retry
 
-from resilient_tasks.core.classification import dependency_errors, judge
+from resilient_tasks.core.classification import dependency_errors, judge, judge_result
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.errors import BreakerOpenError
 
-REQUEST = httpx.Request("GET", "http://pay.example/")
+REQUEST: Any = httpx.Request("GET", "http://pay.example/")
+
+
+def answer(status: int) -> Any:
+    return httpx.Response(status, request=REQUEST)
 
 
 def http_error(status: int, **headers: str) -> httpx.HTTPStatusError:
@@ -41,6 +53,22 @@ def urllib_error(status: int) -> urllib.error.HTTPError:
     headers = Message()
     headers["Retry-After"] = "3"
     return urllib.error.HTTPError("http://pay.example/", status, "no", headers, None)
+
+
+def grpc_error(code: grpc.StatusCode) -> grpc.RpcError:
+    error: grpc.RpcError = grpc.RpcError("no")
+    error.code = lambda: code
+    return error
+
+
+def sqlalchemy_error(original: Exception, *, invalidated: bool = False) -> Exception:
+    """Return what SQLAlchemy makes of a driver's error."""
+    base: Any = psycopg.Error if isinstance(original, psycopg.Error) else sqlite3.Error
+    wrapped: Exception = sqlalchemy.exc.DBAPIError.instance(
+        "SELECT 1", None, original, base, connection_invalidated=invalidated
+    )
+    wrapped.__cause__ = original
+    return wrapped
 
 
 def foreign(path: str, *bases: type[BaseException]) -> BaseException:
@@ -107,6 +135,26 @@ FAILURES = [
     foreign("aiohttp.client_exceptions.ClientConnectionError"),
     foreign("aiohttp.client_exceptions.ClientPayloadError"),
     foreign("botocore.exceptions.HTTPClientError"),
+    aiohttp.ServerDisconnectedError(),
+    aiohttp.ClientConnectorError(mock.Mock(), OSError("refused")),
+    openai.APIConnectionError(request=REQUEST),
+    openai.APITimeoutError(request=REQUEST),
+    openai.RateLimitError("slow down", response=answer(429), body=None),
+    requests.ReadTimeout(),
+    requests.exceptions.RetryError(),
+    grpc_error(grpc.StatusCode.UNAVAILABLE),
+    grpc_error(grpc.StatusCode.DEADLINE_EXCEEDED),
+    grpc_error(grpc.StatusCode.RESOURCE_EXHAUSTED),
+    psycopg.OperationalError("connection refused"),
+    psycopg.errors.AdminShutdown(),
+    psycopg.errors.TooManyConnections(),
+    sqlalchemy_error(psycopg.OperationalError("connection refused")),
+    sqlalchemy_error(psycopg.InterfaceError("the connection is closed"), invalidated=True),
+    sqlalchemy.exc.TimeoutError("QueuePool limit"),
+    foreign("pymongo.errors.AutoReconnect"),
+    carrying("headers", {"x-envoy-overloaded": "true"}),
+    RuntimeError("upstream connect error or disconnect/reset before headers. reset reason: overflow"),
+    RuntimeError("no healthy upstream"),
     carrying("status_code", 503),
     carrying("status", 500),
     carrying("http_status", 429),
@@ -143,6 +191,16 @@ SAYS_NOTHING = [
     foreign("requests.exceptions.InvalidURL", OSError, ValueError),
     foreign("requests.exceptions.HTTPError", OSError),
     foreign("urllib3.exceptions.LocationParseError", ValueError),
+    openai.AuthenticationError("who?", response=answer(401), body=None),
+    grpc_error(grpc.StatusCode.NOT_FOUND),
+    grpc_error(grpc.StatusCode.UNIMPLEMENTED),
+    grpc_error(grpc.StatusCode.CANCELLED),
+    psycopg.errors.UniqueViolation(),
+    psycopg.errors.DeadlockDetected(),
+    sqlalchemy_error(psycopg.errors.UniqueViolation()),
+    sqlalchemy_error(sqlite3.OperationalError("no such table: orders")),
+    requests.exceptions.MissingSchema(),
+    aiohttp.InvalidURL("?"),
     foreign("mylib.ConnectionError"),
     carrying("status_code", 404),
     carrying("status", True),
@@ -349,3 +407,40 @@ def test_a_classify_that_answers_nonsense_says_nothing(answer: Any) -> None:
 
 def test_a_classify_may_answer_in_plain_text() -> None:
     assert judged(DeclinedError(), policy_classify=lambda _: "FAILURE").outcome is Outcome.FAILURE
+
+
+# --- results ------------------------------------------------------------------------------------------
+
+
+def test_by_default_every_value_is_a_success() -> None:
+    assert judge_result(dependency_errors, ConnectionError()).outcome is Outcome.SUCCESS
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        (Outcome.FAILURE, Outcome.FAILURE),
+        ("FAILURE", Outcome.FAILURE),
+        (Outcome.IGNORED, Outcome.IGNORED),
+        (None, Outcome.SUCCESS),
+        (True, Outcome.SUCCESS),
+        ("nonsense", Outcome.SUCCESS),
+    ],
+)
+def test_a_classify_of_the_users_sees_values(answer: Any, outcome: Outcome) -> None:
+    seen = []
+
+    def classify(value: Any) -> Any:
+        seen.append(value)
+        return answer
+
+    assert judge_result(classify, {"status": "error"}).outcome is outcome
+    assert seen == [{"status": "error"}]
+
+
+def test_a_classify_for_exceptions_alone_does_no_harm_to_values(caplog: pytest.LogCaptureFixture) -> None:
+    def classify(exc: Any) -> Outcome:
+        return Outcome.FAILURE if exc.response.status_code > 0 else Outcome.IGNORED
+
+    assert [judge_result(classify, "a value").outcome for _ in range(3)] == [Outcome.SUCCESS] * 3
+    assert len(caplog.records) == 1

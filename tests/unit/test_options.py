@@ -82,7 +82,9 @@ BAD: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("option", "value", "allowed"), BAD, ids=lambda value: getattr(value, "__name__", repr(value)[:30]))
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"), BAD, ids=lambda value: getattr(value, "__name__", repr(value)[:30])
+)
 def test_a_bad_value_names_task_option_value_and_what_is_allowed(
     app: Celery, option: str, value: Any, allowed: str
 ) -> None:

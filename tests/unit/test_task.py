@@ -11,6 +11,7 @@ from celery import Celery, Task, _state, shared_task
 from celery.app.trace import task_has_custom
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Resilience, ResilientTask, cached, constant
+from resilient_tasks.core.model import Outcome
 from resilient_tasks.testing import Clock, force
 
 THREE_QUICK = tenacity.Retrying(stop=tenacity.stop_after_attempt(3), wait=tenacity.wait_none())
@@ -300,3 +301,20 @@ def test_the_tick_task_is_not_guarded_and_goes_to_the_control_queue(app: Celery,
     with app.connection_for_read() as connection:
         message = connection.SimpleQueue("resilient.control").get(timeout=5)
     assert message.headers["task"] == "resilient_tasks.tick"
+
+
+def test_a_policys_classify_sees_what_a_task_returns(
+    app: Celery, resilience: Resilience, run: Any, clock: Clock
+) -> None:
+    def classify(result: Any) -> Outcome:
+        return Outcome.FAILURE if result == {"status": "error"} else Outcome.SUCCESS
+
+    picky = resilience.breaker("picky", classify=classify)
+
+    @app.task(name="ask", shared=False, breaker=picky)
+    def ask(status: str) -> dict[str, str]:
+        return {"status": status}
+
+    assert [run(ask, "error"), run(ask, "fine")] == [{"status": "error"}, {"status": "fine"}]
+    clock.settle()
+    assert (picky.snapshot().calls, picky.snapshot().failures) == (2, 1)

@@ -1,0 +1,90 @@
+"""What an exception of an HTTP client, or of one that behaves alike, carries of the server's answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+_STATUS_ATTRIBUTES = ("status_code", "status", "http_status")
+
+
+def status_of(exc: BaseException) -> int | None:
+    """Return the HTTP status that ``exc`` reports, from its response or from itself."""
+    response = attribute(exc, "response")
+    if isinstance(response, dict):  # botocore
+        return _as_status(_metadata(response).get("HTTPStatusCode"))
+    for source in (response, exc):
+        for name in _STATUS_ATTRIBUTES:
+            status = _as_status(attribute(source, name))
+            if status is not None:
+                return status
+    return None
+
+
+def _as_status(value: object) -> int | None:
+    return int(value) if isinstance(value, int) and not isinstance(value, bool) and 100 <= value <= 599 else None
+
+
+def _metadata(response: dict[str, Any]) -> dict[str, Any]:
+    metadata = response.get("ResponseMetadata")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def header_of(exc: BaseException, name: str) -> str | None:
+    """Return a header of the answer that ``exc`` reports."""
+    return _header(_headers(exc), name)
+
+
+def retry_after_of(exc: BaseException, clock: Callable[[], float]) -> float | None:
+    """Return the seconds of a ``Retry-After`` header; a date counts from the response's own ``Date``.
+
+    Args:
+        exc: what a client raised.
+        clock: wall clock in seconds, for a date without the server's own.
+    """
+    text = header_of(exc, "Retry-After")
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        until = _timestamp(text)
+        if until is None:
+            return None
+        answered = _timestamp(header_of(exc, "Date"))
+        seconds = until - (clock() if answered is None else answered)
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def _headers(exc: BaseException) -> Any:
+    response = attribute(exc, "response")
+    headers = _metadata(response).get("HTTPHeaders") if isinstance(response, dict) else attribute(response, "headers")
+    return attribute(exc, "headers") if headers is None else headers
+
+
+def _header(headers: Any, name: str) -> str | None:
+    for spelling in (name, name.lower()):
+        try:
+            value = headers.get(spelling)
+        except Exception:  # noqa: BLE001  whatever they are, these are no headers
+            return None
+        if isinstance(value, (str, int, float)):
+            return str(value).strip()
+    return None
+
+
+def _timestamp(date: str | None) -> float | None:
+    try:
+        return parsedate_to_datetime(date).timestamp() if date else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def attribute(source: object, name: str) -> Any:
+    """Return an attribute of whatever a client has made; None if it has none, or its property raises."""
+    try:
+        return getattr(source, name, None)
+    except Exception:  # noqa: BLE001  a property may raise anything
+        return None
