@@ -19,7 +19,7 @@ from resilient_tasks.fleet import Fleet
 from resilient_tasks.monitor.events import Announcer
 from resilient_tasks.monitor.mailer import Mailer
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.settings import Settings, resolve_store_url
+from resilient_tasks.settings import Settings, find_store
 from resilient_tasks.store.base import Store
 from resilient_tasks.store.redis import RedisStore
 from resilient_tasks.worker import beat
@@ -160,9 +160,8 @@ class Resilience:
         return fleet
 
     def _shared_store(self) -> Store:
-        broker, backend = (self._app.conf.broker_url, self._app.conf.result_backend) if self._app else (None, None)
-        url = resolve_store_url(self.settings, broker, backend)
-        return RedisStore(url, namespace=self.settings.namespace, timeout=self.settings.store_timeout)
+        url, options = find_store(self.settings, self._app.conf if self._app else None)
+        return RedisStore(url, namespace=self.settings.namespace, timeout=self.settings.store_timeout, **options)
 
     def _send_event(self, kind: str, **fields: Any) -> None:
         """Send a Celery event from whatever process this is, and wait for no broker."""

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
-from typing import Annotated, Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from typing import Annotated, Any, NamedTuple
+from urllib.parse import parse_qsl, urlencode
 
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -26,6 +26,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from resilient_tasks.core.names import NAME_PATTERN, NAME_RULE
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.store.address import SCHEMES, cert_reqs, hide_password, scheme_of
 
 PREFIX = "RESILIENT_TASKS_"
 NESTED = "__"
@@ -33,22 +34,14 @@ NESTED = "__"
 _CODE_ONLY = frozenset({"classify", "failures", "ignore"})
 _POLICY_FIELDS = {field.name: field for field in fields(BreakerPolicy)}
 
-# redis-py speaks three schemes; these are the other names under which Celery and users know them
-_SCHEMES = {
-    "redis": "redis",
-    "rediss": "rediss",
-    "unix": "unix",
-    "valkey": "redis",
-    "valkeys": "rediss",
-    "redis+socket": "unix",
-    "socket": "unix",
-}
-# Celery's and kombu's URLs carry options of their own as well; only these mean the same to redis-py
-_SHARED_OPTIONS = ("db", "ssl_", "client_name", "protocol", "username", "password")
+# Celery's and kombu's URLs carry options of their own as well; only these mean the same to a store
+_SHARED_OPTIONS = ("db", "virtual_host", "ssl_", "client_name", "protocol", "username", "password")
+_SOUGHT_BY = ("master_name", "min_other_sentinels")
+_WITH_TLS = {"redis": "rediss", "valkey": "valkeys", "sentinel": "sentinels"}
 
 
 def _check_store_url(url: str) -> str:
-    if "://" not in url or _scheme(url) not in _SCHEMES:
+    if scheme_of(url) not in SCHEMES:
         raise ValueError("not a Redis or Valkey URL")
     return url
 
@@ -57,7 +50,7 @@ class Settings(BaseSettings):
     """What an operator can set without touching code. Use :meth:`load`; a ``Settings`` is immutable.
 
     Args:
-        store_url: the shared store; ``None``: see :func:`resolve_store_url`.
+        store_url: the shared store; ``None``: see :func:`find_store`.
         namespace: prefix of all keys, queues and names in the store and the broker.
         tick_interval: seconds between two ticks.
         store_timeout: longest time in seconds that one command may keep the store's caller waiting.
@@ -70,7 +63,7 @@ class Settings(BaseSettings):
 
     # a field's description is what its error message says is allowed
     store_url: Annotated[str, AfterValidator(_check_store_url)] | None = Field(
-        None, description="a URL that begins with redis://, rediss:// or unix://", repr=False
+        None, description=f"a URL that begins with {', '.join(f'{scheme}://' for scheme in SCHEMES)}", repr=False
     )
     namespace: str = Field(
         "resilient",
@@ -140,78 +133,90 @@ class Settings(BaseSettings):
         return [override for override in self.breakers if _folded(override) not in by_folded]
 
 
-def resolve_store_url(
-    settings: Settings, broker_url: str | Sequence[str] | None, result_backend: str | None = None
-) -> str:
-    """Return the URL of the shared store as redis-py understands it.
+class StorePlace(NamedTuple):
+    """Where the shared store is.
 
-    That is ``store_url`` if set, else the broker if it is a Redis, else the result backend if it is one.
-    Of several broker URLs the first counts.
+    Attributes:
+        url: as in :mod:`resilient_tasks.store.address`.
+        options: of its connections, which Celery's settings hold beside the URL.
+    """
+
+    url: str
+    options: dict[str, Any]
+
+
+def find_store(settings: Settings, conf: Any = None) -> StorePlace:
+    """Return the place of the shared store.
+
+    That is ``store_url`` if set, else the broker if it is a Redis, else the result backend if it is one; either with
+    what Celery's own settings say of TLS and of Sentinel. Of several broker URLs the first counts.
+
+    Args:
+        settings: the library's settings.
+        conf: Celery's settings; None without an app.
 
     Raises:
-        ConfigurationError: none of them is a Redis, or the one that counts is reached through Sentinel.
+        ConfigurationError: none of them is a Redis.
     """
     if settings.store_url:
-        return _for_redis_py(settings.store_url)
-    candidates = (_first(broker_url), _first(result_backend))
-    for url in candidates:
-        if _scheme(url) == "sentinel":
-            raise ConfigurationError(
-                f"{hide_password(url)}: a store behind Sentinel cannot be derived; give {PREFIX}STORE_URL"
-            )
-        if _scheme(url) in _SCHEMES:
-            return _for_redis_py(url, shared_only=True)
-    broker, backend = (repr(hide_password(url)) if url else "not set" for url in candidates)
+        return StorePlace(settings.store_url, {})
+    broker, backend = _url_in(conf, "broker_url"), _url_in(conf, "result_backend")
+    if scheme_of(broker) in SCHEMES:
+        return _as_celery_reaches(broker, conf.broker_transport_options, conf.broker_use_ssl)
+    if scheme_of(backend) in SCHEMES:
+        return _as_celery_reaches(backend, conf.result_backend_transport_options, conf.redis_backend_use_ssl)
     raise ConfigurationError(
-        f"neither the broker ({broker}) nor the result backend ({backend}) is a Redis or Valkey server; "
-        f"set {PREFIX}STORE_URL, for example to redis://localhost:6379/0"
+        f"neither the broker ({_shown(broker)}) nor the result backend ({_shown(backend)}) is a Redis or Valkey server;"
+        f" set {PREFIX}STORE_URL, for example to redis://localhost:6379/0"
     )
 
 
-def hide_password(url: str) -> str:
-    """Return ``url`` with its password replaced, fit for a log or an error message."""
-    # up to the last "@": a password that was not percent-encoded may hold "@", "/" and ";"
-    hidden = re.sub(r"://([^:/@]*):.*@", r"://\1:***@", url, flags=re.DOTALL)
-    return re.sub(r"([?&]password=)[^&]*", r"\1***", hidden)
+# --- Celery's settings of a Redis -----------------------------------------------------------------
 
 
-# --- store URLs -----------------------------------------------------------------------------------
+def _url_in(conf: Any, setting: str) -> str:
+    given = getattr(conf, setting, None) or ""
+    url = given if isinstance(given, str) else ";".join(given)
+    return f"{url}://" if url in SCHEMES else url  # Celery takes a scheme alone
 
 
-def _first(url: str | Sequence[str] | None) -> str:
-    if not url:
-        return ""
-    if not isinstance(url, str):
-        return _first(url[0])
-    first = url.split(";")[0].strip()
-    return f"{first}://" if first in _SCHEMES else first  # Celery takes a scheme alone
+def _shown(url: str) -> str:
+    return repr(hide_password(url)) if url else "not set"
 
 
-def _scheme(url: str) -> str:
-    return url.partition("://")[0].lower()
+def _as_celery_reaches(url: str, transport_options: Mapping[str, Any] | None, use_ssl: object) -> StorePlace:
+    tls = _tls_options(use_ssl)
+    hosts = [_shared(host.strip(), tls=bool(tls)) for host in url.split(";")]
+    if scheme_of(url) == "sentinel":
+        return _as_sentinels_tell(hosts, transport_options or {}, tls)
+    if scheme_of(url) == "rediss" and not tls and "ssl_" not in hosts[0]:
+        tls = {"ssl_cert_reqs": "none"}  # what kombu makes of it, with a warning
+    return StorePlace(hosts[0], tls)
 
 
-def _for_redis_py(url: str, *, shared_only: bool = False) -> str:
-    """Translate Celery's way to write a Redis URL; ``shared_only`` drops options meant for kombu alone."""
-    try:
-        parts = urlsplit(url)
-        query = dict(_translated(parts.query))
-    except ValueError as error:
-        raise ConfigurationError(f"{hide_password(url)!r} is not a URL: {error}") from None
-    if shared_only:
-        query = {name: value for name, value in query.items() if name.startswith(_SHARED_OPTIONS)}
-    options = f"?{urlencode(query)}" if query else ""
-    return f"{_SCHEMES[parts.scheme]}://{parts.netloc}{parts.path}{options}"
+def _as_sentinels_tell(hosts: Sequence[str], transport_options: Mapping[str, Any], tls: dict[str, Any]) -> StorePlace:
+    asked_with = {"ssl": False, **(transport_options.get("sentinel_kwargs") or {})}
+    sought = {name: transport_options[name] for name in _SOUGHT_BY if name in transport_options}
+    first, *others = hosts
+    url = ";".join([f"{first}{'&' if '?' in first else '?'}{urlencode(sought)}", *others])
+    return StorePlace(url, {**tls, "sentinel_kwargs": asked_with})
 
 
-def _translated(query: str) -> Iterator[tuple[str, str]]:
-    for name, value in parse_qsl(query):
-        if name == "virtual_host":
-            yield "db", value.strip("/")
-        elif name == "ssl_cert_reqs":
-            yield name, value.removeprefix("CERT_").lower()
-        else:
-            yield name, value
+def _tls_options(tls: object) -> dict[str, Any]:
+    if not isinstance(tls, Mapping):
+        return {}
+    options = {name: value for name, value in tls.items() if name.startswith("ssl_")}
+    required = options.get("ssl_cert_reqs")
+    return {**options, "ssl_cert_reqs": cert_reqs(required)} if isinstance(required, str) else options
+
+
+def _shared(url: str, *, tls: bool) -> str:
+    """Return a URL without the options that only Celery or kombu understand, with TLS if asked for."""
+    scheme, _, rest = url.partition("://")
+    place, _, query = rest.partition("?")
+    kept = [(name, value) for name, value in parse_qsl(query) if name.startswith(_SHARED_OPTIONS)]
+    scheme = _WITH_TLS.get(scheme, scheme) if tls else scheme
+    return f"{scheme}://{place}{'?' if kept else ''}{urlencode(kept)}"
 
 
 # --- what is wrong, and where -----------------------------------------------------------------------

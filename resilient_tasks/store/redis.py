@@ -1,4 +1,4 @@
-"""``RedisStore``: the breakers of a whole fleet, in one Redis or Valkey server.
+"""``RedisStore``: the breakers of a whole fleet, in one Redis or Valkey server or cluster.
 
 Each decision is one Lua script (``store/lua``), so it is atomic, made once, and on the server's
 clock. Here is only what surrounds them: arguments in, answers out.
@@ -32,7 +32,7 @@ class RedisStore:
     """A store on a server that many processes share; safe to use from several threads, and after a fork.
 
     Args:
-        url: ``redis://``, ``rediss://``, ``unix://``, ``valkey://`` or ``valkeys://``.
+        url: as in :mod:`resilient_tasks.store.address`.
         namespace: what keeps the keys of several applications on one server apart.
         timeout: longest wait in seconds for a connection, and for a reply.
         cooldown: seconds for which a server that did not answer is tried by one caller only.

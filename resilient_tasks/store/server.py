@@ -1,4 +1,4 @@
-"""One Redis-compatible server, spoken to with a bounded delay.
+"""One Redis-compatible server, or what stands for one, spoken to with a bounded delay.
 
 A server that is away costs one caller one time limit; for a while after that everybody is told at
 once, so that neither a worker with many threads nor a loop over many commands is held up by each.
@@ -7,29 +7,30 @@ once, so that neither a worker with many threads nor a loop over many commands i
 from __future__ import annotations
 
 import hashlib
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from typing import Any, NoReturn, TypeVar
-from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import InvalidResponse, NoScriptError
+from redis.exceptions import ClusterError, InvalidResponse, NoScriptError, RedisClusterException
 from redis.retry import Retry
 
 from resilient_tasks.errors import ConfigurationError, StoreError
+from resilient_tasks.store.address import Address
 from resilient_tasks.store.forking import renew_after_fork
 
 T = TypeVar("T")
 Argument = str | bytes | int | float
 
-_SCHEMES = {"redis": "redis", "rediss": "rediss", "unix": "unix", "valkey": "redis", "valkeys": "rediss"}
 _MOST_CONNECTIONS = 1_000
-_AWAY = (redis.ConnectionError, redis.TimeoutError, InvalidResponse, OSError)
+_AWAY = (
+    redis.ConnectionError, redis.TimeoutError, InvalidResponse, OSError,
+    ClusterError, RedisClusterException,  # no node answers, or none has the key
+)  # fmt: skip
 
 
 class Script:
@@ -76,15 +77,18 @@ class Script:
             return pipeline.execute(raise_on_error=False)
 
     def _by_digest(self, client: redis.Redis, keys: Sequence[str], args: Sequence[Argument]) -> Any:
-        return client.evalsha(self._sha, len(keys), *keys, *args)
+        # not evalsha(): the pipeline of a cluster's client has no method of that name
+        return client.execute_command("EVALSHA", self._sha, len(keys), *keys, *args)
 
 
 class Server:
     """Connections to one server, and the memory that it did not answer a moment ago.
 
+    Behind Sentinel or in a cluster the server may be another one from time to time; who asks does not notice.
+
     Args:
-        url: ``redis://``, ``rediss://``, ``unix://``, ``valkey://`` or ``valkeys://``.
-        timeout: longest wait in seconds for a connection, and for a reply.
+        url: as in :mod:`resilient_tasks.store.address`.
+        timeout: longest wait in seconds for a connection, and for a reply; in a cluster, of each node.
         cooldown: seconds for which, after a failure to connect or a reply that did not come, only one
             caller tries again and the others get a StoreError at once.
         options: more arguments for redis-py's connections.
@@ -94,7 +98,7 @@ class Server:
     """
 
     def __init__(self, url: str, *, timeout: float, cooldown: float, **options: Any) -> None:
-        self._url = _for_redis_py(url)
+        self._address = Address.parse(url)
         self._cooldown = cooldown
         self._options = {
             "socket_timeout": timeout,
@@ -104,21 +108,22 @@ class Server:
             "max_connections": _MOST_CONNECTIONS,
             **options,
         }
+        self.address = str(self._address)
         self._last_failure = ""
         self._retry_at: float | None = None
         self._lock = threading.Lock()
-        self._client = self._connected()
+        self._client: redis.Redis | None = None
+        self._inherited: list[redis.Redis | None] = []
         self._check_options()
-        kwargs = self._client.connection_pool.connection_kwargs
-        self._secrets = [secret for secret in {kwargs.get("password"), _raw_password(url)} if secret]
-        self.address = _address(kwargs)
         renew_after_fork(self)
 
     def after_fork(self) -> None:
         """Start with new connections and a new lock."""
         self._retry_at = None
         self._lock = threading.Lock()
-        self._client = self._connected()
+        # kept for ever: a cluster's client takes locks when it ends, and a thread that is no more may hold them
+        self._inherited.append(self._client)
+        self._client = None
 
     def run(self, action: Callable[[redis.Redis], T]) -> T:
         """Return what ``action`` gets from the server.
@@ -128,6 +133,8 @@ class Server:
         """
         self._fail_fast()
         with self.errors_translated():
+            if self._client is None:
+                self._client = self._address.client(self._options)
             result = action(self._client)
         self._retry_at = None
         return result
@@ -152,21 +159,14 @@ class Server:
 
     def close(self) -> None:
         """Close all connections; the next use opens new ones."""
-        self._client.connection_pool.disconnect()
-
-    def _connected(self) -> redis.Redis:
-        try:
-            return redis.Redis(connection_pool=redis.ConnectionPool.from_url(self._url, **self._options))
-        except (ValueError, TypeError, redis.RedisError):
-            # What redis-py says may quote the URL, and with it the password.
-            scheme = self._url.partition("://")[0]
-            allowed = "scheme://[user:password@]host:port/number, or unix://path?db=number"
-            raise ConfigurationError(f"store URL {scheme}://...: allowed is {allowed}") from None
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
 
     def _check_options(self) -> None:
         """Find a wrong option now and not at the first command; this opens no connection."""
-        pool = self._client.connection_pool
         try:
+            pool = self._address.pool(self._options)
             pool.connection_class(**pool.connection_kwargs)
         except (TypeError, ValueError, redis.RedisError) as error:
             raise ConfigurationError(f"options of the store's connection: {error}") from None
@@ -182,7 +182,7 @@ class Server:
 
     def _raise(self, error: Exception, trouble: str) -> NoReturn:
         text = said = str(error) or type(error).__name__
-        for secret in self._secrets:
+        for secret in self._address.secrets:
             text = text.replace(secret, "***")
         self._last_failure = f"store {self.address} {trouble}: {text}"
         # An error that quotes the password must not be printed as the cause either.
@@ -192,23 +192,5 @@ class Server:
 def _trouble(error: Exception) -> str:
     if isinstance(error, InvalidResponse):
         return "does not speak the Redis protocol"
-    return "lets nobody in" if isinstance(error, redis.AuthenticationError) else "is away"
-
-
-def _for_redis_py(url: str) -> str:
-    scheme, colon, rest = url.partition("://")
-    if not colon or scheme not in _SCHEMES:
-        allowed = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
-        raise ConfigurationError(f"store URL with scheme {scheme if colon else ''!r}: allowed are {allowed}")
-    # Celery spells these options like the ssl module's constants, redis-py in lower case.
-    rest = re.sub(r"(ssl_cert_reqs=)CERT_(\w+)", lambda found: found[1] + found[2].lower(), rest)
-    return f"{_SCHEMES[scheme]}://{rest}"
-
-
-def _raw_password(url: str) -> str | None:
-    return urlsplit(url).password
-
-
-def _address(kwargs: dict[str, Any]) -> str:
-    place = kwargs.get("path") or f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}"
-    return f"{place}/{kwargs.get('db', 0)}"
+    refused = isinstance(error.__cause__ or error, redis.AuthenticationError)  # a cluster's client tells the cause so
+    return "lets nobody in" if refused else "is away"

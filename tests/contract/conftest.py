@@ -1,10 +1,10 @@
-"""One suite, every store: this process's, the scripts in fakeredis, the scripts in a real server."""
+"""One suite, every store: this process's, the scripts in fakeredis, in a real server and in a real cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fakeredis
 import pytest
@@ -13,6 +13,7 @@ import redis
 from resilient_tasks.store.local import LocalStore
 from resilient_tasks.store.redis import RedisStore
 from tests.contract.lab import CLOCK_LUA, Lab, LocalClock, ServerClock
+from tests.support.servers import Cluster, start_cluster
 from workers.processes import Server, start_valkey
 
 
@@ -47,7 +48,14 @@ def shared_store(server: Server) -> Iterator[RedisStore]:
     store.close()
 
 
-@pytest.fixture(params=["local", "fakeredis", "server"])
+@pytest.fixture(scope="session")
+def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = start_cluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(params=["local", "fakeredis", "server", "cluster"])
 def lab(request: pytest.FixtureRequest) -> Lab:
     """Each store in turn, with a clock that stands still until the test advances it."""
     if request.param == "local":
@@ -58,6 +66,11 @@ def lab(request: pytest.FixtureRequest) -> Lab:
         client = fakeredis.FakeRedis(server=fake)
         options = {"connection_class": fakeredis.FakeRedisConnection, "server": fake}
         return _shared_lab("redis://fake", client, request.addfinalizer, **options)
+    if request.param == "cluster":
+        cluster: Cluster = request.getfixturevalue("running_cluster")
+        nodes = redis.RedisCluster.from_url(cluster.nodes[0].url())
+        nodes.flushall(target_nodes=redis.RedisCluster.PRIMARIES)
+        return _shared_lab(cluster.url(), cast("redis.Redis", nodes), request.addfinalizer)
     server: Server = request.getfixturevalue("server")
     return _shared_lab(server.url(), redis.Redis.from_url(server.url()), request.addfinalizer)
 

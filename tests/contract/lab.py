@@ -16,10 +16,15 @@ from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.store.redis import RedisStore
 
 START = 1_789_000_000.437  # no round number: buckets and milliseconds are not aligned with it
-CLOCK_KEY = "clock-of-the-test"
+CLOCK_KEYS = [f"clock-of-the-test-{{{tag}}}" for tag in "afk"]  # of three nodes of a cluster each has one
 CLOCK_LUA = f"""
 local function now_ms()
-  return tonumber(redis.call('GET', '{CLOCK_KEY}'))
+  for _, key in ipairs({{{str(CLOCK_KEYS)[1:-1]}}}) do
+    local now = redis.pcall('GET', key)
+    if type(now) == 'string' then
+      return tonumber(now)
+    end
+  end
 end
 """
 OUTCOMES = {"S": Outcome.SUCCESS, "F": Outcome.FAILURE, "L": Outcome.SLOW, "I": Outcome.IGNORED}
@@ -56,7 +61,7 @@ class LocalClock:
 
 @dataclass
 class ServerClock:
-    """The time in a key of the server, where ``CLOCK_LUA`` reads it."""
+    """The time in keys of the server, where ``CLOCK_LUA`` reads it: a script reads only keys of its own node."""
 
     client: redis.Redis
     now: float = START
@@ -72,7 +77,8 @@ class ServerClock:
         self.set()
 
     def set(self) -> None:
-        self.client.set(CLOCK_KEY, round(self.now * 1000))
+        for key in CLOCK_KEYS:
+            self.client.set(key, round(self.now * 1000))
 
 
 @dataclass

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import ssl
+from typing import Any
+
 import pytest
-import redis
+from celery import Celery
 
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.settings import Settings, hide_password, resolve_store_url
+from resilient_tasks.settings import Settings, find_store
+from resilient_tasks.store.address import Address, Kind, hide_password
 
 PAYMENTS = "RESILIENT_TASKS_BREAKERS__PAYMENTS__"
 
@@ -214,72 +218,111 @@ def test_overrides_of_breakers_that_nobody_defines_are_listed(monkeypatch: pytes
     assert Settings.load().unknown_overrides(["payments", "mail"]) == ["payment"]
 
 
-# --- the store's URL --------------------------------------------------------------------------------
+# --- the store's place -------------------------------------------------------------------------------
+
+
+def conf(**settings: Any) -> Any:
+    """Return Celery's settings."""
+    return Celery("shop", set_as_current=False, changes=settings).conf
 
 
 @pytest.mark.parametrize(
     ("broker", "backend", "expected"),
     [
         ("redis://", None, "redis://"),
+        ("redis", None, "redis://"),
         ("redis://:secret@broker:6380/2", "redis://backend", "redis://:secret@broker:6380/2"),
-        ("rediss://broker/1?ssl_cert_reqs=CERT_REQUIRED", None, "rediss://broker/1?ssl_cert_reqs=required"),
         ("redis://broker?visibility_timeout=5", None, "redis://broker"),
-        ("redis+socket:///run/redis.sock?virtual_host=1", None, "unix:///run/redis.sock?db=1"),
-        ("redis+socket://:secret@/run/redis.sock", None, "unix://:secret@/run/redis.sock"),
-        ("valkey://broker/1", None, "redis://broker/1"),
+        ("redis+socket:///run/redis.sock?virtual_host=1", None, "redis+socket:///run/redis.sock?virtual_host=1"),
+        ("valkey://broker/1", None, "valkey://broker/1"),
         ("redis://one/1;redis://two/1", None, "redis://one/1"),
         (["redis://one/1", "redis://two/1"], None, "redis://one/1"),
         ("amqp://broker", "redis://backend/1", "redis://backend/1"),
-        ("amqp://broker", "rediss://backend", "rediss://backend"),
-        (None, "redis://backend/1", "redis://backend/1"),
     ],
 )
 def test_the_store_defaults_to_the_first_redis(broker: str | list[str], backend: str | None, expected: str) -> None:
-    url = resolve_store_url(Settings.load(), broker, backend)
-    assert url == expected
-    redis.Redis.from_url(url).close()  # redis-py understands what we made of it
+    place = find_store(Settings.load(), conf(broker_url=broker, result_backend=backend))
+    assert place == (expected, {})
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("broker", "use_ssl", "expected"),
     [
-        ("redis://store/3?socket_timeout=2", "redis://store/3?socket_timeout=2"),
-        ("valkeys://store/3", "rediss://store/3"),
-        ("unix:///run/redis.sock?db=2", "unix:///run/redis.sock?db=2"),
+        ("rediss://broker/1?ssl_cert_reqs=CERT_REQUIRED", None, ("rediss://broker/1?ssl_cert_reqs=CERT_REQUIRED", {})),
+        ("rediss://broker", None, ("rediss://broker", {"ssl_cert_reqs": "none"})),
+        ("rediss://broker", {"ssl_cert_reqs": "CERT_NONE"}, ("rediss://broker", {"ssl_cert_reqs": "none"})),
+        ("redis://broker", {"ssl_ca_certs": "/ca"}, ("rediss://broker", {"ssl_ca_certs": "/ca"})),
+        (
+            "redis://broker",
+            {"ssl_cert_reqs": ssl.CERT_OPTIONAL, "keyfile": "of another broker"},
+            ("rediss://broker", {"ssl_cert_reqs": ssl.CERT_OPTIONAL}),
+        ),
     ],
 )
-def test_the_setting_wins_and_keeps_its_options(given: str, expected: str) -> None:
-    assert resolve_store_url(Settings.load(store_url=given), "redis://broker") == expected
+def test_the_store_is_reached_by_tls_as_the_broker_is(broker: str, use_ssl: dict, expected: tuple[str, dict]) -> None:
+    assert find_store(Settings.load(), conf(broker_url=broker, broker_use_ssl=use_ssl)) == expected
 
 
-def test_a_socket_url_reaches_the_socket_and_the_database() -> None:
-    url = resolve_store_url(Settings.load(), "redis+socket:///run/redis.sock?virtual_host=1")
-    options = redis.Redis.from_url(url).connection_pool.connection_kwargs
-    assert options["path"] == "/run/redis.sock"
-    assert options["db"] == 1
+def test_the_store_is_reached_by_tls_as_the_result_backend_is() -> None:
+    use_ssl = {"ssl_ca_certs": "/ca"}
+    place = find_store(
+        Settings.load(), conf(broker_url="amqp://", result_backend="redis://b", redis_backend_use_ssl=use_ssl)
+    )
+    assert place == ("rediss://b", use_ssl)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"broker_url": "sentinel://:hush@one:26379/2;sentinel://two", "broker_transport_options": {"master_name": "m"}},
+        {
+            "broker_url": ["sentinel://:hush@one/2", "sentinel://two:26379"],
+            "broker_transport_options": {"master_name": "m"},
+        },
+        {
+            "broker_url": "amqp://",
+            "result_backend": "sentinel://:hush@one/2;sentinel://two/2",
+            "result_backend_transport_options": {"master_name": "m"},
+        },
+    ],
+)
+def test_sentinels_are_those_of_celery(settings: dict) -> None:
+    url, options = find_store(Settings.load(), conf(**settings))
+    address = Address.parse(url)
+    assert address.kind is Kind.SENTINEL
+    assert address.hosts == (("one", 26379), ("two", 26379))
+    assert address.options == {"password": "hush", "db": 2}
+    assert address.discovery == {"master_name": "m"}
+    assert options == {"sentinel_kwargs": {"ssl": False}}
+
+
+def test_sentinels_are_asked_as_celery_asks_them() -> None:
+    transport_options = {"master_name": "m", "min_other_sentinels": 1, "sentinel_kwargs": {"password": "hush"}}
+    settings = conf(
+        broker_url="sentinel://one", broker_transport_options=transport_options, broker_use_ssl={"ssl_ca_certs": "/ca"}
+    )
+    url, options = find_store(Settings.load(), settings)
+    assert url == "sentinels://one?master_name=m&min_other_sentinels=1"
+    assert options == {"ssl_ca_certs": "/ca", "sentinel_kwargs": {"ssl": False, "password": "hush"}}
+
+
+def test_the_setting_wins_and_keeps_its_options() -> None:
+    settings = Settings.load(store_url="valkeys://store/3?socket_timeout=2")
+    assert find_store(settings, conf(broker_url="redis://broker")) == ("valkeys://store/3?socket_timeout=2", {})
+    assert find_store(settings) == ("valkeys://store/3?socket_timeout=2", {})
 
 
 def test_without_any_redis_the_error_says_what_to_set() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        resolve_store_url(Settings.load(), "amqp://me:hush@broker", "db+sqlite:///x")
+        find_store(Settings.load(), conf(broker_url="amqp://me:hush@broker", result_backend="db+sqlite:///x"))
     assert "amqp://me:***@broker" in str(caught.value)
     assert "RESILIENT_TASKS_STORE_URL" in str(caught.value)
     assert "hush" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("broker", "backend"),
-    [("sentinel://:hush@one:26379;sentinel://two", None), ("amqp://broker", "sentinel://:hush@one:26379")],
-)
-def test_sentinel_asks_for_a_store_url(broker: str, backend: str | None) -> None:
-    with pytest.raises(ConfigurationError, match="give RESILIENT_TASKS_STORE_URL") as caught:
-        resolve_store_url(Settings.load(), broker, backend)
-    assert "hush" not in str(caught.value)
-
-
-def test_a_url_that_is_none_is_a_clear_error() -> None:
-    with pytest.raises(ConfigurationError, match="is not a URL"):
-        resolve_store_url(Settings.load(), "redis://:hush@[broken")
+def test_without_an_app_the_error_says_so() -> None:
+    with pytest.raises(ConfigurationError, match=r"the broker \(not set\)"):
+        find_store(Settings.load())
 
 
 @pytest.mark.parametrize(
@@ -291,6 +334,7 @@ def test_a_url_that_is_none_is_a_clear_error() -> None:
         ("redis://me:hu@sh/;x@host", "redis://me:***@host"),
         ("unix:///run/x.sock?db=1&password=hush", "unix:///run/x.sock?db=1&password=***"),
         ("redis://:hush@one;redis://:hush@two", "redis://:***@two"),
+        ("sentinel://one?master_name=m&sentinel_password=hush", "sentinel://one?master_name=m&sentinel_password=***"),
         ("memory://", "memory://"),
         ("", ""),
     ],

@@ -1,0 +1,211 @@
+"""How the URL of a store is written, and the redis-py client that it means.
+
+One server::
+
+    redis://user:password@host:6379/0              valkey:// is the same
+    rediss://host:6379/0?ssl_ca_certs=/etc/ca.pem  TLS; valkeys:// is the same
+    unix:///run/redis.sock?db=0                    Celery's redis+socket:// and socket:// are the same
+
+The master that some sentinels know; ``sentinels://`` is TLS to it and to them::
+
+    sentinel://user:password@one:26379,two:26379/0?master_name=mymaster&sentinel_password=secret
+
+A cluster, by some of its nodes; ``rediss+cluster://`` is TLS::
+
+    redis+cluster://user:password@one:6379,two:6379
+
+Hosts may also be listed as Celery does, ``sentinel://one;sentinel://two``, and options spelled as it does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple, cast
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.cluster import ClusterNode, RedisCluster
+from redis.connection import SSLConnection, parse_url
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+from resilient_tasks.errors import ConfigurationError
+
+Options = Mapping[str, Any]
+
+
+class Kind(Enum):
+    """What a URL leads to."""
+
+    SERVER = "server"
+    SENTINEL = "sentinel"
+    CLUSTER = "cluster"
+
+
+class Scheme(NamedTuple):
+    """What a scheme leads to, and how redis-py spells it."""
+
+    kind: Kind
+    redis_py: str
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "redis": Scheme(Kind.SERVER, "redis"),
+    "rediss": Scheme(Kind.SERVER, "rediss"),
+    "unix": Scheme(Kind.SERVER, "unix"),
+    "valkey": Scheme(Kind.SERVER, "redis"),
+    "valkeys": Scheme(Kind.SERVER, "rediss"),
+    "redis+socket": Scheme(Kind.SERVER, "unix"),
+    "socket": Scheme(Kind.SERVER, "unix"),
+    "sentinel": Scheme(Kind.SENTINEL, "redis"),
+    "sentinels": Scheme(Kind.SENTINEL, "rediss"),
+    "redis+cluster": Scheme(Kind.CLUSTER, "redis"),
+    "rediss+cluster": Scheme(Kind.CLUSTER, "rediss"),
+}
+_FORMS = {
+    Kind.SERVER: "scheme://[user:password@]host:port/number, or unix://path?db=number",
+    Kind.SENTINEL: "scheme://[user:password@]host:port,host:port/number?master_name=name",
+    Kind.CLUSTER: "scheme://[user:password@]host:port,host:port",
+}
+_PORTS = {Kind.SERVER: 6379, Kind.SENTINEL: 26379, Kind.CLUSTER: 6379}
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a store is.
+
+    Attributes:
+        kind: one server, sentinels or a cluster.
+        hosts: the server, the sentinels or some nodes of the cluster, as (name, port).
+        options: arguments of redis-py's connections that the URL holds, the credentials among them.
+        discovery: what only sentinels are asked with: ``master_name``, ``min_other_sentinels`` and credentials.
+        secrets: what nobody may read, as it is and as the URL spells it.
+    """
+
+    kind: Kind
+    hosts: tuple[tuple[str, int], ...]
+    options: Options = field(repr=False)
+    discovery: Options = field(repr=False)
+    secrets: frozenset[str] = field(repr=False)
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """Read a URL.
+
+        Raises:
+            ConfigurationError: it is of no use; the message does not contain the password.
+        """
+        name = scheme_of(url)
+        if name not in SCHEMES:
+            allowed = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+            raise ConfigurationError(f"store URL with scheme {name!r}: allowed are {allowed}")
+        try:
+            return _read(url, SCHEMES[name])
+        except ValueError:  # what is said may quote the URL, and with it the password
+            form = _FORMS[SCHEMES[name].kind]
+            raise ConfigurationError(f"store URL {name}://...: allowed is {form}") from None
+
+    def __str__(self) -> str:
+        """Return what a log may show."""
+        hosts = self.options.get("path") or ",".join(f"{host}:{port}" for host, port in self.hosts)
+        if self.kind is Kind.CLUSTER:
+            return f"cluster of {hosts}"
+        master = f"{self.discovery['master_name']} of " if self.kind is Kind.SENTINEL else ""
+        return f"{master}{hosts}/{self.options.get('db', 0)}"
+
+    def pool(self, options: Options) -> redis.ConnectionPool:
+        """Return a pool of connections to one server; behind sentinels, to that which they name as the master."""
+        if self.kind is not Kind.SENTINEL:
+            return redis.ConnectionPool(**{**options, **self.options})
+        sentinels, arguments = self._sentinels(options), self._arguments(options)
+        client: redis.Redis = sentinels.master_for(self.discovery["master_name"], **arguments)
+        return client.connection_pool
+
+    def client(self, options: Options) -> redis.Redis:
+        """Return a client; for a cluster this asks one of its nodes for the others.
+
+        Args:
+            options: arguments of redis-py's connections, those of the URL win; ``sentinel_kwargs``: of those to
+                sentinels.
+        """
+        if self.kind is not Kind.CLUSTER:
+            return redis.Redis.from_pool(self.pool(options))
+        nodes = [ClusterNode(host, port) for host, port in self.hosts]
+        arguments = {name: value for name, value in self._arguments(options).items() if name not in ("db", "retry")}
+        # what we ask of a client is the same for both; a node that does not answer is not tried again
+        return cast("redis.Redis", RedisCluster(startup_nodes=nodes, retry=Retry(NoBackoff(), 0), **arguments))
+
+    def _arguments(self, options: Options) -> dict[str, Any]:
+        """Return the arguments of a client that finds out by itself which hosts to connect to."""
+        merged = {**options, **self.options}
+        arguments = {name: value for name, value in merged.items() if name not in _NOT_OF_A_SERVER}
+        return {**arguments, "ssl": True} if merged.get("connection_class") is SSLConnection else arguments
+
+    def _sentinels(self, options: Options) -> Sentinel:
+        """Return the sentinels; to ask all of them in vain takes as long as to connect in vain to one server."""
+        asked_with = {name: value for name, value in self._arguments(options).items() if name.startswith("ssl")}
+        for limit in ("socket_timeout", "socket_connect_timeout"):
+            asked_with[limit] = options[limit] / len(self.hosts)
+        for name in ("username", "password"):
+            asked_with[name] = self.discovery.get(f"sentinel_{name}")
+        asked_with.update(retry=Retry(NoBackoff(), 0), **options.get("sentinel_kwargs", {}))
+        return Sentinel(self.hosts, int(self.discovery.get("min_other_sentinels", 0)), sentinel_kwargs=asked_with)
+
+
+_NOT_OF_A_SERVER = frozenset({"host", "port", "connection_class", "sentinel_kwargs"})
+_DISCOVERY = frozenset({"master_name", "min_other_sentinels", "sentinel_username", "sentinel_password"})
+
+
+def scheme_of(url: str) -> str:
+    """Return the scheme of a URL; empty if it has none."""
+    scheme, colon, _ = url.partition("://")
+    return scheme.lower() if colon else ""
+
+
+def cert_reqs(value: str) -> str:
+    """Return the value of ``ssl_cert_reqs`` in redis-py's spelling; Celery has it like the ssl module's constants."""
+    return value.removeprefix("CERT_").lower()
+
+
+def hide_password(url: str) -> str:
+    """Return ``url`` with its passwords replaced, fit for a log or an error message."""
+    # up to the last "@": a password that was not percent-encoded may hold "@", "/" and ";"
+    hidden = re.sub(r"://([^:/@]*):.*@", r"://\1:***@", url, flags=re.DOTALL)
+    return re.sub(r"([?&](?:sentinel_)?password=)[^&]*", r"\1***", hidden)
+
+
+def _read(url: str, scheme: Scheme) -> Address:
+    parts = [urlsplit(part) for part in ([url] if scheme.kind is Kind.SERVER else url.split(";"))]
+    query = {name: value for part in parts for name, value in _options(part.query)}
+    discovery = {name: query.pop(name) for name in _DISCOVERY & query.keys()} if scheme.kind is Kind.SENTINEL else {}
+    users, _, hosts = zip(*(part.netloc.rpartition("@") for part in parts), strict=True)
+    found = tuple(_host(host, _PORTS[scheme.kind]) for host in ",".join(hosts).split(","))
+    user, path = (next(filter(None, texts), "") for texts in (users, [part.path for part in parts]))
+    server = hosts[0] if scheme.kind is Kind.SERVER else ""
+    options = parse_url(urlunsplit((scheme.redis_py, f"{user}@{server}", path, urlencode(query), "")))
+    if scheme.kind is Kind.SENTINEL and not discovery.get("master_name"):
+        raise ValueError("no master_name")
+    if scheme.kind is Kind.CLUSTER and options.get("db"):
+        raise ValueError("a cluster has but one database")
+    secrets = {options.get("password"), discovery.get("sentinel_password"), *(part.password for part in parts)}
+    return Address(scheme.kind, found, options, discovery, frozenset(filter(None, secrets)))
+
+
+def _options(query: str) -> Iterator[tuple[str, str]]:
+    """Yield a URL's options in redis-py's spelling."""
+    for name, value in parse_qsl(query):
+        if name == "virtual_host":
+            yield "db", value.strip("/")
+        elif name == "ssl_cert_reqs":
+            yield name, cert_reqs(value)
+        else:
+            yield name, value
+
+
+def _host(text: str, default_port: int) -> tuple[str, int]:
+    parts = urlsplit(f"//{text}")
+    return parts.hostname or "localhost", parts.port or default_port
