@@ -31,7 +31,7 @@ OUTCOMES = {"S": Outcome.SUCCESS, "F": Outcome.FAILURE, "L": Outcome.SLOW, "I": 
 
 
 #: For tests of what only a shared store has.
-SHARED = pytest.mark.parametrize("lab", ["fakeredis", "server"], indirect=True)
+SHARED = pytest.mark.parametrize("lab", ["fakeredis", "server", "cluster"], indirect=True)
 
 
 def ledger_of(store: Store) -> Ledger:
