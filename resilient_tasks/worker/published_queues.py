@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from celery import Celery
@@ -78,6 +79,9 @@ class PublishedQueues(Queues):
     def defer(self, message: Any, ticket: Ticket, *, owned: bool, limit: int | None) -> bool:
         """See :meth:`Queues.defer`."""
         queue = self.deferred(ticket.breaker)
+        sent_to = message.delivery_info.get("exchange")
+        if sent_to:
+            ticket = replace(ticket, exchange=sent_to, routing_key=message.delivery_info.get("routing_key") or "")
         with self._exclusive():
             self._declare(queue)
             full = limit is not None and self._size(queue) >= limit

@@ -23,7 +23,7 @@ from resilient_tasks.worker import seams
 from resilient_tasks.worker.options import DEFER
 from resilient_tasks.worker.run import Admission, Packed, Report, TaskDeferred, run_admitted
 from resilient_tasks.worker.runtime import runtime_of
-from resilient_tasks.worker.ticket import Ticket
+from resilient_tasks.worker.ticket import HEADER, Ticket
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
@@ -47,7 +47,15 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     def __init__(self, message: Any, **kwargs: Any) -> None:
         super().__init__(message, **kwargs)
         self.ticket = Ticket.read(message.headers)
+        if HEADER in self._request_dict:
+            self._look_as_sent()
+
+    def _look_as_sent(self) -> None:
+        """Keep from the task that its message has been deferred."""
         Ticket.take(self._request_dict)
+        seams.drop_header_of_amqp(self._request_dict, HEADER)
+        if self.ticket.exchange:  # resumed straight to its queue
+            self._delivery_info.update(exchange=self.ticket.exchange, routing_key=self.ticket.routing_key)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Put our methods before those of the class that Celery derives for each task.

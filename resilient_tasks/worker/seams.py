@@ -27,6 +27,9 @@ task_ready: Callable[[Request], None] = worker_state.task_ready
 #: Ids this worker was told to revoke.
 revoked_ids = worker_state.revoked
 
+#: Stamps this worker was told to revoke: values by header, the latest last.
+revoked_stamps: dict[str, list[Any]] = worker_state.revoked_stamps
+
 encode_message: Callable[[object], str] = dumps
 decode_message: Callable[[str | bytes], Any] = loads
 
@@ -47,6 +50,15 @@ def tracer(app: Celery) -> Callable[..., TraceResult]:
     """Return the function with which Celery would run a task of this app in the pool."""
     chosen: Callable[..., TraceResult] = fast_trace_task if app.use_fast_trace_task else trace_task_ret
     return chosen
+
+
+def drop_header_of_amqp(request_dict: dict[str, Any], header: str) -> None:
+    """Take a header out of the message's properties, where AMQP has it as well."""
+    properties = request_dict["properties"]
+    headers = properties.get("application_headers")
+    if isinstance(headers, dict) and header in headers:
+        others = {name: value for name, value in headers.items() if name != header}
+        request_dict["properties"] = {**properties, "application_headers": others}
 
 
 def announce_revoked(request: Request, reason: str) -> None:

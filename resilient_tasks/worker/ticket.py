@@ -15,7 +15,7 @@ HEADER = "x-resilient-tasks"
 _MOST = 1e17  # no time and no count of ours comes near
 _TEXT, _SECONDS, _COUNT = "text", "seconds", "count"
 _KINDS = {
-    "breaker": _TEXT, "origin": _TEXT, "reason": _TEXT,
+    "breaker": _TEXT, "origin": _TEXT, "reason": _TEXT, "exchange": _TEXT, "routing_key": _TEXT,
     "since": _SECONDS, "attempted_at": _SECONDS, "not_before": _SECONDS, "deadline": _SECONDS,
     "attempts": _COUNT, "resumed": _COUNT,
 }  # fmt: skip
@@ -35,6 +35,8 @@ class Ticket:
         not_before: earliest time to resume it.
         deadline: end of its ``defer_for``.
         resumed: epoch of the breaker in which it was last resumed; the ramp lets it pass.
+        exchange: the exchange it was sent to, where resuming it goes another way.
+        routing_key: what it was sent with, likewise.
     """
 
     breaker: str = ""
@@ -46,6 +48,8 @@ class Ticket:
     not_before: float = 0.0
     deadline: float = 0.0
     resumed: int = 0
+    exchange: str = ""
+    routing_key: str = ""
 
     @classmethod
     def read(cls, headers: object) -> Ticket:

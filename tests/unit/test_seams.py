@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import amqp
 import pytest
 from celery import Celery
+from celery.app.task import Context
 from celery.app.trace import fast_trace_task, trace_task_ret
 from celery.exceptions import Ignore, InvalidTaskError, TaskRevokedError
-from celery.worker import state, strategy
+from celery.worker import control, state, strategy
 from celery.worker import worker as worker_module
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request, create_request_cls
 from kombu import Connection, Exchange, Producer, Queue
 from kombu import Consumer as MessageConsumer
+from kombu.transport.pyamqp import Message as AMQPMessage
 
 from resilient_tasks.worker import seams
 from workers.processes import Server, start_valkey
@@ -79,6 +82,16 @@ def test_revoked_ids_are_those_that_the_revoke_command_adds_to(app: Celery) -> N
         assert request_of(app, id="revoked-id").id in seams.revoked_ids
     finally:
         seams.revoked_ids.discard("revoked-id")
+
+
+def test_revoked_stamps_are_lists_that_the_command_adds_to() -> None:
+    revoke: Any = control.revoke_by_stamped_headers
+    try:
+        revoke(SimpleNamespace(), {"tenant": "acme"})
+        revoke(SimpleNamespace(), {"tenant": ["bolt"], "user": [1]})
+        assert seams.revoked_stamps == {"tenant": ["acme", "bolt"], "user": [1]}
+    finally:
+        seams.revoked_stamps.clear()
 
 
 @pytest.mark.parametrize("flag", ["should_stop", "should_terminate"])
@@ -293,6 +306,18 @@ def test_on_amqp_the_consumer_tag_tells_the_queue() -> None:
     consumer = SimpleNamespace(_active_tags={"shop": "tag-1", "other": "tag-2"})
     message = SimpleNamespace(delivery_info={"consumer_tag": "tag-2"}, channel=None)
     assert seams.queue_of(consumer, message) == "other"
+
+
+def test_amqp_tells_a_task_its_headers_twice(app: Celery) -> None:
+    headers = {"id": "an-id", "task": "double", "ours": 1, "theirs": 2}
+    sent = amqp.Message("[[21], {}, {}]", content_type="application/json", application_headers=headers)
+    sent.delivery_info = {"delivery_tag": 1}
+    message = AMQPMessage(sent, channel=SimpleNamespace(no_ack_consumers=None))
+    request = Request(message, app=app, task=app.tasks["double"], body=message.body, headers=message.headers)
+    seams.drop_header_of_amqp(request.request_dict, "ours")
+    seen = Context(request.request_dict)
+    assert seen.properties["application_headers"] == {"id": "an-id", "task": "double", "theirs": 2}
+    assert message.properties["application_headers"] == message.headers == headers
 
 
 def test_the_current_app_is_no_proxy(app: Celery) -> None:

@@ -20,7 +20,7 @@ SECONDS = st.floats(min_value=0, max_value=1e12)
 COUNTS = st.integers(min_value=0, max_value=10**12)
 TICKETS = st.builds(
     Ticket, breaker=st.text(), origin=st.text(), reason=st.text(), since=SECONDS, attempts=COUNTS, attempted_at=SECONDS,
-    not_before=SECONDS, deadline=SECONDS, resumed=COUNTS,
+    not_before=SECONDS, deadline=SECONDS, resumed=COUNTS, exchange=st.text(), routing_key=st.text(),
 )  # fmt: skip
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
@@ -67,14 +67,26 @@ def test_the_header_never_reaches_the_task(app: Celery, value: Any) -> None:
     headers = {"id": "an-id", "task": "known", "x-trace": "abc", HEADER: value}
     message = SimpleNamespace(
         headers=headers, body="[[], {}, {}]", payload=[[], {}, {}], content_type="application/json",
-        content_encoding="utf-8", delivery_info={}, properties={},
+        content_encoding="utf-8", delivery_info={}, properties={"application_headers": headers},
     )  # fmt: skip
     request = GatedRequest(message, app=app, task=app.tasks["known"], headers=headers)
     assert HEADER not in request.request_dict
+    assert HEADER not in request.request_dict["properties"]["application_headers"]
     assert HEADER not in (Context(request.request_dict).headers or {})
     assert HEADER not in vars(request.context)
     assert Context(request.request_dict).headers == {"x-trace": "abc"}
     assert HEADER in message.headers  # the message itself is not ours to change
+
+
+def test_a_task_sees_the_exchange_that_it_was_sent_to(app: Celery) -> None:
+    headers = Ticket(breaker="payments", exchange="orders", routing_key="order.new").write({"id": "i", "task": "known"})
+    message = SimpleNamespace(
+        headers=headers, body="[[], {}, {}]", payload=[[], {}, {}], content_type="application/json",
+        content_encoding="utf-8", delivery_info={"exchange": "", "routing_key": "a-queue"}, properties={},
+    )  # fmt: skip
+    request = GatedRequest(message, app=app, task=app.tasks["known"], headers=headers)
+    seen = request.context.delivery_info
+    assert (seen["exchange"], seen["routing_key"]) == ("orders", "order.new")
 
 
 def test_a_ticket_is_small() -> None:
