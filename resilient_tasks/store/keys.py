@@ -47,7 +47,7 @@ class Keys:
         self.namespace = check_name("namespace", namespace)
         self.changes = f"{namespace}:changes"  # pub/sub channel
         self.breakers = f"{namespace}:breakers"  # sorted set: name -> last declared by a worker, ms
-        self.revoked = f"{namespace}:revoked"  # sorted set: task id -> revoked at, ms
+        self.revoked = f"{namespace}:revoked"  # sorted set: task id or stamp -> revoked at, ms
 
     def breaker(self, name: str) -> BreakerKeys:
         """Return the keys of a breaker's state.

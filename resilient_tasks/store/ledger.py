@@ -19,8 +19,8 @@ from resilient_tasks.errors import StoreError
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.server import Argument, Script, Server
 
-REVOKED_FOR = 7 * 24 * 3600.0  # s for which a revoked id is remembered
-MOST_REVOKED = 50_000  # ids
+REVOKED_FOR = 7 * 24 * 3600.0  # s for which a revoke is remembered
+MOST_REVOKED = 50_000  # ids and stamps
 
 _PER_ROUND_TRIP = 500
 _SCRIPTS = (
@@ -93,25 +93,25 @@ class Ledger:
         """Take ``count`` off them again, never below 0."""
         self._run("outstanding", [self._keys.pace(name)], -count)
 
-    def revoke(self, task_ids: Iterable[str]) -> None:
-        """Remember revoked task ids for seven days, the latest 50,000 of them."""
-        ids = list(task_ids)
-        for start in range(0, len(ids), _PER_ROUND_TRIP):
-            some = ids[start : start + _PER_ROUND_TRIP]
+    def revoke(self, names: Iterable[str]) -> None:
+        """Remember what was revoked now, tasks by id and stamps by name: seven days, the latest 50,000 of them."""
+        revoked = list(names)
+        for start in range(0, len(revoked), _PER_ROUND_TRIP):
+            some = revoked[start : start + _PER_ROUND_TRIP]
             self._run("revoke", [self._keys.revoked], to_ms(REVOKED_FOR), MOST_REVOKED, *some)
 
-    def revoked(self, task_ids: Sequence[str]) -> set[str]:
-        """Return those of ``task_ids`` that were revoked."""
+    def revoked(self, names: Sequence[str]) -> dict[str, float]:
+        """Return those of ``names`` that were revoked, with the time of the latest revoke, in seconds."""
 
         def scores(client: redis.Redis) -> list[Any]:
             with client.pipeline(transaction=False) as pipeline:
-                for task_id in task_ids:
-                    pipeline.zscore(self._keys.revoked, task_id)
+                for name in names:
+                    pipeline.zscore(self._keys.revoked, name)
                 return pipeline.execute()
 
-        if not task_ids:
-            return set()
-        return {task_id for task_id, at in zip(task_ids, self._server.run(scores), strict=True) if at is not None}
+        if not names:
+            return {}
+        return {name: at / 1000 for name, at in zip(names, self._server.run(scores), strict=True) if at is not None}
 
     # --- the tick -----------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from resilient_tasks.worker.events import EventSender
 from resilient_tasks.worker.patience import PatientWriter
 from resilient_tasks.worker.queues import Choose, Entry, Move
 from resilient_tasks.worker.request import GatedRequest
+from resilient_tasks.worker.revokes import revoked_among
 from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Deferral:
             Exception: whatever the broker raises; the message is where it was.
         """
         self._index_writer.write(lambda: self._index(request.id, ticket))
-        if request.store_errors:
+        if not request.ignore_result:  # a state that no result ever replaces
             self._state_writer.write(lambda: self._write_state(request, ticket))
         limit = self._runtime.breaker(ticket.breaker).policy.max_deferred if limited else None
         try:
@@ -181,7 +182,7 @@ class DeferredTasks:
 
     def resume(self, entries: Sequence[Entry], epoch: int, why: str) -> list[Move]:
         """Send tasks back to the queues that they came from; drop those that were revoked meanwhile."""
-        revoked = self._runtime.fleet.ledger.revoked([entry.task_id for entry in entries])
+        revoked = revoked_among(entries, self._runtime.fleet.ledger)
         return [
             self.drop_revoked(entry) if entry.task_id in revoked else self._resume(entry, epoch, why)
             for entry in entries

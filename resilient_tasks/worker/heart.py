@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.errors import StoreError
-from resilient_tasks.worker import seams
+from resilient_tasks.worker.revokes import Hearing
 from resilient_tasks.worker.tick import STOCKTAKING, Tick, anything_due
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Heart:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._tick: Tick | None = None
-        self._revoked_seen: set[str] = set()
+        self._revokes = Hearing()
         self._idle_look_at = float("-inf")
         self._declare_at = float("-inf")
         self._took_over = False
@@ -101,10 +101,7 @@ class Heart:
         if now >= self._declare_at:
             ledger.declare(self._runtime.breakers)
             self._declare_at = now + DECLARING
-        revoked = set(seams.revoked_ids)
-        if revoked - self._revoked_seen:
-            ledger.revoke(revoked - self._revoked_seen)
-        self._revoked_seen = revoked
+        self._revokes.pass_on(ledger)
 
     def _overdue(self) -> bool:
         """Whether no tick has completed for too long, whatever beat sends."""

@@ -90,7 +90,7 @@ def test_two_namespaces_do_not_see_each_other(lab: Lab) -> None:
     snapshot = there.read([here.spec])[0]
     assert (snapshot.state, snapshot.deferred) == (State.CLOSED, 0)
     assert there.get("fallback", "key") is None
-    assert ledger_of(there).revoked(["task"]) == set()
+    assert ledger_of(there).revoked(["task"]) == {}
     assert ledger_of(there).last_tick_age() is None
     assert ledger_of(there).pace(here.name).outstanding == 0
     with lab.ledger.tick_lease("a", ttl=60) as one, ledger_of(there).tick_lease("b", ttl=60) as other:

@@ -1,9 +1,9 @@
--- revoke(keep_for, most, task_id, ...) -> nothing
--- Remember revoked task ids; forget those older than `keep_for`, and the oldest beyond `most`.
--- KEYS  1 revoked    sorted set   task id -> revoked at, ms
+-- revoke(keep_for, most, name, ...) -> nothing
+-- Remember what was revoked; forget what is older than `keep_for`, and the oldest beyond `most`.
+-- KEYS  1 revoked    sorted set   task id or stamp -> revoked at, ms
 -- ARGV  1 keep_for   ms
 --       2 most       integer
---       3.. task ids
+--       3.. names
 
 local now = now_ms()
 for i = 3, #ARGV do
