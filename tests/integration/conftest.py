@@ -18,6 +18,7 @@ import redis
 
 from resilient_tasks import Resilience
 from resilient_tasks.breaker import Breaker
+from tests.integration.post_office import PostOffice
 from workers.processes import (
     Program,
     Server,
@@ -28,6 +29,7 @@ from workers.processes import (
     start_worker,
     wait_until,
 )
+from workers.rabbitmq import RabbitMQ, rabbitmq_binary, start_rabbitmq
 
 # seconds; what is waited for comes true in a second or two on an idle machine
 PATIENCE = float(os.environ.get("SHOP_PATIENCE", "60"))
@@ -184,3 +186,43 @@ def shop(_shop: Shop) -> Iterator[Shop]:
     _shop.clear()
     yield _shop
     _shop.stop()
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+    """One node for all tests."""
+    if rabbitmq_binary() is None:
+        pytest.skip("RabbitMQ is not installed")
+    rabbitmq = start_rabbitmq(tmp_path_factory.mktemp("rabbitmq"))
+    yield rabbitmq
+    rabbitmq.stop()
+
+
+@pytest.fixture(scope="module", params=["redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
+def broker(request: pytest.FixtureRequest, _shop: Shop) -> str:
+    """URL of each broker in turn: a test that asks for it runs once per broker."""
+    if request.param == "redis":
+        return _shop.server.url(3)
+    rabbitmq: RabbitMQ = request.getfixturevalue("rabbitmq")
+    return rabbitmq.url
+
+
+@pytest.fixture(scope="module")
+def _post(broker: str, _shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostOffice]:
+    directory = tmp_path_factory.mktemp("post")
+    backends = {
+        "files": f"file://{directory}",
+        "sqlite": f"db+sqlite:///{directory}/results",
+        "rpc": "rpc://",
+        "nothing": "disabled",
+    }
+    post = PostOffice(broker, _shop.server, directory, backends)
+    yield post
+    post.stop()
+
+
+@pytest.fixture
+def post(_post: PostOffice) -> PostOffice:
+    """A post office with one worker, which all tests of a module share, and a breaker that is closed."""
+    _post.clear()
+    return _post

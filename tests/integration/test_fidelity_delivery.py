@@ -1,0 +1,139 @@
+"""What Celery promises about when, where and how often a task runs holds for deferred ones."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
+
+from tests.integration.post_office import PATIENCE, QUEUE, PostOffice
+
+# --- when ---------------------------------------------------------------------------------------------
+
+
+def test_a_task_with_an_eta_is_deferred_when_it_is_due(post: PostOffice) -> None:
+    post.open("payments")
+    due = datetime.now(timezone.utc) + timedelta(seconds=1.0)
+    result = post.task("charge", 1).apply_async(eta=due)
+    post.wait(lambda: f"Task charge[{result.id}] received" in post.worker.output(), "it to arrive")
+    assert post.waiting("payments") == 0
+    post.wait_state("DEFERRED", [result])
+    assert datetime.now(timezone.utc) > due
+    assert post.through_an_outage(result) == [1]
+
+
+def test_a_countdown_that_ends_after_the_outage_is_kept(post: PostOffice) -> None:
+    post.open("payments")
+    due = time.time() + 1.0
+    result = post.task("paced").apply_async(countdown=1.0)
+    post.close("payments")
+    assert result.get(timeout=PATIENCE) >= due
+
+
+def test_a_rate_limit_holds_for_resumed_tasks(post: PostOffice) -> None:
+    post.open("payments")
+    times = sorted(post.through_an_outage(*(post.task("paced").apply_async() for _ in range(4))))
+    assert times[-1] - times[0] > 1.0  # two a second
+
+
+def test_a_task_that_waits_for_its_rate_limit_is_deferred_when_its_turn_comes(post: PostOffice) -> None:
+    first, *_, last = [post.task("paced").apply_async() for _ in range(4)]
+    first.get(timeout=PATIENCE)
+    post.open("payments")
+    post.through_an_outage(last)
+
+
+# --- how often ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["charge", "charge_early"])
+def test_late_and_early_acknowledgement(post: PostOffice, task: str) -> None:
+    post.side.set("health", "down")
+    failing = [post.task(task, order).apply_async() for order in range(3)]
+    post.wait_state("DEFERRED", failing)
+    post.open("payments")
+    refused = [post.task(task, order).apply_async() for order in range(3, 6)]
+    post.wait_state("DEFERRED", refused)
+    post.side.set("health", "up")
+    post.side.delete(f"runs:{task}")
+    assert post.through_an_outage(*failing, *refused) == [0, 1, 2, 3, 4, 5]
+    assert sorted(post.runs(task)) == sorted(result.id for result in [*failing, *refused])
+
+
+def test_reject_on_worker_lost(post: PostOffice) -> None:
+    post.open("carrier")
+    result = post.task("fragile").apply_async()
+    post.wait_state("DEFERRED", [result])
+    post.close("carrier")
+    assert result.get(timeout=PATIENCE) is True
+    assert post.runs("fragile") == [result.id] * 2
+
+
+@pytest.mark.parametrize(
+    ("limit", "error"), [("time_limit", TimeLimitExceeded), ("soft_time_limit", SoftTimeLimitExceeded)]
+)
+def test_a_time_limit(post: PostOffice, limit: str, error: type[Exception]) -> None:
+    post.open("carrier")
+    result = post.task("slow").apply_async(**{limit: 1})
+    post.wait_state("DEFERRED", [result])
+    post.close("carrier")
+    with pytest.raises(error):
+        result.get(timeout=PATIENCE)
+
+
+# --- where --------------------------------------------------------------------------------------------
+
+
+def test_priorities(post: PostOffice) -> None:
+    post.open("payments")
+    results = [post.task("charge", level).apply_async(priority=level) for level in (3, 9, 0, 6)]
+    post.wait_state("DEFERRED", results)
+    post.client.control.cancel_consumer(QUEUE, reply=True)
+    post.close("payments")
+    post.wait(lambda: post.waiting("payments") == 0, "all to be resumed")
+    with post.client.connection_for_read() as connection:
+        highest_first = [9, 6, 3, 0] if connection.transport.driver_type == "amqp" else [0, 3, 6, 9]
+        messages = [post.client.amqp.queues[QUEUE](connection.default_channel).get() for _ in results]
+    post.client.control.add_consumer(QUEUE, reply=True)
+    assert [message.properties["priority"] for message in messages] == highest_first
+    assert [message.payload[0] for message in messages] == [[level] for level in highest_first]
+
+
+# --- to whom ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "options"), [("forgotten", {}), ("errors_only", {}), ("charge", {"ignore_result": True})]
+)
+def test_a_result_that_is_ignored_leaves_no_trace(post: PostOffice, task: str, options: dict[str, Any]) -> None:
+    post.open("payments")
+    result = post.task(task, 1).apply_async(**options)
+    post.wait(lambda: post.waiting("payments") == 1, "it to wait")
+    assert result.state == "PENDING"
+    post.close("payments")
+    post.wait(lambda: post.runs(task), "it to run")
+    assert post.task("collect", 1).apply_async().get(timeout=PATIENCE) == 1
+    assert result.state == "PENDING"
+
+
+def test_without_any_result_backend(post: PostOffice) -> None:
+    post.open("payments")
+    result = post.task("charge_on_nothing", 1).apply_async()
+    post.wait(lambda: post.waiting("payments") == 1, "it to wait")
+    post.close("payments")
+    post.wait(lambda: post.runs("charge_on_nothing") == [result.id], "it to run")
+
+
+@pytest.mark.parametrize("backend", ["files", "rpc", "sqlite"])
+def test_result_backends(post: PostOffice, backend: str) -> None:
+    producer = post.producer(post.backends[backend])
+    post.open("payments")
+    result = producer.send_task(f"charge_on_{backend}", (1,))
+    post.wait_state("DEFERRED", [result])
+    assert result.info["breaker"] == "payments"
+    post.close("payments")
+    assert result.get(timeout=PATIENCE) == 1
+    producer.close()
