@@ -15,13 +15,18 @@ PARALLEL := -n $(JOBS) --dist loadfile
 
 # the directories of `make test`
 QUICK_TESTS := $(wildcard tests/unit tests/contract tests/integration)
+# `make chaos SEEDS=20 TASKS=2000 BROKER=redis`, redis, valkey or rabbitmq; BASELINE=1: plain Celery beside it
+SEEDS ?= 20
+TASKS ?= 2000
+BROKER ?= valkey
+BASELINE ?=
 BENCHMARKS := $(basename $(notdir $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))))
 # 1: a skipped test is a failed test
 TEST_ALL_STRICT ?=
 STRICT := $(if $(filter 1,$(TEST_ALL_STRICT)),-p tests.support.strict_skips)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo up down lint types test test-all bench clean
+.PHONY: help venv demo up down lint types test test-all chaos bench clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +60,9 @@ test: lint types ## what a contributor must pass: lint, types, all tests that ne
 
 test-all: test ## make test, then what needs more: skipped, with the reason, where its server or browser is not installed
 	$(PYTEST) tests $(PARALLEL) -rs -m "rabbitmq or chromium" $(STRICT) $(ARGS)
+
+chaos: venv ## random faults, every task accounted for; SEEDS=20 TASKS=2000 BROKER=redis|valkey|rabbitmq BASELINE=1
+	$(BIN)/python -m tests.chaos --seeds $(SEEDS) --tasks $(TASKS) --broker $(BROKER) $(if $(BASELINE),--baseline) $(ARGS)
 
 bench: venv ## the benchmarks, one after the other
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done

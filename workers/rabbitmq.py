@@ -4,19 +4,48 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from workers.processes import LOCALHOST, Program, accepts_connections, free_port, start_program
 
 
-@dataclass(frozen=True)
+@dataclass
 class RabbitMQ:
-    """A RabbitMQ node of our own; ``url`` is for clients."""
+    """A RabbitMQ node of our own.
 
-    url: str
+    Attributes:
+        port: its TCP port for clients on this machine.
+        program: the running node.
+        port_mapper: Erlang's; it outlives restarts of the node.
+        env: what node and ``rabbitmqctl`` need to find each other.
+    """
+
+    port: int
     program: Program
     port_mapper: Program
+    env: Mapping[str, str]
+
+    @property
+    def url(self) -> str:
+        """For clients."""
+        return f"amqp://guest:guest@{LOCALHOST}:{self.port}//"
+
+    def start_again(self) -> None:
+        """Bring back a node that was killed, with its data, and wait until it accepts clients."""
+        self.program = _start_node(self.program.log.parent, self.port, self.env)
+
+    def control(self, *command: str) -> str:
+        """Run a ``rabbitmqctl`` command and return what it prints. Takes a second or two."""
+        binary = _installed("rabbitmqctl")
+        if binary is None:
+            raise FileNotFoundError("no rabbitmqctl on the PATH")
+        options = [binary, "--quiet", "--node", self.env["RABBITMQ_NODENAME"], *command]
+        return subprocess.run(
+            options, env={**os.environ, **self.env}, check=True, capture_output=True, text=True
+        ).stdout
 
     def stop(self) -> None:
         """Stop the node and its port mapper."""
@@ -25,11 +54,13 @@ class RabbitMQ:
 
 
 def rabbitmq_binary() -> str | None:
-    """Return the path of RabbitMQ's server; None if it is not installed.
+    """Return the path of RabbitMQ's server; None if it is not installed."""
+    return _installed("rabbitmq-server")
 
-    Debian's wrapper on the PATH insists on a user of its own, so the server behind it comes first.
-    """
-    return shutil.which("rabbitmq-server", path=f"/usr/lib/rabbitmq/bin{os.pathsep}{os.environ.get('PATH', '')}")
+
+def _installed(command: str) -> str | None:
+    """Debian's wrappers on the PATH insist on a user of their own, so the commands behind them come first."""
+    return shutil.which(command, path=f"/usr/lib/rabbitmq/bin{os.pathsep}{os.environ.get('PATH', '')}")
 
 
 def start_rabbitmq(directory: Path) -> RabbitMQ:
@@ -42,8 +73,7 @@ def start_rabbitmq(directory: Path) -> RabbitMQ:
         FileNotFoundError: it is not installed.
         StartError: it did not start.
     """
-    binary = rabbitmq_binary()
-    if binary is None:
+    if rabbitmq_binary() is None:
         raise FileNotFoundError("no rabbitmq-server on the PATH")
     directory = directory.resolve()
     port, port_mapper_port = free_port(), free_port()
@@ -63,6 +93,10 @@ def start_rabbitmq(directory: Path) -> RabbitMQ:
         "RABBITMQ_CONFIG_FILE": str(directory / "none"),
         "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none",  # do not spin on a machine that others use too
     }
-    program = start_program([binary], name="rabbitmq", directory=directory, env=env)
+    return RabbitMQ(port, _start_node(directory, port, env), port_mapper, env)
+
+
+def _start_node(directory: Path, port: int, env: Mapping[str, str]) -> Program:
+    program = start_program([rabbitmq_binary() or ""], name="rabbitmq", directory=directory, env=env)
     program.wait_ready(lambda: accepts_connections(port), timeout=90.0)
-    return RabbitMQ(f"amqp://guest:guest@{LOCALHOST}:{port}//", program, port_mapper)
+    return program

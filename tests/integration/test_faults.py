@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from kombu import Connection, Consumer, Queue
 
 from resilient_tasks.core.model import State
 from resilient_tasks.worker.broker import open_queues
+from resilient_tasks.worker.queues import Entry, Move, Queues
 from resilient_tasks.worker.ticket import Ticket
 from tests.integration.conftest import Shop
 from workers.processes import Server
@@ -44,20 +46,12 @@ def copies(broker: redis.Redis) -> Counter[str]:
 
 
 def test_a_message_restored_just_before_its_deferral_gets_no_second_copy(shop: Shop) -> None:
-    result = shop.charge.delay(1)
-    queues = open_queues(shop.app, "resilient")
-    received: list[Any] = []
-    with shop.app.connection_for_read() as connection:
-        channel = connection.default_channel
-        with Consumer(channel, [Queue("celery")], on_message=received.append):
-            shop.wait(lambda: connection.drain_events(timeout=5) or received, "the message")
-        channel.qos.restore_by_tag(received[0].delivery_tag)
-        mine = queues.defer(received[0], Ticket(breaker="payments", origin="celery"), owned=True, limit=None)
-        assert not mine
-        assert copies(shop.broker) == {result.id: 1}
-    queues.close()
+    with a_delivered_message(shop) as (queues, message):
+        message.channel.qos.restore_by_tag(message.delivery_tag)
+        assert not queues.defer(message, TICKET, owned=True, limit=None)
+        assert list(copies(shop.broker).values()) == [1]
     assert shop.waiting("payments") == 0
-    assert copies(shop.broker) == {result.id: 1}
+    assert list(copies(shop.broker).values()) == [1]
 
 
 def test_tasks_restored_while_they_run_are_put_aside_once(shop: Shop) -> None:
@@ -74,6 +68,66 @@ def test_tasks_restored_while_they_run_are_put_aside_once(shop: Shop) -> None:
     shop.wait(lambda: all_done(results), "all to finish")
     shop.wait(lambda: not copies(shop.broker), "the broker to be empty")
     assert all(worker.running for worker in workers)
+
+
+@contextmanager
+def a_delivered_message(shop: Shop) -> Iterator[tuple[Queues, Any]]:
+    """Yield our queues, and a message that a consumer has taken and not acknowledged."""
+    shop.charge.delay(1)
+    queues = open_queues(shop.app, "resilient")
+    received: list[Any] = []
+    with shop.app.connection_for_read() as connection:
+        channel = connection.default_channel
+        with Consumer(channel, [Queue("celery")], on_message=received.append):
+            shop.wait(lambda: connection.drain_events(timeout=5) or received, "the message")
+        yield queues, received[0]
+    queues.close()
+
+
+def _sent_back(entries: Sequence[Entry]) -> list[Move]:
+    return [Move(entry, "celery") for entry in entries]
+
+
+TICKET = Ticket(breaker="payments", origin="celery")
+
+
+def test_a_message_that_may_not_be_pushed_stays_where_it_is(shop: Shop) -> None:
+    with a_delivered_message(shop) as (queues, message):
+        with _without_pushes(shop.broker), pytest.raises(redis.ResponseError):
+            queues.defer(message, TICKET, owned=True, limit=None)
+        assert (shop.broker.hlen("unacked"), shop.broker.zcard("unacked_index"), shop.waiting("payments")) == (1, 1, 0)
+        assert queues.defer(message, TICKET, owned=True, limit=None)
+        with _without_pushes(shop.broker), pytest.raises(redis.ResponseError):
+            queues.sift("payments", 10, _sent_back)
+        assert (shop.broker.llen("celery"), shop.waiting("payments")) == (0, 1)
+        assert len(queues.sift("payments", 10, _sent_back)) == 1
+        assert (shop.broker.llen("celery"), shop.waiting("payments")) == (1, 0)
+
+
+@contextmanager
+def _without_pushes(broker: redis.Redis) -> Iterator[None]:
+    broker.execute_command("ACL", "SETUSER", "default", "-lpush")
+    try:
+        yield
+    finally:
+        broker.execute_command("ACL", "SETUSER", "default", "+lpush")
+
+
+def test_a_full_broker_still_lets_messages_be_deferred_and_resumed(shop: Shop) -> None:
+    with a_delivered_message(shop) as (queues, message), _full(shop.broker):
+        assert queues.defer(message, TICKET, owned=True, limit=None)
+        assert (shop.broker.hlen("unacked"), shop.waiting("payments")) == (0, 1)
+        assert len(queues.sift("payments", 10, _sent_back)) == 1
+        assert (shop.broker.llen("celery"), shop.waiting("payments")) == (1, 0)
+
+
+@contextmanager
+def _full(broker: redis.Redis) -> Iterator[None]:
+    broker.config_set("maxmemory", "1")
+    try:
+        yield
+    finally:
+        broker.config_set("maxmemory", "0")
 
 
 # --- early acknowledgement --------------------------------------------------------------------------

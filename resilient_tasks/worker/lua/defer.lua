@@ -1,7 +1,7 @@
 -- Move one delivered message from the unacknowledged messages to a deferred queue.
 --
--- The push happens only if this script also removed the unacknowledged entry: after a
--- visibility-timeout restore the message is back on its queue, and a push would be a second copy.
+-- The push happens only if the message is still unacknowledged: after a visibility-timeout restore it is
+-- back on its queue, and a push would be a second copy.
 --
 -- KEYS[1]  hash  unacknowledged messages by delivery tag
 -- KEYS[2]  zset  their index by time of delivery
@@ -13,11 +13,17 @@
 if ARGV[3] ~= '' and redis.call('LLEN', KEYS[3]) >= tonumber(ARGV[3]) then
   return -1
 end
-if ARGV[1] ~= '' then
-  if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then
-    return 0
-  end
-  redis.call('ZREM', KEYS[2], ARGV[1])
+if ARGV[1] == '' then
+  redis.call('LPUSH', KEYS[3], ARGV[2])
+  return 1
 end
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
+  return 0
+end
+-- Changes nothing, but after its first write a script is refused no memory: the message has its place already.
+redis.call('HDEL', KEYS[1], '')
+-- First, because nothing takes back what a script has done before it fails: a push may not be permitted.
 redis.call('LPUSH', KEYS[3], ARGV[2])
+redis.call('HDEL', KEYS[1], ARGV[1])
+redis.call('ZREM', KEYS[2], ARGV[1])
 return 1

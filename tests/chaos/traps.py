@@ -1,0 +1,77 @@
+"""Traps: windows in which a worker dies when it passes through one that is armed.
+
+Arming is a file; whoever removes it dies. They are laid around the library's own methods by the project
+that the chaos runs on, so the library knows nothing of them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from resilient_tasks.worker.deferral import Deferral
+from resilient_tasks.worker.gate import Gate
+from resilient_tasks.worker.published_queues import PublishedQueues
+from resilient_tasks.worker.redis_queues import RedisQueues
+from resilient_tasks.worker.request import GatedRequest
+from resilient_tasks.worker.resume import Resumer
+
+#: By name: the method that a worker dies after.
+WINDOWS: dict[str, tuple[type, str]] = {
+    "state written, message not moved": (Deferral, "_write_state"),
+    "message moved by script": (RedisQueues, "defer"),
+    "message copied, not acknowledged": (PublishedQueues, "_publish"),
+    "permit taken": (Gate, "_trial"),
+    "trial reported, not acknowledged": (GatedRequest, "_settle"),
+    "resume promised, not made": (Resumer, "_still"),
+    "resumed by script": (RedisQueues, "_make"),
+}
+
+
+def lay(directory: Path) -> None:
+    """Lay all traps, harmless until :func:`arm`."""
+    for name, (owner, method) in WINDOWS.items():
+        setattr(owner, method, _trapped(owner.__dict__[method], _file(directory, name)))
+
+
+def arm(directory: Path, name: str) -> None:
+    """Let the next process that passes die."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _file(directory, name).touch()
+
+
+def disarm(directory: Path, name: str) -> bool:
+    """Make it harmless again; True if nobody had passed."""
+    armed = _file(directory, name)
+    waiting = armed.exists()
+    armed.unlink(missing_ok=True)
+    return waiting
+
+
+def _file(directory: Path, name: str) -> Path:
+    return directory / name.replace(" ", "-")
+
+
+def _trapped(method: Any, armed: Path) -> Any:
+    function: Callable[..., Any] = method.__func__ if isinstance(method, staticmethod) else method
+
+    @wraps(function)
+    def passing(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _spring(armed)
+
+    return staticmethod(passing) if isinstance(method, staticmethod) else passing
+
+
+def _spring(armed: Path) -> None:
+    try:
+        armed.unlink()
+    except FileNotFoundError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
