@@ -6,7 +6,7 @@
     ├── ConfigurationError        a mistake in code or settings, found at definition or start-up
     ├── BreakerOpenError          a breaker refused a call; carries breaker, state, retry_after
     ├── DeferralExpiredError      a task waited longer than its ``defer_for``
-    ├── DeferredQueueFullError    a deferred queue is at its ``max_deferred``
+    ├── DeferredQueueFullError    no more tasks may be deferred: ``max_deferred``, or the memory limit
     └── StoreError                the shared store cannot be reached or is not what it should be
 
 All of them survive pickling (they cross process boundaries) and Celery's JSON result backends
@@ -72,17 +72,21 @@ class DeferralExpiredError(ResilienceError):
 
 
 class DeferredQueueFullError(ResilienceError):
-    """A task was refused and its breaker's deferred queue is full.
+    """A task should have been deferred and there was no room for it.
 
     Args:
         breaker: name of the breaker.
-        max_deferred: the bound that was reached.
+        max_deferred: the bound of the deferred queue, if that is what was reached.
+        memory_limit: bytes of a server's memory that deferring may fill, if that is what was reached.
     """
 
-    def __init__(self, breaker: str, max_deferred: int = 0) -> None:
-        super().__init__(breaker, max_deferred)
+    def __init__(self, breaker: str, max_deferred: int | None = None, memory_limit: int | None = None) -> None:
+        super().__init__(breaker, max_deferred, memory_limit)
         self.breaker = breaker
         self.max_deferred = max_deferred
+        self.memory_limit = memory_limit
 
     def __str__(self) -> str:
+        if self.memory_limit is not None:
+            return f"no room to defer for breaker {self.breaker!r}: memory is at its limit of {self.memory_limit} bytes"
         return f"the deferred queue of breaker {self.breaker!r} is full (max_deferred={self.max_deferred})"

@@ -14,6 +14,8 @@ _RATE = "a number above 0 and up to 1"
 _SECONDS = "a positive number of seconds"
 _COUNT = "an integer of 1 or more"
 
+FAIL, BLOCK = "fail", "block"
+
 
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -74,6 +76,8 @@ class BreakerPolicy:
         max_concurrency: reserved for a fleet-wide bound on calls in flight; not enforced yet.
         resume_rate: ceiling for resumed tasks per second.
         max_deferred: most messages the deferred queue may hold; ``None``: unbounded.
+        overflow: what becomes of a task for which there is no room: ``"fail"`` with
+            :class:`DeferredQueueFullError`, or ``"block"``: it stays on its queue, which the worker no longer consumes.
         classify: ``(exception or returned value) -> Outcome``; the default is :func:`dependency_errors`,
             for which every value is a SUCCESS. It is not asked about ``with`` blocks that end well.
         failures: exception types or predicates that are failures whatever ``classify`` says.
@@ -100,6 +104,7 @@ class BreakerPolicy:
     max_concurrency: int | None = _setting(None, _is_count, _COUNT, optional=True)
     resume_rate: float | None = _setting(None, _is_positive, "a positive number per second", optional=True)
     max_deferred: int | None = _setting(None, _is_count, _COUNT, optional=True)
+    overflow: str = _setting(FAIL, lambda v: v in (FAIL, BLOCK), "'fail' or 'block'")
     classify: Classify = _setting(dependency_errors, callable, "a callable")
     failures: tuple[Matcher, ...] = _setting((), _is_matchers, "exception types or predicates")
     ignore: tuple[Matcher, ...] = _setting((), _is_matchers, "exception types or predicates")

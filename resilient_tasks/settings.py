@@ -23,6 +23,7 @@ from urllib.parse import parse_qsl, urlencode
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from resilient_tasks.core.memory import MEMORY_LIMIT_RULE, MemoryLimit
 from resilient_tasks.core.names import NAME_PATTERN, NAME_RULE
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.policy import BreakerPolicy
@@ -46,6 +47,11 @@ def _check_store_url(url: str) -> str:
     return url
 
 
+def _check_memory_limit(text: str) -> str:
+    MemoryLimit.parse(text)
+    return text
+
+
 class Settings(BaseSettings):
     """What an operator can set without touching code. Use :meth:`load`; a ``Settings`` is immutable.
 
@@ -54,6 +60,7 @@ class Settings(BaseSettings):
         namespace: prefix of all keys, queues and names in the store and the broker.
         tick_interval: seconds between two ticks.
         store_timeout: longest time in seconds that one command may keep the store's caller waiting.
+        store_memory_limit: how much of a server's memory may be in use before nothing more is deferred.
         breakers: overridden policy fields per breaker.
     """
 
@@ -72,6 +79,9 @@ class Settings(BaseSettings):
     )
     tick_interval: float = Field(1.0, ge=0.05, le=3600, description="a number of seconds from 0.05 to 3600")
     store_timeout: float = Field(0.5, ge=0.01, le=60, description="a number of seconds from 0.01 to 60")
+    store_memory_limit: Annotated[str, AfterValidator(_check_memory_limit)] = Field(
+        "80%", description=MEMORY_LIMIT_RULE
+    )
     breakers: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description=f"policy fields per breaker, as in {PREFIX}BREAKERS__PAYMENTS__WINDOW=60"
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import redis
 
+from resilient_tasks.core.memory import Memory
 from resilient_tasks.core.pace import Pace
 from resilient_tasks.core.record import to_ms, to_seconds
 from resilient_tasks.errors import StoreError
@@ -153,6 +154,12 @@ class Ledger:
         gone = list(names)
         if gone:
             self._server.run(lambda client: client.zrem(self._keys.breakers, *gone))
+
+    # --- memory ---------------------------------------------------------------------------------------
+
+    def memory(self) -> Memory | None:
+        """Return how much memory the server uses; None if it does not say."""
+        return Memory.read(self._server.run(lambda client: client.info("memory")))
 
     def _run(self, script: str, keys: Sequence[str], *args: Argument) -> Any:
         return self._server.run(lambda client: self._scripts[script](client, keys, *args))

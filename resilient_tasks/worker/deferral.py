@@ -13,11 +13,13 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from resilient_tasks.core.memory import MemoryLimit
 from resilient_tasks.errors import DeferralExpiredError, DeferredQueueFullError, StoreError
 from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.broker import open_queues
 from resilient_tasks.worker.events import EventSender
+from resilient_tasks.worker.memory import MemoryGuard
 from resilient_tasks.worker.patience import PatientWriter
 from resilient_tasks.worker.queues import Choose, Entry, Move
 from resilient_tasks.worker.request import GatedRequest
@@ -47,6 +49,10 @@ class Deferral:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._queues = open_queues(runtime.app, runtime.settings.namespace)
+        self._memory = MemoryGuard(
+            MemoryLimit.parse(runtime.settings.store_memory_limit),
+            {"broker": self._queues.memory, "store": lambda: runtime.fleet.ledger.memory()},  # noqa: PLW0108 - it may change
+        )
         self._index_writer = PatientWriter("index of deferred tasks", INDEX_PATIENCE, even_late=True)
         self._state_writer = PatientWriter("result backend", STATE_PATIENCE)
         self._held: deque[tuple[GatedRequest, Ticket]] = deque()
@@ -58,12 +64,15 @@ class Deferral:
         Args:
             request: whose message.
             ticket: what the message shall say about itself.
-            limited: the policy's ``max_deferred`` applies.
+            limited: ``max_deferred`` and the memory limit apply.
 
         Raises:
-            DeferredQueueFullError: the queue is at the policy's ``max_deferred``.
+            DeferredQueueFullError: the queue is at the policy's ``max_deferred``, or a server at its memory limit.
             Exception: whatever the broker raises; the message is where it was.
         """
+        memory_limit = self._memory.exceeded() if limited else None
+        if memory_limit is not None:
+            raise DeferredQueueFullError(ticket.breaker, memory_limit=memory_limit)
         self._index_writer.write(lambda: self._index(request.id, ticket))
         if not request.ignore_result:  # a state that no result ever replaces
             self._state_writer.write(lambda: self._write_state(request, ticket))

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from celery import Celery
 
+from resilient_tasks.core.memory import Memory
 from resilient_tasks.worker.ticket import Ticket
 
 logger = logging.getLogger("resilient_tasks")
@@ -126,6 +127,10 @@ class Queues(ABC):
     @abstractmethod
     def size(self, *queues: str) -> int:
         """Number of messages that lie in some queues."""
+
+    def memory(self) -> Memory | None:
+        """Return how much memory the broker uses; None if it does not say."""
+        return None
 
 
 def without_ticket(headers: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import redis
 from celery import Celery
 
+from resilient_tasks.core.memory import Memory
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.queues import Choose, Entry, Move, Queues, without_ticket
@@ -110,6 +111,10 @@ class RedisQueues(Queues):
     def size(self, *queues: str) -> int:
         """See :meth:`Queues.size`."""
         return sum(self._size(queue) for queue in queues)
+
+    def memory(self) -> Memory | None:
+        """See :meth:`Queues.memory`."""
+        return Memory.read(self._client.info("memory"))
 
     def _size(self, queue: str) -> int:
         try:

@@ -26,6 +26,10 @@ ERRORS = [
     (BreakerOpenError("payments", "FORCED_OPEN"), "breaker 'payments' is FORCED_OPEN"),
     (DeferralExpiredError("mail", 61.0, 60.0), "waited 61.0 s for breaker 'mail', longer than defer_for=60 s"),
     (DeferredQueueFullError("mail", 500), "the deferred queue of breaker 'mail' is full (max_deferred=500)"),
+    (
+        DeferredQueueFullError("mail", memory_limit=800),
+        "no room to defer for breaker 'mail': memory is at its limit of 800 bytes",
+    ),
 ]
 
 

@@ -45,6 +45,8 @@ def test_policies_of_equal_settings_are_equal() -> None:
         ("ramp", -0.1),
         ("resume_rate", 0),
         ("max_deferred", 0),
+        ("overflow", "drop"),
+        ("overflow", None),
         ("classify", "dependency_errors"),
         ("failures", (3,)),
         ("ignore", "ValueError"),

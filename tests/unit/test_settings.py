@@ -35,6 +35,7 @@ def test_defaults() -> None:
     assert settings.namespace == "resilient"
     assert settings.tick_interval == 1.0
     assert settings.store_timeout == 0.5
+    assert settings.store_memory_limit == "80%"
     assert settings.breakers == {}
 
 
@@ -83,6 +84,8 @@ def test_the_password_does_not_show_in_the_repr() -> None:
         ("TICK_INTERVAL", "3601", "a number of seconds from 0.05 to 3600"),
         ("TICK_INTERVAL", "nan", "a number of seconds from 0.05 to 3600"),
         ("STORE_TIMEOUT", "0", "a number of seconds from 0.01 to 60"),
+        ("STORE_MEMORY_LIMIT", "much", "a share of the server's maxmemory like 80%, a size like 512mb, or none"),
+        ("STORE_MEMORY_LIMIT", "101%", "a share of the server's maxmemory"),
         ("NAMESPACE", "my shop", "letters, digits"),
         ("NAMESPACE", "-shop", "letters, digits"),
         ("NAMESPACE", "größe", "letters, digits"),
