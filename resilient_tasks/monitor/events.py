@@ -24,6 +24,9 @@ BREAKER_DISABLED = "breaker-disabled"
 BREAKER_SHADOWED = "breaker-shadowed"
 BREAKER_WOULD_OPEN = "breaker-would-open"
 
+QUEUE_BLOCKED = "queue-blocked"
+QUEUE_UNBLOCKED = "queue-unblocked"
+
 TASK_DEFERRED = "task-deferred"
 TASK_FALLBACK = "task-fallback"
 TASK_RESUMED = "task-retried"

@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from celery.states import PENDING
+
 from resilient_tasks.core.memory import MemoryLimit
 from resilient_tasks.errors import DeferralExpiredError, DeferredQueueFullError, StoreError
 from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED
@@ -74,8 +76,8 @@ class Deferral:
         if memory_limit is not None:
             raise DeferredQueueFullError(ticket.breaker, memory_limit=memory_limit)
         self._index_writer.write(lambda: self._index(request.id, ticket))
-        if not request.ignore_result:  # a state that no result ever replaces
-            self._state_writer.write(lambda: self._write_state(request, ticket))
+        info = {"breaker": ticket.breaker, "since": ticket.since, "reason": ticket.reason}
+        self._write_state(request, DEFERRED, info)
         limit = self._runtime.breaker(ticket.breaker).policy.max_deferred if limited else None
         try:
             mine = self._queues.defer(request.message, ticket, owned=not request.acknowledged, limit=limit)
@@ -88,6 +90,23 @@ class Deferral:
         else:
             request.send_event(TASK_DEFERRED, breaker=ticket.breaker, reason=ticket.reason, since=ticket.since)
             logger.info("Task %s[%s] deferred: %s", request.name, request.id, ticket.reason)
+
+    def has_room(self, breaker: str) -> bool:
+        """Whether one more task of a breaker may be deferred."""
+        limit = self._runtime.breaker(breaker).policy.max_deferred
+        waiting = 0 if limit is None else self._queues.size(self._queues.deferred(breaker))
+        return self._memory.exceeded() is None and (limit is None or waiting < limit)
+
+    def put_back(self, request: GatedRequest, queue: str, ticket: Ticket) -> None:
+        """Put a request's message back to its queue, as the next to be taken where the broker can do that.
+
+        Raises:
+            Exception: whatever the broker raises; the message is where it was.
+        """
+        self._write_state(request, PENDING)
+        request.send_event(TASK_RESUMED, exception="no room to defer", traceback=None)
+        self._queues.put_back(request.message, queue, ticket, owned=not request.acknowledged)
+        request.acknowledged = True
 
     def defer_or_hold(self, request: GatedRequest, ticket: Ticket, *, limited: bool = True) -> None:
         """Like :meth:`defer`, but keep the request and try again later if the broker cannot take it."""
@@ -127,10 +146,12 @@ class Deferral:
         """Best-effort: the tick's stocktaking finds a message that is missing here."""
         self._runtime.fleet.ledger.add_deferred(ticket.breaker, task_id, deadline=ticket.deadline or None)
 
-    @staticmethod
-    def _write_state(request: GatedRequest, ticket: Ticket) -> None:
-        info = {"breaker": ticket.breaker, "since": ticket.since, "reason": ticket.reason}
-        request.task.backend.store_result(request.id, info, DEFERRED, request=request.context)
+    def _write_state(self, request: GatedRequest, state: str, info: dict[str, Any] | None = None) -> None:
+        def write() -> None:
+            request.task.backend.store_result(request.id, info, state, request=request.context)
+
+        if not request.ignore_result:  # a state that no result ever replaces
+            self._state_writer.write(write)
 
     def close(self) -> None:
         """Give what is held one more chance and close the connection."""

@@ -39,6 +39,11 @@ class Gate:
         """Whether a message that has just arrived need not even wait for a pool slot."""
         return self._refuses(self._runtime.fleet.view.standing(breaker.name), breaker, ticket, task_id)
 
+    def refuses_all(self, breaker: Breaker) -> bool:
+        """Whether no task of a breaker would be admitted at present, not even as a trial."""
+        standing = self._runtime.fleet.view.standing(breaker.name)
+        return not standing.admits and (standing.refuses or self._leaves_trials_to_probes(breaker))
+
     def _refuses(self, standing: Standing, breaker: Breaker, ticket: Ticket, task_id: str) -> bool:
         if standing.admits:
             return _ramps_out(standing, ticket, task_id)

@@ -4,7 +4,7 @@ It runs ticks outside the pool, so that a pool full of hanging tasks cannot star
 arrives on the control queue, and of its own accord when no tick of anybody has completed for three
 intervals. Even while nothing seems due it runs one every few seconds, because a store that was away, or
 has lost its data, does not know what waits. In between it tells the store what the gate has counted and
-tries failed deferrals again.
+tries failed deferrals again, and looks after blocked queues.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from resilient_tasks.worker.tick import STOCKTAKING, Tick, anything_due
 if TYPE_CHECKING:
     from resilient_tasks.worker.deferral import Deferral
     from resilient_tasks.worker.gate import Gate
+    from resilient_tasks.worker.overflow import Overflow
     from resilient_tasks.worker.runtime import Runtime
 
 logger = logging.getLogger("resilient_tasks")
@@ -36,10 +37,11 @@ DECLARING = 10.0
 class Heart:
     """Keeps time for one worker."""
 
-    def __init__(self, runtime: Runtime, gate: Gate, deferral: Deferral) -> None:
+    def __init__(self, runtime: Runtime, gate: Gate, deferral: Deferral, overflow: Overflow) -> None:
         self._runtime = runtime
         self._gate = gate
         self._deferral = deferral
+        self._overflow = overflow
         self._wanted = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -90,6 +92,7 @@ class Heart:
 
     def _round(self, wanted: bool) -> None:  # noqa: FBT001 - private
         self._deferral.retry_held()
+        self._overflow.look()
         self._tell_store()
         if self._tick is not None and not self._stopping.is_set() and (wanted or self._overdue()):
             self._tick.run(observed_for=time.monotonic() - self._in_touch_since)

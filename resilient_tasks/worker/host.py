@@ -12,6 +12,7 @@ from resilient_tasks.worker import seams
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.gate import Gate
 from resilient_tasks.worker.heart import Heart
+from resilient_tasks.worker.overflow import Overflow
 
 if TYPE_CHECKING:
     from resilient_tasks.worker.request import GatedRequest
@@ -19,25 +20,27 @@ if TYPE_CHECKING:
 
 
 class Host:
-    """Gate, deferral and heart of one worker.
+    """Gate, deferral, overflow and heart of one worker.
 
     Attributes:
+        consumer: the worker's consumer, as soon as it has connected.
         pid: id of the main process; pool processes inherit the object and are not it.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._consumer: Any = None
+        self.consumer: Any = None
         self.pid = os.getpid()
         self.gate = Gate(runtime)
         self.deferral = Deferral(runtime)
-        self.heart = Heart(runtime, self.gate, self.deferral)
+        self.overflow = Overflow(runtime, self)
+        self.heart = Heart(runtime, self.gate, self.deferral, self.overflow)
 
     def attach(self, consumer: Any) -> None:
         """Join the fleet with a consumer that has just connected to the broker, before it takes any task."""
-        if self._consumer is consumer:
+        if self.consumer is consumer:
             return
-        self._consumer = consumer
+        self.consumer = consumer
         fleet = self._runtime.fleet
         fleet.view.refresh()  # a worker that joins while a breaker is OPEN obeys at once
         fleet.view.follow()
@@ -52,7 +55,7 @@ class Host:
 
         A ticket knows best, but only one of the queues that this worker consumes can be true.
         """
-        tasks = self._consumer.task_consumer
+        tasks = self.consumer.task_consumer
         if any(request.ticket.origin == queue.name for queue in tasks.queues):
             return request.ticket.origin
         return seams.queue_of(tasks, request.message)
@@ -60,5 +63,6 @@ class Host:
     def close(self) -> None:
         """Leave the fleet at shutdown, with everything told that is still to be told."""
         self.heart.stop()
+        self.overflow.close()
         self.deferral.close()
         self._runtime.fleet.close()

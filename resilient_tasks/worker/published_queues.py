@@ -19,6 +19,9 @@ from resilient_tasks.worker.ticket import Ticket
 
 logger = logging.getLogger("resilient_tasks")
 
+#: Times a message may be requeued: RabbitMQ's quorum queues drop one after 20.
+MOST_REQUEUED = 10
+
 #: Properties that belong to one delivery, or that kombu takes under a name of their own.
 _NOT_COPIED = frozenset({
     "delivery_info", "delivery_tag", "body_encoding", "application_headers", "content_type", "content_encoding",
@@ -88,18 +91,34 @@ class PublishedQueues(Queues):
             if not full:
                 self._publish_to_own(message, queue, ticket)
         if full:
-            raise DeferredQueueFullError(ticket.breaker, limit or 0)
+            raise DeferredQueueFullError(ticket.breaker, limit)
         if owned:
-            self._acknowledge(message)
+            self._settle(message.ack)
         return True
 
+    def put_back(self, message: Any, queue: str, ticket: Ticket, *, owned: bool) -> None:
+        """See :meth:`Queues.put_back`.
+
+        What has changed, or has been put back so often that a quorum queue would soon throw it away, is
+        published anew and is then the last of its queue.
+        """
+        headers = message.headers or {}
+        if owned and ticket == Ticket.read(headers) and headers.get("x-delivery-count", 0) < MOST_REQUEUED:
+            self._settle(message.requeue)
+            return
+        with self._exclusive():
+            if not self._publish(message, queue, ticket if ticket.breaker else None):
+                raise OperationalError(f"queue {queue} is gone")
+        if owned:
+            self._settle(message.ack)
+
     @staticmethod
-    def _acknowledge(message: Any) -> None:
-        """The message is in its new place, so that cannot be undone: at worst the broker delivers a second copy."""
+    def _settle(settle: Callable[[], None]) -> None:
+        """Acknowledge or requeue a delivery; where its channel is dead, the broker delivers it again anyway."""
         try:
-            message.ack()
+            settle()
         except Exception as exc:  # noqa: BLE001 - whatever a dead channel raises
-            logger.warning("a deferred message could not be acknowledged: %s", type(exc).__name__)
+            logger.warning("a message could not be acknowledged or requeued: %s", type(exc).__name__)
 
     def sift(self, breaker: str, scan: int, choose: Choose, *, start: int = 0) -> list[Move]:
         """See :meth:`Queues.sift`."""

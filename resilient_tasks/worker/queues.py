@@ -117,6 +117,17 @@ class Queues(ABC):
         """
 
     @abstractmethod
+    def put_back(self, message: Any, queue: str, ticket: Ticket, *, owned: bool) -> None:
+        """Put a delivered message back to the queue it came from, as the next to be taken where that can be done.
+
+        Args:
+            message: the message as it was consumed.
+            queue: where it came from.
+            ticket: what it shall say about itself from now on.
+            owned: the broker still holds it as unacknowledged.
+        """
+
+    @abstractmethod
     def sift(self, breaker: str, scan: int, choose: Choose, *, start: int = 0) -> list[Move]:
         """Offer the ``scan`` oldest waiting messages, but for the first ``start``, to ``choose``; make its moves.
 

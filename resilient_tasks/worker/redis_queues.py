@@ -48,18 +48,31 @@ class RedisQueues(Queues):
 
     def defer(self, message: Any, ticket: Ticket, *, owned: bool, limit: int | None) -> bool:
         """See :meth:`Queues.defer`."""
-        raw = message.serializable()
-        raw["headers"] = ticket.write(raw["headers"])
-        raw["properties"] = {**raw["properties"], "delivery_tag": seams.new_delivery_tag(self.channel)}
-        keys = [*seams.unacked_keys(self.channel), seams.list_key(self.channel, self.deferred(ticket.breaker))]
+        destination = seams.list_key(self.channel, self.deferred(ticket.breaker))
         bound = "" if limit is None else str(limit)
-        tag = message.delivery_tag if owned and seams.emulates_acks(message.channel) else ""
-        answer = self._run(self._defer_source, keys, [tag, seams.encode_message(raw), bound])
+        answer = self._move_delivered(
+            message, destination, _with_ticket(message, ticket), owned=owned, push="LPUSH", bound=bound
+        )
         if answer < 0:
-            raise DeferredQueueFullError(ticket.breaker, limit or 0)
-        if owned:
-            seams.forget_delivery(message)
+            raise DeferredQueueFullError(ticket.breaker, limit)
         return bool(answer)
+
+    def put_back(self, message: Any, queue: str, ticket: Ticket, *, owned: bool) -> None:
+        """See :meth:`Queues.put_back`."""
+        raw = _with_ticket(message, ticket if ticket.breaker else None)
+        destination = seams.list_key(self.channel, queue, seams.message_priority(self.channel, raw))
+        self._move_delivered(message, destination, raw, owned=owned, push="RPUSH")
+
+    def _move_delivered(
+        self, message: Any, destination: str, raw: dict[str, Any], *, owned: bool, push: str, bound: str = ""
+    ) -> int:
+        raw["properties"] = {**raw["properties"], "delivery_tag": seams.new_delivery_tag(self.channel)}
+        tag = message.delivery_tag if owned and seams.emulates_acks(message.channel) else ""
+        keys = [*seams.unacked_keys(self.channel), destination]
+        answer = int(self._run(self._defer_source, keys, [tag, seams.encode_message(raw), bound, push]))
+        if owned and answer >= 0:
+            seams.forget_delivery(message)
+        return answer
 
     def sift(self, breaker: str, scan: int, choose: Choose, *, start: int = 0) -> list[Move]:
         """See :meth:`Queues.sift`."""

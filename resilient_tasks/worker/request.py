@@ -6,6 +6,7 @@ callbacks compete to say so: ``on_success``, ``on_failure`` and, after the latte
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from celery.worker.request import Request
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.monitor.events import TASK_FALLBACK
+from resilient_tasks.policy import BLOCK
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.options import DEFER
 from resilient_tasks.worker.run import Admission, Packed, Report, TaskDeferred, run_admitted
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("resilient_tasks")
 
+_arrivals = itertools.count()
+
 
 class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     """A request that passes the gate before the pool, and can be put aside at any time until its end.
@@ -38,7 +42,8 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     Attributes:
         ticket: what the message said about former deferrals.
         admission: the gate's answer, until the outcome of the run is settled.
-        deferred: the message has been put aside.
+        deferred: the message has been put aside, or back to its queue.
+        arrival: grows from one request to the next.
     """
 
     admission: Admission | None = None
@@ -46,6 +51,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
 
     def __init__(self, message: Any, **kwargs: Any) -> None:
         super().__init__(message, **kwargs)
+        self.arrival = next(_arrivals)
         self.ticket = Ticket.read(message.headers)
         if HEADER in self._request_dict:
             self._look_as_sent()
@@ -91,6 +97,16 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         """Whether a refusal needs no pool slot: there is no fallback to run and no error to raise."""
         return self.task.options.on_open == DEFER and not self.task.options.fallback
 
+    @property
+    def awaits_pool(self) -> bool:
+        """Whether it is yet to be submitted to the pool."""
+        return self.admission is None and not self.deferred
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the gate would refuse it at once, and no fallback had to run."""
+        return self.defers_when_refused() and self.host.gate.refuses_now(self.breaker, self.ticket, self.id)
+
     # --- into the pool ----------------------------------------------------------------------------
 
     def execute_using_pool(self, pool: Any, **_: Any) -> Any:
@@ -99,7 +115,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         Raises:
             TaskRevokedError: the task was revoked, or deferred: Celery then frees the pool slot.
         """
-        if self.revoked():
+        if self.deferred or self.revoked():
             raise TaskRevokedError(self.id)
         admission = self.admission = self.host.gate.admit(self.breaker, self)
         refusal = admission.refusal
@@ -194,11 +210,20 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         """Defer the message; the verdict on this request is then final."""
         self.deferred = True
         name = breaker or self.breaker.name
+        ticket = self._next_ticket(name, reason, failed)
         try:
-            self.host.deferral.defer_or_hold(self, self._next_ticket(name, reason, failed))
+            self.host.deferral.defer_or_hold(self, ticket)
         except DeferredQueueFullError as full:
-            self.fail(full)
-            self.acknowledge()
+            if runtime_of(self.app).breaker(name).policy.overflow == BLOCK:
+                self.host.overflow.put_back(self, ticket if failed else self.ticket, ticket.origin, name)
+            else:
+                self.fail(full)
+                self.acknowledge()
+
+    def withdraw(self) -> None:
+        """Let the pool have nothing to do with it any more: its message goes back to its queue."""
+        self.deferred = True
+        seams.task_ready(self)
 
     def fail(self, error: Exception) -> None:
         """Give a task that never ran its FAILURE: result, error callbacks, chord, event."""

@@ -14,6 +14,7 @@ from celery import current_app as _current_app
 from celery.app.trace import fast_trace_task, trace_task_ret
 from celery.worker import state as worker_state
 from celery.worker.request import Request
+from kombu.transport.virtual import Channel as VirtualChannel
 from kombu.transport.virtual import QoS as VirtualQoS
 from kombu.utils.json import dumps, loads
 from redis.backoff import NoBackoff
@@ -109,6 +110,40 @@ def forget_delivery(message: Any) -> None:
 def new_delivery_tag(channel: Any) -> str:
     """Return a delivery tag as the channel gives it to a fresh message."""
     return str(channel._next_delivery_tag())
+
+
+def reserved_requests() -> list[Request]:
+    """Return the requests that wait for a pool slot or occupy one."""
+    return list(worker_state.reserved_requests)
+
+
+def pause_queue(task_consumer: Any, queue: str) -> str | None:
+    """Stop consuming a queue that still counts as one of the consumer's; return the tag, None if it is not consumed.
+
+    Call it in the consumer's event loop. Where consuming is emulated, one more message may be on its way: it
+    finds its callback and is handled like any other, instead of being thrown to the wrong end of its queue.
+    """
+    tag = task_consumer._active_tags.get(queue)
+    if tag is None:
+        return None
+    channel = task_consumer.channel
+    callbacks = channel.connection._callbacks if isinstance(channel, VirtualChannel) else {}
+    callback = callbacks.get(queue)
+    channel.basic_cancel(tag)
+    if callback is not None:
+        callbacks[queue] = callback
+    return str(tag)
+
+
+def unpause_queue(task_consumer: Any, queue: str, tag: str) -> bool:
+    """Consume a paused queue again; False if its consumer was cancelled, or replaced, meanwhile."""
+    if task_consumer._active_tags.get(queue) != tag:
+        return False
+    del task_consumer._active_tags[queue]
+    task_consumer._basic_consume(
+        task_consumer._queues[queue], consumer_tag=tag, no_ack=task_consumer.no_ack, nowait=False
+    )
+    return True
 
 
 def queue_of(task_consumer: Any, message: Any) -> str:

@@ -46,6 +46,7 @@ accounts = resilience.breaker("accounts", **QUICK)
 probed = resilience.breaker("probed", **QUICK)
 tolerant = resilience.breaker("tolerant", **{**QUICK, "consecutive_failures": None, "minimum_calls": 1000})
 narrow = resilience.breaker("narrow", **QUICK, max_deferred=2)
+blocking = resilience.breaker("blocking", **QUICK, max_deferred=2, overflow="block")
 
 
 def call(dependency: str) -> str:
@@ -143,6 +144,19 @@ def urgent() -> str:
 @app.task(breaker="narrow")
 def squeeze() -> str:
     return call("narrow")
+
+
+@app.task(bind=True, breaker="blocking")
+def haul(self) -> str:
+    SIDE.rpush("runs:haul", self.request.id)
+    return call("blocking")
+
+
+@app.task(bind=True, breaker="blocking", acks_late=False)
+def haul_early(self) -> str:
+    """The same, acknowledged before it runs."""
+    SIDE.rpush("runs:haul", self.request.id)
+    return call("blocking")
 
 
 @app.task(
