@@ -326,3 +326,45 @@ def test_the_current_app_is_no_proxy(app: Celery) -> None:
         assert seams.current_app() is app
     finally:
         Celery("nobody").set_current()
+
+
+def test_a_paused_queue_gets_what_was_on_its_way_and_nothing_more(channel: Any) -> None:
+    received: list[Any] = []
+    consumer = MessageConsumer(channel, queues=[Queue("shop"), Queue("other")], on_message=received.append)
+    consumer.consume()
+    with pytest.raises(TimeoutError):
+        channel.connection.client.drain_events(timeout=0.1)  # leaves a BRPOP of both queues under way
+    tag = seams.pause_queue(consumer, "shop")
+    for _ in range(3):
+        publish(channel, "shop")
+    publish(channel, "other")
+    for _ in range(2):
+        channel.connection.client.drain_events(timeout=10)
+    assert [message.delivery_info["routing_key"] for message in received] == ["shop", "other"]
+    assert [queue.name for queue in consumer.queues] == ["shop", "other"]  # it still counts as consumed
+    assert seams.queue_size(channel, "shop") == 2
+    assert seams.unpause_queue(consumer, "shop", tag)
+    for _ in range(2):
+        channel.connection.client.drain_events(timeout=10)
+    assert len(received) == 4
+
+
+def test_a_queue_that_was_cancelled_meanwhile_is_not_consumed_again(channel: Any) -> None:
+    consumer = MessageConsumer(channel, queues=[Queue("shop")], on_message=lambda _: None)
+    assert seams.pause_queue(consumer, "shop") is None
+    consumer.consume()
+    tag = seams.pause_queue(consumer, "shop")
+    assert tag is not None
+    consumer.cancel_by_queue("shop")
+    assert not seams.unpause_queue(consumer, "shop", tag)
+    consumer.add_queue(Queue("shop"))
+    consumer.consume()
+    assert not seams.unpause_queue(consumer, "shop", tag)
+    assert consumer.consuming_from("shop")
+
+
+def test_requests_that_wait_for_a_slot_are_reserved(app: Celery) -> None:
+    request = request_of(app)
+    state.task_reserved(request)
+    assert request in seams.reserved_requests()
+    state.task_ready(request)
