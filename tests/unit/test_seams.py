@@ -330,11 +330,12 @@ def test_the_current_app_is_no_proxy(app: Celery) -> None:
 
 def test_a_paused_queue_gets_what_was_on_its_way_and_nothing_more(channel: Any) -> None:
     received: list[Any] = []
-    consumer = MessageConsumer(channel, queues=[Queue("shop"), Queue("other")], on_message=received.append)
+    consumer: Any = MessageConsumer(channel, queues=[Queue("shop"), Queue("other")], on_message=received.append)
     consumer.consume()
     with pytest.raises(TimeoutError):
         channel.connection.client.drain_events(timeout=0.1)  # leaves a BRPOP of both queues under way
     tag = seams.pause_queue(consumer, "shop")
+    assert tag is not None
     for _ in range(3):
         publish(channel, "shop")
     publish(channel, "other")
