@@ -13,12 +13,11 @@ from kombu import Exchange, Queue
 from resilient_tasks import Resilience
 
 SIDE = redis.Redis.from_url(os.environ["DEPOT_SIDE_URL"], decode_responses=True)
-QUEUE = os.environ.get("DEPOT_QUEUE", "depot")
+QUEUE = os.environ["DEPOT_QUEUE"]
 
 app = Celery("depot", broker=os.environ["DEPOT_BROKER_URL"], backend=os.environ["DEPOT_BACKEND_URL"])
 app.conf.update(
     broker_connection_retry_on_startup=True,
-    broker_transport_options=json.loads(os.environ.get("DEPOT_TRANSPORT_OPTIONS", "{}")),
     task_acks_late=True,
     task_default_queue=QUEUE,
     task_default_exchange=f"to-{QUEUE}",
@@ -29,10 +28,11 @@ app.conf.update(
             QUEUE,
             Exchange(f"to-{QUEUE}", "topic"),
             routing_key="work.#",
-            queue_arguments=json.loads(os.environ.get("DEPOT_QUEUE_ARGUMENTS", "{}")),
+            queue_arguments=json.loads(os.environ["DEPOT_QUEUE_ARGUMENTS"]),
         )
     ],
     worker_prefetch_multiplier=1,
+    **json.loads(os.environ["DEPOT_CONF"]),
 )
 resilience = Resilience(app, tick_interval=0.25)
 payments = resilience.breaker("payments", consecutive_failures=3, open_duration=0.5, open_jitter=0.0, ramp=0.0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,14 +12,20 @@ import pytest
 import redis
 from celery import Celery
 from celery.contrib.testing.worker import start_worker as start_worker_here
-from kombu import Exchange, Queue
 
 from resilient_tasks import Resilience
-from workers.processes import Program, Server, celery_command, start_beat, start_valkey, start_worker, wait_until
+from tests.integration.depots import (
+    MODULE,
+    PATIENCE,
+    Depot,
+    are,
+    live_through_an_outage,
+    messages_in,
+    send_charges,
+)
+from workers.processes import Server, celery_command, start_valkey, wait_until
 from workers.rabbitmq import RabbitMQ, rabbitmq_binary, start_rabbitmq
 
-MODULE = "tests.integration.depot"
-PATIENCE = 25.0
 ORDERS = 30
 
 
@@ -50,52 +54,6 @@ def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
     rabbitmq.stop()
 
 
-class Depot:
-    """The test project on some broker, in processes of its own."""
-
-    def __init__(self, broker: str, server: Server, directory: Path, **settings: Any) -> None:
-        self.directory = directory
-        self.side = redis.Redis.from_url(server.url(0), decode_responses=True)
-        self.env = {
-            "DEPOT_BROKER_URL": broker,
-            "DEPOT_BACKEND_URL": server.url(1),
-            "DEPOT_SIDE_URL": server.url(0),
-            "RESILIENT_TASKS_STORE_URL": server.url(2),
-            **{f"DEPOT_{name.upper()}": value for name, value in settings.items()},
-        }
-        self.queue = self.env.setdefault("DEPOT_QUEUE", "depot")
-        self._count = itertools.count(1)
-        self._programs: list[Program] = []
-
-    def worker(self, **options: Any) -> Program:
-        name = f"worker{next(self._count)}"
-        worker = start_worker(MODULE, name=name, directory=self.directory, env=self.env, **options)
-        self._programs.append(worker)
-        return worker.wait_until_ready()
-
-    def beat(self) -> Program:
-        beat = start_beat(MODULE, directory=self.directory, env=self.env)
-        self._programs.append(beat)
-        return beat
-
-    def client(self) -> Celery:
-        """Return an app that sends what the project's tasks take and reads what they return."""
-        app = Celery("client", broker=self.env["DEPOT_BROKER_URL"], backend=self.env["DEPOT_BACKEND_URL"])
-        app.conf.broker_transport_options = json.loads(self.env.get("DEPOT_TRANSPORT_OPTIONS", "{}"))
-        arguments = json.loads(self.env.get("DEPOT_QUEUE_ARGUMENTS", "{}"))
-        exchange = Exchange(f"to-{self.queue}", "topic")
-        app.conf.task_queues = [Queue(self.queue, exchange, routing_key="work.#", queue_arguments=arguments)]
-        app.conf.task_default_queue = self.queue
-        app.conf.task_default_routing_key = "work.anywhere"
-        return app
-
-    def stop(self) -> None:
-        while self._programs:
-            program = self._programs.pop()
-            program.kill()  # nothing they would still do matters to anybody
-            print(f"--- {program.name}\n{program.output()}")
-
-
 @pytest.fixture
 def depot(side: redis.Redis, server: Server, tmp_path: Path) -> Iterator[Callable[..., Depot]]:
     depots: list[Depot] = []
@@ -109,38 +67,6 @@ def depot(side: redis.Redis, server: Server, tmp_path: Path) -> Iterator[Callabl
         each.stop()
 
 
-def send_charges(client: Celery, priorities: list[int]) -> list[Any]:
-    options: dict[str, Any] = {"headers": {"x-trace": "abc"}, "reply_to": "somebody"}
-    return [
-        client.send_task("charge", (order,), priority=priority, **options) for order, priority in enumerate(priorities)
-    ]
-
-
-def are(state: str, results: list[Any]) -> Callable[[], bool]:
-    return lambda: {result.state for result in results} == {state}
-
-
-def messages_in(client: Celery, *queues: str) -> list[int]:
-    """Return how many messages lie in each of some queues."""
-    with client.connection_for_read() as connection:
-        return [connection.default_channel.queue_declare(queue, passive=True).message_count for queue in queues]
-
-
-def live_through_an_outage(depot: Depot, priorities: list[int]) -> Celery:
-    """Let the dependency go down and come back, and see that every task does what it would have done."""
-    depot.side.set("health", "down")
-    client = depot.client()
-    results = send_charges(client, priorities)
-    wait_until(are("DEFERRED", results), timeout=PATIENCE, what="all to be deferred")
-    assert results[0].info["breaker"] == "payments"
-    assert client.send_task("ping").get(timeout=PATIENCE) == "pong"
-    depot.side.set("health", "up")
-    wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
-    expected = [[order, priority, {"x-trace": "abc"}, "somebody"] for order, priority in enumerate(priorities)]
-    assert [result.result for result in results] == expected
-    return client
-
-
 # --- RabbitMQ ---------------------------------------------------------------------------------------------
 
 KINDS = {
@@ -152,8 +78,7 @@ KINDS = {
 
 @pytest.fixture
 def on_rabbitmq(request: pytest.FixtureRequest, rabbitmq: RabbitMQ, depot: Callable[..., Depot]) -> Depot:
-    arguments = json.dumps(KINDS[request.param])
-    return depot(rabbitmq.url, queue=f"depot-{request.param}", queue_arguments=arguments)
+    return depot(rabbitmq.url, queue=f"depot-{request.param}", queue_arguments=KINDS[request.param])
 
 
 @pytest.mark.rabbitmq
@@ -210,14 +135,10 @@ def test_a_task_whose_queue_is_gone_is_dead_lettered(rabbitmq: RabbitMQ, depot: 
     assert messages_in(client, "resilient.deferred.payments") == [0]
 
 
-def test_without_a_store_a_worker_says_what_to_do_and_ends(tmp_path: Path) -> None:
-    env = {
-        **os.environ,
-        "DEPOT_BROKER_URL": "amqp://guest:secret@127.0.0.1:1//",
-        "DEPOT_BACKEND_URL": "rpc://",
-        "DEPOT_SIDE_URL": "redis://127.0.0.1:1",
-    }
+def test_without_a_store_a_worker_says_what_to_do_and_ends(depot: Callable[..., Depot]) -> None:
+    nowhere = depot("amqp://guest:secret@127.0.0.1:1//", backend="rpc://", store=None)
     command = celery_command(MODULE, "worker", "-P", "solo", "-l", "INFO")
+    env = {**os.environ, **nowhere.env}
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert ended.returncode != 0
     errors = [line for line in ended.stderr.splitlines() if line.startswith("resilient_tasks.errors.")]
@@ -233,7 +154,7 @@ def test_an_outage_on_files(depot: Callable[..., Depot], tmp_path: Path) -> None
     (tmp_path / "files").mkdir()
     folders = {name: str(tmp_path / "files") for name in ("data_folder_in", "data_folder_out")}
     options: dict[str, Any] = {**folders, "control_folder": str(tmp_path / "control"), "polling_interval": 0.02}
-    on_files = depot("filesystem://", transport_options=json.dumps(options))
+    on_files = depot("filesystem://", conf={"broker_transport_options": options})
     on_files.worker(pool="solo", arguments=["--without-gossip", "--without-mingle"])
     live_through_an_outage(on_files, [0] * ORDERS)
 
