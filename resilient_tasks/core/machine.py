@@ -71,13 +71,14 @@ class Decision:
     def settle(
         self, holder: str, epoch: int, outcome: Outcome, cause: str = "", retry_after: int | None = None
     ) -> None:
-        """Count the outcome of a trial and free its permit."""
+        """Count the outcome of a trial and free its permit; a straggler's outcome comes too late to count."""
         record = self.record
         if record.state is State.HALF_OPEN:
             self._expire()
-        if record.state is not State.HALF_OPEN or epoch != record.epoch or holder not in record.trials:
+        if epoch != record.epoch and record.stragglers.pop(holder, None) is not None:
+            self._announce()
+        if epoch != record.epoch or record.trials.pop(holder, None) is None:
             return
-        del record.trials[holder]
         if outcome is Outcome.IGNORED:
             self._announce()
         else:
@@ -182,12 +183,12 @@ class Decision:
         self._judge("permit expired")
 
     def _grant(self, holder: str, lease: int) -> bool:
-        """Hand out a permit if one more trial can still matter."""
+        """Hand out a permit if one more trial can still matter, and is not one too many at once."""
         record = self.record
-        if record.renew(holder, lease=lease, now=self.now):
-            return True
+        if holder in record.trials:
+            return record.renew(holder, lease=lease, now=self.now)
         used = len(record.trials) + record.trial_successes + record.trial_failures
-        if used >= record.rules.trial_calls:
+        if max(used, record.live_trials(self.now)) >= record.rules.trial_calls:
             return False
         record.trials[holder] = self.now + lease
         return True
@@ -223,12 +224,14 @@ class Decision:
         record.open_until = self.now + record.rules.open_for(record.openings, retry_after, self.jitter)
 
     def _enter(self, state: State, reason: str, actor: str = "") -> None:
-        """Make a transition: a new epoch with nothing counted and no permits."""
+        """Make a transition: a new epoch with nothing counted and no permits but those of stragglers."""
         record, previous = self.record, self.record.state
         record.frozen = Totals() if state in COUNTING else record.figures(self.now)
         record.openings = record.openings_left(self.now)
         record.window.clear()
-        record.trials.clear()
+        running = {**record.stragglers, **record.trials}
+        record.stragglers = {holder: end for holder, end in running.items() if end > self.now}
+        record.trials = {}
         record.row = record.trial_successes = record.trial_failures = 0
         record.open_until = record.ramp_since = None
         record.would_open = False

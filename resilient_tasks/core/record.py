@@ -121,6 +121,7 @@ class Record:
     would_open: bool = False
     window: Window = field(default_factory=Window)
     trials: dict[str, int] = field(default_factory=dict)  # holder of a permit -> end of its lease
+    stragglers: dict[str, int] = field(default_factory=dict)  # the same, of trials that outlived their HALF_OPEN
 
     @classmethod
     def created(cls, name: str, rules: Rules, now: int) -> Record:
@@ -174,16 +175,15 @@ class Record:
         return max(0, self.openings - max(0, now - self.since) // self.rules.max_open_time)
 
     def live_trials(self, now: int) -> int:
-        """Return the number of permits whose lease has not run out."""
-        return sum(end > now for end in self.trials.values())
+        """Return the number of permits whose lease has not run out, those of stragglers included."""
+        return sum(end > now for permits in (self.trials, self.stragglers) for end in permits.values())
 
     def renew(self, holder: str, *, lease: int, now: int) -> bool:
         """Lengthen a live permit to ``lease`` from now; False if there is none."""
-        end = self.trials.get(holder, now)
-        if end <= now:
-            return False
-        self.trials[holder] = max(end, now + lease)
-        return True
+        held = [permits for permits in (self.trials, self.stragglers) if permits.get(holder, now) > now]
+        for permits in held:
+            permits[holder] = max(permits[holder], now + lease)
+        return bool(held)
 
     def snapshot(
         self, now: int, *, deferred: int = 0, oldest_deferred_at: int | None = None, next_deadline_at: int | None = None

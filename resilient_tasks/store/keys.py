@@ -38,6 +38,7 @@ class BreakerKeys(NamedTuple):
     trials: str  # sorted set: holder -> end of its lease, ms
     deferred: str  # sorted set: task id -> deferred at, ms
     deadlines: str  # sorted set: task id -> end of its defer_for, ms
+    stragglers: str  # sorted set: holder -> end of its lease, ms; of a trial that outlived its HALF_OPEN
 
 
 class Keys:

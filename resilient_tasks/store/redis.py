@@ -105,8 +105,9 @@ class RedisStore:
 
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
         """Lengthen live permits to ``lease`` seconds from now. False: the permit is no longer held."""
-        trials = self._keys.breaker(name).trials
-        return [bool(renewed) for renewed in self._run("renew", [trials], to_ms(lease), *holders)]
+        keys = self._keys.breaker(name)
+        renewed = self._run("renew", [keys.trials, keys.stragglers], to_ms(lease), *holders)
+        return [bool(one) for one in renewed]
 
     def record(self, spec: Spec, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
         """Count outcomes of calls that needed no permit; open the breaker if that trips it."""

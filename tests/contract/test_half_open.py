@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from resilient_tasks.core.model import State
@@ -76,7 +78,8 @@ def test_a_late_success_after_reopening_changes_nothing(lab: Lab) -> None:
     breaker.ask("b")
     reopened = breaker.settle("a", "F", cause="ReadTimeout").snapshot
     assert (reopened.state, reopened.reason) == (State.OPEN, "1 of 2 trials failed, last: ReadTimeout")
-    assert breaker.settle("b", "S", epoch=epoch).snapshot == reopened
+    late = breaker.settle("b", "S", epoch=epoch).snapshot
+    assert late == replace(reopened, version=late.version, trials=0), "nothing but that its permit is free"
 
 
 def test_a_trial_of_an_older_epoch_changes_nothing(lab: Lab) -> None:
@@ -203,10 +206,37 @@ def test_renewing_an_unknown_breaker_finds_no_permit(lab: Lab) -> None:
     assert lab.store.renew("nobody", ["a", "b"], lease=1) == [False, False]
 
 
-def test_permits_end_with_the_epoch(lab: Lab) -> None:
+def test_a_trial_that_outlives_its_epoch_is_still_one_in_flight(lab: Lab) -> None:
     breaker = lab.breaker(trial_calls=2).half_open()
-    breaker.ask("a", lease=1000)
-    breaker.ask("b", lease=1000)
-    breaker.settle("b", "F")
-    assert breaker.snapshot().trials == 0
-    assert lab.store.renew(breaker.name, ["a"], lease=1000) == [False]
+    epoch = breaker.ask("straggler", lease=1).snapshot.epoch
+    breaker.ask("a")
+    breaker.settle("a", "F")
+    assert lab.store.renew(breaker.name, ["straggler"], lease=1000) == [True]
+    lab.clock.advance(10)
+    assert [breaker.ask(holder).trial for holder in ("b", "c", "straggler")] == [True, False, False]
+    assert breaker.snapshot().trials == 2
+    breaker.settle("straggler", "F", epoch=epoch)
+    assert breaker.state is State.HALF_OPEN, "its outcome comes too late"
+    assert [breaker.ask(holder).trial for holder in "cd"] == [True, False]
+
+
+def test_a_straggler_whose_lease_runs_out_is_no_failure_of_this_epoch(lab: Lab) -> None:
+    breaker = lab.breaker(trial_calls=2).half_open()
+    breaker.ask("straggler", lease=20)
+    breaker.ask("a")
+    breaker.settle("a", "F")
+    lab.clock.advance(10)
+    assert [breaker.ask(holder, lease=100).trial for holder in "bc"] == [True, False]
+    lab.clock.advance(10)
+    assert breaker.ask("c").trial
+    assert breaker.state is State.HALF_OPEN
+    assert lab.store.renew(breaker.name, ["straggler"], lease=20) == [False]
+
+
+def test_stragglers_are_in_flight_until_they_end_whatever_the_breaker_does(lab: Lab) -> None:
+    breaker = lab.breaker(trial_calls=2, trial_successes=1).half_open()
+    breaker.ask("straggler", lease=1000)
+    breaker.trials("S")
+    assert (breaker.state, breaker.snapshot().trials) == (State.CLOSED, 1)
+    breaker.half_open()
+    assert [breaker.ask(holder).trial for holder in "bc"] == [True, False]

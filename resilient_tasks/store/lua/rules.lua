@@ -19,6 +19,18 @@ local function tell(previous, reason, actor)
   }
 end
 
+-- What is in flight when the breaker moves on stays in flight.
+local function leave_trials()
+  local running = {}
+  for _, permits in ipairs({ stragglers, trials }) do
+    for holder, lease_end in pairs(permits) do
+      running[holder] = lease_end > now and lease_end or nil
+    end
+  end
+  left = next(running) ~= nil or next(stragglers) ~= nil
+  stragglers = running
+end
+
 local function start_window()
   window, trials, touched, cleared = {}, {}, nil, true
 end
@@ -35,6 +47,7 @@ local function enter(state, reason, actor)
     record[field] = value
   end
   record.open_until, record.ramp_since = nil, nil
+  leave_trials()
   start_window()
   announce()
   tell(previous, reason, actor)
@@ -179,15 +192,16 @@ local function expire()
   judge('permit expired')
 end
 
--- Hand out a permit if one more trial can still matter. A denial changes nothing.
+-- Hand out a permit if one more trial can still matter, and is not one too many at once. A denial changes nothing.
 local function grant(holder, lease)
-  if renew(holder, lease) then
-    return true
+  local used = record.trial_successes + record.trial_failures
+  for _ in pairs(trials) do
+    used = used + 1
   end
-  if live_trials() + record.trial_successes + record.trial_failures >= rules.trial_calls then
+  if not trials[holder] and math.max(used, live_trials()) >= rules.trial_calls then
     return false
   end
-  trials[holder] = now + lease
+  trials[holder] = math.max(trials[holder] or 0, now + lease)
   dirty = true
   return true
 end
@@ -226,7 +240,11 @@ local function settle(holder, outcome, epoch, cause, retry_after)
   if record.state == 'HALF_OPEN' then
     expire()
   end
-  if record.state ~= 'HALF_OPEN' or epoch ~= record.epoch or not trials[holder] then
+  if epoch ~= record.epoch and stragglers[holder] then
+    stragglers[holder], left, dirty = nil, true, true
+    announce()
+  end
+  if epoch ~= record.epoch or not trials[holder] then
     return
   end
   trials[holder] = nil

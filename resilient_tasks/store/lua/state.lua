@@ -7,6 +7,7 @@
 --       3 trials     sorted set   holder of a permit -> end of its lease, ms
 --       4 deferred   sorted set   task id -> deferred at, ms
 --       5 deadlines  sorted set   task id -> end of its defer_for, ms
+--       6 stragglers sorted set   like trials, of trials that outlived their HALF_OPEN
 -- ARGV  1 name       of the breaker
 --       2 channel    on which changes are published
 --       3 rules      JSON of core/record.py's Rules, as this caller declares them
@@ -14,7 +15,7 @@
 --
 -- A script that fails keeps what it wrote before: all reading comes first, save() writes last.
 
-local STATE, WINDOW, TRIALS, DEFERRED, DEADLINES = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local STATE, WINDOW, TRIALS, DEFERRED, DEADLINES, STRAGGLERS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local NAME, CHANNEL, JITTER = ARGV[1], ARGV[2], tonumber(ARGV[4])
 local COUNTING = { CLOSED = true, SHADOW = true }
 local BUCKETS, SLOTS, MOST_GROWTH_STEPS = 10, 11, 1000
@@ -26,12 +27,13 @@ local NUMBERS = {
 }
 
 local now = now_ms()
-local record, rules, window, trials -- loaded below
+local record, rules, window, trials, stragglers -- loaded below
 local transition -- what the caller is told, at most one
 local changed = false -- the version has grown: others should hear of it
 local dirty = false -- the state has to be written
 local touched -- slot of the window that has to be written
 local cleared = false -- window and trials start empty
+local left = false -- the stragglers have to be written
 
 -- tostring() would round a millisecond timestamp.
 local function integer(number)
@@ -95,8 +97,8 @@ local function load_window()
   return loaded
 end
 
-local function load_trials()
-  local flat, loaded = redis.call('ZRANGE', TRIALS, 0, -1, 'WITHSCORES'), {}
+local function load_permits(key)
+  local flat, loaded = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES'), {}
   for i = 1, #flat, 2 do
     loaded[flat[i]] = tonumber(flat[i + 1])
   end
@@ -112,7 +114,8 @@ local function load_breaker(creates)
   end
   rules = newest_rules()
   window = COUNTING[record.state] and load_window() or {}
-  trials = record.state == 'HALF_OPEN' and load_trials() or {}
+  trials = record.state == 'HALF_OPEN' and load_permits(TRIALS) or {}
+  stragglers = load_permits(STRAGGLERS)
 end
 
 -- window.py ---------------------------------------------------------------------------------------
@@ -189,20 +192,12 @@ end
 
 local function live_trials()
   local live = 0
-  for _, lease_end in pairs(trials) do
-    live = live + (lease_end > now and 1 or 0)
+  for _, permits in ipairs({ trials, stragglers }) do
+    for _, lease_end in pairs(permits) do
+      live = live + (lease_end > now and 1 or 0)
+    end
   end
   return live
-end
-
-local function renew(holder, lease)
-  local lease_end = trials[holder] or now
-  if lease_end <= now then
-    return false
-  end
-  trials[holder] = math.max(lease_end, now + lease)
-  dirty = true
-  return true
 end
 
 local function snapshot()
@@ -242,10 +237,10 @@ local function save_window()
   redis.call('PEXPIRE', WINDOW, integer(2 * rules.window))
 end
 
-local function save_trials()
-  redis.call('DEL', TRIALS)
-  for holder, lease_end in pairs(trials) do
-    redis.call('ZADD', TRIALS, integer(lease_end), holder)
+local function save_permits(key, permits)
+  redis.call('DEL', key)
+  for holder, lease_end in pairs(permits) do
+    redis.call('ZADD', key, integer(lease_end), holder)
   end
 end
 
@@ -261,7 +256,10 @@ local function save()
     save_window()
   end
   if record.state == 'HALF_OPEN' then
-    save_trials()
+    save_permits(TRIALS, trials)
+  end
+  if left then
+    save_permits(STRAGGLERS, stragglers)
   end
 end
 
