@@ -14,7 +14,7 @@ JOBS ?= 3
 PARALLEL := -n $(JOBS) --dist loadfile
 
 # the directories of `make test`
-QUICK_TESTS := $(wildcard tests/unit tests/contract tests/integration)
+QUICK_TESTS := $(wildcard tests/unit tests/contract tests/model tests/integration)
 # `make chaos SEEDS=20 TASKS=2000 BROKER=redis`, redis, valkey or rabbitmq; BASELINE=1: plain Celery beside it
 SEEDS ?= 20
 TASKS ?= 2000

@@ -236,7 +236,9 @@ class Decision:
         record.open_until = record.ramp_since = None
         record.would_open = False
         record.state, record.since, record.reason, record.actor = state, self.now, reason, actor
-        record.epoch += 1
+        # Never an epoch that another store has been in: a replica that has missed the last transition, or the
+        # breaker of a process that was cut off.
+        record.epoch = max(record.epoch + 1, self.now)
         self._announce()
         self.transition = self._told(previous, reason, actor)
 

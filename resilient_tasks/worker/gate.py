@@ -71,17 +71,17 @@ class Gate:
 
     def _trial(self, breaker: Breaker, request: GatedRequest) -> Admission:
         fleet = self._runtime.fleet
-        grant = fleet.acquire(breaker.spec, request.id)
+        grant = fleet.acquire(breaker.spec, request.holder)
         if not grant.admitted:
             return self._refused(breaker, request.ticket)
         if grant.trial:
-            fleet.reporter.hold(breaker.name, request.id, fleet.view.clock() + LONGEST_WAIT)
+            fleet.reporter.hold(breaker.name, request.holder, fleet.view.clock() + LONGEST_WAIT)
         return Admission(breaker.name, grant.snapshot.epoch, trial=grant.trial, attempts=request.ticket.attempts)
 
     def hold(self, breaker: Breaker, request: GatedRequest) -> None:
         """Renew the permit of a trial that has begun to run, for as long as it may take."""
         fleet = self._runtime.fleet
-        fleet.reporter.hold(breaker.name, request.id, fleet.view.clock() + _trial_limit(request, breaker))
+        fleet.reporter.hold(breaker.name, request.holder, fleet.view.clock() + _trial_limit(request, breaker))
 
     def would_count(self, breaker: Breaker, ticket: Ticket) -> bool:
         """Whether a failure now uses up an attempt: only if the dependency has served somebody since the last one.
@@ -109,12 +109,12 @@ class Gate:
         with self._counting:
             self._taken_up = +self._taken_up
 
-    def settle(self, breaker: Breaker, admission: Admission, task_id: str, report: Report) -> None:
+    def settle(self, breaker: Breaker, admission: Admission, holder: str, report: Report) -> None:
         """Count what a run has found out, once."""
         fleet = self._runtime.fleet
         told = report.cause, report.retry_after
         if admission.trial:
-            fleet.reporter.settle(breaker.spec, task_id, admission.epoch, report.outcome or Outcome.IGNORED, *told)
+            fleet.reporter.settle(breaker.spec, holder, admission.epoch, report.outcome or Outcome.IGNORED, *told)
         elif report.outcome is not None:
             fleet.reporter.report(fleet.view.standing(breaker.name), admission.epoch, report.outcome, *told)
 

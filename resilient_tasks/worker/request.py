@@ -10,7 +10,9 @@ import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 from weakref import ref
 
 from billiard.einfo import ExceptionWithTraceback
@@ -92,6 +94,11 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     def context(self) -> Any:
         """The task's request context, for result backends."""
         return self._context
+
+    @cached_property
+    def holder(self) -> str:
+        """Who holds the permit of this run. Not the task's id: a broker may deliver one task to two workers."""
+        return f"{self.id}:{uuid4().hex}"
 
     def defers_when_refused(self) -> bool:
         """Whether a refusal needs no pool slot: there is no fallback to run and no error to raise."""
@@ -183,7 +190,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     def _settle(self, report: Report) -> None:
         admission, self.admission = self.admission, None
         if admission is not None and not admission.refused_in:
-            self.host.gate.settle(self.breaker, admission, self.id, report)
+            self.host.gate.settle(self.breaker, admission, self.holder, report)
 
     @staticmethod
     def _report_of_death(exc: BaseException) -> Report:

@@ -45,6 +45,14 @@ def test_the_epoch_of_a_new_breaker_is_the_time(lab: Lab) -> None:
     assert snapshot.now == lab.clock()
 
 
+def test_the_epoch_of_a_transition_is_one_that_no_other_store_has_been_in(lab: Lab) -> None:
+    """A replica that has missed a transition makes another one later, and so does a process that was cut off."""
+    breaker = lab.breaker()
+    created = breaker.calls("S").snapshot.epoch
+    lab.clock.advance(1)
+    assert breaker.calls("FFFFF").snapshot.epoch == round(lab.clock() * 1000) > created + 1
+
+
 def test_the_policy_with_the_highest_revision_decides(lab: Lab) -> None:
     old = lab.breaker(minimum_calls=3, revision=1)
     new = lab.breaker(minimum_calls=8, revision=2)

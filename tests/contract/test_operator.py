@@ -141,8 +141,8 @@ def test_every_transition_is_told_once_in_order(lab: Lab) -> None:
     breaker.command(Verb.ISOLATE)
     states = [State.OPEN, State.HALF_OPEN, State.OPEN, State.HALF_OPEN, State.CLOSED, State.FORCED_OPEN]
     assert [told.state for told in breaker.transitions] == states
-    first = breaker.transitions[0].epoch
-    assert [told.epoch for told in breaker.transitions] == list(range(first, first + len(states)))
+    epochs = [told.epoch for told in breaker.transitions]
+    assert epochs == sorted(set(epochs))
 
 
 def test_who_joins_later_obeys_the_operator_too(lab: Lab) -> None:

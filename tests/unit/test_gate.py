@@ -11,6 +11,7 @@ from celery import Celery
 from resilient_tasks import Breaker, Resilience
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker.gate import Gate
+from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
 
@@ -33,7 +34,8 @@ def gate(app: Celery, clock: Clock) -> Gate:
 
 
 def request(task_id: str, ticket: Ticket) -> Any:
-    return SimpleNamespace(id=task_id, ticket=ticket)
+    holder = vars(GatedRequest)["holder"].func(SimpleNamespace(id=task_id))
+    return SimpleNamespace(id=task_id, ticket=ticket, holder=holder)
 
 
 def test_the_ramp_draws_one_lot_per_task(gate: Gate, payments: Breaker, clock: Clock) -> None:
@@ -57,6 +59,14 @@ def test_tasks_are_no_trials_where_there_is_a_probe(gate: Gate, payments: Breake
     force(payments, "OPEN")
     clock.advance(1.0)
     assert gate.refuses_now(payments, Ticket(), "a")
+
+
+def test_a_task_that_is_delivered_twice_is_one_trial_only(gate: Gate, payments: Breaker, clock: Clock) -> None:
+    force(payments, "OPEN")
+    clock.advance(1.0)
+    first, second = (gate.admit(payments, request("task", Ticket())) for _ in range(2))
+    assert first.trial
+    assert second.refused_in == "HALF_OPEN"
 
 
 def test_what_was_taken_up_is_told_until_somebody_listens(gate: Gate) -> None:

@@ -35,13 +35,19 @@ local function start_window()
   window, trials, touched, cleared = {}, {}, nil, true
 end
 
+-- Never an epoch that another store has been in: a replica that has missed the last transition, or the
+-- breaker of a process that was cut off.
+local function next_epoch()
+  return math.max(record.epoch + 1, now)
+end
+
 local function enter(state, reason, actor)
   local previous, openings = record.state, openings_left()
   local frozen = COUNTING[state] and { calls = 0, failures = 0, slow = 0 } or figures()
   local ended = {
     state = state, since = now, reason = reason, actor = actor, openings = openings, row = 0, trial_successes = 0,
     trial_failures = 0, would_open = 0, frozen_calls = frozen.calls, frozen_failures = frozen.failures,
-    frozen_slow = frozen.slow, epoch = record.epoch + 1,
+    frozen_slow = frozen.slow, epoch = next_epoch(),
   }
   for field, value in pairs(ended) do
     record[field] = value

@@ -1,0 +1,244 @@
+"""Model of permits and epochs: two workers, a tick, an operator and a store that fails, over the real rules.
+
+Every decision is made by ``core/machine.py``; the contract suite holds the scripts of the shared store to it.
+Time passes in steps of a second.
+
+An *era* is what an epoch stands for: one stay in one state. It is never used again, so that a stale report is
+known as one even where its number would not tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from operator import methodcaller
+
+from resilient_tasks.core.machine import Decision
+from resilient_tasks.core.model import Outcome, State, Verb
+from resilient_tasks.core.record import Record, Rules
+from resilient_tasks.policy import BreakerPolicy
+from tests.model.explorer import Step, see
+from tests.model.fleet import (
+    NOW,
+    SECOND,
+    Breaker,
+    Call,
+    StoreFault,
+    World,
+    aged,
+    breaker_of,
+    frozen,
+    next_era,
+    outdated,
+    renumbered,
+    unrenewed,
+    unwatched,
+    with_call,
+    written,
+)  # fmt: skip
+
+NAME = "payments"
+LEASE = 2  # seconds
+TICKS = 2  # seconds in which a tick runs at least once
+NOBODY, NEVER = "nobody", -1
+
+Ask = Callable[[Decision], object]
+
+
+@dataclass
+class Permits:
+    """The model; other arguments make it one with which something must be wrong.
+
+    Args:
+        trial_calls: permits that may live at once.
+        trial_successes: of them that close the breaker; None: all.
+        store_faults: what may befall the shared store, each once.
+        operated: an operator takes part.
+        decision: the rules.
+        holders: what the two workers ask for permits as.
+    """
+
+    trial_calls: int = 1
+    trial_successes: int | None = None
+    store_faults: frozenset[StoreFault] = frozenset()
+    operated: bool = False
+    decision: type[Decision] = Decision
+    holders: tuple[str, str] = ("worker 0", "worker 1")
+
+    def __post_init__(self) -> None:
+        policy = BreakerPolicy(
+            consecutive_failures=2, minimum_calls=1000, open_duration=1.0, open_multiplier=1.0, open_jitter=0.0,
+            trial_calls=self.trial_calls, trial_successes=self.trial_successes,
+        )  # fmt: skip
+        self.rules = Rules.of(policy, 0)
+
+    def start(self) -> World:
+        return World(faults=self.store_faults)
+
+    def steps(self, world: World) -> Iterator[Step[World]]:
+        """Yield all that may happen."""
+        for what, after, fault in self._steps(world):
+            yield Step(what, self._small(after), fault)
+
+    def _steps(self, world: World) -> Iterator[Step[World]]:
+        for worker, call in enumerate(world.calls):
+            yield from self._idle(worker, world) if call is None else self._busy(worker, world, call)
+        yield Step("tick", self._decide(world, methodcaller("advance"))._replace(without_tick=0))
+        if self._may_time_pass(world):
+            yield Step("a second passes", self._later(world))
+        if self.operated:
+            for verb in (Verb.TRIP, Verb.ISOLATE, Verb.RESET):
+                yield Step(f"operator: {verb}", self._decide(world, methodcaller("command", verb)), fault=True)
+        for fault in world.faults:
+            yield Step(fault.value, self._store_fails(fault, world._replace(faults=world.faults - {fault})), fault=True)
+        if world.local is not None:
+            yield Step("worker 1 reaches the store again", unrenewed(1, world._replace(local=None)))
+
+    # --- workers ----------------------------------------------------------------------------------------
+
+    def _idle(self, worker: int, world: World) -> Iterator[Step[World]]:
+        """Admit a call: by the view in CLOSED (an older view is like a call that began earlier), else by the store."""
+        breaker = breaker_of(worker, world)
+        if breaker.state is State.CLOSED:
+            call = Call(breaker.era, breaker.epoch, trial=False, renews=False)
+            yield Step(f"worker {worker} begins", with_call(world, worker, call))
+            return
+        answers: list[tuple[bool, bool]] = []
+        after = self._decide(
+            world, lambda d: answers.append(d.acquire(self.holders[worker], LEASE * SECOND)), worker=worker
+        )  # fmt: skip
+        [(admitted, trial)] = answers
+        if admitted:
+            breaker = breaker_of(worker, after)
+            after = with_call(after, worker, Call(breaker.era, breaker.epoch, trial, renews=trial))
+        yield Step(f"worker {worker} asks and is {'admitted' if admitted else 'refused'}", after)
+
+    def _busy(self, worker: int, world: World, call: Call) -> Iterator[Step[World]]:
+        if call.renews:
+            yield Step(f"worker {worker} renews", self._renew(worker, world, call))
+            yield Step(f"worker {worker} finishes, or hangs", unrenewed(worker, world))
+        else:
+            for outcome in (Outcome.SUCCESS, Outcome.FAILURE, *([Outcome.IGNORED] if call.trial else [])):
+                reported = self._report(worker, world, call, outcome)
+                yield Step(f"worker {worker} reports {outcome}", with_call(reported, worker, None))
+                yield Step(f"worker {worker} reports {outcome} and hears no answer", reported, fault=True)
+        dead = with_call(world, worker, None)
+        yield Step(f"worker {worker} is killed", dead._replace(local=None) if worker == 1 else dead, fault=True)
+
+    def _report(self, worker: int, world: World, call: Call, outcome: Outcome) -> World:
+        def tell(epoch: int, holder: str, decision: Decision) -> None:
+            if call.trial:
+                decision.settle(holder, epoch, outcome)
+            else:
+                decision.report(epoch, [(outcome, 1)])
+
+        after = self._decide(world, partial(tell, call.epoch + 1, self.holders[worker]), worker=worker)
+        if call.era != breaker_of(worker, world).era:
+            untold = self._decide(world, partial(tell, NEVER, NOBODY), worker=worker)
+            see(after == untold, "a report of another epoch has an effect")
+        return after
+
+    def _renew(self, worker: int, world: World, call: Call) -> World:
+        renewed: list[bool] = []
+
+        def renew(decision: Decision) -> None:
+            renewed.append(decision.record.renew(self.holders[worker], lease=LEASE * SECOND, now=NOW))
+
+        after = self._decide(world, renew, worker=worker)
+        return after if renewed == [True] else with_call(world, worker, call._replace(renews=False))
+
+    # --- time and the store -----------------------------------------------------------------------------
+
+    def _may_time_pass(self, world: World) -> bool:
+        """Who lives and does not hang renews in time, and some worker ticks."""
+        last_moment = {
+            permit.holder for permit in world.shared.permits if permit.unattended is None and permit.left < 2
+        }
+        return not last_moment and world.without_tick < TICKS
+
+    @staticmethod
+    def _later(world: World) -> World:
+        return world._replace(
+            shared=aged(world.shared),
+            replica=world.replica and aged(world.replica),
+            local=world.local and aged(world.local),
+            without_tick=world.without_tick + 1,
+        )
+
+    def _store_fails(self, fault: StoreFault, world: World) -> World:
+        if fault is StoreFault.ROLLED_BACK:
+            return self._forgotten(world._replace(shared=world.replica or world.shared))
+        if fault is StoreFault.EMPTIED:
+            return self._forgotten(world._replace(shared=frozen(self._created(), next_era(world), ())))
+        known = self._thawed(world.shared).snapshot(NOW)
+        continued = frozen(Record.continued(known, NOW), world.shared.era, ())
+        return unrenewed(1, world._replace(local=continued))
+
+    def _forgotten(self, world: World) -> World:
+        """A trial whose permit the store has forgotten runs on, and nobody counts it."""
+        held = {permit.holder for permit in world.shared.permits}
+        for worker, holder in enumerate(self.holders):
+            if holder not in held and breaker_of(worker, world) is world.shared:
+                world = unrenewed(worker, world)
+        return world
+
+    # --- decisions --------------------------------------------------------------------------------------
+
+    def _decide(self, world: World, ask: Ask, *, worker: int = 0) -> World:
+        """Let the rules decide on the breaker that a worker goes by; see that they keep what they promise."""
+        breaker = breaker_of(worker, world)
+        record = self._thawed(breaker)
+        decision = self.decision(record, NOW)
+        ask(decision)
+        moved = record.epoch != breaker.epoch + 1
+        see(moved == (decision.transition is not None), "an epoch and no event, or an event and no epoch")
+        if moved:
+            see(record.epoch > world.told + 1, "two events for one epoch")
+            world = world._replace(told=record.epoch - 1)
+        after = frozen(record, next_era(world) if moved else breaker.era, breaker.permits)
+        see(sum(permit.left > 0 for permit in after.permits) <= self.trial_calls, "more permits than allowed")
+        return world._replace(local=after) if breaker is world.local else written(world, after)
+
+    def _created(self) -> Record:
+        return Record.created(NAME, self.rules, NOW)
+
+    def _thawed(self, breaker: Breaker) -> Record:
+        """Return the record; its epochs begin at 1, because 0 means that none is known."""
+        record = self._created()
+        record.first_epoch = NEVER
+        record.epoch, record.state, record.row = breaker.epoch + 1, breaker.state, breaker.row
+        record.open_until = None if breaker.open_for is None else NOW + breaker.open_for * SECOND
+        record.trial_successes, record.trial_failures = breaker.successes, breaker.failures
+        record.trials = {permit.holder: NOW + permit.left * SECOND for permit in breaker.permits}
+        return record
+
+    # --- one state for all that are alike -----------------------------------------------------------------
+
+    def _small(self, world: World) -> World:
+        """See to the promises about a state and write it down in the one way that its likes are written down."""
+        for breaker, workers in ((world.shared, (0,) if world.local else (0, 1)), (world.local, (1,))):
+            trials = [call for worker in workers if (call := world.calls[worker]) and call.trial and call.renews]
+            current = [call for call in trials if breaker and call.era == breaker.era]
+            see(len(current) <= self.trial_calls, "more trials in flight than allowed")
+        world = world._replace(
+            shared=self._attended(world, world.shared),
+            replica=unwatched(world.replica) if StoreFault.ROLLED_BACK in world.faults else None,
+            local=unwatched(world.local and self._attended(world, world.local)),
+        )
+        longest = max((permit.unattended or 0 for permit in world.shared.permits), default=0)
+        see(longest <= LEASE + TICKS, "nobody has renewed a permit for longer than its lease and two ticks")
+        return renumbered(world._replace(calls=tuple(outdated(world, call) for call in world.calls)))
+
+    def _attended(self, world: World, breaker: Breaker) -> Breaker:
+        """Note which permits nobody renews; those of former calls will never be asked for by name again."""
+        calls = dict(zip(self.holders, world.calls, strict=True))
+        permits, gone = [], 0
+        for held in sorted(breaker.permits, key=lambda permit: (permit.left, permit.unattended or 0, permit.holder)):
+            call, permit = calls.get(held.holder), held
+            if call is None or not call.trial or call.era != breaker.era:
+                permit, gone = permit._replace(holder=f"gone {gone}"), gone + 1
+            if call is None or not call.renews:
+                permit = permit._replace(unattended=permit.unattended or 0)
+            permits.append(permit)
+        return breaker._replace(permits=tuple(permits))
