@@ -247,17 +247,15 @@ class DeferredTasks:
 
     def _request(self, entry: Entry) -> GatedRequest | None:
         """Return the request that a worker would make of a message; None if it could not."""
-        app, message = self._runtime.app, entry.message
+        app = self._runtime.app
         try:
             return GatedRequest(
-                message,
+                entry.message,
                 app=app,
                 task=app.tasks[entry.task_name],
                 hostname=self._consumer.hostname,
                 eventer=self._events.dispatcher(),
-                body=message.body,
-                headers=message.headers,
-                decoded=False,
+                **seams.parts_of(entry.message),
             )
         except Exception as exc:  # noqa: BLE001 - whatever a stranger wrote into the message
             logger.warning("Task %s[%s] is no task of this app: %r", entry.task_name, entry.task_id, exc)

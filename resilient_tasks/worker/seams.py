@@ -14,6 +14,7 @@ from celery import current_app as _current_app
 from celery.app.trace import fast_trace_task, trace_task_ret
 from celery.worker import state as worker_state
 from celery.worker.request import Request
+from celery.worker.strategy import hybrid_to_proto2
 from kombu.transport.virtual import Channel as VirtualChannel
 from kombu.transport.virtual import QoS as VirtualQoS
 from kombu.utils.json import dumps, loads
@@ -51,6 +52,14 @@ def tracer(app: Celery) -> Callable[..., TraceResult]:
     """Return the function with which Celery would run a task of this app in the pool."""
     chosen: Callable[..., TraceResult] = fast_trace_task if app.use_fast_trace_task else trace_task_ret
     return chosen
+
+
+def parts_of(message: Any) -> dict[str, Any]:
+    """Return what a request is made of, whatever protocol the message is written in."""
+    if isinstance(message.payload, dict):  # protocol 1
+        body, headers, decoded, utc = hybrid_to_proto2(message, message.payload)
+        return {"body": body, "headers": headers, "decoded": decoded, "utc": utc}
+    return {"body": message.body, "headers": message.headers, "decoded": False}
 
 
 def drop_header_of_amqp(request_dict: dict[str, Any], header: str) -> None:

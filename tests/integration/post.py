@@ -72,6 +72,12 @@ def charge_all(self, orders: list[int]) -> int:
     return sum(orders)
 
 
+@app.task(bind=True, name="charge_soon", breaker=payments, defer_for=0.5)
+def charge_soon(self, order: int) -> int:
+    run(self)
+    return order
+
+
 @app.task(bind=True, name="ship", breaker=carrier)
 def ship(self, order: int) -> int:
     """Need another dependency."""

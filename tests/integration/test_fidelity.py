@@ -139,6 +139,15 @@ def test_a_link_fires_once_and_only_at_the_end(post: PostOffice) -> None:
     assert failed[1:] == ["failed"] or failed[-1] == "failed"
 
 
+@pytest.mark.parametrize("protocol", [1, 2])
+def test_the_errbacks_of_a_task_that_has_waited_too_long(post: PostOffice, protocol: int) -> None:
+    post.open("payments")
+    errback = post.task("note", "failed").set(immutable=True)
+    result = post.producer(task_protocol=protocol).send_task("charge_soon", (1,), link_error=errback)
+    post.wait_state("FAILURE", [result])
+    post.wait(lambda: post.notes() == [["failed"]], "the callback")
+
+
 def test_a_task_is_replaced_by_a_deferred_one(post: PostOffice) -> None:
     post.open("payments")
     result = post.task("delegate", 8).apply_async(link=post.task("note", "linked"))

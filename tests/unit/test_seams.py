@@ -114,6 +114,18 @@ def test_announce_revoked_settles_a_request(app: Celery) -> None:
     assert len(acknowledged) == 1
 
 
+@pytest.mark.parametrize("protocol", [1, 2])
+def test_a_request_is_made_of_a_message_of_either_protocol(app: Celery, protocol: int) -> None:
+    write = {1: app.amqp.as_task_v1, 2: app.amqp.as_task_v2}[protocol]
+    headers, _, body, _ = write("an-id", "double", (21,), errbacks=["an-errback"])
+    message = SimpleNamespace(
+        headers=headers, properties={}, payload=json.loads(json.dumps(body)), body=json.dumps(body), delivery_info={},
+        content_type="application/json", content_encoding="utf-8",
+    )  # fmt: skip
+    request = Request(message, app=app, task=app.tasks["double"], **seams.parts_of(message))
+    assert (request.id, request.args, request._context.errbacks) == ("an-id", [21], ["an-errback"])
+
+
 # --- running a task -------------------------------------------------------------------------------
 
 
