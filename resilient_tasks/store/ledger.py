@@ -25,7 +25,8 @@ MOST_REVOKED = 50_000  # ids and stamps
 
 _PER_ROUND_TRIP = 500
 _SCRIPTS = (
-    "defer", "outstanding", "revoke", "take_tick", "leave_tick", "tick_completed", "tick_age", "declare", "abandoned",
+    "defer", "hasten", "outstanding", "revoke", "take_tick", "leave_tick", "tick_completed", "tick_age", "declare",
+    "abandoned",
 )  # fmt: skip
 
 
@@ -51,6 +52,12 @@ class Ledger:
         """Index a deferred task. ``deadline``: store time at which its ``defer_for`` ends."""
         keys = self._keys.breaker(name)
         self._run("defer", [keys.deferred, keys.deadlines], task_id, "" if deadline is None else to_ms(deadline))
+
+    def hasten(self, name: str, task_ids: Iterable[str]) -> None:
+        """Have those of ``task_ids`` that are deferred looked at by the next tick, as if their time were over."""
+        keys, ids = self._keys.breaker(name), list(task_ids)
+        for start in range(0, len(ids), _PER_ROUND_TRIP):
+            self._run("hasten", [keys.deferred, keys.deadlines], *ids[start : start + _PER_ROUND_TRIP])
 
     def remove_deferred(self, name: str, task_ids: Iterable[str]) -> None:
         """Forget deferred tasks that were resumed, dead-lettered or dropped."""

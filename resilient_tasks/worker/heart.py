@@ -104,7 +104,7 @@ class Heart:
         if now >= self._declare_at:
             ledger.declare(self._runtime.breakers)
             self._declare_at = now + DECLARING
-        self._revokes.pass_on(ledger)
+        self._revokes.pass_on(ledger, self._runtime.breakers)
 
     def _overdue(self) -> bool:
         """Whether no tick has completed for too long, whatever beat sends."""

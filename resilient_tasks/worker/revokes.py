@@ -7,7 +7,7 @@ later tasks: revoking it concerns those that had been sent by then.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.worker import seams
@@ -24,17 +24,18 @@ class Hearing:
         self._ids: set[str] = set()
         self._stamps: dict[str, int] = {}  # header -> number of its values
 
-    def pass_on(self, ledger: Ledger) -> None:
-        """Tell the ledger what is new.
+    def pass_on(self, ledger: Ledger, breakers: Iterable[str]) -> None:
+        """Tell the ledger what is new, and have the tick look at tasks that wait for one of ``breakers``.
 
         Raises:
             StoreError: the ledger is away; the next call tells it.
         """
         ids = set(seams.revoked_ids)
         stamps = {header: list(values) for header, values in seams.revoked_stamps.copy().items()}
-        new = [*(ids - self._ids), *self._unheard(stamps)]
-        if new:
-            ledger.revoke(new)
+        new_ids = ids - self._ids
+        ledger.revoke([*new_ids, *self._unheard(stamps)])
+        for breaker in breakers:
+            ledger.hasten(breaker, new_ids)
         self._ids = ids
         self._stamps = {header: len(values) for header, values in stamps.items()}
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from resilient_tasks.core.model import Snapshot
 from resilient_tasks.worker.deferral import DeferredTasks, expired
 from resilient_tasks.worker.queues import Entry, Move
+from resilient_tasks.worker.revokes import revoked_among
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
@@ -32,16 +33,18 @@ class Stocktaker:
         self._tasks = tasks
 
     def expire(self, breaker: Breaker, snapshot: Snapshot) -> None:
-        """Dead-letter tasks whose ``defer_for`` is over."""
+        """Dead-letter tasks whose ``defer_for`` is over, drop those that were revoked."""
         if snapshot.next_deadline_at is None or snapshot.next_deadline_at > snapshot.now:
             return
         give_up_at = time.monotonic() + EXPIRING
 
         def choose(entries: Sequence[Entry]) -> list[Move]:
-            moves = []
+            moves, revoked = [], revoked_among(entries, self._runtime.fleet.ledger)
             for entry in entries:
                 error = expired(entry, snapshot.now)
-                if error is not None and time.monotonic() < give_up_at:
+                if entry.task_id in revoked:
+                    moves.append(self._tasks.drop_revoked(entry))
+                elif error is not None and time.monotonic() < give_up_at:
                     moves.append(self._tasks.dead_letter(entry, error))
             return moves
 

@@ -45,6 +45,22 @@ def test_a_task_resumed_and_deferred_again_waits_anew(lab: Lab) -> None:
 
 
 @SHARED
+def test_a_task_that_is_hastened_is_due_now(lab: Lab) -> None:
+    breaker, now = lab.breaker(), lab.clock()
+    lab.ledger.add_deferred(breaker.name, "a", deadline=now + 60)
+    lab.ledger.add_deferred(breaker.name, "b")
+    lab.ledger.hasten(breaker.name, ["stranger"])
+    assert breaker.snapshot().next_deadline_at == now + 60
+    lab.clock.advance(1)
+    lab.ledger.hasten(breaker.name, ["b", "stranger"])
+    assert (breaker.snapshot().deferred, breaker.snapshot().next_deadline_at) == (2, now + 1)
+    lab.clock.advance(1)
+    lab.ledger.hasten(breaker.name, ["b"])
+    assert breaker.snapshot().next_deadline_at == now + 1
+    lab.ledger.hasten(breaker.name, [])
+
+
+@SHARED
 def test_the_index_can_be_cleared(lab: Lab) -> None:
     breaker, other = lab.breaker(), lab.breaker("mail")
     for name in (breaker.name, other.name):

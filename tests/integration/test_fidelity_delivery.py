@@ -84,6 +84,12 @@ def test_a_time_limit(post: PostOffice, limit: str, error: type[Exception]) -> N
         result.get(timeout=PATIENCE)
 
 
+def test_a_compressed_message(post: PostOffice) -> None:
+    post.open("payments")
+    result = post.task("charge", "x" * 1000).apply_async(compression="gzip")
+    assert post.through_an_outage(result) == ["x" * 1000]
+
+
 # --- where --------------------------------------------------------------------------------------------
 
 

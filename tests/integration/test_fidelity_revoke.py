@@ -3,39 +3,56 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 from celery import chord
 from celery.utils import uuid
 
-from tests.integration.post_office import PATIENCE, PostOffice
+from tests.integration.post_office import PostOffice
 
 
-def _revoke(post: PostOffice, *, terminate: bool) -> list[Any]:
-    """Revoke a deferred task by its id and another by its stamp, and return their results."""
-    control = post.client.control
-    by_id, stamp = post.task("charge", 1).apply_async(), uuid()
-    by_stamp = post.task("charge", 2).apply_async(stamped_headers=["tenant"], tenant=["others", stamp])
-    post.wait_state("DEFERRED", [by_id, by_stamp])
-    control.revoke(by_id.id, terminate=terminate)
-    control.revoke_by_stamped_headers({"tenant": [stamp]}, terminate=terminate)
-    ledger, names = post.operator.fleet.ledger, [by_id.id, json.dumps(["tenant", stamp])]
-    post.wait(lambda: len(ledger.revoked(names)) == 2, "the ledger to know")
-    return [by_id, by_stamp]
+def _know(post: PostOffice, *names: str) -> None:
+    ledger = post.operator.fleet.ledger
+    post.wait(lambda: len(ledger.revoked(names)) == len(names), "the ledger to know")
 
 
-@pytest.mark.parametrize("restart", [False, True])
-def test_revoked_while_deferred(post: PostOffice, *, restart: bool) -> None:
+@pytest.mark.parametrize("terminate", [False, True])
+def test_revoked_by_id_while_deferred(post: PostOffice, *, terminate: bool) -> None:
     post.open("payments")
-    spared = post.task("charge", 0).apply_async(stamped_headers=["tenant"], tenant="spared")
-    revoked = [*_revoke(post, terminate=False), *_revoke(post, terminate=True)]
-    if restart:
-        post.restart()
-    post.close("payments")
-    post.wait_state("REVOKED", revoked)
-    assert spared.get(timeout=PATIENCE) == 0
+    doomed, spared = post.task("charge", 1).apply_async(), post.task("charge", 2).apply_async()
+    post.wait_state("DEFERRED", [doomed, spared])
+    post.client.control.revoke(doomed.id, terminate=terminate)
+    post.wait_state("REVOKED", [doomed])  # before anything is resumed
+    assert post.through_an_outage(spared) == [2]
     assert post.runs() == [spared.id]
+
+
+@pytest.mark.parametrize("terminate", [False, True])
+def test_revoked_by_stamp_while_deferred(post: PostOffice, *, terminate: bool) -> None:
+    post.open("payments")
+    stamp = uuid()
+    doomed = post.task("charge", 1).apply_async(stamped_headers=["tenant"], tenant=["others", stamp])
+    spared = post.task("charge", 2).apply_async(stamped_headers=["tenant"], tenant="spared")
+    post.wait_state("DEFERRED", [doomed, spared])
+    post.client.control.revoke_by_stamped_headers({"tenant": [stamp]}, terminate=terminate)
+    _know(post, json.dumps(["tenant", stamp]))
+    assert post.through_an_outage(spared) == [2]
+    post.wait_state("REVOKED", [doomed])
+    assert post.runs() == [spared.id]
+
+
+def test_a_revoke_outlives_every_worker_that_heard_of_it(post: PostOffice) -> None:
+    post.open("payments")
+    by_id, stamp = post.task("charge", 1).apply_async(), uuid()
+    by_stamp = post.task("charge", 2).apply_async(stamped_headers=["tenant"], tenant=stamp)
+    post.wait_state("DEFERRED", [by_id, by_stamp])
+    post.client.control.revoke(by_id.id)
+    post.client.control.revoke_by_stamped_headers({"tenant": stamp})
+    _know(post, by_id.id, json.dumps(["tenant", stamp]))
+    post.restart()
+    post.close("payments")
+    post.wait_state("REVOKED", [by_id, by_stamp])
+    assert post.runs() == []
 
 
 def test_a_chord_fails_with_its_revoked_member(post: PostOffice) -> None:
@@ -43,7 +60,7 @@ def test_a_chord_fails_with_its_revoked_member(post: PostOffice) -> None:
     total = chord([post.task("charge", order) for order in range(2)], post.task("collect")).apply_async()
     post.wait_state("DEFERRED", total.parent.results)
     post.client.control.revoke(total.parent.results[0].id)
-    post.wait(lambda: post.operator.fleet.ledger.revoked([total.parent.results[0].id]), "the ledger to know")
+    post.wait_state("REVOKED", total.parent.results[:1])
     post.close("payments")
     post.wait_state("FAILURE", [total])
     assert post.runs() == [total.parent.results[1].id]

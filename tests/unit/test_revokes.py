@@ -27,12 +27,17 @@ class Book:
         self.away = False
         self.calls: list[list[str]] = []
         self.times: dict[str, float] = {}
+        self.hastened: list[tuple[str, str]] = []
 
     def revoke(self, names: Any) -> None:
         if self.away:
             raise StoreError("away")
-        self.calls.append(sorted(names))
+        if names:
+            self.calls.append(sorted(names))
         self.times.update(dict.fromkeys(names, self.now))
+
+    def hasten(self, breaker: str, task_ids: Any) -> None:
+        self.hastened += [(breaker, task_id) for task_id in task_ids]
 
     def revoked(self, names: Any) -> dict[str, float]:
         return {name: self.times[name] for name in names if name in self.times}
@@ -60,19 +65,20 @@ def stamped(task_id: str, since: float = NOW, **stamps: Any) -> Entry:
 
 def test_each_revoke_is_passed_on_once(ledger: Any) -> None:
     hearing = Hearing()
-    hearing.pass_on(ledger)
+    hearing.pass_on(ledger, ["payments"])
     seams.revoked_ids.add("a")
     seams.revoked_stamps["tenant"] = ["acme"]
-    hearing.pass_on(ledger)
-    hearing.pass_on(ledger)
+    hearing.pass_on(ledger, ["payments"])
+    hearing.pass_on(ledger, ["payments"])
     assert ledger.calls == [['["tenant", "acme"]', "a"]]
+    assert ledger.hastened == [("payments", "a")]
 
 
 def test_a_stamp_that_is_revoked_again_is_passed_on_again(ledger: Any) -> None:
     hearing = Hearing()
     for values in (["acme"], ["acme", "acme"]):
         seams.revoked_stamps["tenant"] = values
-        hearing.pass_on(ledger)
+        hearing.pass_on(ledger, ["payments"])
     assert ledger.calls == [['["tenant", "acme"]']] * 2
 
 
@@ -81,16 +87,16 @@ def test_what_the_ledger_missed_it_is_told_later(ledger: Any) -> None:
     seams.revoked_ids.add("a")
     ledger.away = True
     with pytest.raises(StoreError):
-        hearing.pass_on(ledger)
+        hearing.pass_on(ledger, ["payments"])
     ledger.away = False
-    hearing.pass_on(ledger)
+    hearing.pass_on(ledger, ["payments"])
     assert ledger.calls == [["a"]]
 
 
 def test_tasks_are_found_by_id_and_by_stamp(ledger: Any) -> None:
     seams.revoked_ids.add("a")
     seams.revoked_stamps.update(tenant=["acme"], user=[1, "2"])
-    Hearing().pass_on(ledger)
+    Hearing().pass_on(ledger, ["payments"])
     entries = [
         waiting("a"), waiting("b"), stamped("c", tenant="acme"), stamped("d", tenant=["bolt", "acme"]),
         stamped("e", tenant="bolt"), stamped("f", user=1), stamped("g", user="1"), stamped("h", user=2),
@@ -102,7 +108,7 @@ def test_tasks_are_found_by_id_and_by_stamp(ledger: Any) -> None:
 
 def test_a_revoked_stamp_concerns_only_tasks_that_had_been_sent(ledger: Any) -> None:
     seams.revoked_stamps["tenant"] = ["acme"]
-    Hearing().pass_on(ledger)
+    Hearing().pass_on(ledger, ["payments"])
     since = {"long ago": NOW - 1000, "a moment later": NOW + 1, "the day after": NOW + HEARSAY + 1}
     entries = [stamped(task_id, at, tenant="acme") for task_id, at in since.items()]
     assert revoked_among(entries, ledger) == {"long ago", "a moment later"}
