@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import redis
@@ -53,11 +54,13 @@ class Ledger:
         keys = self._keys.breaker(name)
         self._run("defer", [keys.deferred, keys.deadlines], task_id, "" if deadline is None else to_ms(deadline))
 
-    def hasten(self, name: str, task_ids: Iterable[str]) -> None:
-        """Have those of ``task_ids`` that are deferred looked at by the next tick, as if their time were over."""
-        keys, ids = self._keys.breaker(name), list(task_ids)
+    def hasten(self, names: Iterable[str], task_ids: Iterable[str]) -> None:
+        """Have the tick look at once at those of ``task_ids`` that wait for a breaker among ``names``."""
+        keys, ids = [self._keys.breaker(name) for name in names], list(task_ids)
         for start in range(0, len(ids), _PER_ROUND_TRIP):
-            self._run("hasten", [keys.deferred, keys.deadlines], *ids[start : start + _PER_ROUND_TRIP])
+            some = ids[start : start + _PER_ROUND_TRIP]
+            calls = [([breaker.deferred, breaker.deadlines], some) for breaker in keys]
+            self._server.run(partial(self._scripts["hasten"].each, calls=calls))
 
     def remove_deferred(self, name: str, task_ids: Iterable[str]) -> None:
         """Forget deferred tasks that were resumed, dead-lettered or dropped."""

@@ -60,7 +60,7 @@ class Script:
             return client.eval(self._text, len(keys), *keys, *args)
 
     def each(self, client: redis.Redis, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]]) -> list[Any]:
-        """Run it for each of several ``(keys, args)``, all in one round trip. For scripts that only read."""
+        """Run it for each of several ``(keys, args)``, all in one round trip. For scripts that may run twice."""
         replies = self._pipelined(client, calls)
         if any(isinstance(reply, NoScriptError) for reply in replies):
             client.script_load(self._text)

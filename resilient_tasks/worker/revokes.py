@@ -34,8 +34,7 @@ class Hearing:
         stamps = {header: list(values) for header, values in seams.revoked_stamps.copy().items()}
         new_ids = ids - self._ids
         ledger.revoke([*new_ids, *self._unheard(stamps)])
-        for breaker in breakers:
-            ledger.hasten(breaker, new_ids)
+        ledger.hasten(breakers, new_ids)
         self._ids = ids
         self._stamps = {header: len(values) for header, values in stamps.items()}
 

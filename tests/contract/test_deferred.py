@@ -49,15 +49,15 @@ def test_a_task_that_is_hastened_is_due_now(lab: Lab) -> None:
     breaker, now = lab.breaker(), lab.clock()
     lab.ledger.add_deferred(breaker.name, "a", deadline=now + 60)
     lab.ledger.add_deferred(breaker.name, "b")
-    lab.ledger.hasten(breaker.name, ["stranger"])
+    lab.ledger.hasten([breaker.name, "mail"], ["stranger"])
     assert breaker.snapshot().next_deadline_at == now + 60
     lab.clock.advance(1)
-    lab.ledger.hasten(breaker.name, ["b", "stranger"])
+    lab.ledger.hasten([breaker.name, "mail"], ["b", "stranger"])
     assert (breaker.snapshot().deferred, breaker.snapshot().next_deadline_at) == (2, now + 1)
     lab.clock.advance(1)
-    lab.ledger.hasten(breaker.name, ["b"])
+    lab.ledger.hasten([breaker.name, "mail"], ["b"])
     assert breaker.snapshot().next_deadline_at == now + 1
-    lab.ledger.hasten(breaker.name, [])
+    lab.ledger.hasten([breaker.name, "mail"], [])
 
 
 @SHARED

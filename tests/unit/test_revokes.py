@@ -36,8 +36,8 @@ class Book:
             self.calls.append(sorted(names))
         self.times.update(dict.fromkeys(names, self.now))
 
-    def hasten(self, breaker: str, task_ids: Any) -> None:
-        self.hastened += [(breaker, task_id) for task_id in task_ids]
+    def hasten(self, breakers: Any, task_ids: Any) -> None:
+        self.hastened += [(breaker, task_id) for breaker in breakers for task_id in task_ids]
 
     def revoked(self, names: Any) -> dict[str, float]:
         return {name: self.times[name] for name in names if name in self.times}
