@@ -42,6 +42,7 @@ class Breaker(NamedTuple):
     successes: int = 0
     failures: int = 0
     permits: tuple[Permit, ...] = ()
+    stragglers: tuple[Permit, ...] = ()
 
 
 class Call(NamedTuple):
@@ -100,7 +101,7 @@ def unwatched(breaker: Breaker | None) -> Breaker | None:
     if breaker is None:
         return None
     permits = sorted(permit._replace(unattended=None) for permit in breaker.permits)
-    return breaker._replace(permits=tuple(permits))
+    return breaker._replace(permits=tuple(permits), stragglers=tuple(sorted(breaker.stragglers)))
 
 
 def outdated(world: World, call: Call | None) -> Call | None:
@@ -108,7 +109,7 @@ def outdated(world: World, call: Call | None) -> Call | None:
     stores = [store for store in (world.shared, world.replica, world.local) if store is not None]
     if call is None or call.era in {store.era for store in stores} or call.epoch >= min(s.epoch for s in stores):
         return call
-    return Call(OUTDATED, OUTDATED, call.trial, renews=False)
+    return call._replace(era=OUTDATED, epoch=OUTDATED)
 
 
 def aged(breaker: Breaker) -> Breaker:
@@ -119,8 +120,14 @@ def aged(breaker: Breaker) -> Breaker:
         )
         for permit in breaker.permits
     )
+    stragglers = tuple(straggler._replace(left=straggler.left - 1) for straggler in breaker.stragglers)
     open_for = breaker.open_for and breaker.open_for - 1
-    return breaker._replace(open_for=open_for, permits=permits)
+    return breaker._replace(open_for=open_for, permits=permits, stragglers=_live(stragglers))
+
+
+def _live(stragglers: Iterable[Permit]) -> tuple[Permit, ...]:
+    """Return those whose lease has not run out; the others make no difference any more."""
+    return tuple(sorted(straggler for straggler in stragglers if straggler.left > 0))
 
 
 def frozen(record: Record, era: int, former: Iterable[Permit]) -> Breaker:
@@ -136,6 +143,7 @@ def frozen(record: Record, era: int, former: Iterable[Permit]) -> Breaker:
         permits=tuple(
             Permit(holder, max(0, end - NOW) // SECOND, unattended.get(holder)) for holder, end in record.trials.items()
         ),
+        stragglers=_live(Permit(holder, (end - NOW) // SECOND) for holder, end in record.stragglers.items()),
     )
 
 

@@ -135,8 +135,9 @@ class Permits:
 
         after = self._decide(world, partial(tell, call.epoch + 1, self.holders[worker]), worker=worker)
         if call.era != breaker_of(worker, world).era:
-            untold = self._decide(world, partial(tell, NEVER, NOBODY), worker=worker)
-            see(after == untold, "a report of another epoch has an effect")
+            untold = breaker_of(worker, self._decide(world, partial(tell, NEVER, NOBODY), worker=worker))
+            told = breaker_of(worker, after)._replace(stragglers=untold.stragglers)  # it frees its own permit
+            see(told == untold, "a report of another epoch has an effect")
         return after
 
     def _renew(self, worker: int, world: World, call: Call) -> World:
@@ -151,11 +152,11 @@ class Permits:
     # --- time and the store -----------------------------------------------------------------------------
 
     def _may_time_pass(self, world: World) -> bool:
-        """Who lives and does not hang renews in time, and some worker ticks."""
-        last_moment = {
-            permit.holder for permit in world.shared.permits if permit.unattended is None and permit.left < 2
-        }
-        return not last_moment and world.without_tick < TICKS
+        """Whoever lives and does not hang renews in time, and some worker ticks."""
+        renewing = {holder for holder, call in zip(self.holders, world.calls, strict=True) if call and call.renews}
+        held = [permit for store in (world.shared, world.local) if store for permit in store.permits + store.stragglers]
+        late = any(permit.holder in renewing and permit.left < 2 for permit in held)
+        return not late and world.without_tick < TICKS
 
     @staticmethod
     def _later(world: World) -> World:
@@ -177,7 +178,7 @@ class Permits:
 
     def _forgotten(self, world: World) -> World:
         """A trial whose permit the store has forgotten runs on, and nobody counts it."""
-        held = {permit.holder for permit in world.shared.permits}
+        held = {permit.holder for permit in world.shared.permits + world.shared.stragglers if permit.left}
         for worker, holder in enumerate(self.holders):
             if holder not in held and breaker_of(worker, world) is world.shared:
                 world = unrenewed(worker, world)
@@ -197,7 +198,8 @@ class Permits:
             see(record.epoch > world.told + 1, "two events for one epoch")
             world = world._replace(told=record.epoch - 1)
         after = frozen(record, next_era(world) if moved else breaker.era, breaker.permits)
-        see(sum(permit.left > 0 for permit in after.permits) <= self.trial_calls, "more permits than allowed")
+        live = sum(permit.left > 0 for permit in after.permits + after.stragglers)
+        see(live <= self.trial_calls, "more permits than allowed")
         return world._replace(local=after) if breaker is world.local else written(world, after)
 
     def _created(self) -> Record:
@@ -211,16 +213,16 @@ class Permits:
         record.open_until = None if breaker.open_for is None else NOW + breaker.open_for * SECOND
         record.trial_successes, record.trial_failures = breaker.successes, breaker.failures
         record.trials = {permit.holder: NOW + permit.left * SECOND for permit in breaker.permits}
+        record.stragglers = {permit.holder: NOW + permit.left * SECOND for permit in breaker.stragglers}
         return record
 
     # --- one state for all that are alike -----------------------------------------------------------------
 
     def _small(self, world: World) -> World:
         """See to the promises about a state and write it down in the one way that its likes are written down."""
-        for breaker, workers in ((world.shared, (0,) if world.local else (0, 1)), (world.local, (1,))):
-            trials = [call for worker in workers if (call := world.calls[worker]) and call.trial and call.renews]
-            current = [call for call in trials if breaker and call.era == breaker.era]
-            see(len(current) <= self.trial_calls, "more trials in flight than allowed")
+        for workers in ((0,), (1,)) if world.local else ((0, 1),):
+            trials = [call for worker in workers if (call := world.calls[worker]) and call.renews]
+            see(len(trials) <= self.trial_calls, "more trials in flight than allowed")
         world = world._replace(
             shared=self._attended(world, world.shared),
             replica=unwatched(world.replica) if StoreFault.ROLLED_BACK in world.faults else None,
@@ -241,4 +243,9 @@ class Permits:
             if call is None or not call.renews:
                 permit = permit._replace(unattended=permit.unattended or 0)
             permits.append(permit)
-        return breaker._replace(permits=tuple(permits))
+        stragglers = [
+            straggler if (call := calls.get(straggler.holder)) and call.trial and call.era != breaker.era
+            else straggler._replace(holder=f"gone too {number}")
+            for number, straggler in enumerate(sorted(breaker.stragglers, key=lambda straggler: straggler.left))
+        ]  # fmt: skip
+        return breaker._replace(permits=tuple(permits), stragglers=tuple(sorted(stragglers)))

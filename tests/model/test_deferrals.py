@@ -96,7 +96,7 @@ TASKS = [Task(queued, unacked, deferred) for queued, unacked, deferred in produc
 @pytest.mark.parametrize("task", TASKS)
 def test_a_deferral_is_the_step_of_the_model(server: fakeredis.FakeRedis, task: Task) -> None:
     put(server, task)
-    server.eval((SCRIPTS / "defer.lua").read_text(), 3, UNACKED, INDEX, DEFERRED, "tag", "message", "")
+    server.eval((SCRIPTS / "defer.lua").read_text(), 3, UNACKED, INDEX, DEFERRED, "tag", "message", "", "LPUSH")
     world = World((task,), (Hand(0, INDEXED),), (None,))
     [step] = Deferrals(atomic=True)._put_aside(world, 0, Hand(0, INDEXED))
     assert found(server) == places(step.after)

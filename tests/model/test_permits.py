@@ -75,6 +75,14 @@ class OnePermitTooMany(Decision):
         return True
 
 
+class StragglersForgotten(Decision):
+    """Trials that outlive their HALF_OPEN are not counted in the next."""
+
+    def _enter(self, state: State, reason: str, actor: str = "") -> None:
+        super()._enter(state, reason, actor)
+        self.record.stragglers = {}
+
+
 class AnyEpoch(Decision):
     """Reports count whatever epoch they belong to."""
 
@@ -133,6 +141,7 @@ class EpochsFromOne(Permits):
         ({"decision": LeasesLastForEver}, "longer than its lease and two ticks"),
         ({"decision": OnePermitTooMany}, "more permits than allowed"),
         ({"holders": ("task", "task")}, "more trials in flight than allowed"),
+        ({"decision": StragglersForgotten, "operated": True}, "more trials in flight than allowed"),
         ({"decision": AnyEpoch}, "a report of another epoch has an effect"),
         ({"decision": AnyTrial}, "a report of another epoch has an effect"),
         ({"decision": CountedEpochs, "store_faults": ROLLED_BACK}, "two events for one epoch"),
