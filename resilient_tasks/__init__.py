@@ -11,6 +11,7 @@ from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.errors import (
     BreakerOpenError,
     ConfigurationError,
+    DeadLetterError,
     DeferralExpiredError,
     DeferredQueueFullError,
     ResilienceError,
@@ -18,6 +19,7 @@ from resilient_tasks.errors import (
 )
 from resilient_tasks.fallback import Provenance, cached, constant
 from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.worker.dead_letters import DeadLetter
 from resilient_tasks.worker.task import ResilientTask
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "BreakerOpenError",
     "BreakerPolicy",
     "ConfigurationError",
+    "DeadLetter",
+    "DeadLetterError",
     "DeferralExpiredError",
     "DeferredQueueFullError",
     "Outcome",

@@ -24,6 +24,7 @@ from resilient_tasks.store.base import Store
 from resilient_tasks.store.redis import RedisStore
 from resilient_tasks.worker import beat
 from resilient_tasks.worker.bootsteps import ControlQueue, Membership
+from resilient_tasks.worker.dead_letters import DeadLetters
 from resilient_tasks.worker.runtime import TICK_TASK, Runtime, runtime_of
 from resilient_tasks.worker.task import ResilientTask
 
@@ -151,6 +152,17 @@ class Resilience:
             StoreError: the store is away.
         """
         return read_provenance(self.fleet.store, task_id)
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """The tasks that have failed for good, or expired, while they waited for a breaker.
+
+        Raises:
+            ConfigurationError: there is no app, and so no broker.
+        """
+        if self._app is None:
+            raise ConfigurationError("dead letters lie on the app's broker: call init_app(app) first")
+        return DeadLetters(runtime_of(self._app))
 
     def _join(self, store: Store) -> Fleet:
         ledger = store.ledger if isinstance(store, RedisStore) else None

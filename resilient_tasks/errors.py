@@ -7,6 +7,7 @@
     ├── BreakerOpenError          a breaker refused a call; carries breaker, state, retry_after
     ├── DeferralExpiredError      a task waited longer than its ``defer_for``
     ├── DeferredQueueFullError    no more tasks may be deferred: ``max_deferred``, or the memory limit
+    ├── DeadLetterError           there is no such dead letter, or it cannot be replayed
     └── StoreError                the shared store cannot be reached or is not what it should be
 
 All of them survive pickling (they cross process boundaries) and Celery's JSON result backends
@@ -90,3 +91,7 @@ class DeferredQueueFullError(ResilienceError):
         if self.memory_limit is not None:
             return f"no room to defer for breaker {self.breaker!r}: memory is at its limit of {self.memory_limit} bytes"
         return f"the deferred queue of breaker {self.breaker!r} is full (max_deferred={self.max_deferred})"
+
+
+class DeadLetterError(ResilienceError, LookupError):
+    """There is no such dead letter, or it cannot be replayed. The message names it and says why."""

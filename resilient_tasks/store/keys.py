@@ -37,7 +37,7 @@ class BreakerKeys(NamedTuple):
     window: str  # hash: slot -> bucket
     trials: str  # sorted set: holder -> end of its lease, ms
     deferred: str  # sorted set: task id -> deferred at, ms
-    deadlines: str  # sorted set: task id -> end of its defer_for, ms
+    deadlines: str  # sorted set: task id -> end of its wait, ms
     stragglers: str  # sorted set: holder -> end of its lease, ms; of a trial that outlived its HALF_OPEN
 
 

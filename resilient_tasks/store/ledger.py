@@ -50,7 +50,7 @@ class Ledger:
     # --- deferred tasks -----------------------------------------------------------------------------
 
     def add_deferred(self, name: str, task_id: str, *, deadline: float | None = None) -> None:
-        """Index a deferred task. ``deadline``: store time at which its ``defer_for`` ends."""
+        """Index a deferred task. ``deadline``: store time at which it must wait no longer."""
         keys = self._keys.breaker(name)
         self._run("defer", [keys.deferred, keys.deadlines], task_id, "" if deadline is None else to_ms(deadline))
 

@@ -166,10 +166,13 @@ class _GatedBody(_Body):
     def failed(self, exc: Exception) -> NoReturn:
         """Defer the task, unless it has used up its attempts or Celery retries it."""
         attempts = self.gated.admission.attempts + self.gated.admission.counts
-        if self.options.on_failure != DEFER or self._has_retried(exc) or attempts >= self.options.max_attempts:
+        if self.options.on_failure != DEFER or self._has_retried(exc):
             raise exc
-        cause = self.gated.verdict.cause if self.gated.verdict else ""
-        raise TaskDeferred(self.breaker.name, f"the task failed: {cause}", attempts, True) from exc
+        cause = self.gated.verdict.cause if self.gated.verdict else type(exc).__name__
+        if attempts >= self.options.max_attempts:
+            self.gated.exhausted_by = cause
+            raise exc
+        raise TaskDeferred(self.breaker.name, f"the task failed: {cause}", attempts, cause) from exc
 
     def _refusal_since(self) -> BreakerOpenError | None:
         """Return the refusal of a breaker that has opened since the gate let this run through."""

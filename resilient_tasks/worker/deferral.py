@@ -10,9 +10,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from celery.exceptions import TaskRevokedError
 from celery.states import PENDING
 
 from resilient_tasks.core.memory import MemoryLimit
@@ -61,7 +61,7 @@ class Deferral:
         self._retrying = threading.Lock()
 
     def defer(self, request: GatedRequest, ticket: Ticket, *, limited: bool = True) -> None:
-        """Put a request's message aside.
+        """Put a request's message aside: to wait, or for good if its ticket says that the task is dead.
 
         Args:
             request: whose message.
@@ -72,6 +72,17 @@ class Deferral:
             DeferredQueueFullError: the queue is at the policy's ``max_deferred``, or a server at its memory limit.
             Exception: whatever the broker raises; the message is where it was.
         """
+        if ticket.died_at:
+            self._dead_letter(request, ticket)
+        else:
+            self._defer(request, ticket, limited=limited)
+
+    def _dead_letter(self, request: GatedRequest, ticket: Ticket) -> None:
+        self._queues.defer(request.message, ticket, owned=not request.acknowledged, limit=None)
+        request.acknowledged = True
+        logger.warning("Task %s[%s] is dead-lettered: %s", request.name, request.id, ticket.reason)
+
+    def _defer(self, request: GatedRequest, ticket: Ticket, *, limited: bool) -> None:
         memory_limit = self._memory.exceeded() if limited else None
         if memory_limit is not None:
             raise DeferredQueueFullError(ticket.breaker, memory_limit=memory_limit)
@@ -144,7 +155,7 @@ class Deferral:
 
     def _index(self, task_id: str, ticket: Ticket) -> None:
         """Best-effort: the tick's stocktaking finds a message that is missing here."""
-        self._runtime.fleet.ledger.add_deferred(ticket.breaker, task_id, deadline=ticket.deadline or None)
+        self._runtime.fleet.ledger.add_deferred(ticket.breaker, task_id, deadline=ticket.ends_at)
 
     def _write_state(self, request: GatedRequest, state: str, info: dict[str, Any] | None = None) -> None:
         def write() -> None:
@@ -191,7 +202,7 @@ class DeferredTasks:
         done = {id(move) for move in made}
         for move in planned:
             if id(move) not in done:
-                ledger.add_deferred(breaker, move.entry.task_id, deadline=move.entry.ticket.deadline or None)
+                ledger.add_deferred(breaker, move.entry.task_id, deadline=move.entry.ticket.ends_at)
         return made
 
     def sift_pages(self, breaker: str, choose: Choose, *, enough: Callable[[list[Move]], bool]) -> list[Move]:
@@ -211,39 +222,64 @@ class DeferredTasks:
         return made
 
     def resume(self, entries: Sequence[Entry], epoch: int, why: str) -> list[Move]:
-        """Send tasks back to the queues that they came from; drop those that were revoked meanwhile."""
+        """Send tasks back to the queues that they came from.
+
+        Drops those that were revoked meanwhile, and dead-letters those that would not run.
+        """
         revoked = revoked_among(entries, self._runtime.fleet.ledger)
-        return [
+        moves = [
             self.drop_revoked(entry) if entry.task_id in revoked else self._resume(entry, epoch, why)
             for entry in entries
         ]
+        return [move for move in moves if move is not None]
 
-    def _resume(self, entry: Entry, epoch: int, why: str) -> Move:
+    def _resume(self, entry: Entry, epoch: int, why: str) -> Move | None:
+        now = self._runtime.fleet.view.server_now()
+        error = ended(entry, now) or entry.unreadable()
+        if error is not None:
+            return self.dead_letter(entry, error)
         self._events.send(TASK_RESUMED, uuid=entry.task_id, exception=why, traceback=None)
-        return Move(entry, self.origin(entry), entry.ticket.resume(epoch))
+        return Move(entry, self._runtime.origin(entry.ticket), entry.ticket.resume(epoch, now))
 
-    def origin(self, entry: Entry) -> str:
-        """Return the name of the queue that a task came from."""
-        return entry.ticket.origin or str(self._runtime.app.conf.task_default_queue)
+    def dead_letter(self, entry: Entry, error: Exception) -> Move | None:
+        """End a task that must wait no longer, and keep its message in the dead-letter queue.
 
-    def dead_letter(self, entry: Entry, error: Exception) -> Move:
-        """Fail a task, and keep its message in the dead-letter queue."""
+        Returns:
+            None if its result cannot be written now: it goes on waiting, and a later tick tries again.
+        """
+        try:
+            if isinstance(error, TaskRevokedError):
+                self._revoke(entry, str(error), expired=True)
+            else:
+                self._fail(entry, error)
+        except Exception as exc:  # noqa: BLE001 - whatever a result backend raises
+            logger.warning(
+                "Task %s[%s] cannot be dead-lettered yet: %s", entry.task_name, entry.task_id, type(exc).__name__
+            )
+            return None
+        logger.warning("Task %s[%s] is dead-lettered: %s", entry.task_name, entry.task_id, error)
+        ticket = entry.ticket.die(self._runtime.fleet.view.server_now(), str(error))
+        return Move(entry, self.queues.dead(ticket.breaker), ticket)
+
+    def _fail(self, entry: Entry, error: Exception) -> None:
         request = self._request(entry)
         if request is not None:
             request.fail(error)
         else:
             self._runtime.app.backend.mark_as_failure(entry.task_id, error)
-        logger.warning("Task %s[%s] is dead-lettered: %s", entry.task_name, entry.task_id, error)
-        return Move(entry, self.queues.dead(entry.ticket.breaker), replace(entry.ticket, reason=str(error)))
+            self._events.send("task-failed", uuid=entry.task_id, exception=repr(error), traceback=None)
 
     def drop_revoked(self, entry: Entry) -> Move:
         """Give a task that was revoked while it waited its result, and drop its message."""
+        self._revoke(entry, "revoked")
+        return Move(entry, None)
+
+    def _revoke(self, entry: Entry, reason: str, *, expired: bool = False) -> None:
         request = self._request(entry)
         if request is not None:
-            seams.announce_revoked(request, "revoked")
+            seams.announce_revoked(request, reason, expired=expired)
         else:
-            self._runtime.app.backend.mark_as_revoked(entry.task_id, "revoked")
-        return Move(entry, None)
+            self._runtime.app.backend.mark_as_revoked(entry.task_id, reason)
 
     def _request(self, entry: Entry) -> GatedRequest | None:
         """Return the request that a worker would make of a message; None if it could not."""
@@ -267,9 +303,11 @@ class DeferredTasks:
         self._events.close()
 
 
-def expired(entry: Entry, now: float) -> DeferralExpiredError | None:
-    """Return the error of a task that has waited longer than its ``defer_for``."""
+def ended(entry: Entry, now: float) -> DeferralExpiredError | TaskRevokedError | None:
+    """Return the error of a task that has waited longer than its ``defer_for``, or past its ``expires``."""
     ticket = entry.ticket
-    if not ticket.deadline or now < ticket.deadline:
+    if ticket.ends_at is None or now < ticket.ends_at:
         return None
+    if ticket.ends_at == ticket.expires:
+        return TaskRevokedError("expired")
     return DeferralExpiredError(ticket.breaker, now - ticket.since, ticket.deadline - ticket.since)

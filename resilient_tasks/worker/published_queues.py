@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, ClassVar
 
 from celery import Celery
@@ -14,7 +16,7 @@ from kombu import Producer, Queue
 from kombu.exceptions import OperationalError
 
 from resilient_tasks.errors import DeferredQueueFullError
-from resilient_tasks.worker.queues import Choose, Entry, Move, Queues, without_ticket
+from resilient_tasks.worker.queues import Choose, Entry, Letter, Move, Queues, without_ticket
 from resilient_tasks.worker.ticket import Ticket
 
 logger = logging.getLogger("resilient_tasks")
@@ -25,6 +27,7 @@ MOST_REQUEUED = 10
 #: Properties that belong to one delivery, or that kombu takes under a name of their own.
 _NOT_COPIED = frozenset({
     "delivery_info", "delivery_tag", "body_encoding", "application_headers", "content_type", "content_encoding",
+    "expiration",
 })  # fmt: skip
 
 
@@ -54,34 +57,41 @@ class PublishedQueues(Queues):
             Queue(queue, durable=True)(self.channel).declare()
             self._declared.add(queue)
 
-    def _publish(self, message: Any, queue: str, ticket: Ticket | None) -> bool:
-        """Publish straight to a queue; False if there is no such queue."""
+    def _publish(self, message: Any, queue: str, ticket: Ticket | None, expiration: int) -> bool:
+        """Publish straight to a queue, to be kept for ``expiration`` ms (0: for ever); False if there is none."""
         headers = without_ticket(message.headers or {})
         headers.pop("compression", None)  # kombu has unpacked the body already
         if ticket:
             headers = ticket.write(headers)
         properties = {name: value for name, value in message.properties.items() if name not in _NOT_COPIED}
-        if "expiration" in properties:  # milliseconds as text, but kombu takes seconds
-            properties["expiration"] = float(properties["expiration"]) / 1000
+        if expiration:  # milliseconds, but kombu takes seconds and truncates
+            properties["expiration"] = Fraction(expiration, 1000)
         self._returned = False
-        on_return = self._note_return if hasattr(self.channel, "events") else None  # emulated ones take everything
+        on_return = None if self._emulated else self._note_return
         Producer(self.channel, auto_declare=False, on_return=on_return).publish(
             message.body, exchange="", routing_key=queue, headers=headers, mandatory=True,
             content_type=message.content_type, content_encoding=message.content_encoding, **properties,
         )  # fmt: skip
         return not self._returned
 
+    @property
+    def _emulated(self) -> bool:
+        """Whether kombu plays the broker itself: it then takes everything, and returns messages to the end."""
+        return not hasattr(self.channel, "events")
+
     def _note_return(self, *_: Any) -> None:
         self._returned = True
 
-    def _publish_to_own(self, message: Any, queue: str, ticket: Ticket | None) -> None:
+    def _publish_to_own(self, message: Any, queue: str, ticket: Ticket) -> None:
+        """Publish to a queue where the broker must let no message expire."""
         self._declare(queue)
-        if not self._publish(message, queue, ticket):
+        ticket = replace(ticket, expiration=_expiration(message) or ticket.expiration)
+        if not self._publish(message, queue, ticket, expiration=0):
             raise OperationalError(f"queue {queue} was deleted a moment ago")
 
     def defer(self, message: Any, ticket: Ticket, *, owned: bool, limit: int | None) -> bool:
         """See :meth:`Queues.defer`."""
-        queue = self.deferred(ticket.breaker)
+        queue = self.place(ticket)
         sent_to = message.delivery_info.get("exchange")
         if sent_to:
             ticket = replace(ticket, exchange=sent_to, routing_key=message.delivery_info.get("routing_key") or "")
@@ -107,7 +117,7 @@ class PublishedQueues(Queues):
             self._settle(message.requeue)
             return
         with self._exclusive():
-            if not self._publish(message, queue, ticket if ticket.breaker else None):
+            if not self._publish(message, queue, ticket if ticket.breaker else None, _expiration(message)):
                 raise OperationalError(f"queue {queue} is gone")
         if owned:
             self._settle(message.ack)
@@ -132,16 +142,19 @@ class PublishedQueues(Queues):
                     self._make(breaker, move)
                 return made
             finally:
-                for message in reversed(messages):
-                    if not message.acknowledged:
-                        message.requeue()
+                self._requeue(messages)
+
+    def _requeue(self, messages: Sequence[Any]) -> None:
+        for message in messages if self._emulated else reversed(messages):
+            if not message.acknowledged:
+                message.requeue()
 
     def _get(self, queue: str) -> Any:
         message = self.channel.basic_get(queue)
         return None if message is None else self.channel.message_to_python(message)
 
     def _tasks(self, breaker: str, messages: Sequence[Any]) -> list[Entry]:
-        entries = {id(message): self._task_entry(message) for message in messages}
+        entries = {id(message): self._task_entry(breaker, message) for message in messages}
         for message in messages:
             if entries[id(message)] is None:
                 self._warn_of_stranger(breaker)
@@ -151,11 +164,44 @@ class PublishedQueues(Queues):
     def _make(self, breaker: str, move: Move) -> None:
         message, dead = move.entry.message, self.dead(breaker)
         if move.queue == dead:
-            self._publish_to_own(message, dead, move.ticket)
-        elif move.queue is not None and not self._publish(message, move.queue, move.ticket):
+            self._publish_to_own(message, dead, move.ticket or move.entry.ticket)
+        elif move.queue is not None and not self._send_home(move):
             logger.error("Task %s is dead-lettered: its queue %s is gone", move.entry.task_id, move.queue)
-            self._publish_to_own(message, dead, move.ticket)
+            ticket = move.entry.ticket.die(time.time(), f"its queue {move.queue} is gone")
+            self._publish_to_own(message, dead, ticket)
         message.ack()
+
+    def _send_home(self, move: Move) -> bool:
+        """Publish to the queue that a task came from, as it was; False if there is no such queue."""
+        ticket = replace(move.ticket, expiration=0) if move.ticket else None
+        expiration = _expiration(move.entry.message) or move.entry.ticket.expiration
+        return self._publish(move.entry.message, str(move.queue), ticket, expiration)
+
+    @contextlib.contextmanager
+    def letters(self, breaker: str) -> Iterator[Iterator[Letter]]:
+        """See :meth:`Queues.letters`."""
+        held: list[Any] = []
+        with self._exclusive():
+            try:
+                yield self._letters(breaker, held)
+            finally:
+                self._requeue(held)
+
+    def _letters(self, breaker: str, held: list[Any]) -> Iterator[Letter]:
+        queue = self.dead(breaker)
+        self._declare(queue)
+        while (message := self._get(queue)) is not None:
+            held.append(message)
+            raw = message.body.encode() if isinstance(message.body, str) else bytes(message.body or b"")
+            yield Letter(raw, self._task_entry(breaker, message), message)
+
+    def revive(self, breaker: str, letter: Letter, queue: str | None) -> bool:
+        """See :meth:`Queues.revive`."""
+        del breaker  # the letter itself knows where it lies
+        if queue is not None and letter.entry is not None and not self._send_home(Move(letter.entry, queue)):
+            return False
+        letter.message.ack()
+        return True
 
     def _size(self, queue: str) -> int:
         with self._connection.channel() as passing:  # a broker ends a channel that asks for a queue that is gone
@@ -171,6 +217,12 @@ class PublishedQueues(Queues):
                 if queue.startswith(f"{self.namespace}."):  # others have arguments that only their owners know
                     self._declare(queue)
             return sum(self._size(queue) for queue in queues)
+
+
+def _expiration(message: Any) -> int:
+    """Return how long the broker would keep a message, ms; 0 for as long as it takes."""
+    text = str(message.properties.get("expiration", ""))
+    return int(text) if text.isdecimal() and text.isascii() else 0
 
 
 def _bounded(get: Callable[[], Any], most: int) -> Iterator[Any]:

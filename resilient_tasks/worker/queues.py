@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from celery import Celery
+from kombu.exceptions import DecodeError
 
 from resilient_tasks.core.memory import Memory
+from resilient_tasks.worker import seams
 from resilient_tasks.worker.ticket import Ticket
 
 logger = logging.getLogger("resilient_tasks")
@@ -39,6 +42,14 @@ class Entry:
         """Name of the task; empty if the message says none."""
         return self._field("task")
 
+    def unreadable(self) -> DecodeError | None:
+        """Return the error of a message whose body no worker can decode."""
+        try:
+            _ = self.message.payload
+        except Exception as exc:  # noqa: BLE001 - whatever garbage does to a decoder
+            return DecodeError(f"the message cannot be decoded: {type(exc).__name__}")  # its text may hold secrets
+        return None
+
     def _field(self, name: str) -> str:
         headers, value = self.message.headers or {}, None
         if name in headers:
@@ -56,6 +67,26 @@ class Move:
     queue: str | None
     ticket: Ticket | None = None
 
+    @property
+    def resumes(self) -> bool:
+        """Whether the message goes back to where it came from."""
+        return self.queue is not None and not (self.ticket and self.ticket.died_at)
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """One message in a dead-letter queue.
+
+    Args:
+        raw: the message as it lies there; on brokers that show only parts of it, its body.
+        entry: what it says about its task; None if it is no task's message, or cannot be decoded.
+        message: kombu's Message as it is held open, on brokers that hold messages.
+    """
+
+    raw: bytes
+    entry: Entry | None
+    message: Any = None
+
 
 Choose = Callable[[Sequence[Entry]], Sequence[Move]]
 
@@ -69,6 +100,7 @@ class Queues(ABC):
     def __init__(self, app: Celery, namespace: str) -> None:
         self.namespace = namespace
         self._connection = app.connection_for_read(transport_options=self.transport_options)
+        self._accept = seams.accepted_types(app.conf.accept_content)
 
     def deferred(self, breaker: str) -> str:
         """Name of a breaker's deferred queue."""
@@ -77,6 +109,10 @@ class Queues(ABC):
     def dead(self, breaker: str) -> str:
         """Name of a breaker's dead-letter queue."""
         return f"{self.namespace}.dead.{breaker}"
+
+    def place(self, ticket: Ticket) -> str:
+        """Name of the queue for a message that is put aside with a ticket."""
+        return self.dead(ticket.breaker) if ticket.died_at else self.deferred(ticket.breaker)
 
     @property
     def channel(self) -> Any:
@@ -88,10 +124,11 @@ class Queues(ABC):
         with contextlib.suppress(Exception):
             self._connection.close()
 
-    def _task_entry(self, message: Any) -> Entry | None:
-        """Return the entry of a waiting task; None for a message that is none, or has no way back."""
+    def _task_entry(self, breaker: str, message: Any) -> Entry | None:
+        """Return the entry of a task that lies in a breaker's queue; None for no task's, or one without a way back."""
         with contextlib.suppress(Exception):  # whatever a stranger wrote into it
-            entry = Entry(message, Ticket.read(message.headers))
+            message.accept = self._accept
+            entry = Entry(message, replace(Ticket.read(message.headers), breaker=breaker))
             if entry.task_id and entry.task_name and not entry.ticket.origin.startswith(f"{self.namespace}."):
                 return entry
         return None
@@ -101,7 +138,7 @@ class Queues(ABC):
 
     @abstractmethod
     def defer(self, message: Any, ticket: Ticket, *, owned: bool, limit: int | None) -> bool:
-        """Put a delivered message aside.
+        """Put a delivered message aside, into the queue that its ticket says (:meth:`place`).
 
         Args:
             message: the message as it was consumed.
@@ -133,6 +170,18 @@ class Queues(ABC):
 
         The others keep their places, but what is no task goes to the dead-letter queue, so that it is in
         nobody's way. Returns the moves that were made.
+        """
+
+    @abstractmethod
+    def letters(self, breaker: str) -> AbstractContextManager[Iterator[Letter]]:
+        """Open the dead-letter queue of a breaker: everything in it, oldest first, and it stays there."""
+
+    @abstractmethod
+    def revive(self, breaker: str, letter: Letter, queue: str | None) -> bool:
+        """Move a letter, while its queue is open, to another queue without our header, or drop it.
+
+        Returns:
+            False if it is no longer there, or there is no such queue.
         """
 
     @abstractmethod

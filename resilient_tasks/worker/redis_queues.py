@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from typing import Any, ClassVar
 
@@ -13,10 +15,13 @@ from celery import Celery
 from resilient_tasks.core.memory import Memory
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.worker import seams
-from resilient_tasks.worker.queues import Choose, Entry, Move, Queues, without_ticket
+from resilient_tasks.worker.queues import Choose, Entry, Letter, Move, Queues, without_ticket
 from resilient_tasks.worker.ticket import Ticket
 
 logger = logging.getLogger("resilient_tasks")
+
+#: Dead letters that are fetched in one go.
+_PAGE = 500
 
 
 class RedisQueues(Queues):
@@ -48,7 +53,7 @@ class RedisQueues(Queues):
 
     def defer(self, message: Any, ticket: Ticket, *, owned: bool, limit: int | None) -> bool:
         """See :meth:`Queues.defer`."""
-        destination = seams.list_key(self.channel, self.deferred(ticket.breaker))
+        destination = seams.list_key(self.channel, self.place(ticket))
         bound = "" if limit is None else str(limit)
         answer = self._move_delivered(
             message, destination, _with_ticket(message, ticket), owned=owned, push="LPUSH", bound=bound
@@ -81,7 +86,7 @@ class RedisQueues(Queues):
         texts: dict[int, str | bytes] = {}
         entries: list[Entry] = []
         for text in reversed(waiting):
-            entry = self._entry(text)
+            entry = self._entry(breaker, text)
             if entry is None:
                 self._set_aside(breaker, text)
             else:
@@ -90,11 +95,11 @@ class RedisQueues(Queues):
         moves = choose(entries)
         return self._make(breaker, [(texts[id(move.entry.message)], move) for move in moves]) if moves else []
 
-    def _entry(self, text: str | bytes) -> Entry | None:
+    def _entry(self, breaker: str, text: str | bytes) -> Entry | None:
         try:
             message = self.channel.Message(seams.decode_message(text), channel=self.channel)
             deliverable = {"exchange", "routing_key"} <= message.delivery_info.keys()  # or kombu stumbles
-            return self._task_entry(message) if deliverable else None
+            return self._task_entry(breaker, message) if deliverable else None
         except Exception:  # noqa: BLE001 - whatever garbage does to a decoder
             return None
 
@@ -112,7 +117,9 @@ class RedisQueues(Queues):
         for text, move in moves:
             raw = _with_ticket(move.entry.message, move.ticket)
             index = 0
-            if move.queue is not None:
+            if move.queue == self.dead(breaker):
+                index = 2
+            elif move.queue is not None:
                 key = seams.list_key(self.channel, move.queue, seams.message_priority(self.channel, raw))
                 if key not in keys[1:]:
                     keys.append(key)
@@ -120,6 +127,31 @@ class RedisQueues(Queues):
             args += [text, index, seams.encode_message(raw)]
         moved = self._run(self._move_source, keys, args)
         return [move for (_, move), done in zip(moves, moved, strict=True) if done]
+
+    @contextmanager
+    def letters(self, breaker: str) -> Iterator[Iterator[Letter]]:
+        """See :meth:`Queues.letters`."""
+        yield self._letters(breaker)
+
+    def _letters(self, breaker: str) -> Iterator[Letter]:
+        key = seams.list_key(self.channel, self.dead(breaker))
+        for start in itertools.count(0, _PAGE):
+            page: list[Any] = self._client.lrange(key, -start - _PAGE, -start - 1)
+            for text in reversed(page):
+                entry = self._entry(breaker, text)
+                yield Letter(text, entry)
+            if len(page) < _PAGE:
+                return
+
+    def revive(self, breaker: str, letter: Letter, queue: str | None) -> bool:
+        """See :meth:`Queues.revive`."""
+        dead = seams.list_key(self.channel, self.dead(breaker))
+        destination, raw, arrives = dead, letter.raw, 0
+        if queue is not None and letter.entry is not None:
+            message = _with_ticket(letter.entry.message, None)
+            destination = seams.list_key(self.channel, queue, seams.message_priority(self.channel, message))
+            raw, arrives = seams.encode_message(message).encode(), 3
+        return bool(self._run(self._move_source, [dead, dead, destination], [letter.raw, arrives, raw]) == [1])
 
     def size(self, *queues: str) -> int:
         """See :meth:`Queues.size`."""

@@ -10,6 +10,7 @@ import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -46,10 +47,12 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         admission: the gate's answer, until the outcome of the run is settled.
         deferred: the message has been put aside, or back to its queue.
         arrival: grows from one request to the next.
+        dead: the message goes to the dead-letter queue, and is acknowledged by nobody but that move.
     """
 
     admission: Admission | None = None
     deferred = False
+    dead = False
 
     def __init__(self, message: Any, **kwargs: Any) -> None:
         super().__init__(message, **kwargs)
@@ -164,6 +167,8 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         self._settle(report)
         if report.source:
             self.send_event(TASK_FALLBACK, breaker=report.served_for, source=report.source, age=report.age)
+        if report.exhausted_by:
+            self._dead_letter(report.exhausted_by)
         return self.finish((failed, value, runtime), **kwargs)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:  # noqa: FBT001, FBT002 - Celery's signature
@@ -177,9 +182,11 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         if not return_ok:
             deferred = self._deferred_by_time_out(exc)
             self._settle(self._report_of_death(exc))
-            if deferred is not None:
+            if deferred is not None and deferred.attempts < self.task.options.max_attempts:
                 seams.task_ready(self)
                 return self.put_aside(deferred.reason, failed=deferred)
+            if deferred is not None:
+                self._dead_letter(deferred.cause)
         return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:  # noqa: FBT001 - Celery's signature
@@ -202,14 +209,12 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         return Report(Outcome.IGNORED)
 
     def _deferred_by_time_out(self, exc: BaseException) -> TaskDeferred | None:
-        """Return what the run itself would have raised, had the time limit not killed it."""
-        admission, options = self.admission, self.task.options
-        if admission is None or not isinstance(exc, TimeLimitExceeded) or options.on_failure != DEFER:
+        """Return what a run with attempts left would have raised itself, had the time limit not killed it."""
+        admission = self.admission
+        if admission is None or not isinstance(exc, TimeLimitExceeded) or self.task.options.on_failure != DEFER:
             return None
         attempts = admission.attempts + admission.counts
-        if attempts >= options.max_attempts:
-            return None
-        return TaskDeferred(self.breaker.name, "the task exceeded its time limit", attempts, True)
+        return TaskDeferred(self.breaker.name, "the task exceeded its time limit", attempts, type(exc).__name__)
 
     # --- aside ------------------------------------------------------------------------------------
 
@@ -224,30 +229,62 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
             if runtime_of(self.app).breaker(name).policy.overflow == BLOCK:
                 self.host.overflow.put_back(self, ticket if failed else self.ticket, ticket.origin, name)
             else:
-                self.fail(full)
-                self.acknowledge()
+                self._turn_away(full)
 
     def withdraw(self) -> None:
         """Let the pool have nothing to do with it any more: its message goes back to its queue."""
         self.deferred = True
         seams.task_ready(self)
 
+    def _turn_away(self, full: DeferredQueueFullError) -> None:
+        try:
+            self.fail(full)
+        except Exception:
+            logger.exception("Task %s[%s] has failed, and its result could not be written", self.name, self.id)
+        self.acknowledge()
+
     def fail(self, error: Exception) -> None:
         """Give a task that never ran its FAILURE: result, error callbacks, chord, event."""
         seams.task_ready(self)
-        try:
-            self.task.backend.mark_as_failure(self.id, error, request=self.context, store_result=self.store_errors)
-        except Exception:
-            logger.exception("Task %s[%s] has failed, and its result could not be written", self.name, self.id)
+        self.task.backend.mark_as_failure(self.id, error, request=self.context, store_result=self.store_errors)
         self.send_event("task-failed", exception=repr(error), traceback=None)
+
+    def _dead_letter(self, cause: str) -> None:
+        """Keep the message of a task that is out of attempts; its FAILURE is Celery's to write."""
+        self.dead = True
+        limit, now = self.task.options.max_attempts, self.host.now()
+        ticket = replace(
+            self.ticket, breaker=self.breaker.name, origin=self.host.origin_of(self), attempts=limit, attempted_at=now
+        )
+        ticket = ticket.die(now, f"out of attempts (max_attempts={limit}): {cause}", cause)
+        self.host.deferral.defer_or_hold(self, ticket)
+
+    def acknowledge(self) -> None:
+        """Acknowledge the message, unless it goes to the dead-letter queue."""
+        if not self.dead:
+            super().acknowledge()
+
+    def reject(self, requeue: bool = False) -> None:  # noqa: FBT001, FBT002 - Celery's signature
+        """Reject the message, unless it goes to the dead-letter queue."""
+        if not self.dead:
+            super().reject(requeue)
 
     def _next_ticket(self, breaker: str, reason: str, failed: TaskDeferred | None) -> Ticket:
         now = self.host.now()
         options = self.task.options
-        ticket = replace(self.ticket, breaker=breaker, origin=self.host.origin_of(self), reason=reason, resumed=0)
+        ticket = replace(
+            self.ticket, breaker=breaker, origin=self.host.origin_of(self), reason=reason, expires=self._expires_at(now)
+        ).defer(now, failed.cause if failed else "")  # fmt: skip
         if not ticket.since:
             ticket = replace(ticket, since=now, deadline=now + options.defer_for if options.defer_for else 0.0)
-        if failed is None or not failed.failed:
+        if failed is None or not failed.cause:
             return ticket
         delay = options.delay(self.breaker.policy, failed.attempts)
         return replace(ticket, attempts=failed.attempts, attempted_at=now, not_before=now + delay)
+
+    def _expires_at(self, now: float) -> float:
+        """Return the end of ``expires``, which is wall-clock time, on the store's clock; 0 if there is none."""
+        if not self.expires:
+            return 0.0
+        wall = datetime.now(timezone.utc if self.expires.tzinfo else None)
+        return now + max(float((self.expires - wall).total_seconds()), 0.0)

@@ -64,14 +64,14 @@ class Resumer:
             if unfailed_first:
                 due.sort(key=lambda entry: entry.ticket.attempted_at > 0)
             moves = self._tasks.resume(due[:wanted], snapshot.epoch, why)
-            going = sum(1 for move in moves if move.queue is not None)
+            going = sum(1 for move in moves if move.resumes)
             ledger.resumed(breaker.name, going)  # before they can be taken up
             wanted -= going
             return moves
 
         for move in self._tasks.sift_pages(breaker.name, choose, enough=lambda _: wanted <= 0):
-            if move.queue is not None:
-                self._origins.setdefault(breaker.name, set()).add(move.queue)
+            if move.resumes:
+                self._origins.setdefault(breaker.name, set()).add(str(move.queue))
                 resumed += 1
         if resumed < count - wanted:
             ledger.taken_up(breaker.name, count - wanted - resumed)  # somebody else has moved them

@@ -66,6 +66,7 @@ class Report(NamedTuple):
         source: the fallback that answered; "" if none did.
         age: age of a cached answer, seconds.
         served_for: the breaker whose refusal or failure the fallback answered.
+        exhausted_by: the failure that has used up the task's ``max_attempts``; "" if none has.
     """
 
     outcome: Outcome | None = None
@@ -74,6 +75,7 @@ class Report(NamedTuple):
     source: str = ""
     age: float | None = None
     served_for: str = ""
+    exhausted_by: str = ""
 
     def pack(self) -> Packed:
         """Return the same as a tuple of plain values."""
@@ -96,15 +98,15 @@ class TaskDeferred(Ignore):  # type: ignore[misc]  # Celery is untyped
         breaker: the breaker to wait for.
         reason: why, for people.
         attempts: dependency failures of this task that have counted, this one included.
-        failed: the task itself has failed (as opposed to: it was refused).
+        cause: what the failure of the task itself was, e.g. ``"ReadTimeout"``; "" if it was refused.
     """
 
-    def __init__(self, breaker: str, reason: str, attempts: int = 0, failed: bool = False) -> None:  # noqa: FBT001, FBT002 - pickled by position
-        super().__init__(breaker, reason, attempts, failed)
+    def __init__(self, breaker: str, reason: str, attempts: int = 0, cause: str = "") -> None:
+        super().__init__(breaker, reason, attempts, cause)
         self.breaker = breaker
         self.reason = reason
         self.attempts = attempts
-        self.failed = failed
+        self.cause = cause
 
     def __str__(self) -> str:
         return f"deferred, waits for breaker {self.breaker!r}: {self.reason}"
@@ -121,6 +123,7 @@ class Run:
     served: Served | None = None
     served_for: str = ""  # the breaker whose refusal or failure the fallback answered
     reported: set[str] = field(default_factory=set)  # breakers whose own guards have reported
+    exhausted_by: str = ""  # the failure that has used up the task's attempts
     within_trial: Verdict | None = None  # the worst that guards inside a trial have found
 
     def begin(self, task_id: str | None) -> bool:
@@ -149,8 +152,8 @@ class Run:
         served = (self.served.source, self.served.age, self.served_for) if self.served else ("", None, "")
         verdict = self._verdict()
         if verdict is None:
-            return Report(None, "", None, *served)
-        return Report(verdict.outcome, verdict.cause, verdict.retry_after, *served)
+            return Report(None, "", None, *served, self.exhausted_by)
+        return Report(verdict.outcome, verdict.cause, verdict.retry_after, *served, self.exhausted_by)
 
     def _verdict(self) -> Verdict | None:
         if self.admission.trial:

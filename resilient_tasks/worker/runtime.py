@@ -22,6 +22,7 @@ from resilient_tasks.fleet import Fleet
 from resilient_tasks.settings import Settings
 from resilient_tasks.worker.broker import open_queues
 from resilient_tasks.worker.queues import Queues
+from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
     from resilient_tasks.store.base import Spec
@@ -114,6 +115,10 @@ class Runtime:
     def queues(self) -> Queues:
         """The broker's queues, for a process that is no worker."""
         return open_queues(self.app, self.settings.namespace)
+
+    def origin(self, ticket: Ticket) -> str:
+        """Return the name of the queue that a task came from."""
+        return ticket.origin or str(self.app.conf.task_default_queue)
 
     @property
     def tick_scope(self) -> str:

@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 import redis
 from celery import Celery
 from celery import current_app as _current_app
 from celery.app.trace import fast_trace_task, trace_task_ret
+from celery.utils.time import maybe_iso8601
 from celery.worker import state as worker_state
 from celery.worker.request import Request
 from celery.worker.strategy import hybrid_to_proto2
+from kombu.serialization import prepare_accept_content
 from kombu.transport.virtual import Channel as VirtualChannel
 from kombu.transport.virtual import QoS as VirtualQoS
 from kombu.utils.json import dumps, loads
@@ -31,6 +34,12 @@ revoked_ids = worker_state.revoked
 
 #: Stamps this worker was told to revoke: values by header, the latest last.
 revoked_stamps: dict[str, list[Any]] = worker_state.revoked_stamps
+
+#: The content types that a worker with these ``accept_content`` takes.
+accepted_types: Callable[[object], Any] = prepare_accept_content
+
+#: Read a moment as Celery reads ``eta`` and ``expires``.
+read_moment: Callable[[object], datetime | None] = maybe_iso8601
 
 encode_message: Callable[[object], str] = dumps
 decode_message: Callable[[str | bytes], Any] = loads
@@ -71,9 +80,9 @@ def drop_header_of_amqp(request_dict: dict[str, Any], header: str) -> None:
         request_dict["properties"] = {**properties, "application_headers": others}
 
 
-def announce_revoked(request: Request, reason: str) -> None:
-    """Give a request the result, events and signals of a task that was revoked before it ran."""
-    request._announce_revoked(reason, False, None, False)
+def announce_revoked(request: Request, reason: str, *, expired: bool = False) -> None:
+    """Give a request the result, events and signals of a task that was revoked, or has expired, before it ran."""
+    request._announce_revoked(reason, False, None, expired)
 
 
 def plain_client(channel: Any) -> redis.Redis:

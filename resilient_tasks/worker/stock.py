@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from resilient_tasks.core.model import Snapshot
-from resilient_tasks.worker.deferral import DeferredTasks, expired
+from resilient_tasks.worker.deferral import DeferredTasks, ended
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.revokes import revoked_among
 
@@ -33,20 +33,21 @@ class Stocktaker:
         self._tasks = tasks
 
     def expire(self, breaker: Breaker, snapshot: Snapshot) -> None:
-        """Dead-letter tasks whose ``defer_for`` is over, drop those that were revoked."""
+        """Dead-letter tasks whose ``defer_for`` or ``expires`` is over, drop those that were revoked."""
         if snapshot.next_deadline_at is None or snapshot.next_deadline_at > snapshot.now:
             return
         give_up_at = time.monotonic() + EXPIRING
 
         def choose(entries: Sequence[Entry]) -> list[Move]:
-            moves, revoked = [], revoked_among(entries, self._runtime.fleet.ledger)
+            moves: list[Move | None] = []
+            revoked = revoked_among(entries, self._runtime.fleet.ledger)
             for entry in entries:
-                error = expired(entry, snapshot.now)
+                error = ended(entry, snapshot.now)
                 if entry.task_id in revoked:
                     moves.append(self._tasks.drop_revoked(entry))
                 elif error is not None and time.monotonic() < give_up_at:
                     moves.append(self._tasks.dead_letter(entry, error))
-            return moves
+            return [move for move in moves if move is not None]
 
         self._tasks.sift_pages(breaker.name, choose, enough=lambda _: time.monotonic() >= give_up_at)
 
@@ -72,10 +73,11 @@ class Stocktaker:
             why = f"resumed, breaker {name!r} is defined nowhere any more"
             while self._tasks.sift(name, partial(self._tasks.resume, epoch=0, why=why)):
                 logger.warning("breaker %r is defined nowhere any more: its tasks are resumed", name)
-            ledger.clear_deferred(name)
-            ledger.retire([name])
+            if self._tasks.count(name) == 0:
+                ledger.clear_deferred(name)
+                ledger.retire([name])
 
     def _index(self, breaker: str, entries: Sequence[Entry]) -> list[Move]:
         for entry in entries:
-            self._runtime.fleet.ledger.add_deferred(breaker, entry.task_id, deadline=entry.ticket.deadline or None)
+            self._runtime.fleet.ledger.add_deferred(breaker, entry.task_id, deadline=entry.ticket.ends_at)
         return []

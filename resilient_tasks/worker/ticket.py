@@ -7,18 +7,35 @@ store. The worker takes it off before the task runs: a task's ``request.headers`
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 HEADER = "x-resilient-tasks"
 
+#: Latest steps that a ticket remembers.
+MOST_STEPS = 16
+
 _MOST = 1e17  # no time and no count of ours comes near
-_TEXT, _SECONDS, _COUNT = "text", "seconds", "count"
+_TEXT, _SECONDS, _COUNT, _HISTORY = "text", "seconds", "count", "history"
 _KINDS = {
     "breaker": _TEXT, "origin": _TEXT, "reason": _TEXT, "exchange": _TEXT, "routing_key": _TEXT,
-    "since": _SECONDS, "attempted_at": _SECONDS, "not_before": _SECONDS, "deadline": _SECONDS,
-    "attempts": _COUNT, "resumed": _COUNT,
+    "since": _SECONDS, "attempted_at": _SECONDS, "not_before": _SECONDS, "deadline": _SECONDS, "expires": _SECONDS,
+    "died_at": _SECONDS, "attempts": _COUNT, "resumed": _COUNT, "expiration": _COUNT, "history": _HISTORY,
 }  # fmt: skip
+
+
+class Step(NamedTuple):
+    """One step of a task's way.
+
+    Args:
+        at: when, in seconds on the store's clock.
+        what: ``"deferred"``, ``"failed"``, ``"resumed"`` or ``"dead"``.
+        cause: what the failure was, e.g. ``"ReadTimeout"``.
+    """
+
+    at: float
+    what: str
+    cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +51,13 @@ class Ticket:
         attempted_at: when it last failed.
         not_before: earliest time to resume it.
         deadline: end of its ``defer_for``.
+        expires: end of its ``expires``.
+        died_at: when it was dead-lettered.
         resumed: epoch of the breaker in which it was last resumed; the ramp lets it pass.
         exchange: the exchange it was sent to, where resuming it goes another way.
         routing_key: what it was sent with, likewise.
+        expiration: AMQP's property of that name, ms: kept here, because the broker would drop a waiting message.
+        history: its latest steps, oldest first.
     """
 
     breaker: str = ""
@@ -47,9 +68,13 @@ class Ticket:
     attempted_at: float = 0.0
     not_before: float = 0.0
     deadline: float = 0.0
+    expires: float = 0.0
+    died_at: float = 0.0
     resumed: int = 0
     exchange: str = ""
     routing_key: str = ""
+    expiration: int = 0
+    history: tuple[Step, ...] = ()
 
     @classmethod
     def read(cls, headers: object) -> Ticket:
@@ -59,7 +84,8 @@ class Ticket:
             return _NO_TICKET
         if not isinstance(raw, Mapping) or not all(_valid(kind, raw.get(name)) for name, kind in _KINDS.items()):
             return _NO_TICKET
-        return cls(**{name: raw[name] for name in _KINDS if raw.get(name) is not None})
+        values = {name: raw[name] for name in _KINDS if raw.get(name) is not None}
+        return cls(**{**values, "history": tuple(Step(*step) for step in values.get("history", ()))})
 
     @classmethod
     def take(cls, headers: MutableMapping[str, Any]) -> Ticket:
@@ -70,11 +96,28 @@ class Ticket:
 
     def write(self, headers: Mapping[str, Any]) -> dict[str, Any]:
         """Return ``headers`` with this ticket in place of any other."""
-        return {**headers, HEADER: {name: value for name, value in asdict(self).items() if value}}
+        return {**headers, HEADER: {name: value for name in _KINDS if (value := getattr(self, name))}}
 
-    def resume(self, epoch: int) -> Ticket:
+    @property
+    def ends_at(self) -> float | None:
+        """When the wait ends at the latest: ``defer_for`` or ``expires``, whichever is first."""
+        return min((end for end in (self.deadline, self.expires) if end), default=None)
+
+    def defer(self, at: float, cause: str = "") -> Ticket:
+        """Return the ticket of the same task put aside; ``cause`` tells that, and why, it has failed."""
+        return self._after(Step(at, "failed" if cause else "deferred", cause), resumed=0, died_at=0.0)
+
+    def resume(self, epoch: int, at: float) -> Ticket:
         """Return the ticket of the same task on its way back to the origin queue."""
-        return replace(self, resumed=epoch)
+        return self._after(Step(at, "resumed"), resumed=epoch, died_at=0.0)
+
+    def die(self, at: float, reason: str, cause: str = "") -> Ticket:
+        """Return the ticket of the same task on its way to the dead-letter queue."""
+        return self._after(Step(at, "dead", cause), reason=reason, resumed=0, died_at=at)
+
+    def _after(self, step: Step, **changes: Any) -> Ticket:
+        step = step._replace(at=round(step.at, 3))  # the header travels with every message
+        return replace(self, history=(*self.history, step)[-MOST_STEPS:], **changes)
 
 
 _NO_TICKET = Ticket()
@@ -87,6 +130,14 @@ def _valid(kind: str, value: object) -> bool:
         return True
     if kind == _TEXT:
         return isinstance(value, str)
+    if kind == _HISTORY:
+        return isinstance(value, (list, tuple)) and len(value) <= MOST_STEPS and all(map(_is_step, value))
     if isinstance(value, bool) or not isinstance(value, int if kind == _COUNT else (int, float)):
         return False
     return 0 <= value < _MOST  # neither NaN nor infinity is
+
+
+def _is_step(value: object) -> bool:
+    if not isinstance(value, (list, tuple)) or len(value) != len(Step._fields) or None in value:
+        return False
+    return all(map(_valid, (_SECONDS, _TEXT, _TEXT), value))

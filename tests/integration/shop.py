@@ -131,6 +131,13 @@ def poison(self, dependency: str) -> str:
     return call(dependency)
 
 
+@app.task(bind=True, breaker="tolerant", max_attempts=1, time_limit=1)
+def fragile(self, *args, dependency: str) -> list:
+    """A task whose first failure is its last; tells what it sees of its message."""
+    call(dependency)
+    return [self.request.id, self.request.headers, self.request.delivery_info["priority"], self.request.reply_to]
+
+
 @app.task(breaker="tolerant")
 def antidote() -> str:
     return call("tolerant")

@@ -60,7 +60,7 @@ def test_a_dependency_failure_puts_the_task_aside(app: Celery, payments: Breaker
     task = app.task(shared=False, breaker="payments", name="t")(failing(ConnectionError()))
     deferred, report = gated(task, Admission("payments", attempts=2, counts=True))
     assert isinstance(deferred, TaskDeferred)
-    assert (deferred.breaker, deferred.attempts, deferred.failed) == ("payments", 3, True)
+    assert (deferred.breaker, deferred.attempts, deferred.cause) == ("payments", 3, "ConnectionError")
     assert report == Report(Outcome.FAILURE, "ConnectionError")
 
 
@@ -68,7 +68,17 @@ def test_the_last_attempt_fails_for_good(app: Celery, payments: Breaker, clock: 
     task = app.task(shared=False, breaker="payments", name="t", max_attempts=3)(failing(ConnectionError("still")))
     error, report = gated(task, Admission("payments", attempts=2, counts=True))
     assert isinstance(error, ConnectionError)
-    assert report.outcome is Outcome.FAILURE
+    assert report == Report(Outcome.FAILURE, "ConnectionError", exhausted_by="ConnectionError")
+
+
+@pytest.mark.parametrize("options", [{"on_failure": "raise"}, {"autoretry_for": (ConnectionError,), "max_retries": 0}])
+def test_attempts_are_used_up_only_where_failures_are_deferred(
+    app: Celery, payments: Breaker, clock: Clock, options: dict[str, Any]
+) -> None:
+    task = app.task(shared=False, breaker="payments", name="t", max_attempts=1, **options)(failing(ConnectionError()))
+    error, report = gated(task, Admission("payments", counts=True))
+    assert isinstance(error, ConnectionError)
+    assert report.exhausted_by == ""
 
 
 def test_a_refused_run_is_deferred_failed_or_served(app: Celery, payments: Breaker, clock: Clock) -> None:
@@ -91,7 +101,7 @@ def test_a_breaker_that_opened_on_the_way_refuses(app: Celery, payments: Breaker
     force(payments, "OPEN")
     value, report = gated(task, Admission("payments"))
     assert isinstance(value, TaskDeferred)
-    assert not value.failed
+    assert not value.cause
     assert report == Report()
 
 

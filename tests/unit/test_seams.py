@@ -126,6 +126,32 @@ def test_a_request_is_made_of_a_message_of_either_protocol(app: Celery, protocol
     assert (request.id, request.args, request._context.errbacks) == ("an-id", [21], ["an-errback"])
 
 
+def test_announce_revoked_tells_what_has_expired(app: Celery) -> None:
+    events: list[Any] = []
+    request = request_of(app)
+    request._eventer = SimpleNamespace(enabled=True, send=lambda kind, **fields: events.append((kind, fields)))
+    app.tasks["double"].send_events = True
+    seams.announce_revoked(request, "expired", expired=True)
+    assert [(kind, fields["expired"]) for kind, fields in events] == [("task-revoked", True)]
+    assert str(app.AsyncResult("an-id").result) == "expired"
+
+
+@pytest.mark.parametrize("accepted", [["json"], ["json", "pickle"]])
+def test_accepted_types_are_those_that_a_worker_takes(app: Celery, accepted: list[str]) -> None:
+    app.conf.accept_content = accepted
+    with app.connection_for_read() as connection:
+        consumer = MessageConsumer(connection, auto_declare=False, accept=app.conf.accept_content)
+        assert seams.accepted_types(app.conf.accept_content) == consumer.accept
+
+
+@pytest.mark.parametrize("text", ["2030-01-01T00:00:00Z", "2030-01-01T00:00:00.5+02:00", "2030-01-01T00:00:00"])
+def test_a_moment_is_read_as_a_request_reads_it(app: Celery, text: str) -> None:
+    moment, expires = seams.read_moment(text), request_of(app, expires=text).expires
+    assert moment is not None
+    assert moment.replace(tzinfo=None) == expires.replace(tzinfo=None)
+    assert seams.read_moment(None) is None
+
+
 # --- running a task -------------------------------------------------------------------------------
 
 

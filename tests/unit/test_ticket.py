@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from kombu.utils.json import dumps, loads
 
 from resilient_tasks.worker.request import GatedRequest
-from resilient_tasks.worker.ticket import HEADER, Ticket
+from resilient_tasks.worker.ticket import HEADER, MOST_STEPS, Step, Ticket
 
 SECONDS = st.floats(min_value=0, max_value=1e12)
 COUNTS = st.integers(min_value=0, max_value=10**12)
 TICKETS = st.builds(
     Ticket, breaker=st.text(), origin=st.text(), reason=st.text(), since=SECONDS, attempts=COUNTS, attempted_at=SECONDS,
-    not_before=SECONDS, deadline=SECONDS, resumed=COUNTS, exchange=st.text(), routing_key=st.text(),
+    not_before=SECONDS, deadline=SECONDS, expires=SECONDS, died_at=SECONDS, resumed=COUNTS, exchange=st.text(),
+    routing_key=st.text(), expiration=COUNTS,
+    history=st.lists(st.builds(Step, SECONDS, st.text(), st.text()), max_size=MOST_STEPS).map(tuple),
 )  # fmt: skip
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
@@ -41,6 +43,11 @@ def test_a_ticket_survives_the_message(ticket: Ticket) -> None:
 @example({"since": float("inf")})
 @example({"attempts": True})
 @example({"unknown": {"nested": [[[]]]}})
+@example({"history": [[1.0, "deferred", ""]] * (MOST_STEPS + 1)})
+@example({"history": [[1.0, "deferred"]]})
+@example({"history": [[1.0, "deferred", None]]})
+@example({"history": [["1", "deferred", ""]]})
+@example({"history": {"at": 1}})
 def test_whatever_stands_in_the_header_a_sane_ticket_is_read(value: Any) -> None:
     ticket = Ticket.read({HEADER: value})
     assert Ticket.read(loads(dumps(ticket.write({})))) == ticket
@@ -97,4 +104,6 @@ def test_a_ticket_is_small() -> None:
 
 def test_resuming_marks_the_epoch_and_keeps_the_rest() -> None:
     ticket = Ticket(breaker="payments", origin="celery", attempts=2, since=1.0)
-    assert ticket.resume(7) == Ticket(breaker="payments", origin="celery", attempts=2, since=1.0, resumed=7)
+    assert ticket.resume(7, at=2.0) == Ticket(
+        breaker="payments", origin="celery", attempts=2, since=1.0, resumed=7, history=(Step(2.0, "resumed"),)
+    )

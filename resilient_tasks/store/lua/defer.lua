@@ -1,7 +1,7 @@
 -- defer(task_id, deadline) -> nothing
--- Index a deferred task under the time of its first deferral, and the end of its defer_for, if any.
+-- Index a deferred task under the time of its first deferral, and the end of its wait (defer_for, expires), if any.
 -- KEYS  1 deferred    sorted set   task id -> deferred at, ms
---       2 deadlines   sorted set   task id -> end of its defer_for, ms
+--       2 deadlines   sorted set   task id -> end of its wait, ms
 -- ARGV  1 task_id
 --       2 deadline    ms, or empty
 

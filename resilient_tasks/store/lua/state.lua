@@ -6,7 +6,7 @@
 --       2 window     hash         slot -> "index calls failures slow latest" of one bucket
 --       3 trials     sorted set   holder of a permit -> end of its lease, ms
 --       4 deferred   sorted set   task id -> deferred at, ms
---       5 deadlines  sorted set   task id -> end of its defer_for, ms
+--       5 deadlines  sorted set   task id -> end of its wait, ms
 --       6 stragglers sorted set   like trials, of trials that outlived their HALF_OPEN
 -- ARGV  1 name       of the breaker
 --       2 channel    on which changes are published

@@ -1,0 +1,225 @@
+"""Dead letters: tasks that failed for good, or expired, while they waited; kept until somebody decides.
+
+``Resilience.dead_letters`` is the one way to them, from any process: a shell, a script, a web process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from celery import states
+
+from resilient_tasks.errors import DeadLetterError
+from resilient_tasks.worker import seams
+from resilient_tasks.worker.queues import Entry, Letter, without_ticket
+from resilient_tasks.worker.ticket import Step, Ticket
+
+if TYPE_CHECKING:
+    from resilient_tasks.worker.runtime import Runtime
+
+logger = logging.getLogger("resilient_tasks")
+
+UNDECODABLE = "undecodable"
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """One task that has ended in a dead-letter queue. Times are seconds since the epoch on the store's clock.
+
+    Args:
+        task_id: id of the task; ``"undecodable-..."`` for a message that names none.
+        task: name of the task; "" if the message names none.
+        breaker: the breaker that it waited for.
+        origin: name of the queue that it came from and is replayed to; "" if nobody knows.
+        reason: why it is dead.
+        since: when it was first deferred; None if it never was.
+        died_at: when it was dead-lettered; None if nobody knows.
+        attempts: dependency failures of its own that have counted.
+        history: its latest steps, oldest first.
+        args: its positional arguments as its sender has abbreviated them for people.
+        kwargs: its keyword arguments in the same way.
+        headers: the message's headers as they were published.
+        body: the message's body as it was published; for what cannot be decoded, all that there is.
+    """
+
+    task_id: str
+    task: str
+    breaker: str
+    origin: str
+    reason: str
+    since: float | None
+    died_at: float | None
+    attempts: int
+    history: tuple[Step, ...]
+    args: str
+    kwargs: str
+    headers: Mapping[str, Any]
+    body: bytes
+
+
+class DeadLetters:
+    """The dead letters of one app's breakers.
+
+    ``breaker=None`` means those of all breakers that the app defines; any name may be given, also of a
+    breaker that is defined no more. Whatever the broker raises comes through.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._queues = runtime.queues
+
+    def count(self, breaker: str | None = None) -> dict[str, int]:
+        """Return the number of dead letters by breaker."""
+        return {name: self._queues.size(self._queues.dead(name)) for name in self._names(breaker)}
+
+    def list(self, breaker: str | None = None, *, limit: int = 100) -> tuple[DeadLetter, ...]:
+        """Return the oldest dead letters, at most ``limit`` of each breaker."""
+        return tuple(letter for name in self._names(breaker) for letter in self._oldest(name, limit))
+
+    def show(self, task_id: str, *, breaker: str | None = None) -> DeadLetter:
+        """Return one dead letter.
+
+        Raises:
+            DeadLetterError: there is none of that id.
+        """
+        shown: dict[str, DeadLetter] = {}
+
+        def show(name: str, letter: Letter) -> None:
+            shown[task_id] = _describe(name, letter)
+
+        self._each((task_id,), breaker, show)
+        return shown[task_id]
+
+    def replay(self, *task_ids: str, breaker: str | None = None) -> None:
+        """Send tasks again as they were first published, straight to the queues that they came from.
+
+        They start afresh: no attempts, a whole ``defer_for``, and PENDING as their state. On Redis each is in
+        exactly one place all the time; on other brokers a crash may leave a second copy, never none.
+
+        Raises:
+            DeadLetterError: there is none of that id, it is no task, its ``expires`` is over, or its queue is gone;
+                all the others are replayed.
+        """
+        self._each(task_ids, breaker, self._replay)
+
+    def drop(self, *task_ids: str, breaker: str | None = None) -> None:
+        """Delete dead letters.
+
+        Raises:
+            DeadLetterError: there is none of that id; all the others are dropped.
+        """
+        self._each(task_ids, breaker, self._drop)
+
+    def _names(self, breaker: str | None) -> tuple[str, ...]:
+        return tuple(self._runtime.breakers) if breaker is None else (breaker,)
+
+    def _oldest(self, breaker: str, limit: int) -> Iterator[DeadLetter]:
+        with self._queues.letters(breaker) as letters:
+            for letter in itertools.islice(letters, limit):
+                yield _describe(breaker, letter)
+
+    def _each(self, task_ids: tuple[str, ...], breaker: str | None, act: Callable[[str, Letter], None]) -> None:
+        """Do something to the letter of each id; complain only after all the others are served."""
+        names, wanted, complaints = self._names(breaker), set(task_ids), []
+        for name in names:
+            with self._queues.letters(name) as letters:
+                for task_id, letter in _find(letters, wanted).items():
+                    wanted.discard(task_id)
+                    try:
+                        act(name, letter)
+                    except DeadLetterError as error:
+                        complaints.append(str(error))
+        places = ", ".join(repr(name) for name in names) or "none"
+        complaints += [f"no dead letter has the id {task_id!r}; breakers asked: {places}" for task_id in sorted(wanted)]
+        if complaints:
+            raise DeadLetterError("; ".join(complaints))
+
+    def _replay(self, breaker: str, letter: Letter) -> None:
+        entry = letter.entry
+        if entry is None or entry.unreadable():
+            raise DeadLetterError(f"dead letter {_id_of(letter)!r} cannot be replayed: it is {UNDECODABLE}")
+        if _is_over(entry):
+            raise DeadLetterError(f"dead letter {entry.task_id!r} cannot be replayed: its expires is over")
+        self._reset_result(entry)
+        origin = self._runtime.origin(entry.ticket)
+        if not self._queues.revive(breaker, letter, origin):
+            raise DeadLetterError(
+                f"dead letter {entry.task_id!r} is not replayed: it, or its queue {origin!r}, is there no more"
+            )
+        logger.info("Task %s[%s] is replayed to %s", entry.task_name, entry.task_id, origin)
+
+    def _drop(self, breaker: str, letter: Letter) -> None:
+        if not self._queues.revive(breaker, letter, None):
+            raise DeadLetterError(f"dead letter {_id_of(letter)!r} is there no more")
+        logger.info("dead letter %s of breaker %r is dropped", _id_of(letter), breaker)
+
+    def _reset_result(self, entry: Entry) -> None:
+        """Let callers wait again; a backend never replaces a SUCCESS, of a copy that somebody else has replayed."""
+        if entry.message.headers.get("ignore_result"):
+            return
+        try:
+            self._runtime.app.backend.store_result(entry.task_id, None, states.PENDING)
+        except Exception as exc:  # noqa: BLE001 - whatever a result backend raises: the task comes first
+            logger.warning("the result of task %s could not be reset: %s", entry.task_id, type(exc).__name__)
+
+
+def _find(letters: Iterator[Letter], wanted: set[str]) -> dict[str, Letter]:
+    """Return the oldest letter of each id, looking no further than needed."""
+    found: dict[str, Letter] = {}
+    missing = set(wanted)
+    while missing and (letter := next(letters, None)) is not None:
+        task_id = _id_of(letter)
+        if task_id in missing:
+            found[task_id] = letter
+            missing.discard(task_id)
+    return found
+
+
+def _id_of(letter: Letter) -> str:
+    if letter.entry is not None:
+        return letter.entry.task_id
+    return f"{UNDECODABLE}-{hashlib.sha256(letter.raw).hexdigest()[:16]}"
+
+
+def _is_over(entry: Entry) -> bool:
+    """Whether a worker would discard the task unrun, because its ``expires`` has passed."""
+    expires = entry.message.headers.get("expires")
+    try:
+        moment = seams.read_moment(expires)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return moment is not None and moment < datetime.now(timezone.utc if moment.tzinfo else None)
+
+
+def _describe(breaker: str, letter: Letter) -> DeadLetter:
+    entry = letter.entry
+    ticket = entry.ticket if entry else Ticket()
+    headers = without_ticket(entry.message.headers) if entry else {}
+    return DeadLetter(
+        task_id=_id_of(letter),
+        task=entry.task_name if entry else "",
+        breaker=breaker,
+        origin=ticket.origin,
+        reason=ticket.reason if entry else UNDECODABLE,
+        since=ticket.since or None,
+        died_at=ticket.died_at or None,
+        attempts=ticket.attempts,
+        history=ticket.history,
+        args=str(headers.get("argsrepr", "")),
+        kwargs=str(headers.get("kwargsrepr", "")),
+        headers=headers,
+        body=_body(letter),
+    )
+
+
+def _body(letter: Letter) -> bytes:
+    if letter.entry is None:
+        return letter.raw
+    body = letter.entry.message.body
+    return body.encode() if isinstance(body, str) else bytes(body)
