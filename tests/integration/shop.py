@@ -14,6 +14,7 @@ from celery import Celery
 from resilient_tasks import Resilience, cached, constant
 from resilient_tasks.core.model import State
 from resilient_tasks.worker import heart, tick
+from tests.integration.trials import visit
 
 SIDE: Any = redis.Redis.from_url(os.environ["SHOP_SIDE_URL"], decode_responses=True)  # tests look over its shoulder
 
@@ -45,6 +46,7 @@ payments = resilience.breaker("payments", **QUICK)
 accounts = resilience.breaker("accounts", **QUICK)
 probed = resilience.breaker("probed", **QUICK)
 tolerant = resilience.breaker("tolerant", **{**QUICK, "consecutive_failures": None, "minimum_calls": 1000})
+knocked = resilience.breaker("knocked", **QUICK)
 narrow = resilience.breaker("narrow", **QUICK, max_deferred=2)
 blocking = resilience.breaker("blocking", **QUICK, max_deferred=2, overflow="block")
 
@@ -123,6 +125,12 @@ def ship(order: int) -> int:
 @probed.probe
 def probe() -> None:
     call("probed")
+
+
+@app.task(breaker="knocked")
+def knock(order: int) -> int:
+    visit(SIDE.get("service"), "knocked", caller=os.getpgrp())
+    return order
 
 
 @app.task(bind=True, breaker="tolerant", max_attempts=2)

@@ -51,8 +51,8 @@ class Service:
 
         class Desk(socketserver.StreamRequestHandler):
             def handle(self) -> None:
-                name, pid = self.rfile.readline().split()
-                service._serve(self.request, name.decode(), int(pid))
+                name, caller = self.rfile.readline().split()
+                service._serve(self.request, name.decode(), int(caller))
 
         with socketserver.ThreadingTCPServer((LOCALHOST, 0), Desk) as server:
             server.daemon_threads, server.block_on_close = True, False
@@ -61,27 +61,27 @@ class Service:
             server.shutdown()
 
     def visitors(self) -> list[int]:
-        """Ids of the processes that have a trial in flight."""
+        """The callers that have a trial in flight."""
         with self._lock:
-            return sorted(pid for pids in self._visitors.values() for pid in pids)
+            return sorted(caller for callers in self._visitors.values() for caller in callers)
 
-    def _serve(self, connection: socket.socket, name: str, pid: int) -> None:
+    def _serve(self, connection: socket.socket, name: str, caller: int) -> None:
         with self._lock:
-            self._visitors[name].append(pid)
+            self._visitors[name].append(caller)
             self.most[name] = max(self.most[name], len(self._visitors[name]))
             seconds, verdict = self._choices.choice((SHORT, LONG)), self._choices.random() < self.healthy
         gone, _, _ = select.select([connection], [], [], seconds)
         with self._lock:
-            self._visitors[name].remove(pid)
+            self._visitors[name].remove(caller)
         if not gone:
             connection.sendall(b"y" if verdict else b"n")
 
 
-def visit(address: str, name: str) -> None:
-    """Call the service for a breaker; fail if it says so."""
+def visit(address: str, name: str, *, caller: int) -> None:
+    """Call the service for a breaker, and tell who calls; fail if it says so."""
     host, port = address.split(":")
     with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(f"{name} {os.getpid()}\n".encode())
+        connection.sendall(f"{name} {caller}\n".encode())
         if connection.recv(1) != b"y":
             raise ConnectionError(f"{name} is down")
 
@@ -97,7 +97,7 @@ def call_all_the_time(store_url: str, address: str, seed: int) -> None:
         with suppress(BreakerOpenError, ConnectionError), guard:
             if not _holds_permit(guard):
                 raise ConnectionError("closed")
-            visit(address, breaker.name)
+            visit(address, breaker.name, caller=os.getpid())
         time.sleep(PACE)
 
 
