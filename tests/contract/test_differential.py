@@ -210,6 +210,22 @@ def recover(draw: Draw) -> Step:
 
 
 @st.composite
+def outlive(draw: Draw) -> Step:
+    """Begin a long trial, have others fail until the breaker opens, and wait for the next HALF_OPEN."""
+    n, holder = draw(numbers), draw(st.sampled_from("abcdef"))
+
+    def step(pair: Pair) -> None:
+        pair.pass_until(pair.last.open_until if pair.last else None)
+        if pair.both("acquire", pair.spec(n), holder, lease=10_000.0).trial:
+            pair.permits[holder] = pair.clocks[0]() + 10_000.0
+        while pair.both("acquire", pair.spec(n), "quick", lease=60.0).trial:
+            pair.both("settle", pair.spec(n), "quick", Outcome.FAILURE, pair.evidence(0, ()))
+        pair.pass_until(pair.last.open_until if pair.last else None)
+
+    return step
+
+
+@st.composite
 def back_from_the_operator(draw: Draw) -> Step:
     n = draw(numbers)
 
@@ -240,7 +256,8 @@ over = st.tuples(trip(), recover(), pass_one_of_the_policys_times(), look()).map
 operated = st.tuples(command(), st.one_of(record(), trip(), ask(), command(), *times), back_from_the_operator()).map(
     list
 )
-chapters = st.one_of(healthy, outage, outage, on_trial, on_trial, over, operated)
+straggling = st.tuples(trip(), outlive(), ask(), ask(), settle(), renew(), look()).map(list)
+chapters = st.one_of(healthy, outage, outage, on_trial, on_trial, straggling, over, operated)
 stories = st.lists(chapters, min_size=6, max_size=12).map(lambda story: [step for chapter in story for step in chapter])
 
 
