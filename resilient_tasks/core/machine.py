@@ -85,6 +85,26 @@ class Decision:
             self._count_trial(outcome)
             self._judge(cause, retry_after)
 
+    def begin_health_check(self, since: int) -> bool:
+        """Return whether it is the caller who makes a health check: nobody has begun one since ``since``."""
+        last = self.record.checked_at
+        if last is not None and last >= since:
+            return False
+        self.record.checked_at = self.now
+        return True
+
+    def report_health_check(
+        self, epoch: int, outcome: Outcome, limit: int, cause: str = "", retry_after: int | None = None
+    ) -> None:
+        """Count a health check made while tasks are admitted; ``limit`` failures in a row open the breaker."""
+        record = self.record
+        if record.state not in COUNTING or not self._is_current(epoch):
+            return
+        record.failed_checks = record.failed_checks + 1 if outcome is Outcome.FAILURE else 0
+        if record.failed_checks >= limit and not record.would_open:
+            failed = f"health check failed {record.failed_checks} times in a row"
+            self._trip(_with_cause(failed, cause), retry_after)
+
     def command(self, verb: Verb, reason: str = "", actor: str = "") -> None:
         """Carry out an operator's verb."""
         target = _TARGETS[verb]
@@ -110,7 +130,7 @@ class Decision:
         self._count(outcome, tripped_at or count)
         if tripped_at is None:
             return
-        self._trip(cause, retry_after)
+        self._trip(self._why(cause), retry_after)
         if self.record.state in COUNTING:
             self._count(outcome, count - tripped_at)
 
@@ -151,8 +171,7 @@ class Decision:
             record.row = 0
             record.last_success_at = self.now
 
-    def _trip(self, cause: str, retry_after: int | None) -> None:
-        reason = self._why(cause)
+    def _trip(self, reason: str, retry_after: int | None) -> None:
         if self.record.state is State.CLOSED:
             self._open(reason, retry_after=retry_after)
         else:
@@ -164,13 +183,13 @@ class Decision:
         """Return why the breaker trips now, in words."""
         record = self.record
         figures = record.figures(self.now)
-        last = f", last: {cause}" if cause else ""
         rate = record.rules.rate_trips(figures)
         if rate is None:
-            return f"{record.row} consecutive failures{last}"
+            return _with_cause(f"{record.row} consecutive failures", cause)
         part = figures.failures if rate == "failure" else figures.slow
         percent = (200 * part + figures.calls) // (2 * figures.calls)
-        return f"{rate} rate {percent} % of {figures.calls} calls{last if rate == 'failure' else ''}"
+        reason = f"{rate} rate {percent} % of {figures.calls} calls"
+        return _with_cause(reason, cause) if rate == "failure" else reason
 
     # --- trials ---------------------------------------------------------------------------------
 
@@ -211,9 +230,8 @@ class Decision:
             self._enter(State.CLOSED, f"{record.trial_successes} of {rules.trial_calls} trials succeeded")
             record.ramp_since = self.now
         elif record.trial_failures > rules.trial_calls - rules.needed:
-            last = f", last: {cause}" if cause else ""
             failed = f"{record.trial_failures} of {rules.trial_calls} trials failed"
-            self._open(f"{failed}{last}", retry_after=retry_after)
+            self._open(_with_cause(failed, cause), retry_after=retry_after)
 
     # --- transitions ----------------------------------------------------------------------------
 
@@ -232,7 +250,7 @@ class Decision:
         running = {**record.stragglers, **record.trials}
         record.stragglers = {holder: end for holder, end in running.items() if end > self.now}
         record.trials = {}
-        record.row = record.trial_successes = record.trial_failures = 0
+        record.row = record.trial_successes = record.trial_failures = record.failed_checks = 0
         record.open_until = record.ramp_since = None
         record.would_open = False
         record.state, record.since, record.reason, record.actor = state, self.now, reason, actor
@@ -246,7 +264,7 @@ class Decision:
         """Reset a breaker that is CLOSED already: nobody needs to be told of a transition."""
         record = self.record
         record.window.clear()
-        record.row = record.openings = 0
+        record.row = record.openings = record.failed_checks = 0
         record.ramp_since = None
         self._announce()
 
@@ -271,3 +289,7 @@ class Decision:
             slow=figures.slow,
             would_open=record.would_open,
         )
+
+
+def _with_cause(reason: str, cause: str) -> str:
+    return f"{reason}, last: {cause}" if cause else reason

@@ -75,6 +75,8 @@ class Snapshot:
     total_failures: int = 0  # failures ever counted, trials included
     ramp_since: float | None = None  # CLOSED out of HALF_OPEN: when; otherwise None
     would_open: bool = False  # SHADOW: the rules would have opened it
+    failed_checks: int = 0  # CLOSED, SHADOW: failed health checks in a row
+    checked_at: float | None = None  # when the last health check began that the store gave leave for
     deferred: int = 0
     oldest_deferred_at: float | None = None
     next_deadline_at: float | None = None  # earliest end of a deferred task's ``defer_for``

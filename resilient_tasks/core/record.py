@@ -55,8 +55,14 @@ class Rules(NamedTuple):
     needed: int
 
     @classmethod
-    def of(cls, policy: BreakerPolicy, revision: int) -> Rules:
-        """Translate a policy."""
+    def of(cls, policy: BreakerPolicy, revision: int, in_a_row: int | None = None) -> Rules:
+        """Translate a policy.
+
+        Args:
+            policy: of the breaker.
+            revision: orders declarations of one breaker.
+            in_a_row: so many trials are made and none may fail, whatever the policy says of trials.
+        """
         return cls(
             revision=revision,
             failure_rate=policy.failure_rate_threshold,
@@ -69,8 +75,8 @@ class Rules(NamedTuple):
             open_growth=policy.open_multiplier,
             max_open_time=max(1, to_ms(policy.max_open_duration)),
             open_jitter=policy.open_jitter,
-            trial_calls=policy.trial_calls,
-            needed=policy.needed_successes,
+            trial_calls=in_a_row or policy.trial_calls,
+            needed=in_a_row or policy.needed_successes,
         )
 
     def or_newer(self, declared: Rules) -> Rules:
@@ -119,6 +125,8 @@ class Record:
     total_failures: int = 0
     ramp_since: int | None = None
     would_open: bool = False
+    failed_checks: int = 0  # in a row, while no task decides
+    checked_at: int | None = None  # when somebody last began a health check
     window: Window = field(default_factory=Window)
     trials: dict[str, int] = field(default_factory=dict)  # holder of a permit -> end of its lease
     stragglers: dict[str, int] = field(default_factory=dict)  # the same, of trials that outlived their HALF_OPEN
@@ -160,6 +168,8 @@ class Record:
             total_failures=snapshot.total_failures,
             ramp_since=here(snapshot.ramp_since),
             would_open=snapshot.would_open,
+            failed_checks=snapshot.failed_checks,
+            checked_at=here(snapshot.checked_at),
         )
 
     def figures(self, now: int) -> Totals:
@@ -209,6 +219,8 @@ class Record:
             total_failures=self.total_failures,
             ramp_since=to_seconds(self.ramp_since),
             would_open=self.would_open,
+            failed_checks=self.failed_checks,
+            checked_at=to_seconds(self.checked_at),
             deferred=deferred,
             oldest_deferred_at=to_seconds(oldest_deferred_at),
             next_deadline_at=to_seconds(next_deadline_at),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, Verb
+from resilient_tasks.core.record import Rules
 from resilient_tasks.policy import BreakerPolicy
 
 
@@ -20,12 +21,18 @@ class Spec:
     """A breaker as a process declares it.
 
     ``revision`` orders declarations of one name across a rolling deploy: the store keeps the policy
-    with the highest revision and every decision follows that one.
+    with the highest revision and every decision follows that one. ``in_a_row``, if a probe asks for it, is the
+    number of trials, of which none may fail, that replaces what the policy says of trials.
     """
 
     name: str
     policy: BreakerPolicy = field(default_factory=BreakerPolicy)
     revision: int = 0
+    in_a_row: int | None = None
+
+    def rules(self) -> Rules:
+        """Return what decisions follow."""
+        return Rules.of(self.policy, self.revision, self.in_a_row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +86,22 @@ class Store(Protocol):
 
     def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
         """Carry out an operator's verb. A verb that leads to the present state makes no transition."""
+
+    # --- health checks --------------------------------------------------------------------------
+
+    def begin_health_check(self, spec: Spec, *, since: float) -> bool:
+        """Return whether it is the caller who makes a health check; False if somebody has begun one since.
+
+        ``since`` is an instant on the store's clock.
+        """
+
+    def report_health_check(
+        self, spec: Spec, outcome: Outcome, evidence: Evidence, *, limit: int, jitter: float = 0.0
+    ) -> Answer:
+        """Count a health check made while CLOSED or SHADOW; ``limit`` failures in a row open the breaker.
+
+        ``evidence`` gives epoch, cause and retry_after; its ``runs`` are not used.
+        """
 
     # --- small values ---------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@ a ``LocalStore`` that goes on from the last state this process knew: OPEN is hon
 what an operator has set stays set, counts begin anew. The first answer of the shared store ends that, and
 what was decided locally is forgotten.
 
-Operator's verbs and kept values cannot be made up by one process: there a ``StoreError`` reaches the caller.
+Operator's verbs, health checks and kept values cannot be made up by one process: there a ``StoreError`` reaches
+the caller.
 """
 
 from __future__ import annotations
@@ -151,6 +152,18 @@ class FailoverStore:
     def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
         """Carry out an operator's verb; see :meth:`Store.command`."""
         answer = self._primary.command(spec, verb, reason=reason, actor=actor, jitter=jitter)
+        self._note(answer.snapshot)
+        return answer
+
+    def begin_health_check(self, spec: Spec, *, since: float) -> bool:
+        """Return whether it is the caller who makes a health check; see :meth:`Store.begin_health_check`."""
+        return self._primary.begin_health_check(spec, since=since)
+
+    def report_health_check(
+        self, spec: Spec, outcome: Outcome, evidence: Evidence, *, limit: int, jitter: float = 0.0
+    ) -> Answer:
+        """Count a health check; see :meth:`Store.report_health_check`."""
+        answer = self._primary.report_health_check(spec, outcome, evidence, limit=limit, jitter=jitter)
         self._note(answer.snapshot)
         return answer
 

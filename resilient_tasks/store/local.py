@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from resilient_tasks.core.machine import Decision
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, Verb
-from resilient_tasks.core.record import Record, Rules, brief, to_ms
+from resilient_tasks.core.record import Record, brief, to_ms
 from resilient_tasks.store.base import Evidence, Spec
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.store.keys import check_name
@@ -94,6 +94,20 @@ class LocalStore:
             decision.command(verb, brief(reason), brief(actor))
             return self._answer(decision)
 
+    def begin_health_check(self, spec: Spec, *, since: float) -> bool:
+        """Return whether it is the caller who makes a health check; False if somebody has begun one since."""
+        with self._deciding(spec, 0.0) as decision:
+            return decision.begin_health_check(to_ms(since))
+
+    def report_health_check(
+        self, spec: Spec, outcome: Outcome, evidence: Evidence, *, limit: int, jitter: float = 0.0
+    ) -> Answer:
+        """Count a health check made while CLOSED or SHADOW; ``limit`` failures in a row open the breaker."""
+        with self._deciding(spec, jitter) as decision:
+            told = brief(evidence.cause), _retry_after(evidence)
+            decision.report_health_check(evidence.epoch, outcome, limit, *told)
+            return self._answer(decision)
+
     def adopt(self, snapshot: Snapshot) -> None:
         """Go on from a state last seen in the shared store, with what was left of its open time.
 
@@ -153,7 +167,7 @@ class LocalStore:
     @contextmanager
     def _deciding(self, spec: Spec, jitter: float) -> Iterator[Decision]:
         check_name("breaker", spec.name)
-        rules = Rules.of(spec.policy, spec.revision)
+        rules = spec.rules()
         with self._lock:
             now = self._now()
             record = self._records.get(spec.name)
@@ -165,7 +179,7 @@ class LocalStore:
     def _seen(self, spec: Spec, now: int) -> Record:
         """Return what is known of a breaker under its newest rules; nobody keeps this record."""
         check_name("breaker", spec.name)
-        rules = Rules.of(spec.policy, spec.revision)
+        rules = spec.rules()
         known = self._records.get(spec.name)
         return replace(known, rules=known.rules.or_newer(rules)) if known else Record(spec.name, rules, since=now)
 

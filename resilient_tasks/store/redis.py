@@ -16,7 +16,7 @@ import redis
 from redis.client import PubSub
 
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, State, Transition, Verb
-from resilient_tasks.core.record import Rules, brief, to_ms, to_seconds
+from resilient_tasks.core.record import brief, to_ms, to_seconds
 from resilient_tasks.errors import ConfigurationError, StoreError
 from resilient_tasks.store.base import Evidence, Spec
 from resilient_tasks.store.keys import Keys
@@ -24,7 +24,7 @@ from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.store.server import Argument, Script, Server
 
 _PER_ROUND_TRIP = 500
-_DECISIONS = ("acquire", "record", "settle", "advance", "command")
+_DECISIONS = ("acquire", "record", "settle", "advance", "command", "begin_health_check", "report_health_check")
 _OTHERS = ("renew", "put", "get", "time")
 
 
@@ -125,6 +125,20 @@ class RedisStore:
         """Carry out an operator's verb. A verb that leads to the present state makes no transition."""
         return _answer(self._decide("command", spec, jitter, verb.value, brief(reason), brief(actor)))
 
+    # --- health checks ------------------------------------------------------------------------------
+
+    def begin_health_check(self, spec: Spec, *, since: float) -> bool:
+        """Return whether it is the caller who makes a health check; False if somebody has begun one since."""
+        keys = self._keys.breaker(spec.name)
+        return bool(self._run("begin_health_check", keys, *self._common(spec, 0.0), to_ms(since)))
+
+    def report_health_check(
+        self, spec: Spec, outcome: Outcome, evidence: Evidence, *, limit: int, jitter: float = 0.0
+    ) -> Answer:
+        """Count a health check made while CLOSED or SHADOW; ``limit`` failures in a row open the breaker."""
+        told = outcome.value, limit, _evidence(evidence)
+        return _answer(self._decide("report_health_check", spec, jitter, *told))
+
     # --- small values -------------------------------------------------------------------------------
 
     def put(self, kind: str, key: str, value: bytes, *, ttl: float) -> None:
@@ -165,7 +179,7 @@ class RedisStore:
         return decoded
 
     def _common(self, spec: Spec, jitter: float) -> tuple[Argument, ...]:
-        rules = json.dumps(Rules.of(spec.policy, spec.revision)._asdict())
+        rules = json.dumps(spec.rules()._asdict())
         return (spec.name, self._keys.changes, rules, jitter)
 
     def _subscribe(self, client: redis.Redis) -> PubSub:
@@ -194,7 +208,16 @@ def _answer(reply: dict[str, Any]) -> Answer:
     return Answer(_snapshot(reply["snapshot"]), _transition(reply))
 
 
-_TIMES = ("now", "since", "open_until", "last_success_at", "ramp_since", "oldest_deferred_at", "next_deadline_at")
+_TIMES = (
+    "now",
+    "since",
+    "open_until",
+    "last_success_at",
+    "ramp_since",
+    "oldest_deferred_at",
+    "next_deadline_at",
+    "checked_at",
+)
 
 
 def _snapshot(fields: dict[str, Any]) -> Snapshot:

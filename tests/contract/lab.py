@@ -156,6 +156,13 @@ class Subject:
     def advance(self) -> Answer:
         return self._told(self.store.advance(self.spec))
 
+    def health_checks(self, letters: str, *, limit: int = 3, **evidence: Any) -> Answer:
+        """Report one health check after the other, as made in the present epoch."""
+        for letter in letters:
+            told = Evidence(self.snapshot().epoch, (), **evidence)
+            answer = self._told(self.store.report_health_check(self.spec, OUTCOMES[letter], told, limit=limit))
+        return answer
+
     def command(self, verb: Verb, *, reason: str = "", actor: str = "") -> Answer:
         return self._told(self.store.command(self.spec, verb, reason=reason, actor=actor))
 

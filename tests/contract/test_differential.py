@@ -46,7 +46,7 @@ policies = st.builds(
     trial_calls=st.sampled_from([3, 4]),
     trial_successes=st.sampled_from([None, 1, 2, 3]),
 ) | st.builds(BreakerPolicy, trial_calls=st.sampled_from([1, 2]), minimum_calls=st.sampled_from([1, 10]))
-specs = st.builds(Spec, st.just(NAME), policies, st.sampled_from([0, 0, 0, 1, 2]))
+specs = st.builds(Spec, st.just(NAME), policies, st.sampled_from([0, 0, 0, 1, 2]), st.sampled_from([None, None, 1, 5]))
 
 
 @dataclass
@@ -98,6 +98,7 @@ leases = st.sampled_from([0.001, 0.5, 3.0, 60.0])
 causes = st.sampled_from(["", "ReadTimeout", "HTTP 503"])
 retry_afters = st.sampled_from([None, None, 0.0, 0.7, 12.3456, 1e9])
 counts = st.sampled_from([0, 1, 1, 2, 3, 7, 50, 100_000])
+limits = st.sampled_from([1, 2, 3])
 off_by = st.sampled_from([-0.001, 0.0, 0.0, 0.001])
 
 
@@ -237,6 +238,20 @@ def back_from_the_operator(draw: Draw) -> Step:
 
 
 @st.composite
+def health_check(draw: Draw) -> Step:
+    n, age, outcome, limit, told = draw(numbers), draw(ages), draw(st.sampled_from("FFS")), draw(limits), draw(causes)
+    said = Outcome.FAILURE if outcome == "F" else Outcome.SUCCESS
+    retry_after, ago, jitter = draw(retry_afters), draw(off_by), draw(jitters)
+
+    def step(pair: Pair) -> None:
+        pair.both("begin_health_check", pair.spec(n), since=round(pair.clocks[0]() - abs(ago), 3))
+        evidence = pair.evidence(age, (), told, retry_after)
+        pair.both("report_health_check", pair.spec(n), said, evidence, limit=limit, jitter=jitter)
+
+    return step
+
+
+@st.composite
 def look(draw: Draw) -> Step:
     n = draw(numbers)
     return lambda pair: pair.both("read", [pair.spec(n), Spec("unknown")])
@@ -247,15 +262,14 @@ def some(most: int, *strategies: st.SearchStrategy[Step]) -> st.SearchStrategy[l
 
 
 times = (pass_one_of_the_policys_times(), pass_one_of_the_policys_times())
-healthy = some(6, record(), record(), trip(), look(), reset(), *times)
+healthy = some(8, record(), record(), trip(), look(), reset(), health_check(), health_check(), *times)
 outage = st.tuples(trip(), until_open_ends()).map(list)
-on_trial = some(
-    8, ask(), ask(), settle(), trial(), renew(), until_lease_ends(), until_lease_ends(), advance(), record()
-)
+waiting = (until_lease_ends(), until_lease_ends())
+on_trial = some(8, ask(), ask(), settle(), trial(), renew(), health_check(), *waiting, advance(), record())
 over = st.tuples(trip(), recover(), pass_one_of_the_policys_times(), look()).map(list)
-operated = st.tuples(command(), st.one_of(record(), trip(), ask(), command(), *times), back_from_the_operator()).map(
-    list
-)
+operated = st.tuples(
+    command(), st.one_of(record(), trip(), ask(), command(), health_check(), *times), back_from_the_operator()
+).map(list)
 straggling = st.tuples(trip(), outlive(), ask(), ask(), settle(), renew(), look()).map(list)
 chapters = st.one_of(healthy, outage, outage, on_trial, on_trial, straggling, over, operated)
 stories = st.lists(chapters, min_size=6, max_size=12).map(lambda story: [step for chapter in story for step in chapter])

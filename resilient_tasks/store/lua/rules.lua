@@ -46,8 +46,8 @@ local function enter(state, reason, actor)
   local frozen = COUNTING[state] and { calls = 0, failures = 0, slow = 0 } or figures()
   local ended = {
     state = state, since = now, reason = reason, actor = actor, openings = openings, row = 0, trial_successes = 0,
-    trial_failures = 0, would_open = 0, frozen_calls = frozen.calls, frozen_failures = frozen.failures,
-    frozen_slow = frozen.slow, epoch = next_epoch(),
+    trial_failures = 0, would_open = 0, failed_checks = 0, frozen_calls = frozen.calls,
+    frozen_failures = frozen.failures, frozen_slow = frozen.slow, epoch = next_epoch(),
   }
   for field, value in pairs(ended) do
     record[field] = value
@@ -67,7 +67,7 @@ end
 
 local function start_afresh()
   start_window()
-  record.row, record.openings, record.ramp_since = 0, 0, nil
+  record.row, record.openings, record.failed_checks, record.ramp_since = 0, 0, 0, nil
   announce()
 end
 
@@ -139,8 +139,7 @@ local function why(cause)
   return rate == 'failure' and with_cause(reason, cause) or reason
 end
 
-local function trip(cause, retry_after)
-  local reason = why(cause)
+local function trip(reason, retry_after)
   if record.state == 'CLOSED' then
     open(reason, '', retry_after)
   else
@@ -154,7 +153,7 @@ local function report_run(outcome, count, cause, retry_after)
   local tripped_at = record.would_open == 0 and trip_point(outcome, count) or nil
   count_calls(outcome, tripped_at or count)
   if tripped_at then
-    trip(cause, retry_after)
+    trip(why(cause), retry_after)
     if COUNTING[record.state] then
       count_calls(outcome, count - tripped_at)
     end
@@ -259,6 +258,26 @@ local function settle(holder, outcome, epoch, cause, retry_after)
   else
     count_trial(outcome)
     judge(cause, retry_after)
+  end
+end
+
+local function begin_health_check(since)
+  if record.checked_at and record.checked_at >= since then
+    return false
+  end
+  record.checked_at, dirty = now, true
+  return true
+end
+
+local function report_health_check(epoch, outcome, limit, cause, retry_after)
+  if not COUNTING[record.state] or not is_current(epoch) then
+    return
+  end
+  local failed = outcome == 'FAILURE' and record.failed_checks + 1 or 0
+  dirty = dirty or failed ~= record.failed_checks
+  record.failed_checks = failed
+  if failed >= limit and record.would_open == 0 then
+    trip(with_cause('health check failed ' .. integer(failed) .. ' times in a row', cause), retry_after)
   end
 end
 

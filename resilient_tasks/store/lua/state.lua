@@ -23,7 +23,7 @@ local TEXTS = { 'state', 'reason', 'actor' }
 local NUMBERS = {
   'epoch', 'first_epoch', 'version', 'since', 'openings', 'open_until', 'frozen_calls', 'frozen_failures',
   'frozen_slow', 'row', 'trial_successes', 'trial_failures', 'last_success_at', 'total_failures', 'ramp_since',
-  'would_open',
+  'would_open', 'failed_checks', 'checked_at',
 }
 
 local now = now_ms()
@@ -67,7 +67,7 @@ local function new_record(epoch)
   return {
     state = 'CLOSED', reason = '', actor = '', epoch = epoch, first_epoch = epoch, version = epoch, since = now,
     openings = 0, frozen_calls = 0, frozen_failures = 0, frozen_slow = 0, row = 0, trial_successes = 0,
-    trial_failures = 0, total_failures = 0, would_open = 0,
+    trial_failures = 0, total_failures = 0, would_open = 0, failed_checks = 0,
   }
 end
 
@@ -210,6 +210,7 @@ local function snapshot()
     failures = sums.failures, slow = sums.slow, openings = openings_left(), open_until = record.open_until,
     trials = live_trials(), last_success_at = record.last_success_at, total_failures = record.total_failures,
     ramp_since = record.ramp_since, would_open = record.would_open == 1,
+    failed_checks = record.failed_checks, checked_at = record.checked_at,
     deferred = redis.call('ZCARD', DEFERRED), oldest_deferred_at = tonumber(oldest[2]),
     next_deadline_at = tonumber(deadline[2]),
   }
