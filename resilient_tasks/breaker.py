@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import getpass
 import inspect
-import math
 import socket
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from time import perf_counter
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
+from resilient_tasks.checks.base import HEARTBEATS, LONGEST_SILENCE
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, Verb
 from resilient_tasks.core.names import check_name
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.guard import _NO_PERMIT, Guard, Guarded, TaskScope, task_scope
 from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.probing import Probe
 from resilient_tasks.store.base import Spec
 
 if TYPE_CHECKING:
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["Breaker", "TaskScope", "task_scope"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-
-PROBE_TIMEOUT = 10.0  # seconds
 
 
 class Breaker(Guarded):
@@ -42,8 +42,7 @@ class Breaker(Guarded):
         revision: orders declarations of one name across a rolling deploy; the highest one counts.
 
     Attributes:
-        probe_function: what :meth:`probe` registered; None if nothing.
-        probe_timeout: seconds that it may take.
+        registered_probe: what :meth:`probe` registered; None if nothing.
 
     Raises:
         ConfigurationError: the name is not allowed.
@@ -53,8 +52,7 @@ class Breaker(Guarded):
         self, name: str, policy: BreakerPolicy | None = None, *, fleet: Callable[[], Fleet], revision: int = 0
     ) -> None:
         super().__init__(Spec(check_name("breaker", name), policy or BreakerPolicy(), revision), fleet)
-        self.probe_function: Callable[[], Any] | None = None
-        self.probe_timeout = PROBE_TIMEOUT
+        self.registered_probe: Probe | None = None
 
     def __repr__(self) -> str:
         return f"<Breaker {self.name!r}>"
@@ -143,35 +141,89 @@ class Breaker(Guarded):
     # --- probe ------------------------------------------------------------------------------------
 
     @overload
-    def probe(self, fn: _F, /) -> _F: ...
+    def probe(
+        self,
+        fn: _F,
+        /,
+        *,
+        timeout: float | None = None,
+        interval: float | None = None,
+        active: bool = False,
+        failures_before_open: int | None = None,
+        successes_before_close: int | None = None,
+    ) -> _F: ...
 
     @overload
-    def probe(self, /, *, timeout: float = PROBE_TIMEOUT) -> Callable[[_F], _F]: ...
+    def probe(
+        self,
+        /,
+        *,
+        timeout: float | None = None,
+        interval: float | None = None,
+        active: bool = False,
+        failures_before_open: int | None = None,
+        successes_before_close: int | None = None,
+    ) -> Callable[[_F], _F]: ...
 
-    def probe(self, fn: Any = None, /, *, timeout: float = PROBE_TIMEOUT) -> Any:
+    def probe(
+        self,
+        fn: Any = None,
+        /,
+        *,
+        timeout: float | None = None,
+        interval: float | None = None,
+        active: bool = False,
+        failures_before_open: int | None = None,
+        successes_before_close: int | None = None,
+    ) -> Any:
         """Register the health check that stands in for a trial: ``@payments.probe``, ``@payments.probe(timeout=5)``.
 
-        It succeeds by returning; what it raises is judged like the exception of a guarded call.
+        It succeeds by returning in time, however long ``slow_call_duration`` is, and fails by raising anything
+        at all. ``resilient_tasks.checks`` has some to choose from: ``payments.probe(http_check(url), timeout=5)``.
 
         Args:
             fn: a function or coroutine function without arguments.
-            timeout: longest time in seconds that it may take.
+            timeout: longest time in seconds that it may take; ``None``: 10, or the interval if that is shorter.
+            interval: seconds between two runs in the whole fleet; ``None``: in HALF_OPEN one run follows the
+                other, and an active probe runs every 10 seconds.
+            active: run it also while CLOSED or SHADOW, and open the breaker before any task has to fail.
+            failures_before_open: failed runs in a row that open the breaker, with ``active=True``;
+                ``None``: 3.
+            successes_before_close: successful runs in a row that close it; one failure opens it again.
+                ``None``: as the policy says of trials.
 
         Raises:
-            ConfigurationError: the breaker has a probe already, or the timeout is not positive.
+            ConfigurationError: the breaker has another probe already, or a value is not allowed.
         """
-        if not 0 < timeout < math.inf:
-            raise ConfigurationError(f"probe timeout={timeout!r}: allowed is a positive number of seconds")
-        if fn is None:
-            return functools.partial(self._register_probe, timeout)
-        return self._register_probe(timeout, fn)
+        probe = Probe(
+            breaker=self.name,
+            function=_nothing if fn is None else fn,
+            timeout=timeout,
+            interval=interval,
+            active=active,
+            failures_before_open=failures_before_open,
+            successes_before_close=successes_before_close,
+        )
+        return functools.partial(self._register_probe, probe) if fn is None else self._register_probe(probe, fn)
 
-    def _register_probe(self, timeout: float, fn: _F) -> _F:
-        known = self.probe_function
-        if known is not None and known is not fn:
-            raise ConfigurationError(f"breaker {self.name!r} has the probe {known!r} already; {fn!r} is one too many")
-        self.probe_function, self.probe_timeout = fn, timeout
+    def _register_probe(self, probe: Probe, fn: _F) -> _F:
+        known = self.registered_probe
+        if known is not None and known.function is not fn:
+            taken = f"breaker {self.name!r} has the probe {known.function!r} already"
+            raise ConfigurationError(f"{taken}; {fn!r} is one too many")
+        self.registered_probe = replace(probe, function=fn)
+        self.spec = replace(self.spec, in_a_row=probe.successes_before_close)
+        if self._joined is not None:
+            self._joined.declare(self.spec)
         return fn
+
+    def heartbeat(self) -> None:
+        """Report in for the dependency: it is well, says whoever calls this, to a ``heartbeat(ttl)`` probe.
+
+        Raises:
+            StoreError: the store is away; nobody has heard it.
+        """
+        self.fleet.store.put(HEARTBEATS, self.name, b"", ttl=LONGEST_SILENCE)
 
     # --- the operator's verbs ---------------------------------------------------------------------
 
@@ -197,6 +249,10 @@ class Breaker(Guarded):
 
     def _command(self, verb: Verb, reason: str, actor: str | None) -> Snapshot:
         return self.fleet.command(self.spec, verb, reason, _this_user() if actor is None else actor)
+
+
+def _nothing() -> None:
+    """Stand for the function that a decorator has not been given yet."""
 
 
 @functools.lru_cache(maxsize=1)

@@ -45,11 +45,13 @@ class TickSchedule(schedule):  # type: ignore[misc]  # Celery is untyped
     def _anything_due(self) -> bool:
         runtime = runtime_of(self.app)
         try:
-            snapshots = runtime.fleet.store.read(runtime.specs())
+            breakers = list(runtime.breakers.values())
+            snapshots = runtime.fleet.store.read([breaker.spec for breaker in breakers])
         except StoreError as exc:
             logger.debug("beat cannot read the store: %s", exc)
             return False
-        return any(anything_due(snapshot, snapshot.now) for snapshot in snapshots) and not _piles_up(runtime)
+        due = (anything_due(*pair, pair[1].now) for pair in zip(breakers, snapshots, strict=True))
+        return any(due) and not _piles_up(runtime)
 
 
 def _piles_up(runtime: Runtime) -> bool:

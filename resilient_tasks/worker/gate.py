@@ -51,7 +51,7 @@ class Gate:
 
     def _leaves_trials_to_probes(self, breaker: Breaker) -> bool:
         """A probe keeps tasks from being trials, but while the store is away no tick can run it."""
-        return breaker.probe_function is not None and not self._runtime.fleet.store.away
+        return breaker.registered_probe is not None and not self._runtime.fleet.store.away
 
     def admit(self, breaker: Breaker, request: GatedRequest) -> Admission:
         """Decide on a request that is about to enter the pool; may take a permit."""

@@ -126,7 +126,8 @@ class Heart:
 
     def _anything_due(self) -> bool:
         now = self._runtime.fleet.view.server_now()
-        return any(anything_due(breaker.standing.snapshot, now) for breaker in self._runtime.breakers.values())
+        breakers = self._runtime.breakers.values()
+        return any(anything_due(breaker, breaker.standing.snapshot, now) for breaker in breakers)
 
     def _time_for_an_idle_look(self) -> bool:
         now = time.monotonic()

@@ -1,110 +1,168 @@
-"""Probes: a user's health check, run under a permit, in place of trials with real tasks."""
+"""Running probes: each in threads of its own, under its own time limit, so that one that hangs delays nobody."""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import logging
+import random
 import threading
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
-from resilient_tasks.core.model import Outcome
+from resilient_tasks.checks.base import HEARTBEATS, HealthCheckError, Run, run_check
+from resilient_tasks.core.model import Outcome, Snapshot, State
+from resilient_tasks.errors import StoreError
+from resilient_tasks.store.base import Evidence
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
+    from resilient_tasks.fleet import Fleet
+    from resilient_tasks.probing import Probe
     from resilient_tasks.worker.runtime import Runtime
 
 logger = logging.getLogger("resilient_tasks")
 
-#: Probes of one breaker that hang for ever, beyond which this process starts no more of them.
+#: Runs of one breaker's probe that hang for ever, beyond which this process starts no more of them.
 MOST_ABANDONED = 10
-#: Seconds after which a probe that hangs is no longer counted: others may come back before it does.
+#: Seconds after which a run that hangs is no longer counted: others may come back before it does.
 GIVEN_UP_AFTER = 300.0
-#: Seconds a probe waits for the store to take its outcome before the next one.
+#: Seconds a trial waits for the store to take its outcome before the next one; its permit lives as much longer.
 PATIENCE = 5.0
 
 
-class Prober:
-    """Runs the probes of one worker, each breaker's in a thread of its own.
+class Finding(NamedTuple):
+    """What one run of a probe has found."""
 
-    A probe that overruns its time limit is abandoned: its permit runs out, which counts as a failure,
-    and whatever it says later comes too late.
+    outcome: Outcome
+    cause: str = ""
+    retry_after: float | None = None
+
+
+class Prober:
+    """Runs the probes of one worker.
+
+    Args:
+        runtime: the app's runtime.
+        wake: asks for another tick at once, when a trial has been made.
     """
 
     def __init__(self, runtime: Runtime, wake: Callable[[], None]) -> None:
         self._runtime = runtime
         self._wake = wake
-        self._running: dict[str, list[_Probing]] = {}
+        self._lanes: dict[str, _Lane] = {}
 
-    def start(self, breaker: Breaker) -> None:
-        """Begin to probe a breaker that is HALF_OPEN, unless that is under way."""
-        running = [one for one in self._running.get(breaker.name, []) if one.is_alive() and not one.is_given_up()]
-        self._running[breaker.name] = running
-        if any(not one.overrun() for one in running):
+    def start(self, breaker: Breaker, probe: Probe, snapshot: Snapshot) -> None:
+        """Begin to run the probe of a breaker for which it is due, unless that is under way."""
+        lane = self._lanes.setdefault(breaker.name, _Lane())
+        if lane.is_busy():
             return
-        if len(running) >= MOST_ABANDONED:
-            logger.error("%d probes of breaker %r hang; no more are started here", len(running), breaker.name)
+        probing = _Probing(self._runtime.fleet, breaker, probe, lane, self._wake)
+        work = probing.make_trials if snapshot.state is State.HALF_OPEN else probing.check_health
+        lane.occupy(threading.Thread(target=work, args=(snapshot,), name=f"probe-{breaker.name}", daemon=True))
+
+
+@dataclass
+class _Lane:
+    """The threads of one breaker's probe: one that watches the present run, and those whose runs hang."""
+
+    watching: threading.Thread | None = None
+    running: list[tuple[threading.Thread, float]] = field(default_factory=list)  # a run, and when it began
+
+    def is_busy(self) -> bool:
+        return self.watching is not None and self.watching.is_alive()
+
+    def occupy(self, thread: threading.Thread) -> None:
+        self.watching = thread
+        thread.start()
+
+    def run(self, work: Callable[[], None], name: str) -> bool:
+        """Start a run; False if too many hang already."""
+        given_up = time.monotonic() - GIVEN_UP_AFTER
+        self.running = [(thread, began) for thread, began in self.running if thread.is_alive() and began > given_up]
+        if len(self.running) >= MOST_ABANDONED:
+            return False
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        self.running.append((thread, time.monotonic()))
+        thread.start()
+        return True
+
+
+@dataclass
+class _Probing:
+    """What the thread does that watches the runs of one breaker's probe."""
+
+    fleet: Fleet
+    breaker: Breaker
+    probe: Probe
+    lane: _Lane
+    wake: Callable[[], None]
+
+    def make_trials(self, half_open: Snapshot) -> None:
+        """Make trials until the breaker has left HALF_OPEN; with an interval, one trial if it is our turn."""
+        if self.probe.interval is None:
+            while self._make_trial():
+                pass
+        elif self._is_our_turn(half_open):
+            self._make_trial()
+
+    def check_health(self, admitting: Snapshot) -> None:
+        """Run an active probe once, if it is our turn, and have the store count what it found."""
+        if not self._is_our_turn(admitting):
             return
-        probing = _Probing(self._runtime, breaker, self._wake)
-        running.append(probing)
-        probing.start()
-
-
-class _Probing(threading.Thread):
-    """Probes one breaker until it has left HALF_OPEN, one permit after the other."""
-
-    def __init__(self, runtime: Runtime, breaker: Breaker, wake: Callable[[], None]) -> None:
-        super().__init__(name=f"resilient-tasks-probe-{breaker.name}", daemon=True)
-        self._runtime = runtime
-        self._breaker = breaker
-        self._wake = wake
-        self._clock = runtime.fleet.view.clock
-        self._deadline = self._clock() + breaker.probe_timeout
-
-    def overrun(self) -> bool:
-        """Whether the present probe has had its time."""
-        return bool(self._clock() > self._deadline)
-
-    def is_given_up(self) -> bool:
-        """Whether it has hung for so long that it counts no more."""
-        return bool(self._clock() > self._deadline + GIVEN_UP_AFTER)
-
-    def run(self) -> None:
+        finding = self._find_out()
+        evidence = Evidence(admitting.epoch, (), finding.cause, finding.retry_after)
         try:
-            while self._probe_once():
-                self._deadline = self._clock() + self._breaker.probe_timeout
-        finally:
-            self._wake()
+            answer = self.fleet.store.report_health_check(
+                self.breaker.spec, finding.outcome, evidence, limit=self.probe.failures_allowed, jitter=random.random()
+            )
+        except StoreError as error:
+            logger.debug("a health check of breaker %r does not count: %s", self.breaker.name, error)
+        else:
+            self.fleet.learn(answer)
 
-    def _probe_once(self) -> bool:
-        """Make one trial; False when there are no more to make."""
+    def _is_our_turn(self, snapshot: Snapshot) -> bool:
+        try:
+            return self.fleet.store.begin_health_check(self.breaker.spec, since=self.probe.turn_began(snapshot))
+        except StoreError as error:
+            logger.debug("no health check of breaker %r: %s", self.breaker.name, error)
+            return False
+
+    def _make_trial(self) -> bool:
+        """Make one trial; whether there may be another."""
         holder = f"probe:{uuid4()}"
-        fleet, spec = self._runtime.fleet, self._breaker.spec
-        grant = fleet.acquire(spec, holder, lease=self._breaker.probe_timeout)
+        grant = self.fleet.acquire(self.breaker.spec, holder, lease=self.probe.limit + PATIENCE)
         if not grant.trial:
             return False
-        outcome, cause, retry_after = self._verdict()
-        if self.overrun():
-            return False
-        fleet.reporter.settle(spec, holder, grant.snapshot.epoch, outcome, cause, retry_after, wait=PATIENCE)
-        return outcome is Outcome.SUCCESS
+        told = (self.breaker.spec, holder, grant.snapshot.epoch, *self._find_out())
+        self.fleet.reporter.settle(*told, wait=PATIENCE)
+        self.wake()
+        return told[3] is Outcome.SUCCESS
 
-    def _verdict(self) -> tuple[Outcome, str, float | None]:
+    def _find_out(self) -> Finding:
+        """Run the probe under its time limit; a run that overruns is abandoned."""
+        findings: SimpleQueue[Finding] = SimpleQueue()
+        run = Run(time.monotonic() + self.probe.limit, self._last_heartbeat)
+        if not self.lane.run(lambda: findings.put(self._run(run)), f"probing-{self.breaker.name}"):
+            logger.error("%d probes of breaker %r hang; no more are started here", MOST_ABANDONED, self.breaker.name)
+            return Finding(Outcome.FAILURE, f"probe: {MOST_ABANDONED} earlier ones hang")
         try:
-            _call(self._breaker.probe_function)
-        except BaseException as exc:  # noqa: BLE001 - a probe that raises anything has failed
-            verdict = self._breaker.judge(exc)
-            return Outcome.FAILURE, f"probe: {verdict.cause or type(exc).__name__}", verdict.retry_after
-        return Outcome.SUCCESS, "", None
+            return findings.get(timeout=self.probe.limit)
+        except Empty:
+            return Finding(Outcome.FAILURE, f"probe: no answer within {self.probe.limit:g} s")
 
+    def _run(self, run: Run) -> Finding:
+        try:
+            run_check(self.probe.function, run)
+        except HealthCheckError as error:  # one of the library's own: its text holds no secrets
+            return Finding(Outcome.FAILURE, f"probe: {error}", self.breaker.judge(error).retry_after)
+        except BaseException as error:  # noqa: BLE001 - a probe that raises anything has failed
+            verdict = self.breaker.judge(error)
+            return Finding(Outcome.FAILURE, f"probe: {verdict.cause or type(error).__name__}", verdict.retry_after)
+        return Finding(Outcome.SUCCESS)
 
-def _call(probe: Any) -> None:
-    result = probe()
-    if inspect.isawaitable(result):
-
-        async def wait() -> None:
-            await result
-
-        asyncio.run(wait())
+    def _last_heartbeat(self) -> float | None:
+        kept = self.fleet.store.get(HEARTBEATS, self.breaker.name)
+        return None if kept is None else kept[1]

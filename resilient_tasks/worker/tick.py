@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +38,15 @@ STOCKTAKING = 10.0
 ABANDONED_AFTER = 600.0
 
 
-def anything_due(snapshot: Snapshot, now: float) -> bool:
-    """Whether a tick would have something to do for a breaker."""
+def anything_due(breaker: Breaker, snapshot: Snapshot, now: float) -> bool:
+    """Whether a tick would have something to do for a breaker at ``now`` on the store's clock."""
     if snapshot.next_deadline_at is not None and snapshot.next_deadline_at <= now:
         return True
     if snapshot.state is State.OPEN:
         return snapshot.open_until is not None and snapshot.open_until <= now
-    return snapshot.state is State.HALF_OPEN or (snapshot.state in ADMITTING and snapshot.deferred > 0)
+    if snapshot.state is State.HALF_OPEN or (snapshot.state in ADMITTING and snapshot.deferred > 0):
+        return True
+    return breaker.registered_probe is not None and breaker.registered_probe.is_due(replace(snapshot, now=now))
 
 
 class Tick:
@@ -82,7 +85,7 @@ class Tick:
             self._take_stock(observed_for)
             breakers = list(self._runtime.breakers.values())
             for breaker, snapshot in zip(breakers, fleet.store.read(self._runtime.specs()), strict=True):
-                if anything_due(snapshot, snapshot.now):
+                if anything_due(breaker, snapshot, snapshot.now):
                     self._shielded(breaker.name, partial(self._serve, breaker))
             fleet.ledger.tick_completed(scope)
         return True
@@ -93,11 +96,10 @@ class Tick:
         fleet.learn(answer)
         snapshot = answer.snapshot
         self._stocktaker.expire(breaker, snapshot)
-        if snapshot.state is State.HALF_OPEN:
-            if breaker.probe_function is not None:
-                self._prober.start(breaker)
-            else:
-                self._resumer.release_trials(breaker, snapshot)
+        if breaker.registered_probe is not None and breaker.registered_probe.is_due(snapshot):
+            self._prober.start(breaker, breaker.registered_probe, snapshot)
+        if snapshot.state is State.HALF_OPEN and breaker.registered_probe is None:
+            self._resumer.release_trials(breaker, snapshot)
         elif snapshot.state in ADMITTING and snapshot.deferred:
             self._resumer.resume(breaker, snapshot)
 

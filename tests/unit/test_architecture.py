@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # bottom to top; a module imports from its own layer and from lower ones
 LAYERS = [
     {"errors", "policy", "core"},
-    {"store", "fallback", "monitor", "settings"},
+    {"store", "fallback", "monitor", "settings", "checks", "probing"},
     {"fleet", "guard", "breaker"},
     {"worker"},
     {"app"},

@@ -18,6 +18,7 @@ from resilient_tasks.core.model import Outcome, State, Transition
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreError
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.probing import Probe
 from resilient_tasks.store.standing import DENIAL_MEMORY
 from tests.support.doubles import FlakyStore, ManualClock, wait_until
 
@@ -574,11 +575,11 @@ def test_a_probe_is_registered_once(rig: Rig) -> None:
     def pong() -> None:
         pass
 
-    assert rig.breaker.probe_function is None
+    assert rig.breaker.registered_probe is None
     assert rig.breaker.probe(ping) is ping
-    assert (rig.breaker.probe_function, rig.breaker.probe_timeout) == (ping, 10.0)
+    assert rig.breaker.registered_probe == Probe(breaker="payments", function=ping)
     assert rig.breaker.probe(timeout=5)(ping) is ping
-    assert rig.breaker.probe_timeout == 5
+    assert rig.breaker.registered_probe == Probe(breaker="payments", function=ping, timeout=5)
     with pytest.raises(ConfigurationError, match=r"ping.*pong"):
         rig.breaker.probe(pong)
 

@@ -44,7 +44,7 @@ def test_its_guards(namespace: dict[str, Any]) -> None:
     namespace["call"] = lambda: asked.append("call")
     namespace["fn"] = lambda *args, **kwargs: asked.append((args, kwargs))
     exec(GUARDS, namespace)
-    namespace["payments"].probe_function()
+    namespace["payments"].registered_probe.function()
     assert asked == ["call", ((1,), {"key": "value"}), ("https://pay.example/health", 2)]
 
 

@@ -1,0 +1,101 @@
+"""``Probe``: a breaker's health check, and when it is due.
+
+In HALF_OPEN it stands in for trials with real tasks. An *active* one also runs while the breaker admits
+tasks, so that it may open before any of them has to fail.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from resilient_tasks.core.model import Snapshot, State
+from resilient_tasks.errors import ConfigurationError
+
+LONGEST_RUN = 10.0  # seconds, unless the user says otherwise
+ACTIVE_INTERVAL = 10.0  # seconds
+FAILURES_BEFORE_OPEN = 3
+
+_CHECKED_WHILE = frozenset({State.CLOSED, State.SHADOW})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What :meth:`Breaker.probe` registered; there the arguments are explained.
+
+    Raises:
+        ConfigurationError: a value is out of range; the message names breaker, argument, value and what is allowed.
+    """
+
+    breaker: str
+    function: Callable[[], Any]
+    timeout: float | None = None
+    interval: float | None = None
+    active: bool = False
+    failures_before_open: int | None = None
+    successes_before_close: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check("function", callable(self.function), "a function without arguments")
+        for name in ("timeout", "interval"):
+            self._check(name, _is_seconds(getattr(self, name)), "a positive number of seconds or None")
+        for name in ("failures_before_open", "successes_before_close"):
+            self._check(name, _is_count(getattr(self, name)), "an integer of 1 or more, or None")
+        self._check("active", isinstance(self.active, bool), "True or False")
+        self._check("failures_before_open", self.active or self.failures_before_open is None, "None unless active=True")
+        if self.timeout is not None and self.timeout > self._longest_run:
+            self._check("timeout", False, f"up to the interval of {self.interval or ACTIVE_INTERVAL:g} seconds")
+
+    def _check(self, argument: str, is_allowed: bool, allowed: str) -> None:  # noqa: FBT001 - private
+        if not is_allowed:
+            value = getattr(self, argument)
+            raise ConfigurationError(f"probe of breaker {self.breaker!r}: {argument}={value!r}: allowed is {allowed}")
+
+    @property
+    def _longest_run(self) -> float:
+        """Runs of one breaker do not overlap."""
+        if self.interval is None:
+            return ACTIVE_INTERVAL if self.active else math.inf
+        return self.interval
+
+    @property
+    def limit(self) -> float:
+        """Seconds that one run may take."""
+        return min(LONGEST_RUN, self._longest_run) if self.timeout is None else self.timeout
+
+    @property
+    def failures_allowed(self) -> int:
+        """Failed runs in a row that open the breaker."""
+        return self.failures_before_open or FAILURES_BEFORE_OPEN
+
+    def is_due(self, snapshot: Snapshot) -> bool:
+        """Whether somebody should run it now, while tasks are admitted or, spaced by the interval, in HALF_OPEN."""
+        checked_at = -math.inf if snapshot.checked_at is None else snapshot.checked_at
+        if snapshot.state is State.HALF_OPEN:
+            return checked_at < self.turn_began(snapshot)
+        if not self.active or snapshot.state not in _CHECKED_WHILE:
+            return False
+        # A breaker that nobody has used yet must come into being before time can pass for it.
+        return snapshot.epoch == 0 or max(checked_at, snapshot.since) < self.turn_began(snapshot)
+
+    def turn_began(self, snapshot: Snapshot) -> float:
+        """Return the instant since when one worker of the fleet may run it once, on the store's clock.
+
+        While tasks are admitted each breaker has instants of its own, so that many are not checked at once.
+        """
+        if snapshot.state is State.HALF_OPEN:
+            return snapshot.now - (self.interval or 0.0)
+        interval = self.interval or ACTIVE_INTERVAL
+        own_share = zlib.crc32(self.breaker.encode()) / 2**32
+        return snapshot.now - (snapshot.now - own_share * interval) % interval
+
+
+def _is_seconds(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf)
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
