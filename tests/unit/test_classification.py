@@ -21,7 +21,7 @@ from unittest import mock
 
 import aiohttp
 import gevent
-import grpc  # type: ignore[import-untyped]  # it ships no types
+import grpc
 import httpx
 import openai
 import psycopg

@@ -1,0 +1,299 @@
+"""Running probes: as trials, as active checks, under a time limit, side by side."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from resilient_tasks import Breaker, Resilience, State, StoreError
+from resilient_tasks.checks import HealthCheckError, heartbeat
+from resilient_tasks.core.model import Transition
+from resilient_tasks.testing import Clock, force
+from resilient_tasks.worker import probe as probe_module
+from resilient_tasks.worker.probe import Prober
+from resilient_tasks.worker.runtime import runtime_of
+from tests.support.doubles import FlakyStore, wait_until
+
+
+@pytest.fixture
+def app() -> Celery:
+    return Celery("prober", broker="memory://", set_as_current=False)
+
+
+@pytest.fixture
+def payments(resilience: Resilience) -> Breaker:
+    return resilience.breaker("payments", trial_calls=2, open_duration=5, open_jitter=0, slow_call_duration=0.001)
+
+
+class Rounds:
+    """Ticks by hand: runs what is due and waits for its end."""
+
+    def __init__(self, app: Celery, clock: Clock) -> None:
+        self.woken = 0
+        self.clock = clock
+        self.prober = Prober(runtime_of(app), self._wake)
+
+    def _wake(self) -> None:
+        self.woken += 1
+
+    def begin(self, breaker: Breaker) -> bool:
+        snapshot, probe = breaker.snapshot(), breaker.registered_probe
+        assert probe is not None
+        if probe.is_due(snapshot):
+            self.prober.start(breaker, probe, snapshot)
+            return True
+        return False
+
+    def run(self, breaker: Breaker) -> State:
+        self.begin(breaker)
+        wait_until(lambda: not self.prober._lanes[breaker.name].is_busy())
+        return breaker.snapshot().state
+
+    def half_open(self, breaker: Breaker) -> None:
+        force(breaker, "OPEN")
+        self.clock.advance(1000)
+        assert breaker.snapshot().state is State.HALF_OPEN
+
+    def check(self, breaker: Breaker, times: int = 1) -> State:
+        """Let so many intervals pass and run an active probe in each."""
+        breaker.fleet.store.advance(breaker.spec)
+        for _ in range(times):
+            self.clock.advance(10)
+            state = self.run(breaker)
+        return state
+
+
+@pytest.fixture
+def rounds(app: Celery, payments: Breaker, clock: Clock) -> Rounds:
+    return Rounds(app, clock)
+
+
+@pytest.fixture
+def told(resilience: Resilience) -> list[Transition]:
+    told: list[Transition] = []
+    resilience.announcer.add_listener(told.append)
+    return told
+
+
+class Dependency:
+    """A health check that a test can make fail."""
+
+    def __init__(self) -> None:
+        self.failure: BaseException | None = None
+        self.asked = 0
+
+    def __call__(self) -> None:
+        self.asked += 1
+        if self.failure is not None:
+            raise self.failure
+
+
+# --- as trials ----------------------------------------------------------------------------------------
+
+
+def test_trials_follow_each_other_until_the_breaker_closes(rounds: Rounds, payments: Breaker) -> None:
+    check = payments.probe(Dependency())
+    rounds.half_open(payments)
+    assert rounds.run(payments) is State.CLOSED
+    assert (check.asked, rounds.woken) == (2, 2)
+
+
+def test_a_slow_probe_is_a_success_all_the_same(rounds: Rounds, payments: Breaker) -> None:
+    payments.probe(lambda: time.sleep(0.01))
+    rounds.half_open(payments)
+    assert rounds.run(payments) is State.CLOSED
+
+
+def test_so_many_successes_in_a_row_close_it(rounds: Rounds, payments: Breaker) -> None:
+    check = payments.probe(Dependency(), successes_before_close=5)
+    rounds.half_open(payments)
+    assert rounds.run(payments) is State.CLOSED
+    assert check.asked == 5
+    assert payments.policy.trial_calls == 2, "of tasks released and resumed the policy still speaks"
+
+
+def test_one_failure_between_them_opens_it_again(rounds: Rounds, payments: Breaker) -> None:
+    check = payments.probe(Dependency(), successes_before_close=5)
+    failures = [(ValueError("s3cret"), "ValueError"), (HealthCheckError("http_check(...): answered 503"),) * 2]
+    for check.failure, cause in failures:
+        rounds.half_open(payments)
+        assert rounds.run(payments) is State.OPEN
+        assert payments.snapshot().reason == f"1 of 5 trials failed, last: probe: {cause}"
+
+
+def test_an_interval_spaces_the_trials_of_all_workers(app: Celery, rounds: Rounds, payments: Breaker) -> None:
+    check = payments.probe(Dependency(), interval=5)
+    rounds.half_open(payments)
+    assert rounds.run(payments) is State.HALF_OPEN
+    assert not Rounds(app, rounds.clock).begin(payments)
+    rounds.clock.advance(5.001)
+    assert Rounds(app, rounds.clock).run(payments) is State.CLOSED
+    assert check.asked == 2
+
+
+def test_a_probe_that_hangs_has_failed_when_its_time_is_up(rounds: Rounds, payments: Breaker) -> None:
+    released = threading.Event()
+    payments.probe(lambda: released.wait(30), timeout=0.05)
+    rounds.half_open(payments)
+    assert rounds.run(payments) is State.OPEN
+    assert payments.snapshot().reason.endswith("last: probe: no answer within 0.05 s")
+    released.set()
+
+
+def test_one_that_hangs_delays_no_other(resilience: Resilience, rounds: Rounds, payments: Breaker) -> None:
+    released = threading.Event()
+    payments.probe(lambda: released.wait(30))
+    mail = resilience.breaker("mail", trial_calls=1)
+    mail.probe(Dependency())
+    for breaker in (payments, mail):
+        rounds.half_open(breaker)
+    rounds.begin(payments)
+    assert rounds.run(mail) is State.CLOSED
+    assert rounds.prober._lanes["payments"].is_busy()
+    released.set()
+
+
+def test_runs_that_hang_are_not_piled_up(
+    rounds: Rounds, payments: Breaker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(probe_module, "MOST_ABANDONED", 2)
+    released, begun = threading.Event(), []
+
+    def ping() -> None:
+        begun.append(1)
+        released.wait(30)
+
+    payments.probe(ping, timeout=0.01, active=True, failures_before_open=99)
+    with caplog.at_level(logging.ERROR):
+        rounds.check(payments, times=4)
+    assert len(begun) == 2
+    assert "2 probes of breaker 'payments' hang" in caplog.text
+    assert payments.snapshot().failed_checks == 4
+    released.set()
+    wait_until(lambda: not any(run.is_alive() for run, _ in rounds.prober._lanes["payments"].running))
+    rounds.check(payments)
+    assert payments.snapshot().failed_checks == 0
+
+
+def test_one_that_hangs_for_very_long_is_no_longer_counted(
+    rounds: Rounds, payments: Breaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe_module, "MOST_ABANDONED", 1)
+    monkeypatch.setattr(probe_module, "GIVEN_UP_AFTER", 0.0)
+    released, begun = threading.Event(), []
+
+    def ping() -> None:
+        begun.append(1)
+        released.wait(30)
+
+    payments.probe(ping, timeout=0.01, active=True, failures_before_open=99)
+    rounds.check(payments, times=3)
+    assert len(begun) == 3
+    released.set()
+
+
+# --- active -------------------------------------------------------------------------------------------
+
+
+def test_it_opens_before_any_task_has_failed(rounds: Rounds, payments: Breaker, told: list[Transition]) -> None:
+    check = payments.probe(Dependency(), active=True)
+    assert rounds.check(payments, times=2) is State.CLOSED
+    check.failure = HealthCheckError("http_check('http://b/'): answered 503, expected 200..299", 503)
+    assert rounds.check(payments, times=2) is State.CLOSED
+    assert told == []
+    assert rounds.check(payments) is State.OPEN
+    assert [(transition.state, transition.actor) for transition in told] == [(State.OPEN, "")]
+    assert told[0].reason == f"health check failed 3 times in a row, last: probe: {check.failure}"
+    assert payments.snapshot().failures == 0
+
+
+def test_two_workers_make_each_check_once(app: Celery, rounds: Rounds, payments: Breaker) -> None:
+    check = payments.probe(Dependency(), active=True)
+    payments.fleet.store.advance(payments.spec)
+    rounds.clock.advance(10)
+    other = Rounds(app, rounds.clock)
+    snapshot, probe = payments.snapshot(), payments.registered_probe
+    assert probe is not None
+    for prober in (rounds.prober, other.prober):
+        prober.start(payments, probe, snapshot)
+    for prober in (rounds.prober, other.prober):
+        wait_until(lambda: not prober._lanes["payments"].is_busy())  # noqa: B023 - called at once
+    assert check.asked == 1
+
+
+def test_a_check_that_ends_after_the_breaker_has_moved_says_nothing(rounds: Rounds, payments: Breaker) -> None:
+    released = threading.Event()
+
+    def ping() -> None:
+        released.wait(30)
+        raise ConnectionError
+
+    payments.probe(ping, active=True, failures_before_open=1)
+    payments.fleet.store.advance(payments.spec)
+    rounds.clock.advance(10)
+    rounds.begin(payments)
+    payments.disable()
+    released.set()
+    assert rounds.run(payments) is State.DISABLED
+    payments.reset()
+    assert payments.snapshot().failed_checks == 0
+
+
+def test_while_the_store_is_away_nothing_is_checked(
+    resilience: Resilience, rounds: Rounds, payments: Breaker, clock: Clock
+) -> None:
+    store = FlakyStore(clock)
+    resilience.use_store(store)
+    check = payments.probe(Dependency(), active=True, failures_before_open=1)
+    rounds.check(payments)
+    assert check.asked == 1
+    clock.advance(10)
+    snapshot, probe = payments.snapshot(), payments.registered_probe
+    assert probe is not None
+    store.away = True
+    rounds.prober.start(payments, probe, snapshot)
+    wait_until(lambda: not rounds.prober._lanes["payments"].is_busy())
+    assert check.asked == 1
+
+
+def test_a_store_that_goes_away_during_a_check_does_not_hear_of_it(
+    resilience: Resilience, rounds: Rounds, payments: Breaker, clock: Clock
+) -> None:
+    store = FlakyStore(clock)
+    resilience.use_store(store)
+
+    def ping() -> None:
+        store.away = True
+        raise ConnectionError
+
+    payments.probe(ping, active=True, failures_before_open=1)
+    rounds.check(payments)
+    store.away = False
+    assert payments.snapshot().state is State.CLOSED
+
+
+# --- heartbeat ----------------------------------------------------------------------------------------
+
+
+def test_silence_is_failure_and_a_heartbeat_heals(rounds: Rounds, payments: Breaker) -> None:
+    payments.probe(heartbeat(ttl=15), active=True, failures_before_open=1)
+    payments.heartbeat()
+    assert rounds.check(payments) is State.CLOSED
+    assert rounds.check(payments) is State.OPEN
+    assert "heartbeat(ttl=15): the last report is 20.0 s old" in payments.snapshot().reason
+    rounds.half_open(payments)
+    payments.heartbeat()
+    assert rounds.run(payments) is State.CLOSED
+
+
+def test_a_heartbeat_that_nobody_hears_is_no_secret(resilience: Resilience, payments: Breaker, clock: Any) -> None:
+    store = FlakyStore(clock)
+    resilience.use_store(store)
+    store.away = True
+    with pytest.raises(StoreError):
+        payments.heartbeat()
