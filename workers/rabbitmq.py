@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from workers.processes import LOCALHOST, Program, accepts_connections, free_port, start_program
+from workers.processes import (
+    LOCALHOST,
+    Program,
+    accepts_connections,
+    free_port,
+    is_recorded_alive,
+    start_program,
+    wait_until,
+)
 
 
 @dataclass
@@ -35,7 +43,10 @@ class RabbitMQ:
 
     def start_again(self) -> None:
         """Bring back a node that was killed, with its data, and wait until it accepts clients."""
-        self.program = _start_node(self.program.log.parent, self.port, self.env)
+        directory = self.program.log.parent
+        record = directory / "rabbitmq.pid"
+        wait_until(lambda: not is_recorded_alive(record), what="Erlang's helpers to notice that their node is gone")
+        self.program = _start_node(directory, self.port, self.env)
 
     def control(self, *command: str) -> str:
         """Run a ``rabbitmqctl`` command and return what it prints. Takes a second or two."""

@@ -168,8 +168,9 @@ class Ledger:
     # --- memory ---------------------------------------------------------------------------------------
 
     def memory(self) -> Memory | None:
-        """Return how much memory the server uses; None if it does not say."""
-        return Memory.read(self._server.run(lambda client: client.info("memory")))
+        """Return how much memory the server uses, in a cluster the fullest; None if it does not say."""
+        memories = map(Memory.read, self._server.infos("memory"))
+        return max((memory for memory in memories if memory), default=None)
 
     def _run(self, script: str, keys: Sequence[str], *args: Argument) -> Any:
         return self._server.run(lambda client: self._scripts[script](client, keys, *args))

@@ -82,11 +82,13 @@ class RedisStore:
             raise StoreError(f"{error}; {needed}") from error.__cause__
 
     def check(self) -> None:
-        """Find a server that is no Redis; see :meth:`Store.check`."""
+        """Find a server that is no Redis, or none of the kind that the URL says; see :meth:`Store.check`."""
         try:
             self.ping()
+            self._server.check_kind()
         except StoreError as error:
-            if isinstance(error.__cause__, redis.InvalidResponse):
+            no_cluster = "Cluster mode is not enabled" in str(error)
+            if no_cluster or isinstance(error.__cause__, redis.InvalidResponse):
                 raise ConfigurationError(str(error)) from None
 
     # --- decisions --------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from typing import Any, NoReturn, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
+from redis.cluster import RedisCluster
 from redis.exceptions import ClusterError, InvalidResponse, NoScriptError, RedisClusterException
 from redis.retry import Retry
 
 from resilient_tasks.errors import ConfigurationError, StoreError
-from resilient_tasks.store.address import Address
+from resilient_tasks.store.address import Address, Kind
 from resilient_tasks.store.forking import renew_after_fork
 
 T = TypeVar("T")
@@ -138,6 +139,28 @@ class Server:
             result = action(self._client)
         self._retry_at = None
         return result
+
+    def infos(self, section: str) -> list[dict[str, Any]]:
+        """Return a section of INFO from the server; in a cluster, from each node that stores anything."""
+
+        def ask(client: redis.Redis) -> list[dict[str, Any]]:
+            if isinstance(client, RedisCluster):
+                return [client.info(section, target_nodes=node) for node in client.get_primaries()]
+            return [client.info(section)]
+
+        return self.run(ask)
+
+    def check_kind(self) -> None:
+        """Find a URL of one server that leads to a cluster, of which a server knows a part only.
+
+        Raises:
+            ConfigurationError: it does.
+            StoreError: see :meth:`run`.
+        """
+        if self._address.kind is Kind.SERVER and any(info.get("cluster_enabled") for info in self.infos("cluster")):
+            raise ConfigurationError(
+                f"store {self.address} is a node of a cluster: allowed is redis+cluster://host:port,host:port"
+            )
 
     @contextmanager
     def errors_translated(self, *, remember: bool = True) -> Iterator[None]:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -24,6 +24,11 @@ logger = logging.getLogger("resilient_tasks")
 #: Times a message may be requeued: RabbitMQ's quorum queues drop one after 20.
 MOST_REQUEUED = 10
 
+_DELIVERY_COUNT = "x-delivery-count"
+_EXISTS_OTHERWISE = 406  # AMQP's PRECONDITION_FAILED: there is such a queue, with other arguments than ours
+
+#: Headers of one delivery, or of a body that kombu has unpacked already.
+_HEADERS_NOT_COPIED = frozenset({_DELIVERY_COUNT, "compression"})
 #: Properties that belong to one delivery, or that kombu takes under a name of their own.
 _NOT_COPIED = frozenset({
     "delivery_info", "delivery_tag", "body_encoding", "application_headers", "content_type", "content_encoding",
@@ -34,13 +39,19 @@ _NOT_COPIED = frozenset({
 class PublishedQueues(Queues):
     """Any other transport: durable queues without consumers, publish then acknowledge."""
 
-    transport_options: ClassVar[dict[str, Any]] = {"max_retries": 0, "confirm_publish": True}
+    transport_options: ClassVar[dict[str, Any]] = {
+        "max_retries": 0,
+        "confirm_publish": True,
+        "read_timeout": 10,
+        "write_timeout": 10,
+    }
 
     def __init__(self, app: Celery, namespace: str) -> None:
         super().__init__(app, namespace)
         self._lock = threading.Lock()
         self._declared: set[str] = set()
         self._returned = False
+        self._arguments = {"x-queue-type": "quorum"} if _uses_quorum_queues(app) else {}
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -52,17 +63,29 @@ class PublishedQueues(Queues):
                 self.close()
                 raise
 
+    def _passing_channel(self) -> Any:
+        """Return a channel for one question: a broker ends the channel on which it refuses something."""
+        _ = self.channel  # opens the connection again if it was closed
+        return self._connection.channel()
+
     def _declare(self, queue: str) -> None:
-        if queue not in self._declared:
-            Queue(queue, durable=True)(self.channel).declare()
-            self._declared.add(queue)
+        if queue in self._declared:
+            return
+        with self._passing_channel() as passing:
+            try:
+                Queue(queue, durable=True, queue_arguments=self._arguments)(passing).declare()
+            except self._connection.channel_errors as error:
+                if getattr(error, "reply_code", None) != _EXISTS_OTHERWISE:
+                    raise
+        self._declared.add(queue)
 
     def _publish(self, message: Any, queue: str, ticket: Ticket | None, expiration: int) -> bool:
         """Publish straight to a queue, to be kept for ``expiration`` ms (0: for ever); False if there is none."""
         headers = without_ticket(message.headers or {})
-        headers.pop("compression", None)  # kombu has unpacked the body already
-        if ticket:
-            headers = ticket.write(headers)
+        return self._send(message, queue, ticket.write(headers) if ticket else headers, expiration)
+
+    def _send(self, message: Any, queue: str, headers: Mapping[str, Any], expiration: int = 0) -> bool:
+        headers = {name: value for name, value in headers.items() if name not in _HEADERS_NOT_COPIED}
         properties = {name: value for name, value in message.properties.items() if name not in _NOT_COPIED}
         if expiration:  # milliseconds, but kombu takes seconds and truncates
             properties["expiration"] = Fraction(expiration, 1000)
@@ -113,7 +136,7 @@ class PublishedQueues(Queues):
         published anew and is then the last of its queue.
         """
         headers = message.headers or {}
-        if owned and ticket == Ticket.read(headers) and headers.get("x-delivery-count", 0) < MOST_REQUEUED:
+        if owned and ticket == Ticket.read(headers) and not _requeued_often(message):
             self._settle(message.requeue)
             return
         with self._exclusive():
@@ -142,12 +165,19 @@ class PublishedQueues(Queues):
                     self._make(breaker, move)
                 return made
             finally:
-                self._requeue(messages)
+                self._requeue(queue, messages)
 
-    def _requeue(self, messages: Sequence[Any]) -> None:
+    def _requeue(self, queue: str, messages: Sequence[Any]) -> None:
         for message in messages if self._emulated else reversed(messages):
             if not message.acknowledged:
-                message.requeue()
+                self._return(message, queue)
+
+    def _return(self, message: Any, queue: str) -> None:
+        """Return a message that was only looked at; as the last of its queue before the broker throws it away."""
+        if not _requeued_often(message):
+            message.requeue()
+        elif self._send(message, queue, message.headers):
+            message.ack()
 
     def _get(self, queue: str) -> Any:
         message = self.channel.basic_get(queue)
@@ -185,7 +215,7 @@ class PublishedQueues(Queues):
             try:
                 yield self._letters(breaker, held)
             finally:
-                self._requeue(held)
+                self._requeue(self.dead(breaker), held)
 
     def _letters(self, breaker: str, held: list[Any]) -> Iterator[Letter]:
         queue = self.dead(breaker)
@@ -204,7 +234,7 @@ class PublishedQueues(Queues):
         return True
 
     def _size(self, queue: str) -> int:
-        with self._connection.channel() as passing:  # a broker ends a channel that asks for a queue that is gone
+        with self._passing_channel() as passing:
             try:
                 return int(passing.queue_declare(queue, passive=True).message_count)
             except self._connection.channel_errors:
@@ -223,6 +253,17 @@ def _expiration(message: Any) -> int:
     """Return how long the broker would keep a message, ms; 0 for as long as it takes."""
     text = str(message.properties.get("expiration", ""))
     return int(text) if text.isdecimal() and text.isascii() else 0
+
+
+def _requeued_often(message: Any) -> bool:
+    count = (message.headers or {}).get(_DELIVERY_COUNT)
+    return isinstance(count, int) and count >= MOST_REQUEUED
+
+
+def _uses_quorum_queues(app: Celery) -> bool:
+    """Whether an app keeps tasks in quorum queues; what is deferred must be as safe."""
+    kinds = [(queue.queue_arguments or {}).get("x-queue-type") for queue in app.amqp.queues.values()]
+    return "quorum" in (*kinds, app.conf.task_default_queue_type)
 
 
 def _bounded(get: Callable[[], Any], most: int) -> Iterator[Any]:

@@ -99,8 +99,12 @@ class Queues(ABC):
 
     def __init__(self, app: Celery, namespace: str) -> None:
         self.namespace = namespace
-        self._connection = app.connection_for_read(transport_options=self.transport_options)
+        self._connection = app.connection_for_read(transport_options=self._options(app))
         self._accept = seams.accepted_types(app.conf.accept_content)
+
+    def _options(self, _app: Celery) -> dict[str, Any]:
+        """Return the transport options of our connection, which are added to the app's."""
+        return self.transport_options
 
     def deferred(self, breaker: str) -> str:
         """Name of a breaker's deferred queue."""

@@ -40,6 +40,12 @@ class RedisQueues(Queues):
         self._move_source = (scripts / "move.lua").read_text()
         self._known_client: redis.Redis | None = None
 
+    def _options(self, app: Celery) -> dict[str, Any]:
+        """Return our options; sentinels are asked as the app asks them, but no longer than a server."""
+        of_the_app = app.conf.broker_transport_options.get("sentinel_kwargs") or {}
+        limits = {name: self.transport_options[name] for name in ("socket_timeout", "socket_connect_timeout")}
+        return {**self.transport_options, "sentinel_kwargs": {**limits, **of_the_app, "retry": seams.no_retry()}}
+
     @property
     def _client(self) -> redis.Redis:
         """A client on the channel's connections; kept, because making one costs as much as a command."""

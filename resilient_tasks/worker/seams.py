@@ -85,11 +85,16 @@ def announce_revoked(request: Request, reason: str, *, expired: bool = False) ->
     request._announce_revoked(reason, False, None, expired)
 
 
+def no_retry() -> Retry:
+    """Return what keeps redis-py from trying a command ten times, for seconds."""
+    return Retry(NoBackoff(), 0)
+
+
 def plain_client(channel: Any) -> redis.Redis:
     """Return a client on the channel's own connections that adds no key prefix and tries nothing twice."""
     pool = channel.pool
-    if "retry" not in pool.connection_kwargs:  # redis-py would try ten times, for seconds
-        pool.connection_kwargs["retry"] = Retry(NoBackoff(), 0)
+    if "retry" not in pool.connection_kwargs:
+        pool.connection_kwargs["retry"] = no_retry()
         pool.disconnect()
     return redis.Redis(connection_pool=pool)
 

@@ -19,6 +19,7 @@ from resilient_tasks.errors import ConfigurationError, StoreError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Evidence, Spec
 from resilient_tasks.store.redis import RedisStore
+from tests.support.servers import Cluster
 from workers.processes import Server, free_port, start_valkey, wait_until
 
 PAYMENTS = Spec("payments", BreakerPolicy(minimum_calls=5, trial_calls=1, open_duration=60.0))
@@ -392,3 +393,17 @@ def test_a_server_that_repeats_the_password_is_not_quoted() -> None:
         store.close()
     assert "hunter" not in str(error.value)
     assert "hunter" not in repr(error.value.__cause__)
+
+
+def test_a_node_of_a_cluster_is_no_server(running_cluster: Cluster) -> None:
+    store = RedisStore(running_cluster.nodes[0].url(), namespace="test")
+    with pytest.raises(ConfigurationError, match=r"a node of a cluster: allowed is redis\+cluster://"):
+        store.check()
+    store.close()
+    RedisStore(running_cluster.url(), namespace="test").check()
+
+
+def test_a_server_is_no_cluster(server: Server) -> None:
+    store = RedisStore(f"redis+cluster://127.0.0.1:{server.port}", namespace="test")
+    with pytest.raises(ConfigurationError, match="Cluster mode is not enabled"):
+        store.check()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from resilient_tasks.store.redis import RedisStore
 from tests.contract.lab import SHARED, Lab
 
 
@@ -117,8 +116,9 @@ def test_a_breaker_that_nobody_declares_any_more_is_abandoned(lab: Lab) -> None:
     assert lab.ledger.abandoned(unseen_for=60) == ["kept"]
 
 
-def test_a_server_tells_how_much_memory_it_uses(shared_store: RedisStore) -> None:
-    memory = shared_store.ledger.memory()
+@pytest.mark.parametrize("lab", ["server", "cluster"], indirect=True)
+def test_a_server_tells_how_much_memory_it_uses(lab: Lab) -> None:
+    memory = lab.ledger.memory()
     assert memory is not None
     assert memory.used > 100_000
     assert memory.maximum == 0

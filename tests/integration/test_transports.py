@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,13 @@ import pytest
 import redis
 from celery import Celery
 from celery.contrib.testing.worker import start_worker as start_worker_here
+from kombu import Connection, Producer, Queue
 
 from resilient_tasks import Resilience
+from resilient_tasks.worker.published_queues import PublishedQueues
+from resilient_tasks.worker.queues import Entry
+from resilient_tasks.worker.ticket import Ticket
+from tests.integration import cloud
 from tests.integration.depots import (
     MODULE,
     PATIENCE,
@@ -78,6 +83,8 @@ KINDS = {
 
 @pytest.fixture
 def on_rabbitmq(request: pytest.FixtureRequest, rabbitmq: RabbitMQ, depot: Callable[..., Depot]) -> Depot:
+    with Connection(rabbitmq.url) as connection:
+        connection.default_channel.queue_delete("resilient.deferred.payments")
     return depot(rabbitmq.url, queue=f"depot-{request.param}", queue_arguments=KINDS[request.param])
 
 
@@ -95,7 +102,7 @@ def test_an_outage_on_rabbitmq(on_rabbitmq: Depot) -> None:
 
 @pytest.mark.rabbitmq
 @pytest.mark.parametrize("on_rabbitmq", ["classic", "quorum"], indirect=True)
-def test_a_message_on_rabbitmq_is_in_one_place(on_rabbitmq: Depot) -> None:
+def test_a_message_on_rabbitmq_is_in_one_place(on_rabbitmq: Depot, rabbitmq: RabbitMQ) -> None:
     depot = on_rabbitmq
     worker = depot.worker()
     depot.side.set("health", "down")
@@ -108,6 +115,8 @@ def test_a_message_on_rabbitmq_is_in_one_place(on_rabbitmq: Depot) -> None:
         lambda: sum(messages_in(client, *queues)) >= ORDERS, timeout=PATIENCE, what="the broker to have them all"
     )
     assert sum(messages_in(client, *queues)) == ORDERS
+    kinds = dict(line.split() for line in rabbitmq.control("list_queues", "name", "type").splitlines()[1:])
+    assert kinds["resilient.deferred.payments"] == kinds[depot.queue]
     depot.side.set("health", "up")
     depot.side.delete("runs")
     depot.worker()
@@ -133,6 +142,58 @@ def test_a_task_whose_queue_is_gone_is_dead_lettered(rabbitmq: RabbitMQ, depot: 
     former.worker()
     wait_until(lambda: messages_in(client, "resilient.dead.payments") == [4], timeout=PATIENCE, what="dead letters")
     assert messages_in(client, "resilient.deferred.payments") == [0]
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.parametrize(("on_rabbitmq", "how"), [("classic", "KILL"), ("quorum", "TERM")], indirect=["on_rabbitmq"])
+def test_rabbitmq_restarts_in_mid_outage(on_rabbitmq: Depot, rabbitmq: RabbitMQ, how: str) -> None:
+    depot = on_rabbitmq
+    depot.worker()
+    depot.side.set("health", "down")
+    client = depot.client()
+    results = send_charges(client, [0] * ORDERS)
+    wait_until(are("DEFERRED", results), timeout=PATIENCE, what="all to be deferred")
+    if how == "KILL":
+        rabbitmq.program.kill()
+    else:
+        rabbitmq.program.stop(timeout=30.0)
+    rabbitmq.start_again()
+    client = depot.client()
+    assert client.send_task("ping").get(timeout=PATIENCE) == "pong"
+    depot.side.set("health", "up")
+    wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
+    queues = depot.queue, "resilient.deferred.payments"
+    wait_until(lambda: messages_in(client, *queues) == [0, 0], timeout=PATIENCE, what="the queues to be empty")
+
+
+@pytest.mark.rabbitmq
+def test_no_message_is_looked_at_too_often(rabbitmq: RabbitMQ) -> None:
+    """A quorum queue throws away what was requeued more often than its limit, and RabbitMQ 4 gives it one of 20."""
+    app = Celery("app", broker=rabbitmq.url, set_as_current=False)
+    app.conf.broker_transport_options = {"confirm_publish": False}
+    queues = PublishedQueues(app, "often")
+    limited = {"x-queue-type": "quorum", "x-delivery-limit": 20}
+    with Connection(rabbitmq.url) as connection:
+        channel = connection.default_channel
+        Queue(queues.deferred("payments"), queue_arguments=limited)(channel).declare()
+        Queue("often")(channel).declare()
+        headers = {"id": "an-id", "task": "charge", "x-trace": "abc"}
+        Producer(channel).publish([[], {}, {}], routing_key="often", headers=headers, priority=3)
+        queues.defer(Queue("often")(channel).get(), Ticket("payments", "often"), owned=True, limit=None)
+    assert queues.channel.basic_publish == queues.channel.basic_publish_confirm, "whatever the app's setting"
+    found: list[Entry] = []
+
+    def look(entries: Sequence[Entry]) -> tuple[()]:
+        found.extend(entries)
+        return ()
+
+    for _ in range(50):
+        queues.sift("payments", 10, look)
+    assert len(found) == 50
+    assert found[-1].ticket == Ticket("payments", "often")
+    assert found[-1].message.properties["priority"] == 3
+    assert found[-1].message.headers["x-trace"] == "abc"
+    queues.close()
 
 
 def test_without_a_store_a_worker_says_what_to_do_and_ends(depot: Callable[..., Depot]) -> None:
@@ -175,10 +236,12 @@ class Dependency:
             raise ConnectionError("down")
 
 
-@pytest.mark.parametrize("pool", ["solo", "threads"])
-def test_an_outage_in_memory(server: Server, side: redis.Redis, monkeypatch: pytest.MonkeyPatch, pool: str) -> None:
+@pytest.mark.parametrize(("broker", "pool"), [("memory", "solo"), ("memory", "threads"), (cloud.SCHEME, "threads")])
+def test_an_outage_in_memory(
+    server: Server, side: redis.Redis, monkeypatch: pytest.MonkeyPatch, broker: str, pool: str
+) -> None:
     monkeypatch.setenv("RESILIENT_TASKS_STORE_URL", server.url(2))
-    app = Celery("memory", broker="memory://", backend="cache+memory://", set_as_current=False)
+    app = Celery(broker, broker=f"{broker}://", backend="cache+memory://", set_as_current=False)
     app.conf.update(task_acks_late=True, broker_transport_options={"polling_interval": 0.02})
     resilience = Resilience(app, tick_interval=0.25)
     payments = resilience.breaker("payments", consecutive_failures=3, open_duration=0.5, open_jitter=0.0, ramp=0.0)
