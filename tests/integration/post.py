@@ -17,17 +17,19 @@ from kombu import Exchange, Queue
 from resilient_tasks import Resilience
 
 SIDE: Any = redis.Redis.from_url(os.environ["POST_SIDE_URL"], decode_responses=True)
-QUEUE = "post"
+QUEUE, ABROAD = "post", "abroad"
+EXCHANGE = Exchange("to-post", "topic")
 SETTINGS: dict[str, Any] = {
     "broker_connection_retry_on_startup": True,
     "broker_transport_options": json.loads(os.environ.get("POST_TRANSPORT_OPTIONS", "{}")),
     "result_extended": True,
     "task_default_queue": QUEUE,
-    "task_default_exchange": f"to-{QUEUE}",
-    "task_default_exchange_type": "topic",
+    "task_default_exchange": EXCHANGE.name,
+    "task_default_exchange_type": EXCHANGE.type,
     "task_default_routing_key": "post.inland",
     "task_queues": [
-        Queue(QUEUE, Exchange(f"to-{QUEUE}", "topic"), routing_key="post.#", queue_arguments={"x-max-priority": 10})
+        Queue(queue, EXCHANGE, routing_key=f"{queue}.#", queue_arguments={"x-max-priority": 10})
+        for queue in (QUEUE, ABROAD)
     ],
 }
 

@@ -20,7 +20,7 @@ from workers.processes import Server, Worker, start_worker, wait_until
 
 MODULE = "tests.integration.post"
 PATIENCE = float(os.environ.get("SHOP_PATIENCE", "60"))  # seconds
-QUEUE = "post"
+QUEUE, ABROAD = "post", "abroad"
 RESULTS, SIDE = 4, 5  # databases
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 
-from tests.integration.post_office import PATIENCE, QUEUE, PostOffice
+from tests.integration.post_office import ABROAD, PATIENCE, QUEUE, PostOffice
 
 # --- when ---------------------------------------------------------------------------------------------
 
@@ -93,19 +93,41 @@ def test_a_compressed_message(post: PostOffice) -> None:
 # --- where --------------------------------------------------------------------------------------------
 
 
+def _let_go(post: PostOffice, queue: str, count: int) -> list[Any]:
+    """Have ``count`` waiting tasks resumed to a queue that nobody consumes meanwhile, and look at their messages."""
+    post.client.control.cancel_consumer(queue, reply=True)
+    post.close("payments")
+    post.wait(lambda: post.waiting("payments") == 0, "all to be resumed")
+    with post.client.connection_for_read() as connection:
+        messages = [post.client.amqp.queues[queue](connection.default_channel).get() for _ in range(count)]
+        for message in messages:
+            message.requeue()
+    post.client.control.add_consumer(queue, reply=True)
+    return messages
+
+
+def test_a_task_returns_to_the_queue_that_it_came_from(post: PostOffice) -> None:
+    post.open("payments")
+    results = [post.task("describe").apply_async(routing_key=key) for key in ("abroad.france", "post.inland")]
+    post.wait_state("DEFERRED", results)
+    (message,) = _let_go(post, ABROAD, 1)
+    assert message.headers["id"] == results[0].id
+    seen = [result.get(timeout=PATIENCE)["delivery_info"] for result in results]
+    assert [(info["exchange"], info["routing_key"]) for info in seen] == [
+        ("to-post", "abroad.france"),
+        ("to-post", "post.inland"),
+    ]
+
+
 def test_priorities(post: PostOffice) -> None:
     post.open("payments")
     results = [post.task("charge", level).apply_async(priority=level) for level in (3, 9, 0, 6)]
     post.wait_state("DEFERRED", results)
-    post.client.control.cancel_consumer(QUEUE, reply=True)
-    post.close("payments")
-    post.wait(lambda: post.waiting("payments") == 0, "all to be resumed")
-    with post.client.connection_for_read() as connection:
-        highest_first = [9, 6, 3, 0] if connection.transport.driver_type == "amqp" else [0, 3, 6, 9]
-        messages = [post.client.amqp.queues[QUEUE](connection.default_channel).get() for _ in results]
-    post.client.control.add_consumer(QUEUE, reply=True)
+    messages = _let_go(post, QUEUE, 4)
+    highest_first = [9, 6, 3, 0] if post.env["POST_BROKER_URL"].startswith("amqp") else [0, 3, 6, 9]
     assert [message.properties["priority"] for message in messages] == highest_first
     assert [message.payload[0] for message in messages] == [[level] for level in highest_first]
+    assert [result.get(timeout=PATIENCE) for result in results] == [3, 9, 0, 6]
 
 
 # --- to whom ------------------------------------------------------------------------------------------
