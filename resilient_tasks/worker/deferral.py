@@ -247,19 +247,35 @@ class DeferredTasks:
         Returns:
             None if its result cannot be written now: it goes on waiting, and a later tick tries again.
         """
-        try:
-            if isinstance(error, TaskRevokedError):
-                self._revoke(entry, str(error), expired=True)
-            else:
-                self._fail(entry, error)
-        except Exception as exc:  # noqa: BLE001 - whatever a result backend raises
-            logger.warning(
-                "Task %s[%s] cannot be dead-lettered yet: %s", entry.task_name, entry.task_id, type(exc).__name__
-            )
+        if not self._settle(entry, error):
             return None
         logger.warning("Task %s[%s] is dead-lettered: %s", entry.task_name, entry.task_id, error)
         ticket = entry.ticket.die(self._runtime.fleet.view.server_now(), str(error))
         return Move(entry, self.queues.dead(ticket.breaker), ticket)
+
+    def drop_revoked(self, entry: Entry) -> Move | None:
+        """Give a task that was revoked while it waited its result, and drop its message.
+
+        Returns:
+            None if its result cannot be written now, as above.
+        """
+        if not self._settle(entry, TaskRevokedError("revoked")):
+            return None
+        logger.info("Task %s[%s] was revoked while it waited", entry.task_name, entry.task_id)
+        return Move(entry, None)
+
+    def _settle(self, entry: Entry, error: Exception) -> bool:
+        """Write the result of a task that waits no longer; False if that is impossible now."""
+        try:
+            if isinstance(error, TaskRevokedError):
+                self._revoke(entry, str(error))
+            else:
+                self._fail(entry, error)
+        except Exception as exc:  # noqa: BLE001 - whatever a result backend raises
+            reason = type(exc).__name__
+            logger.warning("Task %s[%s] cannot end yet (%s): %s", entry.task_name, entry.task_id, error, reason)
+            return False
+        return True
 
     def _fail(self, entry: Entry, error: Exception) -> None:
         request = self._request(entry)
@@ -269,15 +285,10 @@ class DeferredTasks:
             self._runtime.app.backend.mark_as_failure(entry.task_id, error)
             self._events.send("task-failed", uuid=entry.task_id, exception=repr(error), traceback=None)
 
-    def drop_revoked(self, entry: Entry) -> Move:
-        """Give a task that was revoked while it waited its result, and drop its message."""
-        self._revoke(entry, "revoked")
-        return Move(entry, None)
-
-    def _revoke(self, entry: Entry, reason: str, *, expired: bool = False) -> None:
+    def _revoke(self, entry: Entry, reason: str) -> None:
         request = self._request(entry)
         if request is not None:
-            seams.announce_revoked(request, reason, expired=expired)
+            seams.announce_revoked(request, reason, expired=reason == "expired")
         else:
             self._runtime.app.backend.mark_as_revoked(entry.task_id, reason)
 

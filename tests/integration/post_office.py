@@ -49,7 +49,7 @@ class PostOffice:
         os.environ.update({name: value for name, value in self.env.items() if name.startswith("POST_")})
         self.project = importlib.import_module(MODULE)
         self.client = self.producer()
-        self.operator = Resilience(store_url=server.url(SIDE), namespace="post")
+        self.operator = Resilience(self.producer(), store_url=server.url(SIDE), namespace="post")
         for name, breaker in self.project.resilience.breakers.items():
             self.operator.breaker(name, breaker.policy)
         self._count = itertools.count(1)

@@ -99,7 +99,9 @@ def _let_go(post: PostOffice, queue: str, count: int) -> list[Any]:
     post.close("payments")
     post.wait(lambda: post.waiting("payments") == 0, "all to be resumed")
     with post.client.connection_for_read() as connection:
-        messages = [post.client.amqp.queues[queue](connection.default_channel).get() for _ in range(count)]
+        bound = post.client.amqp.queues[queue](connection.default_channel)
+        bound.declare()
+        messages = [bound.get() for _ in range(count)]
         for message in messages:
             message.requeue()
     post.client.control.add_consumer(queue, reply=True)

@@ -1,8 +1,9 @@
-"""A task that is revoked while it is deferred never runs."""
+"""A task that is revoked, or expires, while it is deferred never runs."""
 
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta, timezone
 
 import pytest
 from celery import chord
@@ -64,3 +65,15 @@ def test_a_chord_fails_with_its_revoked_member(post: PostOffice) -> None:
     post.close("payments")
     post.wait_state("FAILURE", [total])
     assert post.runs() == [total.parent.results[1].id]
+
+
+def test_expired_while_deferred(post: PostOffice) -> None:
+    post.open("payments")
+    soon = datetime.now(timezone.utc) + timedelta(seconds=1)
+    doomed, spared = post.task("charge", 1).apply_async(expires=soon), post.task("charge", 2).apply_async(expires=600)
+    post.wait_state("DEFERRED", [spared])
+    post.wait_state("REVOKED", [doomed])  # before anything is resumed
+    assert datetime.now(timezone.utc) >= soon
+    assert post.through_an_outage(spared) == [2]
+    assert post.runs() == [spared.id]
+    assert post.operator.dead_letters.show(doomed.id).reason == "expired"
