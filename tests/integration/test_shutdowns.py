@@ -55,7 +55,7 @@ def test_a_cold_shutdown_in_mid_outage_loses_nothing(shop: Shop) -> None:
 
 
 def test_what_fails_in_the_grace_of_a_soft_shutdown_is_put_aside(shop: Shop) -> None:
-    outage = Outage(shop, arguments=["worker_soft_shutdown_timeout=2"])
+    outage = Outage(shop, arguments=["worker_soft_shutdown_timeout=1"])
     outage.worker.send_signal(signal.SIGQUIT)
     shop.wait(lambda: "Initiating Soft Shutdown" in outage.worker.output(), "the grace to begin")
     shop.set_health("slow", "down")
