@@ -243,7 +243,8 @@ def test_an_outage_in_memory(
     monkeypatch.setenv("RESILIENT_TASKS_STORE_URL", server.url(2))
     app = Celery(broker, broker=f"{broker}://", backend="cache+memory://", set_as_current=False)
     app.conf.update(task_acks_late=True, broker_transport_options={"polling_interval": 0.02})
-    resilience = Resilience(app, tick_interval=0.25)
+    # a namespace of its own: a worker that ran in this process before may tick on, on another broker
+    resilience = Resilience(app, tick_interval=0.25, namespace=f"{broker}-{pool}")
     payments = resilience.breaker("payments", consecutive_failures=3, open_duration=0.5, open_jitter=0.0, ramp=0.0)
     dependency = Dependency()
 
