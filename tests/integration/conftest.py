@@ -39,8 +39,9 @@ MODULE = "tests.integration.shop"
 class Shop:
     """The test project with its server, its side channel and the processes that a test starts."""
 
-    def __init__(self, server: Server, directory: Path) -> None:
+    def __init__(self, server: Server, directory: Path, module: str = MODULE) -> None:
         self.server = server
+        self.module = module
         self.directory = directory
         self.side: Any = redis.Redis.from_url(server.url(2), decode_responses=True)
         self.broker: Any = redis.Redis.from_url(server.url(0), decode_responses=True)
@@ -52,7 +53,7 @@ class Shop:
         self._count = itertools.count(1)
         self._programs: list[Program] = []
         os.environ.update(self.env)
-        self.project: ModuleType = importlib.import_module(MODULE)
+        self.project: ModuleType = importlib.import_module(module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.project, name)
@@ -61,15 +62,16 @@ class Shop:
         """Start a worker and wait until it consumes; mingling takes each a second."""
         env = {**self.env, **options.pop("env", {})}
         arguments = [*([] if mingle else ["--without-mingle"]), *options.pop("arguments", [])]
+        name = f"worker{next(self._count)}"
         worker = start_worker(
-            MODULE, name=f"worker{next(self._count)}", directory=self.directory, env=env, arguments=arguments, **options
+            self.module, name=name, directory=self.directory, env=env, arguments=arguments, **options
         )  # fmt: skip
         self._programs.append(worker)
         return worker.wait_until_ready()
 
     def beat(self) -> Program:
         """Start beat."""
-        beat = start_beat(MODULE, name=f"beat{next(self._count)}", directory=self.directory, env=self.env)
+        beat = start_beat(self.module, name=f"beat{next(self._count)}", directory=self.directory, env=self.env)
         self._programs.append(beat)
         return beat
 

@@ -216,6 +216,23 @@ def test_a_tick_is_sent_when_a_deferred_task_has_waited_long_enough(
     assert ticks() == 1
 
 
+def test_a_tick_is_sent_when_an_active_probe_is_due(
+    ticks: Any, payments: Breaker, resilience: Resilience, clock: Clock
+) -> None:
+    payments.probe(lambda: None, active=True, interval=60)
+    assert ticks() == 1, "somebody must make the breaker known, or time does not pass for it"
+    store = resilience.fleet.store
+    store.advance(payments.spec)
+    assert ticks() == 1
+    clock.advance(60.001)
+    assert ticks() == 2
+    store.begin_health_check(payments.spec, since=clock())
+    assert ticks() == 2
+    force(payments, "FORCED_OPEN")
+    clock.advance(60.001)
+    assert ticks() == 2
+
+
 def test_beat_goes_on_while_the_store_is_away(ticks: Any, resilience: Resilience, clock: Clock) -> None:
     store = FlakyStore(clock)
     resilience.use_store(store)
