@@ -10,7 +10,7 @@ from celery import bootsteps
 from celery.signals import worker_process_init, worker_process_shutdown, worker_shutdown
 from kombu import Consumer, Queue
 
-from resilient_tasks.worker import seams
+from resilient_tasks.worker import redis_channel, seams
 from resilient_tasks.worker.host import Host
 from resilient_tasks.worker.runtime import TICK_TASK, Runtime, find_runtime, runtime_of
 
@@ -24,6 +24,7 @@ class Membership(bootsteps.Step):  # type: ignore[misc]  # Celery is untyped
         super().__init__(worker, **kwargs)
         runtime = runtime_of(worker.app)
         runtime.validate()
+        redis_channel.install()
         runtime.fleet.store.check()
         runtime.fleet.view.share()
         runtime.host = Host(runtime)

@@ -53,4 +53,4 @@ def _figures(outcome: Outcome) -> list[int]:
 
 
 def _row(first: str, cells: Sequence[object]) -> str:
-    return f"{first:<28}" + " ".join(f"{cell!s:>{len(name)}}" for name, cell in zip(_HEAD, cells, strict=True))
+    return f"{first:<28}" + " ".join(f"{cell!s:>{max(5, len(name))}}" for name, cell in zip(_HEAD, cells, strict=True))

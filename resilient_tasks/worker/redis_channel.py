@@ -1,0 +1,154 @@
+"""How a worker takes messages off a Redis broker: kombu's channel, without the moments in which it loses some.
+
+kombu pops a message (BRPOP) and then notes it as unacknowledged, in a second step. If the worker dies in
+between, the connection is cut or the server is out of memory, the message is nowhere. Here both are one
+script. Only waiting for a message is a command of its own, and changes nothing.
+
+All that is overridden here is undocumented; ``tests/unit/test_seams.py`` fails when it moves.
+"""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum, auto
+from importlib import resources
+from queue import Empty
+from time import monotonic, time
+from typing import Any, NoReturn
+
+from kombu.transport import redis, virtual
+from redis.exceptions import ResponseError
+
+logger = logging.getLogger("resilient_tasks")
+
+TAKE = (resources.files("resilient_tasks.worker") / "lua" / "take.lua").read_text()
+#: Seconds to wait at one queue before all are looked at again.
+WAIT = 0.1
+
+
+def install() -> None:
+    """Let all connections that this process makes from now on take messages this way."""
+    redis.Transport.Channel = TakingChannel
+    redis.SentinelTransport.Channel = TakingSentinelChannel
+
+
+class TakingQoS(redis.QoS):
+    """Knows what the script has noted already; needs no memory to acknowledge."""
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """Keep account of a delivery."""
+        if self.channel.noted:
+            virtual.QoS.append(self, message, delivery_tag)
+        else:
+            super().append(message, delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        """Acknowledge without MULTI, which a server that is out of memory refuses.
+
+        The message first: an index entry without one harms nobody.
+        """
+        with self.channel.conn_or_acquire() as client:
+            pipe = client.pipeline(transaction=False)
+            pipe.hdel(self.unacked_key, delivery_tag).zrem(self.unacked_index_key, delivery_tag).execute()
+        virtual.QoS.ack(self, delivery_tag)
+
+    def restore_visible(self, *args: Any, **kwargs: Any) -> None:
+        """Restore what dead workers have left, unless the server is out of memory."""
+        try:
+            super().restore_visible(*args, **kwargs)
+        except ResponseError as exc:
+            logger.warning("messages of dead workers cannot be restored yet: %s", exc)
+
+
+class _Command(Enum):
+    """What the server has been asked."""
+
+    POP = auto()  # kombu's own BRPOP
+    TAKE = auto()
+    WAIT = auto()
+
+
+class TakingChannel(redis.Channel):
+    """Takes and notes each message in one step.
+
+    Attributes:
+        noted: what is being delivered has been noted by the script.
+    """
+
+    QoS = TakingQoS
+    noted = False
+    _in_poll: Any  # annotated, because kombu's first values are of narrower types
+    _brpop_sent_at: Any
+    _asked = _Command.POP
+    _all_empty = False
+    _full = False
+    _without_acks = False
+
+    def basic_consume(self, queue: str, no_ack: bool = False, *args: Any, **kwargs: Any) -> Any:  # noqa: FBT001, FBT002 - kombu's signature
+        """Consume a queue; what nobody will acknowledge must not be noted."""
+        self._without_acks = self._without_acks or no_ack
+        return super().basic_consume(queue, no_ack, *args, **kwargs)
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        """Take, or wait after nothing was there; :meth:`_brpop_read` reads the answer."""
+        if self._without_acks or not self.ack_emulation:
+            self._asked = _Command.POP
+            super()._brpop_start(timeout)
+            return
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        if not queues:
+            return
+        self._asked = _Command.WAIT if self._all_empty else _Command.TAKE
+        self._in_poll = self.client.connection
+        self._brpop_sent_at = monotonic()
+        command = self._wait_command(queues[0]) if self._all_empty else self._take_command(queues)
+        self.client.connection.send_command(*command)
+
+    def _take_command(self, queues: list[str]) -> list[Any]:
+        lists = [self._q_for_pri(queue, priority) for priority in self.priority_steps for queue in queues]
+        keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key, *lists)]
+        return ["EVAL", TAKE, len(keys), *keys, time()]
+
+    def _wait_command(self, queue: str) -> list[Any]:
+        """Moving the oldest message of a list to where it is waits for one, and changes nothing."""
+        self._queue_cycle.rotate(queue)
+        key = self.global_keyprefix + queue
+        if self._full:
+            return ["BRPOP", f"{key}{self.sep}nothing", WAIT]
+        return ["BLMOVE", key, key, "RIGHT", "RIGHT", WAIT]
+
+    def _brpop_read(self, **options: Any) -> Any:
+        """Deliver what was taken, or end the wait.
+
+        Raises:
+            Empty: there is nothing to deliver.
+        """
+        if self._asked is _Command.WAIT:
+            self._end_wait()
+        self.noted = self._asked is _Command.TAKE
+        try:
+            return super()._brpop_read(**options)
+        except Empty:
+            self._all_empty = True
+            raise
+        finally:
+            self.noted = False
+
+    def _end_wait(self) -> NoReturn:
+        self._all_empty = False
+        try:
+            self.client.parse_response(self.client.connection, "BLMOVE")
+            self._full = False
+        except ResponseError:  # out of memory, it refuses even a move that changes nothing
+            self._full = True
+        except self.connection_errors:
+            self.client.connection.disconnect()
+            raise
+        finally:
+            self._in_poll = None
+            self._flush_brpop_reauth()
+        raise Empty
+
+
+class TakingSentinelChannel(TakingChannel, redis.SentinelChannel):
+    """The same on the master that Sentinels name."""

@@ -1,0 +1,165 @@
+"""Taking messages off a Redis broker: at no moment is one only in the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import redis
+from kombu import Connection, Consumer, Queue
+from kombu.transport import redis as kombu_redis
+
+from resilient_tasks.worker import redis_channel
+from workers.processes import Server, start_valkey, wait_until
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = start_valkey(tmp_path_factory.mktemp("broker"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def broker(server: Server) -> Iterator[Any]:
+    client: Any = redis.Redis.from_url(server.url(), decode_responses=True)
+    client.flushdb()
+    yield client
+    client.config_set("maxmemory", "0")
+
+
+@pytest.fixture(params=["", "prefix."], ids=["", "key prefix"])
+def prefix(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def connection(server: Server, broker: Any, prefix: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connection]:
+    for transport in (kombu_redis.Transport, kombu_redis.SentinelTransport):
+        monkeypatch.setattr(transport, "Channel", transport.Channel)
+    redis_channel.install()
+    with Connection(server.url(), transport_options={"global_keyprefix": prefix}) as connection:
+        yield connection
+
+
+def publish(connection: Connection, *bodies: str, queue: str = "work", priority: int = 0) -> None:
+    for body in bodies:
+        connection.Producer().publish(body, routing_key=queue, declare=[Queue(queue)], priority=priority)
+
+
+@contextmanager
+def consuming(connection: Connection, *queues: str, no_ack: bool = False) -> Iterator[list[Any]]:
+    received: list[Any] = []
+    with Consumer(
+        connection.channel(), [Queue(queue) for queue in queues], on_message=received.append, no_ack=no_ack
+    ):  # fmt: skip
+        yield received
+
+
+def drain(connection: Connection, received: list[Any], count: int) -> list[Any]:
+    """Receive messages one after the other and return their bodies."""
+    while len(received) < count:
+        connection.drain_events(timeout=10)
+    return [message.payload for message in received]
+
+
+def test_both_kinds_of_transport_take_messages_this_way(connection: Connection) -> None:
+    assert kombu_redis.Transport.Channel is redis_channel.TakingChannel
+    assert issubclass(kombu_redis.SentinelTransport.Channel, redis_channel.TakingChannel)
+
+
+def test_a_message_that_was_taken_and_never_read_comes_back(connection: Connection, broker: Any, prefix: str) -> None:
+    publish(connection, "a")
+    channel = connection.channel()
+    with Consumer(channel, [Queue("work")]):
+        connection.transport.cycle.on_poll_start()
+        wait_until(lambda: broker.hlen(f"{prefix}unacked"), what="the message to be taken")
+        assert broker.llen(f"{prefix}work") == 0
+        (tag,) = broker.zrange(f"{prefix}unacked_index", 0, -1)
+        channel.qos.restore_by_tag(tag)
+        assert (broker.llen(f"{prefix}work"), broker.hlen(f"{prefix}unacked")) == (1, 0)
+
+
+def test_kombu_itself_loses_it(server: Server, broker: Any) -> None:
+    with Connection(server.url()) as connection:
+        publish(connection, "a")
+        with Consumer(connection.channel(), [Queue("work")]):
+            connection.transport.cycle.on_poll_start()
+            wait_until(lambda: not broker.llen("work"), what="the message to be popped")
+            assert broker.hlen("unacked") == 0
+
+
+def test_messages_arrive_in_order_and_are_acknowledged(connection: Connection, broker: Any, prefix: str) -> None:
+    publish(connection, "a", "b", "c")
+    with consuming(connection, "work") as received:
+        assert drain(connection, received, 3) == ["a", "b", "c"]
+        assert broker.hlen(f"{prefix}unacked") == broker.zcard(f"{prefix}unacked_index") == 3
+        for message in received:
+            message.ack()
+        assert broker.hlen(f"{prefix}unacked") == broker.zcard(f"{prefix}unacked_index") == 0
+
+
+def test_the_most_urgent_comes_first(connection: Connection) -> None:
+    publish(connection, "later", priority=9)
+    publish(connection, "now", priority=0)
+    with consuming(connection, "work") as received:
+        assert drain(connection, received, 2) == ["now", "later"]
+
+
+@pytest.mark.parametrize("priority", [0, 9])
+def test_whatever_it_waits_for_all_queues_are_served(connection: Connection, priority: int) -> None:
+    with consuming(connection, "work", "play", "rest") as received:
+        for number, queue in enumerate(["rest", "play", "work"]):
+            with pytest.raises(TimeoutError):
+                connection.drain_events(timeout=0.01)
+            publish(connection, queue, queue=queue, priority=priority)
+            assert drain(connection, received, number + 1)[-1] == queue
+
+
+def test_waiting_changes_nothing(connection: Connection, broker: Any, prefix: str) -> None:
+    channel = connection.channel()
+    with Consumer(channel, [Queue("work")]):
+        channel._all_empty = True
+        connection.transport.cycle.on_poll_start()
+        publish(connection, "a", "b")
+        wait_until(lambda: not broker.info("clients")["blocked_clients"], what="the wait to be over")
+        waiting = broker.lrange(f"{prefix}work", 0, -1)
+        assert [text.count("delivery_tag") for text in waiting] == [1, 1]
+        assert broker.hlen(f"{prefix}unacked") == 0
+
+
+def test_a_server_that_is_out_of_memory_hands_out_its_messages_and_takes_acknowledgements(
+    connection: Connection, broker: Any, prefix: str
+) -> None:
+    publish(connection, "a", "b")
+    with consuming(connection, "work") as received:
+        broker.config_set("maxmemory", "1")
+        assert drain(connection, received, 2) == ["a", "b"]
+        received[0].ack()
+        assert broker.hlen(f"{prefix}unacked") == 1
+        with pytest.raises(TimeoutError):
+            connection.drain_events(timeout=0.3)
+        received[0].channel.qos.restore_visible(interval=1)
+        broker.config_set("maxmemory", "0")
+        publish(connection, "c")
+        assert drain(connection, received, 3)[-1] == "c"
+
+
+def test_what_nobody_acknowledges_is_not_noted(connection: Connection, broker: Any, prefix: str) -> None:
+    publish(connection, "a")
+    with consuming(connection, "work", no_ack=True) as received:
+        assert drain(connection, received, 1) == ["a"]
+    assert broker.hlen(f"{prefix}unacked") == 0
+
+
+def test_without_emulated_acknowledgements_nothing_is_noted(
+    connection: Connection, server: Server, broker: Any, prefix: str
+) -> None:
+    options = {"global_keyprefix": prefix, "ack_emulation": False}
+    with Connection(server.url(), transport_options=options) as careless:
+        publish(careless, "a")
+        with consuming(careless, "work") as received:
+            assert drain(careless, received, 1) == ["a"]
+    assert broker.hlen(f"{prefix}unacked") == 0
