@@ -82,7 +82,8 @@ def test_a_message_that_was_taken_and_never_read_comes_back(connection: Connecti
         assert (broker.llen(f"{prefix}work"), broker.hlen(f"{prefix}unacked")) == (1, 0)
 
 
-def test_kombu_itself_loses_it(server: Server, broker: Any) -> None:
+def test_kombu_itself_loses_it(server: Server, broker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kombu_redis.Transport, "Channel", kombu_redis.Channel)
     with Connection(server.url()) as connection:
         publish(connection, "a")
         with Consumer(connection.channel(), [Queue("work")]):
