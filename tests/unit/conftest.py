@@ -6,9 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 from celery import Celery
+from kombu.transport import redis
 
 from resilient_tasks import Breaker, Resilience
 from resilient_tasks.testing import Clock, in_memory
+
+
+@pytest.fixture(autouse=True)
+def _channels_of_kombu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that starts a worker's bootsteps changes for the whole process how messages are taken."""
+    monkeypatch.setattr(redis.Transport, "Channel", redis.Channel)
+    monkeypatch.setattr(redis.SentinelTransport, "Channel", redis.SentinelChannel)
 
 
 @pytest.fixture

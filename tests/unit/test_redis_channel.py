@@ -36,9 +36,7 @@ def prefix(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def connection(server: Server, broker: Any, prefix: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connection]:
-    for transport in (kombu_redis.Transport, kombu_redis.SentinelTransport):
-        monkeypatch.setattr(transport, "Channel", transport.Channel)
+def connection(server: Server, broker: Any, prefix: str) -> Iterator[Connection]:
     redis_channel.install()
     with Connection(server.url(), transport_options={"global_keyprefix": prefix}) as connection:
         yield connection
@@ -82,8 +80,7 @@ def test_a_message_that_was_taken_and_never_read_comes_back(connection: Connecti
         assert (broker.llen(f"{prefix}work"), broker.hlen(f"{prefix}unacked")) == (1, 0)
 
 
-def test_kombu_itself_loses_it(server: Server, broker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kombu_redis.Transport, "Channel", kombu_redis.Channel)
+def test_kombu_itself_loses_it(server: Server, broker: Any) -> None:
     with Connection(server.url()) as connection:
         publish(connection, "a")
         with Consumer(connection.channel(), [Queue("work")]):
