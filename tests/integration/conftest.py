@@ -192,7 +192,7 @@ def shop(_shop: Shop) -> Iterator[Shop]:
 
 @pytest.fixture(scope="session")
 def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
-    """One node for all tests."""
+    """One node for all tests that do not break it."""
     if rabbitmq_binary() is None:
         pytest.skip("RabbitMQ is not installed")
     rabbitmq = start_rabbitmq(tmp_path_factory.mktemp("rabbitmq"))
