@@ -13,6 +13,7 @@ from celery import Celery, Task
 from celery.signals import beat_init
 
 from resilient_tasks.breaker import Breaker
+from resilient_tasks.core.names import check_name
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fallback import Provenance, read_provenance
 from resilient_tasks.fleet import Fleet
@@ -95,6 +96,7 @@ class Resilience:
         Raises:
             ConfigurationError: name, field or value is not allowed, or the name is defined otherwise already.
         """
+        check_name("breaker", name)
         if policy is None and not fields and name in self._breakers:
             return self._breakers[name]
         if policy is not None and fields:

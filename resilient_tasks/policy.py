@@ -18,7 +18,7 @@ FAIL, BLOCK = "fail", "block"
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _is_rate(value: Any) -> bool:
@@ -29,8 +29,8 @@ def _is_seconds(value: Any) -> bool:
     return _number(value) and 0 < value <= _LONGEST
 
 
-def _is_positive(value: Any) -> bool:
-    return _number(value) and value > 0
+def _is_pace(value: Any) -> bool:
+    return _number(value) and 0 < value <= _MOST
 
 
 def _is_count(value: Any) -> bool:
@@ -102,7 +102,9 @@ class BreakerPolicy:
     trial_timeout: float = _setting(60.0, _is_seconds, _SECONDS)
     ramp: float = _setting(10.0, lambda v: _number(v) and 0 <= v <= _LONGEST, "0 or a positive number of seconds")
     max_concurrency: int | None = _setting(None, _is_count, _COUNT, optional=True)
-    resume_rate: float | None = _setting(None, _is_positive, "a positive number per second", optional=True)
+    resume_rate: float | None = _setting(
+        None, _is_pace, "a positive number per second up to 1,000,000,000", optional=True
+    )
     max_deferred: int | None = _setting(None, _is_count, _COUNT, optional=True)
     overflow: str = _setting(FAIL, lambda v: v in (FAIL, BLOCK), "'fail' or 'block'")
     classify: Classify = _setting(dependency_errors, callable, "a callable")

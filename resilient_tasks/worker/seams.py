@@ -179,8 +179,10 @@ def queue_of(task_consumer: Any, message: Any) -> str:
     return _queue_by_routing(task_consumer, message.channel, info.get("exchange") or "", info.get("routing_key") or "")
 
 
-def _queue_by_routing(task_consumer: Any, channel: Any, exchange: str, routing_key: str) -> str:
+def _queue_by_routing(task_consumer: Any, channel: Any, exchange: object, routing_key: object) -> str:
     consumed = [queue.name for queue in task_consumer.queues]
+    if not (isinstance(exchange, str) and isinstance(routing_key, str)):  # forged
+        return str(consumed[0])
     if exchange:
         routed = [name for name in channel._lookup(exchange, routing_key) if name in consumed]
         return str(routed[0]) if routed else str(consumed[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from celery.worker.strategy import default
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class gated:  # noqa: N801 - Celery knows strategies as functions
@@ -95,6 +98,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
+def _is_id(value: Any) -> bool:
+    return _is_text(value) and (value.isascii() or _SURROGATES.search(value) is None)  # it becomes part of a key
+
+
 def _is_moment(value: Any) -> bool:
     return value is None or _is_text(value)
 
@@ -106,11 +113,21 @@ def _are_limits(value: Any) -> bool:
     return pair and all(isinstance(limit, (int, float, type(None))) for limit in value)
 
 
+def _are_stamps(value: Any) -> bool:
+    return not value or isinstance(value, dict)
+
+
+def _are_texts(value: Any) -> bool:
+    return not value or (isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value))
+
+
 _HEADERS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("id", _is_text, "text"),
+    ("id", _is_id, "text"),
     ("eta", _is_moment, "text or None"),
     ("expires", _is_moment, "text or None"),
     ("timelimit", _are_limits, "two numbers or None"),
+    ("stamps", _are_stamps, "an object or None"),
+    ("stamped_headers", _are_texts, "a list of texts or None"),
 )
 
 
@@ -120,4 +137,19 @@ def _is_call(payload: Any) -> bool:
     if not isinstance(payload, (list, tuple)) or len(payload) != 3:  # noqa: PLR2004 - the three below
         return False
     args, kwargs, options = payload
-    return isinstance(args, (list, tuple)) and isinstance(kwargs, dict) and isinstance(options, (dict, type(None)))
+    return isinstance(args, (list, tuple)) and isinstance(kwargs, dict) and _are_options(options)
+
+
+def _are_options(options: Any) -> bool:
+    """Whether what follows a task may be signatures: Celery would lose the slot of the run that comes upon others."""
+    if not options:
+        return isinstance(options, (dict, type(None)))
+    return (
+        isinstance(options, dict)
+        and all(_are_signatures(options.get(name)) for name in ("callbacks", "errbacks", "chain"))
+        and isinstance(options.get("chord"), (dict, type(None)))
+    )
+
+
+def _are_signatures(value: Any) -> bool:
+    return not value or (isinstance(value, (list, tuple)) and all(isinstance(item, dict) for item in value))

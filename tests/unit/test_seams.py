@@ -340,6 +340,15 @@ def test_the_queue_that_a_message_came_from(channel: Any, kind: str, binding: st
     assert seams.queue_of(consumer, message) == "shop"
 
 
+@pytest.mark.parametrize(
+    "forged", [{"exchange": ["x"], "routing_key": "shop"}, {"exchange": "", "routing_key": {"a": 1}}]
+)
+def test_a_forged_route_leads_to_a_queue_that_is_consumed(forged: dict[str, Any]) -> None:
+    consumer = SimpleNamespace(queues=[Queue("shop")])
+    message = SimpleNamespace(delivery_info=forged, channel=None)
+    assert seams.queue_of(consumer, message) == "shop"
+
+
 def test_on_amqp_the_consumer_tag_tells_the_queue() -> None:
     consumer = SimpleNamespace(_active_tags={"shop": "tag-1", "other": "tag-2"})
     message = SimpleNamespace(delivery_info={"consumer_tag": "tag-2"}, channel=None)

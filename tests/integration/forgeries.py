@@ -1,0 +1,104 @@
+"""Messages that nobody should send, for Hypothesis to choose from.
+
+Left out is what ends a plain Celery worker, and ours as well, before anything of a task is asked: nothing documented
+stands between the broker and that point. ``docs/measurements.md`` has the list.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+from hypothesis import strategies as st
+
+from resilient_tasks.worker.ticket import HEADER, Ticket
+
+GUARDED = [f"tests.integration.shop.{name}" for name in ("charge", "describe", "balance", "nickname", "strict")]
+HEADERS = [
+    "id", "retries", "eta", "expires", "timelimit", "group", "group_index", "root_id", "parent_id", "lang", "shadow",
+    "meth", "argsrepr", "kwargsrepr", "origin", "ignore_result", "replaced_task_nesting", "stamped_headers", "stamps",
+    "compression",
+]  # fmt: skip
+EMBEDDED = ["callbacks", "errbacks", "chain", "chord"]
+
+texts = st.text(max_size=8) | st.sampled_from(
+    ["", "payments", "nobody", "unacked", "resilient.control", "\x00", "\udcff", "x" * 10_000]
+)
+numbers = st.integers() | st.floats() | st.sampled_from([0, 1.5, 10**400, 2**63, float("inf"), float("nan")])
+values = st.recursive(
+    st.none() | st.booleans() | numbers | texts,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(texts, inner, max_size=2),
+    max_leaves=3,
+)
+moments = st.sampled_from(
+    ["2020-01-01T00:00:00", "9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00", "2020-99-99"]
+)
+tickets = values | st.dictionaries(st.sampled_from(list(Ticket.__dataclass_fields__)), values, max_size=3)
+ids = st.uuids().map(str)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+signatures = st.dictionaries(st.sampled_from(["task", "args", "kwargs", "options", "subtask_type"]), values, max_size=3)
+embedded = st.dictionaries(
+    st.sampled_from(EMBEDDED) | texts, values | signatures | st.lists(signatures, max_size=2), max_size=2
+)
+calls = st.tuples(st.lists(values, max_size=2), st.dictionaries(texts, values, max_size=2), embedded | st.none()).map(
+    list
+)
+bodies = st.just(_json([[1], {}, {}])) | calls.map(_json) | values.map(_json) | st.binary(max_size=20)
+strange = st.dictionaries(st.sampled_from(HEADERS) | texts, values | moments, max_size=3)
+
+
+@st.composite
+def headers(draw: st.DrawFn) -> dict[str, Any]:
+    """Return the headers of a guarded task, or of one that nobody knows."""
+    known = draw(st.booleans() | st.just(True))
+    usual = {"lang": "py", "task": draw(st.sampled_from(GUARDED) if known else texts), "id": draw(ids), "retries": 0}
+    changed = {**draw(strange), HEADER: draw(tickets)}
+    if not known:
+        changed = {name: value for name, value in changed.items() if name != "id"}
+    return {**usual, **changed}
+
+
+@st.composite
+def of_protocol_1(draw: st.DrawFn) -> tuple[dict[str, Any], bytes]:
+    """Return the headers and body of an old message."""
+    usual = {"task": draw(st.sampled_from(GUARDED)), "id": draw(ids), "args": [1], "kwargs": {}}
+    changed = draw(
+        st.dictionaries(st.sampled_from([*HEADERS, *EMBEDDED, "args", "kwargs", "utc", "taskset"]), values, max_size=3)
+    )
+    return {HEADER: draw(tickets)}, _json({**usual, **changed})
+
+
+@st.composite
+def raw_messages(draw: st.DrawFn) -> str:
+    """Return a message as it lies in Redis."""
+    its_headers, body = draw(st.tuples(headers(), bodies) | of_protocol_1())
+    return json.dumps({
+        "body": base64.b64encode(body).decode(),
+        "content-type": draw(st.just("application/json") | texts),
+        "content-encoding": draw(st.sampled_from(["utf-8", "binary"]) | texts),
+        "headers": its_headers,
+        "properties": {
+            "correlation_id": draw(values), "reply_to": draw(values), "delivery_mode": 2, "priority": draw(values),
+            "delivery_info": {"exchange": draw(st.just("") | values), "routing_key": draw(st.just("celery") | values)},
+            "body_encoding": "base64", "delivery_tag": str(draw(st.uuids(version=4))),
+        },
+    })  # fmt: skip
+
+
+@st.composite
+def published_messages(draw: st.DrawFn) -> dict[str, Any]:
+    """Return arguments of ``Producer.publish``."""
+    return {
+        "body": json.loads(draw(calls.map(_json) | values.map(_json))),
+        "headers": json.loads(json.dumps(draw(headers()))),
+        "serializer": draw(st.sampled_from(["json", "yaml"])),
+        "compression": draw(st.sampled_from([None, "gzip", "bzip2"])),
+        "priority": draw(st.integers(0, 9)),
+        "correlation_id": draw(texts),
+    }
