@@ -101,12 +101,12 @@ def _matches(matcher: Any, exc: BaseException) -> bool:
     return isinstance(exc, matcher) if isinstance(matcher, type) else bool(matcher(exc))
 
 
-_logged: set[int] = set()
+_logged: dict[int, object] = {}  # holds on to the functions, so that no other gets the same id
 
 
 def _log_once(function: object, error: Exception) -> None:
     if id(function) not in _logged:
-        _logged.add(id(function))
+        _logged[id(function)] = function
         logger.error("%r failed; calls that it cannot classify say nothing", function, exc_info=error)
 
 
