@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from tests.chaos import report
-from tests.chaos.run import Outcome, run
+from tests.chaos.run import Outcome, run, schedule_of
 from tests.chaos.stack import Setup
 from workers.stack import new_run
 
@@ -36,7 +36,7 @@ def main(*, broker: str, seeds: int, first: int, tasks: int, baseline: bool, fsy
 
 
 def _run_and_tell(setup: Setup, seed: int, tasks: int, directory: Path) -> Outcome:
-    outcome = run(setup, seed, tasks, directory)
+    outcome = run(setup, schedule_of(seed, setup.broker, tasks), tasks, directory)
     click.echo(report.line(setup, outcome))
     if outcome.clean:
         shutil.rmtree(directory)

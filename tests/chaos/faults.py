@@ -192,9 +192,9 @@ def pool_process_killed(stack: Stack) -> Iterator[None]:
     yield
 
 
-@fault("worker 1")
+@fault("worker 1", redelivers=True)
 def worker_terminated(stack: Stack) -> Iterator[None]:
-    """Shut a worker down warmly."""
+    """Shut a worker down warmly; billiard may stop listening before it has heard of the last results."""
     stack.workers[1].program.send_signal(signal.SIGTERM)
     yield
 

@@ -49,12 +49,11 @@ class Ledger:
         finally:
             os.close(file)
 
-    def entries(self, start: int = 0) -> Iterator[Entry]:
-        """Yield what was written so far, but for the first ``start`` bytes."""
+    def entries(self) -> Iterator[Entry]:
+        """Yield what was written so far."""
         if not self.path.exists():
             return
         with self.path.open() as file:
-            file.seek(start)
             for line in file:
                 fields = json.loads(line)
                 yield Entry(Event(fields.pop("event")), **fields)

@@ -43,16 +43,20 @@ class Outcome:
         return self.account.clean and not self.left
 
 
-def run(setup: Setup, seed: int, tasks: int, directory: Path) -> Outcome:
-    """Run one seed; logs, data and ledger stay in ``directory``."""
+def schedule_of(seed: int, broker: str, tasks: int) -> Schedule:
+    """Return what goes wrong in the run of a seed."""
+    targets = {name: fault.target for name, fault in possible_faults(broker).items()}
+    return make_schedule(seed, targets, tasks / RATE)
+
+
+def run(setup: Setup, schedule: Schedule, tasks: int, directory: Path) -> Outcome:
+    """Carry a schedule out; logs, data and ledger stay in ``directory``."""
     began = time.monotonic()
-    targets = {name: fault.target for name, fault in possible_faults(setup.broker).items()}
-    schedule = make_schedule(seed, targets, tasks / RATE)
     with Stack(setup, directory) as stack:
         for worker in stack.workers:
             worker.program.wait_for_output("ready.", timeout=60)
         options = stack.broker.transport_options
-        producer = Producer(stack.broker_url, options, stack.ledger, seed=seed, tasks=tasks)
+        producer = Producer(stack.broker_url, options, stack.ledger, seed=schedule.seed, tasks=tasks)
         producer.start()
         redeliveries = _Course(stack, schedule).play()
         producer.join()
