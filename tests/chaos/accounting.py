@@ -81,6 +81,11 @@ class Account:
     duplicated: dict[str, str] = field(default_factory=dict)
 
     @property
+    def gone(self) -> list[str]:
+        """Those that were acknowledged and never run to the end, whether somebody has noticed or not."""
+        return self.lost + self.failed
+
+    @property
     def unexplained(self) -> list[str]:
         """Those that ran more than once without a fault that would explain it."""
         return [task_id for task_id, reason in self.duplicated.items() if reason == UNEXPLAINED]
@@ -88,7 +93,7 @@ class Account:
     @property
     def clean(self) -> bool:
         """Whether nothing is missing and nothing too much."""
-        return not (self.lost or self.unexpected or self.failed or self.unexplained)
+        return not (self.gone or self.unexpected or self.unexplained)
 
     def reasons(self) -> Counter[str]:
         """Count the reasons of second runs."""

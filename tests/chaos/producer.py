@@ -17,6 +17,8 @@ from tests.chaos.ledger import Event, Ledger
 RATE = 100.0
 #: Seconds after which a publish that nobody acknowledges is given up.
 PATIENCE = 3.0
+#: Seconds to wait after a publish that failed, before the next: not all tasks shall meet a broker that is away.
+PAUSE = 0.5
 #: How many of each task there are among ten.
 MIX = {"charge": 4, "balance": 2, "invoice": 1, "tally": 3}
 
@@ -65,6 +67,7 @@ class Producer(threading.Thread):
             )  # fmt: skip
         except Exception:  # whatever a broker in trouble makes of it: in doubt
             self._hang_up()
+            time.sleep(PAUSE)
         else:
             self._ledger.note(Event.ACKNOWLEDGED, task_id)
 
