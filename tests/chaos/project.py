@@ -52,7 +52,13 @@ if not PLAIN:
     resilience = Resilience(app, tick_interval=0.25)
     for name in ("payments", "accounts", "mail"):
         resilience.breaker(
-            name, consecutive_failures=3, open_duration=0.5, max_open_duration=4, ramp=1.0, trial_timeout=2.0
+            name,
+            consecutive_failures=3,
+            open_duration=0.5,
+            max_open_duration=4,
+            ramp=1.0,
+            trial_timeout=2.0,
+            overflow="block",  # no task may fail because the broker is full
         )
     traps.lay(Path(os.environ["CHAOS_TRAPS"]))
 
