@@ -25,6 +25,7 @@ TEXTS = [
     "x" * 100_000,
     "\x00",
     "\ud83d\ude00",
+    "\udcff",
     "../..",
 ]
 NESTED = [[], {}, [[[[]]]], {"a": {"b": {"c": [1, None]}}}, [1] * 1000, {str(number): number for number in range(1000)}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -78,6 +79,23 @@ def test_a_message_that_was_taken_and_never_read_comes_back(connection: Connecti
         (tag,) = broker.zrange(f"{prefix}unacked_index", 0, -1)
         channel.qos.restore_by_tag(tag)
         assert (broker.llen(f"{prefix}work"), broker.hlen(f"{prefix}unacked")) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "value", ["\udcff", "\\ud800 \udcff \\", float("nan"), float("inf"), [float("nan")], None, "\U0001f600"]
+)
+@pytest.mark.parametrize("where", ["a header", "exchange"])
+def test_whatever_a_message_holds_it_is_noted(broker: Any, where: str, value: Any) -> None:
+    info = {"exchange": value if where == "exchange" else "", "routing_key": "work"}
+    message = {"headers": {where: value}, "properties": {"delivery_tag": "a-tag", "delivery_info": info}}
+    text = json.dumps(message)
+    broker.lpush("work", text)
+    assert broker.eval(redis_channel.TAKE, 3, "unacked", "unacked_index", "work", 1.0) == ["work", text]
+    noted = json.loads(broker.hget("unacked", "a-tag"))
+    assert json.dumps(noted[0]) == text
+    assert broker.zrange("unacked_index", 0, -1) == ["a-tag"]
+    if where == "a header":
+        assert noted[1:] == ["", "work"]
 
 
 def test_kombu_itself_loses_it(server: Server, broker: Any) -> None:
