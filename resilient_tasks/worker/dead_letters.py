@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("resilient_tasks")
 
 UNDECODABLE = "undecodable"
+
+#: Does something to a letter of a breaker; returns what there is to complain about.
+_Act = Callable[[str, Letter], str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +114,7 @@ class DeadLetters:
         self._each(task_ids, breaker, self._replay)
 
     def drop(self, *task_ids: str, breaker: str | None = None) -> None:
-        """Delete dead letters.
+        """Delete dead letters; several copies of one message are as many letters of one id.
 
         Raises:
             DeadLetterError: there is none of that id; all the others are dropped.
@@ -124,40 +129,38 @@ class DeadLetters:
             for letter in itertools.islice(letters, limit):
                 yield _describe(breaker, letter)
 
-    def _each(self, task_ids: tuple[str, ...], breaker: str | None, act: Callable[[str, Letter], None]) -> None:
+    def _each(self, task_ids: tuple[str, ...], breaker: str | None, act: _Act) -> None:
         """Do something to the letter of each id; complain only after all the others are served."""
-        names, wanted, complaints = self._names(breaker), set(task_ids), []
+        names, wanted = self._names(breaker), Counter(task_ids)
+        complaints: builtins.list[str | None] = []
         for name in names:
             with self._queues.letters(name) as letters:
-                for task_id, letter in _find(letters, wanted).items():
-                    wanted.discard(task_id)
-                    try:
-                        act(name, letter)
-                    except DeadLetterError as error:
-                        complaints.append(str(error))
-        places = ", ".join(repr(name) for name in names) or "none"
-        complaints += [f"no dead letter has the id {task_id!r}; breakers asked: {places}" for task_id in sorted(wanted)]
-        if complaints:
-            raise DeadLetterError("; ".join(complaints))
+                complaints += [act(name, letter) for letter in _take(letters, wanted)]
+        asked = ", ".join(repr(name) for name in names) or "none"
+        complaints += [
+            f"no dead letter has the id {missing!r}; breakers asked: {asked}" for missing in wanted.elements()
+        ]
+        if any(complaints):
+            raise DeadLetterError("; ".join(filter(None, complaints)))
 
-    def _replay(self, breaker: str, letter: Letter) -> None:
+    def _replay(self, breaker: str, letter: Letter) -> str | None:
         entry = letter.entry
         if entry is None or entry.unreadable():
-            raise DeadLetterError(f"dead letter {_id_of(letter)!r} cannot be replayed: it is {UNDECODABLE}")
+            return f"dead letter {_id_of(letter)!r} cannot be replayed: it is {UNDECODABLE}"
         if _is_over(entry):
-            raise DeadLetterError(f"dead letter {entry.task_id!r} cannot be replayed: its expires is over")
+            return f"dead letter {entry.task_id!r} cannot be replayed: its expires is over"
         self._reset_result(entry)
         origin = self._runtime.origin(entry.ticket)
         if not self._queues.revive(breaker, letter, origin):
-            raise DeadLetterError(
-                f"dead letter {entry.task_id!r} is not replayed: it, or its queue {origin!r}, is there no more"
-            )
+            return f"dead letter {entry.task_id!r} is not replayed: it, or its queue {origin!r}, is there no more"
         logger.info("Task %s[%s] is replayed to %s", entry.task_name, entry.task_id, origin)
+        return None
 
-    def _drop(self, breaker: str, letter: Letter) -> None:
+    def _drop(self, breaker: str, letter: Letter) -> str | None:
         if not self._queues.revive(breaker, letter, None):
-            raise DeadLetterError(f"dead letter {_id_of(letter)!r} is there no more")
+            return f"dead letter {_id_of(letter)!r} is there no more"
         logger.info("dead letter %s of breaker %r is dropped", _id_of(letter), breaker)
+        return None
 
     def _reset_result(self, entry: Entry) -> None:
         """Let callers wait again; a backend never replaces a SUCCESS, of a copy that somebody else has replayed."""
@@ -169,15 +172,14 @@ class DeadLetters:
             logger.warning("the result of task %s could not be reset: %s", entry.task_id, type(exc).__name__)
 
 
-def _find(letters: Iterator[Letter], wanted: set[str]) -> dict[str, Letter]:
-    """Return the oldest letter of each id, looking no further than needed."""
-    found: dict[str, Letter] = {}
-    missing = set(wanted)
-    while missing and (letter := next(letters, None)) is not None:
+def _take(letters: Iterator[Letter], wanted: Counter[str]) -> list[Letter]:
+    """Return the oldest letters with the wanted ids, looking no further than needed; they are wanted no more."""
+    found: list[Letter] = []
+    while wanted.total() and (letter := next(letters, None)) is not None:
         task_id = _id_of(letter)
-        if task_id in missing:
-            found[task_id] = letter
-            missing.discard(task_id)
+        if wanted[task_id]:
+            wanted[task_id] -= 1
+            found.append(letter)
     return found
 
 

@@ -16,6 +16,7 @@ from kombu import Producer, Queue
 from kombu.exceptions import OperationalError
 
 from resilient_tasks.errors import DeferredQueueFullError
+from resilient_tasks.worker import seams
 from resilient_tasks.worker.queues import Choose, Entry, Letter, Move, Queues, without_ticket
 from resilient_tasks.worker.ticket import Ticket
 
@@ -99,8 +100,8 @@ class PublishedQueues(Queues):
 
     @property
     def _emulated(self) -> bool:
-        """Whether kombu plays the broker itself: it then takes everything, and returns messages to the end."""
-        return not hasattr(self.channel, "events")
+        """Whether kombu plays the broker itself: it then takes everything, and requeues at the end."""
+        return seams.is_emulated(self.channel)
 
     def _note_return(self, *_: Any) -> None:
         self._returned = True

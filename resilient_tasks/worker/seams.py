@@ -90,6 +90,11 @@ def no_retry() -> Retry:
     return Retry(NoBackoff(), 0)
 
 
+def is_emulated(channel: Any) -> bool:
+    """Whether a channel belongs to a transport in which kombu itself plays the broker."""
+    return isinstance(channel, VirtualChannel)
+
+
 def plain_client(channel: Any) -> redis.Redis:
     """Return a client on the channel's own connections that adds no key prefix and tries nothing twice."""
     pool = channel.pool

@@ -87,6 +87,14 @@ def ship(self, order: int) -> int:
     return order
 
 
+@app.task(bind=True, name="describe_once", breaker=carrier, max_attempts=1)
+def describe_once(self, *args: object, **kwargs: object) -> dict:
+    """Fail for good at the first failure that counts; else return what ``describe`` does."""
+    if SIDE.get("health:describe_once") == "down":
+        raise ConnectionError("broken")
+    return jsonify({name: value for name, value in vars(self.request).items() if not name.startswith("_")})
+
+
 @app.task(bind=True, name="reject", breaker=payments)
 def reject(self, order: int) -> None:
     """Fail for a reason that no breaker minds."""

@@ -349,6 +349,16 @@ def test_a_forged_route_leads_to_a_queue_that_is_consumed(forged: dict[str, Any]
     assert seams.queue_of(consumer, message) == "shop"
 
 
+def test_what_an_emulated_broker_takes_back_goes_to_the_end(app: Celery) -> None:
+    with app.connection_for_read() as connection:
+        queue = Queue("taken-back")(connection.default_channel)
+        for number in range(3):
+            Producer(connection).publish(number, exchange="", routing_key="taken-back", declare=[queue])
+        assert seams.is_emulated(connection.default_channel)
+        queue.get().requeue()
+        assert [queue.get(no_ack=True).payload for _ in range(3)] == [1, 2, 0]
+
+
 def test_on_amqp_the_consumer_tag_tells_the_queue() -> None:
     consumer = SimpleNamespace(_active_tags={"shop": "tag-1", "other": "tag-2"})
     message = SimpleNamespace(delivery_info={"consumer_tag": "tag-2"}, channel=None)
