@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import builtins
 import hashlib
 import itertools
 import logging
@@ -132,14 +131,14 @@ class DeadLetters:
     def _each(self, task_ids: tuple[str, ...], breaker: str | None, act: _Act) -> None:
         """Do something to the letter of each id; complain only after all the others are served."""
         names, wanted = self._names(breaker), Counter(task_ids)
-        complaints: builtins.list[str | None] = []
+        complaints: tuple[str | None, ...] = ()
         for name in names:
             with self._queues.letters(name) as letters:
-                complaints += [act(name, letter) for letter in _take(letters, wanted)]
+                complaints += tuple(act(name, letter) for letter in _take(letters, wanted))
         asked = ", ".join(repr(name) for name in names) or "none"
-        complaints += [
+        complaints += tuple(
             f"no dead letter has the id {missing!r}; breakers asked: {asked}" for missing in wanted.elements()
-        ]
+        )
         if any(complaints):
             raise DeadLetterError("; ".join(filter(None, complaints)))
 
