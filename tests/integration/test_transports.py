@@ -248,7 +248,7 @@ def test_an_outage_in_memory(
     payments = resilience.breaker("payments", consecutive_failures=3, open_duration=0.5, open_jitter=0.0, ramp=0.0)
     dependency = Dependency()
 
-    @app.task(name="charge", shared=False, breaker=payments)
+    @app.task(name="charge_in_memory", shared=False, breaker=payments)
     def charge(order: int) -> int:
         dependency()
         return order
