@@ -49,10 +49,17 @@ class Run:
 _run: ContextVar[Run | None] = ContextVar("resilient_tasks_health_check", default=None)
 
 
-def run_check(function: Callable[[], Any], run: Run | None = None) -> None:
+def run_probe(function: Callable[[], Any], run: Run) -> None:
+    """Run a health check as part of ``run``; it raises what the check raises."""
+    token = _run.set(run)
+    try:
+        run_check(function)
+    finally:
+        _run.reset(token)
+
+
+def run_check(function: Callable[[], Any]) -> None:
     """Run a health check to its end, also one that is a coroutine function; it raises what the check raises."""
-    if run is not None:
-        _run.set(run)
     result = function()
     if inspect.isawaitable(result):
 

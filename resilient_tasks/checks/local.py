@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 from collections.abc import Sequence
 
 from resilient_tasks.checks.base import (
@@ -17,6 +14,7 @@ from resilient_tasks.checks.base import (
     refuse,
     time_left,
 )
+from resilient_tasks.checks.programs import run_program
 
 
 def command_check(argv: Sequence[str]) -> Check:
@@ -38,23 +36,11 @@ def command_check(argv: Sequence[str]) -> Check:
     command = list(argv)
 
     def look() -> None:
-        code = _exit_code(command, time_left())
+        code, _ = run_program(command, time_left())
         if code != 0:
             raise HealthCheckError(f"ended with exit code {code}" if code > 0 else f"was killed by signal {-code}")
 
     return Check(f"command_check([{command[0]!r}{', ...' if command[1:] else ''}])", look)
-
-
-def _exit_code(command: list[str], timeout: float) -> int:
-    nowhere = subprocess.DEVNULL
-    with subprocess.Popen(  # noqa: S603 - the user's own program, without a shell
-        command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True
-    ) as process:
-        try:
-            return process.wait(timeout)
-        except subprocess.TimeoutExpired as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise TimeoutError from error
 
 
 def heartbeat(ttl: float) -> Check:

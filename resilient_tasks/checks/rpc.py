@@ -1,28 +1,24 @@
-"""``grpc_check``: gRPC's own health checking protocol.
-
-Request and answer of the protocol have one field each, so grpcio is all that is needed.
-"""
+"""``grpc_check``: gRPC's own health checking protocol."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-from typing import Any
+import sys
+from pathlib import Path
 
 from resilient_tasks.checks.base import Check, HealthCheckError, is_text, refuse, time_left
+from resilient_tasks.checks.programs import run_program
 from resilient_tasks.errors import ConfigurationError
 
-_METHOD = "/grpc.health.v1.Health/Check"
-_SERVICE_FIELD = b"\x0a"  # field 1, a string
-_SERVING = b"\x08\x01"  # field 1, an enum: SERVING
-_STATUSES = {b"": "UNKNOWN", b"\x08\x00": "UNKNOWN", b"\x08\x02": "NOT_SERVING", b"\x08\x03": "SERVICE_UNKNOWN"}
-_LONGEST_NAME = 127  # bytes: longer strings need a longer length prefix
+_PROGRAM = str(Path(__file__).with_name("grpc_call.py"))
+_LONGEST_NAME = 127  # bytes
 
 
 def grpc_check(target: str, service: str = "", *, tls: bool = False) -> Check:
     """Make a call of ``grpc.health.v1.Health``; the dependency is well if it says SERVING.
 
-    It needs the extra ``resilient_tasks[grpc]``.
+    It needs the extra ``resilient_tasks[grpc]``. Each call is made in a process of its own, because gRPC does not
+    survive the forks of a worker's main process.
 
     Args:
         target: ``host:port``, or any other target that gRPC knows.
@@ -32,30 +28,19 @@ def grpc_check(target: str, service: str = "", *, tls: bool = False) -> Check:
     Raises:
         ConfigurationError: an argument is not allowed, or grpcio is not installed.
     """
-    if not is_text(target):
+    if not is_text(target) or target.startswith("-") or "\0" in target:
         refuse("grpc_check", "target", target, "host:port")
-    if not isinstance(service, str) or len(service.encode()) > _LONGEST_NAME:
+    if not isinstance(service, str) or "\0" in service or len(service.encode()) > _LONGEST_NAME:
         refuse("grpc_check", "service", service, f"a string of up to {_LONGEST_NAME} bytes")
     if importlib.util.find_spec("grpc") is None:
         raise ConfigurationError("grpc_check needs grpcio: pip install 'resilient_tasks[grpc]'")
 
     def look() -> None:
-        answer = _call(target, service, tls=tls)
-        if answer != _SERVING:
-            raise HealthCheckError(f"is {_STATUSES.get(answer, 'unknown')}, not SERVING")
+        timeout = time_left()
+        command = [sys.executable, _PROGRAM, target, service, "tls" if tls else "plain", str(timeout)]
+        _, status = run_program(command, timeout, wants_output=True)
+        if status.strip() != "SERVING":
+            raise HealthCheckError(f"said {status.strip() or 'nothing'}, expected SERVING")
 
     shown = f"{target!r}, {service!r}" if service else repr(target)
     return Check(f"grpc_check({shown})", look)
-
-
-def _call(target: str, service: str, *, tls: bool) -> bytes:
-    grpc: Any = importlib.import_module("grpc")  # optional, and none of a pool process' business
-    channel = grpc.secure_channel(target, grpc.ssl_channel_credentials()) if tls else grpc.insecure_channel(target)
-    name = service.encode()
-    request = _SERVICE_FIELD + bytes([len(name)]) + name if name else b""
-    with channel:
-        try:
-            answer: bytes = channel.unary_unary(_METHOD)(request, timeout=time_left())
-        except grpc.RpcError as error:
-            raise HealthCheckError(f"the call ended with {error.code().name}") from error
-    return answer

@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
-from resilient_tasks.checks.base import HEARTBEATS, HealthCheckError, Run, run_check
+from resilient_tasks.checks.base import HEARTBEATS, HealthCheckError, Run, run_probe
 from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Evidence
@@ -155,7 +155,7 @@ class _Probing:
 
     def _run(self, run: Run) -> Finding:
         try:
-            run_check(self.probe.function, run)
+            run_probe(self.probe.function, run)
         except HealthCheckError as error:  # one of the library's own: its text holds no secrets
             return Finding(Outcome.FAILURE, f"probe: {error}", self.breaker.judge(error).retry_after)
         except BaseException as error:  # noqa: BLE001 - a probe that raises anything has failed

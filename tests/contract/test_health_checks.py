@@ -6,7 +6,9 @@ import pytest
 
 from resilient_tasks.core.model import Outcome, State, Verb
 from resilient_tasks.store.base import Evidence, Spec
-from tests.contract.lab import Lab
+from resilient_tasks.store.keys import Keys
+from resilient_tasks.store.redis import RedisStore
+from tests.contract.lab import SHARED, Lab
 
 
 def test_so_many_failures_in_a_row_open_it(lab: Lab) -> None:
@@ -94,3 +96,15 @@ def test_a_probe_may_ask_for_so_many_successes_in_a_row(lab: Lab) -> None:
     assert breaker.half_open().trials("SSSS") is State.HALF_OPEN
     assert breaker.trials("S") is State.CLOSED
     assert breaker.half_open().trials("SF") is State.OPEN
+
+
+@SHARED
+def test_a_record_of_an_older_release_knows_nothing_of_health_checks(lab: Lab) -> None:
+    breaker = lab.breaker()
+    breaker.ask()
+    state = Keys("test").breaker(breaker.name).state
+    assert isinstance(lab.store, RedisStore)
+    lab.store._server.run(lambda client: client.hdel(state, "failed_checks", "checked_at"))
+    assert (breaker.snapshot().failed_checks, breaker.snapshot().checked_at) == (0, None)
+    assert lab.store.begin_health_check(breaker.spec, since=lab.clock())
+    assert breaker.health_checks("FFF").snapshot.state is State.OPEN

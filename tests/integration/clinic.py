@@ -11,7 +11,16 @@ import redis
 from celery import Celery
 
 from resilient_tasks import Resilience
-from resilient_tasks.checks import all_of, any_of, heartbeat, http_check, tcp_check
+from resilient_tasks.checks import (
+    all_of,
+    any_of,
+    command_check,
+    consul_check,
+    grpc_check,
+    heartbeat,
+    http_check,
+    tcp_check,
+)
 
 SIDE: Any = redis.Redis.from_url(os.environ["SHOP_SIDE_URL"], decode_responses=True)
 SERVICE = os.environ["CLINIC_SERVICE"]  # host:port of an HTTP server whose health the test decides
@@ -36,6 +45,18 @@ web = resilience.breaker("web", **QUICK)
 host, port = SERVICE.split(":")
 is_open, answers = tcp_check(host, int(port)), http_check(f"http://{SERVICE}/health")
 web.probe(all_of(is_open, any_of(answers, answers)), interval=INTERVAL, active=True, failures_before_open=2)
+
+thorough = resilience.breaker("thorough", **QUICK)
+thorough.probe(
+    all_of(
+        http_check(f"http://{SERVICE}/ward", expect={204}, method="HEAD", headers={"X-Ward": "7"}),
+        grpc_check(os.environ["CLINIC_GRPC"], "clinic.Ward"),
+        consul_check("ward", address=f"http://{SERVICE}", token="t0ken"),
+        command_check(["test", "-e", os.environ["CLINIC_FILE"]]),
+    ),
+    interval=INTERVAL,
+    successes_before_close=1,
+)
 
 convalescent = resilience.breaker("convalescent", **QUICK)
 convalescent.probe(partial(ask, "convalescent"), interval=INTERVAL, successes_before_close=4)

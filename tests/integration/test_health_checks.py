@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -14,27 +15,49 @@ import pytest
 
 from resilient_tasks.core.model import State
 from tests.integration.conftest import Shop
+from tests.support.health_server import HealthServer, start_health_server
 from workers.processes import Program, Worker
 
 
 class Service:
-    """An HTTP service that is well or not."""
+    """What the clinic looks at: an HTTP service that also plays Consul, a gRPC service, a file."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path, grpc: HealthServer) -> None:
         self.status = 200
+        self.instances: list[str] = ["ward-1"]
+        self.file = file
+        self.grpc = grpc
         service = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.send_response(service.status)
-                self.send_header("Content-Length", "0")
+                is_consul = self.path == "/v1/health/service/ward?passing" and self.headers["X-Consul-Token"] == "t0ken"
+                self.answer(200 if is_consul else service.status, json.dumps(service.instances).encode())
+
+            def do_HEAD(self) -> None:
+                self.answer(204 if self.headers["X-Ward"] == "7" else 404, b"")
+
+            def answer(self, status: int, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
+                self.wfile.write(body)
 
             def log_message(self, *args: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+        self.get_well()
+
+    def get_well(self) -> None:
+        self.instances = ["ward-1"]
+        self.grpc.set("clinic.Ward", "SERVING")
+        self.file.touch()
+
+    def stop(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
 
 
 class Clinic(Shop):
@@ -66,12 +89,23 @@ class Clinic(Shop):
 
 
 @pytest.fixture(scope="module")
-def clinic(_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clinic]:
-    service = Service()
-    os.environ["CLINIC_SERVICE"] = f"127.0.0.1:{service.server.server_port}"
+def grpc_health() -> Iterator[HealthServer]:
+    with start_health_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def clinic(_shop: Shop, grpc_health: HealthServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clinic]:
     directory: Path = tmp_path_factory.mktemp("clinic")
+    service = Service(directory / "well", grpc_health)
+    env = {
+        "CLINIC_SERVICE": f"127.0.0.1:{service.http.server_port}",
+        "CLINIC_GRPC": grpc_health.target,
+        "CLINIC_FILE": str(service.file),
+    }
+    os.environ.update(env)
     clinic = Clinic(_shop.server, directory, module="tests.integration.clinic")
-    clinic.env["CLINIC_SERVICE"] = os.environ["CLINIC_SERVICE"]
+    clinic.env.update(env)
     clinic.service = service
     clinic.clear()
     clinic.remote.heartbeat()
@@ -79,8 +113,7 @@ def clinic(_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
     clinic.workers = [clinic.worker(), clinic.worker()]
     yield clinic
     clinic.stop()
-    service.server.shutdown()
-    service.server.server_close()
+    service.stop()
 
 
 def test_an_active_check_opens_before_any_task_has_failed(clinic: Clinic) -> None:
@@ -99,6 +132,24 @@ def test_an_active_check_opens_before_any_task_has_failed(clinic: Clinic) -> Non
     clinic.service.status = 200
     clinic.wait(lambda: all(result.state == "SUCCESS" for result in results), "all to finish")
     assert clinic.web.snapshot().failures == 0
+
+
+ILL: list[tuple[Callable[[Service], object], str]] = [
+    (lambda service: service.grpc.set("clinic.Ward", "NOT_SERVING"), "'clinic.Ward'): said NOT_SERVING"),
+    (lambda service: service.instances.clear(), "consul_check('ward'): no instance passes its checks"),
+    (lambda service: service.file.unlink(), "command_check(['test', ...]): ended with exit code 1"),
+]
+
+
+def test_the_whole_catalogue_works_inside_a_worker(clinic: Clinic) -> None:
+    clinic.thorough.trip(reason="test")
+    assert clinic.wait_for("thorough", State.CLOSED) == "1 of 1 trials succeeded"
+    for fall_ill, found in ILL:
+        fall_ill(clinic.service)
+        clinic.thorough.trip(reason="test")
+        clinic.wait(lambda: found in clinic.thorough.snapshot().reason, found)  # noqa: B023 - called at once
+        clinic.service.get_well()
+        clinic.wait_for("thorough", State.CLOSED)
 
 
 def test_so_many_probes_in_a_row_close_it_with_time_between_them(clinic: Clinic) -> None:

@@ -9,14 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import grpc
 import psutil
 import pytest
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from resilient_tasks import ConfigurationError
 from resilient_tasks.checks import (
@@ -30,11 +27,12 @@ from resilient_tasks.checks import (
     http_check,
     tcp_check,
 )
-from resilient_tasks.checks.base import Run, run_check
+from resilient_tasks.checks.base import Run, run_probe
 from resilient_tasks.checks.combined import MOST_HANGING
 from resilient_tasks.core.classification import dependency_errors, judge
 from resilient_tasks.core.model import Outcome
 from tests.support.doubles import wait_until
+from tests.support.health_server import HealthServer, start_health_server
 
 BRIEF = 0.2  # seconds; what must run out does so quickly
 
@@ -45,7 +43,7 @@ def within(seconds: float, last_heartbeat: Callable[[], float | None] = lambda: 
 
 def failure(check: Any, run: Run | None = None) -> HealthCheckError:
     with pytest.raises(HealthCheckError) as raised:
-        run_check(check, run or within(30))
+        run_probe(check, run or within(30))
     return raised.value
 
 
@@ -193,36 +191,31 @@ def test_tcp(silence: int, nobody: int) -> None:
 # --- grpc ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def servicer() -> Iterator[tuple[health.HealthServicer, str]]:
-    """gRPC's own health service on a real server, and its target."""
-    servicer = health.HealthServicer()
-    server = grpc.server(futures.ThreadPoolExecutor(max_workers=4))
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield servicer, f"127.0.0.1:{port}"
-    server.stop(None).wait()
+@pytest.fixture(scope="module")
+def health_server() -> Iterator[HealthServer]:
+    with start_health_server() as server:
+        yield server
 
 
-def test_grpc(servicer: tuple[health.HealthServicer, str]) -> None:
-    told, target = servicer
-    told.set("", health_pb2.HealthCheckResponse.SERVING)
-    told.set("shop.Payments", health_pb2.HealthCheckResponse.SERVING)
+def test_grpc(health_server: HealthServer) -> None:
+    target = health_server.target
+    health_server.set("", "SERVING")
+    health_server.set("shop.Payments", "SERVING")
     grpc_check(target)()
     grpc_check(target, "shop.Payments")()
 
-    told.set("shop.Payments", health_pb2.HealthCheckResponse.NOT_SERVING)
+    health_server.set("shop.Payments", "NOT_SERVING")
     message = str(failure(grpc_check(target, "shop.Payments")))
-    assert message == f"grpc_check('{target}', 'shop.Payments'): is NOT_SERVING, not SERVING"
-    grpc_check(target)()
-    assert "the call ended with NOT_FOUND" in str(failure(grpc_check(target, "nobody")))
+    assert message == f"grpc_check('{target}', 'shop.Payments'): said NOT_SERVING, expected SERVING"
+    health_server.set("shop.Payments", "UNKNOWN")
+    assert "said UNKNOWN" in str(failure(grpc_check(target, "shop.Payments")))
+    assert "said NOT_FOUND" in str(failure(grpc_check(target, "nobody")))
 
 
 def test_grpc_says_what_went_wrong_on_the_way(nobody: int, silence: int) -> None:
-    assert "the call ended with UNAVAILABLE" in str(failure(grpc_check(f"127.0.0.1:{nobody}")))
-    assert "the call ended with DEADLINE_EXCEEDED" in str(failure(grpc_check(f"127.0.0.1:{silence}"), within(BRIEF)))
-    assert "the call ended with" in str(failure(grpc_check(f"127.0.0.1:{nobody}", tls=True)))
+    assert "said UNAVAILABLE" in str(failure(grpc_check(f"127.0.0.1:{nobody}")))
+    assert "said UNAVAILABLE" in str(failure(grpc_check(f"127.0.0.1:{nobody}", tls=True)))
+    assert "no answer in time" in str(failure(grpc_check(f"127.0.0.1:{silence}"), within(BRIEF)))
 
 
 def test_grpc_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +255,7 @@ def is_running(pid: int) -> bool:
 
 
 def test_heartbeat() -> None:
-    run_check(heartbeat(30), within(1, lambda: 29.9))
+    run_probe(heartbeat(30), within(1, lambda: 29.9))
     assert str(failure(heartbeat(30), within(1, lambda: 31.25))) == "heartbeat(ttl=30): the last report is 31.2 s old"
     assert str(failure(heartbeat(0.5), within(1, lambda: None))) == "heartbeat(ttl=0.5): nobody has reported in"
 
@@ -343,12 +336,12 @@ def test_the_first_to_decide_is_enough(service: Service, nobody: int) -> None:
 def test_members_share_the_time_limit_and_the_heartbeat(service: Service) -> None:
     slow = http_check(f"{service.url}/hangs")
     assert "no answer in time" in str(failure(all_of(slow, ok), within(BRIEF)))
-    run_check(all_of(heartbeat(30), any_of(heartbeat(30), slow)), within(30, lambda: 1.0))
+    run_probe(all_of(heartbeat(30), any_of(heartbeat(30), slow)), within(30, lambda: 1.0))
 
 
 def test_members_run_side_by_side() -> None:
     meeting = threading.Barrier(3)
-    run_check(all_of(*[lambda: meeting.wait(20)] * 3), within(30))
+    run_probe(all_of(*[lambda: meeting.wait(20)] * 3), within(30))
 
 
 def test_members_may_be_coroutine_functions() -> None:
@@ -370,7 +363,7 @@ def test_members_that_hang_are_not_piled_up() -> None:
     assert f"{MOST_HANGING} earlier checks hang" in str(failure(check, within(0.001)))
     released.set()
     wait_until(lambda: not any(thread.is_alive() for thread in check._threads))
-    run_check(check, within(30))
+    run_probe(check, within(30))
 
 
 # --- errors -------------------------------------------------------------------------------------------

@@ -273,8 +273,9 @@ local function report_health_check(epoch, outcome, limit, cause, retry_after)
   if not COUNTING[record.state] or not is_current(epoch) then
     return
   end
-  local failed = outcome == 'FAILURE' and record.failed_checks + 1 or 0
-  dirty = dirty or failed ~= record.failed_checks
+  local before = record.failed_checks or 0 -- a record of an older release has none
+  local failed = outcome == 'FAILURE' and before + 1 or 0
+  dirty = dirty or failed ~= before
   record.failed_checks = failed
   if failed >= limit and record.would_open == 0 then
     trip(with_cause('health check failed ' .. integer(failed) .. ' times in a row', cause), retry_after)
