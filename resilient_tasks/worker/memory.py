@@ -1,7 +1,7 @@
 """``MemoryGuard``: nothing more is deferred long before a server refuses to store anything.
 
 A Redis at its ``maxmemory`` refuses publishers and results as well, so waiting tasks must not be what
-fills it. The guard is asked for every deferral and looks at the servers about once a second.
+fills it. The guard is asked for every deferral and looks at the servers a few times a second.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from resilient_tasks.core.memory import Memory, MemoryLimit
 logger = logging.getLogger("resilient_tasks")
 
 #: Seconds, and deferrals, between two looks at the servers.
-LOOK_INTERVAL = 1.0
-LOOK_EVERY = 500
+LOOK_INTERVAL = 0.25
+LOOK_EVERY = 100
 
 
 class MemoryGuard:

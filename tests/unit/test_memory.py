@@ -70,7 +70,7 @@ class Server:
         return Memory(self.used, 100)
 
 
-def test_servers_are_asked_about_once_a_second() -> None:
+def test_servers_are_asked_a_few_times_a_second() -> None:
     clock, server = ManualClock(), Server()
     guard = MemoryGuard(MemoryLimit(share=0.8), {"broker": server.memory}, clock)
     for _ in range(10):
