@@ -22,6 +22,8 @@ from resilient_tasks.worker.ticket import Ticket
 
 logger = logging.getLogger("resilient_tasks")
 
+#: Seconds to wait for a publisher's confirmation: a RabbitMQ short of memory or disk reads nothing more.
+LONGEST_CONFIRM = 3.0
 #: Times a message may be requeued: RabbitMQ's quorum queues drop one after 20.
 MOST_REQUEUED = 10
 
@@ -61,7 +63,8 @@ class PublishedQueues(Queues):
                 yield
             except Exception:
                 self._declared.clear()
-                self.close()
+                with contextlib.suppress(Exception):
+                    self._connection.collect()  # a farewell would wait for a broker that reads nothing more
                 raise
 
     def _passing_channel(self) -> Any:
@@ -94,7 +97,8 @@ class PublishedQueues(Queues):
         on_return = None if self._emulated else self._note_return
         Producer(self.channel, auto_declare=False, on_return=on_return).publish(
             message.body, exchange="", routing_key=queue, headers=headers, mandatory=True,
-            content_type=message.content_type, content_encoding=message.content_encoding, **properties,
+            content_type=message.content_type, content_encoding=message.content_encoding,
+            confirm_timeout=LONGEST_CONFIRM, **properties,
         )  # fmt: skip
         return not self._returned
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.core.model import ADMITTING, Snapshot, State
 from resilient_tasks.errors import StoreError
-from resilient_tasks.worker.deferral import DeferredTasks
+from resilient_tasks.worker.deferral import PAGE, DeferredTasks
 from resilient_tasks.worker.probe import Prober
 from resilient_tasks.worker.resume import Resumer
 from resilient_tasks.worker.stock import Stocktaker
@@ -102,6 +102,8 @@ class Tick:
             self._resumer.release_trials(breaker, snapshot)
         elif snapshot.state in ADMITTING and snapshot.deferred:
             self._resumer.resume(breaker, snapshot)
+            if snapshot.deferred <= PAGE:  # the index nears its end: more may wait than it says
+                self._stocktaker.count(breaker)
 
     def _take_stock(self, observed_for: float) -> None:
         if time.monotonic() - self._stock_taken_at < STOCKTAKING:
