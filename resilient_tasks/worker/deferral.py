@@ -208,14 +208,14 @@ class DeferredTasks:
     def sift_pages(self, breaker: str, choose: Choose, *, enough: Callable[[list[Move]], bool]) -> list[Move]:
         """Go on with :meth:`sift` page by page until the moves made are ``enough`` or nothing is left."""
         made: list[Move] = []
-        start, offered = 0, PAGE
+        start, offered = 0, PAGE  # a page may hold less: messages are of any size
 
         def look(entries: Sequence[Entry]) -> Sequence[Move]:
             nonlocal offered
             offered = len(entries)
             return choose(entries)
 
-        while offered >= PAGE and not enough(made):
+        while offered and not enough(made):
             moves = self.sift(breaker, look, start=start)
             made += moves
             start += offered - len(moves)

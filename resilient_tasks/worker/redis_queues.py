@@ -20,8 +20,10 @@ from resilient_tasks.worker.ticket import Ticket
 
 logger = logging.getLogger("resilient_tasks")
 
-#: Dead letters that are fetched in one go.
+#: Messages that are fetched in one go.
 _PAGE = 500
+#: Bytes of messages to read, and to move, at a time.
+_REPLY_SIZE = 1_000_000
 
 
 class RedisQueues(Queues):
@@ -88,10 +90,14 @@ class RedisQueues(Queues):
     def sift(self, breaker: str, scan: int, choose: Choose, *, start: int = 0) -> list[Move]:
         """See :meth:`Queues.sift`."""
         source = seams.list_key(self.channel, self.deferred(breaker))
-        waiting = self._client.lrange(source, -start - scan, -start - 1)
+        waiting: list[bytes] = []
+        for reply in self._oldest(source, start):
+            waiting += reply
+            if len(waiting) >= scan or _size_of(waiting) >= _REPLY_SIZE:
+                break
         texts: dict[int, str | bytes] = {}
         entries: list[Entry] = []
-        for text in reversed(waiting):
+        for text in waiting[:scan]:
             entry = self._entry(breaker, text)
             if entry is None:
                 self._set_aside(breaker, text)
@@ -141,13 +147,22 @@ class RedisQueues(Queues):
 
     def _letters(self, breaker: str) -> Iterator[Letter]:
         key = seams.list_key(self.channel, self.dead(breaker))
-        for start in itertools.count(0, _PAGE):
-            page: list[Any] = self._client.lrange(key, -start - _PAGE, -start - 1)
-            for text in reversed(page):
-                entry = self._entry(breaker, text)
-                yield Letter(text, entry)
-            if len(page) < _PAGE:
+        for text in itertools.chain.from_iterable(self._oldest(key)):
+            yield Letter(text, self._entry(breaker, text))
+
+    def _oldest(self, key: str, start: int = 0) -> Iterator[list[bytes]]:
+        """Read a list from its oldest message on, but for the first ``start``, reply by reply.
+
+        Large messages come a few at a time: until it is sent, a reply takes memory of the server as well.
+        """
+        count = 1
+        while True:
+            reply: list[Any] = self._client.lrange(key, -start - count, -start - 1)
+            yield reply[::-1]
+            if len(reply) < count:
                 return
+            start += count
+            count = max(1, min(_PAGE, _REPLY_SIZE * count // _size_of(reply)))
 
     def revive(self, breaker: str, letter: Letter, queue: str | None) -> bool:
         """See :meth:`Queues.revive`."""
@@ -172,6 +187,10 @@ class RedisQueues(Queues):
             return seams.queue_size(self.channel, queue)
         except redis.ResponseError:  # a key that is no list: only a forged ticket names it
             return 0
+
+
+def _size_of(texts: Sequence[bytes]) -> int:
+    return sum(map(len, texts)) or 1
 
 
 def _with_ticket(message: Any, ticket: Ticket | None) -> dict[str, Any]:
