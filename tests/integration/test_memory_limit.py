@@ -99,3 +99,26 @@ def test_what_finds_no_memory_stays_on_its_queue(shop: Shop, small: SmallBroker)
     small.payments.reset(reason="test")
     shop.wait_done(*results)
     assert sorted(shop.runs("charge")) == sorted(result.id for result in results)
+
+
+def test_a_server_that_refuses_to_store_anything_for_a_while_loses_nothing(shop: Shop, small: SmallBroker) -> None:
+    worker = small.worker(RESILIENT_TASKS_STORE_MEMORY_LIMIT="none")
+    results = small.charges(BATCH)
+    shop.wait(lambda: small.waiting() == BATCH, "the first ones to wait")
+    worker.freeze()
+    results += small.charges(BATCH)
+    for _ in range(BATCH):
+        shop.tally.apply_async(connection=small.connection)
+    small.client.config_set("maxmemory", small.used // 2)  # as if somebody else had filled it
+    with pytest.raises(redis.OutOfMemoryError):
+        small.client.set("anything", "at all")
+    worker.thaw()
+    shop.wait(lambda: shop.side.get("tally") == str(BATCH), "healthy tasks")
+    shop.wait(lambda: small.waiting() == 2 * BATCH, "the others to be deferred all the same")
+    shop.wait(lambda: not small.client.hlen("unacked"), "all to be acknowledged")
+    assert worker.running
+    small.client.config_set("maxmemory", MAXIMUM)
+    small.payments.reset(reason="test")
+    shop.wait_done(*results)
+    assert sorted(shop.runs("charge")) == sorted(result.id for result in results)
+    assert shop.side.get("tally") == str(BATCH)

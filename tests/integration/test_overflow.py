@@ -77,15 +77,13 @@ def test_what_was_prefetched_goes_back_in_order(shop: Shop) -> None:
 
 @pytest.mark.parametrize("early", [False, True])
 def test_a_run_that_fails_and_finds_no_room_goes_back_with_its_attempts(shop: Shop, early: bool) -> None:  # noqa: FBT001
-    shop.open("blocking")
-    waiting = haul(shop, MOST)
-    worker = shop.worker(queues=["bulk"], concurrency=1)
-    shop.wait(lambda: shop.waiting("blocking") == MOST, "the queue to be full")
+    worker = shop.worker(queues=["bulk"])
     shop.set_health("blocking", "hang")
-    shop.blocking.disable(reason="test")  # admits all, so nothing is resumed before it fails
     [failing] = haul(shop, 1, early=early)
     shop.wait(lambda: failing.id in shop.runs("haul"), "it to run")
     shop.open("blocking")
+    waiting = haul(shop, MOST)
+    shop.wait(lambda: shop.waiting("blocking") == MOST, "the queue to be full")
     shop.set_health("blocking", "down")
     worker.wait_for_output("queue bulk is blocked", timeout=60)
     shop.wait(lambda: failing.id in queued(shop), "it to be back")
