@@ -17,7 +17,7 @@ from resilient_tasks.worker.runtime import TICK_TASK, Runtime, find_runtime, run
 logger = logging.getLogger("resilient_tasks")
 
 
-class Membership(bootsteps.Step):  # type: ignore[misc]  # Celery is untyped
+class Membership(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is untyped
     """Checks the configuration before the worker starts, and shares memory before the pool forks."""
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
@@ -28,6 +28,10 @@ class Membership(bootsteps.Step):  # type: ignore[misc]  # Celery is untyped
         runtime.fleet.store.check()
         runtime.fleet.view.share()
         runtime.host = Host(runtime)
+
+    def terminate(self, worker: Any) -> None:
+        """Leave at a cold shutdown, of which no signal tells; a worker inside another process leaves a thread else."""
+        _leave(worker)
 
 
 class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is untyped

@@ -198,11 +198,14 @@ class DeferredTasks:
             ledger.remove_deferred(breaker, [move.entry.task_id for move in planned])
             return planned
 
-        made = self.queues.sift(breaker, PAGE, plan, start=start)
-        done = {id(move) for move in made}
-        for move in planned:
-            if id(move) not in done:
-                ledger.add_deferred(breaker, move.entry.task_id, deadline=move.entry.ticket.ends_at)
+        made: list[Move] = []
+        try:
+            made = self.queues.sift(breaker, PAGE, plan, start=start)
+        finally:
+            done = {id(move) for move in made}
+            for move in planned:
+                if id(move) not in done:
+                    ledger.add_deferred(breaker, move.entry.task_id, deadline=move.entry.ticket.ends_at)
         return made
 
     def sift_pages(self, breaker: str, choose: Choose, *, enough: Callable[[list[Move]], bool]) -> list[Move]:

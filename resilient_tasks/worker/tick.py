@@ -66,6 +66,7 @@ class Tick:
         self._stocktaker = Stocktaker(runtime, self._tasks)
         self._prober = Prober(runtime, wake)
         self._stock_taken_at = float("-inf")
+        self._troubles: dict[str, type[Exception]] = {}
 
     def run(self, *, observed_for: float = 0.0) -> bool:
         """Do everything that is due; False if another worker is at it.
@@ -114,15 +115,18 @@ class Tick:
         if observed_for >= ABANDONED_AFTER:
             self._shielded("abandoned", partial(self._stocktaker.send_home, ABANDONED_AFTER))
 
-    @staticmethod
-    def _shielded(name: str, step: Callable[[], object]) -> None:
-        """Run one step; what goes wrong with one breaker holds up no other."""
+    def _shielded(self, name: str, step: Callable[[], object]) -> None:
+        """Run one step; what goes wrong with one breaker holds up no other, and is told once while it lasts."""
         try:
             step()
         except StoreError:
             raise
-        except Exception:
-            logger.exception("the tick failed for breaker %r; the next one tries again", name)
+        except Exception as exc:
+            if self._troubles.get(name) is not type(exc):
+                logger.exception("the tick failed for breaker %r; the next ones try again", name)
+            self._troubles[name] = type(exc)
+        else:
+            self._troubles.pop(name, None)
 
     def close(self) -> None:
         """Close connections."""

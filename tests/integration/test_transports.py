@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -243,8 +244,7 @@ def test_an_outage_in_memory(
     monkeypatch.setenv("RESILIENT_TASKS_STORE_URL", server.url(2))
     app = Celery(broker, broker=f"{broker}://", backend="cache+memory://", set_as_current=False)
     app.conf.update(task_acks_late=True, broker_transport_options={"polling_interval": 0.02})
-    # a namespace of its own: a worker that ran in this process before may tick on, on another broker
-    resilience = Resilience(app, tick_interval=0.25, namespace=f"{broker}-{pool}")
+    resilience = Resilience(app, tick_interval=0.25)
     payments = resilience.breaker("payments", consecutive_failures=3, open_duration=0.5, open_jitter=0.0, ramp=0.0)
     dependency = Dependency()
 
@@ -260,3 +260,4 @@ def test_an_outage_in_memory(
         wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
     assert [result.result for result in results] == list(range(ORDERS))
     assert payments.snapshot().state == "CLOSED"
+    assert "resilient-tasks-heart" not in {thread.name for thread in threading.enumerate()}
