@@ -32,7 +32,7 @@ from workers.processes import (
 from workers.rabbitmq import RabbitMQ, rabbitmq_binary, start_rabbitmq
 
 # seconds; what is waited for comes true in a second or two on an idle machine
-PATIENCE = float(os.environ.get("SHOP_PATIENCE", "60"))
+PATIENCE = float(os.environ.get("SHOP_PATIENCE", "120"))
 MODULE = "tests.integration.shop"
 
 

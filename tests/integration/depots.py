@@ -15,7 +15,7 @@ from kombu import Exchange, Queue
 from workers.processes import Program, Server, start_beat, start_worker, wait_until
 
 MODULE = "tests.integration.depot"
-PATIENCE = 60.0  # seconds; what is waited for comes true in a second or two on an idle machine
+PATIENCE = 120.0  # seconds; what is waited for comes true in a second or two on an idle machine
 
 
 class Depot:

@@ -19,7 +19,7 @@ from resilient_tasks import Resilience
 from workers.processes import Server, Worker, start_worker, wait_until
 
 MODULE = "tests.integration.post"
-PATIENCE = float(os.environ.get("SHOP_PATIENCE", "60"))  # seconds
+PATIENCE = float(os.environ.get("SHOP_PATIENCE", "120"))  # seconds
 QUEUE, ABROAD = "post", "abroad"
 RESULTS, SIDE = 4, 5  # databases
 
