@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from tests.chaos import report
+from tests.chaos.faults import FAULTS, possible_faults
 from tests.chaos.run import Outcome, run, schedule_of
 from tests.chaos.stack import Setup
 from workers.stack import new_run
@@ -25,6 +26,8 @@ def main(*, broker: str, seeds: int, first: int, tasks: int, baseline: bool, fsy
     """Run the seeds one after the other and tell."""
     setups = [Setup(broker, fsync=fsync), *([Setup(broker, plain=True, fsync=fsync)] if baseline else [])]
     outcomes: dict[Setup, list[Outcome]] = {setup: [] for setup in setups}
+    for impossible in sorted(FAULTS.keys() - possible_faults(broker).keys()):
+        click.echo(f"not possible here: {impossible}")
     home = new_run()
     click.echo(report.head())
     for seed in range(first, first + seeds):

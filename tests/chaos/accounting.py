@@ -10,7 +10,7 @@ from tests.chaos.ledger import Entry, Event
 
 #: Seconds after a fault in which workers may still be without the connection that they had before it.
 AFTERMATH = 5.0
-#: Seconds from the end of a run to its acknowledgement, at most.
+#: Seconds from the end of a run, or from a move, to its acknowledgement, at most.
 ACKNOWLEDGING = 1.0
 UNEXPLAINED = "unexplained"
 
@@ -31,6 +31,7 @@ class History:
     sent: float | None = None
     acknowledged: float | None = None
     begun: list[float] = field(default_factory=list)
+    moved: list[float] = field(default_factory=list)
     done: list[float] = field(default_factory=list)
     failed: bool = False
 
@@ -43,13 +44,13 @@ class History:
         elif entry.event is Event.FAILED:
             self.failed = True
         else:
-            (self.begun if entry.event is Event.BEGUN else self.done).append(entry.at)
+            getattr(self, entry.event.value).append(entry.at)
 
     def explain(self, redeliveries: Iterable[Redelivery]) -> str:
         """Return the fault that led to the second run, as far as can be told."""
         first = self.done[0]
         start = max([at for at in self.begun if at <= first], default=first)
-        under_way = [(start, first + ACKNOWLEDGING)]
+        under_way = [(start, first + ACKNOWLEDGING), *((at, at + ACKNOWLEDGING) for at in self.moved if at <= first)]
         if self.sent is not None:
             under_way.append((self.sent, self.acknowledged or self.sent + AFTERMATH))
         for redelivery in sorted(redeliveries, key=lambda redelivery: redelivery.began, reverse=True):

@@ -18,7 +18,7 @@ import psutil
 
 from tests.chaos import traps
 from tests.chaos.servers import KeyServer, RedisBroker
-from tests.chaos.stack import Stack
+from tests.chaos.stack import Stack, faketime_library
 
 Course = Callable[[Stack], Iterator[None]]
 
@@ -31,29 +31,46 @@ class Fault:
         target: what it strikes.
         inflict: strikes a stack.
         redelivers: tasks that are under way may run a second time.
-        only_redis: it exists on Redis and Valkey brokers only.
+        possible: whether it is, by the kind of broker.
     """
 
     target: str
     inflict: Callable[[Stack], AbstractContextManager[None]]
     redelivers: bool
-    only_redis: bool
+    possible: Callable[[str], bool]
 
 
 FAULTS: dict[str, Fault] = {}
 
 
+def always(_broker: str) -> bool:
+    """Be possible everywhere."""
+    return True
+
+
+def on_redis(broker: str) -> bool:
+    """Be possible on Redis and Valkey."""
+    return broker != "rabbitmq"
+
+
+def with_faketime(_broker: str) -> bool:
+    """Be possible where libfaketime is installed."""
+    return faketime_library() is not None
+
+
 def possible_faults(broker: str) -> dict[str, Fault]:
     """Return the faults that exist with a broker."""
-    return {name: fault for name, fault in FAULTS.items() if broker != "rabbitmq" or not fault.only_redis}
+    return {name: fault for name, fault in FAULTS.items() if fault.possible(broker)}
 
 
-def fault(target: str, *, redelivers: bool = False, only_redis: bool = False, name: str = "") -> Callable[..., Course]:
+def fault(
+    target: str, *, redelivers: bool = False, possible: Callable[[str], bool] = always, name: str = ""
+) -> Callable[..., Course]:
     """Register a generator function as the fault that it is named after."""
 
     def register(course: Course) -> Course:
         inflict = contextmanager(course)
-        FAULTS[name or course.__name__.replace("_", " ")] = Fault(target, inflict, redelivers, only_redis)
+        FAULTS[name or course.__name__.replace("_", " ")] = Fault(target, inflict, redelivers, possible)
         return course
 
     return register
@@ -98,13 +115,13 @@ def publishes_refused(stack: Stack) -> Iterator[None]:
     stack.broker.refuse_publishes(refused=False)
 
 
-@fault("broker", redelivers=True, only_redis=True)
+@fault("broker", redelivers=True, possible=on_redis)
 def broker_full(stack: Stack) -> Iterator[None]:
     """Reach its ``maxmemory``."""
     yield from _full(_redis(stack).server)
 
 
-@fault("broker", redelivers=True, only_redis=True)
+@fault("broker", redelivers=True, possible=on_redis)
 def visibility_over(stack: Stack) -> Iterator[None]:
     """Have it restore what is being run, and what is being put aside."""
     _redis(stack).end_visibility()
@@ -112,7 +129,7 @@ def visibility_over(stack: Stack) -> Iterator[None]:
     _redis(stack).end_visibility()
 
 
-@fault("broker", only_redis=True)
+@fault("broker", possible=on_redis)
 def broker_scripts_flushed(stack: Stack) -> Iterator[None]:
     """Have it forget all scripts."""
     _redis(stack).server.client.script_flush()
@@ -205,6 +222,14 @@ def worker_frozen(stack: Stack) -> Iterator[None]:
     yield from _frozen(lambda: stack.workers[0].program)
 
 
+@fault("worker 1", redelivers=True, possible=with_faketime)
+def clock_jumps(stack: Stack) -> Iterator[None]:
+    """Let a worker's clock jump ahead by a minute, and back."""
+    stack.set_clock("+60s")
+    yield
+    stack.set_clock("+0s")
+
+
 @fault("beat")
 def beat_dead(stack: Stack) -> Iterator[None]:
     """Be without beat."""
@@ -229,9 +254,9 @@ def _trap(window: str, stack: Stack) -> Iterator[None]:
 
 
 for _window in traps.WINDOWS:
-    fault("window", redelivers=True, only_redis="script" in _window, name=f"worker dies: {_window}")(
-        partial(_trap, _window)
-    )
+    fault(
+        "window", redelivers=True, possible=on_redis if "script" in _window else always, name=f"worker dies: {_window}"
+    )(partial(_trap, _window))
 
 
 # --- how ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ if not PLAIN:
             overflow="block",  # no task may fail because the broker is full
         )
     traps.lay(Path(os.environ["CHAOS_TRAPS"]))
+    traps.watch_moves(partial(LEDGER.note, Event.MOVED))
 
 
 @lru_cache(maxsize=1)

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,13 @@ from tests.chaos.ledger import Ledger
 from tests.chaos.servers import Broker, KeyServer, RabbitBroker, RedisBroker
 from workers.processes import LOCALHOST, Program, free_port, is_recorded_alive, start_beat, start_program, start_worker
 
-WORKERS = 2
 MODULE = "tests.chaos.project"
 SERVICE_PORTS = "admin=0,payments=0,accounts=0,mail=0"
+
+
+def faketime_library() -> Path | None:
+    """Return libfaketime (Debian's package ``faketime``); None if it is not installed."""
+    return next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Stack:
         self.directory = directory.resolve()
         self.ledger = Ledger(self.directory / "ledger.jsonl")
         self.traps = self.directory / "traps"
+        self._clock = self.directory / "clock"
         self._running: list[Callable[[], object]] = []
 
     def __enter__(self) -> Stack:  # noqa: PYI034 - Self needs Python 3.11
@@ -99,7 +104,11 @@ class Stack:
         ends = [str(self.proxy_port), str(self.broker.port)]
         self.proxy = self._program([sys.executable, "-m", "tests.chaos.proxy", *ends], "proxy")
         self.proxy.wait_for_output("proxy ready")
-        self.workers = [self._kept(partial(self._start_worker, f"worker{n}")) for n in range(WORKERS)]
+        self.set_clock("+0s")
+        self.workers = [
+            self._kept(partial(self._start_worker, "worker0", {})),
+            self._kept(partial(self._start_worker, "worker1", self._clock_env)),
+        ]
         self.beat = self._kept(partial(self.start_beat, "beat"))
 
     def _start_broker(self) -> Broker:
@@ -142,9 +151,22 @@ class Stack:
             "RESILIENT_TASKS_STORE_URL": self.store.url,
         }
 
-    def _start_worker(self, name: str) -> Program:
+    def _start_worker(self, name: str, env: Mapping[str, str]) -> Program:
         arguments = ["--without-mingle", "--without-gossip"]
-        return start_worker(MODULE, name=name, directory=self.directory, env=self.env, arguments=arguments)
+        return start_worker(MODULE, name=name, directory=self.directory, env={**self.env, **env}, arguments=arguments)
+
+    @property
+    def _clock_env(self) -> dict[str, str]:
+        """What gives a worker a clock of its own; the monotonic one is everybody's."""
+        library = faketime_library()
+        if library is None:
+            return {}
+        clock = {"FAKETIME_TIMESTAMP_FILE": str(self._clock), "FAKETIME_CACHE_DURATION": "1"}
+        return {"LD_PRELOAD": str(library), "FAKETIME_DONT_FAKE_MONOTONIC": "1", **clock}
+
+    def set_clock(self, shift: str) -> None:
+        """Set the clock of the second worker, e.g. ``+60s``."""
+        self._clock.write_text(f"{shift}\n")
 
     def start_beat(self, name: str) -> Program:
         """Start a beat."""

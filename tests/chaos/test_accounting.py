@@ -12,7 +12,7 @@ from tests.chaos.faults import FAULTS, possible_faults
 from tests.chaos.ledger import Entry, Event, Ledger
 from tests.chaos.schedule import make_schedule
 
-SENT, ACKNOWLEDGED, BEGUN, DONE, FAILED = Event
+SENT, ACKNOWLEDGED, BEGUN, MOVED, DONE, FAILED = Event
 
 
 def account(*events: Event, redeliveries: tuple[Redelivery, ...] = ()) -> Account:
@@ -54,6 +54,12 @@ def test_a_second_run_is_explained_by_a_fault_that_struck_the_first() -> None:
     found = account(*TWICE, redeliveries=(earlier, struck))
     assert found.duplicated == {"task": "worker killed"}
     assert found.clean
+
+
+def test_a_second_run_is_explained_by_a_fault_that_struck_a_move() -> None:
+    struck = Redelivery("connections cut", began=2.5, ended=2.6)
+    events = (SENT, ACKNOWLEDGED, MOVED, *[BEGUN] * 10, DONE, DONE)
+    assert account(*events, redeliveries=(struck,)).duplicated == {"task": "connections cut"}
 
 
 def test_a_second_run_that_no_fault_explains_is_an_error() -> None:

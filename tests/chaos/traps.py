@@ -13,7 +13,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from resilient_tasks.worker.deferral import Deferral
+from resilient_tasks.worker.deferral import Deferral, DeferredTasks
 from resilient_tasks.worker.gate import Gate
 from resilient_tasks.worker.published_queues import PublishedQueues
 from resilient_tasks.worker.redis_queues import RedisQueues
@@ -36,6 +36,24 @@ def lay(directory: Path) -> None:
     """Lay all traps, harmless until :func:`arm`."""
     for name, (owner, method) in WINDOWS.items():
         setattr(owner, method, _trapped(owner.__dict__[method], _file(directory, name)))
+
+
+def watch_moves(note: Callable[[str], object]) -> None:
+    """Tell ``note`` the id of every task whose message the library is about to move."""
+    defer, resume = Deferral.defer, DeferredTasks._resume
+
+    @wraps(defer)
+    def watched_defer(self: Deferral, request: Any, *args: Any, **kwargs: Any) -> Any:
+        note(request.id)
+        return defer(self, request, *args, **kwargs)
+
+    @wraps(resume)
+    def watched_resume(self: DeferredTasks, entry: Any, *args: Any, **kwargs: Any) -> Any:
+        note(entry.task_id)
+        return resume(self, entry, *args, **kwargs)
+
+    setattr(Deferral, "defer", watched_defer)  # noqa: B010 - a plain assignment is one that mypy refuses
+    setattr(DeferredTasks, "_resume", watched_resume)  # noqa: B010
 
 
 def arm(directory: Path, name: str) -> None:
