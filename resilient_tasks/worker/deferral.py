@@ -16,7 +16,7 @@ from celery.exceptions import TaskRevokedError
 from celery.states import PENDING
 
 from resilient_tasks.core.memory import MemoryLimit
-from resilient_tasks.errors import DeferralExpiredError, DeferredQueueFullError, StoreError
+from resilient_tasks.errors import DeferralExpiredError, DeferredQueueFullError, ResilienceError, StoreError
 from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.broker import open_queues
@@ -202,10 +202,12 @@ class DeferredTasks:
         try:
             made = self.queues.sift(breaker, PAGE, plan, start=start)
         finally:
-            done = {id(move) for move in made}
+            done = {id(move.entry): move for move in made}
             for move in planned:
-                if id(move) not in done:
+                if id(move.entry) not in done:
                     ledger.add_deferred(breaker, move.entry.task_id, deadline=move.entry.ticket.ends_at)
+                elif move.queue != done[id(move.entry)].queue:
+                    self._settle(move.entry, ResilienceError(f"the queue {move.queue} that it came from is gone"))
         return made
 
     def sift_pages(self, breaker: str, choose: Choose, *, enough: Callable[[list[Move]], bool]) -> list[Move]:

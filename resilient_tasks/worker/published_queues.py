@@ -165,10 +165,7 @@ class PublishedQueues(Queues):
             self._declare(queue)
             messages = list(_bounded(lambda: self._get(queue), start + scan))
             try:
-                made = list(choose(self._tasks(breaker, messages[start:])))
-                for move in made:
-                    self._make(breaker, move)
-                return made
+                return [self._make(breaker, move) for move in choose(self._tasks(breaker, messages[start:]))]
             finally:
                 self._requeue(queue, messages)
 
@@ -196,7 +193,8 @@ class PublishedQueues(Queues):
                 self._make(breaker, Move(Entry(message, Ticket()), self.dead(breaker)))
         return [entry for entry in entries.values() if entry is not None]
 
-    def _make(self, breaker: str, move: Move) -> None:
+    def _make(self, breaker: str, move: Move) -> Move:
+        """Make a move; return it as it was made: what has no queue to go to any more is a dead letter."""
         message, dead = move.entry.message, self.dead(breaker)
         if move.queue == dead:
             self._publish_to_own(message, dead, move.ticket or move.entry.ticket)
@@ -204,7 +202,9 @@ class PublishedQueues(Queues):
             logger.error("Task %s is dead-lettered: its queue %s is gone", move.entry.task_id, move.queue)
             ticket = move.entry.ticket.die(time.time(), f"its queue {move.queue} is gone")
             self._publish_to_own(message, dead, ticket)
+            move = replace(move, queue=dead)
         message.ack()
+        return move
 
     def _send_home(self, move: Move) -> bool:
         """Publish to the queue that a task came from, as it was; False if there is no such queue."""

@@ -142,6 +142,7 @@ def test_a_task_whose_queue_is_gone_is_dead_lettered(rabbitmq: RabbitMQ, depot: 
     former.env["DEPOT_QUEUE"] = "depot-later"
     former.worker()
     wait_until(lambda: messages_in(client, "resilient.dead.payments") == [4], timeout=PATIENCE, what="dead letters")
+    wait_until(are("FAILURE", results), timeout=PATIENCE, what="all to have failed")
     assert messages_in(client, "resilient.deferred.payments") == [0]
 
 
