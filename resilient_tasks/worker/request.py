@@ -26,7 +26,7 @@ from resilient_tasks.monitor.events import TASK_FALLBACK
 from resilient_tasks.policy import BLOCK
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.options import DEFER
-from resilient_tasks.worker.run import Admission, Packed, Report, TaskDeferred, run_admitted
+from resilient_tasks.worker.run import NONSENSE, Admission, Packed, Report, TaskDeferred, run_admitted
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import HEADER, Ticket
 
@@ -187,7 +187,11 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
                 return self.put_aside(deferred.reason, failed=deferred)
             if deferred is not None:
                 self._dead_letter(deferred.cause)
-        return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+        try:
+            return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+        except NONSENSE:
+            logger.exception("Task %s[%s] has failed, and its callbacks make no sense", self.name, self.id)
+            self.acknowledge()
 
     def on_timeout(self, soft: bool, timeout: float) -> None:  # noqa: FBT001 - Celery's signature
         """Handle a time limit; a hard one has been through :meth:`on_failure` already."""

@@ -7,11 +7,13 @@ run, and packed into plain tuples: pickling an instance costs several times as m
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from billiard.einfo import ExceptionInfo
 from celery.exceptions import Ignore
 
 from resilient_tasks.breaker import task_scope
@@ -21,7 +23,12 @@ from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.fallback import Served
 from resilient_tasks.worker.seams import TraceResult
 
+logger = logging.getLogger("resilient_tasks")
+
 Packed = tuple[Any, ...]
+
+#: What Celery stumbles into over forged callbacks and groups; the run would never end for the pool, and keep its slot.
+NONSENSE = (AttributeError, LookupError, TypeError, ValueError)
 
 
 class Admission(NamedTuple):
@@ -172,6 +179,9 @@ def run_admitted(
     run_token, scope_token = current_run.set(run), task_scope.set(run)
     try:
         failed, value, runtime = trace(name, task_id, *args)
+    except NONSENSE:
+        logger.exception("Task %s[%s] has run, and its callbacks make no sense", name, task_id)
+        failed, value, runtime = 1, ExceptionInfo(internal=True), 0.0
     finally:
         current_run.reset(run_token)
         task_scope.reset(scope_token)

@@ -137,19 +137,4 @@ def _is_call(payload: Any) -> bool:
     if not isinstance(payload, (list, tuple)) or len(payload) != 3:  # noqa: PLR2004 - the three below
         return False
     args, kwargs, options = payload
-    return isinstance(args, (list, tuple)) and isinstance(kwargs, dict) and _are_options(options)
-
-
-def _are_options(options: Any) -> bool:
-    """Whether what follows a task may be signatures: Celery would lose the slot of the run that comes upon others."""
-    if not options:
-        return isinstance(options, (dict, type(None)))
-    return (
-        isinstance(options, dict)
-        and all(_are_signatures(options.get(name)) for name in ("callbacks", "errbacks", "chain"))
-        and isinstance(options.get("chord"), (dict, type(None)))
-    )
-
-
-def _are_signatures(value: Any) -> bool:
-    return not value or (isinstance(value, (list, tuple)) and all(isinstance(item, dict) for item in value))
+    return isinstance(args, (list, tuple)) and isinstance(kwargs, dict) and isinstance(options, (dict, type(None)))

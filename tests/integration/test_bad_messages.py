@@ -136,6 +136,18 @@ def test_a_message_that_makes_no_sense_is_rejected(running: Shop, state: str) ->
     assert running.waiting("payments") == 0
 
 
+def test_callbacks_that_make_no_sense_take_no_slot_for_good(running: Shop) -> None:
+    values: list[Any] = [[5], [{}]]
+    nonsense = [
+        *({name: value} for name in ("callbacks", "errbacks", "chain") for value in values),
+        {"chord": {"a": 1}},
+    ]
+    sent = [message(call=[args, {}, options]) for args in ([1], []) for options in nonsense]
+    running.broker.lpush("celery", *sent)
+    finish_healthy(running)
+    running.wait(lambda: running.broker.hlen("unacked") == 0, "all of them to be out of hand")
+
+
 GARBAGE = [
     "garbage", "", "5", "null", "[]", "{}", '{"properties": {}}', '{"properties": {"delivery_tag": "1"}}', "\x80" * 10,
     envelope(None, b"[]"), envelope([], b"[]"), envelope("text", b"[]"), envelope({"id": 5, "task": 5}, b"{"),
