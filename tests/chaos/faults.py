@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from resilient_tasks.worker.published_queues import PublishedQueues
+from resilient_tasks.worker.redis_queues import RedisQueues
 from tests.chaos import traps
 from tests.chaos.servers import KeyServer, RedisBroker
 from tests.chaos.stack import Stack, faketime_library
@@ -40,6 +42,10 @@ class Fault:
     possible: Callable[[str], bool]
 
 
+class MissedError(Exception):
+    """A fault has struck nothing."""
+
+
 FAULTS: dict[str, Fault] = {}
 
 
@@ -50,7 +56,12 @@ def always(_broker: str) -> bool:
 
 def on_redis(broker: str) -> bool:
     """Be possible on Redis and Valkey."""
-    return broker != "rabbitmq"
+    return not on_rabbitmq(broker)
+
+
+def on_rabbitmq(broker: str) -> bool:
+    """Be possible on RabbitMQ."""
+    return broker == "rabbitmq"
 
 
 def with_faketime(_broker: str) -> bool:
@@ -250,13 +261,15 @@ def _trap(window: str, stack: Stack) -> Iterator[None]:
     """Kill the next worker that passes through a window."""
     traps.arm(stack.traps, window)
     yield
-    traps.disarm(stack.traps, window)
+    if traps.disarm(stack.traps, window):
+        raise MissedError(window)
 
 
-for _window in traps.WINDOWS:
-    fault(
-        "window", redelivers=True, possible=on_redis if "script" in _window else always, name=f"worker dies: {_window}"
-    )(partial(_trap, _window))
+_REACHED: dict[type, Callable[[str], bool]] = {RedisQueues: on_redis, PublishedQueues: on_rabbitmq}
+
+for _window, (_owner, _) in traps.WINDOWS.items():
+    _where = _REACHED.get(_owner, always)
+    fault("window", redelivers=True, possible=_where, name=f"worker dies: {_window}")(partial(_trap, _window))
 
 
 # --- how ------------------------------------------------------------------------------------------

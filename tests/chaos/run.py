@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos.accounting import Account, Redelivery, balance, histories
-from tests.chaos.faults import FAULTS, possible_faults
+from tests.chaos.faults import FAULTS, MissedError, possible_faults
 from tests.chaos.producer import RATE, Producer
 from tests.chaos.schedule import Planned, Schedule, Weather, make_schedule
 from tests.chaos.stack import Setup, Stack
@@ -110,7 +110,11 @@ class _Course:
     def _end(self, under_way: tuple[float, str, float, ExitStack]) -> None:
         self._under_way.remove(under_way)
         _, fault, began, ending = under_way
-        ending.close()
+        with suppress(MissedError):
+            ending.close()
+            self._note(fault, began)
+
+    def _note(self, fault: str, began: float) -> None:
         if FAULTS[fault].redelivers:
             self._redeliveries.append(Redelivery(fault, began, time.monotonic()))
 

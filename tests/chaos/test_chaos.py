@@ -31,14 +31,14 @@ def chaos(setup: Setup, schedule: Schedule, tasks: int, directory: Path) -> Outc
 @pytest.mark.chaos
 @pytest.mark.parametrize(("broker", "seed"), [("redis", 4), ("valkey", 7)])
 def test_nothing_is_lost(broker: str, seed: int, tmp_path: Path) -> None:
-    assert chaos(Setup(broker), schedule_of(seed, broker, 500), 500, tmp_path).clean
+    assert chaos(Setup(broker), schedule_of(seed, broker, 300), 300, tmp_path).clean
 
 
 @pytest.mark.rabbitmq
 def test_nothing_is_lost_on_rabbitmq(tmp_path: Path) -> None:
     if rabbitmq_binary() is None:
         pytest.skip("RabbitMQ is not installed")
-    assert chaos(Setup("rabbitmq"), schedule_of(1, "rabbitmq", 500), 500, tmp_path).clean
+    assert chaos(Setup("rabbitmq"), schedule_of(1, "rabbitmq", 300), 300, tmp_path).clean
 
 
 @pytest.mark.chaos
