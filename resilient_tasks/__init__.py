@@ -2,25 +2,34 @@
 
 While a dependency is down, tasks that need it are deferred in the broker or served from a fallback;
 probes find out when it is back; the waiting tasks then finish by themselves, under their own ids.
+
+A public name is imported when it is first used: ``celery --help`` looks for our commands in this package, and
+needs nothing else of it.
 """
 
-from resilient_tasks.app import Resilience
-from resilient_tasks.breaker import Breaker
-from resilient_tasks.core.classification import dependency_errors
-from resilient_tasks.core.model import Outcome, Snapshot, State
-from resilient_tasks.errors import (
-    BreakerOpenError,
-    ConfigurationError,
-    DeadLetterError,
-    DeferralExpiredError,
-    DeferredQueueFullError,
-    ResilienceError,
-    StoreError,
-)
-from resilient_tasks.fallback import Provenance, cached, constant
-from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.worker.dead_letters import DeadLetter
-from resilient_tasks.worker.task import ResilientTask
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resilient_tasks.app import Resilience
+    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.core.classification import dependency_errors
+    from resilient_tasks.core.model import Outcome, Snapshot, State
+    from resilient_tasks.errors import (
+        BreakerOpenError,
+        ConfigurationError,
+        DeadLetterError,
+        DeferralExpiredError,
+        DeferredQueueFullError,
+        ResilienceError,
+        StoreError,
+    )
+    from resilient_tasks.fallback import Provenance, cached, constant
+    from resilient_tasks.policy import BreakerPolicy
+    from resilient_tasks.worker.dead_letters import DeadLetter
+    from resilient_tasks.worker.task import ResilientTask
 
 __all__ = [
     "Breaker",
@@ -43,3 +52,31 @@ __all__ = [
     "constant",
     "dependency_errors",
 ]
+
+_NAMES_BY_MODULE = {
+    "app": ("Resilience",),
+    "breaker": ("Breaker",),
+    "core.classification": ("dependency_errors",),
+    "core.model": ("Outcome", "Snapshot", "State"),
+    "errors": (
+        "BreakerOpenError", "ConfigurationError", "DeadLetterError", "DeferralExpiredError", "DeferredQueueFullError",
+        "ResilienceError", "StoreError",
+    ),
+    "fallback": ("Provenance", "cached", "constant"),
+    "policy": ("BreakerPolicy",),
+    "worker.dead_letters": ("DeadLetter",),
+    "worker.task": ("ResilientTask",),
+}  # fmt: skip
+_MODULES = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
+
+if not TYPE_CHECKING:  # or every name would be right for type checkers
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -26,6 +26,7 @@ from resilient_tasks.store.redis import RedisStore
 from resilient_tasks.worker import beat
 from resilient_tasks.worker.bootsteps import ControlQueue, Membership
 from resilient_tasks.worker.dead_letters import DeadLetters
+from resilient_tasks.worker.deferred import Deferred
 from resilient_tasks.worker.runtime import TICK_TASK, Runtime, runtime_of
 from resilient_tasks.worker.task import ResilientTask
 
@@ -165,6 +166,17 @@ class Resilience:
         if self._app is None:
             raise ConfigurationError("dead letters lie on the app's broker: call init_app(app) first")
         return DeadLetters(runtime_of(self._app))
+
+    @property
+    def deferred(self) -> Deferred:
+        """The tasks that wait for a breaker, for whoever wants to list, resume or drop them by hand.
+
+        Raises:
+            ConfigurationError: there is no app, and so no broker.
+        """
+        if self._app is None:
+            raise ConfigurationError("deferred tasks lie on the app's broker: call init_app(app) first")
+        return Deferred(runtime_of(self._app))
 
     def _join(self, store: Store) -> Fleet:
         ledger = store.ledger if isinstance(store, RedisStore) else None

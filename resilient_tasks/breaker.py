@@ -248,7 +248,7 @@ class Breaker(Guarded):
         return self._command(Verb.RESET, reason, actor)
 
     def _command(self, verb: Verb, reason: str, actor: str | None) -> Snapshot:
-        return self.fleet.command(self.spec, verb, reason, _this_user() if actor is None else actor)
+        return self.fleet.command(self.spec, verb, reason, this_user() if actor is None else actor)
 
 
 def _nothing() -> None:
@@ -256,7 +256,8 @@ def _nothing() -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _this_user() -> str:
+def this_user() -> str:
+    """Return who carries out an operator's verb here, as ``user@host``."""
     try:
         user = getpass.getuser()
     except (KeyError, ImportError, OSError):  # a container's user may have no name

@@ -149,6 +149,10 @@ class FailoverStore:
 
     # --- what only the shared store can do ------------------------------------------------------------
 
+    def read_shared(self, specs: Sequence[Spec]) -> list[Snapshot]:
+        """Read breakers from the shared store or not at all, for people who ask what the fleet knows."""
+        return self._primary.read(specs)
+
     def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
         """Carry out an operator's verb; see :meth:`Store.command`."""
         answer = self._primary.command(spec, verb, reason=reason, actor=actor, jitter=jitter)

@@ -66,6 +66,11 @@ class Standing:
         return -math.inf if snapshot.open_until is None else self._heard_at + snapshot.open_until - snapshot.now
 
     @property
+    def age(self) -> float | None:
+        """Seconds since the store said this; None if it never said anything."""
+        return self._clock() - self._heard_at if self.known else None
+
+    @property
     def retry_after(self) -> float | None:
         """Seconds until a call may be admitted again; None when only an operator can tell."""
         if self.deadline == math.inf:

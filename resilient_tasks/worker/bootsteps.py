@@ -10,7 +10,11 @@ from celery import bootsteps
 from celery.signals import worker_process_init, worker_process_shutdown, worker_shutdown
 from kombu import Consumer, Queue
 
-from resilient_tasks.worker import redis_channel, seams
+from resilient_tasks.worker import (
+    inspection,  # noqa: F401 - registers ``celery inspect breakers``
+    redis_channel,
+    seams,
+)
 from resilient_tasks.worker.host import Host
 from resilient_tasks.worker.runtime import TICK_TASK, Runtime, find_runtime, runtime_of
 

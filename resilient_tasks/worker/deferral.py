@@ -23,7 +23,7 @@ from resilient_tasks.worker.broker import open_queues
 from resilient_tasks.worker.events import EventSender
 from resilient_tasks.worker.memory import MemoryGuard
 from resilient_tasks.worker.patience import PatientWriter
-from resilient_tasks.worker.queues import Choose, Entry, Move
+from resilient_tasks.worker.queues import Choose, Entry, Move, Queues
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.revokes import revoked_among
 from resilient_tasks.worker.ticket import Ticket
@@ -173,13 +173,19 @@ class Deferral:
 
 
 class DeferredTasks:
-    """The tick's hands on the tasks that wait: resume, dead-letter, drop. On connections of its own."""
+    """The tick's, and an operator's, hands on the tasks that wait: resume, dead-letter, drop.
 
-    def __init__(self, runtime: Runtime, consumer: Any) -> None:
+    Args:
+        runtime: the app's runtime.
+        consumer: the worker's consumer, for its name and its event dispatcher.
+        queues: the broker's queues; ``None``: on connections of its own.
+    """
+
+    def __init__(self, runtime: Runtime, consumer: Any, queues: Queues | None = None) -> None:
         self._runtime = runtime
         self._consumer = consumer
         self._events = EventSender(runtime.app, consumer)
-        self.queues = open_queues(runtime.app, runtime.settings.namespace)
+        self.queues = queues or open_queues(runtime.app, runtime.settings.namespace)
 
     def count(self, breaker: str) -> int:
         """Return the number of messages that wait on the broker."""
@@ -233,7 +239,7 @@ class DeferredTasks:
         """
         revoked = revoked_among(entries, self._runtime.fleet.ledger)
         moves = [
-            self.drop_revoked(entry) if entry.task_id in revoked else self._resume(entry, epoch, why)
+            self.drop(entry, "revoked") if entry.task_id in revoked else self._resume(entry, epoch, why)
             for entry in entries
         ]
         return [move for move in moves if move is not None]
@@ -258,15 +264,15 @@ class DeferredTasks:
         ticket = entry.ticket.die(self._runtime.fleet.view.server_now(), str(error))
         return Move(entry, self.queues.dead(ticket.breaker), ticket)
 
-    def drop_revoked(self, entry: Entry) -> Move | None:
-        """Give a task that was revoked while it waited its result, and drop its message.
+    def drop(self, entry: Entry, reason: str) -> Move | None:
+        """Give a task that shall never run REVOKED as its result, and drop its message.
 
         Returns:
             None if its result cannot be written now, as above.
         """
-        if not self._settle(entry, TaskRevokedError("revoked")):
+        if not self._settle(entry, TaskRevokedError(reason)):
             return None
-        logger.info("Task %s[%s] was revoked while it waited", entry.task_name, entry.task_id)
+        logger.info("Task %s[%s] was %s while it waited", entry.task_name, entry.task_id, reason)
         return Move(entry, None)
 
     def _settle(self, entry: Entry, error: Exception) -> bool:

@@ -44,23 +44,37 @@ class Resumer:
         )
         ledger.save_pace(breaker.name, following)
         if count > 0 and self._still(breaker, snapshot):
-            self._release(breaker, snapshot, count)
+            self.release(breaker, snapshot, count)
 
     def release_trials(self, breaker: Breaker, snapshot: Snapshot) -> None:
         """Resume as many tasks as there are permits; those that have never failed first."""
         outstanding = self._outstanding(breaker, self._runtime.fleet.ledger.pace(breaker.name))
         free = breaker.policy.trial_calls - snapshot.trials - outstanding
         if free > 0:
-            self._release(breaker, snapshot, free, unfailed_first=True)
+            self.release(breaker, snapshot, free, unfailed_first=True)
 
-    def _release(self, breaker: Breaker, snapshot: Snapshot, count: int, *, unfailed_first: bool = False) -> None:
+    def release(
+        self, breaker: Breaker, snapshot: Snapshot, count: int, *, unfailed_first: bool = False, early: bool = False
+    ) -> int:
+        """Resume the ``count`` oldest tasks of a breaker.
+
+        Args:
+            breaker: which one.
+            snapshot: the breaker now.
+            count: most tasks to resume.
+            unfailed_first: those that have never failed come before the others.
+            early: also those whose own wait after a failure is not over.
+
+        Returns:
+            How many were resumed.
+        """
         ledger = self._runtime.fleet.ledger
         wanted, resumed = count, 0
         why = f"resumed, breaker {breaker.name!r} is {snapshot.state}"
 
         def choose(entries: Sequence[Entry]) -> list[Move]:
             nonlocal wanted
-            due = [entry for entry in entries if self._is_due(breaker, entry, snapshot.now)]
+            due = [entry for entry in entries if early or self._is_due(breaker, entry, snapshot.now)]
             if unfailed_first:
                 due.sort(key=lambda entry: entry.ticket.attempted_at > 0)
             moves = self._tasks.resume(due[:wanted], snapshot.epoch, why)
@@ -77,6 +91,7 @@ class Resumer:
             ledger.taken_up(breaker.name, count - wanted - resumed)  # somebody else has moved them
         if resumed:
             logger.info("breaker %r is %s: %d tasks resumed", breaker.name, snapshot.state, resumed)
+        return resumed
 
     @staticmethod
     def _is_due(breaker: Breaker, entry: Entry, now: float) -> bool:

@@ -44,7 +44,7 @@ class Stocktaker:
             for entry in entries:
                 error = ended(entry, snapshot.now)
                 if entry.task_id in revoked:
-                    moves.append(self._tasks.drop_revoked(entry))
+                    moves.append(self._tasks.drop(entry, "revoked"))
                 elif error is not None and time.monotonic() < give_up_at:
                     moves.append(self._tasks.dead_letter(entry, error))
             return [move for move in moves if move is not None]

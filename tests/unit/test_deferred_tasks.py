@@ -58,7 +58,7 @@ def entry() -> Entry:
 def test_a_revoked_task_waits_for_its_result_to_be_writable(app: Celery, tasks: DeferredTasks, entry: Entry) -> None:
     backend = app.tasks["charge"].backend
     backend.away = True
-    assert tasks.drop_revoked(entry) is None
+    assert tasks.drop(entry, "revoked") is None
     backend.away = False
-    assert tasks.drop_revoked(entry) == Move(entry, None)
+    assert tasks.drop(entry, "revoked") == Move(entry, None)
     assert backend.get_state("an-id") == "REVOKED"

@@ -1,0 +1,151 @@
+"""Deferred tasks by hand: seen, resumed and dropped by a person or a script, with or without a living worker.
+
+``Resilience.deferred`` is the one way to them, from any process: a shell, a script, a web process.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from resilient_tasks.core.model import ADMITTING
+from resilient_tasks.errors import BreakerOpenError
+from resilient_tasks.worker.deferral import DeferredTasks
+from resilient_tasks.worker.queues import Entry, Move
+from resilient_tasks.worker.resume import Resumer
+
+if TYPE_CHECKING:
+    from resilient_tasks.worker.runtime import Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class DeferredTask:
+    """One task that waits for a breaker. Times are seconds since the epoch on the store's clock.
+
+    Args:
+        task_id: id of the task.
+        task: name of the task.
+        breaker: the breaker that it waits for.
+        origin: name of the queue that it came from and goes back to.
+        reason: why it was deferred.
+        since: when it was first deferred.
+        attempts: dependency failures of its own that have counted.
+        not_before: until when it waits for its own sake, after a failure; None if it has never failed.
+        ends_at: when its wait ends at the latest, by ``defer_for`` or ``expires``; None if by neither.
+        args: its positional arguments as its sender has abbreviated them for people.
+        kwargs: its keyword arguments in the same way.
+    """
+
+    task_id: str
+    task: str
+    breaker: str
+    origin: str
+    reason: str
+    since: float
+    attempts: int
+    not_before: float | None
+    ends_at: float | None
+    args: str
+    kwargs: str
+
+
+class _NoWorker:
+    """Stands for the consumer that this process does not have; it sends no events.
+
+    Task events of any other name than a worker's would make a ghost worker in monitors.
+    """
+
+    hostname = socket.gethostname()
+    event_dispatcher = None
+
+
+class Deferred:
+    """The deferred tasks of one app's breakers. Whatever the broker raises comes through."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._tasks = DeferredTasks(runtime, _NoWorker(), runtime.queues)
+
+    def count(self, breaker: str) -> int:
+        """Return the number of tasks that wait for a breaker."""
+        return self._tasks.count(breaker)
+
+    def list(self, breaker: str, *, limit: int = 100) -> tuple[DeferredTask, ...]:
+        """Return those that wait longest, at most ``limit``."""
+        found: list[DeferredTask] = []
+
+        def look(entries: Sequence[Entry]) -> list[Move]:
+            found.extend(map(_describe, entries))
+            return []
+
+        self._tasks.sift_pages(breaker, look, enough=lambda _: len(found) >= limit)
+        return tuple(found[:limit])
+
+    def resume(self, breaker: str, *, limit: int | None = None, force: bool = False) -> int:
+        """Send tasks back to the queues that they came from, now, those that wait longest first.
+
+        Unlike the workers' own resuming this is not paced, and takes also those that wait for their own sake.
+
+        Args:
+            breaker: name of the breaker that they wait for.
+            limit: most tasks to resume; ``None``: all that wait now.
+            force: also while the breaker refuses: its workers would defer them again.
+
+        Returns:
+            How many were resumed. Revoked ones are dropped, ended ones dead-lettered instead.
+
+        Raises:
+            BreakerOpenError: the breaker refuses.
+            ConfigurationError: nobody defines it.
+            StoreError: the store is away.
+        """
+        known = self._runtime.breaker(breaker)
+        snapshot = self._runtime.fleet.store.read_shared([known.spec])[0]
+        if snapshot.state not in ADMITTING and not force:
+            raise BreakerOpenError(breaker, str(snapshot.state), snapshot.retry_after)
+        waiting = self.count(breaker)  # those that are deferred again meanwhile are not resumed again
+        count = waiting if limit is None else min(limit, waiting)
+        return Resumer(self._runtime, self._tasks).release(known, snapshot, count, early=True)
+
+    def drop(self, breaker: str, task_ids: Collection[str] | None = None) -> tuple[str, ...]:
+        """Drop tasks that shall never run; their results are REVOKED, callbacks and chords hear of it.
+
+        Args:
+            breaker: name of the breaker that they wait for.
+            task_ids: which ones; ``None``: all.
+
+        Returns:
+            The ids of those that were dropped. One whose result cannot be written goes on waiting.
+
+        Raises:
+            StoreError: the store is away.
+        """
+
+        def choose(entries: Sequence[Entry]) -> list[Move]:
+            doomed = [entry for entry in entries if task_ids is None or entry.task_id in task_ids]
+            moves = [self._tasks.drop(entry, "dropped") for entry in doomed]
+            return [move for move in moves if move is not None]
+
+        def enough(made: Sequence[Move]) -> bool:
+            return task_ids is not None and len(made) >= len(task_ids)
+
+        return tuple(move.entry.task_id for move in self._tasks.sift_pages(breaker, choose, enough=enough))
+
+
+def _describe(entry: Entry) -> DeferredTask:
+    ticket, headers = entry.ticket, entry.message.headers or {}
+    return DeferredTask(
+        task_id=entry.task_id,
+        task=entry.task_name,
+        breaker=ticket.breaker,
+        origin=ticket.origin,
+        reason=ticket.reason,
+        since=ticket.since,
+        attempts=ticket.attempts,
+        not_before=ticket.not_before or None,
+        ends_at=ticket.ends_at,
+        args=str(headers.get("argsrepr", "")),
+        kwargs=str(headers.get("kwargsrepr", "")),
+    )
