@@ -48,4 +48,4 @@ def test_the_wheel_says_what_it_needs(wheel: zipfile.ZipFile) -> None:
         for line in metadata.splitlines()
         if line.startswith("Requires-Dist") and "extra ==" not in line
     }
-    assert required == {"celery", "kombu", "pydantic-settings", "redis", "tenacity"}
+    assert required == {"celery", "click", "click-didyoumean", "kombu", "pydantic-settings", "redis", "tenacity"}

@@ -1,0 +1,63 @@
+"""``celery -A proj breakers ...``: breakers seen and steered from a terminal.
+
+Celery imports this module for each of its own commands too, so it knows only where ours are.
+
+Exit codes: 0 done; 1 refused or impossible; 2 wrong usage, e.g. an unknown breaker; 69 the store, or the broker, is
+away. ``show`` also tells the state by 10 and 11, see there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import click
+from click_didyoumean import DYMGroup
+
+from resilient_tasks.errors import ResilienceError, StoreError
+
+_PLACES = {
+    "list": "states:list_breakers",
+    "show": "states:show",
+    "watch": "states:watch",
+    "trip": "verbs:trip",
+    "isolate": "verbs:isolate",
+    "disable": "verbs:disable",
+    "shadow": "verbs:shadow",
+    "reset": "verbs:reset",
+    "deferred": "deferred:deferred",
+    "resume": "deferred:resume",
+    "drop": "deferred:drop",
+    "dead": "dead:dead",
+}
+
+
+class Unavailable(click.ClickException):
+    """The store, or the broker, is away."""
+
+    exit_code = os.EX_UNAVAILABLE
+
+
+class _Commands(DYMGroup):  # type: ignore[misc]  # click_didyoumean is untyped
+    """Imports a command when it is asked for, and has no traceback for what is nobody's bug."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return list(_PLACES)
+
+    def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
+        module, _, command = _PLACES.get(name, "").partition(":")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), command) if command else None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except StoreError as error:
+            raise Unavailable(str(error)) from error
+        except ResilienceError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands)
+def breakers() -> None:
+    """See and steer circuit breakers, and the tasks that wait for them."""

@@ -1,0 +1,95 @@
+"""What all commands share: the app's runtime, names of breakers, and a broker that may be away."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Concatenate, ParamSpec, TypeVar
+
+import click
+from celery import Celery
+from celery.app.utils import find_app
+from click.shell_completion import CompletionItem
+from kombu.exceptions import OperationalError
+
+from resilient_tasks.cli import Unavailable
+from resilient_tasks.cli.display import printable
+from resilient_tasks.worker.runtime import Runtime, find_runtime
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def pass_runtime(command: Callable[Concatenate[Runtime, P], R]) -> Callable[P, R]:
+    """Give a command the runtime of the app that ``celery -A`` names, as its first argument."""
+
+    @functools.wraps(command)
+    def with_runtime(*args: P.args, **kwargs: P.kwargs) -> R:
+        return command(runtime_in(click.get_current_context()), *args, **kwargs)
+
+    return with_runtime
+
+
+def runtime_in(ctx: click.Context) -> Runtime:
+    """Return the runtime of the app that the command line names, with all breakers that its modules define.
+
+    Raises:
+        click.ClickException: the app has none.
+    """
+    return _runtime_of(ctx.obj.app)
+
+
+@functools.lru_cache(maxsize=1)
+def _runtime_of(app: Celery) -> Runtime:
+    logging.getLogger("resilient_tasks").addHandler(logging.NullHandler())  # a command says itself what it did
+    app.loader.import_default_modules()
+    runtime = find_runtime(app)
+    if runtime is None:
+        raise click.ClickException(
+            f"app {app.main!r} has no Resilience: name the app that has, as in celery -A proj breakers ..."
+        )
+    return runtime
+
+
+class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases of click know no argument
+    """Name of a breaker that the app defines."""
+
+    name = "breaker"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name; fail with the nearest one if nobody defines it."""
+        defined = sorted(runtime_in(ctx or click.get_current_context()).breakers)
+        if value not in defined:
+            near = difflib.get_close_matches(value, defined, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"defined: {', '.join(defined) or 'none'}"
+            self.unknown(f"no breaker is named '{printable(value)}'; {hint}", param, ctx)
+        return value
+
+    def unknown(self, message: str, param: click.Parameter | None, ctx: click.Context | None) -> None:
+        """Do what is to be done about a name that nobody defines."""
+        self.fail(message, param, ctx)
+
+    def shell_complete(self, ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the names that begin so; none if the app cannot be found, because completion must not fail."""
+        try:
+            app = find_app(ctx.find_root().params["app"])
+            app.loader.import_default_modules()
+            runtime = find_runtime(app)
+        except Exception:  # noqa: BLE001 - whatever importing somebody's app raises
+            return []
+        names = sorted(runtime.breakers) if runtime else []
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+@contextmanager
+def asking_the_broker(runtime: Runtime) -> Iterator[None]:
+    """Turn what a broker that is away raises into one line and an exit code."""
+    with runtime.app.connection_for_read() as unused:
+        errors = (*unused.connection_errors, *unused.channel_errors, OperationalError, OSError)
+    try:
+        yield
+    except errors as error:
+        raise Unavailable(f"the broker is away: {type(error).__name__}: {printable(str(error))}") from error

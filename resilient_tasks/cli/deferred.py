@@ -1,0 +1,103 @@
+"""``deferred``, ``resume`` and ``drop``: the tasks that wait for a breaker."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import click
+
+from resilient_tasks.cli.common import BreakerName, asking_the_broker, pass_runtime
+from resilient_tasks.cli.display import moment, print_json, print_table, printable
+from resilient_tasks.errors import BreakerOpenError
+from resilient_tasks.worker.deferred import Deferred
+from resilient_tasks.worker.runtime import Runtime
+
+#: Seconds between two batches of tasks that are resumed at a rate, if that is not slower.
+_BEAT = 0.1
+
+
+@click.command()
+@click.argument("name", type=BreakerName())
+@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="Most tasks to list.")
+@click.option("--id", "ids_only", is_flag=True, help="For scripts: ids alone, one per line.")
+@click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
+@pass_runtime
+def deferred(runtime: Runtime, name: str, *, limit: int, ids_only: bool, as_json: bool) -> None:
+    """List the tasks that wait for a breaker, the oldest first."""
+    with asking_the_broker(runtime):
+        waiting = Deferred(runtime)
+        tasks, count = waiting.list(name, limit=limit), waiting.count(name)
+    if as_json:
+        print_json([asdict(task) for task in tasks])
+    elif ids_only:
+        for task in tasks:
+            click.echo(printable(task.task_id))
+    else:
+        rows = [
+            (task.task_id, task.task, moment(task.since or None), str(task.attempts), task.reason) for task in tasks
+        ]
+        print_table(("ID", "TASK", "SINCE", "ATTEMPTS", "REASON"), rows)
+    if count > len(tasks):
+        click.echo(f"{len(tasks)} of {count} waiting tasks; --limit shows more", err=True)
+
+
+@click.command()
+@click.argument("name", type=BreakerName())
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Tasks per second; all at once without it.")
+@click.option("--force", is_flag=True, help="Even though the breaker refuses.")
+@pass_runtime
+def resume(runtime: Runtime, name: str, *, rate: float | None, force: bool) -> None:
+    """Resume now what waits for a breaker, faster or slower than the workers do by themselves.
+
+    While the breaker refuses, its workers would only defer the tasks again, so that takes --force.
+    """
+    if rate is not None and not math.isfinite(rate):
+        raise click.BadParameter(f"{rate} is no number of tasks per second", param_hint="'--rate'")
+    resumed = 0
+    try:
+        with asking_the_broker(runtime):
+            for count in _batches(Deferred(runtime), name, rate, force=force):
+                resumed += count
+    except BreakerOpenError as error:
+        advice = f"its tasks would be deferred again. 'reset {name}' closes it, --force resumes them all the same."
+        raise click.ClickException(f"{error}: {advice}") from error
+    finally:
+        click.echo(f"{resumed} tasks resumed")
+
+
+def _batches(waiting: Deferred, name: str, rate: float | None, *, force: bool) -> Iterator[int]:
+    """Resume what waits at this moment, at a steady rate; yield how many went with each batch."""
+    if rate is None:
+        yield waiting.resume(name, force=force)
+        return
+    count, started, asked = waiting.count(name), time.monotonic(), 0
+    while asked < count:
+        due = min(count, 1 + math.floor((time.monotonic() - started) * rate)) - asked
+        if due:
+            asked += due
+            yield waiting.resume(name, limit=due, force=force)
+        time.sleep(max(_BEAT, started + asked / rate - time.monotonic()) if asked < count else 0)
+
+
+@click.command()
+@click.argument("name", type=BreakerName())
+@click.option("--id", "task_ids", metavar="ID", multiple=True, help="Only this task; may be said several times.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@pass_runtime
+def drop(runtime: Runtime, name: str, *, task_ids: tuple[str, ...], yes: bool) -> None:
+    """Drop tasks that wait for a breaker, all or some: they never run, and their results are REVOKED."""
+    with asking_the_broker(runtime):
+        waiting = Deferred(runtime)
+        count = len(set(task_ids)) or waiting.count(name)
+        if count and not yes:
+            click.confirm(f"Drop {count} tasks that wait for {name}? They will never run", abort=True)
+        dropped = waiting.drop(name, frozenset(task_ids) or None)
+    click.echo(f"{len(dropped)} tasks dropped")
+    missing = ", ".join(printable(task_id) for task_id in task_ids if task_id not in dropped)
+    if missing:
+        raise click.ClickException(
+            f"not dropped, as they do not wait or have results that cannot be written: {missing}"
+        )

@@ -1,0 +1,159 @@
+"""``list``, ``show`` and ``watch``: what the breakers are doing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from resilient_tasks.cli.common import BreakerName, pass_runtime
+from resilient_tasks.cli.display import (
+    Row,
+    duration,
+    is_rich,
+    moment,
+    plain_lines,
+    print_json,
+    print_table,
+    rich_table,
+    share,
+)
+from resilient_tasks.core.model import ADMITTING, Snapshot, State
+from resilient_tasks.errors import StoreError
+from resilient_tasks.worker.runtime import Runtime
+
+REFUSES = 10
+TRIALS_ONLY = 11
+
+_COLUMNS = ("BREAKER", "STATE", "FOR", "CALLS", "FAILED", "SLOW", "DEFERRED", "OLDEST", "NEXT PROBE", "REASON", "BY")
+
+
+@click.command("list")
+@click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
+@pass_runtime
+def list_breakers(runtime: Runtime, *, as_json: bool) -> None:
+    """List all breakers: those that are not CLOSED first, then those with waiting tasks."""
+    snapshots = _read(runtime, runtime.breakers)
+    if as_json:
+        print_json([_fields(snapshot) for snapshot in snapshots])
+    else:
+        print_table(_COLUMNS, [_row(snapshot) for snapshot in snapshots])
+
+
+@click.command()
+@click.argument("name", type=BreakerName())
+@click.option("--json", "as_json", is_flag=True, help="For programs: one object.")
+@click.pass_context
+@pass_runtime
+def show(runtime: Runtime, ctx: click.Context, name: str, *, as_json: bool) -> None:
+    """Show one breaker.
+
+    The exit code tells its state: 0 if it admits calls (CLOSED, DISABLED, SHADOW), 10 if it refuses them (OPEN,
+    FORCED_OPEN), 11 if it admits trials only (HALF_OPEN).
+    """
+    [snapshot] = _read(runtime, [name])
+    if as_json:
+        print_json(_fields(snapshot))
+    else:
+        click.echo("\n".join(plain_lines(("breaker", name), list(_details(snapshot)))))
+    ctx.exit(_exit_code(snapshot.state))
+
+
+@click.command()
+@click.option("--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds.")
+@pass_runtime
+def watch(runtime: Runtime, *, interval: float) -> None:
+    """Show all breakers, again and again, until interrupted."""
+    try:
+        if is_rich():
+            _watch_live(runtime, interval)
+        else:
+            _watch_plainly(runtime, interval)
+    except KeyboardInterrupt:
+        sys.exit(0)
+
+
+def _watch_plainly(runtime: Runtime, interval: float) -> None:
+    for caption, rows in _looks(runtime, interval):
+        click.echo("\n".join([caption, *plain_lines(_COLUMNS, rows), ""]))
+
+
+def _watch_live(runtime: Runtime, interval: float) -> None:
+    from rich.live import Live  # noqa: PLC0415 - rich is an extra, and takes long to import
+
+    with Live(auto_refresh=False, screen=True) as live:
+        for caption, rows in _looks(runtime, interval):
+            table = rich_table(_COLUMNS, rows)
+            table.title = caption
+            live.update(table, refresh=True)
+
+
+def _looks(runtime: Runtime, interval: float) -> Iterator[tuple[str, Sequence[Row]]]:
+    """Yield a caption and rows every so many seconds; what was last known while the store is away."""
+    rows: list[Row] = []
+    known = "never"
+    while True:
+        try:
+            rows = [_row(snapshot) for snapshot in _read(runtime, runtime.breakers)]
+            caption = known = moment(time.time())
+        except StoreError:
+            caption = f"the store is away; last seen: {known}"
+        yield caption, rows
+        time.sleep(interval)
+
+
+def _read(runtime: Runtime, names: Iterable[str]) -> list[Snapshot]:
+    snapshots = runtime.fleet.store.read_shared([runtime.breakers[name].spec for name in names])
+    return sorted(snapshots, key=lambda each: (each.state is State.CLOSED, not each.deferred, each.name))
+
+
+def _exit_code(state: State) -> int:
+    if state is State.HALF_OPEN:
+        return TRIALS_ONLY
+    return 0 if state in ADMITTING else REFUSES
+
+
+def _fields(snapshot: Snapshot) -> dict[str, Any]:
+    derived = ("failure_rate", "slow_rate", "retry_after", "next_probe_at")
+    return {**asdict(snapshot), **{name: getattr(snapshot, name) for name in derived}}
+
+
+def _row(snapshot: Snapshot) -> Row:
+    oldest = snapshot.oldest_deferred_at
+    return (
+        snapshot.name,
+        str(snapshot.state),
+        duration(snapshot.now - snapshot.since) if snapshot.since else "",
+        str(snapshot.calls),
+        share(snapshot.failure_rate, snapshot.calls),
+        share(snapshot.slow_rate, snapshot.calls),
+        str(snapshot.deferred),
+        duration(None if oldest is None else snapshot.now - oldest),
+        _next_probe(snapshot),
+        snapshot.reason,
+        snapshot.actor,
+    )
+
+
+def _next_probe(snapshot: Snapshot) -> str:
+    due = snapshot.next_probe_at
+    return "" if due is None else f"in {duration(due - snapshot.now)}"
+
+
+def _details(snapshot: Snapshot) -> Iterator[Row]:
+    yield "state", str(snapshot.state)
+    yield "since", moment(snapshot.since or None)
+    yield "reason", snapshot.reason
+    yield "by", snapshot.actor
+    yield "calls", str(snapshot.calls)
+    yield "failed", f"{snapshot.failures} {share(snapshot.failure_rate, snapshot.calls)}"
+    yield "slow", f"{snapshot.slow} {share(snapshot.slow_rate, snapshot.calls)}"
+    yield "openings in a row", str(snapshot.openings)
+    yield "next probe", _next_probe(snapshot)
+    yield "trials", str(snapshot.trials)
+    yield "deferred", str(snapshot.deferred)
+    yield "oldest deferred", moment(snapshot.oldest_deferred_at)

@@ -1,0 +1,244 @@
+"""``celery breakers``, on breakers in memory: what it prints, with which exit code, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.bin.base import CLIContext
+from click.testing import CliRunner, Result
+
+from resilient_tasks import Breaker, Resilience
+from resilient_tasks.cli import breakers
+from resilient_tasks.cli.display import duration, plain_lines, print_table, printable, rich_table
+from resilient_tasks.store.local import LocalStore
+from resilient_tasks.testing import Clock
+from tests.support.doubles import FlakyStore
+
+NASTY = "[red]a\x1b[2Jb\nc\u202ed"
+LIGHT = {"resilient_tasks.cli", "resilient_tasks.errors"}
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def app() -> Celery:
+    return Celery("cli", broker="memory://", set_as_current=False)
+
+
+@pytest.fixture
+def run(app: Celery) -> Run:
+    def run(*args: str, user_input: str | None = None) -> Result:
+        context = CLIContext(app=app, no_color=True, workdir=None)
+        return CliRunner().invoke(breakers, args, obj=context, input=user_input)
+
+    return run
+
+
+@pytest.fixture
+def accounts(resilience: Resilience) -> Breaker:
+    return resilience.breaker("accounts")
+
+
+# --- seeing --------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_closed_comes_first(run: Run, accounts: Breaker, payments: Breaker, clock: Clock) -> None:
+    payments.isolate(reason="maintenance", actor="ann@desk")
+    clock.advance(75)
+    result = run("list")
+    assert result.exit_code == 0
+    header, first, second = result.output.splitlines()
+    assert header.split()[:3] == ["BREAKER", "STATE", "FOR"]
+    assert first.split()[:2] == ["payments", "FORCED_OPEN"]
+    assert first.endswith("maintenance  ann@desk")
+    assert "1 min 15 s" in first
+    assert second.split()[:2] == ["accounts", "CLOSED"]
+
+
+def test_for_programs_it_is_json(run: Run, payments: Breaker, clock: Clock) -> None:
+    payments.trip(reason="[red]\x1b")
+    [listed] = json.loads(run("list", "--json").output)
+    assert (listed["name"], listed["state"], listed["retry_after"]) == ("payments", "OPEN", 10.0)
+    assert listed["reason"] == "[red]\x1b"
+    assert json.loads(run("show", "payments", "--json").output) == listed
+
+
+@pytest.mark.parametrize(("verb", "code"), [("reset", 0), ("disable", 0), ("shadow", 0), ("trip", 10), ("isolate", 10)])
+def test_the_exit_code_of_show_tells_the_state(run: Run, payments: Breaker, clock: Clock, verb: str, code: int) -> None:
+    getattr(payments, verb)(reason="test")
+    result = run("show", "payments")
+    assert result.exit_code == code
+    assert str(payments.state) in result.output
+
+
+def test_the_exit_code_of_half_open_is_its_own(run: Run, payments: Breaker, clock: Clock) -> None:
+    payments.trip()
+    clock.advance(11)
+    result = run("show", "payments")
+    assert (result.exit_code, payments.state) == (11, "HALF_OPEN")
+
+
+def test_watch_goes_on_when_the_store_is_away(
+    run: Run, resilience: Resilience, payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FlakyStore(clock)
+    resilience.use_store(store)
+    payments.isolate()
+    waits = iter([lambda: setattr(store, "away", True), lambda: None])
+
+    def sleep(seconds: float) -> None:
+        assert seconds == 5.0
+        step = next(waits, None)
+        if step is None:
+            raise KeyboardInterrupt
+        step()
+
+    monkeypatch.setattr("time.sleep", sleep)
+    result = run("watch", "--interval", "5")
+    assert result.exit_code == 0
+    assert result.output.count("the store is away; last seen: 2") == 2
+    assert result.output.count("FORCED_OPEN") == 3
+
+
+# --- steering ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verb", "state"),
+    [("trip", "OPEN"), ("isolate", "FORCED_OPEN"), ("disable", "DISABLED"), ("shadow", "SHADOW"), ("reset", "CLOSED")],
+)
+def test_a_verb_moves_several_breakers(
+    run: Run, accounts: Breaker, payments: Breaker, clock: Clock, verb: str, state: str
+) -> None:
+    payments.disable() if verb == "trip" else payments.trip()
+    result = run(verb, "accounts", "payments", "--reason", "a test")
+    assert result.exit_code == 0
+    assert result.output == f"accounts is {state}\npayments is {state}\n"
+    assert payments.snapshot().reason == "a test"
+    assert "@" in payments.snapshot().actor
+
+
+def test_an_unknown_name_gets_the_nearest_and_nothing_is_done(run: Run, payments: Breaker, clock: Clock) -> None:
+    result = run("trip", "payments", "paymnets")
+    assert result.exit_code == 2
+    assert "no breaker is named 'paymnets'; did you mean 'payments'?" in result.output
+    assert payments.snapshot().state == "CLOSED"
+
+
+def test_a_name_like_no_other_gets_all_that_there_are(run: Run, accounts: Breaker, clock: Clock) -> None:
+    result = run("show", f"zzz{NASTY}")
+    assert result.exit_code == 2
+    assert "defined: accounts, payments" in result.output
+    assert "\x1b" not in result.output
+
+
+def test_an_unknown_verb_gets_the_nearest(run: Run) -> None:
+    result = run("isolat", "payments")
+    assert result.exit_code == 2
+    assert "isolate" in result.output
+
+
+def test_an_operators_checkout_does_not_replace_the_workers_policy(
+    run: Run, resilience: Resilience, payments: Breaker, clock: Clock
+) -> None:
+    workers = LocalStore(clock)
+    resilience.use_store(workers)
+    other = Resilience(Celery("workers", broker="memory://", set_as_current=False))
+    other.use_store(workers)
+    other.breaker("payments", consecutive_failures=3, open_duration=200, open_jitter=0).reset()
+    run("trip", "payments")
+    assert json.loads(run("show", "payments", "--json").output)["retry_after"] == 200
+
+
+# --- what goes wrong -----------------------------------------------------------------------------------
+
+
+def test_an_app_without_breakers_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = CLIContext(app=Celery("bare", set_as_current=False), no_color=True, workdir=None)
+    result = CliRunner().invoke(breakers, ["list"], obj=bare)
+    assert result.exit_code == 1
+    assert (
+        result.output
+        == "Error: app 'bare' has no Resilience: name the app that has, as in celery -A proj breakers ...\n"
+    )
+
+
+@pytest.mark.parametrize("command", [("list",), ("show", "payments"), ("trip", "payments"), ("resume", "payments")])
+def test_a_store_that_is_away_is_one_line_and_an_exit_code(
+    run: Run, resilience: Resilience, payments: Breaker, clock: Clock, command: Sequence[str]
+) -> None:
+    store = FlakyStore(clock)
+    store.away = True
+    resilience.use_store(store)
+    result = run(*command)
+    assert result.exit_code == 69
+    assert result.output.splitlines()[-1] == "Error: the cable is pulled"
+
+
+@pytest.mark.parametrize("command", [("deferred", "payments"), ("dead", "list"), ("drop", "payments", "--yes")])
+def test_a_broker_that_is_away_is_one_line_and_an_exit_code(
+    app: Celery, run: Run, payments: Breaker, command: Sequence[str]
+) -> None:
+    app.conf.broker_url = "redis://:hunter2@127.0.0.1:1/0"
+    result = run(*command)
+    assert result.exit_code == 69
+    assert result.output.startswith("Error: the broker is away: ")
+    assert len(result.output.splitlines()) == 1
+    assert "hunter2" not in result.output
+
+
+def test_there_is_no_negative_rate(run: Run, payments: Breaker, clock: Clock) -> None:
+    assert {run("resume", "payments", "--rate", rate).exit_code for rate in ("-1", "0", "nan", "inf", "fast")} == {2}
+
+
+# --- on the terminal -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, ""), (-3, "0 s"), (0.4, "0 s"), (59.6, "1 min"), (75, "1 min 15 s"), (3600, "1 h"), (90061, "1 d 1 h")],
+)
+def test_durations_in_two_units(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_what_strangers_wrote_is_shown_and_not_obeyed() -> None:
+    assert printable(NASTY) == "[red]a\\x1b[2Jb\\nc\\u202ed"
+    assert list(plain_lines(("A", "B"), [(NASTY, "x")])) == [f"A{' ' * 23}  B", f"{printable(NASTY)}  x"]
+
+
+def test_a_terminal_gets_a_table_without_markup(
+    run: Run, payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resilient_tasks.cli.display.is_rich", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    payments.isolate(reason="[red]\x1b[2J")
+    output = run("list").output
+    assert "FORCED_OPEN" in output
+    assert "[red]\\x1b[2J" in output
+    assert "\x1b[2J" not in output
+
+
+def test_celery_itself_imports_nothing_heavy_of_ours() -> None:
+    script = "import resilient_tasks.cli, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert "click" in loaded
+    assert {"celery", "redis", "rich", "pydantic_settings"} & set(loaded) == set()
+    assert {name for name in loaded if name.startswith("resilient_tasks.")} <= LIGHT
+
+
+def test_rich_is_imported_for_terminals_only() -> None:
+    code = f"import {print_table.__module__} as m, sys; m.print_table(['A'], [['b']]); print('rich' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed == "A\nb\nFalse\n"
+
+
+def test_a_states_cell_has_its_colour() -> None:
+    table: Any = rich_table(["STATE"], [["OPEN"], ["[b]x"]])
+    assert [(cell.plain, str(cell.style)) for cell in table.columns[0].cells] == [("OPEN", "bold red"), ("[b]x", "")]
