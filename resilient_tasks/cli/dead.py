@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from resilient_tasks.cli.common import BreakerName, asking_the_broker, pass_runtime
-from resilient_tasks.cli.display import Row, moment, plain_lines, print_json, print_table, printable
+from resilient_tasks.cli.display import Row, counted, moment, plain_lines, print_json, print_table, printable
 from resilient_tasks.worker.dead_letters import DeadLetter, DeadLetters
 from resilient_tasks.worker.runtime import Runtime
 
@@ -79,7 +79,7 @@ def replay(runtime: Runtime, task_ids: tuple[str, ...], breaker: str | None) -> 
     """Send tasks again as they were first published, under the same ids."""
     with asking_the_broker(runtime):
         DeadLetters(runtime).replay(*task_ids, breaker=breaker)
-    click.echo(f"{len(set(task_ids))} tasks replayed")
+    click.echo(f"{counted(len(set(task_ids)), 'task')} replayed")
 
 
 @dead.command()
@@ -90,10 +90,10 @@ def replay(runtime: Runtime, task_ids: tuple[str, ...], breaker: str | None) -> 
 def drop(runtime: Runtime, task_ids: tuple[str, ...], breaker: str | None, *, yes: bool) -> None:
     """Delete dead letters for good."""
     if not yes:
-        click.confirm(f"Delete {len(set(task_ids))} dead letters for good?", abort=True)
+        click.confirm(f"Delete {counted(len(set(task_ids)), 'dead letter')} for good?", abort=True)
     with asking_the_broker(runtime):
         DeadLetters(runtime).drop(*task_ids, breaker=breaker)
-    click.echo(f"{len(set(task_ids))} dead letters dropped")
+    click.echo(f"{counted(len(set(task_ids)), 'dead letter')} dropped")
 
 
 def _fields(letter: DeadLetter) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 import click
 
 from resilient_tasks.cli.common import BreakerName, asking_the_broker, pass_runtime
-from resilient_tasks.cli.display import moment, print_json, print_table, printable
+from resilient_tasks.cli.display import counted, moment, print_json, print_table, printable
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.worker.deferred import Deferred
 from resilient_tasks.worker.runtime import Runtime
@@ -65,7 +65,7 @@ def resume(runtime: Runtime, name: str, *, rate: float | None, force: bool) -> N
         advice = f"its tasks would be deferred again. 'reset {name}' closes it, --force resumes them all the same."
         raise click.ClickException(f"{error}: {advice}") from error
     finally:
-        click.echo(f"{resumed} tasks resumed")
+        click.echo(f"{counted(resumed, 'task')} resumed")
 
 
 def _batches(waiting: Deferred, name: str, rate: float | None, *, force: bool) -> Iterator[int]:
@@ -93,9 +93,9 @@ def drop(runtime: Runtime, name: str, *, task_ids: tuple[str, ...], yes: bool) -
         waiting = Deferred(runtime)
         count = len(set(task_ids)) or waiting.count(name)
         if count and not yes:
-            click.confirm(f"Drop {count} tasks that wait for {name}? They will never run", abort=True)
+            click.confirm(f"Drop {counted(count, 'task')} waiting for {name}, never to run?", abort=True)
         dropped = waiting.drop(name, frozenset(task_ids) or None)
-    click.echo(f"{len(dropped)} tasks dropped")
+    click.echo(f"{counted(len(dropped), 'task')} dropped")
     missing = ", ".join(printable(task_id) for task_id in task_ids if task_id not in dropped)
     if missing:
         raise click.ClickException(

@@ -57,6 +57,11 @@ def share(part: float, of: int) -> str:
     return f"{part:.0%}" if of else ""
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things: ``1 task``, ``2 tasks``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def print_json(value: Any) -> None:
     """Print a value for programs."""
     click.echo(json.dumps(value, indent=2, default=str))

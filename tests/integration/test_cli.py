@@ -1,0 +1,224 @@
+"""``celery breakers`` as people run it, with workers alive and dead, on both brokers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import chord
+from celery.bin.base import CLIContext
+from click.testing import CliRunner, Result
+
+from resilient_tasks import cli
+from resilient_tasks.worker.ticket import Ticket
+from tests.integration.conftest import Shop
+from tests.integration.post_office import MODULE, PATIENCE, PostOffice
+from tests.integration.test_bad_messages import message
+from workers.processes import PROJECT, celery_command
+
+Celery = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def run(module: str, env: dict[str, str], *args: str, user_input: str = "") -> subprocess.CompletedProcess[str]:
+    """Run one ``celery`` command to its end."""
+    return subprocess.run(
+        celery_command(module, *args), env={**os.environ, **env}, cwd=PROJECT, input=user_input,
+        capture_output=True, text=True, check=False, timeout=PATIENCE,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def breakers(post: PostOffice) -> Celery:
+    def breakers(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        return run(MODULE, post.env, "breakers", *args, **options)
+
+    return breakers
+
+
+# --- deferred tasks, on both brokers ---------------------------------------------------------------------
+
+
+def test_with_all_workers_dead_tasks_are_listed_dropped_and_resumed(post: PostOffice, breakers: Celery) -> None:
+    post.open("payments")
+    results = [post.task("charge", number).apply_async() for number in range(4)]
+    ids = [result.id for result in results]
+    post.wait_state("DEFERRED", results)
+    post.worker.stop()
+    listed = json.loads(breakers("deferred", "payments", "--json").stdout)
+    assert {task["task_id"] for task in listed} == set(ids)
+    assert {(task["task"], task["breaker"], task["origin"], task["attempts"]) for task in listed} == {
+        ("charge", "payments", "post", 0)
+    }
+    refused = breakers("resume", "payments")
+    assert (refused.returncode, refused.stdout) == (1, "0 tasks resumed\n")
+    assert "would be deferred again" in refused.stderr
+    dropped = breakers("drop", "payments", "--id", ids[0], "--id", "nobody", "--yes")
+    assert (dropped.returncode, dropped.stdout) == (1, "1 task dropped\n")
+    assert "nobody" in dropped.stderr
+    assert results[0].state == "REVOKED"
+    post.close("payments")
+    assert breakers("resume", "payments", "--rate", "50").stdout == "3 tasks resumed\n"
+    assert post.operator.deferred.list("payments") == ()
+    post.restart()
+    assert [result.get(timeout=PATIENCE) for result in results[1:]] == [1, 2, 3]
+    assert sorted(post.runs()) == sorted(ids[1:])
+
+
+def test_forced_to_resume_an_open_breaker_defers_its_tasks_again_once(post: PostOffice, breakers: Celery) -> None:
+    post.open("payments")
+    result = post.task("charge", 1).apply_async()
+    post.wait_state("DEFERRED", [result])
+    assert breakers("resume", "payments", "--force").stdout == "1 task resumed\n"
+    post.wait(lambda: post.operator.deferred.count("payments") == 1, "it to be deferred again")
+    assert post.through_an_outage(result) == [1]
+
+
+def test_whoever_waits_for_a_dropped_task_hears_of_it(post: PostOffice, breakers: Celery) -> None:
+    post.open("payments")
+    members = [post.task("charge", number) for number in range(2)]
+    whole = chord(members, post.task("charge_all")).apply_async()
+    post.wait_state("DEFERRED", whole.parent.results)
+    assert "2 tasks dropped" in breakers("drop", "payments", user_input="y\n").stdout
+    post.wait_state("REVOKED", whole.parent.results)
+    post.wait_state("FAILURE", [whole])
+    post.close("payments")
+    assert post.runs() == []
+
+
+# --- in this process, which takes less time --------------------------------------------------------------
+
+
+def here(shop: Shop, *args: str, user_input: str | None = None) -> Result:
+    """Run a command of ``celery breakers`` in this process."""
+    context = CLIContext(app=shop.app, no_color=True, workdir=None)
+    return CliRunner().invoke(cli.breakers, args, obj=context, input=user_input)
+
+
+def put_aside(shop: Shop, queue: str, ticket: Ticket, *ids: str) -> None:
+    """Put messages with such a ticket into a queue of payments, the first of them at its head."""
+    messages = [message(id=task_id, argsrepr="('\x1b[2J',)", **ticket.write({})) for task_id in ids]
+    shop.broker.lpush(f"resilient.{queue}.payments", *messages)
+
+
+def test_deferred_tasks_are_listed_as_far_as_wanted(shop: Shop) -> None:
+    put_aside(shop, "deferred", Ticket(breaker="payments", origin="celery", since=5.0, reason="\x1b[2J"), *"abc")
+    some = here(shop, "deferred", "payments", "--id", "--limit", "2")
+    assert some.stdout == "a\nb\n"
+    assert some.stderr == "2 of 3 waiting tasks; --limit shows more\n"
+    table = here(shop, "deferred", "payments").output
+    assert [line.split()[0] for line in table.splitlines()] == ["ID", *"abc"]
+    assert "\\x1b[2J" in table
+    assert "\x1b" not in table
+
+
+def test_nothing_is_dropped_before_somebody_has_agreed(shop: Shop) -> None:
+    put_aside(shop, "deferred", Ticket(breaker="payments", origin="celery"), "a")
+    kept = here(shop, "drop", "payments", user_input="n\n")
+    assert (kept.exit_code, shop.waiting("payments")) == (1, 1)
+    assert "Drop 1 task waiting for payments, never to run?" in kept.output
+    assert "1 task dropped" in here(shop, "drop", "payments", user_input="y\n").output
+    assert (shop.app.AsyncResult("a").state, shop.waiting("payments")) == ("REVOKED", 0)
+
+
+def test_dead_letters_are_listed_shown_replayed_and_dropped(shop: Shop) -> None:
+    ticket = Ticket(breaker="payments", origin="celery", since=1.0, attempts=3).die(2.0, "made up")
+    put_aside(shop, "dead", ticket, *"abc")
+    some = here(shop, "dead", "list", "--id", "--limit", "2")
+    assert (some.stdout, some.stderr) == ("a\nb\n", "2 of 3 dead letters; --limit shows more\n")
+    assert here(shop, "dead", "list", "--breaker", "payments").output.count("made up") == 3
+    letter = json.loads(here(shop, "dead", "show", "a", "--json").output)
+    assert (letter["task_id"], letter["attempts"], letter["history"][0]["what"]) == ("a", 3, "dead")
+    shown = here(shop, "dead", "show", "a").output
+    assert "\\x1b[2J" in shown
+    assert "\x1b" not in shown
+    assert here(shop, "dead", "replay", "a", "b").output == "2 tasks replayed\n"
+    assert shop.broker.llen("celery") == 2
+    kept = here(shop, "dead", "drop", "c", user_input="n\n")
+    assert (kept.exit_code, shop.broker.llen("resilient.dead.payments")) == (1, 1)
+    assert here(shop, "dead", "drop", "c", "--yes").output == "1 dead letter dropped\n"
+    unknown = here(shop, "dead", "show", "c")
+    assert (unknown.exit_code, "no dead letter has the id 'c'" in unknown.output) == (1, True)
+
+
+def test_dead_letters_of_a_breaker_that_is_gone_can_be_seen(shop: Shop) -> None:
+    former = here(shop, "dead", "list", "--breaker", "paymnets")
+    assert former.exit_code == 0
+    assert former.stderr == "no breaker is named 'paymnets'; did you mean 'payments'?\n"
+
+
+# --- breakers, with a worker alive -----------------------------------------------------------------------
+
+
+def test_a_worker_obeys_and_tells_what_it_sees(shop: Shop) -> None:
+    shop.worker()
+    isolated = run(shop.module, shop.env, "breakers", "isolate", "payments", "--reason", "\x1b[2J[red]by hand")
+    assert isolated.stdout == "payments is FORCED_OPEN\n"
+    assert isolated.stderr == ""
+    result = shop.charge.delay(1)
+    shop.wait_state(result, "DEFERRED")
+    table = run(shop.module, shop.env, "breakers", "list")
+    line = table.stdout.splitlines()[1].split()
+    assert (line[0], line[1], table.stderr) == ("payments", "FORCED_OPEN", "")
+    assert "\\x1b[2J[red]by hand" in table.stdout
+    shown = here(shop, "show", "payments", "--json")
+    snapshot = json.loads(shown.output)
+    assert (shown.exit_code, snapshot["deferred"]) == (10, 1)
+    inspected = run(shop.module, shop.env, "inspect", "breakers", "--timeout", "10", "--json")
+    [views] = json.loads(inspected.stdout).values()
+    assert set(views) == set(shop.resilience.breakers)
+    assert (views["payments"]["state"], views["payments"]["epoch"]) == ("FORCED_OPEN", snapshot["epoch"])
+    assert 0 <= views["payments"]["age"] < PATIENCE
+    here(shop, "reset", "payments")
+    shop.wait_done(result)
+
+
+def test_names_and_verbs_complete_in_the_shell(shop: Shop) -> None:
+    def completed(words: str) -> set[str]:
+        # the shell runs ``celery``, and the program's name tells which variable is meant
+        script = "import sys; sys.argv[0] = 'celery'; from celery.__main__ import main; main()"
+        env = {"_CELERY_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        printed = subprocess.run(
+            [celery_command("")[0], "-c", script], env={**os.environ, **shop.env, **env}, cwd=PROJECT,
+            capture_output=True, text=True, check=False, timeout=PATIENCE,
+        ).stdout  # fmt: skip
+        return {line.partition(",")[2] for line in printed.split()}
+
+    app = f"celery -A {shop.module} breakers"
+    assert completed(f"{app} is") == {"isolate"}
+    assert completed(f"{app} isolate payments p") == {"payments", "probed"}
+    assert completed("celery -A no.such.app breakers isolate p") == set()
+
+
+def test_watch_on_a_terminal_follows_until_it_is_interrupted(shop: Shop, tmp_path: Path) -> None:
+    master, terminal = pty.openpty()
+    command = celery_command(shop.module, "breakers", "watch", "--interval", "0.1")
+    env = {**os.environ, **shop.env, "COLUMNS": "160", "LINES": "40", "TERM": "xterm"}
+    screen = subprocess.Popen(command, env=env, cwd=PROJECT, stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    try:
+        read_until(master, b"CLOSED")
+        shop.payments.isolate(reason="test")
+        read_until(master, b"FORCED_OPEN")
+        screen.send_signal(signal.SIGINT)
+        read_until(master, None)
+        assert screen.wait(timeout=PATIENCE) == 0
+    finally:
+        screen.kill()
+        os.close(master)
+
+
+def read_until(master: int, text: bytes | None) -> None:
+    """Read what a program writes on its terminal until a text comes, or its end; pytest's own time limit applies."""
+    seen = b""
+    with contextlib.suppress(OSError):  # the program has ended
+        while text is None or text not in seen:
+            seen += os.read(master, 65536)
+    assert text is None or text in seen
