@@ -11,12 +11,11 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import click
 from celery import Celery
-from celery.app.utils import find_app
 from click.shell_completion import CompletionItem
-from kombu.exceptions import OperationalError
 
 from resilient_tasks.cli import Unavailable
 from resilient_tasks.cli.display import printable
+from resilient_tasks.worker import seams
 from resilient_tasks.worker.runtime import Runtime, find_runtime
 
 P = ParamSpec("P")
@@ -45,7 +44,7 @@ def runtime_in(ctx: click.Context) -> Runtime:
 @functools.lru_cache(maxsize=1)
 def _runtime_of(app: Celery) -> Runtime:
     logging.getLogger("resilient_tasks").addHandler(logging.NullHandler())  # a command says itself what it did
-    app.loader.import_default_modules()
+    seams.import_task_modules(app)
     runtime = find_runtime(app)
     if runtime is None:
         raise click.ClickException(
@@ -75,8 +74,8 @@ class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases 
     def shell_complete(self, ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Return the names that begin so; none if the app cannot be found, because completion must not fail."""
         try:
-            app = find_app(ctx.find_root().params["app"])
-            app.loader.import_default_modules()
+            app = seams.app_named(ctx.find_root().params["app"])
+            seams.import_task_modules(app)
             runtime = find_runtime(app)
         except Exception:  # noqa: BLE001 - whatever importing somebody's app raises
             return []
@@ -87,9 +86,7 @@ class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases 
 @contextmanager
 def asking_the_broker(runtime: Runtime) -> Iterator[None]:
     """Turn what a broker that is away raises into one line and an exit code."""
-    with runtime.app.connection_for_read() as unused:
-        errors = (*unused.connection_errors, *unused.channel_errors, OperationalError, OSError)
     try:
         yield
-    except errors as error:
+    except runtime.queues.errors as error:
         raise Unavailable(f"the broker is away: {type(error).__name__}: {printable(str(error))}") from error

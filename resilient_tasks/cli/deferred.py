@@ -65,7 +65,10 @@ def resume(runtime: Runtime, name: str, *, rate: float | None, force: bool) -> N
         advice = f"its tasks would be deferred again. 'reset {name}' closes it, --force resumes them all the same."
         raise click.ClickException(f"{error}: {advice}") from error
     finally:
-        click.echo(f"{counted(resumed, 'task')} resumed")
+        if resumed:
+            click.echo(f"{counted(resumed, 'task')} resumed")
+    if not resumed:
+        click.echo(f"nothing was there to resume for {name}")
 
 
 def _batches(waiting: Deferred, name: str, rate: float | None, *, force: bool) -> Iterator[int]:

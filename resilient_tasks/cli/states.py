@@ -127,7 +127,7 @@ def _row(snapshot: Snapshot) -> Row:
     return (
         snapshot.name,
         str(snapshot.state),
-        duration(snapshot.now - snapshot.since) if snapshot.since else "",
+        duration(snapshot.now - snapshot.since) if snapshot.epoch else "",
         str(snapshot.calls),
         share(snapshot.failure_rate, snapshot.calls),
         share(snapshot.slow_rate, snapshot.calls),
@@ -146,7 +146,7 @@ def _next_probe(snapshot: Snapshot) -> str:
 
 def _details(snapshot: Snapshot) -> Iterator[Row]:
     yield "state", str(snapshot.state)
-    yield "since", moment(snapshot.since or None)
+    yield "since", moment(snapshot.since if snapshot.epoch else None)
     yield "reason", snapshot.reason
     yield "by", snapshot.actor
     yield "calls", str(snapshot.calls)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from celery import Celery
-from kombu.exceptions import DecodeError
+from kombu.exceptions import DecodeError, OperationalError
 
 from resilient_tasks.core.memory import Memory
 from resilient_tasks.worker import seams
@@ -122,6 +122,11 @@ class Queues(ABC):
     def channel(self) -> Any:
         """A channel on a connection of our own."""
         return self._connection.default_channel
+
+    @property
+    def errors(self) -> tuple[type[Exception], ...]:
+        """What a broker that is away, or refuses something, raises."""
+        return *self._connection.connection_errors, *self._connection.channel_errors, OperationalError, OSError
 
     def close(self) -> None:
         """Close the connection; it reopens when used again."""

@@ -13,6 +13,7 @@ import redis
 from celery import Celery
 from celery import current_app as _current_app
 from celery.app.trace import fast_trace_task, trace_task_ret
+from celery.app.utils import find_app
 from celery.utils.time import maybe_iso8601
 from celery.worker import state as worker_state
 from celery.worker.request import Request
@@ -25,6 +26,9 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 TraceResult = tuple[int, Any, float]
+
+#: Find an app as ``celery -A`` does: ``module``, ``module:attribute``, ``package``.
+app_named: Callable[[str], Celery] = find_app
 
 #: Forget that a request waits for or occupies a pool slot.
 task_ready: Callable[[Request], None] = worker_state.task_ready
@@ -48,6 +52,11 @@ decode_message: Callable[[str | bytes], Any] = loads
 def current_app() -> Celery:
     """Return the app that this process runs."""
     return _current_app._get_current_object()
+
+
+def import_task_modules(app: Celery) -> None:
+    """Import all modules that an app names or discovers, as a worker does when it starts."""
+    app.loader.import_default_modules()
 
 
 def shutting_down() -> bool:

@@ -58,7 +58,7 @@ def test_with_all_workers_dead_tasks_are_listed_dropped_and_resumed(post: PostOf
         ("charge", "payments", "post", 0)
     }
     refused = breakers("resume", "payments")
-    assert (refused.returncode, refused.stdout) == (1, "0 tasks resumed\n")
+    assert (refused.returncode, refused.stdout) == (1, "")
     assert "would be deferred again" in refused.stderr
     dropped = breakers("drop", "payments", "--id", ids[0], "--id", "nobody", "--yes")
     assert (dropped.returncode, dropped.stdout) == (1, "1 task dropped\n")
@@ -117,6 +117,11 @@ def test_deferred_tasks_are_listed_as_far_as_wanted(shop: Shop) -> None:
     assert [line.split()[0] for line in table.splitlines()] == ["ID", *"abc"]
     assert "\\x1b[2J" in table
     assert "\x1b" not in table
+
+
+def test_nothing_to_resume_is_no_error(shop: Shop) -> None:
+    empty = here(shop, "resume", "payments")
+    assert (empty.exit_code, empty.output) == (0, "nothing was there to resume for payments\n")
 
 
 def test_nothing_is_dropped_before_somebody_has_agreed(shop: Shop) -> None:

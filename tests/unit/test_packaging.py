@@ -49,3 +49,8 @@ def test_the_wheel_says_what_it_needs(wheel: zipfile.ZipFile) -> None:
         if line.startswith("Requires-Dist") and "extra ==" not in line
     }
     assert required == {"celery", "click", "click-didyoumean", "kombu", "pydantic-settings", "redis", "tenacity"}
+
+
+def test_the_wheel_brings_celery_a_command(wheel: zipfile.ZipFile) -> None:
+    [name] = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
+    assert "[celery.commands]\nbreakers = resilient_tasks.cli:breakers" in wheel.read(name).decode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -426,3 +427,14 @@ def test_requests_that_wait_for_a_slot_are_reserved(app: Celery) -> None:
     state.task_reserved(request)
     assert request in seams.reserved_requests()
     state.task_ready(request)
+
+
+@pytest.mark.parametrize("name", ["workers.app", "workers.app:app"])
+def test_an_app_is_found_by_the_name_that_the_command_line_takes(name: str) -> None:
+    assert seams.app_named(name).main == "workers"
+
+
+def test_the_modules_that_an_app_includes_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    seams.import_task_modules(Celery("seams", include=["colorsys"], set_as_current=False))
+    assert "colorsys" in sys.modules
