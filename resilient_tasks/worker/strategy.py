@@ -113,6 +113,10 @@ def _are_limits(value: Any) -> bool:
     return pair and all(isinstance(limit, (int, float, type(None))) for limit in value)
 
 
+def _is_name(value: Any) -> bool:
+    return not value or isinstance(value, str)
+
+
 def _are_stamps(value: Any) -> bool:
     return not value or isinstance(value, dict)
 
@@ -123,6 +127,7 @@ def _are_texts(value: Any) -> bool:
 
 _HEADERS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("id", _is_id, "text"),
+    ("shadow", _is_name, "text or None"),
     ("eta", _is_moment, "text or None"),
     ("expires", _is_moment, "text or None"),
     ("timelimit", _are_limits, "two numbers or None"),

@@ -75,6 +75,9 @@ def unreadable() -> Iterator[str]:
         yield message(call=body)
     for task_id in (None, 5, 1.5, True, "", [], ["an-id"], {}, {"an": "id"}):
         yield message(id=task_id)
+    yield from (message(shadow=name) for name in (5, [1], {"a": 1}))
+    yield from (message(stamps=stamps) for stamps in (5, "text", [1]))
+    yield from (message(stamps={}, stamped_headers=names) for names in (5, "text", [[1]]))
     for limits in (5, "10", [1], [1, 2, 3], ["a", "b"], {"soft": 1}):
         yield message(timelimit=limits)
     for header in ("eta", "expires"):
