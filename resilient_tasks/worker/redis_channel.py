@@ -82,16 +82,25 @@ class TakingChannel(redis.Channel):
     _asked = _Command.POP
     _all_empty = False
     _full = False
-    _without_acks = False
 
-    def basic_consume(self, queue: str, no_ack: bool = False, *args: Any, **kwargs: Any) -> Any:  # noqa: FBT001, FBT002 - kombu's signature
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._tags_without_acks: set[str] = set()
+        super().__init__(*args, **kwargs)
+
+    def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any) -> Any:  # noqa: FBT001 - kombu's signature
         """Consume a queue; what nobody will acknowledge must not be noted."""
-        self._without_acks = self._without_acks or no_ack
-        return super().basic_consume(queue, no_ack, *args, **kwargs)
+        if no_ack:
+            self._tags_without_acks.add(consumer_tag)
+        return super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
+
+    def _consumes_without_acks(self) -> bool:
+        """Whether one of the present consumers acknowledges nothing, as Celery's of replies before it takes tasks."""
+        self._tags_without_acks &= self._consumers
+        return bool(self._tags_without_acks)
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         """Take, or wait after nothing was there; :meth:`_brpop_read` reads the answer."""
-        if self._without_acks or not self.ack_emulation:
+        if not self.ack_emulation or self._consumes_without_acks():
             self._asked = _Command.POP
             super()._brpop_start(timeout)
             return

@@ -170,6 +170,21 @@ def test_what_nobody_acknowledges_is_not_noted(connection: Connection, broker: A
     assert broker.hlen(f"{prefix}unacked") == 0
 
 
+def test_a_channel_that_is_done_with_replies_takes_tasks_in_one_step(
+    connection: Connection, broker: Any, prefix: str
+) -> None:
+    channel = connection.channel()
+    with Consumer(channel, [Queue("replies")], no_ack=True):  # as a worker that asks for its neighbours
+        connection.transport.cycle.on_poll_start()
+    received: list[Any] = []
+    with Consumer(channel, [Queue("work")], on_message=received.append):
+        publish(connection, "a", "b")
+        assert drain(connection, received, 1) == ["a"]
+        connection.transport.cycle.on_poll_start()
+        wait_until(lambda: not broker.llen(f"{prefix}work"), what="the second message to be taken")
+        assert broker.hlen(f"{prefix}unacked") == len("ab")
+
+
 def test_without_emulated_acknowledgements_nothing_is_noted(
     connection: Connection, server: Server, broker: Any, prefix: str
 ) -> None:
