@@ -84,6 +84,7 @@ class Overflow:
     # --- in the event loop ------------------------------------------------------------------------
 
     def _block(self, queue: str, breaker: str) -> None:
+        self._forget_former_consumer()
         blocked = self._blocked.get(queue) or self._pause(queue)
         if blocked is not None:
             blocked.breakers.add(breaker)
@@ -123,11 +124,16 @@ class Overflow:
 
     def _unblock_what_may_go_on(self) -> None:
         self._return_all()
+        self._forget_former_consumer()
+        for queue, blocked in list(self._blocked.items()):
+            if not any(self._is_stuck(breaker) for breaker in blocked.breakers):
+                self._unblock(queue)
+
+    def _forget_former_consumer(self) -> None:
+        """Drop what was blocked on a connection that was lost: the new one consumes all queues."""
         for queue, blocked in list(self._blocked.items()):
             if blocked.task_consumer is not self._host.consumer.task_consumer:
-                del self._blocked[queue]  # a connection that was lost: the new one consumes all queues
-            elif not any(self._is_stuck(breaker) for breaker in blocked.breakers):
-                self._unblock(queue)
+                del self._blocked[queue]
 
     def _is_stuck(self, breaker: str) -> bool:
         return self._host.gate.refuses_all(self._runtime.breaker(breaker)) and not self._host.deferral.has_room(breaker)
