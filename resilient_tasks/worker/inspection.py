@@ -1,4 +1,4 @@
-"""``celery inspect breakers``: how each worker sees the breakers, in case they disagree."""
+"""``celery inspect breakers``: how each worker sees the breakers, and whether the store agrees."""
 
 from __future__ import annotations
 
@@ -6,20 +6,33 @@ from typing import Any
 
 from celery.worker.control import inspect_command
 
-from resilient_tasks.worker.runtime import find_runtime
+from resilient_tasks.errors import StoreError
+from resilient_tasks.store.standing import Standing
+from resilient_tasks.worker.runtime import Runtime, find_runtime
 
 
 @inspect_command()  # type: ignore[untyped-decorator]  # Celery is untyped
 def breakers(state: Any, **_: Any) -> dict[str, dict[str, Any]]:
-    """State of each breaker as this worker sees it, its epoch, and the age of that knowledge in seconds."""
+    """Each breaker as this worker sees it: state, epoch, age in seconds, and whether the store agrees."""
     runtime = find_runtime(state.app)
     if runtime is None:
         return {}
+    epochs = _epochs_in_store(runtime)
+    return {name: _view(runtime.breakers[name].standing, epochs.get(name)) for name in sorted(runtime.breakers)}
+
+
+def _epochs_in_store(runtime: Runtime) -> dict[str, int]:
+    """Return the present epoch of each breaker; nothing while the store is away."""
+    try:
+        return {snapshot.name: snapshot.epoch for snapshot in runtime.fleet.store.read_shared(runtime.specs())}
+    except StoreError:
+        return {}
+
+
+def _view(standing: Standing, epoch: int | None) -> dict[str, Any]:
     return {
-        standing.name: {
-            "state": str(standing.snapshot.state),
-            "epoch": standing.epoch,
-            "age": None if standing.age is None else round(standing.age, 3),
-        }
-        for standing in sorted(runtime.fleet.view.standings(), key=lambda standing: standing.name)
+        "state": str(standing.snapshot.state),
+        "epoch": standing.epoch,
+        "age": None if standing.age is None else round(standing.age, 3),
+        "agrees": None if epoch is None else epoch == standing.epoch,
     }

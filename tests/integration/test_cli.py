@@ -181,6 +181,7 @@ def test_a_worker_obeys_and_tells_what_it_sees(shop: Shop) -> None:
     assert set(views) == set(shop.resilience.breakers)
     assert (views["payments"]["state"], views["payments"]["epoch"]) == ("FORCED_OPEN", snapshot["epoch"])
     assert 0 <= views["payments"]["age"] < PATIENCE
+    assert views["payments"]["agrees"]
     here(shop, "reset", "payments")
     shop.wait_done(result)
 
