@@ -16,6 +16,7 @@ from resilient_tasks.worker import (
     seams,
 )
 from resilient_tasks.worker.host import Host
+from resilient_tasks.worker.intake import UNDECODABLE, Intake
 from resilient_tasks.worker.runtime import TICK_TASK, Runtime, find_runtime, runtime_of
 
 logger = logging.getLogger("resilient_tasks")
@@ -28,7 +29,7 @@ class Membership(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is un
         super().__init__(worker, **kwargs)
         runtime = runtime_of(worker.app)
         runtime.validate()
-        redis_channel.install()
+        redis_channel.install(f"{runtime.settings.namespace}.dead.{UNDECODABLE}")
         runtime.fleet.store.check()
         runtime.fleet.view.share()
         runtime.host = Host(runtime)
@@ -49,6 +50,8 @@ class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is 
 
     def __init__(self, consumer: Any, **kwargs: Any) -> None:
         super().__init__(consumer, **kwargs)
+        host = runtime_of(consumer.app).host
+        seams.filter_messages(consumer, Intake(host.deferral.keep_apart).takes)
         self._ticks: Consumer | None = None
 
     def start(self, consumer: Any) -> None:

@@ -18,6 +18,7 @@ from celery import states
 
 from resilient_tasks.errors import DeadLetterError
 from resilient_tasks.worker import seams
+from resilient_tasks.worker.intake import UNDECODABLE
 from resilient_tasks.worker.queues import Entry, Letter, without_ticket
 from resilient_tasks.worker.ticket import Step, Ticket
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from resilient_tasks.worker.runtime import Runtime
 
 logger = logging.getLogger("resilient_tasks")
-
-UNDECODABLE = "undecodable"
 
 #: Does something to a letter of a breaker; returns what there is to complain about.
 _Act = Callable[[str, Letter], str | None]
@@ -70,7 +69,8 @@ class DeadLetter:
 class DeadLetters:
     """The dead letters of one app's breakers.
 
-    ``breaker=None`` means those of all breakers that the app defines; any name may be given, also of a
+    ``breaker=None`` means those of all breakers that the app defines, and ``"undecodable"``, messages that
+    never came as far as a breaker; any name may be given, also of a
     breaker that is defined no more. Whatever the broker raises comes through.
     """
 
@@ -121,7 +121,7 @@ class DeadLetters:
         self._each(task_ids, breaker, self._drop)
 
     def _names(self, breaker: str | None) -> tuple[str, ...]:
-        return tuple(self._runtime.breakers) if breaker is None else (breaker,)
+        return (*self._runtime.breakers, UNDECODABLE) if breaker is None else (breaker,)
 
     def _oldest(self, breaker: str, limit: int) -> Iterator[DeadLetter]:
         with self._queues.letters(breaker) as letters:

@@ -21,6 +21,7 @@ from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.broker import open_queues
 from resilient_tasks.worker.events import EventSender
+from resilient_tasks.worker.intake import UNDECODABLE
 from resilient_tasks.worker.memory import MemoryGuard
 from resilient_tasks.worker.patience import PatientWriter
 from resilient_tasks.worker.queues import Choose, Entry, Move, Queues
@@ -101,6 +102,16 @@ class Deferral:
         else:
             request.send_event(TASK_DEFERRED, breaker=ticket.breaker, reason=ticket.reason, since=ticket.since)
             logger.info("Task %s[%s] deferred: %s", request.name, request.id, ticket.reason)
+
+    def keep_apart(self, message: Any, reason: str) -> None:
+        """Move a delivered message that is no task's to the dead letters.
+
+        Raises:
+            Exception: whatever the broker raises; the message is where it was.
+        """
+        ticket = Ticket(breaker=UNDECODABLE, origin=(message.delivery_info or {}).get("routing_key") or "")
+        ticket = ticket.die(self._runtime.fleet.view.server_now(), reason)
+        self._queues.defer(message, ticket, owned=True, limit=None)
 
     def has_room(self, breaker: str) -> bool:
         """Whether one more task of a breaker may be deferred."""

@@ -14,10 +14,14 @@ from enum import Enum, auto
 from importlib import resources
 from queue import Empty
 from time import monotonic, time
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from kombu.transport import redis, virtual
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import loads
 from redis.exceptions import ResponseError
+
+from resilient_tasks.worker.intake import flaw_in_envelope
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -26,8 +30,13 @@ TAKE = (resources.files("resilient_tasks.worker") / "lua" / "take.lua").read_tex
 WAIT = 0.1
 
 
-def install() -> None:
-    """Let all connections that this process makes from now on take messages this way."""
+def install(unreadable: str) -> None:
+    """Let all connections that this process makes from now on take messages this way.
+
+    Args:
+        unreadable: name of the queue for what kombu could make no message of.
+    """
+    TakingChannel.unreadable = unreadable
     redis.Transport.Channel = TakingChannel
     redis.SentinelTransport.Channel = TakingSentinelChannel
 
@@ -73,10 +82,12 @@ class TakingChannel(redis.Channel):
 
     Attributes:
         noted: what is being delivered has been noted by the script.
+        unreadable: name of the queue for what kombu could make no message of.
     """
 
     QoS = TakingQoS
     noted = False
+    unreadable = ""
     _in_poll: Any  # annotated, because kombu's first values are of narrower types
     _brpop_sent_at: Any
     _asked = _Command.POP
@@ -134,28 +145,75 @@ class TakingChannel(redis.Channel):
         """
         if self._asked is _Command.WAIT:
             self._end_wait()
-        self.noted = self._asked is _Command.TAKE
-        try:
+        if self._asked is _Command.POP:
             return super()._brpop_read(**options)
-        except Empty:
-            self._all_empty = True
-            raise
+        try:
+            taken = self._reply("BRPOP")
+            self._all_empty = not taken
+            envelope = self._open(*taken) if taken else None
+            if envelope is None:
+                raise Empty
+            self.noted = True
+            self.connection._deliver(envelope, self._queue_of(taken[0]))  # noqa: SLF001 - as kombu's own channel does
+            return True
         finally:
             self.noted = False
+            self._end_poll()
+
+    def _queue_of(self, key: bytes) -> str:
+        """Return the name of the queue of which a list holds one priority, and let it be the last in turn."""
+        queue: str = bytes_to_str(key).rsplit(self.sep, 1)[0]
+        self._queue_cycle.rotate(queue)
+        return queue
+
+    def _open(self, key: bytes, text: bytes) -> dict[str, Any] | None:
+        """Return the envelope in a text; None if there is none, and the text is kept apart."""
+        envelope: Any = None
+        try:
+            envelope = loads(bytes_to_str(text))
+            flaw = flaw_in_envelope(envelope)
+            if flaw is None:
+                self.decode_body(envelope.get("body") or "", envelope["properties"].get("body_encoding"))
+        except Exception as exc:  # noqa: BLE001 - whatever garbage does to a decoder
+            flaw = type(exc).__name__
+        if flaw is None:
+            return cast("dict[str, Any]", envelope)
+        logger.error("what lay in %s is kept apart in %s: %s", bytes_to_str(key), self.unreadable, flaw)
+        try:
+            self._keep_apart(text, envelope)
+        except ResponseError as exc:
+            logger.error("it cannot be kept: %s", exc)  # noqa: TRY400 - a full server, no mistake in the code
+        return None
+
+    def _keep_apart(self, text: bytes, envelope: Any) -> None:
+        with self.conn_or_acquire() as client:
+            client.lpush(self.unreadable, text)
+            properties = envelope.get("properties") if isinstance(envelope, dict) else None
+            tag = properties.get("delivery_tag") if isinstance(properties, dict) else None
+            if isinstance(tag, str):  # the script has noted it
+                client.hdel(self.unacked_key, tag)
+                client.zrem(self.unacked_index_key, tag)
+
+    def _reply(self, command: str) -> Any:
+        try:
+            return self.client.parse_response(self.client.connection, command)
+        except self.connection_errors:
+            self.client.connection.disconnect()
+            raise
+
+    def _end_poll(self) -> None:
+        self._in_poll = None
+        self._flush_brpop_reauth()
 
     def _end_wait(self) -> NoReturn:
         self._all_empty = False
         try:
-            self.client.parse_response(self.client.connection, "BLMOVE")
+            self._reply("BLMOVE")
             self._full = False
         except ResponseError:  # out of memory, it refuses even a move that changes nothing
             self._full = True
-        except self.connection_errors:
-            self.client.connection.disconnect()
-            raise
         finally:
-            self._in_poll = None
-            self._flush_brpop_reauth()
+            self._end_poll()
         raise Empty
 
 

@@ -183,6 +183,22 @@ def unpause_queue(task_consumer: Any, queue: str, tag: str) -> bool:
     return True
 
 
+def filter_messages(consumer: Any, takes: Callable[[Any], bool]) -> None:
+    """Let a worker's consumer handle only those task messages of which ``takes`` is true."""
+    create = consumer.create_task_handler
+
+    def create_filtered(*args: Any, **kwargs: Any) -> Callable[[Any], None]:
+        handle = create(*args, **kwargs)
+
+        def on_task_received(message: Any) -> None:
+            if takes(message):
+                handle(message)
+
+        return on_task_received
+
+    consumer.create_task_handler = create_filtered
+
+
 def queue_of(task_consumer: Any, message: Any) -> str:
     """Return the name of the queue that a consumed message came from."""
     info = message.delivery_info or {}

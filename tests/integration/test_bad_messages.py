@@ -162,6 +162,37 @@ GARBAGE = [
 ]  # fmt: skip
 
 
+#: What ends a plain worker: kombu cannot make a message of it, or Celery cannot look its task up.
+DEADLY = [
+    "garbage", "", "5", "null", "[]", "{}", '{"properties": {}}', '{"properties": {"delivery_tag": "1"}}', "\x80" * 10,
+    envelope([], b"[]"), envelope("text", b"[]"), envelope({}, b"[]", delivery_info=5),
+    envelope({}, b"[]", delivery_tag=5),
+    envelope({}, b"[]", body_encoding="rot13"), envelope({}, b"[]").replace('"body": "W10="', '"body": "a"'),
+    envelope({}, b"[]").replace('"application/json"', "[]"), envelope({}, b"[]").replace('"utf-8"', "5"),
+    message(task="ping").replace('"tests.integration.shop.ping"', "[]"),
+    message(task="ping").replace('"tests.integration.shop.ping"', '{"a": 1}'),
+    message(task="unknown", id=5), message(task="unknown", id=None),
+    envelope({"task": "unknown"}, b"[]"), envelope({}, b'{"task": ["a"], "id": "1", "args": [], "kwargs": {}}'),
+    envelope({}, b'{"task": "unknown", "args": [], "kwargs": {}}'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_what_ends_a_plain_worker_is_kept_apart(shop: Shop, pool: str) -> None:
+    worker = shop.worker(pool=pool)
+    for text in DEADLY:
+        shop.broker.lpush("celery", text)
+    finish_healthy(shop)
+    assert worker.running
+    shop.wait(lambda: shop.broker.llen("resilient.dead.undecodable") == len(DEADLY), "all of them to be kept")
+    shop.wait(lambda: shop.broker.hlen("unacked") == 0, "all of them to be out of hand")
+    letters = shop.resilience.dead_letters
+    kept = letters.list("undecodable")
+    assert [letter.body.decode(errors="replace") for letter in kept].count("garbage") == 1
+    letters.drop(*{letter.task_id for letter in kept}, breaker="undecodable")
+    assert letters.count()["undecodable"] == 0
+
+
 def test_garbage_in_the_deferred_queue_holds_nobody_up(running: Shop) -> None:
     running.open("payments")
     former = [running.charge.delay(number) for number in range(HEALTHY)]

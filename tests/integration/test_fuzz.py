@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from kombu import Producer
 
 from tests.integration.conftest import Shop
-from tests.integration.forgeries import published_messages, raw_messages
+from tests.integration.forgeries import damaged_messages, garbage, published_messages, raw_messages
 
 BATCH = 10
 BY_DEFAULT = 300
 MESSAGES = int(os.environ.get("FUZZ_MESSAGES", "0"))
 
-batches = st.lists(raw_messages() | published_messages(), min_size=BATCH, max_size=BATCH)
+batches = st.lists(raw_messages() | published_messages() | damaged_messages() | garbage, min_size=BATCH, max_size=BATCH)
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])

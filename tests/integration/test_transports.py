@@ -127,6 +127,20 @@ def test_a_message_on_rabbitmq_is_in_one_place(on_rabbitmq: Depot, rabbitmq: Rab
 
 
 @pytest.mark.rabbitmq
+def test_what_names_no_task_is_kept_apart(rabbitmq: RabbitMQ, depot: Callable[..., Depot]) -> None:
+    strange = depot(rabbitmq.url, queue="depot-strange")
+    worker = strange.worker()
+    client = strange.client()
+    for fields in ({"task": ["charge"], "id": "1"}, {"task": {"a": 1}, "id": "2"}, {"task": "unknown", "id": 5}):
+        with client.connection_for_write() as connection:
+            Producer(connection).publish([[], {}, {}], routing_key="depot-strange", headers=fields)
+    (healthy,) = send_charges(client, [0])
+    wait_until(are("SUCCESS", [healthy]), timeout=PATIENCE, what="a healthy task")
+    assert worker.running
+    wait_until(lambda: messages_in(client, "resilient.dead.undecodable") == [3], timeout=PATIENCE, what="dead letters")
+
+
+@pytest.mark.rabbitmq
 def test_a_task_whose_queue_is_gone_is_dead_lettered(rabbitmq: RabbitMQ, depot: Callable[..., Depot]) -> None:
     former = depot(rabbitmq.url, queue="depot-former")
     worker = former.worker()

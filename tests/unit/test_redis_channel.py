@@ -38,7 +38,7 @@ def prefix(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def connection(server: Server, broker: Any, prefix: str) -> Iterator[Connection]:
-    redis_channel.install()
+    redis_channel.install("resilient.dead.undecodable")
     with Connection(server.url(), transport_options={"global_keyprefix": prefix}) as connection:
         yield connection
 

@@ -15,7 +15,7 @@ from celery import Celery
 from celery.app.task import Context
 from celery.app.trace import fast_trace_task, trace_task_ret
 from celery.exceptions import Ignore, InvalidTaskError, TaskRevokedError
-from celery.worker import control, state, strategy
+from celery.worker import control, loops, state, strategy
 from celery.worker import worker as worker_module
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request, create_request_cls
@@ -52,6 +52,19 @@ def channel(server: Server) -> Iterator[Any]:
         channel = connection.default_channel
         seams.plain_client(channel).flushdb()
         yield channel
+
+
+def test_a_consumers_loop_asks_for_its_handler_by_name(app: Celery) -> None:
+    assert "obj.create_task_handler()" in inspect.getsource(loops.asynloop)
+    assert "obj.create_task_handler()" in inspect.getsource(loops.synloop)
+    taken: list[Any] = []
+    consumer = SimpleNamespace(create_task_handler=lambda: taken.append)
+    seams.filter_messages(consumer, lambda message: message != "bad")
+    handle = consumer.create_task_handler()
+    for message in ("good", "bad"):
+        handle(message)
+    assert taken == ["good"]
+    assert callable(Consumer.create_task_handler)
 
 
 def request_of(app: Celery, base: type = Request, **headers: Any) -> Any:
