@@ -31,7 +31,9 @@ def flaw_in_envelope(raw: Any) -> str | None:
         return "no delivery info"
     if not isinstance(raw.get("headers"), (dict, type(None))):
         return "headers are no object"
-    names = ("content-type", "content-encoding", "body")
+    if not isinstance(raw.get("body"), str):
+        return "no body"
+    names = ("content-type", "content-encoding")
     odd = [name for name in names if not isinstance(raw.get(name), _TEXT_OR_NOTHING)]
     return f"{odd[0]} is no text" if odd else None
 
