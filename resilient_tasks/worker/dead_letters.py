@@ -80,7 +80,10 @@ class DeadLetters:
 
     def count(self, breaker: str | None = None) -> dict[str, int]:
         """Return the number of dead letters by breaker."""
-        return {name: self._queues.size(self._queues.dead(name)) for name in self._names(breaker)}
+        sizes = {name: self._queues.size(self._queues.dead(name)) for name in self._names(breaker)}
+        if breaker is None and not sizes[UNDECODABLE]:
+            del sizes[UNDECODABLE]  # no breaker's, and rarely there
+        return sizes
 
     def list(self, breaker: str | None = None, *, limit: int = 100) -> tuple[DeadLetter, ...]:
         """Return the oldest dead letters, at most ``limit`` of each breaker."""
