@@ -32,6 +32,7 @@ from tests.integration.depots import (
 from workers.processes import Server, celery_command, start_valkey, wait_until
 from workers.rabbitmq import RabbitMQ, rabbitmq_binary, start_rabbitmq
 
+PAYMENTS = "RESILIENT_TASKS_BREAKERS__PAYMENTS__"
 ORDERS = 30
 
 
@@ -138,6 +139,42 @@ def test_what_names_no_task_is_kept_apart(rabbitmq: RabbitMQ, depot: Callable[..
     wait_until(are("SUCCESS", [healthy]), timeout=PATIENCE, what="a healthy task")
     assert worker.running
     wait_until(lambda: messages_in(client, "resilient.dead.undecodable") == [3], timeout=PATIENCE, what="dead letters")
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.parametrize("on_rabbitmq", ["classic", "quorum"], indirect=True)
+def test_what_finds_no_room_on_rabbitmq_stays_on_its_queue(on_rabbitmq: Depot) -> None:
+    depot, most = on_rabbitmq, 2
+    depot.env |= {f"{PAYMENTS}MAX_DEFERRED": str(most), f"{PAYMENTS}OVERFLOW": "block"}
+    worker = depot.worker()
+    depot.side.set("health", "down")
+    client = depot.client()
+    results = send_charges(client, [0] * 10)
+    worker.wait_for_output(f"queue {depot.queue} is blocked", timeout=PATIENCE)
+    depot.side.set("health", "up")
+    wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
+    queues = depot.queue, "resilient.deferred.payments"
+    wait_until(lambda: messages_in(client, *queues) == [0, 0], timeout=PATIENCE, what="the queues to be empty")
+
+
+@pytest.mark.rabbitmq
+def test_a_rabbitmq_short_of_memory_holds_up_no_worker(rabbitmq: RabbitMQ, depot: Callable[..., Depot]) -> None:
+    short = depot(rabbitmq.url, queue="depot-short")
+    worker = short.worker()
+    short.side.set("health", "down")
+    client = short.client()
+    results = send_charges(client, [0] * 3)
+    wait_until(are("DEFERRED", results), timeout=PATIENCE, what="the worker to be at work")
+    worker.freeze()
+    results += send_charges(client, [0] * 3)
+    rabbitmq.control("set_vm_memory_high_watermark", "0")
+    try:
+        worker.thaw()
+        worker.wait_for_output("cannot be deferred yet", timeout=PATIENCE)
+    finally:
+        rabbitmq.control("set_vm_memory_high_watermark", "0.4")
+    short.side.set("health", "up")
+    wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
 
 
 @pytest.mark.rabbitmq
