@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -227,9 +227,8 @@ class DeferredTasks:
                     self._settle(move.entry, ResilienceError(f"the queue {move.queue} that it came from is gone"))
         return made
 
-    def sift_pages(self, breaker: str, choose: Choose, *, enough: Callable[[list[Move]], bool]) -> list[Move]:
-        """Go on with :meth:`sift` page by page until the moves made are ``enough`` or nothing is left."""
-        made: list[Move] = []
+    def sift_pages(self, breaker: str, choose: Choose, *, enough: Callable[[], bool]) -> Iterator[list[Move]]:
+        """Go on with :meth:`sift` until that is ``enough`` or nothing is left; yield what each page has moved."""
         start, offered = 0, PAGE  # a page may hold less: messages are of any size
 
         def look(entries: Sequence[Entry]) -> Sequence[Move]:
@@ -237,11 +236,10 @@ class DeferredTasks:
             offered = len(entries)
             return choose(entries)
 
-        while offered and not enough(made):
+        while offered and not enough():
             moves = self.sift(breaker, look, start=start)
-            made += moves
             start += offered - len(moves)
-        return made
+            yield moves
 
     def resume(self, entries: Sequence[Entry], epoch: int, why: str) -> list[Move]:
         """Send tasks back to the queues that they came from.

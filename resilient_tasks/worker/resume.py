@@ -83,10 +83,10 @@ class Resumer:
             wanted -= going
             return moves
 
-        for move in self._tasks.sift_pages(breaker.name, choose, enough=lambda _: wanted <= 0):
-            if move.resumes:
-                self._origins.setdefault(breaker.name, set()).add(str(move.queue))
-                resumed += 1
+        for moves in self._tasks.sift_pages(breaker.name, choose, enough=lambda: wanted <= 0):
+            origins = [str(move.queue) for move in moves if move.resumes]
+            self._origins.setdefault(breaker.name, set()).update(origins)
+            resumed += len(origins)
         if resumed < count - wanted:
             ledger.taken_up(breaker.name, count - wanted - resumed)  # somebody else has moved them
         if resumed:

@@ -49,7 +49,8 @@ class Stocktaker:
                     moves.append(self._tasks.dead_letter(entry, error))
             return [move for move in moves if move is not None]
 
-        self._tasks.sift_pages(breaker.name, choose, enough=lambda _: time.monotonic() >= give_up_at)
+        for _ in self._tasks.sift_pages(breaker.name, choose, enough=lambda: time.monotonic() >= give_up_at):
+            continue
 
     def count(self, breaker: Breaker) -> None:
         """Bring the store's index in line with what really waits on the broker.
