@@ -7,9 +7,10 @@ breakers somebody still defines. It lies in the shared store; no process can mak
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import redis
@@ -51,8 +52,13 @@ class Ledger:
 
     def add_deferred(self, name: str, task_id: str, *, deadline: float | None = None) -> None:
         """Index a deferred task. ``deadline``: store time at which it must wait no longer."""
+        self.add_all_deferred(name, {task_id: deadline})
+
+    def add_all_deferred(self, name: str, deadlines: Mapping[str, float | None]) -> None:
+        """Index deferred tasks, each with the end of its wait, in one round trip."""
         keys = self._keys.breaker(name)
-        self._run("defer", [keys.deferred, keys.deadlines], task_id, "" if deadline is None else to_ms(deadline))
+        pairs = [(task_id, "" if end is None else to_ms(end)) for task_id, end in deadlines.items()]
+        self._run("defer", [keys.deferred, keys.deadlines], *chain.from_iterable(pairs))
 
     def hasten(self, names: Iterable[str], task_ids: Iterable[str]) -> None:
         """Have the tick look at once at those of ``task_ids`` that wait for a breaker among ``names``."""

@@ -79,6 +79,6 @@ class Stocktaker:
                 ledger.retire([name])
 
     def _index(self, breaker: str, entries: Sequence[Entry]) -> list[Move]:
-        for entry in entries:
-            self._runtime.fleet.ledger.add_deferred(breaker, entry.task_id, deadline=entry.ticket.ends_at)
+        deadlines = {entry.task_id: entry.ticket.ends_at for entry in entries}
+        self._runtime.fleet.ledger.add_all_deferred(breaker, deadlines)
         return []

@@ -146,3 +146,11 @@ def test_only_so_many_revoked_ids_are_remembered(lab: Lab) -> None:
     lab.clock.advance(1)
     lab.ledger.revoke(f"task {number}" for number in range(50_000))
     assert set(lab.ledger.revoked(["first", "task 0", "task 49999"])) == {"task 0", "task 49999"}
+
+
+@SHARED
+def test_many_are_indexed_at_once(lab: Lab) -> None:
+    breaker, now = lab.breaker(), lab.clock()
+    lab.ledger.add_all_deferred(breaker.name, {"a": None, "b": now + 60, "c": now + 30})
+    snapshot = breaker.snapshot()
+    assert (snapshot.deferred, snapshot.oldest_deferred_at, snapshot.next_deadline_at) == (3, now, now + 30)
