@@ -80,7 +80,8 @@ class Deferred:
             found.extend(map(_describe, entries))
             return []
 
-        self._tasks.sift_pages(breaker, look, enough=lambda _: len(found) >= limit)
+        for _ in self._tasks.sift_pages(breaker, look, enough=lambda: len(found) >= limit):
+            continue
         return tuple(found[:limit])
 
     def resume(self, breaker: str, *, limit: int | None = None, force: bool = False) -> int:
@@ -122,16 +123,19 @@ class Deferred:
         Raises:
             StoreError: the store is away.
         """
+        dropped: list[str] = []
 
         def choose(entries: Sequence[Entry]) -> list[Move]:
             doomed = [entry for entry in entries if task_ids is None or entry.task_id in task_ids]
             moves = [self._tasks.drop(entry, "dropped") for entry in doomed]
             return [move for move in moves if move is not None]
 
-        def enough(made: Sequence[Move]) -> bool:
-            return task_ids is not None and len(made) >= len(task_ids)
+        def enough() -> bool:
+            return task_ids is not None and len(dropped) >= len(task_ids)
 
-        return tuple(move.entry.task_id for move in self._tasks.sift_pages(breaker, choose, enough=enough))
+        for moves in self._tasks.sift_pages(breaker, choose, enough=enough):
+            dropped.extend(move.entry.task_id for move in moves)
+        return tuple(dropped)
 
 
 def _describe(entry: Entry) -> DeferredTask:
