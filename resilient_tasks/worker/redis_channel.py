@@ -86,6 +86,8 @@ class TakingChannel(redis.Channel):
     """
 
     QoS = TakingQoS
+    # If the server dies while a worker holds the lock on restoring, nobody restores until this is over; kombu: 300 s.
+    unacked_mutex_expire = 30
     noted = False
     unreadable = ""
     _in_poll: Any  # annotated, because kombu's first values are of narrower types

@@ -194,3 +194,14 @@ def test_without_emulated_acknowledgements_nothing_is_noted(
         with consuming(careless, "work") as received:
             assert drain(careless, received, 1) == ["a"]
     assert broker.hlen(f"{prefix}unacked") == 0
+
+
+def test_a_server_that_dies_in_mid_restore_is_waited_for_half_a_minute(connection: Connection, broker: Any) -> None:
+    assert kombu_redis.Channel.unacked_mutex_expire > redis_channel.TakingChannel.unacked_mutex_expire == 30
+    assert connection.channel().qos.unacked_mutex_expire == 30
+
+
+def test_a_lock_on_restoring_that_the_user_has_timed_stays_so(server: Server) -> None:
+    redis_channel.install("resilient.dead.undecodable")
+    with Connection(server.url(), transport_options={"unacked_mutex_expire": 5}) as connection:
+        assert connection.channel().qos.unacked_mutex_expire == 5
