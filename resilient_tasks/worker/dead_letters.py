@@ -151,10 +151,12 @@ class DeadLetters:
             return f"dead letter {_id_of(letter)!r} cannot be replayed: it is {UNDECODABLE}"
         if _is_over(entry):
             return f"dead letter {entry.task_id!r} cannot be replayed: its expires is over"
-        self._reset_result(entry)
+        self._set_result(entry, None, states.PENDING)
         origin = self._runtime.origin(entry.ticket)
         if not self._queues.revive(breaker, letter, origin):
-            return f"dead letter {entry.task_id!r} is not replayed: it, or its queue {origin!r}, is there no more"
+            complaint = f"dead letter {entry.task_id!r} is not replayed: it, or its queue {origin!r}, is there no more"
+            self._set_result(entry, DeadLetterError(complaint), states.FAILURE)
+            return complaint
         logger.info("Task %s[%s] is replayed to %s", entry.task_name, entry.task_id, origin)
         return None
 
@@ -164,12 +166,12 @@ class DeadLetters:
         logger.info("dead letter %s of breaker %r is dropped", _id_of(letter), breaker)
         return None
 
-    def _reset_result(self, entry: Entry) -> None:
-        """Let callers wait again; a backend never replaces a SUCCESS, of a copy that somebody else has replayed."""
+    def _set_result(self, entry: Entry, result: Any, state: str) -> None:
+        """Let callers wait again, or no longer; a backend never replaces the SUCCESS of a copy replayed elsewhere."""
         if entry.message.headers.get("ignore_result"):
             return
         try:
-            self._runtime.app.backend.store_result(entry.task_id, None, states.PENDING)
+            self._runtime.app.backend.store_result(entry.task_id, result, state)
         except Exception as exc:  # noqa: BLE001 - whatever a result backend raises: the task comes first
             logger.warning("the result of task %s could not be reset: %s", entry.task_id, type(exc).__name__)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from resilient_tasks.core.model import ADMITTING
 from resilient_tasks.errors import BreakerOpenError
-from resilient_tasks.worker.deferral import DeferredTasks
+from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.resume import Resumer
 

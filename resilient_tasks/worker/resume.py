@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from resilient_tasks.core.model import Snapshot
 from resilient_tasks.core.pace import Pace, next_pace
-from resilient_tasks.worker.deferral import DeferredTasks
+from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.queues import Entry, Move
 
 if TYPE_CHECKING:

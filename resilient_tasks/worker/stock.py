@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from resilient_tasks.core.model import Snapshot
-from resilient_tasks.worker.deferral import DeferredTasks, ended
+from resilient_tasks.worker.deferred_tasks import DeferredTasks, ended
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.revokes import revoked_among
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.core.model import ADMITTING, Snapshot, State
 from resilient_tasks.errors import StoreError
-from resilient_tasks.worker.deferral import PAGE, DeferredTasks
+from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks
 from resilient_tasks.worker.probe import Prober
 from resilient_tasks.worker.resume import Resumer
 from resilient_tasks.worker.stock import Stocktaker

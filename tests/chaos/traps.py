@@ -13,7 +13,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from resilient_tasks.worker.deferral import Deferral, DeferredTasks
+from resilient_tasks.worker.deferral import Deferral
+from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.gate import Gate
 from resilient_tasks.worker.published_queues import PublishedQueues
 from resilient_tasks.worker.redis_queues import RedisQueues

@@ -11,7 +11,7 @@ from celery import Celery
 from celery.backends.cache import CacheBackend
 
 from resilient_tasks import Resilience
-from resilient_tasks.worker.deferral import DeferredTasks
+from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
