@@ -152,8 +152,7 @@ class Stack:
         }
 
     def _start_worker(self, name: str, env: Mapping[str, str]) -> Program:
-        arguments = ["--without-mingle", "--without-gossip"]
-        return start_worker(MODULE, name=name, directory=self.directory, env={**self.env, **env}, arguments=arguments)
+        return start_worker(MODULE, name=name, directory=self.directory, env={**self.env, **env})
 
     @property
     def _clock_env(self) -> dict[str, str]:
