@@ -9,9 +9,9 @@ PYTEST := $(BIN)/python -m pytest
 # `make demo ARGS=--keep`, `make test ARGS="-k breaker -x"`
 ARGS ?=
 
-# Tests wait for real processes more than they compute; one file runs in one process, in order.
+# Tests wait for real processes more than they compute.
 JOBS ?= 3
-PARALLEL := -n $(JOBS) --dist loadfile
+PARALLEL := -n $(JOBS) --dist worksteal
 
 # the directories of `make test`
 QUICK_TESTS := $(wildcard tests/unit tests/contract tests/model tests/chaos tests/integration)

@@ -33,7 +33,7 @@ def app() -> Celery:
     app = Celery("deferred", broker="memory://", set_as_current=False)
     Resilience(app, store_url="redis://127.0.0.1:1").breaker("payments")
 
-    @app.task(name="charge", shared=False, breaker="payments", backend=SometimesAway(app, url="memory://"))
+    @app.task(name="waiting-charge", shared=False, breaker="payments", backend=SometimesAway(app, url="memory://"))
     def charge() -> None: ...
 
     app.finalize()
@@ -49,14 +49,14 @@ def tasks(app: Celery) -> DeferredTasks:
 def entry() -> Entry:
     body = json.dumps([[], {}, {}])
     message = SimpleNamespace(
-        headers={"id": "an-id", "task": "charge"}, body=body, payload=json.loads(body), delivery_info={},
+        headers={"id": "an-id", "task": "waiting-charge"}, body=body, payload=json.loads(body), delivery_info={},
         properties={}, content_type="application/json", content_encoding="utf-8",
     )  # fmt: skip
     return Entry(message, Ticket(breaker="payments"))
 
 
 def test_a_revoked_task_waits_for_its_result_to_be_writable(app: Celery, tasks: DeferredTasks, entry: Entry) -> None:
-    backend = app.tasks["charge"].backend
+    backend = app.tasks["waiting-charge"].backend
     backend.away = True
     assert tasks.drop(entry, "revoked") is None
     backend.away = False
