@@ -164,6 +164,7 @@ def count_with(store: Any) -> None:
 FORK_WITH_A_LOCK_HELD = """
 import multiprocessing, sys, threading
 from resilient_tasks.store.base import Spec
+from resilient_tasks.store.local import LocalStore
 
 store, held, done = LocalStore(), threading.Event(), threading.Event()
 
