@@ -61,6 +61,13 @@ class TakingQoS(redis.QoS):
             pipe.hdel(self.unacked_key, delivery_tag).zrem(self.unacked_index_key, delivery_tag).execute()
         virtual.QoS.ack(self, delivery_tag)
 
+    def restore_unacked_once(self, *args: Any, **kwargs: Any) -> None:
+        """Put back what was delivered when the channel closes; the rest comes back after its visibility timeout."""
+        try:
+            super().restore_unacked_once(*args, **kwargs)
+        except Exception as exc:  # noqa: BLE001 - a half-closed connection fails in many ways, and would end the worker
+            logger.warning("unacknowledged messages stay with the broker for now: %s", type(exc).__name__)
+
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
         """Restore what dead workers have left, unless the server is out of memory."""
         try:

@@ -140,7 +140,7 @@ def test_sixteen_processes_killed_at_random_never_exceed_the_permits(shop: Shop,
         ends = len(chronicle.half_open_times())
         shop.wait(lambda: len(chronicle.half_open_times()) >= ends + len(NAMES), "the breakers to go on")
         herd.kill_all()
-    assert max(service.most.values()) == TRIAL_CALLS
+    assert 1 < max(service.most.values()) <= TRIAL_CALLS
     assert max(chronicle.half_open_times()) <= LEASE + 2 * TICK
 
 

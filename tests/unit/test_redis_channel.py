@@ -205,3 +205,16 @@ def test_a_lock_on_restoring_that_the_user_has_timed_stays_so(server: Server) ->
     redis_channel.install("resilient.dead.undecodable")
     with Connection(server.url(), transport_options={"unacked_mutex_expire": 5}) as connection:
         assert connection.channel().qos.unacked_mutex_expire == 5
+
+
+def test_a_channel_that_cannot_put_anything_back_closes_all_the_same(connection: Connection, broker: Any) -> None:
+    publish(connection, "a")
+    channel = connection.channel()
+    with Consumer(channel, [Queue("work")]) as consumer:
+        received: list[Any] = []
+        consumer.on_message = received.append
+        drain(connection, received, 1)
+    client, channel.connection.client = channel.connection.client, None
+    channel._pool = None
+    channel.qos.restore_unacked_once()
+    channel.connection.client = client
