@@ -207,7 +207,9 @@ def test_a_lock_on_restoring_that_the_user_has_timed_stays_so(server: Server) ->
         assert connection.channel().qos.unacked_mutex_expire == 5
 
 
-def test_a_channel_that_cannot_put_anything_back_closes_all_the_same(connection: Connection, broker: Any) -> None:
+def test_a_channel_that_cannot_put_anything_back_closes_all_the_same(
+    connection: Connection, broker: Any, prefix: str
+) -> None:
     publish(connection, "a")
     channel = connection.channel()
     with Consumer(channel, [Queue("work")]) as consumer:
@@ -216,5 +218,8 @@ def test_a_channel_that_cannot_put_anything_back_closes_all_the_same(connection:
         drain(connection, received, 1)
     client, channel.connection.client = channel.connection.client, None
     channel._pool = None
+    with pytest.raises(AttributeError):
+        kombu_redis.QoS.restore_unacked_once(channel.qos)
     channel.qos.restore_unacked_once()
     channel.connection.client = client
+    assert broker.hlen(f"{prefix}unacked") == 1
