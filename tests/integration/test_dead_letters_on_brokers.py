@@ -75,7 +75,7 @@ def test_what_waits_too_long(post: PostOffice, letters: DeadLetters) -> None:
     post.open("payments")
     late = post.task("charge_soon", 1).apply_async()
     # RabbitMQ itself drops a message that expires, even one that waits
-    expired = post.task("charge", 2).apply_async(expires=2)
+    expired = post.task("charge", 2).apply_async(expires=8)
     patient = post.task("charge", 3).apply_async(expires=3600)
     post.wait_state("FAILURE", [late])
     post.wait_state("REVOKED", [expired])
