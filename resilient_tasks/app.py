@@ -163,9 +163,7 @@ class Resilience:
         Raises:
             ConfigurationError: there is no app, and so no broker.
         """
-        if self._app is None:
-            raise ConfigurationError("dead letters lie on the app's broker: call init_app(app) first")
-        return DeadLetters(runtime_of(self._app))
+        return DeadLetters(self._runtime("dead letters"))
 
     @property
     def deferred(self) -> Deferred:
@@ -174,9 +172,12 @@ class Resilience:
         Raises:
             ConfigurationError: there is no app, and so no broker.
         """
+        return Deferred(self._runtime("deferred tasks"))
+
+    def _runtime(self, wanted: str) -> Runtime:
         if self._app is None:
-            raise ConfigurationError("deferred tasks lie on the app's broker: call init_app(app) first")
-        return Deferred(runtime_of(self._app))
+            raise ConfigurationError(f"{wanted} lie on the app's broker: call init_app(app) first")
+        return runtime_of(self._app)
 
     def _join(self, store: Store) -> Fleet:
         ledger = store.ledger if isinstance(store, RedisStore) else None
