@@ -19,14 +19,14 @@ SEEN = ("args", "kwargs", "headers", "expires", "reply_to", "correlation_id", "t
 
 @pytest.fixture
 def letters(post: PostOffice) -> Iterator[DeadLetters]:
-    """The API as a process has it that is no worker; all that a test leaves is dropped."""
+    """The API as a process has it that is no worker; all that former tests have left is dropped."""
     app = post.producer()
     resilience = Resilience(app, store_url=post.env["RESILIENT_TASKS_STORE_URL"], namespace="post")
     for name, breaker in post.operator.breakers.items():
         resilience.breaker(name, breaker.policy)
     letters = resilience.dead_letters
-    yield letters
     letters.drop(*(letter.task_id for letter in letters.list()))
+    yield letters
     post.side.delete("health:describe_once")
     app.close()
 
