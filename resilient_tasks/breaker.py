@@ -240,7 +240,10 @@ class Breaker(Guarded):
         return self._command(Verb.DISABLE, reason, actor)
 
     def shadow(self, reason: str = "", *, actor: str | None = None) -> Snapshot:
-        """Admit all calls, count, and tell once when the breaker would have opened, until :meth:`reset`."""
+        """Admit all calls, count, and tell when the breaker would have opened, until :meth:`reset`.
+
+        ``snapshot().shadow_openings`` keeps when that was and how many calls would have waited.
+        """
         return self._command(Verb.SHADOW, reason, actor)
 
     def reset(self, reason: str = "", *, actor: str | None = None) -> Snapshot:

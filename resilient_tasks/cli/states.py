@@ -13,6 +13,7 @@ import click
 from resilient_tasks.cli.common import BreakerName, pass_runtime
 from resilient_tasks.cli.display import (
     Row,
+    counted,
     duration,
     is_rich,
     moment,
@@ -22,7 +23,7 @@ from resilient_tasks.cli.display import (
     rich_table,
     share,
 )
-from resilient_tasks.core.model import ADMITTING, Snapshot, State
+from resilient_tasks.core.model import ADMITTING, ShadowOpening, Snapshot, State
 from resilient_tasks.errors import StoreError
 from resilient_tasks.worker.runtime import Runtime
 
@@ -157,3 +158,13 @@ def _details(snapshot: Snapshot) -> Iterator[Row]:
     yield "trials", str(snapshot.trials)
     yield "deferred", str(snapshot.deferred)
     yield "oldest deferred", moment(snapshot.oldest_deferred_at)
+    if snapshot.shadow_openings or snapshot.state is State.SHADOW:
+        yield from _spared(snapshot.shadow_openings)
+
+
+def _spared(openings: Sequence[ShadowOpening]) -> Iterator[Row]:
+    waited = sum(opening.calls for opening in openings)
+    yield "would have opened", f"{counted(len(openings), 'time')}, {counted(waited, 'call')} would have waited"
+    for opening in openings:
+        lasted = duration(opening.until - opening.at)
+        yield f"  {moment(opening.at)}", f"for {lasted}, {counted(opening.calls, 'call')}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from resilient_tasks.core.model import ADMITTING, Outcome, State, Transition, Verb
 from resilient_tasks.core.record import COUNTING, Record
+from resilient_tasks.core.shadow import Opening, with_calls, with_opening
 from resilient_tasks.core.window import Totals
 
 _TARGETS = {
@@ -62,6 +63,7 @@ class Decision:
         self, epoch: int, runs: Sequence[tuple[Outcome, int]], cause: str = "", retry_after: int | None = None
     ) -> None:
         """Count runs of equal outcomes; open the breaker at the first that trips it and drop the rest."""
+        self._end_shadow_opening()
         for outcome, count in runs:
             if self.record.state not in COUNTING or not self._is_current(epoch):
                 return
@@ -100,6 +102,7 @@ class Decision:
         record = self.record
         if record.state not in COUNTING or not self._is_current(epoch):
             return
+        self._end_shadow_opening()
         record.failed_checks = record.failed_checks + 1 if outcome is Outcome.FAILURE else 0
         if record.failed_checks >= limit and not record.would_open:
             failed = f"health check failed {record.failed_checks} times in a row"
@@ -164,6 +167,8 @@ class Decision:
         if count < 1:
             return
         record.window.add(outcome, count, now=self.now, length=record.rules.window)
+        if record.would_open:
+            record.shadow = with_calls(record.shadow, count)
         if outcome is Outcome.FAILURE:
             record.row += count
             record.total_failures += count
@@ -175,9 +180,24 @@ class Decision:
         if self.record.state is State.CLOSED:
             self._open(reason, retry_after=retry_after)
         else:
-            self.record.would_open = True
+            self._open_in_shadow(retry_after)
             self._announce()
             self.transition = self._told(State.SHADOW, reason)
+
+    def _open_in_shadow(self, retry_after: int | None) -> None:
+        record, rules = self.record, self.record.rules
+        row = record.shadow[-1].next_in_a_row(self.now, rules.max_open_time) if record.shadow else 1
+        until = self.now + rules.open_for(row, retry_after, self.jitter)
+        record.shadow = with_opening(record.shadow, Opening(self.now, until, in_a_row=row))
+        record.would_open = True
+
+    def _end_shadow_opening(self) -> None:
+        """Take an opening in SHADOW whose time is over to have healed."""
+        record = self.record
+        if record.would_open and record.shadow[-1].until <= self.now:
+            record.would_open = False
+            record.window.clear()
+            record.row = record.failed_checks = 0
 
     def _why(self, cause: str) -> str:
         """Return why the breaker trips now, in words."""
@@ -253,6 +273,7 @@ class Decision:
         record.row = record.trial_successes = record.trial_failures = record.failed_checks = 0
         record.open_until = record.ramp_since = None
         record.would_open = False
+        record.shadow = () if state is State.SHADOW else record.shadow
         record.state, record.since, record.reason, record.actor = state, self.now, reason, actor
         # Never an epoch that another store has been in: a replica that has missed the last transition, or the
         # breaker of a process that was cut off.

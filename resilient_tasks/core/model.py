@@ -50,6 +50,21 @@ class Verb(str, Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class ShadowOpening:
+    """One opening that SHADOW has spared the tasks: a model, see ``core/shadow.py``.
+
+    Args:
+        at: when the breaker would have opened.
+        until: when it would have let trials through; while that is to come, ``calls`` still grows.
+        calls: calls counted in between: those that would have waited.
+    """
+
+    at: float
+    until: float
+    calls: int
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """A breaker as its store knows it at one instant.
 
@@ -74,7 +89,8 @@ class Snapshot:
     last_success_at: float | None = None  # last SUCCESS or SLOW that was counted
     total_failures: int = 0  # failures ever counted, trials included
     ramp_since: float | None = None  # CLOSED out of HALF_OPEN: when; otherwise None
-    would_open: bool = False  # SHADOW: the rules would have opened it
+    would_open: bool = False  # SHADOW: it would be OPEN now
+    shadow_openings: tuple[ShadowOpening, ...] = ()  # what the last SHADOW has spared, the latest last
     failed_checks: int = 0  # CLOSED, SHADOW: failed health checks in a row
     checked_at: float | None = None  # when the last health check began that the store gave leave for
     deferred: int = 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from resilient_tasks.core.model import Snapshot, State
+from resilient_tasks.core.shadow import Opening, Openings
 from resilient_tasks.core.window import Totals, Window
 from resilient_tasks.policy import BreakerPolicy
 
@@ -124,7 +125,8 @@ class Record:
     last_success_at: int | None = None
     total_failures: int = 0
     ramp_since: int | None = None
-    would_open: bool = False
+    would_open: bool = False  # SHADOW: the last of ``shadow`` has not been taken to be over
+    shadow: Openings = ()  # since SHADOW was entered last
     failed_checks: int = 0  # in a row, while no task decides
     checked_at: int | None = None  # when somebody last began a health check
     window: Window = field(default_factory=Window)
@@ -168,6 +170,9 @@ class Record:
             total_failures=snapshot.total_failures,
             ramp_since=here(snapshot.ramp_since),
             would_open=snapshot.would_open,
+            shadow=tuple(
+                Opening(here(each.at) or now, here(each.until) or now, each.calls) for each in snapshot.shadow_openings
+            ),
             failed_checks=snapshot.failed_checks,
             checked_at=here(snapshot.checked_at),
         )
@@ -218,7 +223,8 @@ class Record:
             last_success_at=to_seconds(self.last_success_at),
             total_failures=self.total_failures,
             ramp_since=to_seconds(self.ramp_since),
-            would_open=self.would_open,
+            would_open=self.would_open and now < self.shadow[-1].until,
+            shadow_openings=tuple(each.seen() for each in self.shadow),
             failed_checks=self.failed_checks,
             checked_at=to_seconds(self.checked_at),
             deferred=deferred,

@@ -15,7 +15,7 @@ from typing import Any
 import redis
 from redis.client import PubSub
 
-from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, State, Transition, Verb
+from resilient_tasks.core.model import Answer, Grant, Outcome, ShadowOpening, Snapshot, State, Transition, Verb
 from resilient_tasks.core.record import brief, to_ms, to_seconds
 from resilient_tasks.errors import ConfigurationError, StoreError
 from resilient_tasks.store.base import Evidence, Spec
@@ -24,6 +24,7 @@ from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.store.server import Argument, Script, Server
 
 _PER_ROUND_TRIP = 500
+_RULES = ("state", "shadow", "rules")
 _DECISIONS = ("acquire", "record", "settle", "advance", "command", "begin_health_check", "report_health_check")
 _OTHERS = ("renew", "put", "get", "time")
 
@@ -58,9 +59,9 @@ class RedisStore:
     ) -> None:
         self._keys = Keys(namespace)
         self._server = Server(url, timeout=timeout, cooldown=cooldown, **client_options)
-        self._scripts = {name: Script.load("state", "rules", name, clock=clock) for name in _DECISIONS}
+        self._scripts = {name: Script.load(*_RULES, name, clock=clock) for name in _DECISIONS}
         self._scripts.update({name: Script.load(name, clock=clock) for name in _OTHERS})
-        self._read = Script.load("state", "rules", "read", clock=clock)
+        self._read = Script.load(*_RULES, "read", clock=clock)
         self.ledger = Ledger(self._server, self._keys, clock)
 
     def __repr__(self) -> str:
@@ -224,7 +225,9 @@ _TIMES = (
 
 def _snapshot(fields: dict[str, Any]) -> Snapshot:
     times = {name: to_seconds(fields[name]) for name in _TIMES if name in fields}
-    return Snapshot(**{**fields, **times, "state": State(fields["state"])})
+    openings = [ShadowOpening(at / 1000, until / 1000, calls) for at, until, calls, _ in fields["shadow_openings"]]
+    others = {"state": State(fields["state"]), "shadow_openings": tuple(openings)}
+    return Snapshot(**{**fields, **times, **others})
 
 
 def _transition(reply: dict[str, Any]) -> Transition | None:

@@ -167,6 +167,25 @@ def until_open_ends(draw: Draw) -> Step:
 
 
 @st.composite
+def shadowed(draw: Draw) -> Step:
+    """Let it open in SHADOW, let calls wait until about its end, and report one more."""
+    n, off, count, jitter = draw(numbers), draw(off_by), draw(counts), draw(jitters)
+    told, length = (draw(causes), draw(retry_afters)), draw(st.sampled_from([0.0, 3.0, 7.5, 40.0]))
+
+    def step(pair: Pair) -> None:
+        pair.both("command", pair.spec(n), Verb.SHADOW)
+        pair.both("record", pair.spec(n), pair.evidence(0, ((Outcome.FAILURE, 100),), *told), jitter=jitter)
+        pair.both("record", pair.spec(n), pair.evidence(0, ((Outcome.SUCCESS, count), (Outcome.FAILURE, 1))))
+        if pair.last is not None and pair.last.shadow_openings:
+            pair.pass_until(pair.last.shadow_openings[-1].until + off)
+        pair.both("read", [pair.spec(n)])
+        pair.pass_time(length)
+        pair.both("record", pair.spec(n), pair.evidence(0, ((Outcome.FAILURE, count),)), jitter=jitter)
+
+    return step
+
+
+@st.composite
 def until_lease_ends(draw: Draw) -> Step:
     off, number = draw(off_by), draw(numbers)
     return lambda pair: pair.pass_until(pair.permits[pair.holder(number)] + off if pair.permits else None)
@@ -268,7 +287,11 @@ waiting = (until_lease_ends(), until_lease_ends())
 on_trial = some(8, ask(), ask(), settle(), trial(), renew(), health_check(), *waiting, advance(), record())
 over = st.tuples(trip(), recover(), pass_one_of_the_policys_times(), look()).map(list)
 operated = st.tuples(
-    command(), st.one_of(record(), trip(), ask(), command(), health_check(), *times), back_from_the_operator()
+    command(),
+    st.one_of(record(), trip(), ask(), command(), health_check(), *times),
+    shadowed(),
+    st.one_of(shadowed(), health_check()),
+    back_from_the_operator(),
 ).map(list)
 straggling = st.tuples(trip(), outlive(), ask(), ask(), settle(), renew(), look()).map(list)
 chapters = st.one_of(healthy, outage, outage, on_trial, on_trial, straggling, over, operated)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -75,6 +76,23 @@ def test_the_exit_code_of_show_tells_the_state(run: Run, payments: Breaker, cloc
     result = run("show", "payments")
     assert result.exit_code == code
     assert str(payments.state) in result.output
+
+
+def test_show_tells_what_shadow_has_spared(run: Run, payments: Breaker, clock: Clock) -> None:
+    assert "would have opened" not in run("show", "payments").output
+    payments.shadow()
+    assert re.search(r"would have opened +0 times, 0 calls", run("show", "payments").output)
+    for _ in range(5):
+        with pytest.raises(ConnectionError):
+            payments.call(_fail)
+    clock.settle()
+    shown = run("show", "payments").output
+    assert re.search(r"would have opened +1 time, 2 calls would have waited", shown)
+    assert re.search(r"\n  \d{4}-\S+ +for 10 s, 2 calls\n", shown)
+
+
+def _fail() -> None:
+    raise ConnectionError("no answer")
 
 
 def test_the_exit_code_of_half_open_is_its_own(run: Run, payments: Breaker, clock: Clock) -> None:

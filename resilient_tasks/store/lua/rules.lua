@@ -52,6 +52,9 @@ local function enter(state, reason, actor)
   for field, value in pairs(ended) do
     record[field] = value
   end
+  if state == 'SHADOW' then
+    record.shadow = ''
+  end
   record.open_until, record.ramp_since = nil, nil
   leave_trials()
   start_window()
@@ -113,6 +116,9 @@ local function count_calls(outcome, count)
   end
   dirty = true
   window_add(outcome, count)
+  if record.would_open == 1 then
+    add_shadow_calls(count)
+  end
   if outcome == 'FAILURE' then
     record.row = record.row + count
     record.total_failures = record.total_failures + count
@@ -143,9 +149,18 @@ local function trip(reason, retry_after)
   if record.state == 'CLOSED' then
     open(reason, '', retry_after)
   else
-    record.would_open = 1
+    add_shadow_opening(retry_after)
     announce()
     tell('SHADOW', reason, '')
+  end
+end
+
+-- Take an opening in SHADOW whose time is over to have healed.
+local function end_shadow_opening()
+  local openings = shadow_openings()
+  if record.would_open == 1 and openings[#openings][2] <= now then
+    record.would_open, record.row, record.failed_checks, dirty = 0, 0, 0, true
+    start_window()
   end
 end
 
@@ -231,6 +246,7 @@ local function acquire(holder, lease)
 end
 
 local function report(epoch, runs, cause, retry_after)
+  end_shadow_opening()
   for _, run in ipairs(runs) do
     if not COUNTING[record.state] or not is_current(epoch) then
       return
@@ -273,6 +289,7 @@ local function report_health_check(epoch, outcome, limit, cause, retry_after)
   if not COUNTING[record.state] or not is_current(epoch) then
     return
   end
+  end_shadow_opening()
   local before = record.failed_checks or 0 -- a record of an older release has none
   local failed = outcome == 'FAILURE' and before + 1 or 0
   dirty = dirty or failed ~= before

@@ -19,7 +19,7 @@ local STATE, WINDOW, TRIALS, DEFERRED, DEADLINES, STRAGGLERS = KEYS[1], KEYS[2],
 local NAME, CHANNEL, JITTER = ARGV[1], ARGV[2], tonumber(ARGV[4])
 local COUNTING = { CLOSED = true, SHADOW = true }
 local BUCKETS, SLOTS, MOST_GROWTH_STEPS = 10, 11, 1000
-local TEXTS = { 'state', 'reason', 'actor' }
+local TEXTS = { 'state', 'reason', 'actor', 'shadow' }
 local NUMBERS = {
   'epoch', 'first_epoch', 'version', 'since', 'openings', 'open_until', 'frozen_calls', 'frozen_failures',
   'frozen_slow', 'row', 'trial_successes', 'trial_failures', 'last_success_at', 'total_failures', 'ramp_since',
@@ -65,8 +65,8 @@ end
 -- Epoch and version start from the clock: see Record.created. Epoch 0 is for a look at an unknown breaker.
 local function new_record(epoch)
   return {
-    state = 'CLOSED', reason = '', actor = '', epoch = epoch, first_epoch = epoch, version = epoch, since = now,
-    openings = 0, frozen_calls = 0, frozen_failures = 0, frozen_slow = 0, row = 0, trial_successes = 0,
+    state = 'CLOSED', reason = '', actor = '', shadow = '', epoch = epoch, first_epoch = epoch, version = epoch,
+    since = now, openings = 0, frozen_calls = 0, frozen_failures = 0, frozen_slow = 0, row = 0, trial_successes = 0,
     trial_failures = 0, total_failures = 0, would_open = 0, failed_checks = 0,
   }
 end
@@ -200,8 +200,12 @@ local function live_trials()
   return live
 end
 
+local function shadow_openings()
+  return record.shadow == '' and {} or cjson.decode(record.shadow)
+end
+
 local function snapshot()
-  local sums = figures()
+  local sums, openings = figures(), shadow_openings()
   local oldest = redis.call('ZRANGE', DEFERRED, 0, 0, 'WITHSCORES')
   local deadline = redis.call('ZRANGE', DEADLINES, 0, 0, 'WITHSCORES')
   return {
@@ -209,7 +213,8 @@ local function snapshot()
     since = record.since, reason = record.reason, actor = record.actor, calls = sums.calls,
     failures = sums.failures, slow = sums.slow, openings = openings_left(), open_until = record.open_until,
     trials = live_trials(), last_success_at = record.last_success_at, total_failures = record.total_failures,
-    ramp_since = record.ramp_since, would_open = record.would_open == 1,
+    ramp_since = record.ramp_since, shadow_openings = openings,
+    would_open = record.would_open == 1 and now < openings[#openings][2],
     failed_checks = record.failed_checks, checked_at = record.checked_at,
     deferred = redis.call('ZCARD', DEFERRED), oldest_deferred_at = tonumber(oldest[2]),
     next_deadline_at = tonumber(deadline[2]),
