@@ -19,8 +19,10 @@ from resilient_tasks.fallback import Provenance, read_provenance
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.monitor.events import Announcer
 from resilient_tasks.monitor.mailer import Mailer
+from resilient_tasks.monitor.webhook import Webhook
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.settings import Settings, find_store
+from resilient_tasks.signals import tell_of_transition
 from resilient_tasks.store.base import Store
 from resilient_tasks.store.redis import RedisStore
 from resilient_tasks.worker import beat
@@ -51,7 +53,12 @@ class Resilience:
     def __init__(self, app: Celery | None = None, **settings: Any) -> None:
         self.settings = Settings.load(**settings)
         self.announcer = Announcer(send=self._send_event)
-        self._mailer = Mailer()
+        self.announcer.add_listener(lambda transition: tell_of_transition(self._app, transition))
+        if self.settings.webhook_url is not None:
+            secret = self.settings.webhook_secret
+            key = None if secret is None else secret.get_secret_value()
+            self.announcer.add_listener(Webhook(self.settings.webhook_url, key, self.settings.namespace))
+        self._mailer = Mailer("events")
         self._app: Celery | None = None
         self._breakers: dict[str, Breaker] = {}
         self._revision = time.time_ns() // 1_000_000

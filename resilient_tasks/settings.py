@@ -18,9 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Annotated, Any, NamedTuple
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from resilient_tasks.core.memory import MEMORY_LIMIT_RULE, MemoryLimit
@@ -47,6 +47,13 @@ def _check_store_url(url: str) -> str:
     return url
 
 
+def _check_webhook_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("not a URL that anything can be posted to")
+    return url
+
+
 def _check_memory_limit(text: str) -> str:
     MemoryLimit.parse(text)
     return text
@@ -61,6 +68,8 @@ class Settings(BaseSettings):
         tick_interval: seconds between two ticks.
         store_timeout: longest time in seconds that one command may keep the store's caller waiting.
         store_memory_limit: how much of a server's memory may be in use before nothing more is deferred.
+        webhook_url: receiver of each transition; ``None``: nobody. See ``docs/notifications.md``.
+        webhook_secret: key of the signature on what it receives; ``None``: no signature.
         breakers: overridden policy fields per breaker.
     """
 
@@ -82,6 +91,10 @@ class Settings(BaseSettings):
     store_memory_limit: Annotated[str, AfterValidator(_check_memory_limit)] = Field(
         "80%", description=MEMORY_LIMIT_RULE
     )
+    webhook_url: Annotated[str, AfterValidator(_check_webhook_url)] | None = Field(
+        None, description="a URL that begins with http:// or https:// and names a host", repr=False
+    )
+    webhook_secret: SecretStr | None = Field(None, min_length=16, description="a text of 16 characters or more")
     breakers: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description=f"policy fields per breaker, as in {PREFIX}BREAKERS__PAYMENTS__WINDOW=60"
     )
@@ -262,9 +275,15 @@ def _explain(error: ValidationError, given: Mapping[str, Any]) -> str:
     field = Settings.model_fields.get(path[0])
     if field is None:
         return f"{label} is not a setting; allowed are {', '.join(Settings.model_fields)}"
-    value = first["input"]
-    shown = hide_password(value) if isinstance(value, str) else value
-    return f"{label}={shown!r}: allowed is {field.description}"
+    return f"{label}={_without_secrets(path[0], first['input'])!r}: allowed is {field.description}"
+
+
+def _without_secrets(name: str, value: Any) -> Any:
+    if name == "webhook_secret":
+        return "***"
+    if name == "webhook_url":  # its path may be all that keeps strangers out
+        return "/".join(hide_password(str(value)).split("/")[:3]) + "/***"
+    return hide_password(value) if isinstance(value, str) else value
 
 
 def _explain_json() -> str:

@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 from resilient_tasks.store.forking import renew_after_fork
@@ -18,30 +19,58 @@ EXIT_PATIENCE = 2.0  # seconds that the end of the process may wait for the last
 
 
 class Mailer:
-    """Runs actions one after the other in a daemon thread, best-effort: what is too much is dropped."""
+    """Runs actions one after the other in a daemon thread, best-effort: what is too much is dropped.
 
-    def __init__(self) -> None:
+    Args:
+        what: what it sends, in one word for the log.
+        most_waiting: actions that may wait.
+    """
+
+    def __init__(self, what: str, most_waiting: int = MOST_WAITING) -> None:
+        self._what = what
+        self._most_waiting = most_waiting
         self.after_fork()
         renew_after_fork(self)
-        atexit.register(self._finish)
+        _mailers.add(self)
 
     def after_fork(self) -> None:
         """Start empty: what waited at a fork is the parent's to send."""
-        self._letters: queue.Queue[Callable[[], object]] = queue.Queue(MOST_WAITING)
+        self._letters: queue.Queue[Callable[[], object]] = queue.Queue(self._most_waiting)
         self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        self._lock = threading.Lock()
+        self._dropped = 0  # since there was room
 
     def post(self, action: Callable[[], object]) -> None:
         """Run ``action`` soon; never blocks, never raises."""
         try:
             self._letters.put_nowait(action)
         except queue.Full:
-            logger.warning("an event was dropped: %d others wait to be sent", MOST_WAITING)
+            self._drop()
             return
-        with self._starting:
+        with self._lock:
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._deliver, name="resilient-tasks-mailer", daemon=True)
-                self._thread.start()
+                self._start()
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._deliver, name=f"resilient-tasks-{self._what}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is shutting down
+            logger.debug("%s are no longer sent: the process ends", self._what)
+        else:
+            self._thread = thread
+
+    def _drop(self) -> None:
+        with self._lock:
+            self._dropped += 1
+            first = self._dropped == 1
+        if first:
+            logger.warning("%s are dropped: %d others wait to be sent", self._what, self._most_waiting)
+
+    def _tell_dropped(self) -> None:
+        with self._lock:
+            dropped, self._dropped = self._dropped, 0
+        logger.warning("%d %s were dropped", dropped, self._what)
 
     def _deliver(self) -> None:
         letters = self._letters
@@ -50,11 +79,26 @@ class Mailer:
             try:
                 action()
             except Exception as exc:  # noqa: BLE001 - whatever the broker raises
-                logger.warning("an event was not sent: %s", type(exc).__name__)
+                logger.warning("one of the %s was not sent: %s", self._what, type(exc).__name__)
             finally:
                 letters.task_done()
+            if self._dropped and letters.empty():
+                self._tell_dropped()
 
-    def _finish(self) -> None:
-        deadline = time.monotonic() + EXIT_PATIENCE
-        while self._letters.unfinished_tasks and time.monotonic() < deadline:
+    def finish(self, give_up_at: float) -> None:
+        """Wait until everything is sent, at most until ``give_up_at`` on the monotonic clock."""
+        while self._letters.unfinished_tasks and time.monotonic() < give_up_at:
             time.sleep(0.01)
+
+
+_mailers: weakref.WeakSet[Mailer] = weakref.WeakSet()
+
+
+def finish_all() -> None:
+    """Wait a moment for the last letters, before a process ends."""
+    give_up_at = time.monotonic() + EXIT_PATIENCE
+    for mailer in list(_mailers):
+        mailer.finish(give_up_at)
+
+
+atexit.register(finish_all)

@@ -157,7 +157,8 @@ class DeadLetters:
             complaint = f"dead letter {entry.task_id!r} is not replayed: it, or its queue {origin!r}, is there no more"
             self._set_result(entry, DeadLetterError(complaint), states.FAILURE)
             return complaint
-        logger.info("Task %s[%s] is replayed to %s", entry.task_name, entry.task_id, origin)
+        what = "Task %s[%s] is replayed to %s"
+        logger.info(what, entry.task_name, entry.task_id, origin, extra=entry.log_fields)
         return None
 
     def _drop(self, breaker: str, letter: Letter) -> str | None:

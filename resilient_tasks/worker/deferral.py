@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from celery.states import PENDING
 
+from resilient_tasks import signals
 from resilient_tasks.core.memory import MemoryLimit
 from resilient_tasks.errors import DeferredQueueFullError, StoreError
 from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED
+from resilient_tasks.monitor.log import Throttle
 from resilient_tasks.worker.broker import open_queues
 from resilient_tasks.worker.intake import UNDECODABLE
 from resilient_tasks.worker.memory import MemoryGuard
@@ -37,6 +39,9 @@ MOST_HELD = 10_000
 #: Seconds that one deferral may wait for the store, and for the result backend.
 INDEX_PATIENCE = 0.1
 STATE_PATIENCE = 0.25
+#: Deferrals of one breaker that have a log line of their own, in so many seconds; the others are counted.
+MOST_LINES = 10
+LINES_INTERVAL = 10.0
 
 
 class Deferral:
@@ -53,6 +58,7 @@ class Deferral:
         self._state_writer = PatientWriter("result backend", STATE_PATIENCE)
         self._held: deque[tuple[GatedRequest, Ticket]] = deque()
         self._retrying = threading.Lock()
+        self._lines = Throttle(MOST_LINES, LINES_INTERVAL)
 
     def defer(self, request: GatedRequest, ticket: Ticket, *, limited: bool = True) -> None:
         """Put a request's message aside: to wait, or for good if its ticket says that the task is dead.
@@ -74,7 +80,8 @@ class Deferral:
     def _dead_letter(self, request: GatedRequest, ticket: Ticket) -> None:
         self._queues.defer(request.message, ticket, owned=not request.acknowledged, limit=None)
         request.acknowledged = True
-        logger.warning("Task %s[%s] is dead-lettered: %s", request.name, request.id, ticket.reason)
+        what = "Task %s[%s] is dead-lettered: %s"
+        logger.warning(what, request.name, request.id, ticket.reason, extra=request.log_fields)
 
     def _defer(self, request: GatedRequest, ticket: Ticket, *, limited: bool) -> None:
         memory_limit = self._memory.exceeded() if limited else None
@@ -93,8 +100,20 @@ class Deferral:
         if not mine:  # the broker has restored it: its other copy decides
             self.forget(ticket.breaker, [request.id])
         else:
-            request.send_event(TASK_DEFERRED, breaker=ticket.breaker, reason=ticket.reason, since=ticket.since)
-            logger.info("Task %s[%s] deferred: %s", request.name, request.id, ticket.reason)
+            self._tell(request, ticket)
+
+    def _tell(self, request: GatedRequest, ticket: Ticket) -> None:
+        told = {"breaker": ticket.breaker, "reason": ticket.reason, "since": ticket.since}
+        request.send_event(TASK_DEFERRED, **told)
+        signals.tell(signals.task_deferred, request.app, task_id=request.id, task=request.name, **told)
+        if self._lines.admits(ticket.breaker):
+            fields = {**request.log_fields, **told, "event": TASK_DEFERRED}
+            logger.info("Task %s[%s] deferred: %s", request.name, request.id, ticket.reason, extra=fields)
+
+    def tell_suppressed(self, *, early: bool = False) -> None:
+        """Tell how many tasks were deferred without a log line; of intervals that are over, or all ``early``."""
+        for breaker, count in self._lines.take_suppressed(early=early).items():
+            logger.info("%d more tasks deferred for breaker %s", count, breaker, extra={"breaker": breaker})
 
     def keep_apart(self, message: Any, reason: str) -> None:
         """Move a delivered message that is no task's to the dead letters.
@@ -133,13 +152,15 @@ class Deferral:
         except DeferredQueueFullError:
             raise
         except Exception as exc:  # noqa: BLE001 - any broker error: the message must not be lost
-            logger.warning("Task %s[%s] cannot be deferred yet: %s", request.name, request.id, type(exc).__name__)
+            what = "Task %s[%s] cannot be deferred yet: %s"
+            logger.warning(what, request.name, request.id, type(exc).__name__, extra=request.log_fields)
             self._hold(request, ticket)
 
     def _hold(self, request: GatedRequest, ticket: Ticket) -> None:
         if len(self._held) == MOST_HELD:
             lost, _ = self._held.popleft()
-            logger.error("Task %s[%s] is no longer held: %d others are", lost.name, lost.id, MOST_HELD)
+            what = "Task %s[%s] is no longer held: %d others are"
+            logger.error(what, lost.name, lost.id, MOST_HELD, extra=lost.log_fields)
         self._held.append((request, ticket))
 
     def retry_held(self) -> None:
@@ -171,6 +192,7 @@ class Deferral:
     def close(self) -> None:
         """Give what is held one more chance and close the connection."""
         self.retry_held()
+        self.tell_suppressed(early=True)
         if self._held:
             logger.error("%d tasks could not be deferred before shutdown", len(self._held))
         self._queues.close()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import TaskRevokedError
 
+from resilient_tasks import signals
 from resilient_tasks.errors import DeferralExpiredError, ResilienceError
 from resilient_tasks.monitor.events import TASK_RESUMED
 from resilient_tasks.worker import seams
@@ -68,7 +69,14 @@ class DeferredTasks:
                     ledger.add_deferred(breaker, move.entry.task_id, deadline=move.entry.ticket.ends_at)
                 elif move.queue != done[id(move.entry)].queue:
                     self._settle(move.entry, ResilienceError(f"the queue {move.queue} that it came from is gone"))
+        self._tell_resumed([move.entry for move in made if move.resumes])
         return made
+
+    def _tell_resumed(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            ticket = entry.ticket
+            told = {"task_id": entry.task_id, "task": entry.task_name, "breaker": ticket.breaker, "since": ticket.since}
+            signals.tell(signals.task_resumed, self._runtime.app, **told)
 
     def sift_pages(self, breaker: str, choose: Choose, *, enough: Callable[[], bool]) -> Iterator[list[Move]]:
         """Go on with :meth:`sift` until that is ``enough`` or nothing is left; yield what each page has moved."""
@@ -112,7 +120,8 @@ class DeferredTasks:
         """
         if not self._settle(entry, error):
             return None
-        logger.warning("Task %s[%s] is dead-lettered: %s", entry.task_name, entry.task_id, error)
+        what = "Task %s[%s] is dead-lettered: %s"
+        logger.warning(what, entry.task_name, entry.task_id, error, extra=entry.log_fields)
         ticket = entry.ticket.die(self._runtime.fleet.view.server_now(), str(error))
         return Move(entry, self.queues.dead(ticket.breaker), ticket)
 
@@ -124,7 +133,8 @@ class DeferredTasks:
         """
         if not self._settle(entry, TaskRevokedError(reason)):
             return None
-        logger.info("Task %s[%s] was %s while it waited", entry.task_name, entry.task_id, reason)
+        what = "Task %s[%s] was %s while it waited"
+        logger.info(what, entry.task_name, entry.task_id, reason, extra=entry.log_fields)
         return Move(entry, None)
 
     def _settle(self, entry: Entry, error: Exception) -> bool:
@@ -136,7 +146,8 @@ class DeferredTasks:
                 self._fail(entry, error)
         except Exception as exc:  # noqa: BLE001 - whatever a result backend raises
             reason = type(exc).__name__
-            logger.warning("Task %s[%s] cannot end yet (%s): %s", entry.task_name, entry.task_id, error, reason)
+            what = "Task %s[%s] cannot end yet (%s): %s"
+            logger.warning(what, entry.task_name, entry.task_id, error, reason, extra=entry.log_fields)
             return False
         return True
 
@@ -168,7 +179,8 @@ class DeferredTasks:
                 **seams.parts_of(entry.message),
             )
         except Exception as exc:  # noqa: BLE001 - whatever a stranger wrote into the message
-            logger.warning("Task %s[%s] is no task of this app: %r", entry.task_name, entry.task_id, exc)
+            what = "Task %s[%s] is no task of this app: %r"
+            logger.warning(what, entry.task_name, entry.task_id, exc, extra=entry.log_fields)
             return None
 
     def close(self) -> None:

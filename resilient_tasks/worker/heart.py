@@ -92,6 +92,7 @@ class Heart:
 
     def _round(self, wanted: bool) -> None:  # noqa: FBT001 - private
         self._deferral.retry_held()
+        self._deferral.tell_suppressed()
         self._overflow.look()
         self._tell_store()
         if self._tick is not None and not self._stopping.is_set() and (wanted or self._overdue()):

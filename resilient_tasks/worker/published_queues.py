@@ -199,7 +199,8 @@ class PublishedQueues(Queues):
         if move.queue == dead:
             self._publish_to_own(message, dead, move.ticket or move.entry.ticket)
         elif move.queue is not None and not self._send_home(move):
-            logger.error("Task %s is dead-lettered: its queue %s is gone", move.entry.task_id, move.queue)
+            what = "Task %s is dead-lettered: its queue %s is gone"
+            logger.error(what, move.entry.task_id, move.queue, extra=move.entry.log_fields)
             ticket = move.entry.ticket.die(time.time(), f"its queue {move.queue} is gone")
             self._publish_to_own(message, dead, ticket)
             move = replace(move, queue=dead)

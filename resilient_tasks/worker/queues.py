@@ -19,6 +19,7 @@ from celery import Celery
 from kombu.exceptions import DecodeError, OperationalError
 
 from resilient_tasks.core.memory import Memory
+from resilient_tasks.monitor.log import about
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.ticket import Ticket
 
@@ -41,6 +42,11 @@ class Entry:
     def task_name(self) -> str:
         """Name of the task; empty if the message says none."""
         return self._field("task")
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What a log line about it says for machines."""
+        return about(self.task_id, self.task_name, self.ticket.breaker)
 
     def unreadable(self) -> DecodeError | None:
         """Return the error of a message whose body no worker can decode."""

@@ -23,6 +23,7 @@ from celery.worker.request import Request
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.monitor.events import TASK_FALLBACK
+from resilient_tasks.monitor.log import about
 from resilient_tasks.policy import BLOCK
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.options import DEFER
@@ -97,6 +98,11 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     def context(self) -> Any:
         """The task's request context, for result backends."""
         return self._context
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What a log line about it says for machines."""
+        return about(self.id, self.name, self.breaker.name)
 
     @cached_property
     def holder(self) -> str:
@@ -190,7 +196,8 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         try:
             return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
         except NONSENSE:
-            logger.exception("Task %s[%s] has failed, and its callbacks make no sense", self.name, self.id)
+            what = "Task %s[%s] has failed, and its callbacks make no sense"
+            logger.exception(what, self.name, self.id, extra=self.log_fields)
             self.acknowledge()
 
     def on_timeout(self, soft: bool, timeout: float) -> None:  # noqa: FBT001 - Celery's signature
@@ -244,7 +251,8 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         try:
             self.fail(full)
         except Exception:
-            logger.exception("Task %s[%s] has failed, and its result could not be written", self.name, self.id)
+            what = "Task %s[%s] has failed, and its result could not be written"
+            logger.exception(what, self.name, self.id, extra=self.log_fields)
         self.acknowledge()
 
     def fail(self, error: Exception) -> None:

@@ -21,6 +21,7 @@ from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.fallback import Served
+from resilient_tasks.monitor.log import about
 from resilient_tasks.worker.seams import TraceResult
 
 logger = logging.getLogger("resilient_tasks")
@@ -180,7 +181,8 @@ def run_admitted(
     try:
         failed, value, runtime = trace(name, task_id, *args)
     except NONSENSE:
-        logger.exception("Task %s[%s] has run, and its callbacks make no sense", name, task_id)
+        what = "Task %s[%s] has run, and its callbacks make no sense"
+        logger.exception(what, name, task_id, extra=about(task_id, name))
         failed, value, runtime = 1, ExceptionInfo(internal=True), 0.0
     finally:
         current_run.reset(run_token)

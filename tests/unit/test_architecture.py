@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # bottom to top; a module imports from its own layer and from lower ones
 LAYERS = [
     {"errors", "policy", "core"},
-    {"store", "fallback", "monitor", "settings", "checks", "probing"},
+    {"store", "fallback", "monitor", "settings", "checks", "probing", "signals"},
     {"fleet", "guard", "breaker"},
     {"worker"},
     {"app"},
@@ -26,6 +26,7 @@ LAYERS = [
 # who may import what of Celery and its transport
 CELERY = {
     "celery": {"worker", "app", "cli"},
+    "celery.utils.dispatch": {"signals"},
     "billiard": {"worker"},
     "kombu": {"worker"},
     "kombu.serialization": {"worker", "fallback"},

@@ -1,0 +1,58 @@
+"""Log lines that machines can read, too, and a bound on those that come by the thousand."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+
+def about(task_id: str, task: str, breaker: str = "") -> dict[str, str]:
+    """Return the structured fields of a line about a task, for ``extra=``.
+
+    Args:
+        task_id: id of the task.
+        task: its name.
+        breaker: the breaker that it waits for; "" if that is beside the point.
+    """
+    fields = {"task_id": task_id, "task": task}
+    return {**fields, "breaker": breaker} if breaker else fields
+
+
+class Throttle:
+    """Lets so many lines of a kind pass in each interval and counts the others; safe to use from several threads.
+
+    Args:
+        most: lines of one kind that pass in one interval.
+        interval: its length in seconds; it begins with the first line.
+        clock: monotonic clock in seconds.
+    """
+
+    def __init__(self, most: int, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = most
+        self._interval = interval
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._began: dict[str, float] = {}
+        self._seen: Counter[str] = Counter()
+
+    def admits(self, kind: str) -> bool:
+        """Whether one more line of a kind may be written now."""
+        with self._lock:
+            self._began.setdefault(kind, self._clock())
+            self._seen[kind] += 1
+            return self._seen[kind] <= self._most
+
+    def take_suppressed(self, *, early: bool = False) -> dict[str, int]:
+        """End the intervals that are over; return how many lines of each kind did not pass in them, if any.
+
+        Args:
+            early: end those, too, that are not over yet.
+        """
+        with self._lock:
+            over = [kind for kind, began in self._began.items() if early or self._clock() >= began + self._interval]
+            for kind in over:
+                del self._began[kind]
+            seen = {kind: self._seen.pop(kind) for kind in over}
+        return {kind: count - self._most for kind, count in seen.items() if count > self._most}

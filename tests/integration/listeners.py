@@ -1,0 +1,53 @@
+"""What a user's project may add to the shop: receivers of signals, and Sentry. Tests look at what they were told.
+
+``celery -A tests.integration.shop worker --include tests.integration.listeners``
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import sentry_sdk
+from sentry_sdk.integrations.celery import CeleryIntegration
+from sentry_sdk.integrations.logging import LoggingIntegration
+from sentry_sdk.transport import Transport
+
+from resilient_tasks import signals
+from tests.integration.shop import SIDE, app
+
+
+class SideTransport(Transport):
+    """Sends Sentry's events to the side channel."""
+
+    def capture_envelope(self, envelope: Any) -> None:
+        event = envelope.get_event()
+        if event is not None:
+            SIDE.rpush("sentry", json.dumps(event, default=str))
+
+
+sentry_sdk.init(
+    dsn="http://key@localhost/1",
+    transport=SideTransport,
+    integrations=[CeleryIntegration(), LoggingIntegration(event_level=None)],  # what a task raises, and nothing else
+)
+
+
+def tell(signal: Any, sender: Any, breaker: str, **fields: Any) -> None:
+    transition = fields.get("transition")
+    about = transition.epoch if transition else fields["task_id"]
+    SIDE.rpush("signals", json.dumps([signal.name, sender is app, breaker, about]))
+
+
+for name in signals.__all__:
+    getattr(signals, name).connect(tell, sender=app)
+
+
+@signals.task_deferred.connect
+def broken(task: str, **_: Any) -> None:
+    raise RuntimeError(f"a receiver does not like {task}")
+
+
+@app.task
+def mistaken() -> None:
+    raise RuntimeError("a real mistake")

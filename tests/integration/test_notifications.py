@@ -1,0 +1,61 @@
+"""Who hears of an outage: signals, a webhook, the log; and that Sentry does not."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+
+from tests.integration.conftest import Shop
+from tests.support.receiver import Receiver
+
+SECRET = "known to both ends"
+
+
+def told(shop: Shop) -> list[tuple[str, bool, str, object]]:
+    """Return what receivers of signals were told."""
+    return [tuple(json.loads(line)) for line in shop.side.lrange("signals", 0, -1)]
+
+
+def test_an_outage_is_told_once_to_everybody_but_sentry(shop: Shop) -> None:
+    with Receiver() as receiver:
+        shop.beat()
+        worker = shop.worker(
+            arguments=["-I", "tests.integration.listeners"],
+            env={"RESILIENT_TASKS_WEBHOOK_URL": receiver.url, "RESILIENT_TASKS_WEBHOOK_SECRET": SECRET},
+        )
+        shop.set_health("payments", "down")
+        results = [shop.charge.delay(number) for number in range(15)]
+        ids = [result.id for result in results]
+        shop.wait(lambda: shop.waiting("payments") == 15, "all to wait")
+        shop.set_health("payments", "up")
+        shop.wait_done(*results)
+        shop.wait(lambda: shop.payments.snapshot().state == "CLOSED", "the breaker to close")
+        shop.app.send_task("tests.integration.listeners.mistaken")
+        shop.wait(lambda: shop.side.llen("sentry"), "a real mistake to be reported")
+        worker.stop()
+
+    names = Counter(name for name, *_ in told(shop))
+    transitions = [(name, epoch) for name, _, _, epoch in told(shop) if name.startswith("breaker_")]
+    assert names["breaker_closed"] == 1
+    assert names["breaker_opened"] == names["breaker_half_opened"] >= 1
+    assert len(set(transitions)) == len(transitions)
+    assert all(sent_by_app and breaker == "payments" for _, sent_by_app, breaker, _ in told(shop))
+    for name in "task_deferred", "task_resumed":
+        assert {about for told_name, _, _, about in told(shop) if told_name == name} == set(ids)
+    assert names["task_deferred"] == names["task_resumed"]
+
+    posted = [json.loads(body) for _, body in receiver.requests]
+    assert Counter((each["event"].replace("-", "_"), each["epoch"]) for each in posted) == Counter(transitions)
+    assert all(headers["X-Resilient-Tasks-Signature"].startswith("sha256=") for headers, _ in receiver.requests)
+
+    log = worker.output()
+    assert len(re.findall(r"WARNING.*breaker payments: ", log)) == len(transitions)
+    own_lines = len(re.findall(r"Task \S*charge\[.*\] deferred: ", log))
+    counted = sum(map(int, re.findall(r"(\d+) more tasks deferred for breaker payments", log)))
+    assert (own_lines < names["task_deferred"], own_lines + counted) == (True, names["task_deferred"])
+    assert "a receiver does not like" in log
+    assert SECRET not in log
+
+    [reported] = [json.loads(event) for event in shop.side.lrange("sentry", 0, -1)]
+    assert reported["exception"]["values"][-1]["value"] == "a real mistake"

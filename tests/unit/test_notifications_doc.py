@@ -1,0 +1,70 @@
+"""The snippets of docs/notifications.md, as printed, against what the library really sends."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from resilient_tasks import signals
+from resilient_tasks.core.model import State, Transition
+from resilient_tasks.monitor.webhook import body_of, signature
+from tests.support.doubles import wait_until
+
+DOC = (Path(__file__).parents[2] / "docs" / "notifications.md").read_text()
+RECEIVERS, CHECK = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)
+[BODY] = re.findall(r"```json\n(.*?)```", DOC, flags=re.DOTALL)
+OPENED = Transition(
+    "payments", State.CLOSED, State.OPEN, 1789000000123, 1789000000.123,
+    "3 consecutive failures, last: ReadTimeout", "", 17, 5, 0,
+)  # fmt: skip
+
+
+@pytest.fixture
+def told() -> Iterator[list[Any]]:
+    told: list[Any] = []
+    namespace: dict[str, Any] = {
+        "pager": SimpleNamespace(send=told.append),
+        "orders": SimpleNamespace(mark_as_delayed=told.append),
+    }
+    exec(RECEIVERS, namespace)
+    yield told
+    signals.breaker_opened.disconnect(namespace["page_somebody"])
+    signals.task_deferred.disconnect(namespace["tell_the_customer"])
+
+
+def test_its_receivers_are_called(told: list[Any]) -> None:
+    app = Celery("shop", set_as_current=False)
+    signals.tell_of_transition(app, OPENED)
+    fields = {"task_id": "17", "task": "charge", "breaker": "payments", "since": 1.0, "reason": "it is OPEN"}
+    signals.tell(signals.task_deferred, app, **fields)
+    wait_until(lambda: len(told) == 2)
+    assert told == ["shop: payments is OPEN: 3 consecutive failures, last: ReadTimeout", "17"]
+
+
+def test_its_signals_are_all_there_are() -> None:
+    table = DOC.partition("| signal |")[2].partition("\n\n")[0]
+    first_column = " ".join(re.findall(r"^\| (.*?) \|", table, flags=re.MULTILINE))
+    assert set(re.findall(r"`(\w+)`", first_column)) == set(signals.__all__)
+
+
+def test_its_body_is_what_is_sent() -> None:
+    assert json.loads(BODY) == body_of(OPENED, "resilient")
+
+
+def test_its_check_accepts_what_is_sent_and_nothing_else() -> None:
+    namespace: dict[str, Any] = {}
+    exec(CHECK, namespace)
+    is_genuine, secret = namespace["is_genuine"], "a secret of 24 characters"
+    headers = signature(secret.encode(), str(int(time.time())), b"{}")
+    assert is_genuine(headers, b"{}", secret)
+    assert not is_genuine(headers, b"[]", secret)
+    assert not is_genuine(headers, b"{}", "another secret of mine")
+    assert not is_genuine(signature(secret.encode(), "1789000000", b"{}"), b"{}", secret)
