@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
-from typing import Any
 
 import click
 
@@ -40,7 +38,7 @@ def list_breakers(runtime: Runtime, *, as_json: bool) -> None:
     """List all breakers: those that are not CLOSED first, then those with waiting tasks."""
     snapshots = _read(runtime, runtime.breakers)
     if as_json:
-        print_json([_fields(snapshot) for snapshot in snapshots])
+        print_json([snapshot.as_dict() for snapshot in snapshots])
     else:
         print_table(_COLUMNS, [_row(snapshot) for snapshot in snapshots])
 
@@ -58,7 +56,7 @@ def show(runtime: Runtime, ctx: click.Context, name: str, *, as_json: bool) -> N
     """
     [snapshot] = _read(runtime, [name])
     if as_json:
-        print_json(_fields(snapshot))
+        print_json(snapshot.as_dict())
     else:
         click.echo("\n".join(plain_lines(("breaker", name), list(_details(snapshot)))))
     ctx.exit(_exit_code(snapshot.state))
@@ -116,11 +114,6 @@ def _exit_code(state: State) -> int:
     if state is State.HALF_OPEN:
         return TRIALS_ONLY
     return 0 if state in ADMITTING else REFUSES
-
-
-def _fields(snapshot: Snapshot) -> dict[str, Any]:
-    derived = ("failure_rate", "slow_rate", "retry_after", "next_probe_at")
-    return {**asdict(snapshot), **{name: getattr(snapshot, name) for name in derived}}
 
 
 def _row(snapshot: Snapshot) -> Row:

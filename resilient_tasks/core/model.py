@@ -5,8 +5,9 @@ Times are seconds (``float``) on the store's clock, which for a shared store is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
+from typing import Any
 
 
 class State(str, Enum):
@@ -118,6 +119,13 @@ class Snapshot:
     def next_probe_at(self) -> float | None:
         """When the next trial may begin, on the store's clock; None unless the breaker is OPEN."""
         return self.open_until
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all figures by name, the derived ones as well, for programs that read JSON."""
+        return {name: getattr(self, name) for name in _FIGURES}
+
+
+_FIGURES = (*(field.name for field in fields(Snapshot)), "failure_rate", "slow_rate", "retry_after", "next_probe_at")
 
 
 @dataclass(frozen=True, slots=True)

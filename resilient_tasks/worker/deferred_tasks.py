@@ -160,6 +160,8 @@ class DeferredTasks:
             self._events.send("task-failed", uuid=entry.task_id, exception=repr(error), traceback=None)
 
     def _revoke(self, entry: Entry, reason: str) -> None:
+        # monitors take REVOKED for older news than DEFERRED, as long as the task has not left that state
+        self._events.send(TASK_RESUMED, uuid=entry.task_id, exception=reason, traceback=None)
         request = self._request(entry)
         if request is not None:
             seams.announce_revoked(request, reason, expired=reason == "expired")

@@ -8,18 +8,17 @@ import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import redis
 from celery.events.state import State as EventState
 
 from tests.integration.conftest import Shop
-from workers.processes import LOCALHOST, Program, accepts_connections, celery_command, free_port
+from workers.processes import LOCALHOST, Program, celery_command, free_port
 
 
 def all_done(results: list[Any]) -> bool:
@@ -185,7 +184,7 @@ def test_every_pool_process_obeys_an_operator(shop: Shop, *, published: bool) ->
     print(f"known after {min(delays):.4f} to {max(delays):.4f} s, median {statistics.median(delays):.4f} s")
 
 
-# --- events and Flower ---------------------------------------------------------------------------------
+# --- events ---------------------------------------------------------------------------------------------
 
 
 class Audience:
@@ -236,33 +235,6 @@ def test_monitors_see_every_task_deferred_and_done(shop: Shop) -> None:
 
 def _tasks(audience: Audience, ids: set[str]) -> list[Any]:
     return [audience.state.tasks.get(task_id) or audience.state.Task(uuid=task_id, state="PENDING") for task_id in ids]
-
-
-def test_flower_shows_the_right_states(shop: Shop) -> None:
-    pytest.importorskip("flower")
-    tasks = _start_flower(shop)
-    shop.worker()
-    shop.open("payments")
-    ids = [shop.charge.delay(order).id for order in range(10)]
-    shop.wait(lambda: [tasks().get(task_id) for task_id in ids] == ["DEFERRED"] * 10, "all to be shown DEFERRED")
-    shop.close("payments")
-    shop.wait(lambda: [tasks().get(task_id) for task_id in ids] == ["SUCCESS"] * 10, "all to be shown SUCCESS")
-
-
-def _start_flower(shop: Shop) -> Callable[[], dict[str, str]]:
-    """Start Flower and return what asks it for the states of all tasks."""
-    url = f"http://{LOCALHOST}:{(port := free_port())}"
-    command = celery_command("tests.integration.shop", "flower", f"--address={LOCALHOST}", f"--port={port}")
-    project = Path(__file__).parents[2]
-    others = shop.broker.smembers("_kombu.binding.celeryev")
-    shop.program(command, directory=project, env={"FLOWER_UNAUTHENTICATED_API": "true"})
-    shop.wait(lambda: accepts_connections(port), "Flower to answer")
-    shop.wait(lambda: shop.broker.smembers("_kombu.binding.celeryev") - others, "Flower to listen")
-
-    def states() -> dict[str, str]:
-        return {task_id: task["state"] for task_id, task in httpx.get(f"{url}/api/tasks").json().items()}
-
-    return states
 
 
 # --- Celery's own features ------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ LAYERS = [
     {"worker"},
     {"app"},
     {"__init__"},
-    {"cli", "testing"},
+    {"flower", "testing"},
+    {"cli"},
 ]
 # who may import what of Celery and its transport
 CELERY = {

@@ -23,10 +23,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def test_the_wheel_holds_every_source_file_lua_script_and_the_type_marker(wheel: zipfile.ZipFile) -> None:
-    wanted = {
-        str(path.relative_to(ROOT)) for pattern in ("*.py", "*.lua", "py.typed") for path in PACKAGE.rglob(pattern)
-    }
+def test_the_wheel_holds_every_source_file_script_page_and_the_type_marker(wheel: zipfile.ZipFile) -> None:
+    patterns = ("*.py", "*.lua", "*.html", "*.js", "*.css", "py.typed")
+    wanted = {str(path.relative_to(ROOT)) for pattern in patterns for path in PACKAGE.rglob(pattern)}
     assert "resilient_tasks/py.typed" in wanted
     assert wanted <= set(wheel.namelist())
 

@@ -1,0 +1,75 @@
+"""The JSON API: ``/api/breakers``, ``/api/breakers/NAME`` and what can be done to a breaker and its tasks."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from tornado import web
+
+from resilient_tasks.core.model import Verb
+from resilient_tasks.flower import seams
+from resilient_tasks.flower.handlers import Api, failures_told
+
+RESUME = "resume"
+
+
+class Breakers(Api):
+    """``GET /api/breakers``."""
+
+    async def get(self) -> None:
+        """Return all breakers."""
+        look = await self.desk.watch.look()
+        if look.read_at is None:
+            raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, look.problem or "the store does not answer")
+        self.set_header("Content-Type", "application/json; charset=UTF-8")
+        self.write(look.as_json())
+
+
+class Breaker(Api):
+    """``GET /api/breakers/NAME``."""
+
+    async def get(self, name: str) -> None:
+        """Return one breaker."""
+        look = await self.known(name)
+        self.write({"breaker": look.snapshots[name].as_dict(), **look.freshness()})
+
+
+class Steering(Api):
+    """``POST /api/breakers/NAME/VERB``."""
+
+    async def post(self, name: str, verb: str) -> None:
+        """Carry out an operator's verb."""
+        await self.known(name)
+        with failures_told(self.desk):
+            if verb == RESUME:
+                await self._resume(name)
+            elif verb in set(Verb):
+                snapshot = await self.desk.command(name, Verb(verb), self.reason, seams.user_of(self))
+                self.write({"breaker": snapshot.as_dict()})
+            else:
+                allowed = ", ".join([*map(str, Verb), RESUME])
+                raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no verb is {verb!r}; allowed are {allowed}")
+
+    async def _resume(self, name: str) -> None:
+        resumed = await self.desk.resume(name, self.rate)
+        if resumed is None:
+            self.set_status(HTTPStatus.ACCEPTED)
+        self.write({"resumed": resumed})
+
+
+class Tasks(Api):
+    """``POST /api/breakers/NAME/deferred/drop``, ``.../dead/replay`` and ``.../dead/drop``."""
+
+    async def post(self, name: str, kind: str, verb: str) -> None:
+        """Do something to the tasks whose ids are given."""
+        await self.known(name)
+        deeds = {
+            "deferred/drop": self.desk.drop_deferred,
+            "dead/drop": self.desk.drop_dead,
+            "dead/replay": self.desk.replay_dead,
+        }
+        deed = deeds.get(f"{kind}/{verb}")
+        if deed is None:
+            raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no verb is {kind}/{verb}; allowed are {', '.join(deeds)}")
+        with failures_told(self.desk):
+            self.write({"done": await deed(name, self.task_ids)})

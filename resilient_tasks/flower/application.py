@@ -1,0 +1,46 @@
+"""``FlowerWithBreakers``: Flower, with our handlers before its own."""
+
+from __future__ import annotations
+
+import logging
+from importlib import resources
+from typing import Any
+
+from tornado import web
+
+from resilient_tasks.flower import api, pages, seams
+from resilient_tasks.flower.desk import Desk
+from resilient_tasks.worker.runtime import find_runtime
+
+logger = logging.getLogger("resilient_tasks")
+
+_NAME = r"([^/]+)"
+
+
+class FlowerWithBreakers(seams.Flower):
+    """Flower as ``flower.command`` makes it, with what is ours; without, if the app has no ``Resilience``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["template_loader"] = seams.Templates(kwargs["template_path"])
+        super().__init__(*args, **kwargs)
+        runtime = find_runtime(self.capp)
+        if runtime is None:
+            raise SystemExit(f"app {self.capp.main!r} has no Resilience: name the app that has, as in celery -A proj")
+        self.add_handlers(".*", seams.prefixed(_handlers(Desk(runtime)), self.options))
+
+
+def _handlers(desk: Desk) -> list[web.url]:
+    ours = {"desk": desk}
+    static = str(resources.files("resilient_tasks.flower") / "static")
+    return [
+        web.url(r"/breakers", pages.Breakers, ours, name="breakers"),
+        web.url(r"/breakers-static/(.+)", web.StaticFileHandler, {"path": static}, name="breakers-static"),
+        web.url(rf"/breakers/{_NAME}", pages.Breaker, ours),
+        web.url(rf"/breakers/{_NAME}/(deferred|dead)", pages.Tasks, ours),
+        web.url(r"/broker", pages.Broker, ours),
+        web.url(r"/api/breakers", api.Breakers, ours),
+        web.url(rf"/api/breakers/{_NAME}", api.Breaker, ours),
+        web.url(rf"/api/breakers/{_NAME}/{_NAME}", api.Steering, ours),
+        web.url(rf"/api/breakers/{_NAME}/{_NAME}/{_NAME}", api.Tasks, ours),
+        web.url(r"/api/queues/length", pages.QueueLengths, ours),
+    ]

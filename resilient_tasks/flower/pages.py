@@ -1,0 +1,97 @@
+"""The pages: all breakers, one breaker; and Flower's own Broker page with our queues."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from tornado import web
+
+from resilient_tasks.core.model import Verb
+from resilient_tasks.flower import seams
+from resilient_tasks.flower.api import RESUME
+from resilient_tasks.flower.handlers import Page, failures_told, look_for
+
+VERBS = {
+    Verb.TRIP: "Open it as if it had tripped: it heals by itself.",
+    Verb.ISOLATE: "Refuse all calls, probes too, until reset.",
+    Verb.DISABLE: "Admit all calls and count nothing, until reset.",
+    Verb.SHADOW: "Admit all calls, count, and tell when it would have opened, until reset.",
+    Verb.RESET: "Close it, with an empty window.",
+    RESUME: "Send the waiting tasks back to their queues now, without the workers' slow start.",
+}
+
+
+class _BreakersPage(Page):
+    def show(self, template: str, **values: Any) -> None:
+        """Render one of our templates."""
+        may_act = seams.api_is_open(self) and not seams.is_read_only(self)
+        self.render(f"breakers/{template}", verbs=VERBS, may_act=may_act, **values)
+
+    @property
+    def wants_json(self) -> bool:
+        """Whether the page asks for its own data, as Flower's own pages do."""
+        return bool(seams.raw_argument(self, "json"))
+
+
+class Breakers(_BreakersPage):
+    """``/breakers``."""
+
+    @web.authenticated
+    async def get(self) -> None:
+        """Show all breakers."""
+        if self.wants_json:
+            self.set_header("Content-Type", "application/json; charset=UTF-8")
+            self.write((await self.desk.watch.look()).as_json())
+        else:
+            self.show("list.html")
+
+
+class Breaker(_BreakersPage):
+    """``/breakers/NAME``."""
+
+    @web.authenticated
+    async def get(self, name: str) -> None:
+        """Show one breaker."""
+        look = await look_for(self.desk, name)
+        if self.wants_json:
+            snapshot = look.snapshots.get(name)
+            self.write({"breaker": snapshot and snapshot.as_dict(), **look.freshness()})
+        else:
+            self.show("one.html", name=name)
+
+
+class Tasks(_BreakersPage):
+    """``/breakers/NAME/deferred`` and ``/breakers/NAME/dead``: what a breaker's page shows of its tasks."""
+
+    @web.authenticated
+    async def get(self, name: str, kind: str) -> None:
+        """List tasks as JSON."""
+        await look_for(self.desk, name)
+        try:
+            with failures_told(self.desk):
+                self.write(await (self.desk.deferred(name) if kind == "deferred" else self.desk.dead(name)))
+        except web.HTTPError as error:
+            if error.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
+                raise
+            self.set_status(error.status_code)
+            self.write({"error": error.log_message})
+
+
+class _OurQueues:
+    """Adds the deferred and dead-letter queues to those that Flower asks the broker about."""
+
+    def initialize(self, desk: Any) -> None:
+        self.desk = desk
+
+    def get_active_queue_names(self) -> list[str]:
+        theirs: list[str] = super().get_active_queue_names()  # type: ignore[misc]  # a mixin of Flower's handlers
+        return sorted({*theirs, *self.desk.queues})
+
+
+class Broker(_OurQueues, seams.BrokerView):
+    """Flower's ``/broker``."""
+
+
+class QueueLengths(_OurQueues, seams.GetQueueLengths):
+    """Flower's ``/api/queues/length``."""

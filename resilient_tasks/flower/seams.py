@@ -1,0 +1,117 @@
+"""Every touch of something inside Flower, in one place.
+
+``tests/unit/test_flower_seams.py`` fails when one of them moves. Flower 2.1 and newer.
+"""
+
+from __future__ import annotations
+
+import binascii
+from base64 import b64decode
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from flower import command
+from flower.api import BaseApiHandler
+from flower.api.tasks import GetQueueLengths
+from flower.app import Flower, rewrite_handler
+from flower.views import BaseHandler
+from flower.views.broker import BrokerView
+from tornado import template, web
+
+__all__ = [
+    "BaseApiHandler",
+    "BaseHandler",
+    "BrokerView",
+    "Flower",
+    "GetQueueLengths",
+    "Templates",
+    "api_is_open",
+    "command",
+    "is_foreign",
+    "is_read_only",
+    "prefixed",
+    "raw_argument",
+    "user_of",
+]
+
+#: Whoever acts where nobody has to log in.
+NOBODY = "flower"
+
+_OURS = "breakers/"
+_END_OF_NAVIGATION = "</ul>"
+_OUR_ITEM = """
+        <li class="nav-item">
+          <a class="nav-link{% if active_tab == 'breakers' %} active{% end %}"
+            href="{{ reverse_url('breakers') }}"
+            {% if active_tab == 'breakers' %}aria-current="page"{% end %}>Breakers</a>
+        </li>
+      """
+
+
+class Templates(template.Loader):
+    """Flower's templates, with one more item in the navigation, and ours below ``breakers/``."""
+
+    def resolve_path(self, name: str, parent_path: str | None = None) -> str:  # noqa: ARG002 - all names are absolute
+        """Return a template's name: ours extend Flower's, which lie in no folder."""
+        return name
+
+    def _create_template(self, name: str) -> template.Template:
+        if name.startswith(_OURS):
+            ours = resources.files("resilient_tasks.flower") / "templates" / name.removeprefix(_OURS)
+            return template.Template(ours.read_text("utf-8"), name=name, loader=self)
+        if name == "navbar.html":
+            return template.Template(self._navigation(), name=name, loader=self)
+        return super()._create_template(name)
+
+    def _navigation(self) -> str:
+        theirs = Path(self.root, "navbar.html").read_text("utf-8")
+        return theirs.replace(_END_OF_NAVIGATION, _OUR_ITEM + _END_OF_NAVIGATION, 1)
+
+
+def prefixed(handlers: list[web.url], options: Any) -> list[web.url]:
+    """Return handlers as they are reached below Flower's ``url_prefix``."""
+    if not options.url_prefix:
+        return handlers
+    return [rewrite_handler(handler, options.url_prefix) for handler in handlers]
+
+
+def is_read_only(handler: Any) -> bool:
+    """Whether this Flower lets nobody change anything."""
+    return bool(handler.application.options.read_only)
+
+
+def api_is_open(handler: Any) -> bool:
+    """Whether requests that change something get anywhere: Flower has no such API unless people log in."""
+    try:
+        BaseApiHandler.prepare(handler)
+    except web.HTTPError:
+        return False
+    return True
+
+
+def is_foreign(handler: Any) -> bool:
+    """Whether a page of somebody else makes this request in the user's name, as far as the browser says."""
+    site = handler.request.headers.get("Sec-Fetch-Site")
+    if site is not None:
+        return str(site) not in {"same-origin", "none"}
+    origin = handler.request.headers.get("Origin")
+    return origin is not None and str(origin).partition("://")[2] != handler.request.host
+
+
+def user_of(handler: Any) -> str:
+    """Return who makes a request: the e-mail address or the name that somebody has logged in with."""
+    if isinstance(handler.current_user, str):
+        return handler.current_user
+    if handler.application.options.basic_auth:
+        credentials = handler.request.headers.get("Authorization", "").partition(" ")[2]
+        try:
+            return b64decode(credentials).decode().partition(":")[0] or NOBODY
+        except (binascii.Error, UnicodeDecodeError):
+            return NOBODY
+    return NOBODY
+
+
+def raw_argument(handler: Any, name: str) -> str:
+    """Return an argument as it was sent, "" without one; Flower's own method writes HTML entities into it."""
+    return str(web.RequestHandler.get_argument(handler, name, ""))

@@ -1,0 +1,78 @@
+// One breaker, live; its tasks when asked for, because a look at them costs the broker something.
+import {NOTHING, ask, badge, byId, el, figures, get, live, mayAct, moment, pageUrl, post, taskUrl, toast} from "./common.js";
+
+const page = byId("breaker-page");
+const name = page.dataset.name;
+const VERBS = {deferred: ["drop"], dead: ["replay", "drop"]};
+
+// --- figures -------------------------------------------------------------------------------------
+
+function show({breaker}) {
+    if (!breaker) {
+        return;
+    }
+    const shown = figures(breaker);
+    byId("state").replaceChildren(badge(breaker.state));
+    byId("story").textContent = `for ${shown.since}: ${shown.reason}`;
+    byId("facts").replaceChildren(...[
+        ["Calls", shown.calls], ["Failed", `${breaker.failures} · ${shown.failed}`],
+        ["Slow", `${breaker.slow} · ${shown.slow}`], ["Deferred", shown.deferred], ["Oldest wait", shown.oldest],
+        ["Openings in a row", breaker.openings], ["Trials in flight", breaker.trials], ["Next probe", shown.probe],
+        ["Since", breaker.epoch ? moment(breaker.since) : NOTHING], ["Recovery", breaker.recovery || NOTHING],
+    ].map(([term, value]) => el("div", {}, el("dt", {}, term), el("dd", {}, String(value)))));
+}
+
+// --- tasks ---------------------------------------------------------------------------------------
+
+function cell(text) {
+    return el("td", {title: text}, text || NOTHING);
+}
+
+function taskRow(kind, task) {
+    const row = el(
+        "tr", {"data-task": task.task_id}, cell(task.task),
+        el("td", {}, el("a", {href: taskUrl(task.task_id)}, task.task_id)), cell(task.args), cell(task.kwargs),
+        cell(moment(task.since)), el("td", {class: "text-end"}, String(task.attempts)), cell(task.reason),
+    );
+    row.append(el("td", {}, ...(mayAct ? VERBS[kind].map((verb) => taskButton(kind, verb, task.task_id)) : [])));
+    return row;
+}
+
+function taskButton(kind, verb, id) {
+    const button = el("button", {type: "button", class: "btn btn-outline-primary btn-sm me-1", "data-verb": verb}, verb);
+    button.addEventListener("click", async () => {
+        if (verb === "drop" && !window.confirm(`Drop ${id}, never to run?`)) {
+            return;
+        }
+        try {
+            await post(name, [kind, verb], {id});
+            toast(`${id}: ${verb} done`, "success");
+        } catch (error) {
+            toast(error.message, "danger");
+        }
+        await list(kind);
+        refresh();
+    });
+    return button;
+}
+
+async function list(kind) {
+    const section = byId(kind);
+    try {
+        const {count, tasks} = await get(pageUrl(name, kind));
+        const more = tasks.length < count ? `${tasks.length} of ${count}` : `${count}`;
+        section.querySelector(".task-count").textContent = more;
+        section.querySelector("tbody").replaceChildren(...tasks.map((task) => taskRow(kind, task)));
+    } catch (error) {
+        section.querySelector(".task-count").textContent = error.message;
+    }
+}
+
+for (const kind of Object.keys(VERBS)) {
+    byId(kind).querySelector(".reload").addEventListener("click", () => list(kind));
+    list(kind);
+}
+for (const button of document.querySelectorAll(".breaker-verbs [data-verb]")) {
+    button.addEventListener("click", () => ask(name, button.dataset.verb, () => refresh()));
+}
+const refresh = live(page, pageUrl(name), show);

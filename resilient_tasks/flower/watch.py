@@ -1,0 +1,95 @@
+"""``Watch``: what Flower last read from the store. Pages are made of it, so that a store that is away delays none."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from resilient_tasks.core.model import Snapshot
+from resilient_tasks.errors import StoreError
+from resilient_tasks.flower.errands import Errands, NoAnswerError
+
+#: Seconds for which what was read counts as new.
+FRESH = 0.5
+#: Seconds that a page waits for the store before it shows what was read before.
+PATIENCE = 1.0
+#: Seconds after which the next attempt to read begins, whatever has become of the former.
+_GIVE_UP = 10.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """All breakers at one moment.
+
+    Args:
+        snapshots: by name.
+        read_at: when they were read, seconds since the epoch; None: they never were.
+        problem: why they could not be read since; "" if nobody knows of any.
+    """
+
+    snapshots: Mapping[str, Snapshot] = field(default_factory=dict)
+    read_at: float | None = None
+    problem: str = ""
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since they were read."""
+        return None if self.read_at is None else max(0.0, time.time() - self.read_at)
+
+    def freshness(self) -> dict[str, Any]:
+        """Return how new this is, for whoever is shown it."""
+        return {"read_at": self.read_at, "age": self.age, "problem": self.problem}
+
+    def as_json(self) -> str:
+        """Return everything as a JSON object."""
+        return f'{json.dumps(self.freshness())[:-1]}, "breakers": {self.breakers_json}}}'
+
+    @cached_property
+    def breakers_json(self) -> str:
+        """All breakers as a JSON array; made once, because it is sent to many."""
+        return json.dumps([snapshot.as_dict() for snapshot in self.snapshots.values()])
+
+
+class Watch:
+    """Reads breakers when somebody looks, at most twice a second for all who look.
+
+    Args:
+        read: reads all breakers from the store; blocks.
+        errands: who calls it.
+    """
+
+    def __init__(self, read: Callable[[], Sequence[Snapshot]], errands: Errands) -> None:
+        self._read = read
+        self._errands = errands
+        self._latest = Look()
+        self._fresh_until = 0.0
+        self._reading: asyncio.Task[None] | None = None
+
+    async def look(self) -> Look:
+        """Return what the store says; what it said before, if it does not answer at once."""
+        if time.monotonic() >= self._fresh_until:
+            if self._reading is None or self._reading.done():
+                self._reading = asyncio.ensure_future(self._refresh())
+            await asyncio.wait({self._reading}, timeout=PATIENCE)
+        return self._latest
+
+    def forget(self) -> None:
+        """Read again when somebody looks: something has just been changed."""
+        self._fresh_until, self._reading = 0.0, None
+
+    async def _refresh(self) -> None:
+        try:
+            self._latest = await self._errands.run(self._take, patience=_GIVE_UP)
+            self._fresh_until = time.monotonic() + FRESH
+        except (StoreError, NoAnswerError) as error:
+            self._latest = replace(self._latest, problem=str(error))
+
+    def _take(self) -> Look:
+        look = Look({snapshot.name: snapshot for snapshot in self._read()}, time.time())
+        _ = look.breakers_json  # made here, and not in the event loop
+        return look

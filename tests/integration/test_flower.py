@@ -1,0 +1,238 @@
+"""Breakers in a real Flower, beside stock Flower: states of tasks, verbs, dead letters, a restart in mid-outage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from resilient_tasks.worker.ticket import Ticket
+from tests.integration.conftest import MODULE, PATIENCE, Shop
+from tests.integration.test_bad_messages import message
+from tests.support.browser import Browser, chromium_binary
+from workers.processes import LOCALHOST, Program, celery_command, free_port, start_program
+
+ANN = ("ann", "secret")
+NASTY = "</td><img src=x onerror=alert(1)><script>alert(2)</script>"
+
+
+class Site:
+    """A running Flower."""
+
+    def __init__(self, program: Program, url: str) -> None:
+        self.program = program
+        self.url = url
+        self.client = httpx.Client(base_url=url, auth=ANN, timeout=PATIENCE)
+
+    def get(self, address: str) -> Any:
+        """Return what an address answers as JSON."""
+        return self.client.get(address).raise_for_status().json()
+
+    def post(self, address: str, **words: Any) -> httpx.Response:
+        """Send words to an address."""
+        return self.client.post(address, json=words)
+
+    def states(self, ids: list[str]) -> list[str]:
+        """Return the states of tasks as Flower shows them."""
+        tasks = self.get("/api/tasks")
+        return [tasks.get(task_id, {}).get("state") for task_id in ids]
+
+    def stop(self) -> None:
+        """Stop it."""
+        self.client.close()
+        self.program.stop()
+
+
+def start_flower(shop: Shop, directory: Path, *command: str) -> Site:
+    """Start a Flower in a directory and wait until it listens to events."""
+    port = free_port()
+    arguments = celery_command(MODULE, *command, f"--address={LOCALHOST}", f"--port={port}", "--basic-auth=ann:secret")
+    listeners = shop.broker.smembers("_kombu.binding.celeryev")
+    environment = {**shop.env, "PYTHONPATH": str(Path(__file__).parents[2])}
+    program = start_program(arguments, name=f"flower{port}", directory=directory, env=environment, cwd=directory)
+    program.wait_ready(lambda: bool(shop.broker.smembers("_kombu.binding.celeryev") - listeners), timeout=PATIENCE)
+    site = Site(program, f"http://{LOCALHOST}:{port}")
+    program.wait_ready(lambda: _answers(site), timeout=PATIENCE)
+    return site
+
+
+def _answers(site: Site) -> bool:
+    try:
+        return site.client.get("/healthcheck").is_success
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def ours(_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    site = start_flower(_shop, tmp_path_factory.mktemp("flower"), "breakers", "flower")
+    yield site
+    site.stop()
+    print(site.program.output())
+
+
+def put_aside(shop: Shop, queue: str, ticket: Ticket, *ids: str) -> None:
+    """Put messages with such a ticket into a queue of payments, the first of them at its head."""
+    messages = [message(id=task_id, argsrepr=f"({NASTY!r},)", **ticket.write({})) for task_id in ids]
+    shop.broker.lpush(f"resilient.{queue}.payments", *messages)
+
+
+WAITING = Ticket(breaker="payments", origin="celery", since=1.0, reason=NASTY)
+
+
+# --- states of tasks -----------------------------------------------------------------------------------
+
+
+def test_the_states_of_tasks_are_right_at_every_step_in_stock_flower_and_in_ours(
+    shop: Shop, ours: Site, tmp_path: Path
+) -> None:
+    stock = start_flower(shop, tmp_path, "flower")
+
+    def both(ids: list[str], state: str) -> None:
+        for site in (stock, ours):
+            shop.wait(lambda: set(site.states(ids)) == {state}, f"all to be {state}")  # noqa: B023 - called here
+
+    try:
+        shop.worker()
+        shop.set_health("slow", "hang")
+        shop.open("payments")
+        burst = [shop.charge.delay(order).id for order in range(400)]
+        long, revoked = shop.charge.delay(1, dependency="slow").id, shop.charge.delay(2).id
+        both([*burst, long, revoked], "DEFERRED")
+        expired, dead = shop.charge.apply_async((3,), expires=1).id, shop.urgent.delay().id
+        shop.app.control.revoke(revoked)
+        both([revoked, expired], "REVOKED")
+        both([dead], "FAILURE")
+        shop.close("payments")
+        both(burst, "SUCCESS")
+        both([long], "STARTED")
+        shop.set_health("slow", "up")
+        both([long], "SUCCESS")
+        assert set(ours.get("/workers?json=1")["data"][0]) >= {"hostname"}
+    finally:
+        stock.stop()
+
+
+# --- steering ------------------------------------------------------------------------------------------
+
+
+def test_deferred_and_dead_tasks_are_listed_resumed_dropped_and_replayed(shop: Shop, ours: Site) -> None:
+    put_aside(shop, "deferred", WAITING, *"abc")
+    put_aside(shop, "dead", WAITING.die(2.0, "made up"), *"xyz")
+    waiting = ours.get("/breakers/payments/deferred")
+    assert (waiting["count"], [task["task_id"] for task in waiting["tasks"]]) == (3, ["a", "b", "c"])
+    assert waiting["tasks"][0]["args"] == f"({NASTY!r},)"
+    assert ours.post("/api/breakers/payments/deferred/drop", id="a").json() == {"done": ["a"]}
+    assert ours.post("/api/breakers/payments/resume").json() == {"resumed": 2}
+    assert ours.post("/api/breakers/payments/dead/replay", id="x,y").json() == {"done": ["x", "y"]}
+    missing = ours.post("/api/breakers/payments/dead/drop", id=["z", "nobody"])
+    assert missing.status_code == 404
+    assert "nobody" in missing.json()["error"]
+    assert ours.get("/breakers/payments/dead") == {"count": 0, "tasks": []}
+    assert shop.broker.llen("celery") == 4
+
+
+def test_what_an_open_breaker_holds_is_not_resumed(shop: Shop, ours: Site) -> None:
+    shop.open("payments")
+    put_aside(shop, "deferred", WAITING, *"abc")
+    refused = ours.post("/api/breakers/payments/resume")
+    assert (refused.status_code, "would be deferred again" in refused.json()["error"]) == (409, True)
+    shop.close("payments")
+    assert ours.post("/api/breakers/payments/resume", rate=50).json() == {"resumed": 3}
+
+
+def test_deferred_and_dead_letter_queues_are_on_flowers_broker_page(shop: Shop, ours: Site) -> None:
+    put_aside(shop, "deferred", WAITING, *"abc")
+    lengths = {queue["name"]: queue["messages"] for queue in ours.get("/api/queues/length")["active_queues"]}
+    assert lengths["resilient.deferred.payments"] == 3
+    assert lengths["resilient.dead.payments"] == 0
+    assert "resilient.deferred.payments" in ours.client.get("/broker").text
+
+
+def test_a_stock_flower_with_one_line_that_starts_in_mid_outage_says_what_the_other_says(
+    shop: Shop, ours: Site, tmp_path: Path
+) -> None:
+    shop.payments.isolate(reason="maintenance", actor="ann@desk")
+    put_aside(shop, "deferred", WAITING, *"abc")
+    tmp_path.joinpath("flowerconfig.py").write_text("from resilient_tasks.flower import install; install()\n")
+    fresh = start_flower(shop, tmp_path, "flower")
+    try:
+        told = [_without_time(site.get("/api/breakers/payments")) for site in (ours, fresh)]
+        assert told[0] == told[1]
+        assert (told[1]["state"], told[1]["actor"], told[1]["reason"]) == ("FORCED_OPEN", "ann@desk", "maintenance")
+    finally:
+        fresh.stop()
+
+
+def _without_time(answer: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in answer["breaker"].items() if name != "now"}
+
+
+# --- what people see -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(ours: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if chromium_binary() is None:
+        pytest.skip("Chromium is not installed")
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    browser.log_in(*ANN)
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def shots(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    directory = tmp_path_factory.mktemp("screenshots")
+    return lambda name: directory / f"{name}.png"
+
+
+@pytest.mark.chromium
+def test_a_person_sees_what_is_open_and_isolates_a_breaker_by_click(
+    shop: Shop, ours: Site, browser: Browser, shots: Callable[[str], Path]
+) -> None:
+    put_aside(shop, "deferred", WAITING, *"abc")
+    browser.open(f"{ours.url}/breakers")
+    row = 'tr[data-breaker="payments"]'
+    browser.wait(f"document.querySelector('{row}') && document.querySelector('#live-status').innerText === 'Live'")
+    assert browser.text(".nav-link.active") == "Breakers"
+    browser.click(f"{row} button")
+    browser.wait("document.activeElement.id === 'act-reason'")
+    browser.write(f"{NASTY} maintenance")
+    browser.click("#act-go")
+    browser.wait(f"document.querySelector('{row}').innerText.includes('FORCED_OPEN')")
+    assert f"{NASTY} maintenance (ann)" in browser.text(f"{row} .reason")
+    assert shop.payments.snapshot().actor == "ann"
+    assert browser.text("#breakers-table tbody tr").startswith("payments")
+    for scheme in ("light", "dark"):
+        browser.prefer(scheme)
+        browser.wait(f"document.documentElement.dataset.bsTheme === '{scheme}'")
+        browser.screenshot(shots(f"breakers-{scheme}"))
+    shop.close("payments")
+    browser.wait(f"document.querySelector('{row}').innerText.includes('CLOSED')")
+    assert browser.complaints == []
+
+
+@pytest.mark.chromium
+def test_a_person_sees_one_breaker_and_drops_its_tasks_by_click(
+    shop: Shop, ours: Site, browser: Browser, shots: Callable[[str], Path]
+) -> None:
+    put_aside(shop, "deferred", WAITING, "a", NASTY)
+    put_aside(shop, "dead", WAITING.die(2.0, NASTY), *"xyz")
+    shop.open("payments")
+    browser.open(f"{ours.url}/breakers/payments#deferred")
+    browser.wait("document.querySelectorAll('#dead tbody tr').length === 3")
+    browser.wait("document.querySelectorAll('#deferred tbody tr').length === 2")
+    assert NASTY in browser.text("#deferred tbody")
+    browser.wait("document.querySelector('#state').innerText === 'FORCED_OPEN'")
+    for scheme in ("light", "dark"):
+        browser.prefer(scheme)
+        browser.wait(f"document.documentElement.dataset.bsTheme === '{scheme}'")
+        browser.screenshot(shots(f"breaker-{scheme}"))
+    browser.click('#dead tr[data-task="x"] [data-verb="replay"]')
+    browser.wait("document.querySelectorAll('#dead tbody tr').length === 2")
+    assert shop.broker.llen("celery") == 1
+    assert browser.complaints == []

@@ -1,0 +1,298 @@
+"""Breakers in Flower: pages, the JSON API, who may do what, and input that means harm."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import pytest
+from celery import Celery
+
+from resilient_tasks import Breaker, Resilience
+from resilient_tasks.errors import StoreError
+from resilient_tasks.store.local import LocalStore
+from resilient_tasks.testing import Clock
+from tests.support.flower_site import flower_site
+
+ANN = ("ann", "secret")
+NASTY = "</td><script>alert(1)</script>\"'&\x1b[2J"
+
+Serve = Callable[..., httpx.Client]
+
+
+@pytest.fixture
+def app() -> Celery:
+    return Celery("flowers", broker="memory://", set_as_current=False)
+
+
+@pytest.fixture
+def serve(app: Celery) -> Iterator[Serve]:
+    """Serve Flower with some options; without others, as one in which ann has logged in."""
+    with ExitStack() as sites:
+
+        def serve(user: tuple[str, str] | None = ANN, **chosen: Any) -> httpx.Client:
+            client = sites.enter_context(flower_site(app, **{"basic_auth": [":".join(ANN)], **chosen}))
+            if user is not None:
+                client.auth = user
+            return client
+
+        yield serve
+
+
+@pytest.fixture
+def site(serve: Serve, clock: Clock) -> httpx.Client:
+    return serve()
+
+
+# --- seeing --------------------------------------------------------------------------------------------
+
+
+def test_the_api_tells_what_the_store_knows(site: httpx.Client, payments: Breaker) -> None:
+    payments.trip(reason=NASTY, actor="ann@desk")
+    everything = site.get("/api/breakers").json()
+    assert everything["problem"] == ""
+    assert everything["age"] < 60
+    [listed] = everything["breakers"]
+    assert (listed["name"], listed["state"], listed["retry_after"]) == ("payments", "OPEN", 10.0)
+    assert (listed["reason"], listed["actor"]) == (NASTY, "ann@desk")
+    assert site.get("/api/breakers/payments").json()["breaker"] == listed
+    assert site.get("/breakers", params={"json": 1}).json()["breakers"] == [listed]
+    assert site.get("/breakers/payments", params={"json": 1}).json()["breaker"] == listed
+
+
+@pytest.mark.parametrize("address", ["/breakers", "/breakers/payments", "/workers"])
+def test_every_page_leads_to_the_breakers(site: httpx.Client, address: str) -> None:
+    if address == "/workers":
+        address = "/broker/none"  # any page of Flower's own: an error page needs no worker
+    page = site.get(address)
+    assert 'href="/breakers"' in page.text
+    assert page.headers["content-type"].startswith("text/html")
+
+
+def test_pages_let_only_our_own_scripts_run(site: httpx.Client) -> None:
+    page = site.get("/breakers/payments")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    assert "<script>" not in page.text
+    for script in ("list.js", "one.js", "common.js", "breakers.css"):
+        assert site.get(f"/breakers-static/{script}").status_code == 200
+
+
+def test_a_store_that_is_away_is_told_and_what_it_said_is_shown(
+    serve: Serve, resilience: Resilience, payments: Breaker
+) -> None:
+    store = _Frozen()
+    resilience.use_store(store)
+    site = serve()
+    assert site.get("/api/breakers").json()["breakers"][0]["state"] == "CLOSED"
+    store.frozen = True
+    payments.spec  # noqa: B018
+    answers = [site.get("/api/breakers").json() for _ in range(2)]
+    assert [answer["breakers"][0]["state"] for answer in answers] == ["CLOSED"] * 2
+    site.get("/healthcheck").raise_for_status()
+    store.thawed.set()
+
+
+class _Frozen(LocalStore):
+    """A store that answers nothing once it is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = False
+        self.thawed = threading.Event()
+
+    def read(self, specs: Any) -> Any:
+        if self.frozen:
+            self.thawed.wait(60)
+            raise StoreError("the store was frozen")
+        return super().read(specs)
+
+
+def test_a_store_that_was_never_there_is_no_empty_table(
+    serve: Serve, resilience: Resilience, payments: Breaker
+) -> None:
+    store = _Frozen()
+    store.frozen = True
+    store.thawed.set()
+    resilience.use_store(store)
+    site = serve()
+    answer = site.get("/api/breakers")
+    assert (answer.status_code, answer.json()) == (503, {"error": "the store was frozen"})
+    assert site.get("/breakers").status_code == 200
+    seen = site.get("/breakers", params={"json": 1}).json()
+    assert (seen["breakers"], seen["read_at"], seen["problem"]) == ([], None, "the store was frozen")
+    verb = site.post("/api/breakers/payments/trip")
+    assert (verb.status_code, verb.json()) == (503, {"error": "the store was frozen"})
+
+
+# --- steering ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verb", "state"),
+    [("trip", "OPEN"), ("isolate", "FORCED_OPEN"), ("disable", "DISABLED"), ("shadow", "SHADOW"), ("reset", "CLOSED")],
+)
+def test_a_verb_is_carried_out_in_the_users_name(site: httpx.Client, payments: Breaker, verb: str, state: str) -> None:
+    payments.isolate() if verb == "reset" else None
+    answer = site.post(f"/api/breakers/payments/{verb}", json={"reason": NASTY})
+    assert answer.json()["breaker"]["state"] == state
+    snapshot = payments.snapshot()
+    assert (str(snapshot.state), snapshot.actor) == (state, "ann")
+    assert "<script>alert(1)</script>" in snapshot.reason
+    assert site.get("/api/breakers/payments").json()["breaker"]["state"] == state
+
+
+def test_a_reason_may_come_as_a_form(site: httpx.Client, payments: Breaker) -> None:
+    site.post("/api/breakers/payments/isolate", data={"reason": "<b> & co"}).raise_for_status()
+    assert payments.snapshot().reason == "<b> & co"
+
+
+def test_the_workers_policy_stays(site: httpx.Client, payments: Breaker, resilience: Resilience) -> None:
+    site.post("/api/breakers/payments/trip").raise_for_status()
+    assert payments.snapshot().retry_after == 10.0
+
+
+# --- who may -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["/breakers", "/breakers/payments", "/breakers/payments/dead", "/api/breakers"])
+@pytest.mark.parametrize("auth", [None, ("ann", "wrong")])
+def test_nobody_sees_anything_without_logging_in(
+    serve: Serve, clock: Clock, address: str, auth: tuple[str, str] | None
+) -> None:
+    answer = serve(auth).get(address)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"].startswith("Basic")
+    assert "payments" not in answer.text
+
+
+def test_without_any_login_the_api_is_closed_as_flowers_own_is(serve: Serve, payments: Breaker, clock: Clock) -> None:
+    site = serve(None, basic_auth=None)
+    assert site.get("/breakers").status_code == 200
+    assert 'data-allowed="0"' in site.get("/breakers").text
+    for answer in (site.get("/api/breakers"), site.post("/api/breakers/payments/trip")):
+        assert answer.status_code == 401
+        assert "FLOWER_UNAUTHENTICATED_API" in answer.json()["error"]
+    assert str(payments.snapshot().state) == "CLOSED"
+
+
+def test_an_api_that_is_open_to_all_still_knows_other_sites(
+    serve: Serve, payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOWER_UNAUTHENTICATED_API", "true")
+    site = serve(None, basic_auth=None)
+    foreign = site.post("/api/breakers/payments/trip", headers={"Origin": "https://evil.example"})
+    assert foreign.status_code == 403
+    site.post("/api/breakers/payments/trip", headers={"Origin": str(site.base_url).rstrip("/")}).raise_for_status()
+    assert (payments.snapshot().actor, str(payments.snapshot().state)) == ("flower", "OPEN")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"},
+     {"Origin": "null"}],
+)  # fmt: skip
+def test_other_sites_may_not_act_in_the_users_name(
+    site: httpx.Client, payments: Breaker, headers: dict[str, str]
+) -> None:
+    answer = site.post("/api/breakers/payments/trip", headers=headers)
+    assert answer.status_code == 403
+    assert "error" in answer.json()
+    assert str(payments.snapshot().state) == "CLOSED"
+
+
+def test_a_session_by_cookie_needs_its_token(serve: Serve, payments: Breaker, clock: Clock) -> None:
+    site = serve(None, basic_auth=None, auth=".*@example.com")
+    assert site.post("/api/breakers/payments/trip").status_code == 403
+    assert site.get("/api/breakers").status_code == 401
+    login = site.get("/breakers")
+    assert (login.status_code, login.headers["location"].startswith("/login")) == (302, True)
+
+
+def test_nothing_is_done_in_a_flower_that_is_read_only(serve: Serve, payments: Breaker, clock: Clock) -> None:
+    site = serve(read_only=True)
+    answer = site.post("/api/breakers/payments/trip")
+    assert (answer.status_code, answer.json()["error"]) == (403, "Flower is read-only")
+    assert site.post("/api/breakers/payments/dead/drop", json={"id": "a"}).status_code == 403
+    assert site.get("/api/breakers").status_code == 200
+    assert 'data-allowed="0"' in site.get("/breakers").text
+    assert str(payments.snapshot().state) == "CLOSED"
+
+
+def test_everything_is_below_the_prefix(serve: Serve, payments: Breaker, clock: Clock) -> None:
+    site = serve(url_prefix="ops")
+    page = site.get("/ops/breakers").text
+    assert 'href="/ops/breakers"' in page
+    assert 'src="/ops/breakers-static/list.js"' in page
+    assert site.get("/ops/breakers-static/list.js").status_code == 200
+    assert site.post("/ops/api/breakers/payments/trip").status_code == 200
+    assert site.get("/breakers").status_code == 404
+
+
+# --- bad input -----------------------------------------------------------------------------------------
+
+
+def test_an_unknown_breaker_is_told_with_the_nearest_name(site: httpx.Client) -> None:
+    answer = site.get("/api/breakers/paymnets")
+    assert answer.status_code == 404
+    assert answer.json() == {"error": "no breaker is named 'paymnets'; did you mean 'payments'?"}
+    assert site.get("/breakers/paymnets").status_code == 404
+    assert site.post("/api/breakers/paymnets/trip").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", "a b", "a/b", "naïve ☃", "%", "..", "%ff"])
+def test_a_strange_name_is_only_a_name(site: httpx.Client, name: str) -> None:
+    address = "".join(f"%{byte:02x}" for byte in name.encode())
+    page = site.get(f"/breakers/{address}")
+    assert page.status_code == 404
+    assert "<script>alert" not in page.text
+    assert site.get(f"/api/breakers/{address}").json()["error"].startswith(f"no breaker is named {name!r}")
+
+
+@pytest.mark.parametrize(
+    ("method", "address", "status"),
+    [
+        ("GET", "/api/breakers/payments/trip", 405),
+        ("DELETE", "/api/breakers/payments", 405),
+        ("POST", "/api/breakers", 405),
+        ("POST", "/api/breakers/payments", 405),
+        ("POST", "/api/breakers/payments/explode", 404),
+        ("POST", "/api/breakers/payments/deferred/replay", 404),
+        ("GET", "/api/breakers/%ff", 400),
+    ],
+)
+def test_what_cannot_be_asked_is_answered_in_json(site: httpx.Client, method: str, address: str, status: int) -> None:
+    answer = site.request(method, address)
+    assert answer.status_code == status
+    assert answer.json()["error"]
+
+
+@pytest.mark.parametrize("rate", [-1, 0, "nan", "inf", 1e300, "fast", True, [1]])
+def test_an_absurd_rate_is_refused(site: httpx.Client, rate: Any) -> None:
+    answer = site.post("/api/breakers/payments/resume", json={"rate": rate})
+    assert answer.status_code == 400
+    assert "allowed is a number of tasks per second above 0" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("body", ["[]", "nonsense", '"text"', "\xff"])
+def test_a_body_that_is_no_object_is_refused(site: httpx.Client, payments: Breaker, body: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = site.post("/api/breakers/payments/trip", content=body.encode("latin1"), headers=headers)
+    assert (answer.status_code, answer.json()) == (400, {"error": "the body is no JSON object"})
+    assert str(payments.snapshot().state) == "CLOSED"
+
+
+def test_a_reason_that_is_no_text_is_refused(site: httpx.Client) -> None:
+    answer = site.post("/api/breakers/payments/trip", json={"reason": {"a": 1}})
+    assert (answer.status_code, answer.json()["error"]) == (400, "reason={'a': 1}: allowed is a text")
+
+
+@pytest.mark.parametrize("ids", [None, "", [], [1], {"a": 1}, [""]])
+def test_tasks_are_named_by_their_ids(site: httpx.Client, ids: Any) -> None:
+    answer = site.post("/api/breakers/payments/dead/drop", content=json.dumps({"id": ids}),
+                       headers={"Content-Type": "application/json"})  # fmt: skip
+    assert answer.status_code == 400
+    assert "allowed are ids of tasks" in answer.json()["error"]
