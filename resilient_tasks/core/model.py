@@ -5,7 +5,7 @@ Times are seconds (``float``) on the store's clock, which for a shared store is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
@@ -122,10 +122,8 @@ class Snapshot:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all figures by name, the derived ones as well, for programs that read JSON."""
-        return {name: getattr(self, name) for name in _FIGURES}
-
-
-_FIGURES = (*(field.name for field in fields(Snapshot)), "failure_rate", "slow_rate", "retry_after", "next_probe_at")
+        derived = ("failure_rate", "slow_rate", "retry_after", "next_probe_at")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
 @dataclass(frozen=True, slots=True)
