@@ -13,8 +13,11 @@ from resilient_tasks.errors import ConfigurationError
 _RATE = "a number above 0 and up to 1"
 _SECONDS = "a positive number of seconds"
 _COUNT = "an integer of 1 or more"
+_CONCURRENCY = "an integer from 1 to 1,000,000"
 
 FAIL, BLOCK = "fail", "block"
+FIXED, ADAPTIVE = "fixed", "adaptive"
+MOST_IN_FLIGHT = 1000  # bound of an adaptive limit whose policy has none of its own
 
 
 def _number(value: object) -> bool:
@@ -37,8 +40,13 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST
 
 
+def _is_concurrency(value: Any) -> bool:
+    return _is_count(value) and value <= _MOST_CONCURRENCY
+
+
 _LONGEST = 30 * 24 * 3600.0
 _MOST = 1_000_000_000
+_MOST_CONCURRENCY = 1_000_000
 
 
 def _is_matchers(value: Any) -> bool:
@@ -73,7 +81,12 @@ class BreakerPolicy:
         trial_successes: successful trials that close the breaker; ``None``: ``trial_calls``.
         trial_timeout: longest time a trial without a time limit of its own may take.
         ramp: time after a recovery in which the share of admitted tasks grows from 10 % to all; 0: none.
-        max_concurrency: reserved for a fleet-wide bound on calls in flight; not enforced yet.
+        max_concurrency: most calls in flight at once in the whole fleet; ``None``: any number. Tasks beyond it
+            wait in the deferred queue. With ``concurrency="adaptive"`` the upper bound of the limit, by default 1,000.
+        max_concurrency_per_worker: most tasks that one worker runs at once; ``None``: any number.
+        concurrency: ``"fixed"``, or ``"adaptive"``: the limit begins at ``min_concurrency``, grows by one with each
+            success while at least half of it is used, and falls by a tenth with each failure or slow call.
+        min_concurrency: lower bound of an adaptive limit.
         resume_rate: ceiling for resumed tasks per second.
         max_deferred: most messages the deferred queue may hold; ``None``: unbounded.
         overflow: what becomes of a task for which there is no room: ``"fail"`` with
@@ -101,7 +114,10 @@ class BreakerPolicy:
     trial_successes: int | None = _setting(None, _is_count, _COUNT, optional=True)
     trial_timeout: float = _setting(60.0, _is_seconds, _SECONDS)
     ramp: float = _setting(10.0, lambda v: _number(v) and 0 <= v <= _LONGEST, "0 or a positive number of seconds")
-    max_concurrency: int | None = _setting(None, _is_count, _COUNT, optional=True)
+    max_concurrency: int | None = _setting(None, _is_concurrency, _CONCURRENCY, optional=True)
+    max_concurrency_per_worker: int | None = _setting(None, _is_concurrency, _CONCURRENCY, optional=True)
+    concurrency: str = _setting(FIXED, lambda v: v in (FIXED, ADAPTIVE), "'fixed' or 'adaptive'")
+    min_concurrency: int = _setting(1, _is_concurrency, _CONCURRENCY)
     resume_rate: float | None = _setting(
         None, _is_pace, "a positive number per second up to 1,000,000,000", optional=True
     )
@@ -122,6 +138,9 @@ class BreakerPolicy:
             value = getattr(self, setting.name)
             if not setting.metadata["accepts"](value):
                 raise ConfigurationError(f"{setting.name}={value!r}: allowed is {setting.metadata['allowed']}")
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
         if self.max_open_duration < self.open_duration:
             raise ConfigurationError(
                 f"max_open_duration={self.max_open_duration!r}: allowed is open_duration={self.open_duration!r} or more"
@@ -130,6 +149,19 @@ class BreakerPolicy:
             raise ConfigurationError(
                 f"trial_successes={self.trial_successes!r}: allowed is up to trial_calls={self.trial_calls!r}"
             )
+        if self.concurrency == ADAPTIVE and self.min_concurrency > (self.most_in_flight or 0):
+            raise ConfigurationError(
+                f"min_concurrency={self.min_concurrency!r}: allowed is up to max_concurrency={self.most_in_flight!r}"
+            )
+
+    @property
+    def most_in_flight(self) -> int | None:
+        """Most calls in flight in the fleet that anything counts; None: nobody counts them."""
+        if self.max_concurrency is not None:
+            return self.max_concurrency
+        if self.concurrency == ADAPTIVE:
+            return MOST_IN_FLIGHT
+        return None if self.max_concurrency_per_worker is None else _MOST_CONCURRENCY
 
     @property
     def needed_successes(self) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from resilient_tasks.core.model import ADMITTING, Outcome, State, Transition, Verb
 from resilient_tasks.core.record import COUNTING, Record
 from resilient_tasks.core.shadow import Opening, with_calls, with_opening
+from resilient_tasks.core.slots import CROWDED_FOR
 from resilient_tasks.core.window import Totals
 
 _TARGETS = {
@@ -51,13 +52,20 @@ class Decision:
         elif record.state is State.HALF_OPEN:
             self._expire()
 
-    def acquire(self, holder: str, lease: int) -> tuple[bool, bool]:
-        """Return whether ``holder`` is admitted, and whether with a permit."""
+    def acquire(
+        self, holder: str, lease: int, task: str = "", *, waits: bool = False, has_room: bool = True
+    ) -> tuple[bool, bool]:
+        """Return whether ``holder`` is admitted, and whether with a permit; see :meth:`Store.acquire`."""
         self.advance()
-        if self.record.state is State.HALF_OPEN:
-            granted = self._grant(holder, lease)
-            return granted, granted
-        return self.record.state in ADMITTING, False
+        record, state = self.record, self.record.state
+        offered = has_room and record.offers_slot(holder, task, self.now)
+        granted = state is State.HALF_OPEN and offered and self._grant(holder, lease)
+        admitted = granted or (state in ADMITTING and offered)
+        if admitted and record.concurrency_limit(self.now) is not None:
+            record.slots.take(holder, lease, task, now=self.now)
+        elif not admitted and state is State.CLOSED:
+            self._turn_away(task, waits=waits)
+        return admitted, granted
 
     def report(
         self, epoch: int, runs: Sequence[tuple[Outcome, int]], cause: str = "", retry_after: int | None = None
@@ -73,19 +81,28 @@ class Decision:
     def settle(
         self, holder: str, epoch: int, outcome: Outcome, cause: str = "", retry_after: int | None = None
     ) -> None:
-        """Count the outcome of a trial and free its permit; a straggler's outcome comes too late to count."""
+        """Count the outcome of a call and free its permit and slot; a straggler's comes too late to count."""
         record = self.record
         if record.state is State.HALF_OPEN:
             self._expire()
+        if record.slots.holds(holder, self.now):
+            self.report(epoch, ((outcome, 1),), cause, retry_after)
         if epoch != record.epoch and record.stragglers.pop(holder, None) is not None:
             self._announce()
-        if epoch != record.epoch or record.trials.pop(holder, None) is None:
-            return
-        if outcome is Outcome.IGNORED:
+        if epoch == record.epoch and record.trials.pop(holder, None) is not None:
+            self._settle_trial(outcome, cause, retry_after)
+        record.slots.give_up(holder)
+
+    def keep_slots(self, tasks: Sequence[str], lease: int, most: int) -> int:
+        """Keep slots for the first of the waiting tasks; return for how many; see :meth:`Store.keep_slots`."""
+        limit, slots = self.record.concurrency_limit(self.now), self.record.slots
+        if limit is None:
+            return len(tasks)
+        was_crowded = slots.is_crowded(self.now)
+        kept = slots.keep(tasks, lease, now=self.now, limit=min(limit, most))
+        if was_crowded != slots.is_crowded(self.now):
             self._announce()
-        else:
-            self._count_trial(outcome)
-            self._judge(cause, retry_after)
+        return kept
 
     def begin_health_check(self, since: int) -> bool:
         """Return whether it is the caller who makes a health check: nobody has begun one since ``since``."""
@@ -175,6 +192,7 @@ class Decision:
         else:
             record.row = 0
             record.last_success_at = self.now
+        self._learn(outcome, count)
 
     def _trip(self, reason: str, retry_after: int | None) -> None:
         if self.record.state is State.CLOSED:
@@ -232,8 +250,16 @@ class Decision:
         record.trials[holder] = self.now + lease
         return True
 
+    def _settle_trial(self, outcome: Outcome, cause: str, retry_after: int | None) -> None:
+        if outcome is Outcome.IGNORED:
+            self._announce()
+        else:
+            self._count_trial(outcome)
+            self._judge(cause, retry_after)
+
     def _count_trial(self, outcome: Outcome) -> None:
         record = self.record
+        self._learn(outcome, 1)
         if outcome is not Outcome.FAILURE:
             record.last_success_at = self.now
         # A dependency that answers too late is not back: the same calls would open the breaker again.
@@ -252,6 +278,22 @@ class Decision:
         elif record.trial_failures > rules.trial_calls - rules.needed:
             failed = f"{record.trial_failures} of {rules.trial_calls} trials failed"
             self._open(_with_cause(failed, cause), retry_after=retry_after)
+
+    # --- slots ----------------------------------------------------------------------------------
+
+    def _turn_away(self, task: str, *, waits: bool) -> None:
+        """Let nobody in beyond the limit; a task that waits makes a crowd."""
+        record, was_crowded = self.record, self.record.is_crowded(self.now)
+        record.slots.give_up(task)
+        if waits:
+            record.slots.crowded_until = self.now + CROWDED_FOR
+            if record.is_crowded(self.now) and not was_crowded:
+                self._announce()
+
+    def _learn(self, outcome: Outcome, count: int) -> None:
+        least, most = self.record.rules.least_in_flight, self.record.rules.most_in_flight
+        if least:
+            self.record.slots.learn(outcome, count, now=self.now, least=least, most=most)
 
     # --- transitions ----------------------------------------------------------------------------
 

@@ -94,6 +94,9 @@ class Snapshot:
     shadow_openings: tuple[ShadowOpening, ...] = ()  # what the last SHADOW has spared, the latest last
     failed_checks: int = 0  # CLOSED, SHADOW: failed health checks in a row
     checked_at: float | None = None  # when the last health check began that the store gave leave for
+    in_flight: int = 0  # calls that hold one of a limited number of slots, and slots kept for resumed tasks
+    concurrency_limit: int | None = None  # how many may at present; None: any number, and nobody counts them
+    crowded: bool = False  # tasks wait for a slot: nobody overtakes them
     deferred: int = 0
     oldest_deferred_at: float | None = None
     next_deadline_at: float | None = None  # earliest end of a deferred task's ``defer_for``
@@ -107,6 +110,11 @@ class Snapshot:
     def slow_rate(self) -> float:
         """Share of calls that succeeded too late, 0.0 to 1.0."""
         return self.slow / self.calls if self.calls else 0.0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more call may be in flight."""
+        return self.concurrency_limit is None or self.in_flight < self.concurrency_limit
 
     @property
     def retry_after(self) -> float | None:
@@ -156,9 +164,15 @@ class Grant:
     """A store's answer to a request for admission.
 
     ``trial`` is true when the caller now holds a permit, which it must settle or let expire.
+    The same goes for a slot: whoever is admitted to a breaker with a limit holds one.
     """
 
     admitted: bool
     trial: bool
     snapshot: Snapshot
     transition: Transition | None = None  # OPEN became HALF_OPEN by this very request
+
+    @property
+    def leased(self) -> bool:
+        """Whether the caller holds a permit or a slot, and has to settle it."""
+        return self.admitted and (self.trial or self.snapshot.concurrency_limit is not None)

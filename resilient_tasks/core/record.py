@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 from resilient_tasks.core.model import Snapshot, State
 from resilient_tasks.core.shadow import Opening, Openings
+from resilient_tasks.core.slots import Slots
 from resilient_tasks.core.window import Totals, Window
-from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.policy import ADAPTIVE, BreakerPolicy
 
 COUNTING = frozenset({State.CLOSED, State.SHADOW})
+_UNLIMITED = frozenset({State.DISABLED, State.SHADOW})
 _LONGEST = 10**13  # ms, 317 years; more would lose digits on its way through Lua
 _LONGEST_TEXT = 200
 _UNDECLARED = -(2**53)  # a revision older than every other
@@ -38,6 +40,11 @@ def brief(text: str) -> str:
     return " ".join(text.encode("utf-8", "replace").decode().split())[:_LONGEST_TEXT]
 
 
+def ramp_share(elapsed: float, ramp: float) -> float:
+    """Return the share, from a tenth to all, that is let through ``elapsed`` after a recovery."""
+    return (ramp + 9 * elapsed) / (10 * ramp)
+
+
 class Rules(NamedTuple):
     """A policy in the machine's units: durations are milliseconds, 0 stands for "off"."""
 
@@ -54,6 +61,9 @@ class Rules(NamedTuple):
     open_jitter: float
     trial_calls: int
     needed: int
+    ramp: int
+    most_in_flight: int
+    least_in_flight: int  # of an adaptive limit
 
     @classmethod
     def of(cls, policy: BreakerPolicy, revision: int, in_a_row: int | None = None) -> Rules:
@@ -78,6 +88,9 @@ class Rules(NamedTuple):
             open_jitter=policy.open_jitter,
             trial_calls=in_a_row or policy.trial_calls,
             needed=in_a_row or policy.needed_successes,
+            ramp=to_ms(policy.ramp),
+            most_in_flight=policy.most_in_flight or 0,
+            least_in_flight=policy.min_concurrency if policy.concurrency == ADAPTIVE else 0,
         )
 
     def or_newer(self, declared: Rules) -> Rules:
@@ -132,6 +145,7 @@ class Record:
     window: Window = field(default_factory=Window)
     trials: dict[str, int] = field(default_factory=dict)  # holder of a permit -> end of its lease
     stragglers: dict[str, int] = field(default_factory=dict)  # the same, of trials that outlived their HALF_OPEN
+    slots: Slots = field(default_factory=Slots)
 
     @classmethod
     def created(cls, name: str, rules: Rules, now: int) -> Record:
@@ -175,6 +189,7 @@ class Record:
             ),
             failed_checks=snapshot.failed_checks,
             checked_at=here(snapshot.checked_at),
+            slots=Slots(learned=snapshot.concurrency_limit or 0, backed_off=True),
         )
 
     def figures(self, now: int) -> Totals:
@@ -193,9 +208,33 @@ class Record:
         """Return the number of permits whose lease has not run out, those of stragglers included."""
         return sum(end > now for permits in (self.trials, self.stragglers) for end in permits.values())
 
+    def concurrency_limit(self, now: int) -> int | None:
+        """Return how many calls may be in flight; None: any number. It grows from a tenth during a ramp."""
+        rules = self.rules
+        if not rules.most_in_flight or self.state in _UNLIMITED:
+            return None
+        limit = self.slots.size(rules.least_in_flight, rules.most_in_flight)
+        elapsed = rules.ramp if self.ramp_since is None else max(0, now - self.ramp_since)
+        return limit if elapsed >= rules.ramp else max(1, math.floor(limit * ramp_share(elapsed, rules.ramp)))
+
+    def in_flight(self, now: int) -> int:
+        """Return the number of slots in use; nobody counts them where there is no limit."""
+        return self.slots.in_flight(now) if self.rules.most_in_flight else 0
+
+    def is_crowded(self, now: int) -> bool:
+        """Return whether tasks wait for a slot."""
+        return self.rules.most_in_flight > 0 and self.slots.is_crowded(now)
+
+    def offers_slot(self, holder: str, task: str, now: int) -> bool:
+        """Return whether the limit of calls in flight, if there is one, lets ``holder`` in; see :class:`Slots`."""
+        limit = self.concurrency_limit(now)
+        fresh = not task and self.state is State.CLOSED
+        return limit is None or self.slots.offers(holder, task, now=now, limit=limit, fresh=fresh)
+
     def renew(self, holder: str, *, lease: int, now: int) -> bool:
-        """Lengthen a live permit to ``lease`` from now; False if there is none."""
-        held = [permits for permits in (self.trials, self.stragglers) if permits.get(holder, now) > now]
+        """Lengthen a live permit or slot to ``lease`` from now; False if there is none."""
+        leases = self.trials, self.stragglers, self.slots.leases
+        held = [permits for permits in leases if permits.get(holder, now) > now]
         for permits in held:
             permits[holder] = max(permits[holder], now + lease)
         return bool(held)
@@ -227,6 +266,9 @@ class Record:
             shadow_openings=tuple(each.seen() for each in self.shadow),
             failed_checks=self.failed_checks,
             checked_at=to_seconds(self.checked_at),
+            in_flight=self.in_flight(now),
+            concurrency_limit=self.concurrency_limit(now),
+            crowded=self.is_crowded(now),
             deferred=deferred,
             oldest_deferred_at=to_seconds(oldest_deferred_at),
             next_deadline_at=to_seconds(next_deadline_at),

@@ -39,6 +39,7 @@ class BreakerKeys(NamedTuple):
     deferred: str  # sorted set: task id -> deferred at, ms
     deadlines: str  # sorted set: task id -> end of its wait, ms
     stragglers: str  # sorted set: holder -> end of its lease, ms; of a trial that outlived its HALF_OPEN
+    slots: str  # sorted set: holder, or the task it is kept for -> end of its lease, ms
 
 
 class Keys:

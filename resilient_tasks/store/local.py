@@ -17,7 +17,7 @@ from dataclasses import replace
 from resilient_tasks.core.machine import Decision
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, Verb
 from resilient_tasks.core.record import Record, brief, to_ms
-from resilient_tasks.store.base import Evidence, Spec
+from resilient_tasks.store.base import NO_WISH, Evidence, Spec, Wish
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.store.keys import check_name
 
@@ -56,15 +56,24 @@ class LocalStore:
             now = self._now()
             return [self._seen(spec, now).snapshot(now) for spec in specs]
 
-    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0) -> Grant:
+    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0, wish: Wish = NO_WISH) -> Grant:
         """Ask to make one call; see :meth:`Store.acquire`."""
         with self._deciding(spec, jitter) as decision:
-            admitted, trial = decision.acquire(holder, to_ms(lease))
+            admitted, trial = decision.acquire(
+                holder, to_ms(lease), wish.task, waits=wish.waits, has_room=wish.has_room
+            )
             answer = self._answer(decision)
         return Grant(admitted, trial, answer.snapshot, answer.transition)
 
+    def keep_slots(self, spec: Spec, tasks: Sequence[str], *, lease: float, most: int) -> int:
+        """Keep slots for waiting tasks that are about to be resumed; see :meth:`Store.keep_slots`."""
+        with self._deciding(spec, 0.0) as decision:
+            kept = decision.keep_slots(tasks, to_ms(lease), most)
+            self._answer(decision)
+        return kept
+
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
-        """Lengthen live permits to ``lease`` seconds from now. False: the permit is no longer held."""
+        """Lengthen live permits and slots to ``lease`` seconds from now. False: it is no longer held."""
         check_name("breaker", name)
         with self._lock:
             now, record = self._now(), self._records.get(name)
@@ -77,7 +86,7 @@ class LocalStore:
             return self._answer(decision)
 
     def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
-        """Count the outcome of a trial and free its permit. Without a live permit it changes nothing."""
+        """Count the outcome of a call, and free its permit and its slot. Without either it changes nothing."""
         with self._deciding(spec, jitter) as decision:
             decision.settle(holder, evidence.epoch, outcome, brief(evidence.cause), _retry_after(evidence))
             return self._answer(decision)

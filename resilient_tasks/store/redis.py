@@ -18,14 +18,16 @@ from redis.client import PubSub
 from resilient_tasks.core.model import Answer, Grant, Outcome, ShadowOpening, Snapshot, State, Transition, Verb
 from resilient_tasks.core.record import brief, to_ms, to_seconds
 from resilient_tasks.errors import ConfigurationError, StoreError
-from resilient_tasks.store.base import Evidence, Spec
+from resilient_tasks.store.base import NO_WISH, Evidence, Spec, Wish
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.store.server import Argument, Script, Server
 
 _PER_ROUND_TRIP = 500
-_RULES = ("state", "shadow", "rules")
-_DECISIONS = ("acquire", "record", "settle", "advance", "command", "begin_health_check", "report_health_check")
+_RULES = ("state", "shadow", "slots", "rules")
+_DECISIONS = (
+    "acquire", "keep_slots", "record", "settle", "advance", "command", "begin_health_check", "report_health_check",
+)  # fmt: skip
 _OTHERS = ("renew", "put", "get", "time")
 
 
@@ -101,15 +103,20 @@ class RedisStore:
         replies = [reply for chunk in chunks for reply in self._server.run(partial(self._read.each, calls=chunk))]
         return [_snapshot(json.loads(reply)["snapshot"]) for reply in replies]
 
-    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0) -> Grant:
+    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0, wish: Wish = NO_WISH) -> Grant:
         """Ask to make one call; see :meth:`Store.acquire`."""
-        reply = self._decide("acquire", spec, jitter, holder, to_ms(lease))
+        said = wish.task, int(wish.waits), int(wish.has_room)
+        reply = self._decide("acquire", spec, jitter, holder, to_ms(lease), *said)
         return Grant(reply["admitted"], reply["trial"], _snapshot(reply["snapshot"]), _transition(reply))
 
+    def keep_slots(self, spec: Spec, tasks: Sequence[str], *, lease: float, most: int) -> int:
+        """Keep slots for waiting tasks that are about to be resumed; see :meth:`Store.keep_slots`."""
+        return int(self._decide("keep_slots", spec, 0.0, to_ms(lease), most, *tasks)["kept"])
+
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
-        """Lengthen live permits to ``lease`` seconds from now. False: the permit is no longer held."""
+        """Lengthen live permits and slots to ``lease`` seconds from now. False: it is no longer held."""
         keys = self._keys.breaker(name)
-        renewed = self._run("renew", [keys.trials, keys.stragglers], to_ms(lease), *holders)
+        renewed = self._run("renew", [keys.trials, keys.stragglers, keys.slots], to_ms(lease), *holders)
         return [bool(one) for one in renewed]
 
     def record(self, spec: Spec, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
@@ -117,7 +124,7 @@ class RedisStore:
         return _answer(self._decide("record", spec, jitter, _evidence(evidence)))
 
     def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
-        """Count the outcome of a trial and free its permit. Without a live permit it changes nothing."""
+        """Count the outcome of a call, and free its permit and its slot. Without either it changes nothing."""
         return _answer(self._decide("settle", spec, jitter, holder, outcome.value, _evidence(evidence)))
 
     def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:

@@ -7,11 +7,10 @@ from collections import deque
 from collections.abc import Callable
 
 from resilient_tasks.core.model import ADMITTING, Outcome, Snapshot, State
+from resilient_tasks.core.record import ramp_share
 from resilient_tasks.store.base import Spec
 
 DENIAL_MEMORY = 1.0  # seconds for which a denied permit is not asked for again, unless something has moved
-RAMP_START = 0.1  # share of tasks admitted at the beginning of a ramp
-
 
 # What waits to be reported about one breaker: the bare epoch stands for a success, the commonest thing by far.
 Occurrence = tuple[int, Outcome, str, float | None]
@@ -101,4 +100,4 @@ class Standing:
         if since is None or ramp <= 0 or self.snapshot.state is not State.CLOSED:
             return 1.0
         elapsed = self.snapshot.now - since + self._clock() - self._heard_at
-        return min(1.0, RAMP_START + (1 - RAMP_START) * max(0.0, elapsed) / ramp)
+        return min(1.0, ramp_share(max(0.0, elapsed), ramp))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from resilient_tasks.core.model import Outcome, Snapshot, State, Transition, Verb
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.store.base import Evidence, Spec, Store
+from resilient_tasks.store.base import Evidence, Spec, Store, Wish
 from resilient_tasks.store.local import LocalStore
 from resilient_tasks.store.redis import RedisStore
 from tests.contract.lab import CLOCK_LUA, LocalClock, ServerClock
@@ -27,6 +27,7 @@ from workers.processes import Server
 BY_DEFAULT = 800
 EXAMPLES = int(os.environ.get("DIFFERENTIAL_EXAMPLES", "0"))
 NAME = "payments"
+TASKS = ["task 1", "task 2", "task 3", "task 4", "task 5"]
 
 Step = Callable[["Pair"], object]
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -45,6 +46,10 @@ policies = st.builds(
     open_jitter=st.sampled_from([0.0, 0.1, 1.0]),
     trial_calls=st.sampled_from([3, 4]),
     trial_successes=st.sampled_from([None, 1, 2, 3]),
+    ramp=st.sampled_from([0.0, 0.777, 10.0]),
+    max_concurrency=st.sampled_from([None, 4, 7]),
+    concurrency=st.sampled_from(["fixed", "adaptive"]),
+    min_concurrency=st.sampled_from([1, 3]),
 ) | st.builds(BreakerPolicy, trial_calls=st.sampled_from([1, 2]), minimum_calls=st.sampled_from([1, 10]))
 specs = st.builds(Spec, st.just(NAME), policies, st.sampled_from([0, 0, 0, 1, 2]), st.sampled_from([None, None, 1, 5]))
 
@@ -99,6 +104,7 @@ causes = st.sampled_from(["", "ReadTimeout", "HTTP 503"])
 retry_afters = st.sampled_from([None, None, 0.0, 0.7, 12.3456, 1e9])
 counts = st.sampled_from([0, 1, 1, 2, 3, 7, 50, 100_000])
 limits = st.sampled_from([1, 2, 3])
+mostly = st.sampled_from([True, True, True, False])
 off_by = st.sampled_from([-0.001, 0.0, 0.0, 0.001])
 
 
@@ -119,12 +125,24 @@ def trip(draw: Draw) -> Step:
 @st.composite
 def ask(draw: Draw) -> Step:
     n, holder, lease, jitter = draw(numbers), draw(st.sampled_from("abcdef")), draw(leases), draw(jitters)
+    wish = Wish(draw(st.sampled_from(["", "", *TASKS])), waits=draw(st.booleans()), has_room=draw(mostly))
 
     def step(pair: Pair) -> None:
-        if pair.both("acquire", pair.spec(n), holder, lease=lease, jitter=jitter).trial:
+        if pair.both("acquire", pair.spec(n), holder, lease=lease, jitter=jitter, wish=wish).leased:
             pair.permits[holder] = pair.clocks[0]() + lease
 
     return step
+
+
+@st.composite
+def keep(draw: Draw) -> Step:
+    n, tasks, lease, most = (
+        draw(numbers),
+        draw(st.lists(st.sampled_from(TASKS), unique=True)),
+        draw(leases),
+        draw(counts),
+    )
+    return lambda pair: pair.both("keep_slots", pair.spec(n), tasks, lease=lease, most=most)
 
 
 @st.composite
@@ -285,6 +303,7 @@ healthy = some(6, record(), record(), trip(), look(), reset(), health_check(), h
 outage = st.tuples(trip(), until_open_ends()).map(list)
 waiting = (until_lease_ends(), until_lease_ends())
 on_trial = some(8, ask(), ask(), settle(), trial(), renew(), health_check(), *waiting, advance(), record())
+in_flight = some(12, ask(), ask(), ask(), ask(), settle(), settle(), keep(), renew(), record(), *waiting)
 over = st.tuples(trip(), recover(), pass_one_of_the_policys_times(), look()).map(list)
 operated = st.tuples(
     command(),
@@ -294,7 +313,7 @@ operated = st.tuples(
     back_from_the_operator(),
 ).map(list)
 straggling = st.tuples(trip(), outlive(), ask(), ask(), settle(), renew(), look()).map(list)
-chapters = st.one_of(healthy, outage, outage, on_trial, on_trial, straggling, over, operated)
+chapters = st.one_of(healthy, in_flight, outage, outage, on_trial, on_trial, straggling, over, operated)
 stories = st.lists(chapters, min_size=6, max_size=12).map(lambda story: [step for chapter in story for step in chapter])
 
 

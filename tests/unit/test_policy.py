@@ -44,6 +44,12 @@ def test_policies_of_equal_settings_are_equal() -> None:
         ("trial_timeout", None),
         ("ramp", -0.1),
         ("resume_rate", 0),
+        ("max_concurrency", 0),
+        ("max_concurrency", 1_000_001),
+        ("max_concurrency_per_worker", 2.0),
+        ("concurrency", "auto"),
+        ("concurrency", None),
+        ("min_concurrency", 0),
         ("max_deferred", 0),
         ("overflow", "drop"),
         ("overflow", None),
@@ -63,6 +69,10 @@ def test_the_message_names_field_value_and_what_is_allowed(field: str, value: An
     [
         ({"open_duration": 400.0}, ["max_open_duration", "open_duration"]),
         ({"trial_calls": 2, "trial_successes": 3}, ["trial_successes", "trial_calls"]),
+        (
+            {"concurrency": "adaptive", "min_concurrency": 5, "max_concurrency": 4},
+            ["min_concurrency", "max_concurrency"],
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_both_named(settings: dict[str, Any], names: list[str]) -> None:

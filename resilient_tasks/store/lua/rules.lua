@@ -126,6 +126,7 @@ local function count_calls(outcome, count)
     record.row = 0
     record.last_success_at = now
   end
+  learn(outcome, count)
 end
 
 local function with_cause(reason, cause)
@@ -179,6 +180,7 @@ end
 
 local function count_trial(outcome)
   dirty = true
+  learn(outcome, 1)
   if outcome ~= 'FAILURE' then
     record.last_success_at = now
   end
@@ -236,13 +238,25 @@ local function advance()
   end
 end
 
-local function acquire(holder, lease)
-  advance()
-  if record.state == 'HALF_OPEN' then
-    local granted = grant(holder, lease)
-    return granted, granted
+-- Nobody is let in beyond the limit; a task that waits makes a crowd.
+local function turn_away(task, waits)
+  set_slot(task, 0)
+  if waits and crowd(now + CROWDED_FOR) then
+    announce()
   end
-  return ADMITTING[record.state] == true, false
+end
+
+local function acquire(holder, lease, task, waits, has_room)
+  advance()
+  local offered = has_room and offers_slot(holder, task)
+  local granted = record.state == 'HALF_OPEN' and offered and grant(holder, lease)
+  local admitted = granted or (ADMITTING[record.state] == true and offered)
+  if admitted then
+    take_slot(holder, lease, task)
+  elseif record.state == 'CLOSED' then
+    turn_away(task, waits)
+  end
+  return admitted, granted
 end
 
 local function report(epoch, runs, cause, retry_after)
@@ -257,24 +271,43 @@ local function report(epoch, runs, cause, retry_after)
   end
 end
 
-local function settle(holder, outcome, epoch, cause, retry_after)
-  if record.state == 'HALF_OPEN' then
-    expire()
-  end
-  if epoch ~= record.epoch and stragglers[holder] then
-    stragglers[holder], left, dirty = nil, true, true
-    announce()
-  end
-  if epoch ~= record.epoch or not trials[holder] then
-    return
-  end
-  trials[holder] = nil
+local function settle_trial(outcome, cause, retry_after)
   if outcome == 'IGNORED' then
     announce()
   else
     count_trial(outcome)
     judge(cause, retry_after)
   end
+end
+
+local function settle(holder, outcome, epoch, cause, retry_after)
+  if record.state == 'HALF_OPEN' then
+    expire()
+  end
+  if holds_slot(holder) then
+    report(epoch, { { outcome, 1 } }, cause, retry_after)
+  end
+  if epoch ~= record.epoch and stragglers[holder] then
+    stragglers[holder], left, dirty = nil, true, true
+    announce()
+  end
+  if epoch == record.epoch and trials[holder] then
+    trials[holder] = nil
+    settle_trial(outcome, cause, retry_after)
+  end
+  set_slot(holder, 0)
+end
+
+local function keep_slots(tasks, lease, most)
+  local limit = concurrency_limit()
+  if not limit then
+    return #tasks
+  end
+  local kept, moved = keep_for(tasks, lease, math.min(limit, most))
+  if moved then
+    announce()
+  end
+  return kept
 end
 
 local function begin_health_check(since)

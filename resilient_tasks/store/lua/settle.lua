@@ -1,7 +1,7 @@
 -- settle(holder, outcome, evidence) -> JSON {snapshot, transition}
--- Count the outcome of a trial and free its permit; without a live permit nothing.
+-- Count the outcome of a call, and free its permit and its slot; without either nothing.
 -- KEYS, ARGV 1..4: see state.lua
--- ARGV  5 holder     of the permit
+-- ARGV  5 holder     of the permit or the slot
 --       6 outcome    SUCCESS, FAILURE, SLOW or IGNORED
 --       7 evidence   JSON {epoch, cause, retry_after: ms or absent}
 

@@ -8,6 +8,7 @@
 --       4 deferred   sorted set   task id -> deferred at, ms
 --       5 deadlines  sorted set   task id -> end of its wait, ms
 --       6 stragglers sorted set   like trials, of trials that outlived their HALF_OPEN
+--       7 slots      sorted set   holder of a slot, or the task it is kept for -> end of its lease, ms
 -- ARGV  1 name       of the breaker
 --       2 channel    on which changes are published
 --       3 rules      JSON of core/record.py's Rules, as this caller declares them
@@ -15,7 +16,7 @@
 --
 -- A script that fails keeps what it wrote before: all reading comes first, save() writes last.
 
-local STATE, WINDOW, TRIALS, DEFERRED, DEADLINES, STRAGGLERS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local STATE, WINDOW, TRIALS, DEFERRED, DEADLINES, STRAGGLERS, IN_FLIGHT = unpack(KEYS)
 local NAME, CHANNEL, JITTER = ARGV[1], ARGV[2], tonumber(ARGV[4])
 local COUNTING = { CLOSED = true, SHADOW = true }
 local BUCKETS, SLOTS, MOST_GROWTH_STEPS = 10, 11, 1000
@@ -23,7 +24,7 @@ local TEXTS = { 'state', 'reason', 'actor', 'shadow' }
 local NUMBERS = {
   'epoch', 'first_epoch', 'version', 'since', 'openings', 'open_until', 'frozen_calls', 'frozen_failures',
   'frozen_slow', 'row', 'trial_successes', 'trial_failures', 'last_success_at', 'total_failures', 'ramp_since',
-  'would_open', 'failed_checks', 'checked_at',
+  'would_open', 'failed_checks', 'checked_at', 'crowded_until', 'learned', 'credit', 'backed_off',
 }
 
 local now = now_ms()
@@ -34,6 +35,7 @@ local dirty = false -- the state has to be written
 local touched -- slot of the window that has to be written
 local cleared = false -- window and trials start empty
 local left = false -- the stragglers have to be written
+local in_flight, concurrency_limit, is_crowded, save_slots -- in slots.lua
 
 -- tostring() would round a millisecond timestamp.
 local function integer(number)
@@ -59,6 +61,9 @@ local function load_record()
   for _, field in ipairs(NUMBERS) do
     loaded[field] = tonumber(stored[field])
   end
+  for _, field in ipairs({ 'crowded_until', 'learned', 'credit', 'backed_off' }) do
+    loaded[field] = loaded[field] or 0 -- a record of an older release has none
+  end
   return stored.state and loaded
 end
 
@@ -67,7 +72,8 @@ local function new_record(epoch)
   return {
     state = 'CLOSED', reason = '', actor = '', shadow = '', epoch = epoch, first_epoch = epoch, version = epoch,
     since = now, openings = 0, frozen_calls = 0, frozen_failures = 0, frozen_slow = 0, row = 0, trial_successes = 0,
-    trial_failures = 0, total_failures = 0, would_open = 0, failed_checks = 0,
+    trial_failures = 0, total_failures = 0, would_open = 0, failed_checks = 0, crowded_until = 0, learned = 0,
+    credit = 0, backed_off = 0,
   }
 end
 
@@ -215,7 +221,8 @@ local function snapshot()
     trials = live_trials(), last_success_at = record.last_success_at, total_failures = record.total_failures,
     ramp_since = record.ramp_since, shadow_openings = openings,
     would_open = record.would_open == 1 and now < openings[#openings][2],
-    failed_checks = record.failed_checks, checked_at = record.checked_at,
+    failed_checks = record.failed_checks, checked_at = record.checked_at, in_flight = in_flight(),
+    concurrency_limit = concurrency_limit(), crowded = is_crowded(),
     deferred = redis.call('ZCARD', DEFERRED), oldest_deferred_at = tonumber(oldest[2]),
     next_deadline_at = tonumber(deadline[2]),
   }
@@ -251,6 +258,7 @@ local function save_permits(key, permits)
 end
 
 local function save()
+  save_slots()
   if not dirty then
     return
   end
