@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import math
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextvars import ContextVar
 from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from resilient_tasks.core.blame import blame, blamed_on
 from resilient_tasks.core.classification import Verdict, dependency_errors, judge, judge_result
 from resilient_tasks.core.model import Grant, Outcome, State
 from resilient_tasks.errors import BreakerOpenError
@@ -50,8 +51,8 @@ class TaskScope(Protocol):
     def is_trial(self, breaker: str) -> bool:
         """Whether the run holds a permit of ``breaker``: guards inside are part of that one trial."""
 
-    def found(self, verdict: Verdict) -> None:
-        """Take note of what a guard inside the trial has found; it replaces the task-level outcome."""
+    def found(self, breaker: str, verdict: Verdict) -> None:
+        """Take note of what a guard inside the trial of ``breaker`` has found; it replaces the task-level outcome."""
 
 
 task_scope: ContextVar[TaskScope | None] = ContextVar("resilient_tasks_scope", default=None)
@@ -182,8 +183,13 @@ class Guarded:
     # --- outcomes ---------------------------------------------------------------------------------
 
     def judge(self, exc: BaseException) -> Verdict:
-        """Tell what the exception that ended a call says about the dependency."""
+        """Tell what the exception that ended a call says about the dependency.
+
+        One that ended a guarded call of another dependency inside this one says nothing here.
+        """
         policy = self.policy
+        if blamed_on(exc) not in (None, self.name):
+            return Verdict(Outcome.IGNORED, type(exc).__name__)
         return judge(policy.classify, policy.failures, policy.ignore, exc)
 
     def judge_success(self, seconds: float, value: object = _NO_VALUE) -> Verdict:
@@ -227,14 +233,17 @@ class Guarded:
         return self._finished(epoch, holder, self.judge_success(seconds, value))
 
     def _failed(self, epoch: int, holder: str, exc: BaseException) -> int:
-        return self._finished(epoch, holder, self.judge(exc))
+        verdict = self.judge(exc)
+        if verdict.outcome is Outcome.FAILURE:
+            blame(exc, self.name)
+        return self._finished(epoch, holder, verdict)
 
     def _finished(self, epoch: int, holder: str, verdict: Verdict) -> int:
         """Report an admitted call; return a ticket to wait for, 0 if there is no hurry."""
         scope = task_scope.get()
         if holder == _PERMIT_OF_TASK:
             if scope is not None:
-                scope.found(verdict)
+                scope.found(self.name, verdict)
             return 0
         if scope is not None:
             scope.replaced(self.name)
@@ -329,6 +338,32 @@ class Guard:
         if exc is not None:
             return breaker._failed(self._epoch, holder, exc)
         return breaker._succeeded(self._epoch, holder, perf_counter() - self._started, self._value)
+
+
+def call_guarded(breakers: Sequence[Guarded], fn: Callable[[], Any]) -> Any:
+    """Call ``fn`` under guard of several breakers and return what it returns; its outcome counts for each of them.
+
+    Raises:
+        BreakerOpenError: one of them refuses; ``fn`` does not run, and permits of the others are given back.
+    """
+    passes: list[_Pass] = []
+    try:
+        for breaker in breakers:
+            passes.append(breaker._admit())  # noqa: PERF401 - what was admitted before a refusal must be known
+        started = perf_counter()
+        value = fn()
+    except BaseException as exc:
+        _finish_all(zip(breakers, passes, strict=False), [breaker.judge(exc) for breaker in breakers])
+        raise
+    seconds = perf_counter() - started
+    _finish_all(zip(breakers, passes, strict=True), [breaker.judge_success(seconds, value) for breaker in breakers])
+    return value
+
+
+def _finish_all(admitted: Iterable[tuple[Guarded, _Pass]], verdicts: Sequence[Verdict]) -> None:
+    tickets = [(breaker, breaker._finished(*own, verdict)) for (breaker, own), verdict in zip(admitted, verdicts)]  # noqa: B905 - those that refused have no pass
+    for breaker, ticket in tickets:
+        breaker._wait(ticket)
 
 
 def _nowhere() -> Standing:

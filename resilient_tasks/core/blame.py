@@ -7,6 +7,7 @@ who has none of them pays for none of them.
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 
 from resilient_tasks.core.answer import attribute, header_of, status_of
 from resilient_tasks.core.model import Outcome
@@ -105,6 +106,25 @@ def carried_by(exc: BaseException) -> BaseException | None:
 def _stands_for(stand_in: object, original: BaseException) -> bool:
     named = attribute(stand_in, "exc_cls_name")
     return isinstance(original, type(stand_in)) or named == type(original).__name__
+
+
+def blame(exc: BaseException, breaker: str) -> None:
+    """Note that a guard of ``breaker`` has counted ``exc`` as a failure: guards of others around it need not."""
+    with suppress(AttributeError):  # of a class that has no room for it
+        exc._resilient_tasks_blames = breaker  # type: ignore[attr-defined]  # noqa: SLF001 - a note of our own
+
+
+def blamed_on(exc: BaseException) -> str | None:
+    """Return the breaker whose guard has counted ``exc``, or what it was explicitly raised from, as a failure."""
+    inner: BaseException | None = carried_by(exc)
+    for _ in range(_WRAPPED_AT_MOST):
+        if inner is None:
+            break
+        blamed: str | None = attribute(inner, "_resilient_tasks_blames")
+        if blamed is not None:
+            return blamed
+        inner = inner.__cause__
+    return None
 
 
 def is_control_flow(exc: BaseException) -> bool:

@@ -6,7 +6,7 @@ direct call, has no message: where no fallback answers, the error reaches the ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,10 +15,11 @@ import tenacity
 from celery import Task
 from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry
 
-from resilient_tasks.core.classification import Verdict
+from resilient_tasks.core.blame import blamed_on
 from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.errors import BreakerOpenError, ResilienceError
 from resilient_tasks.fallback import Call, write_provenance
+from resilient_tasks.guard import call_guarded
 from resilient_tasks.worker.options import DEFER
 from resilient_tasks.worker.run import Run, TaskDeferred, current_run
 from resilient_tasks.worker.runtime import runtime_of
@@ -45,13 +46,13 @@ def run_guarded(task: ResilientTask, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Body:
-    """One run of a body, with its breaker and fallbacks around it."""
+    """One run of a body, with its breakers and fallbacks around it."""
 
     def __init__(self, task: Any, args: Any, kwargs: Any) -> None:
         self.task, self.args, self.kwargs = task, args, kwargs
         self.options = task.options
         self.runtime = runtime_of(task.app)
-        self.breaker: Breaker = self.runtime.breaker(self.options.breaker)
+        self.breakers: list[Breaker] = [self.runtime.breaker(name) for name in self.options.breakers]
         self.call = Call(task.name, task.run, args, kwargs)
 
     def run(self) -> Any:
@@ -63,11 +64,21 @@ class _Body:
         except BreakerOpenError as refusal:
             return self.answer(refusal.breaker, partial(self.refused, refusal))
         except Exception as exc:
-            if self.breaker.judge(exc).outcome is not Outcome.FAILURE:
+            culprit = self.culprit(exc)
+            if culprit is None:
                 raise
-            return self.answer(self.breaker.name, partial(self.failed, exc))
+            return self.answer(culprit, partial(self.failed, exc, culprit))
         self.options.fallback.remember(self.call, value, self.runtime.fleet.store)
         return value
+
+    def culprit(self, exc: Exception) -> str | None:
+        """Return the breaker whose dependency has failed the run: that of a guard inside, else the first to say so."""
+        inside = blamed_on(exc)
+        asked = self.breakers
+        if inside is not None:
+            asked = [self.runtime.breaker(inside)] if inside in self.runtime.breakers else []
+        blaming = (breaker.name for breaker in asked if breaker.judge(exc).outcome is Outcome.FAILURE)
+        return next(blaming, None)
 
     def attempts(self) -> Any:
         """Make the one attempt, or the quick ones of ``retrying=``."""
@@ -75,13 +86,15 @@ class _Body:
         if retrying is None:
             return self.attempt()
         bounded = retrying.copy(
-            stop=_StopWhenOpen(self.breaker, retrying.stop), retry=_RetryErrors(retrying.retry), reraise=True
+            stop=_StopWhenOpen(self.breakers, retrying.stop), retry=_RetryErrors(retrying.retry), reraise=True
         )
         return bounded(self.attempt)
 
     def attempt(self) -> Any:
         """Call the body once."""
-        return self.breaker.call(self.function, *self.args, **self.kwargs)
+        if len(self.breakers) == 1:
+            return self.breakers[0].call(self.function, *self.args, **self.kwargs)
+        return call_guarded(self.breakers, partial(self.function, *self.args, **self.kwargs))
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -107,8 +120,8 @@ class _Body:
         """End a run that a breaker has refused, and no fallback has answered."""
         raise refusal
 
-    def failed(self, exc: Exception) -> NoReturn:
-        """End a run that has failed through its dependency, and no fallback has answered."""
+    def failed(self, exc: Exception, _culprit: str) -> NoReturn:
+        """End a run that has failed through a dependency, and no fallback has answered."""
         raise exc
 
 
@@ -138,18 +151,16 @@ class _GatedBody(_Body):
         started = perf_counter()
         try:
             value = super().attempts()
-        except BreakerOpenError:
-            self.gated.verdict = Verdict(Outcome.IGNORED)
-            raise
         except BaseException as exc:
-            self.gated.verdict = self.breaker.judge(exc)
+            self.gated.verdicts = {breaker.name: breaker.judge(exc) for breaker in self.breakers}
             raise
-        self.gated.verdict = self.breaker.judge_success(perf_counter() - started, value)
+        seconds = perf_counter() - started
+        self.gated.verdicts = {breaker.name: breaker.judge_success(seconds, value) for breaker in self.breakers}
         return value
 
     def attempt(self) -> Any:
         """Call the body; quick attempts are outcomes of their own, but for those of a trial, which has one."""
-        if self.options.retrying is None or self.gated.admission.trial:
+        if self.options.retrying is None or any(admitted.trial for admitted in self.gated.admission.passes):
             return self.function(*self.args, **self.kwargs)
         return super().attempt()
 
@@ -163,22 +174,22 @@ class _GatedBody(_Body):
             raise refusal
         raise TaskDeferred(refusal.breaker, str(refusal), self.gated.admission.attempts) from refusal
 
-    def failed(self, exc: Exception) -> NoReturn:
+    def failed(self, exc: Exception, culprit: str) -> NoReturn:
         """Defer the task, unless it has used up its attempts or Celery retries it."""
-        attempts = self.gated.admission.attempts + self.gated.admission.counts
+        attempts = self.gated.admission.attempts_after_failure(culprit)
         if self.options.on_failure != DEFER or self._has_retried(exc):
             raise exc
-        cause = self.gated.verdict.cause if self.gated.verdict else type(exc).__name__
+        cause = self.runtime.breaker(culprit).judge(exc).cause
         if attempts >= self.options.max_attempts:
-            self.gated.exhausted_by = cause
+            self.gated.exhausted_by, self.gated.exhausted_for = cause, culprit
             raise exc
-        raise TaskDeferred(self.breaker.name, f"the task failed: {cause}", attempts, cause) from exc
+        raise TaskDeferred(culprit, f"the task failed: {cause}", attempts, cause) from exc
 
     def _refusal_since(self) -> BreakerOpenError | None:
         """Return the refusal of a breaker that has opened since the gate let this run through."""
-        if self.gated.admission.trial or self.breaker.state not in (State.OPEN, State.FORCED_OPEN):
-            return None
-        return self.breaker.refusal()
+        opened = (State.OPEN, State.FORCED_OPEN)
+        refusing = (b for b in self.breakers if not self.gated.is_trial(b.name) and b.state in opened)
+        return next((breaker.refusal() for breaker in refusing), None)
 
     def _has_retried(self, exc: Exception) -> bool:
         """Whether Celery's own retrying has had its say about this failure."""
@@ -187,14 +198,14 @@ class _GatedBody(_Body):
 
 
 class _StopWhenOpen(tenacity.stop.stop_base):
-    """Ends quick attempts when the user's own condition does, or as soon as the breaker no longer admits."""
+    """Ends quick attempts when the user's own condition does, or as soon as a breaker no longer admits."""
 
-    def __init__(self, breaker: Breaker, otherwise: Any) -> None:
-        self._breaker = breaker
+    def __init__(self, breakers: Sequence[Breaker], otherwise: Any) -> None:
+        self._breakers = breakers
         self._otherwise = otherwise
 
     def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
-        return not self._breaker.admits or bool(self._otherwise(retry_state))
+        return not all(breaker.admits for breaker in self._breakers) or bool(self._otherwise(retry_state))
 
 
 class _RetryErrors(tenacity.retry_base):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
+from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome
-from resilient_tasks.worker.run import Admission, Report
+from resilient_tasks.worker.run import Admission, Pass, Report
 from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from resilient_tasks.worker.request import GatedRequest
     from resilient_tasks.worker.runtime import Runtime
 
+
+_NOTHING_SAID = Verdict(Outcome.IGNORED)
 
 #: Seconds for which the permit of a trial that waits for its pool process is renewed.
 LONGEST_WAIT = 600.0
@@ -35,9 +38,16 @@ class Gate:
         self._taken_up: Counter[str] = Counter()
         self._counting = threading.Lock()
 
-    def refuses_now(self, breaker: Breaker, ticket: Ticket, task_id: str) -> bool:
-        """Whether a message that has just arrived need not even wait for a pool slot."""
-        return self._refuses(self._runtime.fleet.view.standing(breaker.name), breaker, ticket, task_id)
+    def refusing(self, breakers: Sequence[Breaker], ticket: Ticket, task_id: str) -> Breaker | None:
+        """Return the first breaker that refuses a task by what is known here, so that it need not wait for a pool slot.
+
+        None: all admit it, or must be asked for a permit.
+        """
+        view = self._runtime.fleet.view
+        for breaker in breakers:
+            if self._refuses(view.standing(breaker.name), breaker, ticket, task_id):
+                return breaker
+        return None
 
     def refuses_all(self, breaker: Breaker) -> bool:
         """Whether no task of a breaker would be admitted at present, not even as a trial."""
@@ -53,35 +63,45 @@ class Gate:
         """A probe keeps tasks from being trials, but while the store is away no tick can run it."""
         return breaker.registered_probe is not None and not self._runtime.fleet.store.away
 
-    def admit(self, breaker: Breaker, request: GatedRequest) -> Admission:
-        """Decide on a request that is about to enter the pool; may take a permit."""
-        standing, ticket = self._runtime.fleet.view.standing(breaker.name), request.ticket
-        if self._refuses(standing, breaker, ticket, request.id):
-            return self._refused(breaker, ticket)
-        if not standing.admits:
-            return self._trial(breaker, request)
-        counts = self.would_count(breaker, ticket)
-        return Admission(breaker.name, standing.epoch, attempts=ticket.attempts, counts=counts)
+    def admit(self, request: GatedRequest) -> Admission:
+        """Decide on a request that is about to enter the pool: it gets all permits that it needs, or none."""
+        refusing = self.refusing(request.breakers, request.ticket, request.id)
+        if refusing is not None:
+            return self._refused(refusing, request.ticket)
+        passes: list[Pass] = []
+        for breaker in request.breakers:
+            admitted = self._pass(breaker, request)
+            if admitted is None:
+                self.settle(Admission(tuple(passes)), request.holder, Report.of_all(_NOTHING_SAID, passes))
+                return self._refused(breaker, request.ticket)
+            passes.append(admitted)
+        return Admission(tuple(passes), attempts=request.ticket.attempts)
 
-    def _refused(self, breaker: Breaker, ticket: Ticket) -> Admission:
+    @staticmethod
+    def _refused(breaker: Breaker, ticket: Ticket) -> Admission:
         refusal = breaker.refusal()
-        return Admission(
-            breaker.name, refused_in=refusal.state, retry_after=refusal.retry_after, attempts=ticket.attempts
-        )  # fmt: skip
+        return Admission((), breaker.name, refusal.state, refusal.retry_after, ticket.attempts)
 
-    def _trial(self, breaker: Breaker, request: GatedRequest) -> Admission:
+    def _pass(self, breaker: Breaker, request: GatedRequest) -> Pass | None:
+        """Return one breaker's pass; None if it denies a permit."""
         fleet = self._runtime.fleet
+        standing = fleet.view.standing(breaker.name)
+        if standing.admits:
+            return Pass(breaker.name, standing.epoch, counts=self.would_count(breaker, request.ticket))
         grant = fleet.acquire(breaker.spec, request.holder)
         if not grant.admitted:
-            return self._refused(breaker, request.ticket)
+            return None
         if grant.trial:
             fleet.reporter.hold(breaker.name, request.holder, fleet.view.clock() + LONGEST_WAIT)
-        return Admission(breaker.name, grant.snapshot.epoch, trial=grant.trial, attempts=request.ticket.attempts)
+        return Pass(breaker.name, grant.snapshot.epoch, trial=grant.trial)
 
-    def hold(self, breaker: Breaker, request: GatedRequest) -> None:
-        """Renew the permit of a trial that has begun to run, for as long as it may take."""
+    def hold(self, request: GatedRequest, admission: Admission) -> None:
+        """Renew the permits of a trial that has begun to run, for as long as it may take."""
         fleet = self._runtime.fleet
-        fleet.reporter.hold(breaker.name, request.holder, fleet.view.clock() + _trial_limit(request, breaker))
+        for admitted in admission.passes:
+            if admitted.trial:
+                longest = _trial_limit(request, self._runtime.breaker(admitted.breaker))
+                fleet.reporter.hold(admitted.breaker, request.holder, fleet.view.clock() + longest)
 
     def would_count(self, breaker: Breaker, ticket: Ticket) -> bool:
         """Whether a failure now uses up an attempt: only if the dependency has served somebody since the last one.
@@ -109,23 +129,29 @@ class Gate:
         with self._counting:
             self._taken_up = +self._taken_up
 
-    def settle(self, breaker: Breaker, admission: Admission, holder: str, report: Report) -> None:
-        """Count what a run has found out, once."""
-        fleet = self._runtime.fleet
-        told = report.cause, report.retry_after
-        if admission.trial:
-            fleet.reporter.settle(breaker.spec, holder, admission.epoch, report.outcome or Outcome.IGNORED, *told)
-        elif report.outcome is not None:
-            fleet.reporter.report(fleet.view.standing(breaker.name), admission.epoch, report.outcome, *told)
+    def settle(self, admission: Admission, holder: str, report: Report) -> None:
+        """Count what a run has found out, once, for each breaker that admitted it."""
+        for admitted, verdict in zip(admission.passes, report.verdicts, strict=True):
+            if admitted.trial:
+                self._settle_trial(admitted, holder, verdict or _NOTHING_SAID)
+            elif verdict is not None:
+                fleet = self._runtime.fleet
+                told = verdict.outcome, verdict.cause, verdict.retry_after
+                fleet.reporter.report(fleet.view.standing(admitted.breaker), admitted.epoch, *told)
+
+    def _settle_trial(self, admitted: Pass, holder: str, verdict: Verdict) -> None:
+        spec = self._runtime.breaker(admitted.breaker).spec
+        told = verdict.outcome, verdict.cause, verdict.retry_after
+        self._runtime.fleet.reporter.settle(spec, holder, admitted.epoch, *told)
 
 
 def _ramps_out(standing: Standing, ticket: Ticket, task_id: str) -> bool:
-    """Whether the ramp after a recovery keeps this task out; resumed tasks have a pace of their own.
+    """Whether the ramp after a recovery keeps this task out; those that waited for this breaker have their own pace.
 
     The lot is drawn from the task's id, so that it falls alike wherever it is asked for.
     """
     share = standing.ramp_share()
-    if share >= 1.0 or ticket.resumed == standing.epoch:
+    if share >= 1.0 or (ticket.resumed == standing.epoch and ticket.breaker == standing.name):
         return False
     return crc32(f"{standing.epoch}:{task_id}".encode()) >= share * 2**32
 

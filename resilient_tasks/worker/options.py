@@ -30,7 +30,7 @@ class TaskOptions:
     """Options of a task that names a breaker; see the README's table.
 
     Args:
-        breaker: name of the breaker.
+        breakers: names of the breakers; all must admit.
         fallback: what may answer instead.
         on_open: ``"defer"`` or ``"fail"``, when the breaker refuses and no fallback answers.
         on_failure: ``"defer"`` or ``"raise"``, when the task itself fails through the dependency.
@@ -39,7 +39,7 @@ class TaskOptions:
         retrying: quick attempts inside one run; None: one attempt.
     """
 
-    breaker: str
+    breakers: tuple[str, ...]
     fallback: FallbackChain
     on_open: str = DEFER
     on_failure: str = DEFER
@@ -55,7 +55,7 @@ class TaskOptions:
             ConfigurationError: an option is unknown or out of range; names task, option and what is allowed.
         """
         return cls(
-            breaker=_breaker_name(task),
+            breakers=_breaker_names(task),
             fallback=as_chain(task.fallback, task.name, task.run),
             on_open=_option(task, "on_open", task.on_open, lambda v: v in (DEFER, FAIL), "'defer' or 'fail'"),
             on_failure=_option(
@@ -90,14 +90,15 @@ def _default_on_failure(task: Any) -> str:
     return DEFER if task.on_open == DEFER else RAISE
 
 
-def _breaker_name(task: Any) -> str:
+def _breaker_names(task: Any) -> tuple[str, ...]:
     if getattr(task, "breaker_key", None) is not None:
         raise ConfigurationError(
             f"task {task.name!r}: breaker_key={task.breaker_key!r}: keyed breakers are not available yet"
         )
-    if isinstance(task.breaker, (list, tuple)):
-        raise ConfigurationError(
-            f"task {task.name!r}: breaker={task.breaker!r}: one breaker per task; several are not available yet"
-        )
-    name = task.breaker.name if isinstance(task.breaker, Breaker) else task.breaker
-    return str(_option(task, "breaker", name, lambda v: isinstance(v, str), "a Breaker or the name of one"))
+    given = task.breaker if isinstance(task.breaker, (list, tuple)) else (task.breaker,)
+    names = tuple(breaker.name if isinstance(breaker, Breaker) else breaker for breaker in given)
+    valid = bool(names) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+    _option(
+        task, "breaker", task.breaker, lambda _: valid, "a Breaker, the name of one, or a list of such, each different"
+    )
+    return names

@@ -20,6 +20,7 @@ from billiard.einfo import ExceptionWithTraceback
 from celery.exceptions import TaskRevokedError, Terminated, TimeLimitExceeded, WorkerLostError
 from celery.worker.request import Request
 
+from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.monitor.events import TASK_FALLBACK
@@ -89,10 +90,11 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         """The worker's main process."""
         return runtime_of(self.app).host
 
-    @property
-    def breaker(self) -> Breaker:
-        """The breaker that the task names."""
-        return runtime_of(self.app).breakers[self.task.options.breaker]
+    @cached_property
+    def breakers(self) -> list[Breaker]:
+        """The breakers that the task names."""
+        runtime = runtime_of(self.app)
+        return [runtime.breaker(name) for name in self.task.options.breakers]
 
     @property
     def context(self) -> Any:
@@ -121,7 +123,8 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     @property
     def is_refused(self) -> bool:
         """Whether the gate would refuse it at once, and no fallback had to run."""
-        return self.defers_when_refused() and self.host.gate.refuses_now(self.breaker, self.ticket, self.id)
+        refusing = self.host.gate.refusing(self.breakers, self.ticket, self.id)
+        return self.defers_when_refused() and refusing is not None
 
     # --- into the pool ----------------------------------------------------------------------------
 
@@ -133,11 +136,11 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         """
         if self.deferred or self.revoked():
             raise TaskRevokedError(self.id)
-        admission = self.admission = self.host.gate.admit(self.breaker, self)
+        admission = self.admission = self.host.gate.admit(self)
         refusal = admission.refusal
         if refusal is not None and self.defers_when_refused():
             seams.task_ready(self)
-            self.put_aside(str(refusal))
+            self.put_aside(refusal.breaker, str(refusal))
             raise TaskRevokedError(self.id)
         return self._submit(pool, admission)
 
@@ -161,8 +164,8 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """Handle the start of the run; the time of a trial counts from here."""
         super().on_accepted(pid, time_accepted)
-        if self.admission is not None and self.admission.trial:
-            self.host.gate.hold(self.breaker, self)
+        if self.admission is not None:
+            self.host.gate.hold(self, self.admission)
 
     # --- out of the pool --------------------------------------------------------------------------
 
@@ -174,7 +177,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         if report.source:
             self.send_event(TASK_FALLBACK, breaker=report.served_for, source=report.source, age=report.age)
         if report.exhausted_by:
-            self._dead_letter(report.exhausted_by)
+            self._dead_letter(report.exhausted_for, report.exhausted_by)
         return self.finish((failed, value, runtime), **kwargs)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:  # noqa: FBT001, FBT002 - Celery's signature
@@ -184,15 +187,15 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
             exc = exc.exc
         if isinstance(exc, TaskDeferred):
             seams.task_ready(self)
-            return self.put_aside(exc.reason, exc.breaker, exc)
+            return self.put_aside(exc.breaker, exc.reason, exc)
         if not return_ok:
             deferred = self._deferred_by_time_out(exc)
-            self._settle(self._report_of_death(exc))
+            self._settle_death(exc)
             if deferred is not None and deferred.attempts < self.task.options.max_attempts:
                 seams.task_ready(self)
-                return self.put_aside(deferred.reason, failed=deferred)
+                return self.put_aside(deferred.breaker, deferred.reason, deferred)
             if deferred is not None:
-                self._dead_letter(deferred.cause)
+                self._dead_letter(deferred.breaker, deferred.cause)
         try:
             return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
         except NONSENSE:
@@ -207,38 +210,37 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
 
     def _settle(self, report: Report) -> None:
         admission, self.admission = self.admission, None
-        if admission is not None and not admission.refused_in:
-            self.host.gate.settle(self.breaker, admission, self.holder, report)
+        if admission is not None:
+            self.host.gate.settle(admission, self.holder, report)
 
-    @staticmethod
-    def _report_of_death(exc: BaseException) -> Report:
+    def _settle_death(self, exc: BaseException) -> None:
         """A child killed by a time limit, or lost, has failed; one killed by revoke or shutdown says nothing."""
-        if isinstance(exc, Terminated) or seams.shutting_down():
-            return Report(Outcome.IGNORED)
-        if isinstance(exc, (TimeLimitExceeded, WorkerLostError)):
-            return Report(Outcome.FAILURE, type(exc).__name__)
-        return Report(Outcome.IGNORED)
+        killed = isinstance(exc, Terminated) or seams.shutting_down()
+        failed = isinstance(exc, (TimeLimitExceeded, WorkerLostError)) and not killed
+        verdict = Verdict(Outcome.FAILURE, type(exc).__name__) if failed else Verdict(Outcome.IGNORED)
+        if self.admission is not None:
+            self._settle(Report.of_all(verdict, self.admission.passes))
 
     def _deferred_by_time_out(self, exc: BaseException) -> TaskDeferred | None:
         """Return what a run with attempts left would have raised itself, had the time limit not killed it."""
         admission = self.admission
         if admission is None or not isinstance(exc, TimeLimitExceeded) or self.task.options.on_failure != DEFER:
             return None
-        attempts = admission.attempts + admission.counts
-        return TaskDeferred(self.breaker.name, "the task exceeded its time limit", attempts, type(exc).__name__)
+        culprit = self.breakers[0].name  # nobody knows what it was waiting for
+        attempts = admission.attempts_after_failure(culprit)
+        return TaskDeferred(culprit, "the task exceeded its time limit", attempts, type(exc).__name__)
 
     # --- aside ------------------------------------------------------------------------------------
 
-    def put_aside(self, reason: str, breaker: str | None = None, failed: TaskDeferred | None = None) -> None:
-        """Defer the message; the verdict on this request is then final."""
+    def put_aside(self, breaker: str, reason: str, failed: TaskDeferred | None = None) -> None:
+        """Defer the message until a breaker admits; the verdict on this request is then final."""
         self.deferred = True
-        name = breaker or self.breaker.name
-        ticket = self._next_ticket(name, reason, failed)
+        ticket = self._next_ticket(breaker, reason, failed)
         try:
             self.host.deferral.defer_or_hold(self, ticket)
         except DeferredQueueFullError as full:
-            if runtime_of(self.app).breaker(name).policy.overflow == BLOCK:
-                self.host.overflow.put_back(self, ticket if failed else self.ticket, ticket.origin, name)
+            if runtime_of(self.app).breaker(breaker).policy.overflow == BLOCK:
+                self.host.overflow.put_back(self, ticket if failed else self.ticket, ticket.origin, breaker)
             else:
                 self._turn_away(full)
 
@@ -261,12 +263,12 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         self.task.backend.mark_as_failure(self.id, error, request=self.context, store_result=self.store_errors)
         self.send_event("task-failed", exception=repr(error), traceback=None)
 
-    def _dead_letter(self, cause: str) -> None:
+    def _dead_letter(self, breaker: str, cause: str) -> None:
         """Keep the message of a task that is out of attempts; its FAILURE is Celery's to write."""
         self.dead = True
         limit, now = self.task.options.max_attempts, self.host.now()
         ticket = replace(
-            self.ticket, breaker=self.breaker.name, origin=self.host.origin_of(self), attempts=limit, attempted_at=now
+            self.ticket, breaker=breaker, origin=self.host.origin_of(self), attempts=limit, attempted_at=now
         )
         ticket = ticket.die(now, f"out of attempts (max_attempts={limit}): {cause}", cause)
         self.host.deferral.defer_or_hold(self, ticket)
@@ -291,7 +293,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
             ticket = replace(ticket, since=now, deadline=now + options.defer_for if options.defer_for else 0.0)
         if failed is None or not failed.cause:
             return ticket
-        delay = options.delay(self.breaker.policy, failed.attempts)
+        delay = options.delay(runtime_of(self.app).breaker(breaker).policy, failed.attempts)
         return replace(ticket, attempts=failed.attempts, attempted_at=now, not_before=now + delay)
 
     def _expires_at(self, now: float) -> float:

@@ -8,7 +8,7 @@ run, and packed into plain tuples: pickling an instance costs several times as m
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -32,68 +32,106 @@ Packed = tuple[Any, ...]
 NONSENSE = (AttributeError, LookupError, TypeError, ValueError)
 
 
-class Admission(NamedTuple):
-    """The gate's answer to one run.
+class Pass(NamedTuple):
+    """Leave that one breaker has given to one run.
 
     Args:
-        breaker: the breaker that was asked.
+        breaker: its name.
         epoch: its epoch at that moment; outcomes are reported for this epoch.
-        refused_in: the state in which it refused; "" when it admitted.
-        retry_after: seconds until it may admit again.
         trial: the run holds a permit.
-        attempts: dependency failures of this task that counted so far.
-        counts: a dependency failure of this run would count as well.
+        counts: a dependency failure of this run that is put to the breaker would count as an attempt.
     """
 
     breaker: str
     epoch: int = 0
+    trial: bool = False
+    counts: bool = False
+
+
+class Admission(NamedTuple):
+    """The gate's answer to one run.
+
+    Args:
+        passes: one of each of the task's breakers, in the task's order; empty when one has refused.
+        refused_by: the first breaker that refused; "" when all have admitted.
+        refused_in: the state in which it refused.
+        retry_after: seconds until it may admit again.
+        attempts: dependency failures of this task that counted so far.
+    """
+
+    passes: tuple[Pass, ...] = ()
+    refused_by: str = ""
     refused_in: str = ""
     retry_after: float | None = None
-    trial: bool = False
     attempts: int = 0
-    counts: bool = False
 
     @property
     def refusal(self) -> BreakerOpenError | None:
         """The refusal as the error that it is; None when the run was admitted."""
-        return BreakerOpenError(self.breaker, self.refused_in, self.retry_after) if self.refused_in else None
+        return BreakerOpenError(self.refused_by, self.refused_in, self.retry_after) if self.refused_by else None
+
+    def pass_of(self, breaker: str) -> Pass | None:
+        """Return the pass of a breaker; None if it has given none."""
+        return next((one for one in self.passes if one.breaker == breaker), None)
+
+    def attempts_after_failure(self, breaker: str) -> int:
+        """Return the attempts that count if this run fails, and the failure is put to ``breaker``."""
+        judge = self.pass_of(breaker) or self.passes[0]
+        return self.attempts + judge.counts
 
     def pack(self) -> Packed:
-        """Return the same as a plain tuple, for ``Admission(*packed)``."""
-        return tuple(self)
+        """Return the same as a tuple of plain values."""
+        return (tuple(map(tuple, self.passes)), *self[1:])
+
+    @classmethod
+    def unpack(cls, packed: Packed) -> Admission:
+        """Return what was packed."""
+        passes, *others = packed
+        return cls(tuple(Pass(*one) for one in passes), *others)
 
 
 class Report(NamedTuple):
-    """What a run found out about its dependency.
+    """What a run found out about its dependencies.
 
     Args:
-        outcome: of the task as a whole; None when the body did not run, or when guards inside it have
-            told already.
-        cause: what the failure was, e.g. ``"ReadTimeout"``.
-        retry_after: the dependency's own ``Retry-After``, seconds.
+        verdicts: one for each pass of its admission, in the same order; None when the body did not run, or
+            when guards inside it have told already.
         source: the fallback that answered; "" if none did.
         age: age of a cached answer, seconds.
         served_for: the breaker whose refusal or failure the fallback answered.
         exhausted_by: the failure that has used up the task's ``max_attempts``; "" if none has.
+        exhausted_for: the breaker that this failure is put to.
     """
 
-    outcome: Outcome | None = None
-    cause: str = ""
-    retry_after: float | None = None
+    verdicts: tuple[Verdict | None, ...] = ()
     source: str = ""
     age: float | None = None
     served_for: str = ""
     exhausted_by: str = ""
+    exhausted_for: str = ""
+
+    @classmethod
+    def of_all(cls, verdict: Verdict, passes: Sequence[Pass]) -> Report:
+        """Return the report of a run about which there is one verdict, the same for every breaker."""
+        return cls((verdict,) * len(passes))
 
     def pack(self) -> Packed:
         """Return the same as a tuple of plain values."""
-        return (self.outcome and self.outcome.value, *self[1:])
+        return (tuple(map(_pack_verdict, self.verdicts)), *self[1:])
 
     @classmethod
     def unpack(cls, packed: Packed) -> Report:
         """Return what was packed."""
-        outcome, *others = packed
-        return cls(outcome and Outcome(outcome), *others)
+        verdicts, *others = packed
+        return cls(tuple(map(_unpack_verdict, verdicts)), *others)
+
+
+def _pack_verdict(verdict: Verdict | None) -> Packed | None:
+    return None if verdict is None else (verdict.outcome.value, verdict.cause, verdict.retry_after)
+
+
+def _unpack_verdict(packed: Packed | None) -> Verdict | None:
+    return None if packed is None else Verdict(Outcome(packed[0]), *packed[1:])
 
 
 class TaskDeferred(Ignore):  # type: ignore[misc]  # Celery is untyped
@@ -127,12 +165,13 @@ class Run:
     admission: Admission
     task_id: str
     begun: bool = False
-    verdict: Verdict | None = None
+    verdicts: dict[str, Verdict] = field(default_factory=dict)  # on the task as a whole, by breaker
     served: Served | None = None
     served_for: str = ""  # the breaker whose refusal or failure the fallback answered
     reported: set[str] = field(default_factory=set)  # breakers whose own guards have reported
     exhausted_by: str = ""  # the failure that has used up the task's attempts
-    within_trial: Verdict | None = None  # the worst that guards inside a trial have found
+    exhausted_for: str = ""  # the breaker that it is put to
+    within_trial: dict[str, Verdict] = field(default_factory=dict)  # the worst that guards inside trials have found
 
     def begin(self, task_id: str | None) -> bool:
         """Claim the run for the task body; False for calls of other tasks, or of itself, inside it."""
@@ -145,28 +184,28 @@ class Run:
         """A guard inside the body has reported for ``breaker``: the task as a whole need not."""
         self.reported.add(breaker)
 
-    def found(self, verdict: Verdict) -> None:
+    def found(self, breaker: str, verdict: Verdict) -> None:
         """A guard inside the trial has come to a verdict, which replaces that on the task as a whole."""
-        worst = self.within_trial
+        worst = self.within_trial.get(breaker)
         if worst is None or worst.outcome is not Outcome.FAILURE:
-            self.within_trial = verdict
+            self.within_trial[breaker] = verdict
 
     def is_trial(self, breaker: str) -> bool:
         """Whether the run holds a permit of ``breaker``, which covers all that it does inside."""
-        return self.admission.trial and self.admission.breaker == breaker
+        admitted = self.admission.pass_of(breaker)
+        return admitted is not None and admitted.trial
 
     def report(self) -> Report:
         """Return what the main process should know."""
         served = (self.served.source, self.served.age, self.served_for) if self.served else ("", None, "")
-        verdict = self._verdict()
-        if verdict is None:
-            return Report(None, "", None, *served, self.exhausted_by)
-        return Report(verdict.outcome, verdict.cause, verdict.retry_after, *served, self.exhausted_by)
+        verdicts = tuple(map(self._verdict, self.admission.passes))
+        return Report(verdicts, *served, self.exhausted_by, self.exhausted_for)
 
-    def _verdict(self) -> Verdict | None:
-        if self.admission.trial:
-            return self.within_trial or self.verdict
-        return None if self.admission.breaker in self.reported else self.verdict
+    def _verdict(self, admitted: Pass) -> Verdict | None:
+        verdict = self.verdicts.get(admitted.breaker)
+        if admitted.trial:
+            return self.within_trial.get(admitted.breaker, verdict)
+        return None if admitted.breaker in self.reported else verdict
 
 
 current_run: ContextVar[Run | None] = ContextVar("resilient_tasks_run", default=None)
@@ -176,7 +215,7 @@ def run_admitted(
     trace: Callable[..., TraceResult], admission: Packed, name: str, task_id: str, *args: Any
 ) -> tuple[int, Any, float, Packed]:
     """Run a task in the pool with Celery's own tracer, and report on its dependency."""
-    run = Run(Admission(*admission), task_id)
+    run = Run(Admission.unpack(admission), task_id)
     run_token, scope_token = current_run.set(run), task_scope.set(run)
     try:
         failed, value, runtime = trace(name, task_id, *args)

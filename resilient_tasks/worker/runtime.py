@@ -137,29 +137,32 @@ class Runtime:
         """
         for task in self.app.tasks.values():
             if getattr(task, "breaker", None) is not None:
-                self._validate(task, getattr(task.breaker, "name", task.breaker))
+                self._validate(task)
         for unused in self.settings.unknown_overrides(self.breakers):
             logger.warning("settings override breaker %r, which nobody defines", unused)
 
-    def _validate(self, task: Any, name: str) -> None:
+    def _validate(self, task: Any) -> None:
         if getattr(task, "options", None) is None:
+            name = getattr(task.breaker, "name", task.breaker)
             base = next(base for base in type(task).__mro__[1:] if base is not self.app.Task)
             raise ConfigurationError(
                 f"task {task.name!r} names breaker {name!r} but its base {base.__name__} is no ResilientTask:"
                 " derive it from resilient_tasks.ResilientTask"
             )
-        if name in self.breakers:
+        unknown = [name for name in task.options.breakers if name not in self.breakers]
+        if not unknown:
             return
-        if not self._is_another_apps(task, name):
+        if not self._is_another_apps(task):
             known = ", ".join(sorted(self.breakers)) or "none"
             raise ConfigurationError(
-                f"task {task.name!r} names breaker {name!r}, which nobody defines; defined: {known}"
+                f"task {task.name!r} names breaker {unknown[0]!r}, which nobody defines; defined: {known}"
             )
         type(task).Strategy, type(task).Request = Task.Strategy, Task.Request
 
-    def _is_another_apps(self, task: Any, name: str) -> bool:
+    def _is_another_apps(self, task: Any) -> bool:
         """Whether a task is a copy of one of another app in this process: Celery shares tasks among all apps."""
-        others = [runtime for runtime in list(_runtimes.values()) if runtime is not self and name in runtime.breakers]
+        names = set(task.options.breakers)
+        others = [other for other in list(_runtimes.values()) if other is not self and names <= other.breakers.keys()]
         return any(_function(other.app.tasks.get(task.name)) is _function(task) for other in others)
 
 

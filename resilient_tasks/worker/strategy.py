@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 from celery.exceptions import InvalidTaskError
@@ -14,6 +14,9 @@ from celery.worker.strategy import default
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
+
+if TYPE_CHECKING:
+    from resilient_tasks.breaker import Breaker
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -30,7 +33,7 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
         self._runtime = runtime_of(app)
         self._runtime.host.attach(consumer)
         self._gate = self._runtime.host.gate
-        self._breaker = self._runtime.breakers[task.options.breaker]
+        self._breakers = [self._runtime.breaker(name) for name in task.options.breakers]
         self._go_on = default(task, app, consumer)
 
     def __call__(self, message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **kwargs: Any) -> Any:
@@ -40,10 +43,11 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
         if ticket.breaker in self._runtime.breakers:  # strangers may write tickets, too
             self._gate.took_up(ticket)
         is_protocol_2 = body is None and "args" not in message.payload
-        if is_protocol_2 and self._gate.refuses_now(self._breaker, ticket, message.headers["id"]):
+        refusing = is_protocol_2 and self._gate.refusing(self._breakers, ticket, message.headers["id"])
+        if refusing:
             request = self._request(message, ack, reject)
             if request.defers_when_refused() and not request.eta:
-                return self._defer(request)
+                return self._defer(request, refusing)
         return self._go_on(message, body, ack, reject, callbacks, **kwargs)
 
     def _request(self, message: Any, ack: Any, reject: Any) -> GatedRequest:
@@ -62,7 +66,8 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
             utc=self._app.uses_utc_timezone(),
         )
 
-    def _defer(self, request: GatedRequest) -> None:
+    @staticmethod
+    def _defer(request: GatedRequest, refusing: Breaker) -> None:
         if request.revoked():  # or expired: Celery has settled it
             return
         request.send_event(
@@ -76,7 +81,7 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
             eta=None,
             expires=request.expires and request.expires.isoformat(),
         )
-        request.put_aside(str(self._breaker.refusal()))
+        request.put_aside(refusing.name, str(refusing.refusal()))
 
 
 def _check(message: Any, body: Any) -> None:

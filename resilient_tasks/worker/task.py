@@ -6,7 +6,7 @@ request class, and a ``__call__`` that decides what a refusal and a dependency f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import tenacity
@@ -34,7 +34,7 @@ class ResilientTask(Task):  # type: ignore[misc]  # Celery is untyped
     """
 
     abstract = True
-    breaker: Breaker | str | None = None
+    breaker: Breaker | str | Sequence[Breaker | str] | None = None
     breaker_key: Any = None
     fallback: Any = None
     on_open: str = DEFER

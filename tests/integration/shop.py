@@ -156,6 +156,15 @@ def urgent() -> str:
     return call("payments")
 
 
+@app.task(bind=True, breaker=[payments, "accounts"])
+def transfer(self, order: int) -> int:
+    """A task of two dependencies; it guards the call of the second itself."""
+    SIDE.rpush("runs:transfer", self.request.id)
+    call("payments")
+    accounts.call(call, "accounts")
+    return order
+
+
 @app.task(breaker="narrow")
 def squeeze() -> str:
     return call("narrow")

@@ -36,7 +36,7 @@ def test_an_app_may_come_later(app: Celery) -> None:
     task = define(app, breaker=payments)
     resilience.init_app(app)
     assert isinstance(task._get_current_object(), ResilientTask)
-    assert task.options.breaker == "payments"
+    assert task.options.breakers == ("payments",)
     runtime_of(app).validate()
 
 

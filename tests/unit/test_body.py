@@ -13,10 +13,16 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Retry
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Outcome, Resilience, constant
+from resilient_tasks.core.classification import Verdict
 from resilient_tasks.testing import Clock, force
-from resilient_tasks.worker.run import Admission, Report, TaskDeferred, run_admitted
+from resilient_tasks.worker.run import Admission, Pass, Report, TaskDeferred, run_admitted
 
 TASK_ID = "d3f0"
+SUCCESS, FAILURE = Verdict(Outcome.SUCCESS), Verdict(Outcome.FAILURE, "ConnectionError")
+
+
+def admitted(*, attempts: int = 0, trial: bool = False, counts: bool = False) -> Admission:
+    return Admission((Pass("payments", trial=trial, counts=counts),), attempts=attempts)
 
 
 @pytest.fixture
@@ -53,22 +59,22 @@ def failing(error: Exception) -> Callable[[], None]:
 
 def test_a_success_is_reported(app: Celery, payments: Breaker, clock: Clock) -> None:
     task = app.task(shared=False, breaker="payments", name="t")(seven)
-    assert gated(task, Admission("payments")) == (7, Report(Outcome.SUCCESS))
+    assert gated(task, admitted()) == (7, Report((SUCCESS,)))
 
 
 def test_a_dependency_failure_puts_the_task_aside(app: Celery, payments: Breaker, clock: Clock) -> None:
     task = app.task(shared=False, breaker="payments", name="t")(failing(ConnectionError()))
-    deferred, report = gated(task, Admission("payments", attempts=2, counts=True))
+    deferred, report = gated(task, admitted(attempts=2, counts=True))
     assert isinstance(deferred, TaskDeferred)
     assert (deferred.breaker, deferred.attempts, deferred.cause) == ("payments", 3, "ConnectionError")
-    assert report == Report(Outcome.FAILURE, "ConnectionError")
+    assert report == Report((FAILURE,))
 
 
 def test_the_last_attempt_fails_for_good(app: Celery, payments: Breaker, clock: Clock) -> None:
     task = app.task(shared=False, breaker="payments", name="t", max_attempts=3)(failing(ConnectionError("still")))
-    error, report = gated(task, Admission("payments", attempts=2, counts=True))
+    error, report = gated(task, admitted(attempts=2, counts=True))
     assert isinstance(error, ConnectionError)
-    assert report == Report(Outcome.FAILURE, "ConnectionError", exhausted_by="ConnectionError")
+    assert report == Report((FAILURE,), exhausted_by="ConnectionError", exhausted_for="payments")
 
 
 @pytest.mark.parametrize("options", [{"on_failure": "raise"}, {"autoretry_for": (ConnectionError,), "max_retries": 0}])
@@ -76,13 +82,13 @@ def test_attempts_are_used_up_only_where_failures_are_deferred(
     app: Celery, payments: Breaker, clock: Clock, options: dict[str, Any]
 ) -> None:
     task = app.task(shared=False, breaker="payments", name="t", max_attempts=1, **options)(failing(ConnectionError()))
-    error, report = gated(task, Admission("payments", counts=True))
+    error, report = gated(task, admitted(counts=True))
     assert isinstance(error, ConnectionError)
     assert report.exhausted_by == ""
 
 
 def test_a_refused_run_is_deferred_failed_or_served(app: Celery, payments: Breaker, clock: Clock) -> None:
-    refused = Admission("payments", refused_in="HALF_OPEN", retry_after=1.0)
+    refused = Admission((), "payments", "HALF_OPEN", 1.0)
     for options, kind in (({}, TaskDeferred), ({"on_open": "fail"}, BreakerOpenError)):
         task = app.task(shared=False, breaker="payments", name=f"t-{kind.__name__}", **options)(
             failing(AssertionError("ran"))
@@ -99,10 +105,10 @@ def test_a_refused_run_is_deferred_failed_or_served(app: Celery, payments: Break
 def test_a_breaker_that_opened_on_the_way_refuses(app: Celery, payments: Breaker, clock: Clock) -> None:
     task = app.task(shared=False, breaker="payments", name="t")(failing(AssertionError("ran")))
     force(payments, "OPEN")
-    value, report = gated(task, Admission("payments"))
+    value, report = gated(task, admitted())
     assert isinstance(value, TaskDeferred)
     assert not value.cause
-    assert report == Report()
+    assert report == Report((None,))
 
 
 def test_a_guard_inside_a_trial_decides_it(app: Celery, payments: Breaker, clock: Clock) -> None:
@@ -113,9 +119,9 @@ def test_a_guard_inside_a_trial_decides_it(app: Celery, payments: Breaker, clock
         return "swallowed"
 
     force(payments, "OPEN")
-    value, report = gated(swallows, Admission("payments", trial=True))
+    value, report = gated(swallows, admitted(trial=True))
     assert value == "swallowed"
-    assert report == Report(Outcome.FAILURE, "ConnectionError")
+    assert report == Report((FAILURE,))
 
 
 def test_a_guard_inside_an_ordinary_run_speaks_for_itself(app: Celery, payments: Breaker, clock: Clock) -> None:
@@ -123,14 +129,14 @@ def test_a_guard_inside_an_ordinary_run_speaks_for_itself(app: Celery, payments:
     def guarded() -> int:
         return payments.call(lambda: 3)
 
-    assert gated(guarded, Admission("payments")) == (3, Report())
+    assert gated(guarded, admitted()) == (3, Report((None,)))
 
 
 def test_a_refusal_by_a_breaker_of_somebody_else_is_the_tasks_own_error(
     app: Celery, payments: Breaker, clock: Clock
 ) -> None:
     task = app.task(shared=False, breaker="payments", name="t")(failing(BreakerOpenError("elsewhere")))
-    value, _ = gated(task, Admission("payments"))
+    value, _ = gated(task, admitted())
     assert isinstance(value, BreakerOpenError)
 
 
@@ -147,7 +153,7 @@ def test_quick_attempts_never_repeat_control_flow(
         calls.append(1)
         raise error
 
-    gated(once, Admission("payments"))
+    gated(once, admitted())
     assert calls == [1]
 
 
@@ -164,3 +170,105 @@ def test_an_unknown_breaker_is_named(app: Celery, resilience: Resilience) -> Non
     task = app.task(shared=False, breaker="nobody", name="t")(seven)
     with pytest.raises(ConfigurationError, match="nobody"):
         task()
+
+
+# --- several breakers ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accounts(resilience: Resilience, clock: Clock) -> Breaker:
+    return resilience.breaker("accounts", consecutive_failures=3, open_jitter=0)
+
+
+BOTH = Admission((Pass("payments"), Pass("accounts", counts=True)))
+SAYS_NOTHING = Verdict(Outcome.IGNORED, "ConnectionError")
+
+
+def test_the_outcome_goes_to_all_that_admitted(app: Celery, payments: Breaker, accounts: Breaker) -> None:
+    task = app.task(shared=False, breaker=["payments", accounts], name="t")(seven)
+    assert gated(task, BOTH) == (7, Report((SUCCESS, SUCCESS)))
+    task = app.task(shared=False, breaker=["payments", accounts], name="u")(failing(ConnectionError()))
+    deferred, report = gated(task, BOTH)
+    assert (deferred.breaker, report.verdicts) == ("payments", (FAILURE, FAILURE))
+
+
+@pytest.mark.parametrize("error", [ConnectionError(), ValueError()])
+def test_a_failure_inside_a_guard_is_that_breakers_alone(
+    app: Celery, payments: Breaker, accounts: Breaker, error: Exception
+) -> None:
+    @app.task(shared=False, breaker=["payments", accounts], name="t", max_attempts=2)
+    def wraps() -> None:
+        try:
+            accounts.call(failing(ConnectionError()))
+        except ConnectionError as exc:
+            raise error from exc
+
+    deferred, report = gated(wraps, BOTH)
+    assert (deferred.breaker, deferred.attempts, deferred.cause) == ("accounts", 1, "ConnectionError")
+    assert report.verdicts == (Verdict(Outcome.IGNORED, type(error).__name__), None)
+    assert gated(wraps, BOTH._replace(attempts=1))[1].exhausted_for == "accounts"
+
+
+def test_a_mistake_after_a_failure_inside_is_nobodys(app: Celery, payments: Breaker, accounts: Breaker) -> None:
+    @app.task(shared=False, breaker=["payments", accounts], name="t")
+    def stumbles() -> None:
+        try:
+            accounts.call(failing(ConnectionError()))
+        except ConnectionError as exc:
+            raise KeyError("order") from exc
+
+    assert isinstance(gated(stumbles, BOTH)[0], KeyError)
+
+
+def test_a_guard_inside_a_trial_of_two_decides_its_own(app: Celery, payments: Breaker, accounts: Breaker) -> None:
+    @app.task(shared=False, breaker=["payments", accounts], name="t")
+    def guarded() -> None:
+        accounts.call(failing(ConnectionError()))
+
+    admission = Admission((Pass("payments", trial=True), Pass("accounts", trial=True)))
+    assert gated(guarded, admission)[1].verdicts == (SAYS_NOTHING, FAILURE)
+
+
+def test_any_breaker_that_opened_on_the_way_refuses(app: Celery, payments: Breaker, accounts: Breaker) -> None:
+    task = app.task(shared=False, breaker=["payments", accounts], name="t")(failing(AssertionError("ran")))
+    force(accounts, "OPEN")
+    deferred, report = gated(task, BOTH)
+    assert deferred.breaker == "accounts"
+    assert report.verdicts == (None, None)
+
+
+def test_quick_attempts_end_when_any_breaker_opens(app: Celery, payments: Breaker, accounts: Breaker) -> None:
+    calls = []
+
+    @app.task(
+        shared=False,
+        breaker=["payments", accounts],
+        name="t",
+        retrying=tenacity.Retrying(stop=tenacity.stop_after_attempt(5)),
+    )
+    def flaky() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            force(accounts, "OPEN")
+        raise ConnectionError
+
+    gated(flaky, BOTH)
+    assert len(calls) == 2
+
+
+def test_an_eager_task_is_guarded_by_all(
+    app: Celery, payments: Breaker, accounts: Breaker, clock: Clock, resilience: Resilience
+) -> None:
+    @app.task(shared=False, breaker=["payments", accounts], name="t")
+    def fails() -> None:
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        fails()
+    clock.settle()
+    assert [breaker.snapshot().failures for breaker in (payments, accounts)] == [1, 1]
+    force(accounts, "OPEN")
+    with pytest.raises(BreakerOpenError, match="accounts"):
+        fails()
+    clock.settle()
+    assert payments.snapshot().calls == 1

@@ -484,7 +484,8 @@ class Scope:
     def is_trial(self, breaker: str) -> bool:
         return self.trial and breaker == "payments"
 
-    def found(self, verdict: Verdict) -> None:
+    def found(self, breaker: str, verdict: Verdict) -> None:
+        assert breaker == "payments"
         self.found_in_trial.append(verdict.outcome)
 
 

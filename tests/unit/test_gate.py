@@ -34,9 +34,9 @@ def gate(app: Celery, clock: Clock) -> Gate:
     return Gate(runtime_of(app))
 
 
-def request(task_id: str, ticket: Ticket) -> Any:
+def request(task_id: str, ticket: Ticket, *breakers: Breaker) -> Any:
     holder = vars(GatedRequest)["holder"].func(SimpleNamespace(id=task_id))
-    return SimpleNamespace(id=task_id, ticket=ticket, holder=holder)
+    return SimpleNamespace(id=task_id, ticket=ticket, holder=holder, breakers=breakers)
 
 
 def test_the_ramp_draws_one_lot_per_task(
@@ -50,26 +50,26 @@ def test_the_ramp_draws_one_lot_per_task(
     share = payments.standing.ramp_share()
     assert share == pytest.approx(0.28, abs=0.02)
     monkeypatch.setattr(Standing, "ramp_share", lambda _: share)  # a view goes on in real time
-    arrived = [task_id for task_id in IDS if not gate.refuses_now(payments, Ticket(), task_id)]
-    entered = [task_id for task_id in arrived if not gate.admit(payments, request(task_id, Ticket())).refused_in]
+    arrived = [task_id for task_id in IDS if gate.refusing([payments], Ticket(), task_id) is None]
+    entered = [task_id for task_id in arrived if not gate.admit(request(task_id, Ticket(), payments)).refused_in]
     assert entered == arrived
     assert len(arrived) / len(IDS) == pytest.approx(share, abs=0.05)
     resumed = Ticket(breaker="payments", resumed=payments.standing.epoch)
-    assert not any(gate.refuses_now(payments, resumed, task_id) for task_id in IDS)
+    assert not any(gate.refusing([payments], resumed, task_id) for task_id in IDS)
 
 
 def test_tasks_are_no_trials_where_there_is_a_probe(gate: Gate, payments: Breaker, clock: Clock) -> None:
     payments.probe(lambda: None)
     force(payments, "OPEN")
     clock.advance(1.0)
-    assert gate.refuses_now(payments, Ticket(), "a")
+    assert gate.refusing([payments], Ticket(), "a") is payments
 
 
 def test_a_task_that_is_delivered_twice_is_one_trial_only(gate: Gate, payments: Breaker, clock: Clock) -> None:
     force(payments, "OPEN")
     clock.advance(1.0)
-    first, second = (gate.admit(payments, request("task", Ticket())) for _ in range(2))
-    assert first.trial
+    first, second = (gate.admit(request("task", Ticket(), payments)) for _ in range(2))
+    assert first.passes[0].trial
     assert second.refused_in == "HALF_OPEN"
 
 
@@ -87,3 +87,40 @@ def test_what_was_taken_up_is_told_until_somebody_listens(gate: Gate) -> None:
     gate.tell_taken_up(lambda *said: told.append(said))
     gate.tell_taken_up(lambda *said: told.append(said))
     assert told == [("payments", 3)]
+
+
+def test_a_task_of_several_breakers_gets_all_permits_or_none(
+    gate: Gate, payments: Breaker, resilience: Resilience, clock: Clock
+) -> None:
+    accounts = resilience.breaker("accounts", trial_calls=1, open_duration=1, open_jitter=0)
+    for breaker in (payments, accounts):
+        force(breaker, "OPEN")
+    clock.advance(1.0)
+    assert accounts.acquire("somebody else").trial
+    refused = gate.admit(request("task", Ticket(), payments, accounts))
+    clock.settle()
+    assert (refused.refused_by, refused.passes) == ("accounts", ())
+    assert payments.snapshot().trials == 0
+    assert payments.snapshot().state == "HALF_OPEN"
+    assert payments.acquire("the next one").trial
+
+
+def test_the_first_breaker_that_refuses_is_named(
+    gate: Gate, payments: Breaker, resilience: Resilience, clock: Clock
+) -> None:
+    accounts = resilience.breaker("accounts")
+    force(accounts, "OPEN")
+    assert gate.refusing([payments, accounts], Ticket(), "a") is accounts
+    force(payments, "OPEN")
+    assert gate.refusing([payments, accounts], Ticket(), "a") is payments
+
+
+def test_a_resumed_task_passes_the_ramp_of_the_breaker_that_it_waited_for_alone(
+    gate: Gate, payments: Breaker, resilience: Resilience, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accounts = resilience.breaker("accounts")
+    monkeypatch.setattr(Standing, "ramp_share", lambda _: 0.0)
+    for breaker, other in ((payments, accounts), (accounts, payments)):
+        resumed = Ticket(breaker=breaker.name, resumed=breaker.standing.epoch)
+        assert gate.refusing([breaker], resumed, "a") is None
+        assert gate.refusing([breaker, other], resumed, "a") is other

@@ -28,9 +28,14 @@ def options_of(app: Celery, **options: Any) -> TaskOptions:
     return charge.options
 
 
+def test_several_breakers(app: Celery) -> None:
+    accounts = Resilience().breaker("accounts")
+    assert options_of(app, breaker=("payments", accounts)).breakers == ("payments", "accounts")
+
+
 def test_defaults(app: Celery) -> None:
     options = options_of(app)
-    assert (options.breaker, options.on_open, options.on_failure) == ("payments", "defer", "defer")
+    assert (options.breakers, options.on_open, options.on_failure) == (("payments",), "defer", "defer")
     assert (options.max_attempts, options.defer_for, options.retrying) == (8, None, None)
     assert not options.fallback
 
@@ -72,9 +77,11 @@ BAD: list[tuple[str, Any, str]] = [
     ("defer_for", True, "a positive number of seconds or None"),
     ("retrying", 3, "a tenacity.Retrying or None"),
     ("retrying", tenacity.Retrying, "a tenacity.Retrying or None"),
-    ("breaker", 3, "a Breaker or the name of one"),
-    ("breaker", b"payments", "a Breaker or the name of one"),
-    ("breaker", ["payments", "accounts"], "one breaker per task"),
+    ("breaker", 3, "a Breaker, the name of one, or a list"),
+    ("breaker", b"payments", "a Breaker, the name of one, or a list"),
+    ("breaker", [], "a list of such"),
+    ("breaker", ["payments", "payments"], "each different"),
+    ("breaker", ["payments", 3], "a list of such"),
     ("breaker_key", "order_id", "keyed breakers are not available yet"),
     ("fallback", 3, "allowed are cached"),
     ("fallback", [constant(0), "other_source"], "allowed are cached"),

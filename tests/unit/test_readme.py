@@ -29,7 +29,7 @@ def namespace(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
 
 def test_its_tasks_are_guarded(namespace: dict[str, Any]) -> None:
-    assert {namespace["charge"].options.breaker, namespace["balance"].options.breaker} == {"payments"}
+    assert {namespace["charge"].options.breakers, namespace["balance"].options.breakers} == {("payments",)}
     assert namespace["charge"].apply(args=[1]).get() is None
 
 

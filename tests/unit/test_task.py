@@ -227,8 +227,8 @@ def test_options_in_a_base_class_are_those_of_its_tasks(app: Celery, payments: B
     def pay_later() -> None: ...
 
     assert Payment.options is None
-    assert (pay.options.breaker, pay.options.on_open) == ("payments", "fail")
-    assert (pay_later.options.breaker, pay_later.options.on_open) == ("payments", "defer")
+    assert (pay.options.breakers, pay.options.on_open) == (("payments",), "fail")
+    assert (pay_later.options.breakers, pay_later.options.on_open) == (("payments",), "defer")
 
 
 @pytest.mark.parametrize("part", ["Strategy", "Request"])
