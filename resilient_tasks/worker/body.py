@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
     from resilient_tasks.worker.task import ResilientTask
 
+_REFUSING = (State.OPEN, State.FORCED_OPEN)
 _CONTROL_FLOW = (Ignore, Reject, Retry, ResilienceError)
 
 
@@ -152,10 +153,10 @@ class _GatedBody(_Body):
         try:
             value = super().attempts()
         except BaseException as exc:
-            self.gated.verdicts = {breaker.name: breaker.judge(exc) for breaker in self.breakers}
+            self.gated.verdicts = [breaker.judge(exc) for breaker in self.breakers]
             raise
         seconds = perf_counter() - started
-        self.gated.verdicts = {breaker.name: breaker.judge_success(seconds, value) for breaker in self.breakers}
+        self.gated.verdicts = [breaker.judge_success(seconds, value) for breaker in self.breakers]
         return value
 
     def attempt(self) -> Any:
@@ -187,9 +188,10 @@ class _GatedBody(_Body):
 
     def _refusal_since(self) -> BreakerOpenError | None:
         """Return the refusal of a breaker that has opened since the gate let this run through."""
-        opened = (State.OPEN, State.FORCED_OPEN)
-        refusing = (b for b in self.breakers if not self.gated.is_trial(b.name) and b.state in opened)
-        return next((breaker.refusal() for breaker in refusing), None)
+        for breaker, admitted in zip(self.breakers, self.gated.admission.passes, strict=True):
+            if not admitted.trial and breaker.state in _REFUSING:
+                return breaker.refusal()
+        return None
 
     def _has_retried(self, exc: Exception) -> bool:
         """Whether Celery's own retrying has had its say about this failure."""

@@ -87,7 +87,7 @@ class Gate:
         fleet = self._runtime.fleet
         standing = fleet.view.standing(breaker.name)
         if standing.admits:
-            return Pass(breaker.name, standing.epoch, counts=self.would_count(breaker, request.ticket))
+            return Pass(breaker.name, standing.epoch, counts=self._would_count(standing, request.ticket))
         grant = fleet.acquire(breaker.spec, request.holder)
         if not grant.admitted:
             return None
@@ -103,15 +103,16 @@ class Gate:
                 longest = _trial_limit(request, self._runtime.breaker(admitted.breaker))
                 fleet.reporter.hold(admitted.breaker, request.holder, fleet.view.clock() + longest)
 
-    def would_count(self, breaker: Breaker, ticket: Ticket) -> bool:
+    def _would_count(self, standing: Standing, ticket: Ticket) -> bool:
         """Whether a failure now uses up an attempt: only if the dependency has served somebody since the last one.
 
         A task that has not failed before looks back over one window.
         """
-        view = self._runtime.fleet.view
-        last_success = view.standing(breaker.name).snapshot.last_success_at
-        since = ticket.attempted_at or view.server_now() - breaker.policy.window
-        return last_success is not None and last_success > since
+        last_success = standing.snapshot.last_success_at
+        if last_success is None:
+            return False
+        since = ticket.attempted_at or self._runtime.fleet.view.server_now() - standing.spec.policy.window
+        return last_success > since
 
     def took_up(self, ticket: Ticket) -> None:
         """Note that a resumed task has reached a worker."""

@@ -87,7 +87,7 @@ class Admission(NamedTuple):
     def unpack(cls, packed: Packed) -> Admission:
         """Return what was packed."""
         passes, *others = packed
-        return cls(tuple(Pass(*one) for one in passes), *others)
+        return cls(tuple(map(Pass._make, passes)), *others)
 
 
 class Report(NamedTuple):
@@ -165,7 +165,7 @@ class Run:
     admission: Admission
     task_id: str
     begun: bool = False
-    verdicts: dict[str, Verdict] = field(default_factory=dict)  # on the task as a whole, by breaker
+    verdicts: Sequence[Verdict | None] = ()  # on the task as a whole, one for each pass
     served: Served | None = None
     served_for: str = ""  # the breaker whose refusal or failure the fallback answered
     reported: set[str] = field(default_factory=set)  # breakers whose own guards have reported
@@ -198,11 +198,11 @@ class Run:
     def report(self) -> Report:
         """Return what the main process should know."""
         served = (self.served.source, self.served.age, self.served_for) if self.served else ("", None, "")
-        verdicts = tuple(map(self._verdict, self.admission.passes))
+        passes = self.admission.passes
+        verdicts = tuple(map(self._verdict, passes, self.verdicts or [None] * len(passes)))
         return Report(verdicts, *served, self.exhausted_by, self.exhausted_for)
 
-    def _verdict(self, admitted: Pass) -> Verdict | None:
-        verdict = self.verdicts.get(admitted.breaker)
+    def _verdict(self, admitted: Pass, verdict: Verdict | None) -> Verdict | None:
         if admitted.trial:
             return self.within_trial.get(admitted.breaker, verdict)
         return None if admitted.breaker in self.reported else verdict
