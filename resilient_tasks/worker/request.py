@@ -104,7 +104,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     @property
     def log_fields(self) -> dict[str, str]:
         """What a log line about it says for machines."""
-        return about(self.id, self.name, self.breaker.name)
+        return about(self.id, self.name, self.task.options.breakers[0])
 
     @cached_property
     def holder(self) -> str:
