@@ -29,6 +29,7 @@ from resilient_tasks.worker import beat
 from resilient_tasks.worker.bootsteps import ControlQueue, Membership
 from resilient_tasks.worker.dead_letters import DeadLetters
 from resilient_tasks.worker.deferred import Deferred
+from resilient_tasks.worker.producers import ProducersGate
 from resilient_tasks.worker.runtime import TICK_TASK, Runtime, runtime_of
 from resilient_tasks.worker.task import ResilientTask
 
@@ -76,6 +77,7 @@ class Resilience:
         """Make the tasks of ``app`` resilient and its workers members of the fleet."""
         self._app = app
         runtime = Runtime(app, self._breakers, connect=lambda: self.fleet, settings=lambda: self.settings)
+        runtime.producers_gate = ProducersGate(runtime)
         if app.task_cls == _DEFAULT_TASK:
             app.task_cls = ResilientTask
             app.__dict__.pop("Task", None)  # a class already made of the old one

@@ -57,6 +57,17 @@ class Breaker(Guarded):
     def __repr__(self) -> str:
         return f"<Breaker {self.name!r}>"
 
+    @property
+    def accepting(self) -> bool:
+        """Whether a task sent now may run, as this process sees it, without I/O.
+
+        False while the breaker refuses everything; True again as soon as the next task may be a trial, which a
+        breaker with a probe leaves to the workers' probing.
+        """
+        standing = self.standing
+        probes = self.registered_probe is not None and not self.fleet.store.away
+        return standing.admits or not (standing.refuses or probes)
+
     def snapshot(self) -> Snapshot:
         """Read the breaker with its figures from the store."""
         fleet = self.fleet

@@ -70,6 +70,7 @@ class Settings(BaseSettings):
         store_memory_limit: how much of a server's memory may be in use before nothing more is deferred.
         webhook_url: receiver of each transition; ``None``: nobody. See ``docs/notifications.md``.
         webhook_secret: key of the signature on what it receives; ``None``: no signature.
+        gate_producers: publish tasks for a breaker that refuses straight into its deferred queue.
         breakers: overridden policy fields per breaker.
     """
 
@@ -95,6 +96,7 @@ class Settings(BaseSettings):
         None, description="a URL that begins with http:// or https:// and names a host", repr=False
     )
     webhook_secret: SecretStr | None = Field(None, min_length=16, description="a text of 16 characters or more")
+    gate_producers: bool = Field(False, description="true or false")
     breakers: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description=f"policy fields per breaker, as in {PREFIX}BREAKERS__PAYMENTS__WINDOW=60"
     )

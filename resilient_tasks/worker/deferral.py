@@ -23,6 +23,7 @@ from resilient_tasks.worker.broker import open_queues
 from resilient_tasks.worker.intake import UNDECODABLE
 from resilient_tasks.worker.memory import MemoryGuard
 from resilient_tasks.worker.patience import PatientWriter
+from resilient_tasks.worker.queues import Queues
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.ticket import Ticket
 
@@ -45,11 +46,16 @@ LINES_INTERVAL = 10.0
 
 
 class Deferral:
-    """Puts requests aside for the worker's main process."""
+    """Puts requests aside for one process, a worker's main process or a producer.
 
-    def __init__(self, runtime: Runtime) -> None:
+    Args:
+        runtime: the app's runtime.
+        queues: the broker's queues; ``None``: on a connection of its own.
+    """
+
+    def __init__(self, runtime: Runtime, queues: Queues | None = None) -> None:
         self._runtime = runtime
-        self._queues = open_queues(runtime.app, runtime.settings.namespace)
+        self._queues = queues or open_queues(runtime.app, runtime.settings.namespace)
         self._memory = MemoryGuard(
             MemoryLimit.parse(runtime.settings.store_memory_limit),
             {"broker": self._queues.memory, "store": lambda: runtime.fleet.ledger.memory()},  # noqa: PLW0108 - it may change

@@ -287,16 +287,15 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         now = self.host.now()
         options = self.task.options
         ticket = replace(
-            self.ticket, breaker=breaker, origin=self.host.origin_of(self), reason=reason, expires=self._expires_at(now)
-        ).defer(now, failed.cause if failed else "")  # fmt: skip
-        if not ticket.since:
-            ticket = replace(ticket, since=now, deadline=now + options.defer_for if options.defer_for else 0.0)
+            self.ticket, breaker=breaker, origin=self.host.origin_of(self), reason=reason, expires=self.expires_at(now)
+        )
+        ticket = ticket.begin(now, options.defer_for).defer(now, failed.cause if failed else "")
         if failed is None or not failed.cause:
             return ticket
         delay = options.delay(runtime_of(self.app).breaker(breaker).policy, failed.attempts)
         return replace(ticket, attempts=failed.attempts, attempted_at=now, not_before=now + delay)
 
-    def _expires_at(self, now: float) -> float:
+    def expires_at(self, now: float) -> float:
         """Return the end of ``expires``, which is wall-clock time, on the store's clock; 0 if there is none."""
         if not self.expires:
             return 0.0

@@ -27,6 +27,7 @@ from resilient_tasks.worker.ticket import Ticket
 if TYPE_CHECKING:
     from resilient_tasks.store.base import Spec
     from resilient_tasks.worker.host import Host
+    from resilient_tasks.worker.producers import ProducersGate
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -63,6 +64,7 @@ class Runtime:
         settings: returns the settings; called on first use.
     """
 
+    producers_gate: ProducersGate  # set by the composition root
     host: Host  # set by the worker's bootstep; only the main process of a worker has one
 
     def __init__(

@@ -18,6 +18,8 @@ from celery.utils.time import maybe_iso8601
 from celery.worker import state as worker_state
 from celery.worker.request import Request
 from celery.worker.strategy import hybrid_to_proto2
+from kombu import Producer
+from kombu.message import Message
 from kombu.serialization import prepare_accept_content
 from kombu.transport.virtual import Channel as VirtualChannel
 from kombu.transport.virtual import QoS as VirtualQoS
@@ -87,6 +89,36 @@ def drop_header_of_amqp(request_dict: dict[str, Any], header: str) -> None:
     if isinstance(headers, dict) and header in headers:
         others = {name: value for name, value in headers.items() if name != header}
         request_dict["properties"] = {**properties, "application_headers": others}
+
+
+def compose(channel: Any, body: Any, sent: Mapping[str, Any]) -> Any:
+    """Return the message that ``Producer.publish(body, **sent)`` would send on a channel, and send nothing."""
+    delivered_by = ("retry", "retry_policy", "declare", "compression")
+    others = {name: value for name, value in sent.items() if name not in delivered_by}
+    message = _Composer(channel, auto_declare=False).publish(body, **others)
+    message.accept = {message.content_type}
+    return message
+
+
+class _Composer(Producer):
+    """Composes messages instead of publishing them."""
+
+    def _publish(self, *told: Any) -> Any:
+        body, priority, content_type, content_encoding, headers, properties, routing_key, _, _, exchange, *_ = told
+        channel, headers = self.channel, dict(headers)
+        if is_emulated(channel):
+            payload = channel.prepare_message(body, priority, content_type, content_encoding, headers, properties)
+            channel._inplace_augment_message(payload, exchange, routing_key)
+            return channel.Message(payload, channel)
+        return Message(
+            body,
+            content_type=content_type,
+            content_encoding=content_encoding,
+            delivery_info={"exchange": exchange, "routing_key": routing_key},
+            properties={**properties, "priority": priority},
+            headers=headers,
+            channel=channel,
+        )
 
 
 def announce_revoked(request: Request, reason: str, *, expired: bool = False) -> None:

@@ -7,6 +7,7 @@ request class, and a ``__call__`` that decides what a refusal and a dependency f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import tenacity
@@ -15,6 +16,7 @@ from celery import Task
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.worker.body import run_guarded
 from resilient_tasks.worker.options import DEFER, TaskOptions
+from resilient_tasks.worker.producers import send_task
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
@@ -24,6 +26,7 @@ _PARTS = {
     "Strategy": "resilient_tasks.worker.strategy:gated",
     "Request": "resilient_tasks.worker.request:GatedRequest",
 }
+_POSITIONAL_OPTIONS = ("task_id", "producer", "link", "link_error", "shadow")
 
 
 class ResilientTask(Task):  # type: ignore[misc]  # Celery is untyped
@@ -44,6 +47,34 @@ class ResilientTask(Task):  # type: ignore[misc]  # Celery is untyped
     retrying: tenacity.Retrying | None = None
     options: TaskOptions | None = None
     own_call: Callable[..., Any] | None = None
+
+    def apply_async(
+        self, args: Any = None, kwargs: Any = None, *others: Any, on_open: str | None = None, **options: Any
+    ) -> Any:
+        """Send the task, as Celery does.
+
+        Args:
+            args: positional arguments of the task.
+            kwargs: keyword arguments of the task.
+            others: Celery's ``task_id``, ``producer``, ``link``, ``link_error`` and ``shadow`` in this order.
+            on_open: what to do at once, in this process, while the breaker refuses: ``"fail"`` raises,
+                ``"fallback"`` answers with the task's fallback; None publishes the task.
+            options: Celery's options.
+
+        Returns:
+            The task's ``AsyncResult``; an ``EagerResult`` if a fallback has answered.
+
+        Raises:
+            BreakerOpenError: the breaker refuses, and ``on_open`` or the task's own says to fail.
+            ConfigurationError: ``on_open`` is not allowed for this task.
+        """
+        options.update(zip(_POSITIONAL_OPTIONS, others, strict=False))
+        send = partial(super().apply_async, args, kwargs)
+        if self.options is None:
+            if on_open is not None:
+                raise ConfigurationError(f"task {self.name!r}: on_open={on_open!r}: it names no breaker")
+            return send(**options)
+        return send_task(self, send, args, kwargs, on_open, options)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -103,6 +103,12 @@ class Ticket:
         """When the wait ends at the latest: ``defer_for`` or ``expires``, whichever is first."""
         return min((end for end in (self.deadline, self.expires) if end), default=None)
 
+    def begin(self, at: float, defer_for: float | None) -> Ticket:
+        """Return the ticket of a task that waits at most ``defer_for`` seconds, from now on unless it waits already."""
+        if self.since:
+            return self
+        return replace(self, since=at, deadline=at + defer_for if defer_for else 0.0)
+
     def defer(self, at: float, cause: str = "") -> Ticket:
         """Return the ticket of the same task put aside; ``cause`` tells that, and why, it has failed."""
         return self._after(Step(at, "failed" if cause else "deferred", cause), resumed=0, died_at=0.0)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from celery import _state
 
-from resilient_tasks.testing import in_memory
+from resilient_tasks import BreakerOpenError
+from resilient_tasks.testing import force, in_memory
 
 README = Path(__file__).parents[2] / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-DEFINITIONS, GUARDS, TESTING, OPERATIONS = SNIPPETS
+DEFINITIONS, GUARDS, SENDERS, TESTING, OPERATIONS = SNIPPETS
 
 
 @pytest.fixture
@@ -46,6 +47,14 @@ def test_its_guards(namespace: dict[str, Any]) -> None:
     exec(GUARDS, namespace)
     namespace["payments"].registered_probe.function()
     assert asked == ["call", ((1,), {"key": "value"}), ("https://pay.example/health", 2)]
+
+
+def test_its_senders(namespace: dict[str, Any]) -> None:
+    assert namespace["balance"].apply(args=[3]).get() is None
+    force(namespace["payments"], "OPEN")
+    with pytest.raises(BreakerOpenError):
+        exec(SENDERS, namespace)
+    assert eval(SENDERS.splitlines()[-1], namespace) is None, "the last good value"
 
 
 def test_its_test(namespace: dict[str, Any]) -> None:

@@ -451,3 +451,39 @@ def test_the_modules_that_an_app_includes_are_imported(monkeypatch: pytest.Monke
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     seams.import_task_modules(Celery("seams", include=["colorsys"], set_as_current=False))
     assert "colorsys" in sys.modules
+
+
+# --- composing a message ------------------------------------------------------------------------------
+
+
+def test_a_composed_message_is_the_one_that_would_be_published(channel: Any) -> None:
+    queue, sent = Queue("here", Exchange("to-here"), routing_key="here"), {
+        "exchange": "to-here", "routing_key": "here", "serializer": "json", "headers": {"id": "1", "task": "double"},
+        "priority": 3, "correlation_id": "1", "reply_to": "somebody", "expiration": 2.5, "retry": True,
+        "retry_policy": {"max_retries": 1}, "compression": "zlib",
+    }  # fmt: skip
+    composed = seams.compose(channel, ((1,), {}, {}), sent)
+    with Producer(channel) as producer:
+        producer.publish(((1,), {}, {}), declare=[queue], **sent)
+    published = queue(channel).get(accept=["json"])
+    raw, expected = composed.serializable(), published.serializable()
+    for one in (raw, expected):
+        del one["properties"]["delivery_tag"]
+    assert raw == expected
+    assert composed.payload == published.payload
+
+
+def test_a_message_for_amqp_is_composed_without_asking_the_broker() -> None:
+    with Connection("amqp://nobody@nowhere.invalid") as connection:
+        channel = SimpleNamespace(connection=SimpleNamespace(client=connection))
+        sent = {
+            "exchange": "to-here",
+            "routing_key": "here",
+            "serializer": "json",
+            "headers": {"id": "1"},
+            "priority": 3,
+        }
+        composed = seams.compose(channel, ((1,), {}, {}), sent)
+    assert composed.delivery_info == {"exchange": "to-here", "routing_key": "here"}
+    assert (composed.properties["priority"], composed.properties["delivery_mode"]) == (3, 2)
+    assert (composed.headers, composed.payload) == ({"id": "1"}, [[1], {}, {}])

@@ -36,6 +36,7 @@ def test_defaults() -> None:
     assert settings.tick_interval == 1.0
     assert settings.store_timeout == 0.5
     assert settings.store_memory_limit == "80%"
+    assert settings.gate_producers is False
     assert settings.breakers == {}
 
 
@@ -108,6 +109,13 @@ def test_a_bad_value_names_variable_value_and_what_is_allowed(
 
 def test_a_bad_argument_is_named_as_the_argument_it_is() -> None:
     assert refusal(tick_interval="fast").startswith("tick_interval='fast': allowed is")
+
+
+def test_gating_producers_is_switched_on_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, GATE_PRODUCERS="true")
+    assert Settings.load().gate_producers is True
+    environment(monkeypatch, GATE_PRODUCERS="perhaps")
+    assert refusal() == "RESILIENT_TASKS_GATE_PRODUCERS='perhaps': allowed is true or false"
 
 
 def test_a_password_in_a_bad_url_stays_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

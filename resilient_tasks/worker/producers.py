@@ -1,0 +1,197 @@
+"""What a producer does about a breaker that refuses: at once, by its own view, without asking anybody.
+
+``apply_async(on_open="fail")`` raises and ``on_open="fallback"`` answers. With the setting ``gate_producers`` a task
+that would only be deferred is published straight into the deferred queue, with the ticket and by the steps of a
+worker's deferral. Whatever a producer cannot do is left to the gate of the workers: the task is published as usual.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from celery import states
+from celery.result import EagerResult
+from celery.utils import uuid
+from kombu import Queue
+from kombu.common import maybe_declare
+
+from resilient_tasks.errors import BreakerOpenError, ConfigurationError, DeferredQueueFullError
+from resilient_tasks.fallback import Call, write_provenance
+from resilient_tasks.store.forking import renew_after_fork
+from resilient_tasks.worker import seams
+from resilient_tasks.worker.broker import open_queues
+from resilient_tasks.worker.deferral import Deferral
+from resilient_tasks.worker.options import DEFER, FAIL
+from resilient_tasks.worker.queues import Queues
+from resilient_tasks.worker.request import GatedRequest
+from resilient_tasks.worker.runtime import find_runtime, runtime_of
+from resilient_tasks.worker.ticket import Ticket
+
+if TYPE_CHECKING:
+    from resilient_tasks.worker.runtime import Runtime
+
+logger = logging.getLogger("resilient_tasks")
+
+FALLBACK = "fallback"
+
+Send = Callable[..., Any]
+Defer = Callable[[Queue, Any, Mapping[str, Any]], bool]
+
+#: Options of a task that a workflow sends on its way: nobody is there to be told.
+_IN_A_WORKFLOW = ("group_id", "chord", "parent_id")
+#: What comes after a task; it waits for a run, and no answer of a producer's own would set it off.
+_FOLLOWED_BY = ("link", "chain")
+
+
+def send_task(task: Any, send: Send, args: Any, kwargs: Any, on_open: str | None, options: dict[str, Any]) -> Any:
+    """Send a guarded task, unless its breaker refuses and something else is wanted then.
+
+    Args:
+        task: the task.
+        send: Celery's ``apply_async`` with the arguments, to be called with the options.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        on_open: ``"fail"``, ``"fallback"`` or None.
+        options: Celery's other options.
+
+    Returns:
+        What ``send`` returns; an ``EagerResult`` if a fallback has answered.
+
+    Raises:
+        BreakerOpenError: the breaker refuses, and the caller wants to be told.
+        ConfigurationError: ``on_open`` is anything else, or the task has no fallback.
+    """
+    _check(task, on_open)
+    runtime = find_runtime(task.app) if on_open is None else runtime_of(task.app)
+    told = None if any(map(options.get, _IN_A_WORKFLOW)) else on_open
+    gated = runtime is not None and runtime.settings.gate_producers and _is_only_deferred(task)
+    refusal = _refusal(runtime, task) if runtime and (told or gated) else None
+    if refusal is None:
+        return send(**options)
+    served = _serve(task, args, kwargs, refusal, options) if told == FALLBACK else None
+    if served is not None:
+        return served
+    if told == FAIL or (told == FALLBACK and task.options.on_open == FAIL):
+        raise refusal
+    return runtime.producers_gate.send(task, send, refusal, options) if runtime and gated else send(**options)
+
+
+def _check(task: Any, on_open: str | None) -> None:
+    if on_open not in (None, FAIL, FALLBACK):
+        raise ConfigurationError(f"task {task.name!r}: on_open={on_open!r}: a sender may say 'fail' or 'fallback'")
+    if on_open == FALLBACK and not task.options.fallback:
+        raise ConfigurationError(
+            f"task {task.name!r}: on_open='fallback': it has no fallback, give it one by fallback="
+        )
+
+
+def _is_only_deferred(task: Any) -> bool:
+    """Whether a refusal has no other effect than that the task waits."""
+    options = task.options
+    return options.on_open == DEFER and not options.fallback and not task.app.conf.task_always_eager
+
+
+def _refusal(runtime: Runtime, task: Any) -> BreakerOpenError | None:
+    """Return the refusal that a worker would meet with now, as far as this process knows."""
+    known = (runtime.breakers.get(name) for name in task.options.breakers)
+    return next((breaker.refusal() for breaker in known if breaker is not None and not breaker.accepting), None)
+
+
+def _serve(
+    task: Any, args: Any, kwargs: Any, refusal: BreakerOpenError, options: Mapping[str, Any]
+) -> EagerResult | None:
+    """Return what a fallback answers; None if none does, or something waits for the task to run."""
+    if any(map(options.get, _FOLLOWED_BY)):
+        return None
+    runtime, given_id = runtime_of(task.app), options.get("task_id")
+    store = runtime.fleet.store
+    served = task.options.fallback.answer(Call(task.name, task.run, args or (), kwargs or {}), store)
+    if served is None:
+        return None
+    task_id = given_id or uuid()
+    write_provenance(store, task_id, served, refusal.breaker, runtime.result_ttl)
+    if (given_id or task.store_eager_result) and not options.get("ignore_result", task.ignore_result):
+        task.backend.store_result(task_id, served.value, states.SUCCESS)  # whoever knows the id may wait for it
+    return EagerResult(task_id, served.value, states.SUCCESS, name=task.name)
+
+
+class ProducersGate:
+    """Publishes tasks of this process straight into deferred queues; safe to use from several threads."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Start with a new lock and without the parent's connections."""
+        self._lock = threading.Lock()
+        self._opened: tuple[Queues, Deferral] | None = None
+
+    def send(self, task: Any, send: Send, refusal: BreakerOpenError, options: dict[str, Any]) -> Any:
+        """Send a task with all that Celery does around it, but its message into the deferred queue."""
+        task_id = options.pop("task_id", None) or uuid()
+        with task.app.producer_or_acquire(options.pop("producer", None)) as producer:
+            deferring = _DeferringProducer(producer, task_id, partial(self._try_to_defer, task, refusal))
+            return send(task_id=task_id, producer=deferring, **options)
+
+    def _try_to_defer(self, task: Any, refusal: BreakerOpenError, queue: Queue, body: Any, sent: Any) -> bool:
+        try:
+            with self._lock:
+                self._defer(task, refusal, queue, body, sent)
+        except DeferredQueueFullError:
+            return False
+        except Exception as exc:  # noqa: BLE001 - whatever a broker raises: the gate of a worker sees to it
+            self._opened = None
+            logger.warning("Task %s[%s] is published as usual: %r", task.name, sent["headers"]["id"], exc)
+            return False
+        return True
+
+    def _defer(self, task: Any, refusal: BreakerOpenError, queue: Queue, body: Any, sent: Any) -> None:
+        queues, deferral = self._opened = self._opened or self._open()
+        maybe_declare(queue, queues.channel)  # as a producer does: it must be there when the task is resumed
+        message = seams.compose(queues.channel, body, sent)
+        request = GatedRequest(message, app=task.app, task=task, **seams.parts_of(message))
+        request.acknowledged = True  # it was never delivered
+        now = self._runtime.fleet.view.server_now()
+        ticket = Ticket(refusal.breaker, origin=queue.name, reason=str(refusal), expires=request.expires_at(now))
+        deferral.defer(request, ticket.begin(now, task.options.defer_for).defer(now))
+
+    def _open(self) -> tuple[Queues, Deferral]:
+        queues = open_queues(self._runtime.app, self._runtime.settings.namespace)
+        return queues, Deferral(self._runtime, queues)
+
+
+class _DeferringProducer:
+    """Stands in for kombu's producer in the sending of one task; passes on everything but the task's message."""
+
+    def __init__(self, producer: Any, task_id: str, defer: Defer) -> None:
+        self._producer = producer
+        self._task_id = task_id
+        self._defer = defer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer, name)
+
+    def publish(self, body: Any, **sent: Any) -> Any:
+        """Have the task's message deferred; publish it if that is impossible, or if it is not due at once."""
+        headers = sent.get("headers") or {}
+        is_due = headers.get("id") == self._task_id and not headers.get("eta") and not headers.get("retries")
+        queue = _destination(sent) if is_due else None
+        if queue is not None and self._defer(queue, body, sent):
+            return None
+        return self._producer.publish(body, **sent)
+
+
+def _destination(sent: Mapping[str, Any]) -> Queue | None:
+    """Return the one queue that a message is meant for; None if its routing may say otherwise."""
+    declared = list(sent.get("declare") or [])
+    if len(declared) != 1 or not isinstance(declared[0], Queue) or declared[0].exchange.type == "fanout":
+        return None
+    queue, exchange = declared[0], sent.get("exchange")
+    route = (getattr(exchange, "name", exchange), sent.get("routing_key"))
+    return queue if route in (("", queue.name), (queue.exchange.name, queue.routing_key)) else None

@@ -1,0 +1,101 @@
+"""A producer that knows the library, on both brokers: what it learns at once, and what becomes of what it defers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from typing import Any, NamedTuple
+
+import pytest
+from celery import Celery, Task, chain, chord
+
+from resilient_tasks import Breaker, BreakerOpenError, Resilience
+from tests.integration.post_office import ABROAD, PATIENCE, PostOffice
+
+
+class Website(NamedTuple):
+    """A process of the project that sends its tasks, which Celery shares among all apps, and runs none."""
+
+    app: Celery
+    payments: Breaker
+
+    def task(self, name: str) -> Task:
+        return self.app.tasks[name]
+
+
+@pytest.fixture
+def website(post: PostOffice) -> Iterator[Website]:
+    app = post.producer()
+    resilience = Resilience(
+        app, store_url=post.env["RESILIENT_TASKS_STORE_URL"], namespace="post", gate_producers=True
+    )  # fmt: skip
+    payments = resilience.breaker("payments", post.project.payments.policy)
+    app.task(_never, name="balance", breaker=payments, fallback=_estimate, shared=False, typing=False)
+    yield Website(app, payments)
+    resilience.fleet.close()
+    app.close()
+
+
+def _never(*_: object) -> None:
+    raise AssertionError("a website runs no task")
+
+
+def _estimate(account: int) -> int:
+    return account * 100
+
+
+def test_a_website_learns_at_once_that_a_dependency_is_down(post: PostOffice, website: Website) -> None:
+    assert website.payments.accepting
+    assert website.task("charge").apply_async((1,), on_open="fail").get(timeout=PATIENCE) == 1
+    website.payments.isolate(reason="test")
+    assert not website.payments.accepting
+    with pytest.raises(BreakerOpenError):
+        website.task("charge").apply_async((2,), on_open="fail")
+    assert website.task("balance").apply_async((3,), on_open="fallback").get() == 300
+    post.close("payments")
+    post.wait(lambda: website.payments.accepting, "the website to hear that it is back")
+    assert len(post.runs()) == 1
+
+
+def _workflows(website: Website, expires: datetime) -> list[Any]:
+    charge, describe = website.task("charge"), website.task("describe")
+    options = {"priority": 3, "headers": {"x-trace": "abc"}, "reply_to": "somebody", "expires": expires}
+    return [
+        charge.delay(1),
+        describe.apply_async((1, "two"), {"three": [3]}, queue=ABROAD, **options),
+        chain(charge.s(2), website.task("collect").s(), charge.s()).apply_async(),
+        chord([charge.s(order) for order in range(3)], website.task("charge_all").s()).apply_async(),
+    ]
+
+
+def test_tasks_of_a_gated_website_wait_at_once_and_are_resumed_like_any_other(
+    post: PostOffice, website: Website
+) -> None:
+    expires = datetime.now(timezone.utc) + timedelta(hours=1)
+    straight = [result.get(timeout=PATIENCE) for result in _workflows(website, expires)]
+    post.side.delete("runs:charge")
+
+    website.payments.isolate(reason="test")
+    charged, described, chained, total = results = _workflows(website, expires)
+    at_once = [charged, described, chained.parent.parent, *total.parent.results]
+    assert {result.state for result in at_once} == {"DEFERRED"}, "no worker had to do anything"
+    assert (charged.info["breaker"], post.waiting("payments")) == ("payments", len(at_once))
+    post.close("payments")
+    deferred = [result.get(timeout=PATIENCE) for result in results]
+    assert [deferred[0], *deferred[2:]] == [straight[0], *straight[2:]]
+    mine = {"id", "root_id", "correlation_id", "origin", "properties"}
+    seen, expected = (
+        {name: value for name, value in one.items() if name not in mine} for one in (deferred[1], straight[1])
+    )
+    assert seen == expected
+    assert len(post.runs()) == len(set(post.runs())) == 6
+
+
+def test_what_expires_while_it_waits_never_runs(post: PostOffice, website: Website) -> None:
+    website.payments.isolate(reason="test")
+    result = website.task("charge").apply_async((1,), expires=0.5)
+    lasting = website.task("charge").delay(2)
+    post.wait_state("REVOKED", [result])
+    post.close("payments")
+    assert lasting.get(timeout=PATIENCE) == 2
+    assert post.runs() == [lasting.id]
