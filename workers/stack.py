@@ -44,6 +44,7 @@ WORKERS = ("worker-1", "worker-2")
 SERVERS = ("redis", "service")
 ROLES = (*SERVERS, *WORKERS, "beat", "flower")
 CONCURRENCY = 2
+LOGIN = "demo:demo"  # whoever changes something in Flower has to be somebody
 
 Progress = Callable[[str], object]
 
@@ -121,7 +122,7 @@ class Stack:
 
     def describe(self) -> dict[str, str]:
         """Return what a person needs to explore it."""
-        flower = {"Flower": self.flower_url} if self.flower_url else {}
+        flower = {"Flower": f"{self.flower_url}/breakers  log in as {LOGIN}"} if self.flower_url else {}
         return {**flower, "service admin": self.service.admin_url, "logs": str(self.directory)}
 
     def stop(self) -> None:
@@ -164,13 +165,15 @@ def _start(directory: Path, *, detached: bool, progress: Progress) -> Stack:
 
 
 def start_flower(directory: Path, *, env: Mapping[str, str], detached: bool = False) -> str:
-    """Start Flower, wait until it answers, and return its URL.
+    """Start Flower with a Breakers page, wait until it answers, and return its URL.
 
     Raises:
         StartError: it did not start.
     """
     url = f"http://{LOCALHOST}:{(port := free_port())}"
-    command = celery_command(APP, "flower", f"--address={LOCALHOST}", f"--port={port}")
+    command = celery_command(
+        APP, "breakers", "flower", f"--address={LOCALHOST}", f"--port={port}", f"--basic-auth={LOGIN}"
+    )
     program = start_program(command, name="flower", directory=directory, env=env, detached=detached)
     program.wait_ready(lambda: _answers(f"{url}/healthcheck"))
     return url

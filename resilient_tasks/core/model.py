@@ -5,7 +5,7 @@ Times are seconds (``float``) on the store's clock, which for a shared store is 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any
 
@@ -130,8 +130,11 @@ class Snapshot:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all figures by name, the derived ones as well, for programs that read JSON."""
-        derived = ("failure_rate", "slow_rate", "retry_after", "next_probe_at")
-        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+        shadow_openings = [asdict(opening) for opening in self.shadow_openings]
+        return {**{name: getattr(self, name) for name in _FIGURES}, "shadow_openings": shadow_openings}
+
+
+_FIGURES = (*(field.name for field in fields(Snapshot)), "failure_rate", "slow_rate", "retry_after", "next_probe_at")
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ class Breakers(_BreakersPage):
             self.set_header("Content-Type", "application/json; charset=UTF-8")
             self.write((await self.desk.watch.look()).as_json())
         else:
+            self.desk.watch.expect_looks()  # the page is about to ask
             self.show("list.html")
 
 

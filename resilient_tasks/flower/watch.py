@@ -14,8 +14,10 @@ from resilient_tasks.core.model import Snapshot
 from resilient_tasks.errors import StoreError
 from resilient_tasks.flower.errands import Errands, NoAnswerError
 
-#: Seconds for which what was read counts as new.
-FRESH = 0.5
+#: Seconds between two readings while somebody looks.
+REFRESH = 1.0
+#: Seconds after the last look for which the store is read, so that whoever looks again need not wait.
+INTEREST = 10.0
 #: Seconds that a page waits for the store before it shows what was read before.
 PATIENCE = 1.0
 #: Seconds after which the next attempt to read begins, whatever has become of the former.
@@ -56,7 +58,7 @@ class Look:
 
 
 class Watch:
-    """Reads breakers when somebody looks, at most twice a second for all who look.
+    """Reads breakers as long as somebody looks, once a second for all who look.
 
     Args:
         read: reads all breakers from the store; blocks.
@@ -67,27 +69,41 @@ class Watch:
         self._read = read
         self._errands = errands
         self._latest = Look()
-        self._fresh_until = 0.0
+        self._looked_at = 0.0
         self._reading: asyncio.Task[None] | None = None
+        self._going_on: asyncio.Task[None] | None = None
 
     async def look(self) -> Look:
         """Return what the store says; what it said before, if it does not answer at once."""
-        if time.monotonic() >= self._fresh_until:
-            if self._reading is None or self._reading.done():
-                self._reading = asyncio.ensure_future(self._refresh())
+        self.expect_looks()
+        if self._reading is not None:
             await asyncio.wait({self._reading}, timeout=PATIENCE)
         return self._latest
 
+    def expect_looks(self) -> None:
+        """Begin to read, if nobody has looked for a while."""
+        self._looked_at = time.monotonic()
+        if self._going_on is None or self._going_on.done():
+            self.forget()
+            self._going_on = asyncio.ensure_future(self._go_on())
+
     def forget(self) -> None:
-        """Read again when somebody looks: something has just been changed."""
-        self._fresh_until, self._reading = 0.0, None
+        """Read at once: something has just been changed."""
+        self._reading = asyncio.ensure_future(self._refresh())
+
+    async def _go_on(self) -> None:
+        while time.monotonic() < self._looked_at + INTEREST:
+            await asyncio.sleep(REFRESH)
+            if self._reading is None:
+                await self._refresh()
 
     async def _refresh(self) -> None:
         try:
             self._latest = await self._errands.run(self._take, patience=_GIVE_UP)
-            self._fresh_until = time.monotonic() + FRESH
         except (StoreError, NoAnswerError) as error:
             self._latest = replace(self._latest, problem=str(error))
+        if self._reading is asyncio.current_task():
+            self._reading = None
 
     def _take(self) -> Look:
         look = Look({snapshot.name: snapshot for snapshot in self._read()}, time.time())

@@ -72,6 +72,10 @@ def test_workers_are_the_same_size_as_in_the_stack(name: str) -> None:
     assert options == {"-n": f"{name}@localhost", "-P": "prefork", "-c": str(stack.CONCURRENCY)}
 
 
+def test_people_log_in_to_flower_as_in_the_stack() -> None:
+    assert SERVICES["flower"]["command"].endswith(f"--basic-auth={stack.LOGIN}")
+
+
 def test_the_image_copies_what_exists_and_installs_extras_that_exist() -> None:
     dockerfile = BUILT["service"]["build"]["dockerfile_inline"]
     copied = [word for line in dockerfile.splitlines() if line.startswith("COPY") for word in line.split()[1:-1]]
