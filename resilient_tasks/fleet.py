@@ -99,6 +99,8 @@ class Fleet:
         self.view.update(answer.snapshot, asked)
         if answer.transition is not None:
             self.announce(answer.transition)
+        if isinstance(answer, Answer) and answer.of_parent is not None:
+            self.learn(answer.of_parent, asked)
 
     def announce(self, transition: Transition) -> None:
         """Tell of a transition; a listener that raises harms nobody."""

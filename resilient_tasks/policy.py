@@ -13,7 +13,7 @@ from resilient_tasks.errors import ConfigurationError
 _RATE = "a number above 0 and up to 1"
 _SECONDS = "a positive number of seconds"
 _COUNT = "an integer of 1 or more"
-_CONCURRENCY = "an integer from 1 to 1,000,000"
+_NUMBER_OF = "an integer from 1 to 1,000,000"
 
 FAIL, BLOCK = "fail", "block"
 FIXED, ADAPTIVE = "fixed", "adaptive"
@@ -40,13 +40,13 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST
 
 
-def _is_concurrency(value: Any) -> bool:
-    return _is_count(value) and value <= _MOST_CONCURRENCY
+def _is_number_of(value: Any) -> bool:
+    return _is_count(value) and value <= _MOST_OF_A_KIND
 
 
 _LONGEST = 30 * 24 * 3600.0
 _MOST = 1_000_000_000
-_MOST_CONCURRENCY = 1_000_000
+_MOST_OF_A_KIND = 1_000_000
 
 
 def _is_matchers(value: Any) -> bool:
@@ -91,6 +91,9 @@ class BreakerPolicy:
         max_deferred: most messages the deferred queue may hold; ``None``: unbounded.
         overflow: what becomes of a task for which there is no room: ``"fail"`` with
             :class:`DeferredQueueFullError`, or ``"block"``: it stays on its queue, which the worker no longer consumes.
+        max_keys: most children, one per key of ``breaker_key``; calls of keys beyond it count for the parent itself.
+        parent_trip_ratio: share of the active children beyond which the parent opens, too; ``None``: it does not.
+        max_open_ratio: largest share of the active children that the rules hold open at once; ``None``: all.
         classify: ``(exception or returned value) -> Outcome``; the default is :func:`dependency_errors`,
             for which every value is a SUCCESS. It is not asked about ``with`` blocks that end well.
         failures: exception types or predicates that are failures whatever ``classify`` says.
@@ -114,15 +117,18 @@ class BreakerPolicy:
     trial_successes: int | None = _setting(None, _is_count, _COUNT, optional=True)
     trial_timeout: float = _setting(60.0, _is_seconds, _SECONDS)
     ramp: float = _setting(10.0, lambda v: _number(v) and 0 <= v <= _LONGEST, "0 or a positive number of seconds")
-    max_concurrency: int | None = _setting(None, _is_concurrency, _CONCURRENCY, optional=True)
-    max_concurrency_per_worker: int | None = _setting(None, _is_concurrency, _CONCURRENCY, optional=True)
+    max_concurrency: int | None = _setting(None, _is_number_of, _NUMBER_OF, optional=True)
+    max_concurrency_per_worker: int | None = _setting(None, _is_number_of, _NUMBER_OF, optional=True)
     concurrency: str = _setting(FIXED, lambda v: v in (FIXED, ADAPTIVE), "'fixed' or 'adaptive'")
-    min_concurrency: int = _setting(1, _is_concurrency, _CONCURRENCY)
+    min_concurrency: int = _setting(1, _is_number_of, _NUMBER_OF)
     resume_rate: float | None = _setting(
         None, _is_pace, "a positive number per second up to 1,000,000,000", optional=True
     )
     max_deferred: int | None = _setting(None, _is_count, _COUNT, optional=True)
     overflow: str = _setting(FAIL, lambda v: v in (FAIL, BLOCK), "'fail' or 'block'")
+    max_keys: int = _setting(10_000, _is_number_of, _NUMBER_OF)
+    parent_trip_ratio: float | None = _setting(None, _is_rate, _RATE, optional=True)
+    max_open_ratio: float | None = _setting(None, _is_rate, _RATE, optional=True)
     classify: Classify = _setting(dependency_errors, callable, "a callable")
     failures: tuple[Matcher, ...] = _setting((), _is_matchers, "exception types or predicates")
     ignore: tuple[Matcher, ...] = _setting((), _is_matchers, "exception types or predicates")
@@ -161,7 +167,7 @@ class BreakerPolicy:
             return self.max_concurrency
         if self.concurrency == ADAPTIVE:
             return MOST_IN_FLIGHT
-        return None if self.max_concurrency_per_worker is None else _MOST_CONCURRENCY
+        return None if self.max_concurrency_per_worker is None else _MOST_OF_A_KIND
 
     @property
     def needed_successes(self) -> int:

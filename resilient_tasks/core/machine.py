@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from resilient_tasks.core.children import Children
 from resilient_tasks.core.model import ADMITTING, Outcome, State, Transition, Verb
 from resilient_tasks.core.record import COUNTING, Record
 from resilient_tasks.core.shadow import Opening, with_calls, with_opening
@@ -34,15 +35,23 @@ class Decision:
         record: the breaker; changed in place.
         now: the instant, milliseconds on the store's clock.
         jitter: random share, 0.0 to 1.0, of the policy's jitter that a new open time gets.
+        has_room_to_open: False: it is a child, and as many others are held open as may be.
     """
 
     record: Record
     now: int
     jitter: float = 0.0
+    has_room_to_open: bool = True
     transition: Transition | None = None
     changed: bool = False  # others should hear of it: the version has grown
 
     # --- what callers ask for -------------------------------------------------------------------
+
+    def roll_up(self, children: Children) -> None:
+        """Open the breaker if too large a share of its children is open."""
+        reason = children.open_parent(self.record, self.now)
+        if self.record.state is State.CLOSED and reason is not None:
+            self._open(reason)
 
     def advance(self) -> None:
         """Do what time has made due: OPEN becomes HALF_OPEN, expired permits become failures."""
@@ -195,9 +204,9 @@ class Decision:
         self._learn(outcome, count)
 
     def _trip(self, reason: str, retry_after: int | None) -> None:
-        if self.record.state is State.CLOSED:
+        if self.record.state is State.CLOSED and self.has_room_to_open:
             self._open(reason, retry_after=retry_after)
-        else:
+        elif self.record.state is State.SHADOW:
             self._open_in_shadow(retry_after)
             self._announce()
             self.transition = self._told(State.SHADOW, reason)

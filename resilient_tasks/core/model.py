@@ -23,6 +23,9 @@ class State(str, Enum):
     __str__ = str.__str__
 
 
+#: States in which a breaker is held open.
+HELD_OPEN = frozenset({State.OPEN, State.HALF_OPEN, State.FORCED_OPEN})
+
 #: States in which calls need not ask for a permit.
 ADMITTING = frozenset({State.CLOSED, State.DISABLED, State.SHADOW})
 
@@ -100,6 +103,7 @@ class Snapshot:
     deferred: int = 0
     oldest_deferred_at: float | None = None
     next_deadline_at: float | None = None  # earliest end of a deferred task's ``defer_for``
+    hot_children: tuple[str, ...] = ()  # keys of children that are not plainly CLOSED; only in what ``read`` returns
 
     @property
     def failure_rate(self) -> float:
@@ -160,6 +164,13 @@ class Answer:
 
     snapshot: Snapshot
     transition: Transition | None = None  # set for the one caller that made it
+    of_parent: Answer | None = None  # set when a child's opening has made the store look at its parent
+
+    @property
+    def opens(self) -> bool:
+        """Whether the caller has made the breaker begin to be held open."""
+        made = self.transition
+        return made is not None and made.state in HELD_OPEN and made.previous not in HELD_OPEN
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import quote
 
 from resilient_tasks.errors import ConfigurationError
 
@@ -23,3 +24,38 @@ def check_name(kind: str, name: str) -> str:
     if isinstance(name, str) and re.fullmatch(NAME_PATTERN, name, re.ASCII):
         return name
     raise ConfigurationError(f"{kind} name {name!r}: allowed is {NAME_RULE}")
+
+
+# --- children ---------------------------------------------------------------------------------------
+
+ALL_KEYS = "*"
+KEY_RULE = "text or an integer, at most 99 characters as percent-encoded UTF-8, not empty"
+_SEPARATOR = ":"
+_LONGEST_KEY = 99
+
+
+def child_name(parent: str, key: object) -> str:
+    """Return the name of a parent's child: ``payments:acme``; what may not be part of a name is percent-encoded.
+
+    Raises:
+        ConfigurationError: the key cannot name a child.
+    """
+    if isinstance(key, (str, int)) and not isinstance(key, bool):
+        try:
+            escaped = quote(str(key), safe="").replace("~", "%7E")
+        except UnicodeEncodeError:  # half of a surrogate pair
+            escaped = ""
+        if 0 < len(escaped) <= _LONGEST_KEY:
+            return f"{parent}{_SEPARATOR}{escaped}"
+    raise ConfigurationError(f"key {key!r:.100} of breaker {parent!r}: allowed is {KEY_RULE}")
+
+
+def parent_of(name: str) -> str | None:
+    """Return the name of a child's parent; None for a breaker that is no child."""
+    parent, separator, _ = name.partition(_SEPARATOR)
+    return parent if separator else None
+
+
+def key_of(name: str) -> str:
+    """Return the percent-encoded key in a child's name; "" for a breaker that is no child."""
+    return name.partition(_SEPARATOR)[2]

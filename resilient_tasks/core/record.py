@@ -64,6 +64,8 @@ class Rules(NamedTuple):
     ramp: int
     most_in_flight: int
     least_in_flight: int  # of an adaptive limit
+    parent_trip_ratio: float
+    max_open_ratio: float
 
     @classmethod
     def of(cls, policy: BreakerPolicy, revision: int, in_a_row: int | None = None) -> Rules:
@@ -91,6 +93,8 @@ class Rules(NamedTuple):
             ramp=to_ms(policy.ramp),
             most_in_flight=policy.most_in_flight or 0,
             least_in_flight=policy.min_concurrency if policy.concurrency == ADAPTIVE else 0,
+            parent_trip_ratio=policy.parent_trip_ratio or 0.0,
+            max_open_ratio=policy.max_open_ratio or 0.0,
         )
 
     def or_newer(self, declared: Rules) -> Rules:
@@ -230,6 +234,10 @@ class Record:
         limit = self.concurrency_limit(now)
         fresh = not task and self.state is State.CLOSED
         return limit is None or self.slots.offers(holder, task, now=now, limit=limit, fresh=fresh)
+
+    def is_ramping(self, now: int) -> bool:
+        """Return whether the breaker is fresh from a recovery."""
+        return self.ramp_since is not None and now - self.ramp_since < self.rules.ramp
 
     def renew(self, holder: str, *, lease: int, now: int) -> bool:
         """Lengthen a live permit or slot to ``lease`` from now; False if there is none."""

@@ -8,10 +8,11 @@ no store needs a random source.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, Verb
+from resilient_tasks.core.names import parent_of
 from resilient_tasks.core.record import Rules
 from resilient_tasks.policy import BreakerPolicy
 
@@ -29,6 +30,12 @@ class Spec:
     policy: BreakerPolicy = field(default_factory=BreakerPolicy)
     revision: int = 0
     in_a_row: int | None = None
+
+    @property
+    def parent(self) -> Spec | None:
+        """The parent of a child, which has the same policy; None if the breaker is no child."""
+        parent = parent_of(self.name)
+        return None if parent is None else replace(self, name=parent)
 
     def rules(self) -> Rules:
         """Return what decisions follow."""
@@ -118,6 +125,23 @@ class Store(Protocol):
 
     def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
         """Carry out an operator's verb. A verb that leads to the present state makes no transition."""
+
+    # --- children -------------------------------------------------------------------------------
+
+    def enroll(self, spec: Spec) -> bool:
+        """Return whether there is room for a child among its policy's ``max_keys``; idle ones make room."""
+
+    def children(self, name: str) -> list[str]:
+        """Return the names of all children of a breaker."""
+
+    def roll_up(self, spec: Spec) -> Answer:
+        """Open a breaker if more than its ``parent_trip_ratio`` of its children is open.
+
+        Every decision that opens a child does this too, and answers with what became of the parent.
+        """
+
+    def cool(self, spec: Spec) -> bool:
+        """Take a child off the parent's hot ones, if it is plainly CLOSED and nothing waits for it."""
 
     # --- health checks --------------------------------------------------------------------------
 

@@ -111,6 +111,24 @@ class FailoverStore:
         """Do what time has made due; see :meth:`Store.advance`."""
         return self._decide([spec.name], lambda store: store.advance(spec, jitter=jitter), _snapshot_of)
 
+    # --- children -----------------------------------------------------------------------------------
+
+    def enroll(self, spec: Spec) -> bool:
+        """Return whether there is room for a child; while the shared store is away, in this process."""
+        return self._decide([], lambda store: store.enroll(spec), lambda _: ())
+
+    def children(self, name: str) -> list[str]:
+        """Return the names of all children of a breaker; see :meth:`Store.children`."""
+        return self._primary.children(name)
+
+    def roll_up(self, spec: Spec) -> Answer:
+        """Open a breaker if too many of its children are open; see :meth:`Store.roll_up`."""
+        return self._decide([spec.name], lambda store: store.roll_up(spec), _snapshot_of)
+
+    def cool(self, spec: Spec) -> bool:
+        """Take a child off the hot ones; see :meth:`Store.cool`."""
+        return self._primary.cool(spec)
+
     def _decide(
         self, names: Sequence[str], ask: Callable[[Store], _T], snapshots_of: Callable[[_T], Iterable[Snapshot]]
     ) -> _T:
@@ -203,5 +221,6 @@ class FailoverStore:
         self._primary.close()
 
 
-def _snapshot_of(answer: Answer | Grant) -> tuple[Snapshot]:
-    return (answer.snapshot,)
+def _snapshot_of(answer: Answer | Grant) -> tuple[Snapshot, ...]:
+    of_parent = answer.of_parent if isinstance(answer, Answer) else None
+    return (answer.snapshot, of_parent.snapshot) if of_parent else (answer.snapshot,)

@@ -1,6 +1,6 @@
 """Names of everything that the library keeps in Redis, and what may be part of such a name.
 
-All keys of one breaker share a hash tag, so that one script may touch them together.
+All keys of one breaker and its children share a hash tag, so that one script may touch them together.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
+from resilient_tasks.core.names import key_of, parent_of
 from resilient_tasks.errors import ConfigurationError
 
 _LONGEST_NAME = 200
@@ -40,6 +41,9 @@ class BreakerKeys(NamedTuple):
     deadlines: str  # sorted set: task id -> end of its wait, ms
     stragglers: str  # sorted set: holder -> end of its lease, ms; of a trial that outlived its HALF_OPEN
     slots: str  # sorted set: holder, or the task it is kept for -> end of its lease, ms
+    children: str  # of the breaker, or of its parent if it is a child; see lua/state.lua
+    opened: str
+    hot: str
 
 
 class Keys:
@@ -57,7 +61,10 @@ class Keys:
         Raises:
             ConfigurationError: the name cannot be part of a key.
         """
-        return BreakerKeys(*(self._of_breaker(name, part) for part in BreakerKeys._fields))
+        shared = BreakerKeys._fields.index("children")
+        own = [self._of_breaker(name, part) for part in BreakerKeys._fields[:shared]]
+        of_family = [self._of_breaker(parent_of(name) or name, part) for part in BreakerKeys._fields[shared:]]
+        return BreakerKeys(*own, *of_family)
 
     def tick(self, scope: str) -> str:
         """Return the hash that holds the lease of the tick, and when one completed."""
@@ -74,4 +81,7 @@ class Keys:
         return f"{self.namespace}:value:{kind}:{key}"
 
     def _of_breaker(self, name: str, part: str) -> str:
-        return f"{self.namespace}:{{{check_name('breaker', name)}}}:{part}"
+        """Return a key; a child's has the hash tag of its parent, so that one script may touch both."""
+        check_name("breaker", name)
+        parent, key = parent_of(name), key_of(name)
+        return f"{self.namespace}:{{{parent}}}:{part}:{key}" if parent else f"{self.namespace}:{{{name}}}:{part}"

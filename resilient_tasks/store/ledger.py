@@ -16,6 +16,7 @@ from typing import Any
 import redis
 
 from resilient_tasks.core.memory import Memory
+from resilient_tasks.core.names import key_of
 from resilient_tasks.core.pace import Pace
 from resilient_tasks.core.record import to_ms, to_seconds
 from resilient_tasks.errors import StoreError
@@ -58,7 +59,8 @@ class Ledger:
         """Index deferred tasks, each with the end of its wait, in one round trip."""
         keys = self._keys.breaker(name)
         pairs = [(task_id, "" if end is None else to_ms(end)) for task_id, end in deadlines.items()]
-        self._run("defer", [keys.deferred, keys.deadlines], *chain.from_iterable(pairs))
+        told = key_of(name), *chain.from_iterable(pairs)
+        self._run("defer", [keys.deferred, keys.deadlines, keys.hot], *told)
 
     def hasten(self, names: Iterable[str], task_ids: Iterable[str]) -> None:
         """Have the tick look at once at those of ``task_ids`` that wait for a breaker among ``names``."""

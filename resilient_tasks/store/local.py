@@ -8,14 +8,17 @@ it keeps is bounded.
 from __future__ import annotations
 
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from resilient_tasks.core.children import Children
 from resilient_tasks.core.machine import Decision
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, Verb
+from resilient_tasks.core.names import key_of, parent_of
 from resilient_tasks.core.record import Record, brief, to_ms
 from resilient_tasks.store.base import NO_WISH, Evidence, Spec, Wish
 from resilient_tasks.store.forking import renew_after_fork
@@ -38,6 +41,7 @@ class LocalStore:
         self._records: dict[str, Record] = {}
         self._values: dict[tuple[str, str], tuple[bytes, int, int]] = {}  # -> value, written at, ends at
         self._listeners: list[queue.Queue[Snapshot]] = []
+        self._children: dict[str, Children] = {}
         renew_after_fork(self)
 
     def __repr__(self) -> str:
@@ -54,7 +58,9 @@ class LocalStore:
         """Read breakers, changing nothing. A breaker never seen before is CLOSED."""
         with self._lock:
             now = self._now()
-            return [self._seen(spec, now).snapshot(now) for spec in specs]
+            return [
+                replace(self._seen(spec, now).snapshot(now), hot_children=self._hot_children(spec)) for spec in specs
+            ]
 
     def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0, wish: Wish = NO_WISH) -> Grant:
         """Ask to make one call; see :meth:`Store.acquire`."""
@@ -62,14 +68,14 @@ class LocalStore:
             admitted, trial = decision.acquire(
                 holder, to_ms(lease), wish.task, waits=wish.waits, has_room=wish.has_room
             )
-            answer = self._answer(decision)
+            answer = self._answer(spec, decision)
         return Grant(admitted, trial, answer.snapshot, answer.transition)
 
     def keep_slots(self, spec: Spec, tasks: Sequence[str], *, lease: float, most: int) -> int:
         """Keep slots for waiting tasks that are about to be resumed; see :meth:`Store.keep_slots`."""
         with self._deciding(spec, 0.0) as decision:
             kept = decision.keep_slots(tasks, to_ms(lease), most)
-            self._answer(decision)
+            self._answer(spec, decision)
         return kept
 
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
@@ -83,25 +89,25 @@ class LocalStore:
         """Count outcomes of calls that needed no permit; open the breaker if that trips it."""
         with self._deciding(spec, jitter) as decision:
             decision.report(evidence.epoch, evidence.runs, brief(evidence.cause), _retry_after(evidence))
-            return self._answer(decision)
+            return self._answer(spec, decision)
 
     def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
         """Count the outcome of a call, and free its permit and its slot. Without either it changes nothing."""
         with self._deciding(spec, jitter) as decision:
             decision.settle(holder, evidence.epoch, outcome, brief(evidence.cause), _retry_after(evidence))
-            return self._answer(decision)
+            return self._answer(spec, decision)
 
     def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:
         """Do what time has made due: expired permits become failures, OPEN becomes HALF_OPEN."""
         with self._deciding(spec, jitter) as decision:
             decision.advance()
-            return self._answer(decision)
+            return self._answer(spec, decision)
 
     def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
         """Carry out an operator's verb. A verb that leads to the present state makes no transition."""
         with self._deciding(spec, jitter) as decision:
             decision.command(verb, brief(reason), brief(actor))
-            return self._answer(decision)
+            return self._answer(spec, decision)
 
     def begin_health_check(self, spec: Spec, *, since: float) -> bool:
         """Return whether it is the caller who makes a health check; False if somebody has begun one since."""
@@ -115,7 +121,7 @@ class LocalStore:
         with self._deciding(spec, jitter) as decision:
             told = brief(evidence.cause), _retry_after(evidence)
             decision.report_health_check(evidence.epoch, outcome, limit, *told)
-            return self._answer(decision)
+            return self._answer(spec, decision)
 
     def adopt(self, snapshot: Snapshot) -> None:
         """Go on from a state last seen in the shared store, with what was left of its open time.
@@ -129,6 +135,32 @@ class LocalStore:
                 self._records[snapshot.name] = Record.continued(snapshot, self._now())
             else:
                 self._records.pop(snapshot.name, None)
+
+    # --- children -----------------------------------------------------------------------------------
+
+    def enroll(self, spec: Spec) -> bool:
+        """Return whether there is room for a child; see :meth:`Store.enroll`."""
+        with self._lock:
+            return self._family(spec.name).enroll(key_of(spec.name), spec.policy.max_keys, self._now())
+
+    def children(self, name: str) -> list[str]:
+        """Return the names of all children of a breaker."""
+        with self._lock:
+            return [f"{name}:{key}" for key in self._family(name).used_at]
+
+    def roll_up(self, spec: Spec) -> Answer:
+        """Open a breaker if too many of its children are open; see :meth:`Store.roll_up`."""
+        with self._deciding(spec, random.random()) as decision:
+            decision.roll_up(self._family(spec.name))
+            return self._told(decision)
+
+    def cool(self, spec: Spec) -> bool:
+        """Take a child off the hot ones; see :meth:`Store.cool`."""
+        with self._lock:
+            return self._family(spec.name).cool(key_of(spec.name), self._seen(spec, self._now()), self._now())
+
+    def _hot_children(self, spec: Spec) -> tuple[str, ...]:
+        return () if spec.parent else tuple(sorted(self._family(spec.name).hot))
 
     # --- small values -------------------------------------------------------------------------------
 
@@ -183,7 +215,15 @@ class LocalStore:
             if record is None:
                 record = self._records[spec.name] = Record.created(spec.name, rules, now)
             record.rules = record.rules.or_newer(rules)
-            yield Decision(record, now, jitter)
+            family = self._family(spec.name)
+            is_child = parent_of(spec.name) is not None
+            yield Decision(record, now, jitter, not is_child or family.has_room_to_open(record, now))
+            if is_child:
+                family.note(key_of(spec.name), record, now)
+
+    def _family(self, name: str) -> Children:
+        """Return the children of a breaker, or of a child's parent."""
+        return self._children.setdefault(parent_of(name) or name, Children())
 
     def _seen(self, spec: Spec, now: int) -> Record:
         """Return what is known of a breaker under its newest rules; nobody keeps this record."""
@@ -192,7 +232,15 @@ class LocalStore:
         known = self._records.get(spec.name)
         return replace(known, rules=known.rules.or_newer(rules)) if known else Record(spec.name, rules, since=now)
 
-    def _answer(self, decision: Decision) -> Answer:
+    def _answer(self, spec: Spec, decision: Decision) -> Answer:
+        answer = self._told(decision)
+        parent = spec.parent
+        if parent is None or not answer.opens:
+            return answer
+        self._family(spec.name).note(key_of(spec.name), decision.record, decision.now)
+        return replace(answer, of_parent=self.roll_up(parent))
+
+    def _told(self, decision: Decision) -> Answer:
         snapshot = decision.record.snapshot(decision.now)
         if decision.changed:
             for listener in self._listeners:

@@ -7,15 +7,19 @@ clock. Here is only what surrounds them: arguments in, answers out.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import redis
 from redis.client import PubSub
 
+from resilient_tasks.core.children import IDLE_AFTER
 from resilient_tasks.core.model import Answer, Grant, Outcome, ShadowOpening, Snapshot, State, Transition, Verb
+from resilient_tasks.core.names import key_of
 from resilient_tasks.core.record import brief, to_ms, to_seconds
 from resilient_tasks.errors import ConfigurationError, StoreError
 from resilient_tasks.store.base import NO_WISH, Evidence, Spec, Wish
@@ -24,11 +28,12 @@ from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.store.server import Argument, Script, Server
 
 _PER_ROUND_TRIP = 500
-_RULES = ("state", "shadow", "slots", "rules")
+_RULES = ("state", "shadow", "slots", "children", "rules")
 _DECISIONS = (
     "acquire", "keep_slots", "record", "settle", "advance", "command", "begin_health_check", "report_health_check",
+    "roll_up", "cool",
 )  # fmt: skip
-_OTHERS = ("renew", "put", "get", "time")
+_OTHERS = ("renew", "put", "get", "time", "enroll")
 
 
 class RedisStore:
@@ -121,19 +126,42 @@ class RedisStore:
 
     def record(self, spec: Spec, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
         """Count outcomes of calls that needed no permit; open the breaker if that trips it."""
-        return _answer(self._decide("record", spec, jitter, _evidence(evidence)))
+        return self._answer(spec, self._decide("record", spec, jitter, _evidence(evidence)))
 
     def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
         """Count the outcome of a call, and free its permit and its slot. Without either it changes nothing."""
-        return _answer(self._decide("settle", spec, jitter, holder, outcome.value, _evidence(evidence)))
+        told = holder, outcome.value, _evidence(evidence)
+        return self._answer(spec, self._decide("settle", spec, jitter, *told))
 
     def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:
         """Do what time has made due: expired permits become failures, OPEN becomes HALF_OPEN."""
-        return _answer(self._decide("advance", spec, jitter))
+        return self._answer(spec, self._decide("advance", spec, jitter))
 
     def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
         """Carry out an operator's verb. A verb that leads to the present state makes no transition."""
-        return _answer(self._decide("command", spec, jitter, verb.value, brief(reason), brief(actor)))
+        told = verb.value, brief(reason), brief(actor)
+        return self._answer(spec, self._decide("command", spec, jitter, *told))
+
+    # --- children -------------------------------------------------------------------------------
+
+    def enroll(self, spec: Spec) -> bool:
+        """Return whether there is room for a child; see :meth:`Store.enroll`."""
+        keys, told = self._keys.breaker(spec.name), (key_of(spec.name), spec.policy.max_keys, IDLE_AFTER)
+        return bool(self._run("enroll", [keys.children, keys.hot], *told))
+
+    def children(self, name: str) -> list[str]:
+        """Return the names of all children of a breaker."""
+        keys: list[Any] = self._server.run(lambda client: client.zrange(self._keys.breaker(name).children, 0, -1))
+        return [f"{name}:{key.decode()}" for key in keys]
+
+    def roll_up(self, spec: Spec) -> Answer:
+        """Open a breaker if too many of its children are open; see :meth:`Store.roll_up`."""
+        reply = self._decide("roll_up", spec, random.random())
+        return Answer(_snapshot(reply["snapshot"]), _transition(reply))
+
+    def cool(self, spec: Spec) -> bool:
+        """Take a child off the hot ones; see :meth:`Store.cool`."""
+        return bool(self._run("cool", self._keys.breaker(spec.name), *self._common(spec, 0.0)))
 
     # --- health checks ------------------------------------------------------------------------------
 
@@ -147,7 +175,7 @@ class RedisStore:
     ) -> Answer:
         """Count a health check made while CLOSED or SHADOW; ``limit`` failures in a row open the breaker."""
         told = outcome.value, limit, _evidence(evidence)
-        return _answer(self._decide("report_health_check", spec, jitter, *told))
+        return self._answer(spec, self._decide("report_health_check", spec, jitter, *told))
 
     # --- small values -------------------------------------------------------------------------------
 
@@ -188,6 +216,13 @@ class RedisStore:
         decoded: dict[str, Any] = json.loads(reply)
         return decoded
 
+    def _answer(self, spec: Spec, reply: dict[str, Any]) -> Answer:
+        answer = Answer(_snapshot(reply["snapshot"]), _transition(reply))
+        parent = spec.parent
+        if parent is None or parent.policy.parent_trip_ratio is None or not answer.opens:
+            return answer
+        return replace(answer, of_parent=self.roll_up(parent))
+
     def _common(self, spec: Spec, jitter: float) -> tuple[Argument, ...]:
         rules = json.dumps(spec.rules()._asdict())
         return (spec.name, self._keys.changes, rules, jitter)
@@ -214,10 +249,6 @@ def _evidence(evidence: Evidence) -> str:
     return json.dumps(fields)
 
 
-def _answer(reply: dict[str, Any]) -> Answer:
-    return Answer(_snapshot(reply["snapshot"]), _transition(reply))
-
-
 _TIMES = (
     "now",
     "since",
@@ -233,7 +264,8 @@ _TIMES = (
 def _snapshot(fields: dict[str, Any]) -> Snapshot:
     times = {name: to_seconds(fields[name]) for name in _TIMES if name in fields}
     openings = [ShadowOpening(at / 1000, until / 1000, calls) for at, until, calls, _ in fields["shadow_openings"]]
-    others = {"state": State(fields["state"]), "shadow_openings": tuple(openings)}
+    hot = tuple(fields.get("hot_children", ()))
+    others = {"state": State(fields["state"]), "shadow_openings": tuple(openings), "hot_children": hot}
     return Snapshot(**{**fields, **times, **others})
 
 

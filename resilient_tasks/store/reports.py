@@ -317,6 +317,8 @@ class Reporter:
         self._view.update(answer.snapshot, asked)
         if answer.transition is not None:
             self._announce(answer.transition)
+        if answer.of_parent is not None:
+            self._learn(answer.of_parent, asked)
 
     def _renew(self) -> None:
         now = self._clock()

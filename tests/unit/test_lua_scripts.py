@@ -14,7 +14,7 @@ FOLDER = resources.files("resilient_tasks.store") / "lua"
 TEXTS = {
     file.name.removesuffix(".lua"): file.read_text("utf-8") for file in FOLDER.iterdir() if file.name != "__pycache__"
 }
-PARTS = {"now", "state", "shadow", "slots", "rules"}  # put in front of others, no scripts of their own
+PARTS = {"now", "state", "shadow", "slots", "children", "rules"}  # put in front of others, no scripts of their own
 METHODS = sorted(TEXTS.keys() - PARTS)
 
 

@@ -1,6 +1,8 @@
--- read() -> JSON {snapshot}
+-- read() -> JSON {snapshot, with hot_children}
 -- A look at one breaker that writes nothing. An unknown one is CLOSED in epoch 0.
 -- KEYS, ARGV: see state.lua
 
 load_breaker(false)
-return cjson.encode({ snapshot = snapshot() })
+local seen = snapshot()
+seen.hot_children = KEY and {} or redis.call('SMEMBERS', HOT)
+return cjson.encode({ snapshot = seen })

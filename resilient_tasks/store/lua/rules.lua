@@ -147,9 +147,9 @@ local function why(cause)
 end
 
 local function trip(reason, retry_after)
-  if record.state == 'CLOSED' then
+  if record.state == 'CLOSED' and has_room_to_open() then
     open(reason, '', retry_after)
-  else
+  elseif record.state == 'SHADOW' then
     add_shadow_opening(retry_after)
     announce()
     tell('SHADOW', reason, '')
@@ -344,5 +344,12 @@ local function command(verb, reason, actor)
     if verb == 'reset' then
       record.openings = 0
     end
+  end
+end
+
+local function roll_up()
+  local reason = record.state == 'CLOSED' and open_parent()
+  if reason then
+    open(reason, '')
   end
 end

@@ -9,6 +9,10 @@
 --       5 deadlines  sorted set   task id -> end of its wait, ms
 --       6 stragglers sorted set   like trials, of trials that outlived their HALF_OPEN
 --       7 slots      sorted set   holder of a slot, or the task it is kept for -> end of its lease, ms
+--       of this breaker if it may have children, of its parent if it is one:
+--       8 children   sorted set   key -> when the child was last used, ms; +inf while it is held open
+--       9 opened     sorted set   key -> since when the child is held open, ms
+--      10 hot        set          keys of children that are not plainly CLOSED
 -- ARGV  1 name       of the breaker
 --       2 channel    on which changes are published
 --       3 rules      JSON of core/record.py's Rules, as this caller declares them
@@ -16,7 +20,7 @@
 --
 -- A script that fails keeps what it wrote before: all reading comes first, save() writes last.
 
-local STATE, WINDOW, TRIALS, DEFERRED, DEADLINES, STRAGGLERS, IN_FLIGHT = unpack(KEYS)
+local STATE, WINDOW, TRIALS, DEFERRED, DEADLINES, STRAGGLERS, IN_FLIGHT, CHILDREN, OPENED, HOT = unpack(KEYS)
 local NAME, CHANNEL, JITTER = ARGV[1], ARGV[2], tonumber(ARGV[4])
 local COUNTING = { CLOSED = true, SHADOW = true }
 local BUCKETS, SLOTS, MOST_GROWTH_STEPS = 10, 11, 1000
@@ -36,6 +40,7 @@ local touched -- slot of the window that has to be written
 local cleared = false -- window and trials start empty
 local left = false -- the stragglers have to be written
 local in_flight, concurrency_limit, is_crowded, save_slots -- in slots.lua
+local save_child -- in children.lua
 
 -- tostring() would round a millisecond timestamp.
 local function integer(number)
@@ -275,6 +280,7 @@ local function save()
   if left then
     save_permits(STRAGGLERS, stragglers)
   end
+  save_child()
 end
 
 -- Write, publish, and return JSON: the snapshot, the transition if this caller made one, and `more`.

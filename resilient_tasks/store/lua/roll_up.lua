@@ -1,0 +1,7 @@
+-- roll_up() -> JSON {snapshot, transition}
+-- Open a breaker if too large a share of its children is open.
+-- KEYS, ARGV: see state.lua
+
+load_breaker(true)
+roll_up()
+return answer()

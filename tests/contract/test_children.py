@@ -1,0 +1,150 @@
+"""Children: their own states under their parent's policy, how many there may be, and what they mean for the parent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from resilient_tasks.core.children import IDLE_AFTER
+from resilient_tasks.core.model import State, Verb
+from tests.contract.lab import SHARED, Lab, Subject
+
+
+def family(lab: Lab, count: int, **policy: Any) -> tuple[Subject, list[Subject]]:
+    """Return a breaker and children of it, each of which has been used once."""
+    parent = lab.breaker(consecutive_failures=2, **policy)
+    children = [lab.breaker(f"payments:{key}", consecutive_failures=2, **policy) for key in range(count)]
+    for child in children:
+        assert lab.store.enroll(child.spec)
+        child.calls("S")
+    return parent, children
+
+
+def hot(parent: Subject) -> list[str]:
+    return sorted(parent.snapshot().hot_children)
+
+
+def test_a_child_opens_alone(lab: Lab) -> None:
+    parent, (acme, other) = family(lab, 2)
+    acme.calls("FF")
+    assert (acme.state, other.state, parent.state) == (State.OPEN, State.CLOSED, State.CLOSED)
+    assert parent.snapshot().calls == 0
+    assert hot(parent) == ["0"]
+    assert sorted(lab.store.children("payments")) == ["payments:0", "payments:1"]
+
+
+def test_a_child_that_has_healed_is_left_alone(lab: Lab) -> None:
+    parent, (acme,) = family(lab, 1, trial_calls=1, ramp=3.0)
+    acme.calls("FF")
+    assert not lab.store.cool(acme.spec)
+    lab.clock.advance(5)
+    acme.trials("S")
+    assert acme.state is State.CLOSED
+    assert not lab.store.cool(acme.spec)
+    lab.clock.advance(3)
+    assert lab.store.cool(acme.spec)
+    assert hot(parent) == []
+
+
+@SHARED
+def test_a_child_that_tasks_wait_for_is_not_left_alone(lab: Lab) -> None:
+    parent, (acme,) = family(lab, 1)
+    lab.ledger.add_deferred(acme.name, "a task")
+    assert hot(parent) == ["0"]
+    assert not lab.store.cool(acme.spec)
+    lab.ledger.remove_deferred(acme.name, ["a task"])
+    assert lab.store.cool(acme.spec)
+
+
+def test_there_are_only_so_many_children_and_idle_ones_make_room(lab: Lab) -> None:
+    _, (acme, other) = family(lab, 2, max_keys=2)
+    late = lab.breaker("payments:late", max_keys=2)
+    assert not lab.store.enroll(late.spec)
+    assert lab.store.enroll(other.spec)
+    acme.command(Verb.TRIP)
+    lab.clock.advance(IDLE_AFTER / 1000 + 1)
+    assert lab.store.enroll(late.spec)
+    assert sorted(lab.store.children("payments")) == ["payments:0", "payments:late"]
+
+
+def test_the_parent_opens_with_too_many_of_its_active_children(lab: Lab) -> None:
+    parent, children = family(lab, 5, parent_trip_ratio=0.5)
+    for child in children[:2]:
+        child.calls("FF")
+    assert parent.state is State.CLOSED
+    answer = children[2].calls("FF")
+    assert answer.of_parent is not None
+    assert answer.of_parent.transition is not None
+    assert answer.of_parent.transition.reason == "3 of 5 active children are open"
+    assert parent.state is State.OPEN
+
+
+def test_children_that_nobody_uses_are_no_part_of_the_ratio(lab: Lab) -> None:
+    parent, children = family(lab, 5, parent_trip_ratio=0.5, window=20.0)
+    lab.clock.advance(21)
+    for child in children[:3]:
+        child.calls("S")
+    for child in children[:2]:
+        child.calls("FF")
+    assert parent.state is State.OPEN
+
+
+def test_a_single_child_does_not_open_its_parent(lab: Lab) -> None:
+    parent, (acme,) = family(lab, 1, parent_trip_ratio=0.1)
+    acme.calls("FF")
+    assert parent.state is State.CLOSED
+
+
+def test_a_parent_that_has_healed_opens_only_with_another_child(lab: Lab) -> None:
+    parent, children = family(lab, 3, parent_trip_ratio=0.5, ramp=0.0)
+    for child in children[:2]:
+        child.command(Verb.ISOLATE)
+    assert parent.state is State.OPEN
+    lab.clock.advance(1)
+    parent.command(Verb.RESET)
+    assert lab.store.roll_up(parent.spec).transition is None
+    lab.clock.advance(1)
+    children[2].calls("FF")
+    assert parent.state is State.OPEN
+
+
+def test_no_more_than_a_share_of_the_children_is_held_open(lab: Lab) -> None:
+    parent, children = family(lab, 4, max_open_ratio=0.5)
+    for child in children:
+        child.calls("FFF")
+    assert [child.state for child in children] == [State.OPEN, State.OPEN, State.CLOSED, State.CLOSED]
+    assert children[2].snapshot().failures == 3
+    children[0].command(Verb.RESET)
+    children[2].calls("F")
+    assert children[2].state is State.OPEN
+    children[3].command(Verb.TRIP)  # an operator knows better
+    assert children[3].state is State.OPEN
+    assert parent.state is State.CLOSED
+
+
+def test_in_shadow_a_child_opens_whatever_the_others_do(lab: Lab) -> None:
+    _, children = family(lab, 2, max_open_ratio=0.5)
+    children[0].calls("FF")
+    children[1].command(Verb.SHADOW)
+    children[1].calls("FF")
+    assert children[1].snapshot().would_open
+
+
+@SHARED
+@pytest.mark.parametrize("state", [State.CLOSED, State.OPEN, State.FORCED_OPEN])
+def test_a_state_that_says_nothing_any_more_ends(lab: Lab, state: State) -> None:
+    _, (acme,) = family(lab, 1)
+    if state is not State.CLOSED:
+        acme.command(Verb.TRIP if state is State.OPEN else Verb.ISOLATE)
+    ttl = ttl_of(lab, acme)
+    if state is State.FORCED_OPEN:
+        assert ttl == -1
+    else:
+        assert 0 < ttl <= (120 if state is State.CLOSED else IDLE_AFTER / 1000 + 5)
+
+
+def ttl_of(lab: Lab, child: Subject) -> float:
+    """Seconds until a child's state ends; -1 if it does not."""
+    store: Any = lab.store
+    return float(store._server.run(lambda client: client.ttl(store._keys.breaker(child.name).state)))
