@@ -13,9 +13,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from resilient_tasks.fleet import Fleet
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
-from resilient_tasks.worker.gate import Gate
 from resilient_tasks.worker.published_queues import PublishedQueues
 from resilient_tasks.worker.redis_queues import RedisQueues
 from resilient_tasks.worker.request import GatedRequest
@@ -26,7 +26,7 @@ WINDOWS: dict[str, tuple[type, str]] = {
     "state written, message not moved": (Deferral, "_write_state"),
     "message moved by script": (RedisQueues, "defer"),
     "message copied, not acknowledged": (PublishedQueues, "_publish"),
-    "permit taken": (Gate, "_trial"),
+    "permit taken": (Fleet, "acquire"),
     "trial reported, not acknowledged": (GatedRequest, "_settle"),
     "resume promised, not made": (Resumer, "_still"),
     "resumed by script": (RedisQueues, "_make"),
