@@ -189,8 +189,8 @@ class Resilience:
         return runtime_of(self._app)
 
     def _join(self, store: Store) -> Fleet:
-        ledger = store.ledger if isinstance(store, RedisStore) else None
-        fleet = Fleet(store, ledger, announce=self.announcer)
+        shared = (store.ledger, store.history) if isinstance(store, RedisStore) else ()
+        fleet = Fleet(store, *shared, announce=self.announcer)
         for breaker in self._breakers.values():
             fleet.declare(breaker.spec)
         return fleet

@@ -15,6 +15,7 @@ from resilient_tasks.core.model import Answer, Grant, Snapshot, State, Transitio
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Spec, Store
 from resilient_tasks.store.failover import FailoverStore
+from resilient_tasks.store.history import History
 from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.store.reports import LEASE, Reporter
 from resilient_tasks.store.standing import Standing
@@ -33,6 +34,7 @@ class Fleet:
     Args:
         store: the shared store; decisions fall back to a local one while it is away.
         ledger: what workers must know in common; None for a store that no worker uses.
+        history: what has become of the breakers so far; None for a store that keeps none.
         announce: is told each transition that this process has made; what it raises is logged.
         clock: monotonic clock in seconds, for tests that advance the time.
     """
@@ -41,14 +43,16 @@ class Fleet:
         self,
         store: Store,
         ledger: Ledger | None = None,
+        history: History | None = None,
         *,
         announce: Callable[[Transition], None] = _tell_nobody,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store if isinstance(store, FailoverStore) else FailoverStore(store, clock=clock)
         self._ledger = ledger
+        self._history = history
         self.view = View(self.store, clock)
-        self.reporter = Reporter(self.store, self.view, self.announce, clock)
+        self.reporter = Reporter(self.store, self.view, self.announce, clock, history)
         self._announce = announce
 
     @property
@@ -61,6 +65,17 @@ class Fleet:
         if self._ledger is None:
             raise StoreError(f"{self.store!r} keeps no ledger of deferred tasks: workers need a shared store")
         return self._ledger
+
+    @property
+    def history(self) -> History:
+        """What has become of the fleet's breakers so far.
+
+        Raises:
+            StoreError: the store is one in memory and keeps none.
+        """
+        if self._history is None:
+            raise StoreError(f"{self.store!r} keeps no history of breakers: that takes a shared store")
+        return self._history
 
     def declare(self, spec: Spec) -> Standing:
         """Make a breaker known to this process, without I/O."""

@@ -14,10 +14,11 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextvars import ContextVar
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from resilient_tasks.core.blame import blame, blamed_on
 from resilient_tasks.core.classification import Verdict, dependency_errors, judge, judge_result
+from resilient_tasks.core.counts import REFUSED
 from resilient_tasks.core.model import Grant, Outcome, State
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.policy import BreakerPolicy
@@ -153,14 +154,18 @@ class Guarded:
         if scope is not None and scope.is_trial(self.name):
             return standing.epoch, _PERMIT_OF_TASK
         if standing.refuses:
-            raise self.refusal()
+            self._refuse()
         return None
+
+    def _refuse(self) -> NoReturn:
+        self.fleet.reporter.tally(self.name, REFUSED)
+        raise self.refusal()
 
     def _ask_for_permit(self) -> _Pass:
         holder = uuid.uuid4().hex
         grant = self.acquire(holder)
         if not grant.admitted:
-            raise BreakerOpenError(self.name, grant.snapshot.state.value, self._standing.retry_after)
+            self._refuse()
         if not grant.trial:
             return grant.snapshot.epoch, _NO_PERMIT
         self.hold(holder, self.policy.trial_timeout)

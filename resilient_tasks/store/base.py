@@ -51,12 +51,14 @@ class Evidence:
         runs: run-length encoded outcomes, oldest first, e.g. ``((SUCCESS, 12), (FAILURE, 1))``.
         cause: what the last failure was, for the transition's reason (a type's name, never its text).
         retry_after: longest ``Retry-After`` among the failures, seconds.
+        causes: what all failures were, with how many of each; for the history alone.
     """
 
     epoch: int
     runs: tuple[tuple[Outcome, int], ...]
     cause: str = ""
     retry_after: float | None = None
+    causes: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,11 @@ class BreakerKeys(NamedTuple):
     deadlines: str  # sorted set: task id -> end of its wait, ms
     stragglers: str  # sorted set: holder -> end of its lease, ms; of a trial that outlived its HALF_OPEN
     slots: str  # sorted set: holder, or the task it is kept for -> end of its lease, ms
+    log: str  # list: this and the next four as in ``lua/history.lua``
+    minutes: str  # hash
+    totals: str  # hash
+    outage: str  # hash
+    outages: str  # list
     children: str  # of the breaker, or of its parent if it is a child; see lua/state.lua
     opened: str
     hot: str
@@ -73,6 +78,10 @@ class Keys:
     def pace(self, name: str) -> str:
         """Return the hash that holds how fast deferred tasks are resumed."""
         return self._of_breaker(name, "pace")
+
+    def tellers(self, name: str) -> str:
+        """Return the sorted set that says which process has told up to which batch of counts."""
+        return self._of_breaker(name, "tellers")
 
     def value(self, kind: str, key: str) -> str:
         """Return the hash of a small value; unwieldy keys are replaced by their digest."""

@@ -48,6 +48,7 @@ class Ledger:
         self._server = server
         self._keys = keys
         self._scripts = {name: Script.load(name, clock=clock) for name in _SCRIPTS}
+        self._scripts["forget"] = Script.load("history", "forget", clock=clock)
 
     # --- deferred tasks -----------------------------------------------------------------------------
 
@@ -73,22 +74,13 @@ class Ledger:
     def remove_deferred(self, name: str, task_ids: Iterable[str]) -> None:
         """Forget deferred tasks that were resumed, dead-lettered or dropped."""
         keys, ids = self._keys.breaker(name), list(task_ids)
-
-        def remove(client: redis.Redis) -> None:
-            with client.pipeline(transaction=True) as pipeline:
-                for start in range(0, len(ids), _PER_ROUND_TRIP):
-                    some = ids[start : start + _PER_ROUND_TRIP]
-                    pipeline.zrem(keys.deferred, *some)
-                    pipeline.zrem(keys.deadlines, *some)
-                pipeline.execute()
-
-        if ids:
-            self._server.run(remove)
+        calls = [(keys, ids[start : start + _PER_ROUND_TRIP]) for start in range(0, len(ids), _PER_ROUND_TRIP)]
+        if calls:
+            self._server.run(partial(self._scripts["forget"].each, calls=calls))
 
     def clear_deferred(self, name: str) -> None:
         """Forget all deferred tasks of a breaker, because its deferred queue is known to be empty."""
-        keys = self._keys.breaker(name)
-        self._server.run(lambda client: client.delete(keys.deferred, keys.deadlines))
+        self._run("forget", self._keys.breaker(name))
 
     def pace(self, name: str) -> Pace:
         """Return the resume pace of a breaker."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterable
 from itertools import groupby
 
+from resilient_tasks.core.counts import CAUSE
 from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.store.base import Evidence
 from resilient_tasks.store.standing import Standing
@@ -20,6 +22,7 @@ class Batch:
         self.runs: deque[tuple[Outcome, int]] = deque()
         self.cause = ""
         self.retry_after: float | None = None
+        self.causes: Counter[str] = Counter()
 
     def add(self, outcome: Outcome, count: int, cause: str, retry_after: float | None) -> None:
         """Append ``count`` equal outcomes."""
@@ -27,6 +30,8 @@ class Batch:
             count += self.runs.pop()[1]
         self.runs.append((outcome, count))
         self.cause = cause or self.cause
+        if outcome is Outcome.FAILURE:
+            self.causes[cause] += count
         if retry_after is not None:
             self.retry_after = max(retry_after, self.retry_after or 0.0)
 
@@ -36,7 +41,12 @@ class Batch:
 
     def evidence(self) -> Evidence:
         """Return the batch as the store takes it."""
-        return Evidence(self.epoch, tuple(self.runs), self.cause, self.retry_after)
+        return Evidence(self.epoch, tuple(self.runs), self.cause, self.retry_after, tuple(self.causes.items()))
+
+    def counts(self) -> Iterable[tuple[str, int]]:
+        """Yield what is in the batch by the kinds of :mod:`~resilient_tasks.core.counts`."""
+        yield from ((outcome.value, count) for outcome, count in self.runs)
+        yield from ((CAUSE + cause, count) for cause, count in self.causes.items())
 
 
 class Outbox:
@@ -48,21 +58,22 @@ class Outbox:
         self.urgent = False
         self.due_at = 0.0
 
-    def collect(self) -> None:
-        """Move what is pending into batches; outcomes of an epoch that is over are worth nothing."""
+    def collect(self) -> list[Batch]:
+        """Move what is pending into batches; return those that came too late for a decision, and count all the same."""
         pending = self.standing.pending
         items = [pending.popleft() for _ in range(len(pending))]
         for item, group in groupby(items):
             epoch, outcome, cause, retry_after = item if isinstance(item, tuple) else (item, Outcome.SUCCESS, "", None)
             self._batch(epoch).add(outcome, len(list(group)), cause, retry_after)
-        self.batches = [batch for batch in self.batches if self._is_current(batch)]
+        batches, epochs = self.batches, (0, self.standing.epoch)
+        if self.standing.snapshot.state is State.DISABLED:
+            self.batches = []
+            return []
+        # epoch 0: admitted before the store had ever heard of this breaker; the store decides what it is worth
+        self.batches = [batch for batch in batches if batch.epoch in epochs]
+        return [batch for batch in batches if batch.epoch not in epochs]
 
     def _batch(self, epoch: int) -> Batch:
         if not self.batches or self.batches[-1].epoch != epoch:
             self.batches.append(Batch(epoch))
         return self.batches[-1]
-
-    def _is_current(self, batch: Batch) -> bool:
-        # epoch 0: admitted before the store had ever heard of this breaker; the store decides what it is worth
-        standing = self.standing
-        return standing.snapshot.state is not State.DISABLED and batch.epoch in (0, standing.epoch)

@@ -23,12 +23,13 @@ from resilient_tasks.core.names import key_of
 from resilient_tasks.core.record import brief, to_ms, to_seconds
 from resilient_tasks.errors import ConfigurationError, StoreError
 from resilient_tasks.store.base import NO_WISH, Evidence, Spec, Wish
+from resilient_tasks.store.history import History, transition_of
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.store.server import Argument, Script, Server
 
 _PER_ROUND_TRIP = 500
-_RULES = ("state", "shadow", "slots", "children", "rules")
+_RULES = ("history", "state", "shadow", "slots", "children", "rules")
 _DECISIONS = (
     "acquire", "keep_slots", "record", "settle", "advance", "command", "begin_health_check", "report_health_check",
     "roll_up", "cool",
@@ -49,6 +50,7 @@ class RedisStore:
 
     Attributes:
         ledger: what workers must know in common beside the breakers' states.
+        history: what has become of the breakers so far.
 
     Raises:
         ConfigurationError: the URL, an option or the namespace is of no use. No connection is made.
@@ -70,6 +72,7 @@ class RedisStore:
         self._scripts.update({name: Script.load(name, clock=clock) for name in _OTHERS})
         self._read = Script.load(*_RULES, "read", clock=clock)
         self.ledger = Ledger(self._server, self._keys, clock)
+        self.history = History(self._server, self._keys, clock)
 
     def __repr__(self) -> str:
         return f"RedisStore({self._server.address!r}, namespace={self._keys.namespace!r})"
@@ -243,6 +246,7 @@ def _evidence(evidence: Evidence) -> str:
         "epoch": evidence.epoch,
         "runs": [[outcome.value, count] for outcome, count in evidence.runs],
         "cause": brief(evidence.cause),
+        "causes": {brief(cause): count for cause, count in evidence.causes},
     }
     if evidence.retry_after is not None:
         fields["retry_after"] = to_ms(evidence.retry_after)
@@ -271,10 +275,7 @@ def _snapshot(fields: dict[str, Any]) -> Snapshot:
 
 def _transition(reply: dict[str, Any]) -> Transition | None:
     fields = reply.get("transition")
-    if fields is None:
-        return None
-    states = {name: State(fields[name]) for name in ("previous", "state")}
-    return Transition(**{**fields, **states, "at": fields["at"] / 1000})
+    return fields and transition_of(fields)
 
 
 def _published(data: bytes) -> Snapshot | None:

@@ -5,8 +5,8 @@ a second per breaker however many calls it makes. A failure is sent at once, wit
 it, because it may open the breaker. Whoever wants to know that a report has arrived (a caller whose
 next call should already see the breaker open) waits for the ticket that reporting returned.
 
-The same thread settles trials and renews their permits. Everything that waits is bounded: while the store
-is away the oldest outcomes are dropped and counted.
+The same thread settles trials, renews their permits and tells what was tallied. Everything that waits is
+bounded: while the store is away the oldest outcomes are dropped and counted.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from resilient_tasks.core.model import Answer, Outcome, Transition
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Evidence, Spec, Store
 from resilient_tasks.store.forking import renew_after_fork
+from resilient_tasks.store.history import History
 from resilient_tasks.store.outbox import Outbox
 from resilient_tasks.store.standing import Standing
+from resilient_tasks.store.tallies import Tallies
 from resilient_tasks.store.view import View
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ BATCH_INTERVAL = 0.1  # seconds between two reports of successes of one breaker
 EXIT_PATIENCE = 0.9  # seconds that the end of the process may wait for the last reports
 _MOST_SETTLEMENTS = 10_000
 _NOTHING_URGENT = 0
+_TWICE = range(2)  # an outcome that is too late to be sent is tallied instead
 
 Announce = Callable[[Transition], None]
 
@@ -58,16 +61,23 @@ class Reporter:
         view: learns from every answer.
         announce: is told each transition that a report of this process has made.
         clock: monotonic clock in seconds.
+        history: is told what this process tallies; None: nobody is.
     """
 
     def __init__(
-        self, store: Store, view: View, announce: Announce, clock: Callable[[], float] = time.monotonic
+        self,
+        store: Store,
+        view: View,
+        announce: Announce,
+        clock: Callable[[], float] = time.monotonic,
+        history: History | None = None,
     ) -> None:
         self.dropped = 0  # outcomes that were lost because the store was away for too long
         self._store = store
         self._view = view
         self._announce = announce
         self._clock = clock
+        self._tallies = Tallies(history, clock)
         self.after_fork()
         renew_after_fork(self)
         _reporters.add(self)
@@ -173,6 +183,12 @@ class Reporter:
         with self._condition:
             self._held.pop((name, holder), None)
 
+    def tally(self, name: str, kind: str, count: int = 1, *, peak: tuple[str, float] | None = None) -> None:
+        """Count something for the history of a breaker; see :meth:`Tallies.add`."""
+        if self._tallies.add(name, kind, count, peak=peak):
+            with self._condition:
+                self._wake()
+
     # --- waiting ------------------------------------------------------------------------------------
 
     def is_served(self, ticket: int) -> bool:
@@ -190,13 +206,18 @@ class Reporter:
 
     def flush(self, timeout: float) -> bool:
         """Send all that waits now; return whether that was done within ``timeout`` seconds."""
+        give_up_at = self._clock() + timeout
+        return all(self.wait(self._hurry(), give_up_at - self._clock()) for _ in _TWICE)
+
+    def _hurry(self) -> int:
+        """Make all that waits urgent; return the ticket for that."""
         with self._condition:
-            if not (self._busy or self._settlements or self._is_sending):
-                return True
+            if not (self._busy or self._settlements or self._is_sending or self._tallies.due_at is not None):
+                return _NOTHING_URGENT
             for outbox in self._busy.values():
                 outbox.urgent = True
-            ticket = self._wake(urgent=True)
-        return self.wait(ticket, timeout)
+            self._tallies.hasten()
+            return self._wake(urgent=True)
 
     def close(self, timeout: float = EXIT_PATIENCE) -> bool:
         """Flush, then end the thread. Reporting again starts it anew."""
@@ -257,6 +278,8 @@ class Reporter:
             due.append(self._renew_at)
         if self._settlements:
             due.append(self._settle_at)
+        if self._tallies.due_at is not None:
+            due.append(self._tallies.due_at)
         return max(0.0, min(due) - self._clock()) if due else None
 
     def _take_due(self) -> list[Outbox]:
@@ -277,6 +300,8 @@ class Reporter:
             self._safely(partial(self._settle, self._settlements.popleft()))
         if self._held and self._renew_at <= self._clock():
             self._safely(self._renew)
+        if self._tallies.due_at is not None and self._tallies.due_at <= self._clock():
+            self._safely(self._tell)
 
     def _safely(self, job: Callable[[], None]) -> None:
         """Do a job; no mistake of a store or a listener may end the thread."""
@@ -285,8 +310,16 @@ class Reporter:
         except Exception:
             logger.exception("outcomes of guarded calls could not be reported")
 
+    def _tell(self) -> None:
+        try:
+            self._tallies.tell()
+        except StoreError as error:
+            logger.debug("what was tallied waits for the store: %s", error)
+
     def _send(self, outbox: Outbox) -> None:
-        outbox.collect()
+        for late in outbox.collect():
+            for kind, count in late.counts():
+                self.tally(outbox.standing.name, kind, count)
         while outbox.batches:
             batch = outbox.batches[0]
             asked = self._view.asking()

@@ -16,9 +16,10 @@ from celery import Task
 from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry
 
 from resilient_tasks.core.blame import blamed_on
+from resilient_tasks.core.counts import CACHED_AGE, FAILED, FALLBACK, OLDEST_ANSWER, REFUSED
 from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.errors import BreakerOpenError, ResilienceError
-from resilient_tasks.fallback import Call, write_provenance
+from resilient_tasks.fallback import Call, Served, write_provenance
 from resilient_tasks.guard import call_guarded
 from resilient_tasks.worker.options import DEFER
 from resilient_tasks.worker.run import Run, TaskDeferred, current_run
@@ -108,11 +109,21 @@ class _Body:
         served = self.options.fallback.answer(self.call, self.runtime.fleet.store)
         if served is None:
             return otherwise()
+        self.tally_answer(served, breaker)
         if self.task.request.id:
             ttl = self.runtime.result_ttl
             write_provenance(self.runtime.fleet.store, self.task.request.id, served, breaker, ttl)
         self.serve(served, breaker)
         return served.value
+
+    def tally_answer(self, served: Served, breaker: str) -> None:
+        """Count a fallback's answer, and how stale it was."""
+        tally = self.runtime.fleet.reporter.tally
+        if served.age is None:
+            tally(breaker, FALLBACK + served.source)
+        else:
+            tally(breaker, FALLBACK + served.source, peak=(OLDEST_ANSWER, served.age))
+            tally(breaker, CACHED_AGE, round(served.age * 1000))
 
     def serve(self, served: Any, breaker: str) -> None:
         """Take note that a fallback has answered."""
@@ -172,6 +183,7 @@ class _GatedBody(_Body):
     def refused(self, refusal: BreakerOpenError) -> NoReturn:
         """Defer the task until the breaker that refused admits, if that is one of this app."""
         if self.options.on_open != DEFER or refusal.breaker not in self.runtime.breakers:
+            self.runtime.fleet.reporter.tally(refusal.breaker, FAILED)
             raise refusal
         raise TaskDeferred(refusal.breaker, str(refusal), self.gated.admission.attempts) from refusal
 
@@ -190,6 +202,7 @@ class _GatedBody(_Body):
         """Return the refusal of a breaker that has opened since the gate let this run through."""
         for breaker, admitted in zip(self.breakers, self.gated.admission.passes, strict=True):
             if not admitted.trial and breaker.state in _REFUSING:
+                self.runtime.fleet.reporter.tally(breaker.name, REFUSED)
                 return breaker.refusal()
         return None
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from celery.states import PENDING
 
 from resilient_tasks import signals
+from resilient_tasks.core import counts
 from resilient_tasks.core.memory import MemoryLimit
 from resilient_tasks.errors import DeferredQueueFullError, StoreError
 from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED
@@ -86,6 +87,7 @@ class Deferral:
     def _dead_letter(self, request: GatedRequest, ticket: Ticket) -> None:
         self._queues.defer(request.message, ticket, owned=not request.acknowledged, limit=None)
         request.acknowledged = True
+        self._runtime.fleet.reporter.tally(ticket.breaker, counts.DEAD)
         what = "Task %s[%s] is dead-lettered: %s"
         logger.warning(what, request.name, request.id, ticket.reason, extra=request.log_fields)
 
@@ -109,6 +111,8 @@ class Deferral:
             self._tell(request, ticket)
 
     def _tell(self, request: GatedRequest, ticket: Ticket) -> None:
+        again = request.ticket.since > 0
+        self._runtime.fleet.reporter.tally(ticket.breaker, counts.DEFERRED_AGAIN if again else counts.DEFERRED)
         told = {"breaker": ticket.breaker, "reason": ticket.reason, "since": ticket.since}
         request.send_event(TASK_DEFERRED, **told)
         signals.tell(signals.task_deferred, request.app, task_id=request.id, task=request.name, **told)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from celery.exceptions import TaskRevokedError
 
 from resilient_tasks import signals
+from resilient_tasks.core.counts import DEAD, DROPPED, EXPIRED, REVOKED
 from resilient_tasks.errors import DeferralExpiredError, ResilienceError
 from resilient_tasks.monitor.events import TASK_RESUMED
 from resilient_tasks.worker import seams
@@ -123,6 +124,9 @@ class DeferredTasks:
         what = "Task %s[%s] is dead-lettered: %s"
         logger.warning(what, entry.task_name, entry.task_id, error, extra=entry.log_fields)
         ticket = entry.ticket.die(self._runtime.fleet.view.server_now(), str(error))
+        self._tally(ticket.breaker, DEAD)
+        if isinstance(error, (DeferralExpiredError, TaskRevokedError)):
+            self._tally(ticket.breaker, EXPIRED)
         return Move(entry, self.queues.dead(ticket.breaker), ticket)
 
     def drop(self, entry: Entry, reason: str) -> Move | None:
@@ -135,7 +139,11 @@ class DeferredTasks:
             return None
         what = "Task %s[%s] was %s while it waited"
         logger.info(what, entry.task_name, entry.task_id, reason, extra=entry.log_fields)
+        self._tally(entry.ticket.breaker, DROPPED if reason == DROPPED else REVOKED)
         return Move(entry, None)
+
+    def _tally(self, breaker: str, kind: str) -> None:
+        self._runtime.fleet.reporter.tally(breaker, kind)
 
     def _settle(self, entry: Entry, error: Exception) -> bool:
         """Write the result of a task that waits no longer; False if that is impossible now."""

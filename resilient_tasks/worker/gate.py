@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from resilient_tasks.core.classification import Verdict
+from resilient_tasks.core.counts import REFUSED
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.worker.run import Admission, Pass, Report
 from resilient_tasks.worker.ticket import Ticket
@@ -77,8 +78,8 @@ class Gate:
             passes.append(admitted)
         return Admission(tuple(passes), attempts=request.ticket.attempts)
 
-    @staticmethod
-    def _refused(breaker: Breaker, ticket: Ticket) -> Admission:
+    def _refused(self, breaker: Breaker, ticket: Ticket) -> Admission:
+        self._runtime.fleet.reporter.tally(breaker.name, REFUSED)
         refusal = breaker.refusal()
         return Admission((), breaker.name, refusal.state, refusal.retry_after, ticket.attempts)
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from resilient_tasks.core.counts import LONGEST_WAIT, RESUMED
 from resilient_tasks.core.model import Snapshot
 from resilient_tasks.core.pace import Pace, next_pace
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
@@ -84,14 +85,20 @@ class Resumer:
             return moves
 
         for moves in self._tasks.sift_pages(breaker.name, choose, enough=lambda: wanted <= 0):
-            origins = [str(move.queue) for move in moves if move.resumes]
-            self._origins.setdefault(breaker.name, set()).update(origins)
-            resumed += len(origins)
+            gone = [move for move in moves if move.resumes]
+            self._origins.setdefault(breaker.name, set()).update(str(move.queue) for move in gone)
+            self._tally(breaker, gone, snapshot.now)
+            resumed += len(gone)
         if resumed < count - wanted:
             ledger.taken_up(breaker.name, count - wanted - resumed)  # somebody else has moved them
         if resumed:
             logger.info("breaker %r is %s: %d tasks resumed", breaker.name, snapshot.state, resumed)
         return resumed
+
+    def _tally(self, breaker: Breaker, gone: Sequence[Move], now: float) -> None:
+        if gone:
+            wait = max((now - move.entry.ticket.since for move in gone if move.entry.ticket.since), default=0.0)
+            self._runtime.fleet.reporter.tally(breaker.name, RESUMED, len(gone), peak=(LONGEST_WAIT, wait))
 
     @staticmethod
     def _is_due(breaker: Breaker, entry: Entry, now: float) -> bool:

@@ -11,6 +11,7 @@ from celery.exceptions import InvalidTaskError
 from celery.utils.saferepr import saferepr
 from celery.worker.strategy import default
 
+from resilient_tasks.core.counts import REFUSED
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
@@ -66,8 +67,7 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
             utc=self._app.uses_utc_timezone(),
         )
 
-    @staticmethod
-    def _defer(request: GatedRequest, refusing: Breaker) -> None:
+    def _defer(self, request: GatedRequest, refusing: Breaker) -> None:
         if request.revoked():  # or expired: Celery has settled it
             return
         request.send_event(
@@ -81,6 +81,7 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
             eta=None,
             expires=request.expires and request.expires.isoformat(),
         )
+        self._runtime.fleet.reporter.tally(refusing.name, REFUSED)
         request.put_aside(refusing.name, str(refusing.refusal()))
 
 

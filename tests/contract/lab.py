@@ -12,6 +12,7 @@ import redis
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, State, Transition, Verb
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Evidence, Spec, Store, Wish
+from resilient_tasks.store.history import History
 from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.store.redis import RedisStore
 
@@ -93,6 +94,12 @@ class Lab:
     def ledger(self) -> Ledger:
         """The ledger beside a shared store's breakers."""
         return ledger_of(self.store)
+
+    @property
+    def history(self) -> History:
+        """What a shared store remembers of its breakers."""
+        assert isinstance(self.store, RedisStore)
+        return self.store.history
 
     def breaker(self, name: str = "payments", *, revision: int = 0, **policy: Any) -> Subject:
         """Return a breaker with the policy that the scenarios are told with, unless said otherwise."""

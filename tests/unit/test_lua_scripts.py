@@ -14,7 +14,7 @@ FOLDER = resources.files("resilient_tasks.store") / "lua"
 TEXTS = {
     file.name.removesuffix(".lua"): file.read_text("utf-8") for file in FOLDER.iterdir() if file.name != "__pycache__"
 }
-PARTS = {"now", "state", "shadow", "slots", "children", "rules"}  # put in front of others, no scripts of their own
+PARTS = {"now", "history", "state", "shadow", "slots", "children", "rules"}  # put in front of others
 METHODS = sorted(TEXTS.keys() - PARTS)
 
 
@@ -28,7 +28,7 @@ def header_of(text: str) -> list[str]:
 
 def test_every_script_is_used() -> None:
     store = RedisStore("redis://localhost", namespace="test")
-    assert sorted([*store._scripts, *store.ledger._scripts, "read"]) == METHODS
+    assert sorted([*store._scripts, *store.ledger._scripts, *store.history._scripts, "read"]) == METHODS
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,9 +1,11 @@
 -- record(evidence) -> JSON {snapshot, transition}
 -- Count outcomes of calls that needed no permit; open the breaker at the first that trips it.
 -- KEYS, ARGV 1..4: see state.lua
--- ARGV  5 evidence   JSON {epoch, runs: [[outcome, count], ...], cause, retry_after: ms or absent}
+-- ARGV  5 evidence   JSON {epoch, runs: [[outcome, count], ...], cause, causes: {cause: count},
+--                    retry_after: ms or absent}
 
 local evidence = cjson.decode(ARGV[5])
 load_breaker(true)
+local failures, before = record.state == 'DISABLED' and 0 or tally_calls(evidence), record.total_failures
 report(evidence.epoch, evidence.runs, evidence.cause, evidence.retry_after)
-return answer()
+return answer({}, failures - (record.total_failures - before))

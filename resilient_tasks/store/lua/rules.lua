@@ -1,7 +1,6 @@
 -- The rules of a breaker: core/machine.py in Lua, over what state.lua has loaded.
 -- Same functions, same arithmetic: change the two together, a property test compares them.
 
-local ADMITTING = { CLOSED = true, SHADOW = true, DISABLED = true }
 local TARGETS = { trip = 'OPEN', isolate = 'FORCED_OPEN', disable = 'DISABLED', shadow = 'SHADOW', reset = 'CLOSED' }
 
 -- transitions ---------------------------------------------------------------------------
@@ -209,6 +208,7 @@ local function expire()
     if lease_end <= now then
       trials[holder] = nil
       count_trial('FAILURE')
+      tally_trial('FAILURE', 'permit expired')
     end
   end
   judge('permit expired')

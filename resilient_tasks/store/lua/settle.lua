@@ -7,5 +7,8 @@
 
 local evidence = cjson.decode(ARGV[7])
 load_breaker(true)
+if (trials[ARGV[5]] or stragglers[ARGV[5]] or now) > now then
+  tally_trial(ARGV[6], evidence.cause)
+end
 settle(ARGV[5], ARGV[6], evidence.epoch, evidence.cause, evidence.retry_after)
 return answer()

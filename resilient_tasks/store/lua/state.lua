@@ -1,6 +1,6 @@
 -- What the store keeps of one breaker: loading, the window, the figures, the answer, saving.
 -- core/record.py and core/window.py in Lua: same functions, same arithmetic; change the two together.
--- Put, after now.lua and before rules.lua, in front of every script that decides about a breaker.
+-- Put, after now.lua and history.lua and before rules.lua, in front of every script that decides about a breaker.
 --
 -- KEYS  1 state      hash         fields of core/record.py's Record, and the newest policy as JSON
 --       2 window     hash         slot -> "index calls failures slow latest" of one bucket
@@ -9,10 +9,11 @@
 --       5 deadlines  sorted set   task id -> end of its wait, ms
 --       6 stragglers sorted set   like trials, of trials that outlived their HALF_OPEN
 --       7 slots      sorted set   holder of a slot, or the task it is kept for -> end of its lease, ms
+--       8..12 see history.lua
 --       of this breaker if it may have children, of its parent if it is one:
---       8 children   sorted set   key -> when the child was last used, ms; +inf while it is held open
---       9 opened     sorted set   key -> since when the child is held open, ms
---      10 hot        set          keys of children that are not plainly CLOSED
+--       13 children  sorted set   key -> when the child was last used, ms; +inf while it is held open
+--       14 opened    sorted set   key -> since when the child is held open, ms
+--       15 hot       set          keys of children that are not plainly CLOSED
 -- ARGV  1 name       of the breaker
 --       2 channel    on which changes are published
 --       3 rules      JSON of core/record.py's Rules, as this caller declares them
@@ -20,7 +21,8 @@
 --
 -- A script that fails keeps what it wrote before: all reading comes first, save() writes last.
 
-local STATE, WINDOW, TRIALS, DEFERRED, DEADLINES, STRAGGLERS, IN_FLIGHT, CHILDREN, OPENED, HOT = unpack(KEYS)
+local STATE, WINDOW, TRIALS, _, DEADLINES, STRAGGLERS, IN_FLIGHT = unpack(KEYS)
+local CHILDREN, OPENED, HOT = KEYS[13], KEYS[14], KEYS[15]
 local NAME, CHANNEL, JITTER = ARGV[1], ARGV[2], tonumber(ARGV[4])
 local COUNTING = { CLOSED = true, SHADOW = true }
 local BUCKETS, SLOTS, MOST_GROWTH_STEPS = 10, 11, 1000
@@ -31,7 +33,6 @@ local NUMBERS = {
   'would_open', 'failed_checks', 'checked_at', 'crowded_until', 'learned', 'credit', 'backed_off',
 }
 
-local now = now_ms()
 local record, rules, window, trials, stragglers -- loaded below
 local transition -- what the caller is told, at most one
 local changed = false -- the version has grown: others should hear of it
@@ -41,11 +42,6 @@ local cleared = false -- window and trials start empty
 local left = false -- the stragglers have to be written
 local in_flight, concurrency_limit, is_crowded, save_slots -- in slots.lua
 local save_child -- in children.lua
-
--- tostring() would round a millisecond timestamp.
-local function integer(number)
-  return string.format('%.0f', number)
-end
 
 -- reading ---------------------------------------------------------------------------------------
 
@@ -284,10 +280,12 @@ local function save()
 end
 
 -- Write, publish, and return JSON: the snapshot, the transition if this caller made one, and `more`.
-local function answer(more)
+-- late: failures that came with what tripped the breaker, and after it
+local function answer(more, late)
   local reply = more or {}
   reply.snapshot, reply.transition = snapshot(), transition
   save()
+  save_history(transition, rules.window, late or 0)
   if changed then
     redis.call('PUBLISH', CHANNEL, cjson.encode(reply.snapshot))
   end

@@ -1,0 +1,144 @@
+"""``History``: what has become of the fleet's breakers so far, for people, pages and metrics.
+
+It lies in the shared store beside the breakers. Transitions and outcomes are written by the very scripts that
+decide, so nothing is there twice and nothing is missing; what workers count for themselves (refused, deferred,
+resumed, ...) arrives about a second later. Everything is bounded: see ``lua/history.lua``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import redis
+
+from resilient_tasks.core.counts import Counts
+from resilient_tasks.core.model import State, Transition
+from resilient_tasks.core.record import brief
+from resilient_tasks.store.keys import BreakerKeys, Keys
+from resilient_tasks.store.server import Argument, Script, Server
+
+if TYPE_CHECKING:
+    from resilient_tasks.store.tallies import Tally
+
+T = TypeVar("T")
+
+_PER_ROUND_TRIP = 500
+_MINUTE = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Minute:
+    """One minute of a breaker.
+
+    Args:
+        at: when it began, seconds since the epoch on the store's clock.
+        counts: what was counted in it.
+    """
+
+    at: float
+    counts: Counts
+
+
+class History:
+    """The past of all breakers of one namespace.
+
+    Every method may raise :class:`~resilient_tasks.errors.StoreError`, within the server's time limit.
+
+    Args:
+        server: connection to the shared store.
+        keys: names of the namespace's keys.
+        clock: Lua text that defines ``now_ms()``, for tests that advance the time; ``None``: the server's.
+    """
+
+    def __init__(self, server: Server, keys: Keys, clock: str | None = None) -> None:
+        self._server = server
+        self._keys = keys
+        self._scripts = {name: Script.load("history", name, clock=clock) for name in ("tally", "note")}
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    def transitions(self, name: str, *, limit: int = 200, since: float = 0.0) -> list[Transition]:
+        """Return the log of a breaker, the newest entry first.
+
+        An entry whose ``state`` is its ``previous`` one is no change of state: SHADOW tells what would have
+        opened, and an actor what was done by hand to waiting tasks.
+
+        Args:
+            name: of the breaker.
+            limit: most entries; 200 are kept, for 90 days after the last.
+            since: only later ones, seconds since the epoch on the store's clock.
+        """
+        entries = self._server.run(lambda client: client.lrange(self._keys.breaker(name).log, 0, limit - 1))
+        found = (transition_of(json.loads(entry)) for entry in entries)
+        return [transition for transition in found if transition.at > since]
+
+    def minutes(self, name: str, *, since: float = 0.0) -> list[Minute]:
+        """Return what was counted in each minute of the last two hours, the oldest first.
+
+        A minute in which nothing was counted is missing.
+
+        Args:
+            name: of the breaker.
+            since: only minutes that began then or later, seconds since the epoch on the store's clock.
+        """
+        slots = self._server.run(lambda client: client.hvals(self._keys.breaker(name).minutes))
+        kept = sorted(map(json.loads, slots), key=lambda slot: slot["minute"])
+        minutes = [Minute(slot["minute"] * _MINUTE, Counts.of(slot["counts"])) for slot in kept]
+        latest = minutes[-1].at if minutes else 0.0
+        return [minute for minute in minutes if minute.at >= max(since, latest - 2 * 3600)]
+
+    def totals(self, names: Iterable[str]) -> dict[str, Counts]:
+        """Return what was counted since ever, by breaker; in one round trip for up to 500 of them."""
+        wanted = list(names)
+        counted = self._each(wanted, lambda pipeline, keys: pipeline.hgetall(keys.totals))
+        return {
+            name: Counts.of({kind.decode(): int(count) for kind, count in counts.items()})
+            for name, counts in zip(wanted, counted, strict=True)
+        }
+
+    # --- writing ------------------------------------------------------------------------------------
+
+    def note(self, name: str, text: str, actor: str) -> None:
+        """Log what somebody has done by hand to the tasks of a breaker."""
+        keys = self._keys.breaker(name)
+        self._server.run(lambda client: self._scripts["note"](client, keys, name, brief(text), brief(actor)))
+
+    def tally(self, teller: str, number: int, tallies: Mapping[str, Tally]) -> None:
+        """Add what a process has counted, by breaker; once, however often it is told.
+
+        Args:
+            teller: name of the process.
+            number: of the batch; grows from one batch of a process to the next.
+            tallies: what was counted.
+        """
+        calls: list[tuple[Sequence[str], Sequence[Argument]]] = []
+        for name, tally in tallies.items():
+            keys = *self._keys.breaker(name), self._keys.tellers(name)
+            calls.append((keys, (teller, number, json.dumps(tally.counts), json.dumps(tally.peaks))))
+        for start in range(0, len(calls), _PER_ROUND_TRIP):
+            some = calls[start : start + _PER_ROUND_TRIP]
+            self._server.run(partial(self._scripts["tally"].each, calls=some))
+
+    # --- inside -------------------------------------------------------------------------------------
+
+    def _each(self, names: Sequence[str], ask: Callable[[Any, BreakerKeys], object]) -> list[Any]:
+        """Put questions about each breaker, 500 breakers in one round trip; return all answers in order."""
+
+        def look(client: redis.Redis, some: Sequence[str]) -> list[Any]:
+            with client.pipeline(transaction=False) as pipeline:
+                for name in some:
+                    ask(pipeline, self._keys.breaker(name))
+                return pipeline.execute()
+
+        chunks = [names[start : start + _PER_ROUND_TRIP] for start in range(0, len(names), _PER_ROUND_TRIP)]
+        return [answer for chunk in chunks for answer in self._server.run(partial(look, some=chunk))]
+
+
+def transition_of(fields: Mapping[str, Any]) -> Transition:
+    """Return a transition as the scripts write it."""
+    states = {name: State(fields[name]) for name in ("previous", "state")}
+    return Transition(**{**fields, **states, "at": fields["at"] / 1000})

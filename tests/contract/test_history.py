@@ -1,0 +1,173 @@
+"""What a shared store remembers of its breakers: the log, what was counted, and the bounds of both."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+from resilient_tasks.core.counts import CAUSE, DEFERRED, FALLBACK, REFUSED, TRIALS, Counts
+from resilient_tasks.core.model import Outcome, State, Verb
+from resilient_tasks.store.tallies import Tally
+from tests.contract.lab import SHARED, Lab, Subject
+
+SUCCESS, FAILURE, SLOW = Outcome.SUCCESS, Outcome.FAILURE, Outcome.SLOW
+
+
+def tally(lab: Lab, counts: dict[str, int], *, name: str = "payments", teller: str = "worker", number: int = 1) -> None:
+    lab.history.tally(teller, number, {name: Tally(Counter(counts))})
+
+
+def totals(lab: Lab, breaker: Subject) -> Counts:
+    return lab.history.totals([breaker.name])[breaker.name]
+
+
+@SHARED
+def test_the_log_has_every_transition_the_newest_first(lab: Lab) -> None:
+    breaker = lab.breaker().half_open()
+    breaker.trials("SSS")
+    breaker.command(Verb.ISOLATE, reason="maintenance", actor="ada")
+    logged = lab.history.transitions(breaker.name)
+    assert logged == breaker.transitions[::-1]
+    assert [entry.state for entry in logged] == [State.FORCED_OPEN, State.CLOSED, State.HALF_OPEN, State.OPEN]
+    assert (logged[0].reason, logged[0].actor) == ("maintenance", "ada")
+    assert (logged[-1].calls, logged[-1].failures) == (5, 5)
+
+
+@SHARED
+def test_the_log_is_asked_for_a_part_of_it(lab: Lab) -> None:
+    breaker = lab.breaker()
+    breaker.command(Verb.TRIP)
+    tripped_at = lab.clock()
+    lab.clock.advance(1)
+    breaker.command(Verb.RESET)
+    assert [entry.state for entry in lab.history.transitions(breaker.name, limit=1)] == [State.CLOSED]
+    assert [entry.state for entry in lab.history.transitions(breaker.name, since=tripped_at)] == [State.CLOSED]
+    assert lab.history.transitions("stranger") == []
+
+
+@SHARED
+def test_the_log_is_bounded(lab: Lab) -> None:
+    breaker = lab.breaker()
+    for _ in range(120):
+        breaker.command(Verb.TRIP)
+        breaker.command(Verb.RESET)
+    assert len(lab.history.transitions(breaker.name, limit=1000)) == 200
+
+
+@SHARED
+def test_the_log_knows_what_was_done_by_hand(lab: Lab) -> None:
+    breaker = lab.breaker().open()
+    lab.history.note(breaker.name, "2 tasks dropped", "ada")
+    lab.history.note("mail", "1 task resumed", "ada")
+    noted, opened = lab.history.transitions(breaker.name)
+    assert (noted.previous, noted.state, noted.epoch) == (State.OPEN, State.OPEN, opened.epoch)
+    assert (noted.reason, noted.actor, noted.at) == ("2 tasks dropped", "ada", lab.clock())
+    assert lab.history.transitions("mail")[0].state is State.CLOSED
+
+
+@SHARED
+def test_calls_are_counted_by_outcome_and_cause(lab: Lab) -> None:
+    breaker = lab.breaker(minimum_calls=100)
+    breaker.batch(("S", 12), ("F", 3), ("L", 1), ("I", 5), causes=(("ReadTimeout", 2), ("OSError", 1)))
+    assert totals(lab, breaker) == Counts(calls={SUCCESS: 12, FAILURE: 3, SLOW: 1})
+    [minute] = lab.history.minutes(breaker.name)
+    assert minute.at == lab.clock() // 60 * 60
+    assert minute.counts.causes == {"ReadTimeout": 2, "OSError": 1}
+
+
+@SHARED
+def test_calls_that_end_after_the_breaker_has_opened_are_counted_too(lab: Lab) -> None:
+    breaker = lab.breaker()
+    epoch = breaker.batch(("S", 1)).snapshot.epoch
+    breaker.batch(("F", 7))
+    breaker.calls("FS", epoch=epoch)
+    assert totals(lab, breaker).calls == {SUCCESS: 2, FAILURE: 8}
+
+
+@SHARED
+def test_nothing_is_counted_in_disabled(lab: Lab) -> None:
+    breaker = lab.breaker()
+    breaker.command(Verb.DISABLE)
+    breaker.batch(("S", 12))
+    assert totals(lab, breaker) == Counts(entered={State.DISABLED: 1})
+
+
+@SHARED
+def test_a_trial_is_counted_once_as_a_call_and_as_a_trial(lab: Lab) -> None:
+    breaker = lab.breaker().half_open()
+    epoch = breaker.snapshot().epoch
+    for holder, letter in (("a", "F"), ("b", "I"), ("c", "S")):
+        breaker.ask(holder)
+        breaker.settle(holder, letter, epoch=epoch, cause="ReadTimeout")
+        breaker.settle(holder, letter, epoch=epoch, cause="ReadTimeout")
+    breaker.settle("stranger", "S", epoch=epoch)
+    counts = totals(lab, breaker)
+    assert counts.trials == 1  # after the failure the others have no permit any more
+    assert counts.calls == {FAILURE: 6}
+    assert counts.entered == {State.OPEN: 2, State.HALF_OPEN: 1}
+
+
+@SHARED
+def test_a_permit_that_expires_is_a_failed_trial(lab: Lab) -> None:
+    breaker = lab.breaker().half_open()
+    breaker.ask(lease=2)
+    lab.clock.advance(2)
+    breaker.advance()
+    assert totals(lab, breaker).trials == 1
+    assert lab.history.minutes(breaker.name)[-1].counts.causes == {"permit expired": 1}
+
+
+@SHARED
+def test_minutes_are_kept_for_two_hours(lab: Lab) -> None:
+    breaker = lab.breaker(minimum_calls=1000)
+    for _ in range(150):
+        breaker.batch(("S", 1))
+        lab.clock.advance(60)
+    minutes = lab.history.minutes(breaker.name)
+    assert len(minutes) == 120
+    assert [minute.counts.calls for minute in minutes] == [{SUCCESS: 1}] * 120
+    assert all(later.at - earlier.at == 60 for earlier, later in itertools.pairwise(minutes))
+    assert len(lab.history.minutes(breaker.name, since=minutes[-3].at)) == 3
+    lab.clock.advance(90 * 60)
+    breaker.batch(("S", 1))
+    assert len(lab.history.minutes(breaker.name)) == 30  # one of the minutes before was in the same place
+    assert totals(lab, breaker).calls == {SUCCESS: 151}
+
+
+@SHARED
+def test_what_processes_have_counted_is_added(lab: Lab) -> None:
+    breaker = lab.breaker()
+    tally(lab, {REFUSED: 3, DEFERRED: 2, FALLBACK + "cached": 1}, teller="a")
+    tally(lab, {REFUSED: 4, CAUSE + "ReadTimeout": 1, FAILURE: 1}, teller="b")
+    counts = totals(lab, breaker)
+    assert (counts.refused, counts.deferred, counts.fallbacks, counts.calls) == (7, 2, {"cached": 1}, {FAILURE: 1})
+    [minute] = lab.history.minutes(breaker.name)
+    assert minute.counts.refused == 7
+    assert minute.counts.causes == {"ReadTimeout": 1}
+
+
+@SHARED
+def test_a_batch_that_is_told_twice_counts_once(lab: Lab) -> None:
+    breaker = lab.breaker()
+    for number in (1, 1, 2, 1, 2):
+        tally(lab, {REFUSED: 1}, number=number)
+    assert totals(lab, breaker).refused == 2
+
+
+@SHARED
+def test_names_in_minutes_are_bounded(lab: Lab) -> None:
+    breaker = lab.breaker()
+    for number in range(1, 101):
+        tally(lab, {f"{CAUSE}Error{number}": 1, TRIALS: 1}, number=number)
+    [minute] = lab.history.minutes(breaker.name)
+    assert len(minute.counts.causes) <= 41
+    assert minute.counts.causes["other"] == 100 - (len(minute.counts.causes) - 1)
+    assert minute.counts.trials == 100
+
+
+@SHARED
+def test_many_breakers_are_read_at_once(lab: Lab) -> None:
+    tally(lab, {REFUSED: 1}, name="mail")
+    found = lab.history.totals(["payments", "mail"])
+    assert found == {"payments": Counts(), "mail": Counts(refused=1)}
+    assert lab.history.totals([]) == {}

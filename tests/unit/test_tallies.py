@@ -1,0 +1,111 @@
+"""What a process counts for the history: added up, told about once a second, never lost and never twice."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import pytest
+
+from resilient_tasks.core.counts import REFUSED, RESUMED
+from resilient_tasks.core.model import Outcome, Verb
+from resilient_tasks.errors import ConfigurationError, StoreError
+from resilient_tasks.fleet import Fleet
+from resilient_tasks.store.base import Spec
+from resilient_tasks.store.history import History
+from resilient_tasks.store.local import LocalStore
+from resilient_tasks.store.tallies import TELLING, Tallies, Tally
+
+
+@dataclass
+class Book:
+    """A history that hears everything, also what it then seems not to have heard."""
+
+    told: list[tuple[str, int, Mapping[str, Tally]]] = field(default_factory=list)
+    away: bool = False
+    heard: threading.Event = field(default_factory=threading.Event)
+
+    def tally(self, teller: str, number: int, tallies: Mapping[str, Tally]) -> None:
+        self.told.append((teller, number, tallies))
+        self.heard.set()
+        if self.away:
+            raise StoreError("away")
+
+
+def tallies_for(book: Book) -> Tallies:
+    return Tallies(cast("History", book), clock=lambda: 100.0)
+
+
+def test_counts_and_peaks_are_added_up() -> None:
+    book = Book()
+    tallies = tallies_for(book)
+    assert tallies.add("payments", REFUSED)
+    assert tallies.due_at == 100.0 + TELLING
+    assert not tallies.add("payments", RESUMED, 5, peak=("longest_wait", 2.5))
+    assert not tallies.add("payments", RESUMED, 1, peak=("longest_wait", 1.5))
+    assert not tallies.add("mail", REFUSED)
+    tallies.tell()
+    [(_, _, told)] = book.told
+    assert told == {
+        "payments": Tally(Counter({REFUSED: 1, RESUMED: 6}), {"longest_wait": 2500}),
+        "mail": Tally(Counter({REFUSED: 1})),
+    }
+    assert tallies.due_at is None
+    tallies.tell()
+    assert len(book.told) == 1
+
+
+def test_what_is_not_confirmed_is_told_again_under_the_same_number() -> None:
+    book = Book(away=True)
+    tallies = tallies_for(book)
+    tallies.add("payments", REFUSED)
+    with pytest.raises(StoreError):
+        tallies.tell()
+    assert tallies.due_at == 100.0 + TELLING
+    tallies.add("payments", REFUSED, 2)
+    book.away = False
+    tallies.tell()
+    first, again, then = book.told
+    assert again == first
+    assert then[1] > first[1]
+    assert then[2] == {"payments": Tally(Counter({REFUSED: 2}))}
+
+
+def test_without_a_history_nothing_is_counted() -> None:
+    tallies = Tallies(None)
+    assert not tallies.add("payments", REFUSED)
+    assert tallies.due_at is None
+
+
+def test_a_name_that_no_breaker_can_have_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="breaker name"):
+        tallies_for(Book()).add("a{b}", REFUSED)
+
+
+def test_a_process_tells_by_itself_and_when_it_ends() -> None:
+    book = Book()
+    fleet = Fleet(LocalStore(), history=cast("History", book))
+    fleet.reporter.tally("payments", REFUSED)
+    assert book.heard.wait(60)
+    fleet.reporter.tally("payments", RESUMED)
+    fleet.close()
+    assert [told["payments"].counts for _, _, told in book.told] == [Counter({REFUSED: 1}), Counter({RESUMED: 1})]
+
+
+def test_calls_that_end_too_late_for_a_decision_are_tallied() -> None:
+    book = Book()
+    fleet = Fleet(LocalStore(), history=cast("History", book))
+    spec = Spec("payments")
+    standing = fleet.join(spec)
+    fleet.reporter.report(standing, standing.epoch, Outcome.SUCCESS)
+    assert fleet.reporter.flush(60)
+    former = standing.epoch
+    fleet.command(spec, Verb.TRIP, "", "")
+    for _ in range(2):
+        fleet.reporter.report(standing, former, Outcome.FAILURE, "ReadTimeout")
+    fleet.close()
+    counted: Counter[str] = sum((told["payments"].counts for _, _, told in book.told), Counter())
+    assert counted == {"FAILURE": 2, "cause:ReadTimeout": 2}
