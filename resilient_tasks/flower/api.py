@@ -8,9 +8,10 @@ from tornado import web
 
 from resilient_tasks.core.model import Verb
 from resilient_tasks.flower import seams
-from resilient_tasks.flower.handlers import Api, failures_told
+from resilient_tasks.flower.handlers import Api, check_defined, failures_told, look_at
 
 RESUME = "resume"
+NO_ANSWER = "the store does not answer"
 
 
 class Breakers(Api):
@@ -20,7 +21,7 @@ class Breakers(Api):
         """Return all breakers."""
         look = await self.desk.watch.look()
         if look.read_at is None:
-            raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, look.problem or "the store does not answer")
+            raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, look.problem or NO_ANSWER)
         self.set_header("Content-Type", "application/json; charset=UTF-8")
         self.write(look.as_json())
 
@@ -30,8 +31,11 @@ class Breaker(Api):
 
     async def get(self, name: str) -> None:
         """Return one breaker."""
-        look = await self.known(name)
-        self.write({"breaker": look.snapshots[name].as_dict(), **look.freshness()})
+        check_defined(self.desk, name)
+        told = await look_at(self.desk, name)
+        if told["breaker"] is None:
+            raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, told["problem"] or NO_ANSWER)
+        self.write(told)
 
 
 class Steering(Api):
@@ -39,7 +43,7 @@ class Steering(Api):
 
     async def post(self, name: str, verb: str) -> None:
         """Carry out an operator's verb."""
-        await self.known(name)
+        check_defined(self.desk, name)
         with failures_told(self.desk):
             if verb == RESUME:
                 await self._resume(name)
@@ -62,7 +66,7 @@ class Tasks(Api):
 
     async def post(self, name: str, kind: str, verb: str) -> None:
         """Do something to the tasks whose ids are given."""
-        await self.known(name)
+        check_defined(self.desk, name)
         deeds = {
             "deferred/drop": self.desk.drop_deferred,
             "dead/drop": self.desk.drop_dead,

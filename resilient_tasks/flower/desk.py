@@ -6,13 +6,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from resilient_tasks.core.model import Snapshot, Verb
+from resilient_tasks.core.names import child_name, key_of, parent_of
+from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.flower.errands import Errands
 from resilient_tasks.flower.watch import Watch
+from resilient_tasks.store.base import Spec
 from resilient_tasks.worker.dead_letters import DeadLetter, DeadLetters
 from resilient_tasks.worker.deferred import Deferred
 from resilient_tasks.worker.runtime import Runtime
@@ -25,6 +30,8 @@ logger = logging.getLogger("resilient_tasks")
 PATIENCE = 5.0
 #: Most tasks that a page lists.
 LISTED = 100
+#: Seconds that a breaker's chart shows.
+CHARTED = 3600.0
 #: Most tasks that are resumed in one go, so that others are served in between.
 _BATCH = 500
 #: Seconds between two batches of tasks that are resumed at a rate.
@@ -56,19 +63,67 @@ class Desk:
         namespace = self._runtime.settings.namespace
         return [f"{namespace}.{kind}.{name}" for name in self.names for kind in ("deferred", "dead")]
 
+    def spec(self, name: str) -> Spec | None:
+        """Return a breaker, or a child of one, as this process declares it; None if nobody defines it."""
+        parent = self._runtime.breakers.get(parent_of(name) or name)
+        if parent is None:
+            return None
+        if name == parent.name:
+            return parent.spec
+        with suppress(ConfigurationError):
+            if child_name(parent.name, unquote(key_of(name))) == name:
+                return replace(parent.spec, name=name)
+        return None
+
+    def _defined(self, name: str) -> Spec:
+        spec = self.spec(name)
+        if spec is None:
+            raise ConfigurationError(f"no breaker is named {name!r}")
+        return spec
+
     def _read(self) -> Sequence[Snapshot]:
-        return self._runtime.fleet.store.read_shared(self._runtime.specs())
+        """Read all breakers, and those of their children that are not plainly CLOSED."""
+        specs, store = self._runtime.specs(), self._runtime.fleet.store
+        snapshots = store.read_shared(specs)
+        hot = [
+            replace(spec, name=f"{spec.name}:{key}")
+            for spec, snapshot in zip(specs, snapshots, strict=True)
+            for key in snapshot.hot_children
+        ]
+        return [*snapshots, *(store.read_shared(hot) if hot else ())]
 
     # --- breakers -----------------------------------------------------------------------------------
+
+    async def snapshot(self, name: str) -> Snapshot:
+        """Read one breaker: a child that is plainly CLOSED is in no look at all of them."""
+        spec = self._defined(name)
+        [snapshot] = await self._store.run(lambda: self._runtime.fleet.store.read_shared([spec]), patience=PATIENCE)
+        return snapshot
 
     async def command(self, name: str, verb: Verb, reason: str, actor: str) -> Snapshot:
         """Carry out an operator's verb and return the state that it led to."""
         # the workers' policies stay in force, whatever checkout and environment Flower runs from
-        spec = replace(self._runtime.breaker(name).spec, revision=0)
+        spec = replace(self._defined(name), revision=0)
         command = partial(self._runtime.fleet.command, spec, verb, reason, actor)
         snapshot = await self._store.run(command, patience=PATIENCE)
         self.watch.forget()
         return snapshot
+
+    async def history(self, name: str) -> dict[str, Any]:
+        """Return a breaker's log, the newest entry first, and what was counted in each minute of the last hour."""
+        spec, history = self._defined(name), self._runtime.fleet.history
+
+        def look() -> dict[str, Any]:
+            [snapshot] = self._runtime.fleet.store.read_shared([spec])
+            minutes = history.minutes(name, since=snapshot.now - CHARTED)
+            return {
+                "now": snapshot.now,
+                "state": snapshot.state,
+                "transitions": [asdict(transition) for transition in history.transitions(name)],
+                "minutes": [{"at": each.at, "refused": each.counts.refused, **each.counts.calls} for each in minutes],
+            }
+
+        return await self._store.run(look, patience=PATIENCE)
 
     # --- tasks --------------------------------------------------------------------------------------
 

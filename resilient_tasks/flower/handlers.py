@@ -18,7 +18,6 @@ from resilient_tasks.errors import BreakerOpenError, DeadLetterError, StoreError
 from resilient_tasks.flower import seams
 from resilient_tasks.flower.desk import Desk
 from resilient_tasks.flower.errands import NoAnswerError
-from resilient_tasks.flower.watch import Look
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -68,13 +67,6 @@ class Api(seams.BaseApiHandler):
         said = error.log_message % error.args if isinstance(error, web.HTTPError) and error.log_message else None
         self.finish({"error": said or responses.get(status_code, "error")})
 
-    async def known(self, name: str) -> Look:
-        """Return the state of all breakers; fail if there is none of that name, or nobody knows any."""
-        known = await look_for(self.desk, name)
-        if known.read_at is None:
-            raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, known.problem or "the store does not answer")
-        return known
-
     @property
     def words(self) -> dict[str, Any]:
         """What was sent, as a form or as a JSON object."""
@@ -115,13 +107,22 @@ class Api(seams.BaseApiHandler):
         return ids
 
 
-async def look_for(desk: Desk, name: str) -> Look:
-    """Return the state of all breakers; fail with the nearest name if there is none of this one."""
-    if name not in desk.names:
+def check_defined(desk: Desk, name: str) -> None:
+    """Fail with the nearest name if there is no breaker of this one."""
+    if desk.spec(name) is None:
         near = difflib.get_close_matches(name, desk.names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no breaker is named {name!r}{hint}")
-    return await desk.watch.look()
+
+
+async def look_at(desk: Desk, name: str) -> dict[str, Any]:
+    """Return what a page and the API tell of one breaker, and how new that is."""
+    look = await desk.watch.look()
+    snapshot = look.snapshots.get(name)
+    if snapshot is None and look.read_at is not None:
+        with failures_told(desk):
+            snapshot = await desk.snapshot(name)
+    return {"breaker": snapshot and snapshot.as_dict(), **look.freshness()}
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from http import HTTPStatus
 from typing import Any
 
 from tornado import web
@@ -10,7 +9,7 @@ from tornado import web
 from resilient_tasks.core.model import Verb
 from resilient_tasks.flower import seams
 from resilient_tasks.flower.api import RESUME
-from resilient_tasks.flower.handlers import Page, failures_told, look_for
+from resilient_tasks.flower.handlers import Page, check_defined, failures_told, look_at
 
 VERBS = {
     Verb.TRIP: "Open it as if it had tripped: it heals by itself.",
@@ -54,27 +53,25 @@ class Breaker(_BreakersPage):
     @web.authenticated
     async def get(self, name: str) -> None:
         """Show one breaker."""
-        look = await look_for(self.desk, name)
+        check_defined(self.desk, name)
         if self.wants_json:
-            snapshot = look.snapshots.get(name)
-            self.write({"breaker": snapshot and snapshot.as_dict(), **look.freshness()})
+            self.write(await look_at(self.desk, name))
         else:
             self.show("one.html", name=name)
 
 
-class Tasks(_BreakersPage):
-    """``/breakers/NAME/deferred`` and ``/breakers/NAME/dead``: what a breaker's page shows of its tasks."""
+class Part(_BreakersPage):
+    """``/breakers/NAME/history``, ``.../deferred`` and ``.../dead``: what a breaker's page loads when it is needed."""
 
     @web.authenticated
-    async def get(self, name: str, kind: str) -> None:
-        """List tasks as JSON."""
-        await look_for(self.desk, name)
+    async def get(self, name: str, part: str) -> None:
+        """Return a part of the page as JSON."""
+        check_defined(self.desk, name)
+        parts = {"history": self.desk.history, "deferred": self.desk.deferred, "dead": self.desk.dead}
         try:
             with failures_told(self.desk):
-                self.write(await (self.desk.deferred(name) if kind == "deferred" else self.desk.dead(name)))
+                self.write(await parts[part](name))
         except web.HTTPError as error:
-            if error.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
-                raise
             self.set_status(error.status_code)
             self.write({"error": error.log_message})
 

@@ -16,6 +16,7 @@ from tests.support.browser import Browser, chromium_binary
 from workers.processes import LOCALHOST, Program, celery_command, free_port, start_program
 
 ANN = ("ann", "secret")
+DOCS = Path(__file__).parents[2] / "docs" / "flower.md"
 NASTY = "</td><img src=x onerror=alert(1)><script>alert(2)</script>"
 
 
@@ -143,6 +144,20 @@ def test_what_an_open_breaker_holds_is_not_resumed(shop: Shop, ours: Site) -> No
     assert ours.post("/api/breakers/payments/resume", rate=50).json() == {"resumed": 3}
 
 
+def test_the_past_is_told_with_reasons_and_who(shop: Shop, ours: Site) -> None:
+    shop.payments.isolate(reason=NASTY, actor="ann@desk")
+    with shop.accounts.guard():
+        pass
+    shop.close("payments")
+    past = ours.get("/breakers/payments/history")
+    assert [entry["state"] for entry in past["transitions"]] == ["CLOSED", "FORCED_OPEN"]
+    assert (past["transitions"][1]["reason"], past["transitions"][1]["actor"]) == (NASTY, "ann@desk")
+    assert past["state"] == "CLOSED"
+    shop.wait(lambda: ours.get("/breakers/accounts/history")["minutes"], "a call to be counted")
+    [minute] = ours.get("/breakers/accounts/history")["minutes"]
+    assert (minute["SUCCESS"], minute["refused"]) == (1, 0)
+
+
 def test_deferred_and_dead_letter_queues_are_on_flowers_broker_page(shop: Shop, ours: Site) -> None:
     put_aside(shop, "deferred", WAITING, *"abc")
     lengths = {queue["name"]: queue["messages"] for queue in ours.get("/api/queues/length")["active_queues"]}
@@ -156,7 +171,8 @@ def test_a_stock_flower_with_one_line_that_starts_in_mid_outage_says_what_the_ot
 ) -> None:
     shop.payments.isolate(reason="maintenance", actor="ann@desk")
     put_aside(shop, "deferred", WAITING, *"abc")
-    tmp_path.joinpath("flowerconfig.py").write_text("from resilient_tasks.flower import install; install()\n")
+    [line] = [line for line in DOCS.read_text().splitlines() if line.startswith("import ")]
+    tmp_path.joinpath("flowerconfig.py").write_text(line)
     fresh = start_flower(shop, tmp_path, "flower")
     try:
         told = _without_time(fresh.get("/api/breakers/payments"))
@@ -202,8 +218,9 @@ def test_a_person_sees_what_is_open_and_isolates_a_breaker_by_click(
     browser.wait("document.activeElement.id === 'act-reason'")
     browser.write(f"{NASTY} maintenance")
     browser.click("#act-go")
-    browser.wait(f"document.querySelector('{row}').innerText.includes('FORCED_OPEN')")
+    browser.wait(f"document.querySelector('{row} .reason').innerText.includes('(ann)')")
     assert f"{NASTY} maintenance (ann)" in browser.text(f"{row} .reason")
+    assert "FORCED_OPEN" in browser.text(row)
     assert shop.payments.snapshot().actor == "ann"
     assert browser.text("#breakers-table tbody tr").startswith("payments")
     for scheme in ("light", "dark"):
@@ -227,6 +244,8 @@ def test_a_person_sees_one_breaker_and_drops_its_tasks_by_click(
     browser.wait("document.querySelectorAll('#deferred tbody tr').length === 2")
     assert NASTY in browser.text("#deferred tbody")
     browser.wait("document.querySelector('#state').innerText === 'FORCED_OPEN'")
+    browser.wait("document.querySelector('#log tbody').innerText.includes('FORCED_OPEN')")
+    assert browser.run("document.querySelectorAll('#chart .band-FORCED_OPEN').length") == 2
     for scheme in ("light", "dark"):
         browser.prefer(scheme)
         browser.wait(f"document.documentElement.dataset.bsTheme === '{scheme}'")
@@ -235,3 +254,22 @@ def test_a_person_sees_one_breaker_and_drops_its_tasks_by_click(
     browser.wait("document.querySelectorAll('#dead tbody tr').length === 2")
     assert shop.broker.llen("celery") == 1
     assert browser.complaints == []
+
+
+@pytest.mark.chromium
+def test_a_person_is_told_that_what_is_shown_is_old_while_the_store_is_frozen(
+    shop: Shop, ours: Site, browser: Browser
+) -> None:
+    browser.open(f"{ours.url}/breakers")
+    browser.wait("document.querySelector('#live-status').innerText === 'Live'")
+    shop.server.program.freeze()
+    try:
+        browser.wait("document.querySelector('#live-status').innerText === 'Old'")
+        browser.wait("document.querySelector('#old-data').innerText.includes('is away')")
+        assert ours.client.get("/healthcheck").text == "OK"
+        assert browser.text("#breakers-table tbody tr")
+        verb = ours.post("/api/breakers/payments/trip")
+        assert (verb.status_code, "is away" in verb.json()["error"]) == (503, True)
+    finally:
+        shop.server.program.thaw()
+    browser.wait("document.querySelector('#live-status').innerText === 'Live'")

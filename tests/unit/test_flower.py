@@ -7,12 +7,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
 from celery import Celery
 
 from resilient_tasks import Breaker, Resilience
+from resilient_tasks.core.names import child_name
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.local import LocalStore
 from resilient_tasks.testing import Clock
@@ -89,7 +91,6 @@ def test_a_store_that_is_away_is_told_and_what_it_said_is_shown(
     site = serve()
     assert site.get("/api/breakers").json()["breakers"][0]["state"] == "CLOSED"
     store.frozen = True
-    payments.spec  # noqa: B018
     answers = [site.get("/api/breakers").json() for _ in range(2)]
     assert [answer["breakers"][0]["state"] for answer in answers] == ["CLOSED"] * 2
     site.get("/healthcheck").raise_for_status()
@@ -104,11 +105,18 @@ class _Frozen(LocalStore):
         self.frozen = False
         self.thawed = threading.Event()
 
-    def read(self, specs: Any) -> Any:
+    def _thaw(self) -> None:
         if self.frozen:
             self.thawed.wait(60)
             raise StoreError("the store was frozen")
+
+    def read(self, specs: Any) -> Any:
+        self._thaw()
         return super().read(specs)
+
+    def command(self, *args: Any, **kwargs: Any) -> Any:
+        self._thaw()
+        return super().command(*args, **kwargs)
 
 
 def test_a_store_that_was_never_there_is_no_empty_table(
@@ -143,6 +151,25 @@ def test_a_verb_is_carried_out_in_the_users_name(site: httpx.Client, payments: B
     assert (str(snapshot.state), snapshot.actor) == (state, "ann")
     assert "<script>alert(1)</script>" in snapshot.reason
     assert site.get("/api/breakers/payments").json()["breaker"]["state"] == state
+
+
+@pytest.mark.parametrize("key", ["acme", "a b/<script>alert(1)</script>", "naïve ☃"])
+def test_a_child_is_a_breaker_like_any_other(site: httpx.Client, payments: Breaker, key: str) -> None:
+    name = child_name("payments", key)
+    address = f"/api/breakers/{quote(name, safe='')}"
+    assert site.get(address).json()["breaker"]["state"] == "CLOSED"
+    assert site.post(f"{address}/isolate", json={"reason": "test"}).json()["breaker"]["name"] == name
+    states = {each["name"]: each["state"] for each in site.get("/api/breakers").json()["breakers"]}
+    assert states == {"payments": "CLOSED", name: "FORCED_OPEN"}
+    assert site.get(f"/breakers/{quote(name, safe='')}").status_code == 200
+    assert "<script>alert" not in site.get(f"/breakers/{quote(name, safe='')}").text
+
+
+@pytest.mark.parametrize(
+    "name", ["payments:", "payments:a b", "payments:a:b", "payments:{x}", "nobody:acme", ":", ":x"]
+)
+def test_a_child_that_cannot_be_is_unknown(site: httpx.Client, name: str) -> None:
+    assert site.get(f"/api/breakers/{quote(name, safe='')}").status_code == 404
 
 
 def test_a_reason_may_come_as_a_form(site: httpx.Client, payments: Breaker) -> None:

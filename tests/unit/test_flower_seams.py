@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from flower.urls import handlers, settings
 from flower.views import BaseHandler
 from tornado import template, web
 
-from resilient_tasks.flower import install, seams
+from resilient_tasks.flower import seams
 from resilient_tasks.flower.application import FlowerWithBreakers
 
 THEIRS = Path(flower.__file__).parent
@@ -23,7 +24,7 @@ THEIRS = Path(flower.__file__).parent
 
 def test_the_command_makes_whatever_flower_the_module_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "Flower", Flower)
-    install()
+    importlib.reload(importlib.import_module("resilient_tasks.flower.install"))
     assert command.Flower is FlowerWithBreakers
     assert "Flower(capp=app, options=options, **settings)" in inspect.getsource(command.flower.callback)
     assert settings["template_path"] == str(THEIRS / "templates")

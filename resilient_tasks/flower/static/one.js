@@ -1,15 +1,24 @@
 // One breaker, live; its tasks when asked for, because a look at them costs the broker something.
 import {NOTHING, ask, badge, byId, el, figures, get, live, mayAct, moment, pageUrl, post, taskUrl, toast} from "./common.js";
 
+import {draw} from "./chart.js";
+
 const page = byId("breaker-page");
 const name = page.dataset.name;
 const VERBS = {deferred: ["drop"], dead: ["replay", "drop"]};
 
 // --- figures -------------------------------------------------------------------------------------
 
+let remembered = null; // epoch of the breaker, and ten seconds, that chart and log show
+
 function show({breaker}) {
     if (!breaker) {
         return;
+    }
+    const present = `${breaker.epoch} ${Math.floor(breaker.now / 10)}`;
+    if (present !== remembered) {
+        remembered = present;
+        remember().catch((error) => toast(error.message, "danger"));
     }
     const shown = figures(breaker);
     byId("state").replaceChildren(badge(breaker.state));
@@ -20,6 +29,22 @@ function show({breaker}) {
         ["Openings in a row", breaker.openings], ["Trials in flight", breaker.trials], ["Next probe", shown.probe],
         ["Since", breaker.epoch ? moment(breaker.since) : NOTHING], ["Recovery", breaker.recovery || NOTHING],
     ].map(([term, value]) => el("div", {}, el("dt", {}, term), el("dd", {}, String(value)))));
+}
+
+// --- the past ------------------------------------------------------------------------------------
+
+async function remember() {
+    const past = await get(pageUrl(name, "history"));
+    draw(byId("chart"), past);
+    byId("log").tBodies[0].replaceChildren(...past.transitions.map(logRow));
+}
+
+function logRow({at, previous, state, reason, actor, calls, failures, slow, would_open: wouldOpen}) {
+    const change = previous === state ? [] : [badge(previous), " → "];
+    return el(
+        "tr", {}, cell(moment(at)), el("td", {}, ...change, badge(state), wouldOpen ? " would open" : ""), cell(reason),
+        cell(actor), ...[calls, failures, slow].map((count) => el("td", {class: "text-end"}, count.toLocaleString())),
+    );
 }
 
 // --- tasks ---------------------------------------------------------------------------------------
@@ -63,6 +88,7 @@ async function list(kind) {
         const more = tasks.length < count ? `${tasks.length} of ${count}` : `${count}`;
         section.querySelector(".task-count").textContent = more;
         section.querySelector("tbody").replaceChildren(...tasks.map((task) => taskRow(kind, task)));
+        section.querySelector("table").hidden = tasks.length === 0;
     } catch (error) {
         section.querySelector(".task-count").textContent = error.message;
     }
