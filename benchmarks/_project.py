@@ -42,6 +42,8 @@ QUICK: dict[str, Any] = {
 recovering = resilience.breaker("recovering", **QUICK)
 probed = resilience.breaker("probed", **QUICK)
 
+healing = resilience.breaker("healing", minimum_calls=10, window=10, open_duration=2.0, open_multiplier=1.0)
+
 SIDE = redis.Redis.from_url(os.environ["BENCH_BROKER"])
 ILL = "dependency:ill"
 FINISHED = "finished"  # list on the broker's server: when tasks finished, seconds since 1970
@@ -79,6 +81,35 @@ def ship() -> None:
     """Call the dependency; a probe finds out that it is back."""
     call()
     SIDE.rpush(FINISHED, str(time.time()))
+
+
+#: Serve a call if fewer than N were served within the last second: N grows from ARGV 1 to 2 calls/s in ARGV 3 seconds.
+SERVE = SIDE.register_script("""
+local healed, time = tonumber(redis.call('GET', KEYS[1])), redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+if not healed then
+  return 0
+end
+local bears = ARGV[1] + (ARGV[2] - ARGV[1]) * math.min(1, (now - healed) / 1000 / ARGV[3])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - 1000)
+if redis.call('ZCARD', KEYS[2]) >= bears then
+  return 0
+end
+return redis.call('ZADD', KEYS[2], now, ARGV[4])
+""")
+HEALED_AT = "dependency:healed at"  # ms since 1970 on the broker's server; missing while the dependency is down
+BEARS = (10, 200, 20)  # calls/s at first, calls/s in the end, seconds
+CALLS = "calls"  # list on the broker's server: when a call was made, seconds since 1970, and 1 if it was served
+
+
+@app.task(breaker=healing, bind=True)
+def bill(self: Any) -> None:
+    """Call a dependency that bears only so many calls a second."""
+    served = SERVE(keys=[HEALED_AT, "served"], args=[*BEARS, self.request.id])
+    SIDE.rpush(CALLS, f"{time.time()} {served}")
+    if not served:
+        raise ConnectionError
+    SIDE.rpush(FINISHED, self.request.id)
 
 
 def call() -> None:

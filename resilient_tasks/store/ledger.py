@@ -85,15 +85,15 @@ class Ledger:
     def pace(self, name: str) -> Pace:
         """Return the resume pace of a breaker."""
         key = self._keys.pace(name)
-        names = ["batch", "failures_seen", "outstanding", "decided_at"]
+        names = ["batch", "failures_seen", "outstanding", "too_large", "decided_at"]
         fields = self._server.run(lambda client: client.hmget(key, names))
-        batch, failures_seen, outstanding = (int(field or 0) for field in fields[:3])
-        return Pace(batch, failures_seen, outstanding, float(fields[3] or 0))
+        batch, failures_seen, outstanding, too_large = (int(field or 0) for field in fields[:4])
+        return Pace(batch, failures_seen, outstanding, float(fields[4] or 0), too_large)
 
     def save_pace(self, name: str, pace: Pace) -> None:
         """Keep ``pace``, but for ``outstanding``, which is only moved by the methods below."""
         key = self._keys.pace(name)
-        fields = {"batch": pace.batch, "failures_seen": pace.failures_seen, "decided_at": pace.decided_at}
+        fields = {name: getattr(pace, name) for name in ("batch", "failures_seen", "too_large", "decided_at")}
         self._server.run(lambda client: client.hset(key, items=[item for field in fields.items() for item in field]))
 
     def resumed(self, name: str, count: int) -> None:

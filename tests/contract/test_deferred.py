@@ -98,9 +98,9 @@ def test_the_pace_is_kept_and_outstanding_is_moved_on_its_own(lab: Lab) -> None:
     breaker = lab.breaker()
     assert lab.ledger.pace(breaker.name) == Pace()
     lab.ledger.resumed(breaker.name, 5)
-    lab.ledger.save_pace(breaker.name, Pace(batch=6, failures_seen=7, outstanding=99, decided_at=1234.567))
+    lab.ledger.save_pace(breaker.name, Pace(6, 7, outstanding=99, decided_at=1234.567, too_large=8))
     lab.ledger.taken_up(breaker.name, 2)
-    assert lab.ledger.pace(breaker.name) == Pace(batch=6, failures_seen=7, outstanding=3, decided_at=1234.567)
+    assert lab.ledger.pace(breaker.name) == Pace(6, 7, outstanding=3, decided_at=1234.567, too_large=8)
 
 
 @SHARED

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -36,15 +35,31 @@ def resumed(
     return counts
 
 
-def test_it_starts_with_the_trial_calls_and_doubles() -> None:
-    assert resumed(BreakerPolicy(trial_calls=3), ticks=6) == [3, 6, 12, 24, 48, 96]
+def test_it_starts_with_the_trial_calls_and_grows_with_the_square_of_time() -> None:
+    counts = resumed(BreakerPolicy(trial_calls=3), ticks=20)
+    assert counts[:8] == [3, 7, 13, 21, 31, 43, 57, 73]
+    assert counts[-1] == pytest.approx(20**2, rel=0.1)
 
 
 def test_it_stops_growing_somewhere() -> None:
-    assert resumed(BreakerPolicy(trial_calls=3), ticks=20)[-1] == LARGEST_BATCH
+    assert resumed(BreakerPolicy(trial_calls=3), ticks=120)[-1] == LARGEST_BATCH
 
 
-@pytest.mark.parametrize(("fails_at", "counts"), [({2}, [4, 8, 16, 8, 16, 32]), ({0, 1, 2, 3}, [4, 2, 1, 1, 1, 2])])
+def test_where_calls_have_failed_it_returns_quickly_and_goes_on_slowly() -> None:
+    counts = resumed(BreakerPolicy(trial_calls=20), ticks=11, fails_at=frozenset({3}))
+    assert counts == [20, 29, 40, 53, 26, 39, 48, 49, 50, 51, 52]
+
+
+def test_once_twice_as_much_goes_well_the_failure_is_forgotten() -> None:
+    counts = resumed(BreakerPolicy(trial_calls=4), ticks=9, fails_at=frozenset({0}))
+    assert counts == [4, 2, 4, 5, 6, 7, 8, 14, 22]
+
+
+def test_a_failure_in_a_hundred_calls_is_the_daily_noise() -> None:
+    assert resumed(BreakerPolicy(trial_calls=100), ticks=3, fails_at=frozenset({0, 1})) == [100, 120, 142]
+
+
+@pytest.mark.parametrize(("fails_at", "counts"), [({2}, [4, 8, 14, 7, 13, 14]), ({0, 1, 2, 3}, [4, 2, 1, 1, 1, 2])])
 def test_it_halves_when_calls_fail_but_never_stops(fails_at: set[int], counts: list[int]) -> None:
     assert resumed(BreakerPolicy(trial_calls=4), ticks=6, fails_at=frozenset(fails_at)) == counts
 
@@ -113,8 +128,3 @@ def test_late_ticks_do_not_make_up_for_a_long_pause() -> None:
     later = replace(CLOSED, now=CLOSED.now + 3600)
     _, count = next_pace(replace(pace, batch=LARGEST_BATCH), later, policy, outstanding=0, interval=1.0)
     assert count <= 10
-
-
-def test_growth_is_steady() -> None:
-    counts = resumed(BreakerPolicy(trial_calls=1), ticks=10)
-    assert all(later == 2 * earlier for earlier, later in pairwise(counts))
