@@ -285,7 +285,7 @@ def as_chain(fallback: Any, task_name: str, body: Callable[..., Any] | None = No
         return FallbackChain(task_name, [])
     items = fallback if isinstance(fallback, (list, tuple)) else [fallback]
     members = [_as_member(item, task_name) for item in items]
-    parameters = None if body is None else _parameter_names(body)
+    parameters = None if body is None else parameter_names(body)
     for member in members:
         member.check(task_name, parameters)
     return FallbackChain(task_name, members)
@@ -389,6 +389,7 @@ def _signature(body: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(body)
 
 
-def _parameter_names(body: Callable[..., Any]) -> list[str]:
+def parameter_names(body: Callable[..., Any]) -> list[str]:
+    """Return the names of the parameters by which a function can be told apart its calls."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [parameter.name for parameter in _signature(body).parameters.values() if parameter.kind not in variadic]

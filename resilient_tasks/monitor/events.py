@@ -29,6 +29,7 @@ QUEUE_UNBLOCKED = "queue-unblocked"
 
 TASK_DEFERRED = "task-deferred"
 TASK_FALLBACK = "task-fallback"
+TASK_IGNORED = "task-ignored"
 TASK_RESUMED = "task-retried"
 """Sent just before a message goes back to its queue. A ``task-resumed`` would become a state RESUMED in
 Flower, which sticks while the task runs; RETRY is a state that every monitor knows how to leave."""

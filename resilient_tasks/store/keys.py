@@ -83,6 +83,10 @@ class Keys:
         """Return the sorted set that says which process has told up to which batch of counts."""
         return self._of_breaker(name, "tellers")
 
+    def claim(self, digest: str) -> str:
+        """Return the text that holds the latest of the deferred tasks that are coalesced under a digest."""
+        return f"{self.namespace}:claim:{digest}"
+
     def value(self, kind: str, key: str) -> str:
         """Return the hash of a small value; unwieldy keys are replaced by their digest."""
         if len(key) > _LONGEST_NAME or not key.isprintable() or key.startswith("sha256-"):

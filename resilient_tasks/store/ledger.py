@@ -25,11 +25,12 @@ from resilient_tasks.store.server import Argument, Script, Server
 
 REVOKED_FOR = 7 * 24 * 3600.0  # s for which a revoke is remembered
 MOST_REVOKED = 50_000  # ids and stamps
+CLAIMED_FOR = 7 * 24 * 3600.0  # s for which it is remembered which task is the latest of its kind
 
 _PER_ROUND_TRIP = 500
 _SCRIPTS = (
-    "defer", "hasten", "outstanding", "revoke", "take_tick", "leave_tick", "tick_completed", "tick_age", "declare",
-    "abandoned",
+    "defer", "hasten", "outstanding", "revoke", "withdraw", "take_tick", "leave_tick", "tick_completed", "tick_age",
+    "declare", "abandoned",
 )  # fmt: skip
 
 
@@ -123,6 +124,30 @@ class Ledger:
         if not names:
             return {}
         return {name: at / 1000 for name, at in zip(names, self._server.run(scores), strict=True) if at is not None}
+
+    # --- coalescing ---------------------------------------------------------------------------------
+
+    def claim(self, digest: str, task_id: str) -> None:
+        """Note the latest of the deferred tasks that are coalesced under a digest."""
+        key = self._keys.claim(digest)
+        self._server.run(lambda client: client.set(key, task_id, px=to_ms(CLAIMED_FOR)))
+
+    def claims(self, digests: Iterable[str]) -> dict[str, str]:
+        """Return the latest task of each digest, as far as it is known."""
+        wanted = list(digests)
+
+        def read(client: redis.Redis) -> list[Any]:
+            with client.pipeline(transaction=False) as pipeline:
+                for digest in wanted:
+                    pipeline.get(self._keys.claim(digest))
+                return pipeline.execute()
+
+        found = zip(wanted, self._server.run(read), strict=True) if wanted else ()
+        return {digest: task_id.decode() for digest, task_id in found if task_id is not None}
+
+    def withdraw(self, digest: str, task_id: str, *, keep_for: float = 0.0) -> None:
+        """Give a claim back, if it is still the task's; ``keep_for``: not before so many seconds have passed."""
+        self._run("withdraw", [self._keys.claim(digest)], task_id, to_ms(keep_for))
 
     # --- the tick -----------------------------------------------------------------------------------
 

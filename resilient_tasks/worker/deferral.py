@@ -108,7 +108,13 @@ class Deferral:
         if not mine:  # the broker has restored it: its other copy decides
             self.forget(ticket.breaker, [request.id])
         else:
+            self._claim(request, ticket)
             self._tell(request, ticket)
+
+    def _claim(self, request: GatedRequest, ticket: Ticket) -> None:
+        """Have a task that has just begun to wait run instead of earlier ones, if it may stand for them."""
+        if ticket.coalesced_as and not request.ticket.since:
+            self._index_writer.write(lambda: self._runtime.fleet.ledger.claim(ticket.coalesced_as, request.id))
 
     def _tell(self, request: GatedRequest, ticket: Ticket) -> None:
         again = request.ticket.since > 0

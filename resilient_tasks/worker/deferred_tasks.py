@@ -6,14 +6,16 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from celery import states
 from celery.exceptions import TaskRevokedError
 
 from resilient_tasks import signals
 from resilient_tasks.core.counts import DEAD, DROPPED, EXPIRED, REVOKED
 from resilient_tasks.errors import DeferralExpiredError, ResilienceError
-from resilient_tasks.monitor.events import TASK_RESUMED
+from resilient_tasks.monitor.events import TASK_IGNORED, TASK_RESUMED
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.broker import open_queues
+from resilient_tasks.worker.coalescing import SupersededError, superseded_among
 from resilient_tasks.worker.events import EventSender
 from resilient_tasks.worker.queues import Choose, Entry, Move, Queues
 from resilient_tasks.worker.request import GatedRequest
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("resilient_tasks")
 
+#: Seconds after its turn for which a task still stands for earlier ones, which wait for their own sake after a failure.
+CLAIM_OUTLIVES_TURN = 3600.0
 #: Waiting tasks that are looked at in one go.
 PAGE = 500
 
@@ -96,22 +100,41 @@ class DeferredTasks:
     def resume(self, entries: Sequence[Entry], epoch: int, why: str) -> list[Move]:
         """Send tasks back to the queues that they came from.
 
-        Drops those that were revoked meanwhile, and dead-letters those that would not run.
+        Drops those that were revoked meanwhile or that a later one replaces, and dead-letters those that would not run.
         """
-        revoked = revoked_among(entries, self._runtime.fleet.ledger)
-        moves = [
-            self.drop(entry, "revoked") if entry.task_id in revoked else self._resume(entry, epoch, why)
-            for entry in entries
-        ]
-        return [move for move in moves if move is not None]
+        ledger = self._runtime.fleet.ledger
+        revoked, superseded = revoked_among(entries, ledger), superseded_among(entries, ledger)
+
+        def move(entry: Entry) -> Move | None:
+            if entry.task_id in revoked:
+                return self.drop(entry, "revoked")
+            if entry.task_id in superseded:
+                return self._ignore(entry, superseded[entry.task_id])
+            return self._resume(entry, epoch, why)
+
+        return [made for made in map(move, entries) if made is not None]
 
     def _resume(self, entry: Entry, epoch: int, why: str) -> Move | None:
         now = self._runtime.fleet.view.server_now()
         error = ended(entry, now) or entry.unreadable()
         if error is not None:
             return self.dead_letter(entry, error)
+        self._withdraw(entry, keep_for=CLAIM_OUTLIVES_TURN)
         self._events.send(TASK_RESUMED, uuid=entry.task_id, exception=why, traceback=None)
         return Move(entry, self._runtime.origin(entry.ticket), entry.ticket.resume(epoch, now))
+
+    def _ignore(self, entry: Entry, latest: str) -> Move | None:
+        """End a task with IGNORED, because a later one runs instead; None as below."""
+        if not self._settle(entry, SupersededError(latest)):
+            return None
+        what = "Task %s[%s] is ignored: %s runs instead"
+        logger.info(what, entry.task_name, entry.task_id, latest, extra=entry.log_fields)
+        return Move(entry, None)
+
+    def _withdraw(self, entry: Entry, *, keep_for: float = 0.0) -> None:
+        """Let a task stand for earlier ones no longer: at once if it never runs, else when none can be left."""
+        if entry.ticket.coalesced_as:
+            self._runtime.fleet.ledger.withdraw(entry.ticket.coalesced_as, entry.task_id, keep_for=keep_for)
 
     def dead_letter(self, entry: Entry, error: Exception) -> Move | None:
         """End a task that must wait no longer, and keep its message in the dead-letter queue.
@@ -148,7 +171,9 @@ class DeferredTasks:
     def _settle(self, entry: Entry, error: Exception) -> bool:
         """Write the result of a task that waits no longer; False if that is impossible now."""
         try:
-            if isinstance(error, TaskRevokedError):
+            if isinstance(error, SupersededError):
+                self._supersede(entry, error.latest)
+            elif isinstance(error, TaskRevokedError):
                 self._revoke(entry, str(error))
             else:
                 self._fail(entry, error)
@@ -157,7 +182,14 @@ class DeferredTasks:
             what = "Task %s[%s] cannot end yet (%s): %s"
             logger.warning(what, entry.task_name, entry.task_id, error, reason, extra=entry.log_fields)
             return False
+        self._withdraw(entry)
         return True
+
+    def _supersede(self, entry: Entry, latest: str) -> None:
+        request, info = self._request(entry), {"breaker": entry.ticket.breaker, "ran": latest}
+        if request is not None and not request.ignore_result:
+            request.task.backend.store_result(entry.task_id, info, states.IGNORED, request=request.context)
+        self._events.send(TASK_IGNORED, uuid=entry.task_id, ran=latest)
 
     def _fail(self, entry: Entry, error: Exception) -> None:
         request = self._request(entry)

@@ -12,7 +12,9 @@ from resilient_tasks.breaker import Breaker
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fallback import FallbackChain, as_chain
 from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.worker.task_key import ALLOWED_KEYS, TaskKey, is_task_key
 
+LATEST = "latest"
 DEFER, FAIL, RAISE = "defer", "fail", "raise"
 _LONGEST = 100 * 365 * 24 * 3600.0  # seconds; what is meant to be longer is None
 
@@ -37,6 +39,8 @@ class TaskOptions:
         max_attempts: dependency failures of one task before it fails for good.
         defer_for: longest time in deferral, seconds; None: no bound.
         retrying: quick attempts inside one run; None: one attempt.
+        coalesce: ``"latest"``: of its deferred calls with one key only the latest runs; None: all run.
+        coalesce_key: what tells its calls apart; None: all arguments.
     """
 
     breakers: tuple[str, ...]
@@ -46,6 +50,8 @@ class TaskOptions:
     max_attempts: int = 8
     defer_for: float | None = None
     retrying: tenacity.Retrying | None = None
+    coalesce: str | None = None
+    coalesce_key: TaskKey | None = None
 
     @classmethod
     def of(cls, task: Any) -> TaskOptions:
@@ -72,6 +78,8 @@ class TaskOptions:
                 task, "retrying", task.retrying,
                 lambda v: v is None or isinstance(v, tenacity.Retrying), "a tenacity.Retrying or None",
             ),
+            coalesce=_option(task, "coalesce", task.coalesce, lambda v: v in (None, LATEST), "'latest' or None"),
+            coalesce_key=_coalesce_key(task),
         )  # fmt: skip
 
     def delay(self, policy: BreakerPolicy, attempts: int) -> float:
@@ -84,6 +92,14 @@ def _option(task: Any, name: str, value: Any, accepts: Callable[[Any], bool], al
     if not accepts(value):
         raise ConfigurationError(f"task {task.name!r}: {name}={value!r}: allowed is {allowed}")
     return value
+
+
+def _coalesce_key(task: Any) -> TaskKey | None:
+    key: TaskKey | None = task.coalesce_key
+    if key is not None and task.coalesce is None:
+        raise ConfigurationError(f"task {task.name!r}: coalesce_key={key!r}: allowed with coalesce='latest' only")
+    _option(task, "coalesce_key", key, lambda v: v is None or is_task_key(v, task.run), f"{ALLOWED_KEYS}, or None")
+    return key
 
 
 def _default_on_failure(task: Any) -> str:

@@ -24,6 +24,7 @@ from resilient_tasks.fallback import Call, write_provenance
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.broker import open_queues
+from resilient_tasks.worker.coalescing import coalesced_as
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.options import DEFER, FAIL
 from resilient_tasks.worker.queues import Queues
@@ -159,7 +160,7 @@ class ProducersGate:
         request.acknowledged = True  # it was never delivered
         now = self._runtime.fleet.view.server_now()
         ticket = Ticket(refusal.breaker, origin=queue.name, reason=str(refusal), expires=request.expires_at(now))
-        deferral.defer(request, ticket.begin(now, task.options.defer_for).defer(now))
+        deferral.defer(request, ticket.begin(now, task.options.defer_for, coalesced_as(request)).defer(now))
 
     def _open(self) -> tuple[Queues, Deferral]:
         queues = open_queues(self._runtime.app, self._runtime.settings.namespace)

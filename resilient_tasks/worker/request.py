@@ -27,6 +27,7 @@ from resilient_tasks.monitor.events import TASK_FALLBACK
 from resilient_tasks.monitor.log import about
 from resilient_tasks.policy import BLOCK
 from resilient_tasks.worker import seams
+from resilient_tasks.worker.coalescing import coalesced_as
 from resilient_tasks.worker.options import DEFER
 from resilient_tasks.worker.run import NONSENSE, Admission, Packed, Report, TaskDeferred, run_admitted
 from resilient_tasks.worker.runtime import runtime_of
@@ -289,7 +290,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         ticket = replace(
             self.ticket, breaker=breaker, origin=self.host.origin_of(self), reason=reason, expires=self.expires_at(now)
         )
-        ticket = ticket.begin(now, options.defer_for).defer(now, failed.cause if failed else "")
+        ticket = ticket.begin(now, options.defer_for, coalesced_as(self)).defer(now, failed.cause if failed else "")
         if failed is None or not failed.cause:
             return ticket
         delay = options.delay(runtime_of(self.app).breaker(breaker).policy, failed.attempts)

@@ -20,6 +20,7 @@ from resilient_tasks.worker.producers import send_task
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
+    from resilient_tasks.worker.task_key import TaskKey
 
 #: What Celery makes a task's handler and requests of.
 _PARTS = {
@@ -45,6 +46,8 @@ class ResilientTask(Task):  # type: ignore[misc]  # Celery is untyped
     max_attempts: int = 8
     defer_for: float | None = None
     retrying: tenacity.Retrying | None = None
+    coalesce: str | None = None
+    coalesce_key: TaskKey | None = None
     options: TaskOptions | None = None
     own_call: Callable[..., Any] | None = None
 

@@ -18,7 +18,7 @@ MOST_STEPS = 16
 _MOST = 1e17  # no time and no count of ours comes near
 _TEXT, _SECONDS, _COUNT, _HISTORY = "text", "seconds", "count", "history"
 _KINDS = {
-    "breaker": _TEXT, "origin": _TEXT, "reason": _TEXT, "exchange": _TEXT, "routing_key": _TEXT,
+    "breaker": _TEXT, "origin": _TEXT, "reason": _TEXT, "exchange": _TEXT, "routing_key": _TEXT, "coalesced_as": _TEXT,
     "since": _SECONDS, "attempted_at": _SECONDS, "not_before": _SECONDS, "deadline": _SECONDS, "expires": _SECONDS,
     "died_at": _SECONDS, "attempts": _COUNT, "resumed": _COUNT, "expiration": _COUNT, "history": _HISTORY,
 }  # fmt: skip
@@ -56,6 +56,7 @@ class Ticket:
         resumed: epoch of the breaker in which it was last resumed; the ramp lets it pass.
         exchange: the exchange it was sent to, where resuming it goes another way.
         routing_key: what it was sent with, likewise.
+        coalesced_as: what it has in common with those of which only the latest runs.
         expiration: AMQP's property of that name, ms: kept here, because the broker would drop a waiting message.
         history: its latest steps, oldest first.
     """
@@ -73,6 +74,7 @@ class Ticket:
     resumed: int = 0
     exchange: str = ""
     routing_key: str = ""
+    coalesced_as: str = ""
     expiration: int = 0
     history: tuple[Step, ...] = ()
 
@@ -103,11 +105,12 @@ class Ticket:
         """When the wait ends at the latest: ``defer_for`` or ``expires``, whichever is first."""
         return min((end for end in (self.deadline, self.expires) if end), default=None)
 
-    def begin(self, at: float, defer_for: float | None) -> Ticket:
-        """Return the ticket of a task that waits at most ``defer_for`` seconds, from now on unless it waits already."""
+    def begin(self, at: float, defer_for: float | None, coalesced_as: str = "") -> Ticket:
+        """Return the ticket of a task that waits from now on, at most ``defer_for`` seconds, unless it did already."""
         if self.since:
             return self
-        return replace(self, since=at, deadline=at + defer_for if defer_for else 0.0)
+        deadline = at + defer_for if defer_for else 0.0
+        return replace(self, since=at, deadline=deadline, coalesced_as=coalesced_as)
 
     def defer(self, at: float, cause: str = "") -> Ticket:
         """Return the ticket of the same task put aside; ``cause`` tells that, and why, it has failed."""

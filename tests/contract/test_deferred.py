@@ -94,6 +94,21 @@ def test_deferring_touches_neither_state_nor_version(lab: Lab) -> None:
 
 
 @SHARED
+def test_the_latest_claim_counts_until_its_task_withdraws_it(lab: Lab) -> None:
+    ledger = lab.ledger
+    assert ledger.claims([]) == ledger.claims(["same"]) == {}
+    for task_id in ("first", "second"):
+        ledger.claim("same", task_id)
+    ledger.claim("other", "third")
+    assert ledger.claims(["same", "other", "none"]) == {"same": "second", "other": "third"}
+    ledger.withdraw("same", "first")
+    ledger.withdraw("other", "third", keep_for=60.0)
+    assert ledger.claims(["same", "other"]) == {"same": "second", "other": "third"}
+    ledger.withdraw("same", "second")
+    assert ledger.claims(["same"]) == {}
+
+
+@SHARED
 def test_the_pace_is_kept_and_outstanding_is_moved_on_its_own(lab: Lab) -> None:
     breaker = lab.breaker()
     assert lab.ledger.pace(breaker.name) == Pace()

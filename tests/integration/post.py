@@ -95,6 +95,12 @@ def describe_once(self, *args: object, **kwargs: object) -> dict:
     return jsonify({name: value for name, value in vars(self.request).items() if not name.startswith("_")})
 
 
+@app.task(bind=True, name="sync", breaker=payments, coalesce="latest", coalesce_key="account")
+def sync(self, account: str, version: int) -> int:
+    run(self)
+    return version
+
+
 @app.task(bind=True, name="reject", breaker=payments)
 def reject(self, order: int) -> None:
     """Fail for a reason that no breaker minds."""

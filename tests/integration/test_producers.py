@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from celery import Celery, Task, chain, chord
+from kombu import Queue
 
 from resilient_tasks import Breaker, BreakerOpenError, Resilience
 from tests.integration.post_office import ABROAD, PATIENCE, PostOffice
@@ -99,3 +100,46 @@ def test_what_expires_while_it_waits_never_runs(post: PostOffice, website: Websi
     post.close("payments")
     assert lasting.get(timeout=PATIENCE) == 2
     assert post.runs() == [lasting.id]
+
+
+def test_of_several_tasks_with_one_key_only_the_latest_runs(post: PostOffice, website: Website) -> None:
+    website.payments.isolate(reason="test")
+    stale = [website.task("sync").delay("acme", 1), post.task("sync", "acme", 2).apply_async()]
+    post.wait_state("DEFERRED", stale)
+    other = website.task("sync").delay("zeta", 1)
+    follower = website.task("sync").apply_async(("acme", 3), link=post.task("note", "synced"))
+    revoked = website.task("sync").delay("zeta", 2)
+    latest = website.task("sync").delay("acme", version=4)
+    revoked.revoke()
+    post.wait_state("REVOKED", [revoked])
+    post.close("payments")
+    assert [result.get(timeout=PATIENCE) for result in (other, follower, latest)] == [1, 3, 4]
+    post.wait_state("IGNORED", stale)
+    assert [result.info for result in stale] == [{"breaker": "payments", "ran": latest.id}] * 2
+    assert sorted(post.runs("sync")) == sorted([other.id, follower.id, latest.id])
+    assert post.waiting("payments") == 0
+
+
+def test_resumed_tasks_keep_their_order_in_each_queue_and_priority(post: PostOffice, website: Website) -> None:
+    exchange, arguments = post.project.EXCHANGE, {"x-max-priority": 10}
+    left, right = (
+        Queue(name, exchange, routing_key=f"{name}.#", queue_arguments=arguments) for name in ("left", "right")
+    )
+    website.payments.isolate(reason="test")
+    for order in range(24):  # into queues that no worker empties
+        website.task("charge").apply_async((order,), queue=(left, right)[order % 2], priority=3 * (order % 3 == 0))
+    assert post.waiting("payments") == 24
+    assert [post.operator.deferred.resume("payments", limit=9, force=True) for _ in range(3)] == [9, 9, 6]
+    for remainder, queue in enumerate((left, right)):
+        arrived = _take_all(post, queue.name)
+        assert sorted(arrived) == list(range(remainder, 24, 2))
+        for urgent in (True, False):
+            in_line = [order for order in arrived if (order % 3 == 0) is urgent]
+            assert in_line == sorted(in_line)
+
+
+def _take_all(post: PostOffice, queue: str) -> list[int]:
+    with post.client.connection_for_read() as connection:
+        channel = connection.default_channel
+        raw = iter(lambda: channel.basic_get(queue, no_ack=True), None)
+        return [channel.message_to_python(message).payload[0][0] for message in raw]
