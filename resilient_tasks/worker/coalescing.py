@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from kombu.utils.json import dumps
@@ -55,8 +55,14 @@ def coalesced_as(request: GatedRequest) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def superseded_among(entries: Sequence[Entry], ledger: Ledger) -> dict[str, str]:
-    """Return by the ids of those waiting tasks that a later one runs instead of, the id of that one."""
+def superseded_among(entries: Sequence[Entry], ledger: Ledger, *, gone: Collection[str] = ()) -> dict[str, str]:
+    """Return by the ids of those waiting tasks that a later one runs instead of, the id of that one.
+
+    Args:
+        entries: the waiting tasks.
+        ledger: knows the latest of each kind.
+        gone: ids of tasks that will not run, whatever they have claimed.
+    """
     latest = ledger.claims({entry.ticket.coalesced_as for entry in entries} - {""})
     found = {entry.task_id: latest.get(entry.ticket.coalesced_as, entry.task_id) for entry in entries}
-    return {task_id: later for task_id, later in found.items() if later != task_id}
+    return {task_id: later for task_id, later in found.items() if later != task_id and later not in gone}

@@ -102,8 +102,10 @@ class DeferredTasks:
 
         Drops those that were revoked meanwhile or that a later one replaces, and dead-letters those that would not run.
         """
-        ledger = self._runtime.fleet.ledger
-        revoked, superseded = revoked_among(entries, ledger), superseded_among(entries, ledger)
+        ledger, now = self._runtime.fleet.ledger, self._runtime.fleet.view.server_now()
+        revoked = revoked_among(entries, ledger)
+        over = {entry.task_id for entry in entries if ended(entry, now)}
+        superseded = superseded_among(entries, ledger, gone=revoked | over)
 
         def move(entry: Entry) -> Move | None:
             if entry.task_id in revoked:

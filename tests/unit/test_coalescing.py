@@ -150,3 +150,4 @@ def test_a_task_is_superseded_by_whoever_has_claimed_its_key() -> None:
     ledger: Any = SimpleNamespace(claims=lambda digests: {one: claims[one] for one in digests if one in claims})
     entries = [waiting("first", "same"), waiting("second", ""), waiting("third", "same"), waiting("fifth", "unclaimed")]
     assert superseded_among(entries, ledger) == {"first": "third"}
+    assert superseded_among(entries, ledger, gone={"third"}) == {}
