@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from typing import Any
+from uuid import uuid4
 
 import redis
 from celery import Celery, signals
@@ -29,6 +30,7 @@ app.conf.update(
     task_acks_late=True,
     task_ignore_result=not USUAL,
     worker_prefetch_multiplier=4,
+    broker_transport_options={"visibility_timeout": float(os.environ.get("BENCH_VISIBILITY", "3600"))},
 )
 resilience = Resilience(app)
 payments = resilience.breaker("payments")
@@ -43,6 +45,8 @@ recovering = resilience.breaker("recovering", **QUICK)
 probed = resilience.breaker("probed", **QUICK)
 
 healing = resilience.breaker("healing", minimum_calls=10, window=10, open_duration=2.0, open_multiplier=1.0)
+LIMIT = 4
+limited = resilience.breaker("limited", max_concurrency=LIMIT)
 
 SIDE = redis.Redis.from_url(os.environ["BENCH_BROKER"])
 ILL = "dependency:ill"
@@ -110,6 +114,27 @@ def bill(self: Any) -> None:
     if not served:
         raise ConnectionError
     SIDE.rpush(FINISHED, self.request.id)
+
+
+IN_FLIGHT = "in flight"  # set on the broker's server: runs of ``occupy``, by process group of their worker
+MOST_IN_FLIGHT = "most in flight"
+_ENTER = SIDE.register_script(
+    """
+    redis.call('SADD', KEYS[1], ARGV[1])
+    local most = math.max(redis.call('SCARD', KEYS[1]), tonumber(redis.call('GET', KEYS[2]) or 0))
+    redis.call('SET', KEYS[2], most)
+    """
+)
+
+
+@app.task(bind=True, breaker=limited)
+def occupy(self: Any, seconds: float) -> None:
+    """Be in flight for a while."""
+    run = f"{os.getpgrp()}:{uuid4().hex}"
+    _ENTER(keys=[IN_FLIGHT, MOST_IN_FLIGHT], args=[run])
+    time.sleep(seconds)
+    SIDE.srem(IN_FLIGHT, run)
+    SIDE.rpush(FINISHED, f"{self.request.id} {time.time()}")
 
 
 def call() -> None:

@@ -62,10 +62,12 @@ class Rig:
         self._workers: list[Program] = []
         self._count = itertools.count(1)
 
-    def worker(self) -> Worker:
-        """Start a prefork worker with two processes and wait until it consumes."""
+    def worker(self, *, concurrency: int = 2) -> Worker:
+        """Start a prefork worker and wait until it consumes."""
         name = f"worker-{next(self._count)}"
-        worker = start_worker(MODULE, name=name, directory=self._directory, env=self.environment)
+        worker = start_worker(
+            MODULE, name=name, directory=self._directory, env=self.environment, concurrency=concurrency
+        )
         self._workers.append(worker)
         return worker.wait_until_ready()
 

@@ -134,8 +134,6 @@ class Resilience:
         return known
 
     def _welcome(self, breaker: Breaker) -> None:
-        if breaker.policy.max_concurrency is not None:
-            logger.warning("breaker %r: max_concurrency is not enforced yet", breaker.name)
         if self._fleet is not None:
             self._fleet.declare(breaker.spec)
 

@@ -29,13 +29,17 @@ class StoreError(ResilienceError):
     """The shared store is away, too slow, or not a Redis-compatible server."""
 
 
+#: Stands where others have a state: the breaker is CLOSED, and as many calls are in flight as may be.
+AT_CAPACITY = "AT_CAPACITY"
+
+
 class BreakerOpenError(ResilienceError):
     """A breaker refused a call.
 
     Args:
         breaker: name of the breaker.
         state: state in which it refused, ``"OPEN"``, ``"HALF_OPEN"``, ``"FORCED_OPEN"`` or, during
-            the ramp after a recovery, ``"CLOSED"``.
+            the ramp after a recovery, ``"CLOSED"``; ``"AT_CAPACITY"`` when as many calls are in flight as may be.
         retry_after: seconds until the breaker may admit calls again; ``None`` when only an operator
             can tell.
     """
@@ -49,6 +53,8 @@ class BreakerOpenError(ResilienceError):
     def __str__(self) -> str:
         if self.state == "CLOSED":
             return f"breaker {self.breaker!r} has just closed and admits a growing share of tasks"
+        if self.state == AT_CAPACITY:
+            return f"breaker {self.breaker!r} is at capacity"
         when = "" if self.retry_after is None else f", retry after {self.retry_after:.1f} s"
         return f"breaker {self.breaker!r} is {self.state}{when}"
 

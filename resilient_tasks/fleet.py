@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from resilient_tasks.core.model import Answer, Grant, Snapshot, State, Transition, Verb
 from resilient_tasks.errors import StoreError
-from resilient_tasks.store.base import Spec, Store
+from resilient_tasks.store.base import NO_WISH, Spec, Store, Wish
 from resilient_tasks.store.failover import FailoverStore
 from resilient_tasks.store.history import History
 from resilient_tasks.store.ledger import Ledger
@@ -89,10 +89,10 @@ class Fleet:
         self.view.follow()
         return standing
 
-    def acquire(self, spec: Spec, holder: str, *, lease: float = LEASE) -> Grant:
+    def acquire(self, spec: Spec, holder: str, *, lease: float = LEASE, wish: Wish = NO_WISH) -> Grant:
         """Ask the store for admission; a denial is remembered for a while. Never raises ``StoreError``."""
         asked = self.view.asking()
-        grant = self.store.acquire(spec, holder, lease=lease, jitter=random.random())
+        grant = self.store.acquire(spec, holder, lease=lease, jitter=random.random(), wish=wish)
         self.learn(grant, asked)
         if not grant.admitted and grant.snapshot.state is State.HALF_OPEN:
             self.view.standing(spec.name).deny()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextvars import ContextVar
@@ -20,7 +21,7 @@ from resilient_tasks.core.blame import blame, blamed_on
 from resilient_tasks.core.classification import Verdict, dependency_errors, judge, judge_result
 from resilient_tasks.core.counts import REFUSED
 from resilient_tasks.core.model import Grant, Outcome, State
-from resilient_tasks.errors import BreakerOpenError
+from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Spec
 from resilient_tasks.store.reports import LEASE, Reporter
@@ -40,7 +41,7 @@ _PERMIT_OF_TASK = "task"  # the call is part of a trial that the task around it 
 _NO_VALUE = object()
 _SUCCESS, _SLOW = Verdict(Outcome.SUCCESS), Verdict(Outcome.SLOW)
 
-_Pass = tuple[int, str]  # an admitted call: its epoch, and the holder of its permit
+_Pass = tuple[int, str]  # an admitted call: its epoch, and the holder of its permit or its slot
 
 
 class TaskScope(Protocol):
@@ -51,6 +52,9 @@ class TaskScope(Protocol):
 
     def is_trial(self, breaker: str) -> bool:
         """Whether the run holds a permit of ``breaker``: guards inside are part of that one trial."""
+
+    def holds_slot(self, breaker: str) -> bool:
+        """Whether the run is in flight for ``breaker`` anyway: guards inside need no slot of their own."""
 
     def found(self, breaker: str, verdict: Verdict) -> None:
         """Take note of what a guard inside the trial of ``breaker`` has found; it replaces the task-level outcome."""
@@ -134,7 +138,9 @@ class Guarded:
     def refusal(self) -> BreakerOpenError:
         """Return the error that tells of a refusal at this moment."""
         standing = self.standing
-        return BreakerOpenError(self.name, standing.snapshot.state.value, standing.retry_after)
+        at_capacity = standing.admits and not standing.admits_freely
+        state = AT_CAPACITY if at_capacity else standing.snapshot.state.value
+        return BreakerOpenError(self.name, state, standing.retry_after)
 
     # --- admission --------------------------------------------------------------------------------
 
@@ -147,10 +153,9 @@ class Guarded:
 
     def _admit_by_view(self) -> _Pass | None:
         """Admit or refuse by what this process knows; None: the store must be asked for a permit."""
-        standing = self.standing
-        if standing.admits:
+        standing, scope = self.standing, task_scope.get()
+        if standing.admits_freely or (standing.admits and scope is not None and scope.holds_slot(self.name)):
             return standing.epoch, _NO_PERMIT
-        scope = task_scope.get()
         if scope is not None and scope.is_trial(self.name):
             return standing.epoch, _PERMIT_OF_TASK
         if standing.refuses:
@@ -166,9 +171,9 @@ class Guarded:
         grant = self.acquire(holder)
         if not grant.admitted:
             self._refuse()
-        if not grant.trial:
+        if not grant.leased:
             return grant.snapshot.epoch, _NO_PERMIT
-        self.hold(holder, self.policy.trial_timeout)
+        self.hold(holder, self.policy.trial_timeout if grant.trial else math.inf)
         return grant.snapshot.epoch, holder
 
     def acquire(self, holder: str, lease: float = LEASE) -> Grant:
@@ -313,25 +318,21 @@ class Guard:
 
     async def _admit_in_thread(self) -> _Pass:
         """Ask the store without blocking the event loop."""
-        asking = asyncio.ensure_future(asyncio.to_thread(self._breaker._admit))
+        handing_over = _HandingOver(self._breaker)
+        asking = asyncio.ensure_future(asyncio.to_thread(handing_over.admit))
         try:
             return await asyncio.shield(asking)
         except asyncio.CancelledError:
-            asking.add_done_callback(self._give_back)
+            handing_over.give_up()
+            asking.add_done_callback(lambda asked: asked.cancelled() or asked.exception())  # nobody else looks at it
             raise
-
-    def _give_back(self, asking: asyncio.Future[_Pass]) -> None:
-        """Free the permit that came after its call had been cancelled."""
-        if not asking.cancelled() and asking.exception() is None:
-            epoch, holder = asking.result()
-            self._breaker._finished(epoch, holder, Verdict(Outcome.IGNORED))
 
     def _enters_freely(self) -> bool:
         """Admit a call that needs neither I/O nor a permit nor a clock; False: that is not enough."""
         breaker = self._breaker
         standing = breaker._standing
         self._epoch = standing.epoch
-        self._is_plain = standing.admits and not breaker._examines and not breaker._view.is_behind
+        self._is_plain = standing.admits_freely and not breaker._examines and not breaker._view.is_behind
         return self._is_plain
 
     def _begin(self, admitted: _Pass) -> None:
@@ -343,6 +344,36 @@ class Guard:
         if exc is not None:
             return breaker._failed(self._epoch, holder, exc)
         return breaker._succeeded(self._epoch, holder, perf_counter() - self._started, self._value)
+
+
+class _HandingOver:
+    """An admission on its way from a thread to a coroutine, which may be cancelled, or its loop closed, meanwhile."""
+
+    def __init__(self, breaker: Guarded) -> None:
+        self._breaker = breaker
+        self._lock = threading.Lock()
+        self._admitted: _Pass | None = None
+        self._is_unwanted = False
+
+    def admit(self) -> _Pass:
+        """Ask for admission, in the thread."""
+        admitted = self._breaker._admit()
+        with self._lock:
+            self._admitted = admitted
+        if self._is_unwanted:
+            self._give_back()
+        return admitted
+
+    def give_up(self) -> None:
+        """Have a permit or a slot freed, whether it has come already or not."""
+        self._is_unwanted = True
+        self._give_back()
+
+    def _give_back(self) -> None:
+        with self._lock:
+            admitted, self._admitted = self._admitted, None
+        if admitted is not None:
+            self._breaker._finished(*admitted, Verdict(Outcome.IGNORED))
 
 
 def call_guarded(breakers: Sequence[Guarded], fn: Callable[[], Any]) -> Any:
@@ -374,7 +405,7 @@ def _finish_all(admitted: Iterable[tuple[Guarded, _Pass]], verdicts: Sequence[Ve
 def _nowhere() -> Standing:
     """Return a standing that admits nothing, for breakers that have not joined their fleet yet."""
     standing = Standing(Spec("nowhere"), perf_counter)
-    standing.admits = False
+    standing.admits = standing.admits_freely = False
     return standing
 
 

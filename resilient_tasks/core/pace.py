@@ -8,7 +8,7 @@ goes back quickly to nearly where it was, and feels its way from there: a healin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from resilient_tasks.core.model import Snapshot
 from resilient_tasks.policy import BreakerPolicy
@@ -57,6 +57,24 @@ def next_pace(
         count = min(batch - outstanding, _due(policy.resume_rate, max(pace.decided_at, earliest), snapshot.now))
     kept = Pace(batch, snapshot.total_failures, pace.outstanding, snapshot.now, too_large)
     return kept, max(0, count)
+
+
+def refill_count(pace: Pace, snapshot: Snapshot, policy: BreakerPolicy, *, interval: float) -> tuple[Pace, int]:
+    """Decide how many tasks to resume into free slots: as many as those, within ``resume_rate``.
+
+    Call it whenever a slot has become free, for a breaker that limits calls in flight.
+
+    Args:
+        pace: what the previous tick kept.
+        snapshot: the breaker now.
+        policy: gives ``resume_rate``, the ceiling in tasks per second.
+        interval: time between ticks, s.
+    """
+    free = max(0, (snapshot.concurrency_limit or 0) - snapshot.in_flight)
+    if policy.resume_rate is None:
+        return pace, free
+    due = _due(policy.resume_rate, max(pace.decided_at, snapshot.now - 2 * interval), snapshot.now)
+    return replace(pace, decided_at=snapshot.now), min(free, due)
 
 
 def _following(pace: Pace, snapshot: Snapshot, outstanding: int) -> tuple[int, int]:

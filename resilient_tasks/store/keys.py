@@ -58,6 +58,7 @@ class Keys:
         self.namespace = check_name("namespace", namespace)
         self.changes = f"{namespace}:changes"  # pub/sub channel
         self.breakers = f"{namespace}:breakers"  # sorted set: name -> last declared by a worker, ms
+        self.workers = f"{namespace}:workers"  # sorted set: worker -> when it last attended, ms
         self.revoked = f"{namespace}:revoked"  # sorted set: task id or stamp -> revoked at, ms
 
     def breaker(self, name: str) -> BreakerKeys:

@@ -26,11 +26,12 @@ from resilient_tasks.store.server import Argument, Script, Server
 REVOKED_FOR = 7 * 24 * 3600.0  # s for which a revoke is remembered
 MOST_REVOKED = 50_000  # ids and stamps
 CLAIMED_FOR = 7 * 24 * 3600.0  # s for which it is remembered which task is the latest of its kind
+LONGEST_ABSENCE = 30.0  # s after which a worker that has not attended is no longer alive
 
 _PER_ROUND_TRIP = 500
 _SCRIPTS = (
     "defer", "hasten", "outstanding", "revoke", "withdraw", "take_tick", "leave_tick", "tick_completed", "tick_age",
-    "declare", "abandoned",
+    "declare", "abandoned", "attend",
 )  # fmt: skip
 
 
@@ -178,6 +179,14 @@ class Ledger:
         known = list(names)
         if known:
             self._run("declare", [self._keys.breakers], *known)
+
+    def attend(self, worker: str) -> None:
+        """Note that a worker is alive."""
+        self._run("attend", [self._keys.workers], to_ms(LONGEST_ABSENCE), worker)
+
+    def workers(self) -> int:
+        """Return the number of workers that have attended within the last half minute."""
+        return int(self._run("attend", [self._keys.workers], to_ms(LONGEST_ABSENCE), ""))
 
     def abandoned(self, *, unseen_for: float) -> list[str]:
         """Return breakers that workers used to define and none has declared for so many seconds."""

@@ -24,7 +24,8 @@ class Standing:
         spec: the breaker as this process declares it.
         snapshot: what the store last said; CLOSED with epoch 0 before it said anything.
         known: the store has said something.
-        admits: calls need not ask the store: CLOSED, DISABLED or SHADOW.
+        admits: calls are admitted, where they are limited with a slot: CLOSED, DISABLED or SHADOW.
+        admits_freely: and they need not even ask the store, because there is no limit.
         epoch: of ``snapshot``; the outcome of a call belongs to the epoch that admitted it.
         deadline: on the view's clock, when trials may begin: -inf at once, +inf only by an operator.
         pending: outcomes that the ``Reporter`` has not sent yet.
@@ -32,7 +33,7 @@ class Standing:
     """
 
     __slots__ = (
-        "_clock", "_denied", "_heard_at", "admits", "deadline", "epoch",
+        "_clock", "_denied", "_heard_at", "admits", "admits_freely", "deadline", "epoch",
         "known", "mark", "pending", "scheduled", "snapshot", "spec",
     )  # fmt: skip
 
@@ -58,6 +59,12 @@ class Standing:
         self.deadline = self._deadline(snapshot)
         self.epoch = snapshot.epoch  # before ``admits``: a call admitted by this news belongs to this epoch
         self.admits = snapshot.state in ADMITTING
+        self.admits_freely = self.admits and not self._is_limited(snapshot)
+
+    def _is_limited(self, snapshot: Snapshot) -> bool:
+        if snapshot.epoch == 0:  # the store has said nothing yet
+            return self.spec.policy.most_in_flight is not None
+        return snapshot.concurrency_limit is not None
 
     def _deadline(self, snapshot: Snapshot) -> float:
         if snapshot.state is State.FORCED_OPEN:
@@ -83,8 +90,10 @@ class Standing:
 
     @property
     def refuses(self) -> bool:
-        """Whether a call is refused without asking the store: not yet time, or denied a moment ago."""
-        return not self.admits and self._clock() < max(self.deadline, self._denied_until())
+        """Whether a call is refused without asking the store: not yet time, denied a moment ago, or others wait."""
+        if self.admits:
+            return self.snapshot.crowded
+        return self._clock() < max(self.deadline, self._denied_until())
 
     def deny(self) -> None:
         """Remember that the store has just denied a permit, until the breaker's version moves."""

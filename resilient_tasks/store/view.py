@@ -46,6 +46,7 @@ class View:
         self.clock = clock
         self.signal: memoryview | None = None  # in a child: the main process's count of changes
         self.seen = 0  # that count when this copy was made
+        self.on_room: Callable[[], object] = _nobody_waits  # tasks wait for a slot, and there is one
         self._store = store
         self._standings: dict[str, Standing] = {}
         self._server_offset = time.time() - clock()
@@ -125,6 +126,8 @@ class View:
         standing.mark = self._marks
         standing.hear(snapshot, now)
         standing.known = True
+        if snapshot.crowded and snapshot.has_room:
+            self.on_room()
 
     def refresh(self) -> None:
         """Read all declared breakers in one round trip.
@@ -246,6 +249,10 @@ class View:
             self.become_child()
 
 
+def _nobody_waits() -> None:
+    """Do nothing: this process resumes no tasks."""
+
+
 def _is_news(standing: Standing, snapshot: Snapshot, asked: int | None) -> bool:
     if not standing.known or (asked is not None and standing.mark <= asked):
         return True
@@ -255,7 +262,16 @@ def _is_news(standing: Standing, snapshot: Snapshot, asked: int | None) -> bool:
 
 def _essence(snapshot: Snapshot) -> tuple[object, ...]:
     """Return what admission depends on: counts change with every report and concern no child."""
-    return snapshot.epoch, snapshot.version, snapshot.state, snapshot.open_until, snapshot.ramp_since
+    limited = snapshot.concurrency_limit is not None
+    return (
+        snapshot.epoch,
+        snapshot.version,
+        snapshot.state,
+        snapshot.open_until,
+        snapshot.ramp_since,
+        limited,
+        snapshot.crowded,
+    )
 
 
 _never_seen = memoryview(bytearray(8)).cast("Q")  # differs from every count that a view has seen

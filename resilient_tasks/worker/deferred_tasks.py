@@ -51,8 +51,8 @@ class DeferredTasks:
         """Return the number of messages that wait on the broker."""
         return self.queues.size(self.queues.deferred(breaker))
 
-    def sift(self, breaker: str, choose: Choose, *, start: int = 0) -> list[Move]:
-        """Offer the oldest waiting tasks, but for the first ``start``, to ``choose`` and make its moves.
+    def sift(self, breaker: str, choose: Choose, *, start: int = 0, page: int = PAGE) -> list[Move]:
+        """Offer the ``page`` oldest waiting tasks, but for the first ``start``, to ``choose`` and make its moves.
 
         The index first: a resumed task may be deferred again before this returns.
         """
@@ -66,7 +66,7 @@ class DeferredTasks:
 
         made: list[Move] = []
         try:
-            made = self.queues.sift(breaker, PAGE, plan, start=start)
+            made = self.queues.sift(breaker, page, plan, start=start)
         finally:
             done = {id(move.entry): move for move in made}
             for move in planned:
@@ -83,7 +83,9 @@ class DeferredTasks:
             told = {"task_id": entry.task_id, "task": entry.task_name, "breaker": ticket.breaker, "since": ticket.since}
             signals.tell(signals.task_resumed, self._runtime.app, **told)
 
-    def sift_pages(self, breaker: str, choose: Choose, *, enough: Callable[[], bool]) -> Iterator[list[Move]]:
+    def sift_pages(
+        self, breaker: str, choose: Choose, *, enough: Callable[[], bool], page: int = PAGE
+    ) -> Iterator[list[Move]]:
         """Go on with :meth:`sift` until that is ``enough`` or nothing is left; yield what each page has moved."""
         start, offered = 0, PAGE  # a page may hold less: messages are of any size
 
@@ -93,8 +95,8 @@ class DeferredTasks:
             return choose(entries)
 
         while offered and not enough():
-            moves = self.sift(breaker, look, start=start)
-            start += offered - len(moves)
+            moves = self.sift(breaker, look, start=start, page=page)
+            start, page = start + offered - len(moves), min(2 * page, PAGE)
             yield moves
 
     def resume(self, entries: Sequence[Entry], epoch: int, why: str) -> list[Move]:

@@ -1,11 +1,12 @@
 """The gate: in the worker's main process, before a message costs a pool slot.
 
 In CLOSED and OPEN it answers from the view. Only in HALF_OPEN does it ask the store, for a permit,
-and it remembers a denial until the breaker's version moves.
+and it remembers a denial until the breaker's version moves; and where calls in flight are limited, for a slot.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ from zlib import crc32
 
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.counts import REFUSED
-from resilient_tasks.core.model import Outcome
+from resilient_tasks.core.model import Grant, Outcome
+from resilient_tasks.store.base import Wish
 from resilient_tasks.worker.run import Admission, Pass, Report
 from resilient_tasks.worker.ticket import Ticket
 
@@ -38,6 +40,7 @@ class Gate:
         self._runtime = runtime
         self._taken_up: Counter[str] = Counter()
         self._counting = threading.Lock()
+        self._places = Places()
 
     def refusing(self, breakers: Sequence[Breaker], ticket: Ticket, task_id: str) -> Breaker | None:
         """Return the first breaker that refuses a task by what is known here, so that it need not wait for a pool slot.
@@ -53,11 +56,13 @@ class Gate:
     def refuses_all(self, breaker: Breaker) -> bool:
         """Whether no task of a breaker would be admitted at present, not even as a trial."""
         standing = self._runtime.fleet.view.standing(breaker.name)
-        return not standing.admits and (standing.refuses or self._leaves_trials_to_probes(breaker))
+        return standing.refuses or (not standing.admits and self._leaves_trials_to_probes(breaker))
 
     def _refuses(self, standing: Standing, breaker: Breaker, ticket: Ticket, task_id: str) -> bool:
-        if standing.admits:
+        if standing.admits_freely:
             return _ramps_out(standing, ticket, task_id)
+        if standing.admits:
+            return standing.refuses and not ticket.has_waited_for(breaker.name)
         return standing.refuses or self._leaves_trials_to_probes(breaker)
 
     def _leaves_trials_to_probes(self, breaker: Breaker) -> bool:
@@ -84,17 +89,35 @@ class Gate:
         return Admission((), breaker.name, refusal.state, refusal.retry_after, ticket.attempts)
 
     def _pass(self, breaker: Breaker, request: GatedRequest) -> Pass | None:
-        """Return one breaker's pass; None if it denies a permit."""
-        fleet = self._runtime.fleet
-        standing = fleet.view.standing(breaker.name)
-        if standing.admits:
+        """Return one breaker's pass; None if it denies a permit or a slot."""
+        standing = self._runtime.fleet.view.standing(breaker.name)
+        if standing.admits_freely:
             return Pass(breaker.name, standing.epoch, counts=self._would_count(standing, request.ticket))
-        grant = fleet.acquire(breaker.spec, request.holder)
+        grant = self._ask(breaker, request)
         if not grant.admitted:
             return None
-        if grant.trial:
-            fleet.reporter.hold(breaker.name, request.holder, fleet.view.clock() + LONGEST_WAIT)
-        return Pass(breaker.name, grant.snapshot.epoch, trial=grant.trial)
+        counts = not grant.trial and self._would_count(standing, request.ticket)
+        return Pass(breaker.name, grant.snapshot.epoch, grant.trial, counts, grant.leased)
+
+    def _ask(self, breaker: Breaker, request: GatedRequest) -> Grant:
+        """Ask the store for a permit or a slot, and hold it."""
+        fleet, name, ticket = self._runtime.fleet, breaker.name, request.ticket
+        has_room = self._places.take(name, most=self._most_here(breaker))
+        task = request.id if ticket.has_waited_for(name) else ""
+        wish = Wish(task, waits=request.defers_when_refused(), has_room=has_room)
+        grant = fleet.acquire(breaker.spec, request.holder, wish=wish)
+        if grant.leased:
+            until = fleet.view.clock() + LONGEST_WAIT if grant.trial else math.inf
+            fleet.reporter.hold(name, request.holder, until)
+        elif has_room:
+            self._places.leave(name)
+        return grant
+
+    def _most_here(self, breaker: Breaker) -> float:
+        """Return how many runs of a breaker's tasks this worker may have in flight by itself."""
+        policy, away = breaker.policy, self._runtime.fleet.store.away
+        of_the_fleet = policy.most_in_flight if away else None
+        return min(of_the_fleet or math.inf, policy.max_concurrency_per_worker or math.inf)
 
     def hold(self, request: GatedRequest, admission: Admission) -> None:
         """Renew the permits of a trial that has begun to run, for as long as it may take."""
@@ -134,17 +157,38 @@ class Gate:
     def settle(self, admission: Admission, holder: str, report: Report) -> None:
         """Count what a run has found out, once, for each breaker that admitted it."""
         for admitted, verdict in zip(admission.passes, report.verdicts, strict=True):
-            if admitted.trial:
-                self._settle_trial(admitted, holder, verdict or _NOTHING_SAID)
+            if admitted.leased:
+                self._settle_leased(admitted, holder, verdict or _NOTHING_SAID)
             elif verdict is not None:
                 fleet = self._runtime.fleet
                 told = verdict.outcome, verdict.cause, verdict.retry_after
                 fleet.reporter.report(fleet.view.standing(admitted.breaker), admitted.epoch, *told)
 
-    def _settle_trial(self, admitted: Pass, holder: str, verdict: Verdict) -> None:
+    def _settle_leased(self, admitted: Pass, holder: str, verdict: Verdict) -> None:
+        self._places.leave(admitted.breaker)
         spec = self._runtime.breaker(admitted.breaker).spec
         told = verdict.outcome, verdict.cause, verdict.retry_after
         self._runtime.fleet.reporter.settle(spec, holder, admitted.epoch, *told)
+
+
+class Places:
+    """How many runs with a permit or a slot this worker has in flight, by breaker."""
+
+    def __init__(self) -> None:
+        self._taken: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def take(self, breaker: str, *, most: float) -> bool:
+        """Count one more run, if there are not so many already."""
+        with self._lock:
+            is_free = self._taken[breaker] < most
+            self._taken[breaker] += is_free
+            return is_free
+
+    def leave(self, breaker: str) -> None:
+        """Count one run less."""
+        with self._lock:
+            self._taken[breaker] -= 1
 
 
 def _ramps_out(standing: Standing, ticket: Ticket, task_id: str) -> bool:

@@ -10,6 +10,7 @@ tries failed deferrals again, and looks after blocked queues.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ MISSED_TICKS = 3
 ROUNDS = 4
 #: Seconds between two declarations that this worker is alive and which breakers it defines.
 DECLARING = 10.0
+#: Seconds before a worker looks again for tasks to resume, if another was doing so.
+REFILL_AGAIN = 0.02
 
 
 class Heart:
@@ -42,10 +45,13 @@ class Heart:
         self._gate = gate
         self._deferral = deferral
         self._overflow = overflow
-        self._wanted = threading.Event()
+        self._woken = threading.Event()
+        self._tick_wanted = False
+        self._room_found = False
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._tick: Tick | None = None
+        self._name = ""
         self._revokes = Hearing()
         self._idle_look_at = float("-inf")
         self._declare_at = float("-inf")
@@ -55,8 +61,10 @@ class Heart:
 
     def start(self, consumer: Any) -> None:
         """Begin to beat, or go on with a consumer that has reconnected."""
+        self._name = f"{consumer.hostname}:{os.getpid()}"  # two workers of one name are two
         if self._tick is None:
-            self._tick = Tick(self._runtime, consumer, wake=self._wanted.set)
+            self._tick = Tick(self._runtime, consumer, wake=self._hasten_tick)
+        self._runtime.fleet.view.on_room = self.want_refill
         if self._thread is None or not self._thread.is_alive():
             self._stopping.clear()
             self._thread = threading.Thread(target=self._beat, name="resilient-tasks-heart", daemon=True)
@@ -65,7 +73,7 @@ class Heart:
     def stop(self, timeout: float = 5.0) -> None:
         """Stop after the round that is under way, if that takes no longer than ``timeout`` seconds."""
         self._stopping.set()
-        self._wanted.set()
+        self._woken.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
         if self._tick is not None:
@@ -75,28 +83,49 @@ class Heart:
     def want_tick(self) -> None:
         """Run a tick that somebody has sent, from any thread."""
         self._took_over = False
-        self._wanted.set()
+        self._hasten_tick()
+
+    def _hasten_tick(self) -> None:
+        self._tick_wanted = True
+        self._woken.set()
+
+    def want_refill(self) -> None:
+        """Resume tasks that wait for a slot, because one is free, from any thread."""
+        self._room_found = True
+        self._woken.set()
 
     def _beat(self) -> None:
         interval = self._runtime.settings.tick_interval
         while not self._stopping.is_set():
-            wanted = self._wanted.wait(interval / ROUNDS)
-            self._wanted.clear()
+            self._woken.wait(interval / ROUNDS)
+            self._woken.clear()
             try:
-                self._round(wanted)
+                self._round()
             except StoreError as exc:
                 self._in_touch_since = time.monotonic()
                 logger.debug("no tick: %s", exc)
             except Exception:
                 logger.exception("tick failed; the next one tries again")
 
-    def _round(self, wanted: bool) -> None:  # noqa: FBT001 - private
+    def _round(self) -> None:
+        self._refill()
         self._deferral.retry_held()
         self._deferral.tell_suppressed()
         self._overflow.look()
         self._tell_store()
-        if self._tick is not None and not self._stopping.is_set() and (wanted or self._overdue()):
+        if self._tick is None or self._stopping.is_set():
+            return
+        if self._tick_wanted or self._overdue():
+            self._tick_wanted = False
             self._tick.run(observed_for=time.monotonic() - self._in_touch_since)
+
+    def _refill(self) -> None:
+        """Resume tasks into free slots, before anything else that may take time."""
+        if self._room_found and self._tick is not None:
+            self._room_found = False
+            if not self._tick.refill():  # another worker is at it, and may have looked before the slot was free
+                self._stopping.wait(REFILL_AGAIN)
+                self.want_refill()
 
     def _tell_store(self) -> None:
         ledger = self._runtime.fleet.ledger
@@ -104,6 +133,7 @@ class Heart:
         now = time.monotonic()
         if now >= self._declare_at:
             ledger.declare(self._runtime.breakers)
+            ledger.attend(self._name)
             self._declare_at = now + DECLARING
         self._revokes.pass_on(ledger, self._runtime.breakers)
 

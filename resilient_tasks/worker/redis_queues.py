@@ -91,7 +91,7 @@ class RedisQueues(Queues):
         """See :meth:`Queues.sift`."""
         source = seams.list_key(self.channel, self.deferred(breaker))
         waiting: list[bytes] = []
-        for reply in self._oldest(source, start):
+        for reply in self._oldest(source, start, page=min(scan, _PAGE)):
             waiting += reply
             if len(waiting) >= scan or _size_of(waiting) >= _REPLY_SIZE:
                 break
@@ -150,7 +150,7 @@ class RedisQueues(Queues):
         for text in itertools.chain.from_iterable(self._oldest(key)):
             yield Letter(text, self._entry(breaker, text))
 
-    def _oldest(self, key: str, start: int = 0) -> Iterator[list[bytes]]:
+    def _oldest(self, key: str, start: int = 0, page: int = _PAGE) -> Iterator[list[bytes]]:
         """Read a list from its oldest message on, but for the first ``start``, reply by reply.
 
         Large messages come a few at a time: until it is sent, a reply takes memory of the server as well.
@@ -162,7 +162,7 @@ class RedisQueues(Queues):
             if len(reply) < count:
                 return
             start += count
-            count = max(1, min(_PAGE, _REPLY_SIZE * count // _size_of(reply)))
+            count = max(1, min(page, _REPLY_SIZE * count // _size_of(reply)))
 
     def revive(self, breaker: str, letter: Letter, queue: str | None) -> bool:
         """See :meth:`Queues.revive`."""

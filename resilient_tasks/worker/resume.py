@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from resilient_tasks.core.counts import LONGEST_WAIT, RESUMED
 from resilient_tasks.core.model import Snapshot
-from resilient_tasks.core.pace import Pace, next_pace
+from resilient_tasks.core.pace import Pace, next_pace, refill_count
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.queues import Entry, Move
+from resilient_tasks.worker.selection import FirstFew, Selection, WhoeverFits
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
@@ -34,6 +35,9 @@ class Resumer:
 
     def resume(self, breaker: Breaker, snapshot: Snapshot) -> None:
         """Resume the next batch of a breaker that admits calls."""
+        if snapshot.concurrency_limit is not None:
+            self._refill(breaker, snapshot)
+            return
         ledger = self._runtime.fleet.ledger
         pace = ledger.pace(breaker.name)
         following, count = next_pace(
@@ -47,50 +51,63 @@ class Resumer:
         if count > 0 and self._still(breaker, snapshot):
             self.release(breaker, snapshot, count)
 
+    def _refill(self, breaker: Breaker, snapshot: Snapshot) -> None:
+        """Resume as many tasks as slots are free, each with one that is kept for it."""
+        ledger, policy = self._runtime.fleet.ledger, breaker.policy
+        pace = Pace() if policy.resume_rate is None else ledger.pace(breaker.name)
+        following, count = refill_count(pace, snapshot, policy, interval=self._runtime.settings.tick_interval)
+        if following != pace:
+            ledger.save_pace(breaker.name, following)
+        most = snapshot.in_flight + count
+        if policy.max_concurrency_per_worker is not None:
+            most = min(most, policy.max_concurrency_per_worker * ledger.workers())
+        self._release(breaker, snapshot, WhoeverFits(self._runtime.fleet.store, breaker, snapshot, most))
+
     def release_trials(self, breaker: Breaker, snapshot: Snapshot) -> None:
         """Resume as many tasks as there are permits; those that have never failed first."""
         outstanding = self._outstanding(breaker, self._runtime.fleet.ledger.pace(breaker.name))
         free = breaker.policy.trial_calls - snapshot.trials - outstanding
         if free > 0:
-            self.release(breaker, snapshot, free, unfailed_first=True)
+            self._release(breaker, snapshot, FirstFew(free, unfailed_first=True))
 
-    def release(
-        self, breaker: Breaker, snapshot: Snapshot, count: int, *, unfailed_first: bool = False, early: bool = False
-    ) -> int:
+    def release(self, breaker: Breaker, snapshot: Snapshot, count: int, *, early: bool = False) -> int:
         """Resume the ``count`` oldest tasks of a breaker.
 
         Args:
             breaker: which one.
             snapshot: the breaker now.
             count: most tasks to resume.
-            unfailed_first: those that have never failed come before the others.
             early: also those whose own wait after a failure is not over.
 
         Returns:
             How many were resumed.
         """
+        return self._release(breaker, snapshot, FirstFew(count), early=early)
+
+    def _release(self, breaker: Breaker, snapshot: Snapshot, selection: Selection, *, early: bool = False) -> int:
         ledger = self._runtime.fleet.ledger
-        wanted, resumed = count, 0
+        going, resumed = 0, 0
         why = f"resumed, breaker {breaker.name!r} is {snapshot.state}"
 
         def choose(entries: Sequence[Entry]) -> list[Move]:
-            nonlocal wanted
+            nonlocal going
             due = [entry for entry in entries if early or self._is_due(breaker, entry, snapshot.now)]
-            if unfailed_first:
-                due.sort(key=lambda entry: entry.ticket.attempted_at > 0)
-            moves = self._tasks.resume(due[:wanted], snapshot.epoch, why)
-            going = sum(1 for move in moves if move.resumes)
-            ledger.resumed(breaker.name, going)  # before they can be taken up
-            wanted -= going
+            chosen = selection.choose(due)
+            moves = self._tasks.resume(chosen, snapshot.epoch, why)
+            ids = {move.entry.task_id for move in moves if move.resumes}
+            selection.leave_out({entry.task_id for entry in chosen} - ids)
+            going += len(ids)
+            ledger.resumed(breaker.name, len(ids))  # before they can be taken up
             return moves
 
-        for moves in self._tasks.sift_pages(breaker.name, choose, enough=lambda: wanted <= 0):
+        pages = self._tasks.sift_pages(breaker.name, choose, enough=lambda: selection.complete, page=selection.page)
+        for moves in pages:
             gone = [move for move in moves if move.resumes]
             self._origins.setdefault(breaker.name, set()).update(str(move.queue) for move in gone)
             self._tally(breaker, gone, snapshot.now)
             resumed += len(gone)
-        if resumed < count - wanted:
-            ledger.taken_up(breaker.name, count - wanted - resumed)  # somebody else has moved them
+        if resumed < going:
+            ledger.taken_up(breaker.name, going - resumed)  # somebody else has moved them
         if resumed:
             logger.info("breaker %r is %s: %d tasks resumed", breaker.name, snapshot.state, resumed)
         return resumed

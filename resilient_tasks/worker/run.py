@@ -40,12 +40,14 @@ class Pass(NamedTuple):
         epoch: its epoch at that moment; outcomes are reported for this epoch.
         trial: the run holds a permit.
         counts: a dependency failure of this run that is put to the breaker would count as an attempt.
+        leased: the run holds a permit, or one of a limited number of slots.
     """
 
     breaker: str
     epoch: int = 0
     trial: bool = False
     counts: bool = False
+    leased: bool = False
 
 
 class Admission(NamedTuple):
@@ -194,6 +196,11 @@ class Run:
         """Whether the run holds a permit of ``breaker``, which covers all that it does inside."""
         admitted = self.admission.pass_of(breaker)
         return admitted is not None and admitted.trial
+
+    def holds_slot(self, breaker: str) -> bool:
+        """Whether the run is one of a limited number of calls in flight, which covers all that it does inside."""
+        admitted = self.admission.pass_of(breaker)
+        return admitted is not None and admitted.leased
 
     def report(self) -> Report:
         """Return what the main process should know."""

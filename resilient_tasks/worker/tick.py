@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -79,8 +80,7 @@ class Tick:
             StoreError: the store is away.
         """
         fleet, scope = self._runtime.fleet, self._runtime.tick_scope
-        lease = max(SHORTEST_LEASE, LEASE_INTERVALS * self._runtime.settings.tick_interval)
-        with fleet.ledger.tick_lease(self._holder, ttl=lease, scope=scope) as held:
+        with self._lease() as held:
             if not held:
                 return False
             self._take_stock(observed_for)
@@ -90,6 +90,25 @@ class Tick:
                     self._shielded(breaker.name, partial(self._serve, breaker))
             fleet.ledger.tick_completed(scope)
         return True
+
+    def refill(self) -> bool:
+        """Resume tasks that wait for a slot where one is free; False if another worker is at a tick.
+
+        Raises:
+            StoreError: the store is away.
+        """
+        limited = [breaker for breaker in self._runtime.breakers.values() if not breaker.standing.admits_freely]
+        with self._lease() as held:
+            if held:
+                specs = [breaker.spec for breaker in limited]
+                for breaker, snapshot in zip(limited, self._runtime.fleet.store.read(specs), strict=True):
+                    if snapshot.state is State.CLOSED and snapshot.crowded and snapshot.has_room:
+                        self._shielded(breaker.name, partial(self._resumer.resume, breaker, snapshot))
+        return held
+
+    def _lease(self) -> AbstractContextManager[bool]:
+        ttl = max(SHORTEST_LEASE, LEASE_INTERVALS * self._runtime.settings.tick_interval)
+        return self._runtime.fleet.ledger.tick_lease(self._holder, ttl=ttl, scope=self._runtime.tick_scope)
 
     def _serve(self, breaker: Breaker) -> None:
         fleet = self._runtime.fleet

@@ -9,7 +9,7 @@ import pytest
 from resilient_tasks.core.model import Outcome, State, Verb
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.store.base import Evidence, Spec, Store
-from resilient_tasks.store.ledger import Ledger
+from resilient_tasks.store.ledger import LONGEST_ABSENCE, Ledger
 from tests.contract.lab import SHARED, Lab, ledger_of
 
 
@@ -157,3 +157,14 @@ def test_all_other_names_work(lab: Lab, name: str) -> None:
     assert breaker.snapshot().name == name
     assert breaker.trials("S") is State.CLOSED
     assert {told.name for told in breaker.transitions} == {name}
+
+
+@SHARED
+def test_workers_that_attend_are_counted(lab: Lab) -> None:
+    for worker in ("one", "two", "one"):
+        lab.ledger.attend(worker)
+    assert lab.ledger.workers() == 2
+    lab.clock.advance(LONGEST_ABSENCE / 2)
+    lab.ledger.attend("two")
+    lab.clock.advance(LONGEST_ABSENCE / 2)
+    assert lab.ledger.workers() == 1

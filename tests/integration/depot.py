@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from typing import Any
 
 import redis
@@ -35,6 +36,8 @@ app.conf.update(
     **json.loads(os.environ["DEPOT_CONF"]),
 )
 resilience = Resilience(app, tick_interval=0.25)
+scarce = resilience.breaker("scarce", max_concurrency=2)
+shared_out = resilience.breaker("shared_out", max_concurrency_per_worker=1)
 payments = resilience.breaker("payments", consecutive_failures=3, open_duration=0.5, open_jitter=0.0, ramp=0.0)
 
 
@@ -45,6 +48,26 @@ def charge(self: Any, order: int) -> list[Any]:
         raise ConnectionError("down")
     info = self.request.delivery_info
     return [order, info["priority"], self.request.headers, self.request.reply_to]
+
+
+@app.task(bind=True, name="occupy", breaker=scarce)
+def occupy(self: Any, order: int) -> int:
+    """Be in flight for a while, and tell who was in flight then: runs by their worker's process group."""
+    return _occupy("scarce", f"{os.getpgrp()}:{self.request.id}", order)
+
+
+@app.task(bind=True, name="serve", breaker=shared_out)
+def serve(self: Any, order: int) -> int:
+    return _occupy(f"shared_out by {os.getpgrp()}", self.request.id, order)
+
+
+def _occupy(what: str, run: str, order: int) -> int:
+    SIDE.rpush(f"begun:{what}", order)
+    SIDE.sadd(f"in flight:{what}", run)
+    SIDE.lpush(f"seen in flight:{what}", SIDE.scard(f"in flight:{what}"))
+    time.sleep(0.1)
+    SIDE.srem(f"in flight:{what}", run)
+    return order
 
 
 @app.task(name="ping")

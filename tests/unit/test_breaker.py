@@ -473,8 +473,8 @@ def test_a_cancelled_call_says_nothing(rig: Rig) -> None:
 
 
 class Scope:
-    def __init__(self, *, trial: bool = False) -> None:
-        self.trial = trial
+    def __init__(self, *, trial: bool = False, slot: bool = False) -> None:
+        self.trial, self.slot = trial, slot
         self.told: list[str] = []
         self.found_in_trial: list[Outcome] = []
 
@@ -483,6 +483,9 @@ class Scope:
 
     def is_trial(self, breaker: str) -> bool:
         return self.trial and breaker == "payments"
+
+    def holds_slot(self, breaker: str) -> bool:
+        return self.slot and breaker == "payments"
 
     def found(self, breaker: str, verdict: Verdict) -> None:
         assert breaker == "payments"

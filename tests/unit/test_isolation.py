@@ -1,0 +1,275 @@
+"""A limit of calls in flight, as guards, the gate and the tick keep it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from resilient_tasks import Breaker, BreakerOpenError, Resilience
+from resilient_tasks.core.model import Outcome, Snapshot, State
+from resilient_tasks.core.pace import Pace, refill_count
+from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.store.base import Evidence, Spec, Store, Wish
+from resilient_tasks.testing import Clock
+from resilient_tasks.worker.gate import Gate, Places
+from resilient_tasks.worker.queues import Entry
+from resilient_tasks.worker.run import Admission, Pass, Run
+from resilient_tasks.worker.runtime import runtime_of
+from resilient_tasks.worker.selection import FirstFew, WhoeverFits
+from resilient_tasks.worker.ticket import Ticket
+from tests.support.doubles import wait_until
+from tests.unit.test_breaker import Rig, Scope, every_way, scope
+
+__all__ = ["scope"]
+
+SCARCE = BreakerPolicy(max_concurrency=1, minimum_calls=100)
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    rig = Rig(SCARCE)
+    yield rig
+    rig.fleet.close()
+
+
+# --- guards ---------------------------------------------------------------------------------------------
+
+
+@every_way
+def test_a_call_beyond_the_limit_is_refused_and_does_not_run(rig: Rig, use: Any) -> None:
+    with rig.breaker.guard(), pytest.raises(BreakerOpenError, match="breaker 'payments' is at capacity") as raised:
+        use(rig, rig.works)
+    assert raised.value.state == "AT_CAPACITY"
+    assert rig.ran == 0
+    assert use(rig, rig.works) == "paid"
+    assert rig.figures() == (2, 0)
+
+
+@every_way
+def test_a_call_that_fails_counts_and_frees_its_slot(rig: Rig, use: Any) -> None:
+    for _ in range(2):
+        with pytest.raises(ConnectionResetError):
+            use(rig, rig.fails)
+    assert rig.figures() == (2, 2)
+    assert rig.breaker.snapshot().in_flight == 0
+
+
+@every_way
+def test_a_guard_inside_a_task_shares_its_slot(rig: Rig, scope: Scope, use: Any) -> None:
+    scope.slot = True
+    rig.breaker.acquire("the task")
+    assert use(rig, rig.works) == "paid"
+    assert rig.store.calls["acquire"] == 1
+    assert set(scope.told) == {"payments"}
+
+
+def test_a_cancelled_call_frees_its_slot(rig: Rig) -> None:
+    async def main() -> None:
+        call = asyncio.create_task(rig.breaker.call(asyncio.sleep, 60))
+        await asyncio.sleep(0.01)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    asyncio.run(main())
+    wait_until(lambda: rig.breaker.snapshot().in_flight == 0)
+    assert rig.breaker.call(rig.works) == "paid"
+
+
+def test_nobody_overtakes_tasks_that_wait_for_a_slot(rig: Rig) -> None:
+    rig.fleet.acquire(rig.breaker.spec, "first")
+    rig.fleet.acquire(rig.breaker.spec, "second", wish=Wish(waits=True))
+    rig.breaker.settle("first", rig.breaker.standing.epoch, Outcome.SUCCESS, wait=True)
+    asked = rig.store.calls["acquire"]
+    with pytest.raises(BreakerOpenError, match="at capacity"):
+        rig.breaker.call(rig.works)
+    assert rig.store.calls["acquire"] == asked, "the view knows"
+
+
+def test_while_the_store_is_away_each_process_keeps_the_limit_for_itself(rig: Rig) -> None:
+    rig.store.away = True
+    with rig.breaker.guard():
+        wish = Wish(waits=True)
+        assert not rig.fleet.acquire(rig.breaker.spec, "second", wish=wish).admitted
+    assert rig.breaker.call(rig.works) == "paid", "and nobody queues behind what cannot be resumed"
+
+
+def test_free_slots_are_told_while_tasks_wait(rig: Rig) -> None:
+    told: list[str] = []
+    rig.breaker.call(rig.works)
+    rig.fleet.view.on_room = lambda: told.append("room")
+    rig.fleet.acquire(rig.breaker.spec, "first")
+    rig.fleet.acquire(rig.breaker.spec, "second", wish=Wish(waits=True))
+    assert told == []
+    rig.breaker.settle("first", rig.breaker.standing.epoch, Outcome.SUCCESS, wait=True)
+    assert told == ["room"]
+
+
+# --- the gate --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def app() -> Celery:
+    return Celery("tasks", broker="memory://", set_as_current=False)
+
+
+@pytest.fixture
+def payments(resilience: Resilience) -> Breaker:
+    return resilience.breaker("payments", max_concurrency=2, max_concurrency_per_worker=1)
+
+
+@pytest.fixture
+def gate(app: Celery, clock: Clock) -> Gate:
+    return Gate(runtime_of(app))
+
+
+def request(task_id: str, *breakers: Breaker, ticket: Ticket | None = None, waits: bool = True) -> Any:
+    return SimpleNamespace(
+        id=task_id,
+        ticket=ticket or Ticket(),
+        holder=f"{task_id}:run",
+        breakers=breakers,
+        defers_when_refused=lambda: waits,
+    )
+
+
+def test_a_worker_runs_no_more_than_it_may(gate: Gate, payments: Breaker) -> None:
+    first, second = (gate.admit(request(task_id, payments)) for task_id in "ab")
+    assert first.passes[0].leased
+    assert str(second.refusal) == "breaker 'payments' is at capacity"
+    gate.settle(first, "a:run", Run(first, "a").report())
+    resumed = Ticket(breaker="payments", resumed=payments.standing.epoch)
+    assert gate.admit(request("b", payments, ticket=resumed)).passes
+
+
+def test_who_comes_fresh_is_refused_before_the_pool_while_others_wait(
+    gate: Gate, payments: Breaker, clock: Clock
+) -> None:
+    store = runtime_of(gate._runtime.app).fleet.store
+    for holder in ("x", "y"):
+        store.acquire(payments.spec, holder, lease=60.0)
+    assert gate.refusing([payments], Ticket(), "a") is None, "nobody waits yet"
+    gate.admit(request("a", payments))
+    assert gate.refusing([payments], Ticket(), "b") is payments
+    assert gate.refusing([payments], Ticket(breaker="payments", resumed=1), "c") is None
+    assert gate.refusing([payments], Ticket(breaker="accounts", resumed=1), "d") is payments
+
+
+def test_who_fails_at_once_does_not_make_others_wait(gate: Gate, payments: Breaker) -> None:
+    gate.admit(request("a", payments))
+    gate.admit(request("b", payments, waits=False))
+    assert not payments.snapshot().crowded
+
+
+def test_a_slot_of_one_breaker_is_given_back_if_another_refuses(
+    gate: Gate, payments: Breaker, resilience: Resilience, clock: Clock
+) -> None:
+    accounts = resilience.breaker("accounts", max_concurrency=1)
+    accounts.acquire("somebody else")
+    refused = gate.admit(request("a", payments, accounts))
+    clock.settle()
+    assert refused.refused_by == "accounts"
+    assert payments.snapshot().in_flight == 0
+    assert gate.admit(request("b", payments)).passes
+
+
+def test_a_run_covers_the_guards_inside_it() -> None:
+    run = Run(Admission((Pass("payments", leased=True), Pass("accounts"))), "a")
+    assert run.holds_slot("payments")
+    assert not run.holds_slot("accounts")
+    assert not run.holds_slot("mail")
+
+
+def test_places() -> None:
+    places = Places()
+    assert [places.take("payments", most=2) for _ in range(3)] == [True, True, False]
+    assert places.take("accounts", most=1)
+    places.leave("payments")
+    assert places.take("payments", most=2)
+
+
+# --- the tick ------------------------------------------------------------------------------------------
+
+FULL = Snapshot("payments", State.CLOSED, 1, 1, now=1000.0, since=900.0, in_flight=4, concurrency_limit=4, crowded=True)
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "resume_rate", "decided_at", "count"),
+    [
+        (4, None, 0.0, 0),
+        (1, None, 0.0, 3),
+        (5, None, 0.0, 0),
+        (0, 2.0, 999.0, 2),
+        (0, 2.0, 1000.0, 0),
+        (0, 100.0, 0.0, 4),
+    ],
+)
+def test_as_many_are_resumed_as_slots_are_free(
+    in_flight: int, resume_rate: float | None, decided_at: float, count: int
+) -> None:
+    policy = BreakerPolicy(resume_rate=resume_rate)
+    snapshot = replace(FULL, in_flight=in_flight)
+    pace, resumed = refill_count(Pace(decided_at=decided_at), snapshot, policy, interval=1.0)
+    assert resumed == count
+    assert pace.decided_at == (decided_at if resume_rate is None else snapshot.now)
+
+
+def entries(*task_ids: str, failed: str = "") -> list[Entry]:
+    return [
+        Entry(SimpleNamespace(headers={"id": each}), Ticket(attempted_at=float(each in failed))) for each in task_ids
+    ]
+
+
+def ids(chosen: Any) -> str:
+    return "".join(entry.task_id for entry in chosen)
+
+
+class SlotsFor:
+    """A store with so many free slots."""
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+        self.given_back: list[str] = []
+
+    def keep_slots(self, _: Spec, tasks: list[str], *, lease: float, most: int) -> int:
+        assert (lease, most) == (5.0, 4)
+        kept = min(self.free, len(tasks))
+        self.free -= kept
+        return kept
+
+    def settle(self, _: Spec, holder: str, outcome: Outcome, _evidence: Evidence) -> None:
+        assert outcome is Outcome.IGNORED
+        self.given_back.append(holder)
+
+
+def whoever_fits(store: SlotsFor, snapshot: Snapshot) -> WhoeverFits:
+    typed: Any = store
+    breaker: Any = SimpleNamespace(spec=Spec("payments"))
+    selection: Store = typed
+    return WhoeverFits(selection, breaker, snapshot, most=4)
+
+
+def test_a_slot_is_kept_for_each_task_that_is_resumed() -> None:
+    store = SlotsFor(free=3)
+    selection = whoever_fits(store, replace(FULL, in_flight=2))
+    assert selection.page == 3, "two slots are free as far as is known, and does anybody go on waiting?"
+    assert ids(selection.choose(entries("a", "b"))) == "ab"
+    assert not selection.complete, "all of them fit: there may be more"
+    assert ids(selection.choose(entries("c", "d"))) == "c"
+    assert selection.complete
+    selection.leave_out({"b"})
+    assert store.given_back == ["b"]
+
+
+def test_the_first_few_are_chosen_page_after_page() -> None:
+    selection = FirstFew(3, unfailed_first=True)
+    assert ids(selection.choose(entries("a", "b", failed="a"))) == "ba"
+    selection.leave_out({"b"})
+    assert ids(selection.choose(entries("c", "d", "e"))) == "cd"
+    assert selection.complete
