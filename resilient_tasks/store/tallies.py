@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from resilient_tasks.core.names import check_name
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.store.history import History
+from resilient_tasks.store.keys import check_name
 
 TELLING = 1.0  # seconds from the first count to the next telling, and between two tries
 

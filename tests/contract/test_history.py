@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from typing import Any
+
+import pytest
 
 from resilient_tasks.core.counts import CAUSE, DEFERRED, FALLBACK, REFUSED, TRIALS, Counts
 from resilient_tasks.core.model import Outcome, State, Verb
@@ -11,6 +14,8 @@ from resilient_tasks.store.tallies import Tally
 from tests.contract.lab import SHARED, Lab, Subject
 
 SUCCESS, FAILURE, SLOW = Outcome.SUCCESS, Outcome.FAILURE, Outcome.SLOW
+DAY = 24 * 3600.0
+_MISSING = -2  # what Redis says of a key that there is not
 
 
 def tally(lab: Lab, counts: dict[str, int], *, name: str = "payments", teller: str = "worker", number: int = 1) -> None:
@@ -171,3 +176,24 @@ def test_many_breakers_are_read_at_once(lab: Lab) -> None:
     found = lab.history.totals(["payments", "mail"])
     assert found == {"payments": Counts(), "mail": Counts(refused=1)}
     assert lab.history.totals([]) == {}
+
+
+@SHARED
+@pytest.mark.parametrize(("name", "kept"), [("payments", 90 * DAY), ("payments:acme", DAY)])
+def test_nothing_of_the_past_is_kept_for_ever(lab: Lab, name: str, kept: float) -> None:
+    breaker = lab.breaker(name)
+    for _ in range(2):
+        breaker.open().command(Verb.RESET)
+        lab.clock.advance(60)
+    keys = keys_of_the_past(lab, breaker)
+    assert set(keys) == {"log", "minutes", "totals", "outage", "outages"}
+    assert all(0 < seconds <= kept for seconds in keys.values())
+
+
+def keys_of_the_past(lab: Lab, breaker: Subject) -> dict[str, float]:
+    """Seconds until each key ends that there is; -1 if it does not."""
+    store: Any = lab.store
+    keys = store._keys.breaker(breaker.name)._asdict()
+    past = {part: keys[part] for part in ("log", "minutes", "totals", "outage", "outages")}
+    ends = {part: store._server.run(lambda client, key=key: client.ttl(key)) for part, key in past.items()}
+    return {part: seconds for part, seconds in ends.items() if seconds != _MISSING}

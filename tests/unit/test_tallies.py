@@ -80,6 +80,14 @@ def test_without_a_history_nothing_is_counted() -> None:
     assert tallies.due_at is None
 
 
+def test_a_child_is_counted_like_any_breaker() -> None:
+    book = Book()
+    tallies = tallies_for(book)
+    tallies.add("payments:acme%2Feu", REFUSED)
+    tallies.tell()
+    assert list(book.told[0][2]) == ["payments:acme%2Feu"]
+
+
 def test_a_name_that_no_breaker_can_have_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="breaker name"):
         tallies_for(Book()).add("a{b}", REFUSED)

@@ -109,6 +109,7 @@ local function count_in_outage(counts)
     local as = bounded(kind, redis.call('HEXISTS', OUTAGE, kind) == 1, redis.call('HLEN', OUTAGE))
     redis.call('HINCRBY', OUTAGE, as, integer(count))
   end
+  redis.call('PEXPIRE', OUTAGE, LONG_AGO)
 end
 
 local function save_tallies()
@@ -178,6 +179,7 @@ local function follow(transition, window, late)
   elseif transition.state == 'OPEN' then
     redis.call('HINCRBY', OUTAGE, 'openings', 1)
   end
+  redis.call('PEXPIRE', OUTAGE, LONG_AGO)
 end
 
 local function log(entry)
