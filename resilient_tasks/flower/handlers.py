@@ -90,7 +90,7 @@ class Api(seams.BaseApiHandler):
             return None
         try:
             rate = math.nan if isinstance(asked, bool) else float(asked)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             rate = math.nan
         if 0 < rate <= FASTEST:
             return rate
@@ -146,7 +146,7 @@ def failures_told(desk: Desk) -> Iterator[None]:
 def _object(body: bytes) -> dict[str, Any]:
     try:
         sent = json.loads(body or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         sent = None
     if isinstance(sent, dict):
         return sent
