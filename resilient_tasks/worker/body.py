@@ -21,6 +21,7 @@ from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.errors import BreakerOpenError, ResilienceError
 from resilient_tasks.fallback import Call, Served, write_provenance
 from resilient_tasks.guard import call_guarded
+from resilient_tasks.monitor import tracing
 from resilient_tasks.worker.options import DEFER
 from resilient_tasks.worker.run import Run, TaskDeferred, current_run
 from resilient_tasks.worker.runtime import runtime_of
@@ -157,6 +158,7 @@ class _GatedBody(_Body):
 
     def attempts(self) -> Any:
         """Attempt it if it is still admitted, and judge the run as a whole."""
+        tracing.tell_run(self.breakers, self.gated.admission.trace)
         refusal = self.gated.admission.refusal or self._refusal_since()
         if refusal is not None:
             raise refusal
@@ -185,7 +187,9 @@ class _GatedBody(_Body):
         if self.options.on_open != DEFER or refusal.breaker not in self.runtime.breakers:
             self.runtime.fleet.reporter.tally(refusal.breaker, FAILED)
             raise refusal
-        raise TaskDeferred(refusal.breaker, str(refusal), self.gated.admission.attempts) from refusal
+        trace = tracing.tell_deferral(refusal.breaker, str(refusal))
+        attempts = self.gated.admission.attempts
+        raise TaskDeferred(refusal.breaker, str(refusal), attempts, trace=trace) from refusal
 
     def failed(self, exc: Exception, culprit: str) -> NoReturn:
         """Defer the task, unless it has used up its attempts or Celery retries it."""
@@ -196,7 +200,8 @@ class _GatedBody(_Body):
         if attempts >= self.options.max_attempts:
             self.gated.exhausted_by, self.gated.exhausted_for = cause, culprit
             raise exc
-        raise TaskDeferred(culprit, f"the task failed: {cause}", attempts, cause) from exc
+        reason = f"the task failed: {cause}"
+        raise TaskDeferred(culprit, reason, attempts, cause, tracing.tell_deferral(culprit, reason)) from exc
 
     def _refusal_since(self) -> BreakerOpenError | None:
         """Return the refusal of a breaker that has opened since the gate let this run through."""

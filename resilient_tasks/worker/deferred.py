@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from resilient_tasks.core.model import ADMITTING
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.events import EventsByHand
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.resume import Resumer
 
@@ -51,22 +51,12 @@ class DeferredTask:
     kwargs: str
 
 
-class _NoWorker:
-    """Stands for the consumer that this process does not have; it sends no events.
-
-    Task events of any other name than a worker's would make a ghost worker in monitors.
-    """
-
-    hostname = socket.gethostname()
-    event_dispatcher = None
-
-
 class Deferred:
     """The deferred tasks of one app's breakers. Whatever the broker raises comes through."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._tasks = DeferredTasks(runtime, _NoWorker(), runtime.queues)
+        self._tasks = DeferredTasks(runtime, EventsByHand(runtime.app), runtime.queues)
 
     def count(self, breaker: str) -> int:
         """Return the number of tasks that wait for a breaker."""

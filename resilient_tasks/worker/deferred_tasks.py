@@ -37,14 +37,13 @@ class DeferredTasks:
 
     Args:
         runtime: the app's runtime.
-        consumer: the worker's consumer, for its name and its event dispatcher.
+        events: tells monitors what becomes of the tasks.
         queues: the broker's queues; ``None``: on connections of its own.
     """
 
-    def __init__(self, runtime: Runtime, consumer: Any, queues: Queues | None = None) -> None:
+    def __init__(self, runtime: Runtime, events: EventSender, queues: Queues | None = None) -> None:
         self._runtime = runtime
-        self._consumer = consumer
-        self._events = EventSender(runtime.app, consumer)
+        self._events = events
         self.queues = queues or open_queues(runtime.app, runtime.settings.namespace)
 
     def count(self, breaker: str) -> int:
@@ -124,7 +123,7 @@ class DeferredTasks:
         if error is not None:
             return self.dead_letter(entry, error)
         self._withdraw(entry, keep_for=CLAIM_OUTLIVES_TURN)
-        self._events.send(TASK_RESUMED, uuid=entry.task_id, exception=why, traceback=None)
+        self._tell(entry, TASK_RESUMED, exception=why, traceback=None)
         return Move(entry, self._runtime.origin(entry.ticket), entry.ticket.resume(epoch, now))
 
     def _ignore(self, entry: Entry, latest: str) -> Move | None:
@@ -193,7 +192,7 @@ class DeferredTasks:
         request, info = self._request(entry), {"breaker": entry.ticket.breaker, "ran": latest}
         if request is not None and not request.ignore_result:
             request.task.backend.store_result(entry.task_id, info, states.IGNORED, request=request.context)
-        self._events.send(TASK_IGNORED, uuid=entry.task_id, ran=latest)
+        self._tell(entry, TASK_IGNORED, ran=latest)
 
     def _fail(self, entry: Entry, error: Exception) -> None:
         request = self._request(entry)
@@ -201,11 +200,11 @@ class DeferredTasks:
             request.fail(error)
         else:
             self._runtime.app.backend.mark_as_failure(entry.task_id, error)
-            self._events.send("task-failed", uuid=entry.task_id, exception=repr(error), traceback=None)
+            self._tell(entry, "task-failed", exception=repr(error), traceback=None)
 
     def _revoke(self, entry: Entry, reason: str) -> None:
         # monitors take REVOKED for older news than DEFERRED, as long as the task has not left that state
-        self._events.send(TASK_RESUMED, uuid=entry.task_id, exception=reason, traceback=None)
+        self._tell(entry, TASK_RESUMED, exception=reason, traceback=None)
         request = self._request(entry)
         if request is not None:
             seams.announce_revoked(request, reason, expired=reason == "expired")
@@ -220,14 +219,17 @@ class DeferredTasks:
                 entry.message,
                 app=app,
                 task=app.tasks[entry.task_name],
-                hostname=self._consumer.hostname,
-                eventer=self._events.dispatcher(),
+                hostname=self._events.hostname,
+                eventer=self._events.dispatcher(entry.ticket.teller),
                 **seams.parts_of(entry.message),
             )
         except Exception as exc:  # noqa: BLE001 - whatever a stranger wrote into the message
             what = "Task %s[%s] is no task of this app: %r"
             logger.warning(what, entry.task_name, entry.task_id, exc, extra=entry.log_fields)
             return None
+
+    def _tell(self, entry: Entry, event: str, **fields: Any) -> None:
+        self._events.send(event, entry.ticket.teller, uuid=entry.task_id, **fields)
 
     def close(self) -> None:
         """Close connections."""

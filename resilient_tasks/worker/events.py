@@ -1,8 +1,13 @@
-"""Task events that are sent outside the worker's event loop, under the worker's name."""
+"""Task events that are sent outside a worker's event loop, under a worker's name.
+
+Under a worker's name, because events of any other name make ghost workers in Flower.
+"""
 
 from __future__ import annotations
 
 import logging
+import socket
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import Any
 
@@ -11,45 +16,80 @@ from celery import Celery
 logger = logging.getLogger("resilient_tasks")
 
 
-class EventSender:
-    """Sends events from one thread on a connection of its own, as far as the worker sends any.
+class EventSender(ABC):
+    """Sends events from one thread on a connection of its own, best-effort.
 
-    Under the worker's name, because events of any other name make ghost workers in Flower.
+    Attributes:
+        hostname: name of this process, for requests that are made of waiting messages.
     """
 
-    def __init__(self, app: Celery, consumer: Any) -> None:
+    hostname: str
+
+    def __init__(self, app: Celery) -> None:
         self._app = app
-        self._consumer = consumer
-        self._dispatcher: Any = None
+        self._connection: Any = None
+        self._dispatchers: dict[str, Any] = {}
 
-    def dispatcher(self) -> Any:
-        """Return the event dispatcher; None if the worker sends no events."""
-        worker_events = self._consumer.event_dispatcher
-        if worker_events is None or not worker_events.enabled:
-            return None
-        if self._dispatcher is None:
-            self._dispatcher = self._app.events.Dispatcher(
-                self._app.connection_for_write(),
-                hostname=self._consumer.hostname,
-                groups=worker_events.groups,
-                buffer_while_offline=False,
-            )
-        return self._dispatcher
+    @abstractmethod
+    def dispatcher(self, teller: str) -> Any:
+        """Return the event dispatcher for a task; None if nobody shall tell of it.
 
-    def send(self, kind: str, **fields: Any) -> None:
-        """Send an event, best-effort."""
+        Args:
+            teller: name of the worker that has told that the task is deferred; "" if none has.
+        """
+
+    def send(self, kind: str, teller: str, **fields: Any) -> None:
+        """Send an event about a task of which ``teller`` has told."""
         try:
-            dispatcher = self.dispatcher()
+            dispatcher = self.dispatcher(teller)
             if dispatcher is not None:
                 dispatcher.send(kind, **fields)
         except Exception as exc:  # noqa: BLE001 - whatever the broker raises, the task comes first
             logger.warning("event %s was not sent: %s", kind, type(exc).__name__)
             self.close()
 
+    def _dispatcher(self, name: str, **options: Any) -> Any:
+        if self._connection is None:
+            self._connection = self._app.connection_for_write()
+        if name not in self._dispatchers:
+            self._dispatchers[name] = self._app.events.Dispatcher(
+                self._connection, hostname=name, buffer_while_offline=False, **options
+            )
+        return self._dispatchers[name]
+
     def close(self) -> None:
         """Close the connection; it reopens when used again."""
-        dispatcher, self._dispatcher = self._dispatcher, None
-        if dispatcher is not None:
+        connection, self._connection = self._connection, None
+        dispatchers, self._dispatchers = self._dispatchers, {}
+        for closing in (*dispatchers.values(), *filter(None, [connection])):
             with suppress(Exception):
-                dispatcher.close()
-                dispatcher.connection.close()
+                closing.close()
+
+
+class WorkersEvents(EventSender):
+    """Sends events as far as this worker sends any, under its name.
+
+    Args:
+        app: the Celery app.
+        consumer: the worker's consumer, for its name and its event dispatcher.
+    """
+
+    def __init__(self, app: Celery, consumer: Any) -> None:
+        super().__init__(app)
+        self._consumer = consumer
+        self.hostname = consumer.hostname
+
+    def dispatcher(self, teller: str) -> Any:  # noqa: ARG002 - this worker is as good
+        """Return a dispatcher that resembles the worker's own; None if that sends nothing."""
+        own = self._consumer.event_dispatcher
+        return self._dispatcher(self.hostname, groups=own.groups) if own is not None and own.enabled else None
+
+
+class EventsByHand(EventSender):
+    """Sends events from a process that is no worker, each under the name of the worker that has told of the task."""
+
+    hostname = socket.gethostname()
+
+    def dispatcher(self, teller: str) -> Any:
+        """Return a dispatcher of that name; None if monitors do not know of the task."""
+        return self._dispatcher(teller) if teller else None

@@ -81,12 +81,12 @@ class Gate:
                 self.settle(Admission(tuple(passes)), request.holder, Report.of_all(_NOTHING_SAID, passes))
                 return self._refused(breaker, request.ticket)
             passes.append(admitted)
-        return Admission(tuple(passes), attempts=request.ticket.attempts)
+        return Admission(tuple(passes), attempts=request.ticket.attempts, trace=request.ticket.trace)
 
     def _refused(self, breaker: Breaker, ticket: Ticket) -> Admission:
         self._runtime.fleet.reporter.tally(breaker.name, REFUSED)
         refusal = breaker.refusal()
-        return Admission((), breaker.name, refusal.state, refusal.retry_after, ticket.attempts)
+        return Admission((), breaker.name, refusal.state, refusal.retry_after, ticket.attempts, ticket.trace)
 
     def _pass(self, breaker: Breaker, request: GatedRequest) -> Pass | None:
         """Return one breaker's pass; None if it denies a permit or a slot."""

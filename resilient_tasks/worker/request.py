@@ -23,6 +23,7 @@ from celery.worker.request import Request
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.errors import DeferredQueueFullError
+from resilient_tasks.monitor import tracing
 from resilient_tasks.monitor.events import TASK_FALLBACK
 from resilient_tasks.monitor.log import about
 from resilient_tasks.policy import BLOCK
@@ -287,14 +288,24 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     def _next_ticket(self, breaker: str, reason: str, failed: TaskDeferred | None) -> Ticket:
         now = self.host.now()
         options = self.task.options
+        trace = self._trace(breaker, reason) if failed is None else failed.trace
         ticket = replace(
-            self.ticket, breaker=breaker, origin=self.host.origin_of(self), reason=reason, expires=self.expires_at(now)
-        )
+            self.ticket, breaker=breaker, origin=self.host.origin_of(self), reason=reason,
+            expires=self.expires_at(now), trace=self.ticket.trace or trace, teller=self._teller,
+        )  # fmt: skip
         ticket = ticket.begin(now, options.defer_for, coalesced_as(self)).defer(now, failed.cause if failed else "")
         if failed is None or not failed.cause:
             return ticket
         delay = options.delay(runtime_of(self.app).breaker(breaker).policy, failed.attempts)
         return replace(ticket, attempts=failed.attempts, attempted_at=now, not_before=now + delay)
+
+    @property
+    def _teller(self) -> str:
+        return self.hostname if self._eventer and self._eventer.enabled and self.task.send_events else ""
+
+    def _trace(self, breaker: str, reason: str) -> str:
+        refusing = runtime_of(self.app).breaker(breaker)
+        return tracing.tell_refusal(self.name, self.message.headers, refusing, reason)
 
     def expires_at(self, now: float) -> float:
         """Return the end of ``expires``, which is wall-clock time, on the store's clock; 0 if there is none."""

@@ -59,6 +59,7 @@ class Admission(NamedTuple):
         refused_in: the state in which it refused.
         retry_after: seconds until it may admit again.
         attempts: dependency failures of this task that counted so far.
+        trace: ``traceparent`` of what the task did before it was deferred; "" if it never was, or nobody traces.
     """
 
     passes: tuple[Pass, ...] = ()
@@ -66,6 +67,7 @@ class Admission(NamedTuple):
     refused_in: str = ""
     retry_after: float | None = None
     attempts: int = 0
+    trace: str = ""
 
     @property
     def refusal(self) -> BreakerOpenError | None:
@@ -147,14 +149,16 @@ class TaskDeferred(Ignore):  # type: ignore[misc]  # Celery is untyped
         reason: why, for people.
         attempts: dependency failures of this task that have counted, this one included.
         cause: what the failure of the task itself was, e.g. ``"ReadTimeout"``; "" if it was refused.
+        trace: ``traceparent`` of the run; "" if nobody traces.
     """
 
-    def __init__(self, breaker: str, reason: str, attempts: int = 0, cause: str = "") -> None:
-        super().__init__(breaker, reason, attempts, cause)
+    def __init__(self, breaker: str, reason: str, attempts: int = 0, cause: str = "", trace: str = "") -> None:
+        super().__init__(breaker, reason, attempts, cause, trace)
         self.breaker = breaker
         self.reason = reason
         self.attempts = attempts
         self.cause = cause
+        self.trace = trace
 
     def __str__(self) -> str:
         return f"deferred, waits for breaker {self.breaker!r}: {self.reason}"

@@ -19,6 +19,7 @@ _MOST = 1e17  # no time and no count of ours comes near
 _TEXT, _SECONDS, _COUNT, _HISTORY = "text", "seconds", "count", "history"
 _KINDS = {
     "breaker": _TEXT, "origin": _TEXT, "reason": _TEXT, "exchange": _TEXT, "routing_key": _TEXT, "coalesced_as": _TEXT,
+    "trace": _TEXT, "teller": _TEXT,
     "since": _SECONDS, "attempted_at": _SECONDS, "not_before": _SECONDS, "deadline": _SECONDS, "expires": _SECONDS,
     "died_at": _SECONDS, "attempts": _COUNT, "resumed": _COUNT, "expiration": _COUNT, "history": _HISTORY,
 }  # fmt: skip
@@ -58,6 +59,8 @@ class Ticket:
         routing_key: what it was sent with, likewise.
         coalesced_as: what it has in common with those of which only the latest runs.
         expiration: AMQP's property of that name, ms: kept here, because the broker would drop a waiting message.
+        trace: ``traceparent`` of its first run, or of its first refusal, where somebody traces.
+        teller: name of the worker that has told monitors that it waits; "" if none has.
         history: its latest steps, oldest first.
     """
 
@@ -76,6 +79,8 @@ class Ticket:
     routing_key: str = ""
     coalesced_as: str = ""
     expiration: int = 0
+    trace: str = ""
+    teller: str = ""
     history: tuple[Step, ...] = ()
 
     @classmethod

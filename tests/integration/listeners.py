@@ -1,4 +1,4 @@
-"""What a user's project may add to the shop: receivers of signals, and Sentry. Tests look at what they were told.
+"""What a user's project may add to the shop: signals, Sentry and OpenTelemetry. Tests look at what they are told.
 
 ``celery -A tests.integration.shop worker --include tests.integration.listeners``
 """
@@ -6,9 +6,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import sentry_sdk
+from opentelemetry import trace
+from opentelemetry.instrumentation.celery import CeleryInstrumentor
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from sentry_sdk.integrations.celery import CeleryIntegration
 from sentry_sdk.integrations.logging import LoggingIntegration
 from sentry_sdk.transport import Transport
@@ -38,6 +43,19 @@ def tell(signal: Any, sender: Any, breaker: str, **fields: Any) -> None:
     about = transition.epoch if transition else fields["task_id"]
     SIDE.rpush("signals", json.dumps([signal.name, sender is app, breaker, about]))
 
+
+class SideExporter(SpanExporter):
+    """Sends spans to the side channel."""
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        SIDE.rpush("spans", *(span.to_json(indent=None) for span in spans))
+        return SpanExportResult.SUCCESS
+
+
+traces = TracerProvider()
+traces.add_span_processor(SimpleSpanProcessor(SideExporter()))
+trace.set_tracer_provider(traces)
+CeleryInstrumentor().instrument()
 
 for name in signals.__all__:
     getattr(signals, name).connect(tell, sender=app)

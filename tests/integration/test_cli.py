@@ -22,6 +22,7 @@ from resilient_tasks.worker.ticket import Ticket
 from tests.integration.conftest import Shop
 from tests.integration.post_office import MODULE, PATIENCE, PostOffice
 from tests.integration.test_bad_messages import message
+from tests.integration.test_dead_letters import Events
 from workers.processes import PROJECT, celery_command
 
 Celery = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -131,6 +132,18 @@ def test_nothing_is_dropped_before_somebody_has_agreed(shop: Shop) -> None:
     assert "Drop 1 task waiting for payments, never to run?" in kept.output
     assert "1 task dropped" in here(shop, "drop", "payments", user_input="y\n").output
     assert (shop.app.AsyncResult("a").state, shop.waiting("payments")) == ("REVOKED", 0)
+
+
+def test_monitors_hear_of_it_from_the_worker_that_has_put_the_tasks_aside(shop: Shop) -> None:
+    put_aside(shop, "deferred", Ticket(breaker="payments", origin="celery", teller="w1@desk"), "a", "b")
+    put_aside(shop, "deferred", Ticket(breaker="payments", origin="celery"), "untold")
+    with contextlib.closing(Events(shop)) as events:
+        shop.wait(lambda: shop.broker.exists("_kombu.binding.celeryev"), "events to have a listener")
+        here(shop, "drop", "payments", "--id", "a", "--yes")
+        here(shop, "resume", "payments")
+        for kind, task_id in ("task-retried", "a"), ("task-revoked", "a"), ("task-retried", "b"):
+            assert events.wait_for(kind, task_id)["hostname"] == "w1@desk"
+        assert not events.of("untold")
 
 
 def test_dead_letters_are_listed_shown_replayed_and_dropped(shop: Shop) -> None:

@@ -61,6 +61,10 @@ class Events:
         self._shop.wait(found, f"{kind} of {task_id}")
         return found()[0]
 
+    def of(self, task_id: str) -> list[dict[str, Any]]:
+        """Return all events of a task so far."""
+        return [event for event in self._seen if event.get("uuid") == task_id]
+
     def close(self) -> None:
         self._receiver.should_stop = True
         self._thread.join()

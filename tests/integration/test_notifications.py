@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from typing import Any
 
 from tests.integration.conftest import Shop
 from tests.support.receiver import Receiver
 
 SECRET = "known to both ends"
+TRACE = "1234567890abcdef1234567890abcdef"
+SENDER = f"00-{TRACE}-1234567890abcdef-01"
 
 
 def told(shop: Shop) -> list[tuple[str, bool, str, object]]:
@@ -25,7 +28,7 @@ def test_an_outage_is_told_once_to_everybody_but_sentry(shop: Shop) -> None:
             env={"RESILIENT_TASKS_WEBHOOK_URL": receiver.url, "RESILIENT_TASKS_WEBHOOK_SECRET": SECRET},
         )
         shop.set_health("payments", "down")
-        results = [shop.charge.delay(number) for number in range(15)]
+        results = [shop.charge.apply_async((number,), headers={"traceparent": SENDER}) for number in range(15)]
         ids = [result.id for result in results]
         shop.wait(lambda: shop.waiting("payments") == 15, "all to wait")
         shop.set_health("payments", "up")
@@ -57,5 +60,25 @@ def test_an_outage_is_told_once_to_everybody_but_sentry(shop: Shop) -> None:
     assert "a receiver does not like" in log
     assert SECRET not in log
 
+    check_traces([json.loads(span) for span in shop.side.lrange("spans", 0, -1)])
+
     [reported] = [json.loads(event) for event in shop.side.lrange("sentry", 0, -1)]
     assert reported["exception"]["values"][-1]["value"] == "a real mistake"
+
+
+def check_traces(spans: list[dict[str, Any]]) -> None:
+    """All runs are in the sender's trace; resumed ones are linked to a former one, and no deferral is an error."""
+    ours = [span for span in spans if span["name"].endswith("shop.charge")]
+    by_id = {span["context"]["span_id"]: span for span in ours}
+    assert {span["context"]["trace_id"] for span in ours} == {f"0x{TRACE}"}
+    assert {span["attributes"]["circuitbreaker.name"] for span in ours} == {"payments"}
+    resumed = [span for span in ours if events(span)[:1] == ["task resumed"]]
+    first = [by_id[link["context"]["span_id"]] for span in resumed for link in span["links"]]
+    assert len(first) == len(resumed) >= 15
+    assert all("task deferred" in events(span) for span in first)
+    assert {span["name"].partition("/")[0] for span in first} == {"run", "defer"}
+    assert not [span for span in ours if span["status"]["status_code"] == "ERROR"]
+
+
+def events(span: dict[str, Any]) -> list[str]:
+    return [event["name"] for event in span["events"]]

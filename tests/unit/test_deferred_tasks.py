@@ -12,6 +12,7 @@ from celery.backends.cache import CacheBackend
 
 from resilient_tasks import Resilience
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.events import EventsByHand
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
@@ -42,7 +43,7 @@ def app() -> Celery:
 
 @pytest.fixture
 def tasks(app: Celery) -> DeferredTasks:
-    return DeferredTasks(runtime_of(app), SimpleNamespace(hostname="worker", event_dispatcher=None))
+    return DeferredTasks(runtime_of(app), EventsByHand(app))
 
 
 @pytest.fixture

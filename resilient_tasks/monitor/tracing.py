@@ -1,0 +1,115 @@
+"""OpenTelemetry traces, where opentelemetry-api is installed (extra ``otel``): spans know their breakers and deferrals.
+
+A deferred message keeps its headers, so whatever resumes it stays in the trace of its sender. What is added here is the
+way from a resumed run back to the first one, or to the first refusal: a link, kept meanwhile as a W3C ``traceparent``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+from resilient_tasks.core.model import State
+
+with suppress(ImportError):  # then nobody traces, and all this does nothing
+    from opentelemetry import propagate, trace
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    _W3C = TraceContextTextMapPropagator()
+
+NAME = "circuitbreaker.name"
+STATE = "circuitbreaker.state"
+REASON = "circuitbreaker.reason"
+DEFERRED = "task deferred"
+RESUMED = "task resumed"
+NOWHERE = ""
+
+_TRACEPARENT = "traceparent"
+_IS_INSTALLED = "trace" in globals()
+
+
+class Traced(Protocol):
+    """A breaker, as far as spans tell of it."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def state(self) -> State:
+        """Its state, as this process sees it."""
+
+
+def tell_run(breakers: Sequence[Traced], first: str) -> None:
+    """Describe the current span as a run of a guarded task.
+
+    Args:
+        breakers: the task's.
+        first: ``traceparent`` of what the task did before it was deferred; "" if it never was.
+    """
+    span = _current_span()
+    if span is None:
+        return
+    span.set_attribute(NAME, _one_or_all([breaker.name for breaker in breakers]))
+    span.set_attribute(STATE, _one_or_all([str(breaker.state) for breaker in breakers]))
+    if first:
+        link = trace.get_current_span(_W3C.extract({_TRACEPARENT: first})).get_span_context()
+        if link.is_valid:
+            span.add_link(link)
+        span.add_event(RESUMED)
+
+
+def tell_deferral(breaker: str, reason: str) -> str:
+    """Tell the current span, a run's, that its task is put aside.
+
+    Returns:
+        The span's ``traceparent``; "" if nobody traces.
+    """
+    span = _current_span()
+    if span is None:
+        return NOWHERE
+    span.add_event(DEFERRED, {NAME: breaker, REASON: reason})
+    return _traceparent(span)
+
+
+def tell_refusal(task: str, headers: Mapping[str, Any], breaker: Traced, reason: str) -> str:
+    """Make a span of a task that is put aside without a run, in the trace of its sender.
+
+    Args:
+        task: name of the task.
+        headers: of its message.
+        breaker: the breaker that has refused.
+        reason: why it has refused, for people.
+
+    Returns:
+        The span's ``traceparent``; "" if nobody traces.
+    """
+    if not _IS_INSTALLED:
+        return NOWHERE
+    parent = propagate.extract({name: value for name, value in headers.items() if isinstance(value, str)})
+    span = trace.get_tracer("resilient_tasks").start_span(f"defer/{task}", parent, trace.SpanKind.CONSUMER)
+    if not span.is_recording():
+        return NOWHERE
+    span.set_attributes({NAME: breaker.name, STATE: str(breaker.state)})
+    span.add_event(DEFERRED, {NAME: breaker.name, REASON: reason})
+    span.end()
+    return _traceparent(span)
+
+
+def _current_span() -> Any:
+    """Return the span that this run is part of; None if nobody traces it."""
+    if not _IS_INSTALLED:
+        return None
+    span = trace.get_current_span()
+    return span if span.is_recording() else None
+
+
+def _traceparent(span: Any) -> str:
+    carrier: dict[str, str] = {}
+    _W3C.inject(carrier, trace.set_span_in_context(span))
+    return carrier.get(_TRACEPARENT, NOWHERE)
+
+
+def _one_or_all(texts: Sequence[str]) -> str | Sequence[str]:
+    return texts[0] if len(texts) == 1 else texts
