@@ -3,7 +3,7 @@
 Bare is the setting in which the library costs most in proportion: no results, no task events and no log line
 per task, so that little but Celery's own handling of a message is left to compare with. ``BENCH_USUAL=1``
 switches all three on, as most projects have them. ``BENCH_WATCH=1`` makes each process of a worker note when
-it begins to refuse.
+it begins to refuse, ``BENCH_RECEIVERS=1`` gives every signal a receiver.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import redis
 from celery import Celery, signals
 
 from resilient_tasks import Resilience
+from resilient_tasks import signals as notifications
 
 USUAL = os.environ.get("BENCH_USUAL") == "1"
 REFUSALS = "refusals"  # list on the broker's server: who saw the breaker refuse, and when
@@ -55,6 +56,11 @@ FINISHED = "finished"  # list on the broker's server: when tasks finished, secon
 if not USUAL:
     for silenced in ("celery.worker.strategy", "celery.app.trace", "resilient_tasks"):
         logging.getLogger(silenced).setLevel(logging.WARNING)
+
+
+if os.environ.get("BENCH_RECEIVERS") == "1":
+    for name in notifications.__all__:
+        getattr(notifications, name).connect(lambda **_: None, weak=False)
 
 
 @app.task(send_events=USUAL)

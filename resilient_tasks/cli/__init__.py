@@ -31,6 +31,7 @@ _PLACES = {
     "drop": "deferred:drop",
     "dead": "dead:dead",
     "flower": "flower:flower",
+    "exporter": "exporter:exporter",
 }
 
 

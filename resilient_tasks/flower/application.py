@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from importlib import resources
 from typing import Any
 
@@ -10,6 +11,7 @@ from tornado import web
 
 from resilient_tasks.flower import api, pages, seams
 from resilient_tasks.flower.desk import Desk
+from resilient_tasks.prometheus import register
 from resilient_tasks.worker.runtime import find_runtime
 
 logger = logging.getLogger("resilient_tasks")
@@ -26,6 +28,8 @@ class FlowerWithBreakers(seams.Flower):
         runtime = find_runtime(self.capp)
         if runtime is None:
             raise SystemExit(f"app {self.capp.main!r} has no Resilience: name the app that has, as in celery -A proj")
+        with suppress(ValueError):  # they are there already: somebody has registered them, or started another Flower
+            register(self.capp, patience=0)
         self.add_handlers(".*", seams.prefixed(_handlers(Desk(runtime)), self.options))
 
 

@@ -19,14 +19,14 @@ LAYERS = [
     {"store", "fallback", "monitor", "settings", "checks", "probing", "signals"},
     {"fleet", "guard", "breaker"},
     {"worker"},
-    {"app"},
+    {"app", "prometheus", "telemetry"},
     {"__init__"},
     {"flower", "testing"},
     {"cli"},
 ]
 # who may import what of Celery and its transport
 CELERY = {
-    "celery": {"worker", "app", "cli"},
+    "celery": {"worker", "app", "prometheus", "telemetry", "cli"},
     "celery.utils.dispatch": {"signals"},
     "billiard": {"worker"},
     "kombu": {"worker"},

@@ -1,0 +1,36 @@
+"""What metrics tell of an app's breakers, as its runtime can read it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from resilient_tasks.monitor.metrics import Subject
+
+if TYPE_CHECKING:
+    from resilient_tasks.worker.runtime import Runtime
+
+
+def read_subjects(runtime: Runtime) -> list[Subject]:
+    """Read all breakers of an app from the store.
+
+    Raises:
+        StoreError: the store is away, or one in memory.
+    """
+    specs, fleet = runtime.specs(), runtime.fleet
+    snapshots = fleet.store.read_shared(specs)
+    totals = fleet.history.totals([spec.name for spec in specs])
+    tasks = _tasks_by_breaker(runtime)
+    return [
+        Subject(each, totals[each.name], f"{runtime.settings.namespace}.deferred.{each.name}", tasks[each.name])
+        for each in snapshots
+    ]
+
+
+def _tasks_by_breaker(runtime: Runtime) -> dict[str, list[str]]:
+    tasks: defaultdict[str, list[str]] = defaultdict(list)
+    for name, task in sorted(runtime.app.tasks.items()):
+        options = getattr(task, "options", None)
+        for breaker in options.breakers if options is not None else ():
+            tasks[breaker].append(name)
+    return tasks

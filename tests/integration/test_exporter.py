@@ -1,0 +1,137 @@
+"""``celery breakers exporter``, scraped by a test and by a real Prometheus, with the store there and away."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from resilient_tasks import BreakerOpenError
+from resilient_tasks.monitor.metrics import HEALTH
+from tests.integration.conftest import PATIENCE, Shop
+from tests.support.board import queries
+from workers.processes import LOCALHOST, PROJECT, Server, celery_command, free_port
+
+MONITORING = PROJECT / "monitoring"
+Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=PATIENCE) as response:
+        return str(response.read().decode())
+
+
+def scrape(exporter: str) -> Values:
+    """Return all values by name and labels."""
+    families = text_string_to_metric_families(get(exporter))
+    return {(each.name, frozenset(each.labels.items())): each.value for family in families for each in family.samples}
+
+
+def value(exporter: str, name: str, /, **labels: str) -> float | None:
+    return scrape(exporter).get((f"celery_breaker_{name}", frozenset(labels.items())))
+
+
+@pytest.fixture
+def store(shop: Shop) -> Server:
+    """A store for the exporter alone, which a test may freeze."""
+    return shop.server_of_its_own()
+
+
+@pytest.fixture
+def exporter(shop: Shop, store: Server) -> str:
+    """URL of an exporter's metrics."""
+    command = celery_command(shop.module, "breakers", "exporter", "--port", "0", "--address", LOCALHOST)
+    program = shop.program(command, directory=PROJECT, env={"RESILIENT_TASKS_STORE_URL": store.url()})
+    program.wait_for_output("/metrics", timeout=PATIENCE)
+    [url] = re.findall(r"http://\S+/metrics", program.output())
+    return str(url)
+
+
+def make_history(shop: Shop, store: Server) -> None:
+    """Let payments be called and refuse calls."""
+    with shop.breaker_in(store) as payments:
+        for _ in range(3):
+            payments.call(print)
+        payments.isolate(reason="test")
+        with pytest.raises(BreakerOpenError):
+            payments.call(print)
+
+
+def test_a_scrape_tells_of_all_breakers_and_of_a_store_that_is_frozen(shop: Shop, store: Server, exporter: str) -> None:
+    make_history(shop, store)
+    shop.wait(lambda: value(exporter, "refused_total", breaker="payments") == 1, "the refusal to be counted")
+    assert value(exporter, "up") == 1
+    assert value(exporter, "calls_total", breaker="payments", outcome="success") == 3
+    assert value(exporter, "state", breaker="payments", state="FORCED_OPEN") == 1
+    assert value(exporter, "transitions_total", breaker="payments", state="FORCED_OPEN") == 1
+    assert value(exporter, "state", breaker="accounts", state="CLOSED") == 1
+    charge = f"{shop.module}.charge"
+    assert value(exporter, "task_info", breaker="payments", name=charge) == 1
+    store.program.freeze()
+    shop.wait(lambda: value(exporter, "up") == 0, "the exporter to notice")
+    assert {name for name, _ in scrape(exporter)} == set(HEALTH)
+    store.program.thaw()
+    shop.wait(lambda: value(exporter, "up") == 1, "the store to answer again")
+    assert value(exporter, "refused_total", breaker="payments") == 1
+
+
+def test_a_port_that_is_taken_is_told(shop: Shop, store: Server) -> None:
+    command = celery_command(shop.module, "breakers", "exporter", "--port", str(store.port), "--address", LOCALHOST)
+    program = shop.program(command, directory=PROJECT)
+    assert program.popen.wait(PATIENCE) == 1
+    assert f"cannot listen on {LOCALHOST}:{store.port}: Address already in use" in program.output()
+
+
+# --- a real Prometheus ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prometheus(shop: Shop, exporter: str, tmp_path: Path) -> Callable[..., Any]:
+    """Ask the API of a Prometheus that scrapes the exporter, and has our alert rules."""
+    binary = shutil.which("prometheus")
+    if binary is None:
+        pytest.skip("Prometheus is not installed")
+    config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(MONITORING / name) for name in config["rule_files"]]
+    config["scrape_configs"][0]["static_configs"][0]["targets"] = [exporter.split("/")[2]]
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+    address = f"{LOCALHOST}:{free_port()}"
+    files = ["--config.file=prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
+    program = shop.program([binary, *files, f"--web.listen-address={address}"], directory=tmp_path)
+    program.wait_for_output("Server is ready", timeout=PATIENCE)
+
+    def ask(path: str, **parameters: str) -> Any:
+        answer = json.loads(get(f"http://{address}/api/v1/{path}?{urlencode(parameters)}"))
+        assert answer["status"] == "success"
+        return answer["data"]
+
+    return ask
+
+
+@pytest.mark.prometheus
+def test_prometheus_answers_every_query_of_the_board_and_knows_the_alerts(
+    shop: Shop, store: Server, prometheus: Callable[..., Any]
+) -> None:
+    make_history(shop, store)
+
+    def ask(query: str) -> list[Any]:
+        return list(prometheus("query", query=query)["result"])
+
+    shop.wait(lambda: ask('celery_breaker_state{state="FORCED_OPEN"} == 1'), "Prometheus to have scraped")
+    shop.wait(lambda: ask("count(rate(celery_breaker_calls_total[1m]))"), "a second scrape")
+    board = json.loads((MONITORING / "grafana" / "dashboards" / "breakers.json").read_text())
+    empty = {title for title, query in queries(board) if not ask(query)}
+    assert empty == {"Answered by fallbacks", "Calls in flight and their limit"}  # no breaker here has any
+    [group] = prometheus("rules")["groups"]
+    assert {rule["health"] for rule in group["rules"]} <= {"ok", "unknown"}
+    assert [rule["lastError"] for rule in group["rules"] if "lastError" in rule] == []
