@@ -14,6 +14,7 @@ from celery.signals import beat_init
 
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.names import check_name
+from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fallback import Provenance, read_provenance
 from resilient_tasks.fleet import Fleet
@@ -162,6 +163,37 @@ class Resilience:
             StoreError: the store is away.
         """
         return read_provenance(self.fleet.store, task_id)
+
+    def outages(self, name: str | None = None, *, since: float | None = None) -> list[Outage]:
+        """Return what is remembered of outages, also of those that last, the newest first.
+
+        Args:
+            name: of a breaker; ``None``: of all that are defined.
+            since: only those that were not over so many seconds ago.
+
+        Raises:
+            ConfigurationError: nobody defines that breaker.
+            StoreError: the store is away, or keeps no history.
+        """
+        names = self._breakers if name is None else [self._defined(name).name]
+        earliest = 0.0 if since is None else time.time() - since
+        return self.fleet.story.outages(names, since=earliest)
+
+    def estimate(self, name: str) -> Estimate | None:
+        """Estimate when the tasks that wait for a breaker will be done; None if none waits.
+
+        Raises:
+            ConfigurationError: nobody defines that breaker.
+            StoreError: the store is away, or keeps no history.
+        """
+        snapshots = self.fleet.store.read_shared([self._defined(name).spec])
+        return self.fleet.story.estimates(snapshots).get(name)
+
+    def _defined(self, name: str) -> Breaker:
+        if name in self._breakers:
+            return self._breakers[name]
+        known = ", ".join(sorted(self._breakers)) or "none"
+        raise ConfigurationError(f"breaker {name!r} is defined nowhere; defined: {known}")
 
     @property
     def dead_letters(self) -> DeadLetters:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from resilient_tasks.core.model import Answer, Grant, Snapshot, State, Transition, Verb
 from resilient_tasks.errors import StoreError
+from resilient_tasks.monitor.story import Story
 from resilient_tasks.store.base import NO_WISH, Spec, Store, Wish
 from resilient_tasks.store.failover import FailoverStore
 from resilient_tasks.store.history import History
@@ -76,6 +77,15 @@ class Fleet:
         if self._history is None:
             raise StoreError(f"{self.store!r} keeps no history of breakers: that takes a shared store")
         return self._history
+
+    @property
+    def story(self) -> Story:
+        """The outages of the fleet's breakers, and when the present ones will be over.
+
+        Raises:
+            StoreError: the store is one in memory and keeps no history.
+        """
+        return Story(self.history)
 
     def declare(self, spec: Spec) -> Standing:
         """Make a breaker known to this process, without I/O."""

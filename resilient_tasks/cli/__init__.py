@@ -30,6 +30,7 @@ _PLACES = {
     "resume": "deferred:resume",
     "drop": "deferred:drop",
     "dead": "dead:dead",
+    "report": "report:report",
     "flower": "flower:flower",
     "exporter": "exporter:exporter",
 }

@@ -6,15 +6,17 @@ import difflib
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Concatenate, ParamSpec, TypeVar
 
 import click
 from celery import Celery
 from click.shell_completion import CompletionItem
 
+from resilient_tasks.breaker import this_user
 from resilient_tasks.cli import Unavailable
 from resilient_tasks.cli.display import printable
+from resilient_tasks.errors import StoreError
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.runtime import Runtime, find_runtime
 
@@ -51,6 +53,12 @@ def _runtime_of(app: Celery) -> Runtime:
             f"app {app.main!r} has no Resilience: name the app that has, as in celery -A proj breakers ..."
         )
     return runtime
+
+
+def note(runtime: Runtime, breaker: str, text: str) -> None:
+    """Log in the history of a breaker what this user has done to its tasks; without a store nothing is logged."""
+    with suppress(StoreError):
+        runtime.fleet.history.note(breaker, text, this_user())
 
 
 class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases of click know no argument

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from resilient_tasks.cli.common import BreakerName, asking_the_broker, pass_runtime
-from resilient_tasks.cli.display import Row, counted, moment, plain_lines, print_json, print_table, printable
+from resilient_tasks.cli.display import Row, plain_lines, print_json, print_table, printable
+from resilient_tasks.monitor.words import counted, moment
 from resilient_tasks.worker.dead_letters import DeadLetter, DeadLetters
 from resilient_tasks.worker.runtime import Runtime
 

@@ -9,9 +9,10 @@ from dataclasses import asdict
 
 import click
 
-from resilient_tasks.cli.common import BreakerName, asking_the_broker, pass_runtime
-from resilient_tasks.cli.display import counted, moment, print_json, print_table, printable
+from resilient_tasks.cli.common import BreakerName, asking_the_broker, note, pass_runtime
+from resilient_tasks.cli.display import print_json, print_table, printable
 from resilient_tasks.errors import BreakerOpenError
+from resilient_tasks.monitor.words import counted, moment
 from resilient_tasks.worker.deferred import Deferred
 from resilient_tasks.worker.runtime import Runtime
 
@@ -66,7 +67,9 @@ def resume(runtime: Runtime, name: str, *, rate: float | None, force: bool) -> N
         raise click.ClickException(f"{error}: {advice}") from error
     finally:
         if resumed:
-            click.echo(f"{counted(resumed, 'task')} resumed")
+            done = f"{counted(resumed, 'task')} resumed"
+            note(runtime, name, done)
+            click.echo(done)
     if not resumed:
         click.echo(f"nothing was there to resume for {name}")
 
@@ -98,7 +101,10 @@ def drop(runtime: Runtime, name: str, *, task_ids: tuple[str, ...], yes: bool) -
         if count and not yes:
             click.confirm(f"Drop {counted(count, 'task')} waiting for {name}, never to run?", abort=True)
         dropped = waiting.drop(name, frozenset(task_ids) or None)
-    click.echo(f"{counted(len(dropped), 'task')} dropped")
+    done = f"{counted(len(dropped), 'task')} dropped"
+    if dropped:
+        note(runtime, name, done)
+    click.echo(done)
     missing = ", ".join(printable(task_id) for task_id in task_ids if task_id not in dropped)
     if missing:
         raise click.ClickException(

@@ -1,11 +1,10 @@
-"""Tables, durations, and text that was written by strangers, on a terminal or in a pipe."""
+"""Tables, and text that was written by strangers, on a terminal or in a pipe."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -24,42 +23,11 @@ _STYLES = {
     "DISABLED": "magenta",
     "SHADOW": "cyan",
 }
-_UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 def printable(text: str) -> str:
     """Return text with all characters written out that could steer a terminal, escape and newline among them."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def duration(seconds: float | None) -> str:
-    """Return a duration in its two largest units: ``3 h 12 min``; "" for None."""
-    if seconds is None:
-        return ""
-    left = max(0, round(seconds))
-    parts = []
-    for unit, size in _UNITS:
-        count, left = divmod(left, size)
-        if count:
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2]) or "0 s"
-
-
-def moment(seconds: float | None) -> str:
-    """Return a time in seconds since the epoch as ISO 8601, in local time; "" for None."""
-    if seconds is None:
-        return ""
-    return datetime.fromtimestamp(seconds, timezone.utc).astimezone().isoformat(timespec="seconds")
-
-
-def share(part: float, of: int) -> str:
-    """Return a rate as a percentage; "" where nothing was counted."""
-    return f"{part:.0%}" if of else ""
-
-
-def counted(count: int, noun: str) -> str:
-    """Return a number of things: ``1 task``, ``2 tasks``."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def print_json(value: Any) -> None:

@@ -5,24 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 
 import click
 
 from resilient_tasks.cli.common import BreakerName, pass_runtime
-from resilient_tasks.cli.display import (
-    Row,
-    counted,
-    duration,
-    is_rich,
-    moment,
-    plain_lines,
-    print_json,
-    print_table,
-    rich_table,
-    share,
-)
+from resilient_tasks.cli.display import Row, is_rich, plain_lines, print_json, print_table, rich_table
 from resilient_tasks.core.model import ADMITTING, ShadowOpening, Snapshot, State
+from resilient_tasks.core.outage import Estimate
 from resilient_tasks.errors import StoreError
+from resilient_tasks.monitor.story import in_words
+from resilient_tasks.monitor.words import counted, duration, moment, share
 from resilient_tasks.worker.runtime import Runtime
 
 REFUSES = 10
@@ -55,10 +48,11 @@ def show(runtime: Runtime, ctx: click.Context, name: str, *, as_json: bool) -> N
     FORCED_OPEN), 11 if it admits trials only (HALF_OPEN).
     """
     [snapshot] = _read(runtime, [name])
+    estimate = runtime.fleet.story.estimates([snapshot])[name] if snapshot.deferred else None
     if as_json:
-        print_json(snapshot.as_dict())
+        print_json({**snapshot.as_dict(), "estimate": estimate and asdict(estimate)})
     else:
-        click.echo("\n".join(plain_lines(("breaker", name), list(_details(snapshot)))))
+        click.echo("\n".join(plain_lines(("breaker", name), [*_details(snapshot), *_outlook(estimate)])))
     ctx.exit(_exit_code(snapshot.state))
 
 
@@ -153,6 +147,11 @@ def _details(snapshot: Snapshot) -> Iterator[Row]:
     yield "oldest deferred", moment(snapshot.oldest_deferred_at)
     if snapshot.shadow_openings or snapshot.state is State.SHADOW:
         yield from _spared(snapshot.shadow_openings)
+
+
+def _outlook(estimate: Estimate | None) -> Iterator[Row]:
+    if estimate is not None:
+        yield "outlook", in_words(estimate)
 
 
 def _spared(openings: Sequence[ShadowOpening]) -> Iterator[Row]:

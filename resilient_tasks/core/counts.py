@@ -42,7 +42,7 @@ class Counts:
         resumed: tasks sent back to their queues.
         fallbacks: answers of fallbacks by source.
         cached_age: sum of the ages of all answers of ``cached(...)``, s.
-        failed: tasks that a refusal has failed, because they are not to wait.
+        failed: tasks that have failed for good, by a refusal or through the dependency.
         dead: tasks that went to the dead-letter queue.
         expired: those of them that had waited too long, by ``defer_for`` or ``expires``.
         revoked: tasks that were revoked while they waited.

@@ -17,6 +17,7 @@ import redis
 
 from resilient_tasks.core.counts import Counts
 from resilient_tasks.core.model import State, Transition
+from resilient_tasks.core.outage import Deadlines, Outage
 from resilient_tasks.core.record import brief
 from resilient_tasks.store.keys import BreakerKeys, Keys
 from resilient_tasks.store.server import Argument, Script, Server
@@ -28,6 +29,8 @@ T = TypeVar("T")
 
 _PER_ROUND_TRIP = 500
 _MINUTE = 60
+_MINUTES_KEPT = 120
+_SAMPLE = 64  # deadlines that stand for all of a breaker's
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +89,7 @@ class History:
             since: only minutes that began then or later, seconds since the epoch on the store's clock.
         """
         slots = self._server.run(lambda client: client.hvals(self._keys.breaker(name).minutes))
-        kept = sorted(map(json.loads, slots), key=lambda slot: slot["minute"])
-        minutes = [Minute(slot["minute"] * _MINUTE, Counts.of(slot["counts"])) for slot in kept]
-        latest = minutes[-1].at if minutes else 0.0
-        return [minute for minute in minutes if minute.at >= max(since, latest - 2 * 3600)]
+        return [minute for minute in _minutes(slots) if minute.at >= since]
 
     def totals(self, names: Iterable[str]) -> dict[str, Counts]:
         """Return what was counted since ever, by breaker; in one round trip for up to 500 of them."""
@@ -99,6 +99,56 @@ class History:
             name: Counts.of({kind.decode(): int(count) for kind, count in counts.items()})
             for name, counts in zip(wanted, counted, strict=True)
         }
+
+    def outages(self, names: Iterable[str], *, since: float = 0.0) -> list[Outage]:
+        """Return outages, also those that last, the newest first; in one round trip for up to 500 breakers.
+
+        Args:
+            names: of the breakers; the latest 101 outages of each are kept, for 90 days after the last.
+            since: only those that were not over by then, seconds since the epoch on the store's clock.
+        """
+        wanted = list(names)
+        latest = self._each(wanted, lambda pipeline, keys: pipeline.hgetall(keys.outage))
+        former = self._each(wanted, lambda pipeline, keys: pipeline.lrange(keys.outages, 0, -1))
+        outages: list[Outage] = []
+        for name, fields, filed in zip(wanted, latest, former, strict=True):
+            kept = [{field.decode(): value.decode() for field, value in fields.items()}] if fields else []
+            outages += [Outage.of(name, each) for each in (*kept, *map(json.loads, filed))]
+        lately = [outage for outage in outages if outage.drained is None or outage.drained > since]
+        return sorted(lately, key=lambda outage: -outage.opened)
+
+    def recent(self, names: Iterable[str]) -> dict[str, list[Minute]]:
+        """Return the minutes of several breakers, as :meth:`minutes` does of one, in one round trip."""
+        wanted = list(names)
+        return dict(
+            zip(
+                wanted,
+                map(_minutes, self._each(wanted, lambda pipeline, keys: pipeline.hvals(keys.minutes))),
+                strict=True,
+            )
+        )
+
+    def deadlines(self, names: Iterable[str]) -> dict[str, Deadlines]:
+        """Return when the waits of tasks end, by breaker, each with a sample; in two round trips."""
+        wanted = list(names)
+        counts = self._each(wanted, lambda pipeline, keys: pipeline.zcard(keys.deadlines))
+        found = dict.fromkeys(wanted, Deadlines())
+        for name, count in zip(wanted, counts, strict=True):
+            if count:
+                found[name] = Deadlines(count, self._sample_of(self._keys.breaker(name).deadlines, count))
+        return found
+
+    def _sample_of(self, key: str, count: int) -> list[float]:
+        size = min(count, _SAMPLE)
+
+        def look(client: redis.Redis) -> list[Any]:
+            with client.pipeline(transaction=False) as pipeline:
+                for number in range(1, size + 1):
+                    rank = count * number // size - 1
+                    pipeline.zrange(key, rank, rank, withscores=True)
+                return pipeline.execute()
+
+        return [pairs[0][1] / 1000 for pairs in self._server.run(look) if pairs]
 
     # --- writing ------------------------------------------------------------------------------------
 
@@ -136,6 +186,12 @@ class History:
 
         chunks = [names[start : start + _PER_ROUND_TRIP] for start in range(0, len(names), _PER_ROUND_TRIP)]
         return [answer for chunk in chunks for answer in self._server.run(partial(look, some=chunk))]
+
+
+def _minutes(slots: Iterable[bytes | str]) -> list[Minute]:
+    kept = sorted(map(json.loads, slots), key=lambda slot: slot["minute"])
+    earliest = kept[-1]["minute"] - _MINUTES_KEPT if kept else 0  # a slot stays until its place is needed
+    return [Minute(slot["minute"] * _MINUTE, Counts.of(slot["counts"])) for slot in kept if slot["minute"] > earliest]
 
 
 def transition_of(fields: Mapping[str, Any]) -> Transition:

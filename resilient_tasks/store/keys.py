@@ -31,6 +31,15 @@ def check_name(kind: str, name: str) -> str:
     raise ConfigurationError(f"{kind} name {name!r}: allowed is {allowed}")
 
 
+def may_name_breaker(name: str) -> bool:
+    """Whether ``name`` can be part of a breaker's keys."""
+    try:
+        check_name("breaker", name)
+    except ConfigurationError:
+        return False
+    return True
+
+
 class BreakerKeys(NamedTuple):
     """Keys of one breaker's state, in the order in which ``lua/state.lua`` expects them."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.store.history import History
-from resilient_tasks.store.keys import check_name
+from resilient_tasks.store.keys import may_name_breaker
 
 TELLING = 1.0  # seconds from the first count to the next telling, and between two tries
 
@@ -63,14 +63,17 @@ class Tallies:
             peak: kind and seconds of which an outage keeps the highest.
 
         Returns:
-            Whether this is the first count since the last telling: :attr:`due_at` is now set.
+            Whether this is the first count since the last telling: :attr:`due_at` is now set. What no breaker can
+            be called, as in an error of a user's own making, is not counted.
         """
         if self._history is None:
             return False
         with self._lock:
             tally = self._counted.get(name)
             if tally is None:
-                tally = self._counted[check_name("breaker", name)] = Tally()
+                if not may_name_breaker(name):
+                    return False
+                tally = self._counted[name] = Tally()
             tally.counts[kind] += count
             if peak is not None:
                 tally.peaks[peak[0]] = max(tally.peaks.get(peak[0], 0), round(peak[1] * 1000))

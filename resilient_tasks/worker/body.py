@@ -194,11 +194,15 @@ class _GatedBody(_Body):
     def failed(self, exc: Exception, culprit: str) -> NoReturn:
         """Defer the task, unless it has used up its attempts or Celery retries it."""
         attempts = self.gated.admission.attempts_after_failure(culprit)
-        if self.options.on_failure != DEFER or self._has_retried(exc):
+        if self._has_retried(exc):
+            raise exc
+        if self.options.on_failure != DEFER:
+            self.runtime.fleet.reporter.tally(culprit, FAILED)
             raise exc
         cause = self.runtime.breaker(culprit).judge(exc).cause
         if attempts >= self.options.max_attempts:
             self.gated.exhausted_by, self.gated.exhausted_for = cause, culprit
+            self.runtime.fleet.reporter.tally(culprit, FAILED)
             raise exc
         reason = f"the task failed: {cause}"
         raise TaskDeferred(culprit, reason, attempts, cause, tracing.tell_deferral(culprit, reason)) from exc

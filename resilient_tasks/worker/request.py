@@ -21,6 +21,7 @@ from celery.exceptions import TaskRevokedError, Terminated, TimeLimitExceeded, W
 from celery.worker.request import Request
 
 from resilient_tasks.core.classification import Verdict
+from resilient_tasks.core.counts import REDELIVERED
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.monitor import tracing
@@ -147,6 +148,8 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         return self._submit(pool, admission)
 
     def _submit(self, pool: Any, admission: Admission) -> Any:
+        if self.delivery_info.get("redelivered") and not self.ticket.since:  # a deferred message may keep the mark
+            runtime_of(self.app).fleet.reporter.tally(self.breakers[0].name, REDELIVERED)
         hard, soft = self.time_limits
         message = self.type, self.id, self.request_dict, self.body, self.content_type, self.content_encoding
         result = pool.apply_async(

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from resilient_tasks.core.counts import CAUSE, DEFERRED, FALLBACK, REFUSED, TRIALS, Counts
+from resilient_tasks.core.counts import CAUSE, DEFERRED, FALLBACK, LONGEST_WAIT, REFUSED, RESUMED, TRIALS, Counts
 from resilient_tasks.core.model import Outcome, State, Verb
+from resilient_tasks.core.outage import Deadlines, Outage
 from resilient_tasks.store.tallies import Tally
 from tests.contract.lab import SHARED, Lab, Subject
 
@@ -197,3 +198,134 @@ def keys_of_the_past(lab: Lab, breaker: Subject) -> dict[str, float]:
     past = {part: keys[part] for part in ("log", "minutes", "totals", "outage", "outages")}
     ends = {part: store._server.run(lambda client, key=key: client.ttl(key)) for part, key in past.items()}
     return {part: seconds for part, seconds in ends.items() if seconds != _MISSING}
+
+
+# --- outages ----------------------------------------------------------------------------------------
+
+
+def outages(lab: Lab, *names: str, since: float = 0.0) -> list[Outage]:
+    return lab.history.outages(names or ["payments"], since=since)
+
+
+@SHARED
+def test_an_outage_is_remembered_from_the_first_refusal_to_the_last_waiting_task(lab: Lab) -> None:
+    breaker = lab.breaker(trial_calls=1)
+    breaker.batch(("S", 2), causes=())
+    breaker.batch(("F", 3), causes=(("ReadTimeout", 3),))
+    opened = lab.clock()
+    lab.ledger.add_deferred(breaker.name, "a")
+    tally(lab, {DEFERRED: 1, REFUSED: 4})
+    lab.clock.advance(5)
+    breaker.advance()
+    breaker.ask("first")
+    breaker.settle("first", "F", cause="OSError")
+    lab.clock.advance(10)
+    breaker.advance()
+    breaker.trials("S")
+    closed = lab.clock()
+    [lasting] = outages(lab)
+    assert (lasting.opened, lasting.closed, lasting.drained) == (opened, closed, None)
+
+    lab.clock.advance(30)
+    lab.history.tally("worker", 2, {breaker.name: Tally(Counter({RESUMED: 1}), {LONGEST_WAIT: 45_000})})
+    lab.ledger.remove_deferred(breaker.name, ["a"])
+    [outage] = outages(lab)
+    assert outage.drained == closed + 30
+    assert (outage.openings, outage.actor) == (2, "")
+    assert "failure rate" in outage.reason
+    assert outage.causes == [("ReadTimeout", 3), ("OSError", 1)]
+    assert outage.failed_calls == 4
+    assert (outage.counts.trials, outage.counts.refused, outage.counts.deferred, outage.counts.resumed) == (2, 4, 1, 1)
+    assert outage.longest_wait == 45
+
+
+@SHARED
+def test_an_outage_that_nobody_waits_for_is_over_when_the_breaker_closes(lab: Lab) -> None:
+    breaker = lab.breaker()
+    breaker.command(Verb.ISOLATE, reason="maintenance", actor="ada")
+    lab.clock.advance(60)
+    breaker.command(Verb.RESET)
+    [outage] = outages(lab)
+    assert outage.closed == outage.drained == lab.clock()
+    assert (outage.reason, outage.actor, outage.failed_calls) == ("maintenance", "ada", 0)
+
+
+@SHARED
+def test_what_is_told_a_little_late_belongs_to_the_outage(lab: Lab) -> None:
+    breaker = lab.breaker()
+    breaker.command(Verb.TRIP)
+    breaker.command(Verb.RESET)
+    lab.clock.advance(4)
+    tally(lab, {REFUSED: 2})
+    lab.clock.advance(4)
+    tally(lab, {REFUSED: 5}, number=2)
+    assert outages(lab)[0].counts.refused == 2
+    assert totals(lab, breaker).refused == 7
+
+
+@SHARED
+def test_a_breaker_that_opens_while_tasks_still_wait_goes_on_with_its_outage(lab: Lab) -> None:
+    breaker = lab.breaker()
+    breaker.command(Verb.TRIP, reason="first")
+    lab.ledger.add_deferred(breaker.name, "a")
+    for _ in range(2):
+        breaker.command(Verb.RESET)
+        lab.clock.advance(60)
+        breaker.command(Verb.TRIP, reason="again")
+    [outage] = outages(lab)
+    assert (outage.reason, outage.openings, outage.closed) == ("first", 3, None)
+    lab.ledger.clear_deferred(breaker.name)
+    assert outages(lab)[0].drained is None  # it still refuses
+    breaker.command(Verb.RESET)
+    assert outages(lab)[0].drained == lab.clock()
+
+
+@SHARED
+def test_calls_that_failed_with_the_one_that_trips_belong_to_the_outage(lab: Lab) -> None:
+    breaker = lab.breaker()
+    breaker.batch(("F", 9), causes=(("ReadTimeout", 9),))
+    [outage] = outages(lab)
+    assert outage.failed_calls == 9
+    assert outage.causes == [("ReadTimeout", 9)]
+
+
+@SHARED
+def test_former_outages_are_kept_up_to_a_bound(lab: Lab) -> None:
+    breaker = lab.breaker()
+    for number in range(110):
+        breaker.command(Verb.TRIP, reason=f"outage {number}")
+        breaker.command(Verb.RESET)
+        lab.clock.advance(10)
+    kept = outages(lab)
+    assert [outage.reason for outage in kept] == [f"outage {number}" for number in range(109, 8, -1)]
+    assert [outage.reason for outage in outages(lab, since=kept[2].opened)] == ["outage 109", "outage 108"]
+
+
+@SHARED
+def test_outages_of_several_breakers_are_one_list(lab: Lab) -> None:
+    for name in ("payments", "mail"):
+        lab.breaker(name).command(Verb.TRIP)
+        lab.clock.advance(1)
+    assert [outage.breaker for outage in outages(lab, "payments", "mail", "stranger")] == ["mail", "payments"]
+
+
+@SHARED
+def test_shadow_makes_no_outage(lab: Lab) -> None:
+    breaker = lab.breaker()
+    breaker.command(Verb.SHADOW)
+    breaker.batch(("F", 9))
+    assert breaker.snapshot().would_open
+    assert outages(lab) == []
+
+
+@SHARED
+def test_deadlines_are_sampled(lab: Lab) -> None:
+    now = lab.clock()
+    lab.ledger.add_all_deferred("payments", {f"task {number}": now + number for number in range(1, 201)})
+    lab.ledger.add_deferred("mail", "a")
+    found = lab.history.deadlines(["payments", "mail"])
+    assert found["mail"] == Deadlines()
+    assert found["payments"].count == 200
+    assert len(found["payments"].sample) == 64
+    assert list(found["payments"].sample) == sorted(found["payments"].sample)
+    assert found["payments"].sample[-1] == now + 200

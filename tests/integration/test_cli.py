@@ -67,6 +67,8 @@ def test_with_all_workers_dead_tasks_are_listed_dropped_and_resumed(post: PostOf
     assert results[0].state == "REVOKED"
     post.close("payments")
     assert breakers("resume", "payments", "--rate", "50").stdout == "3 tasks resumed\n"
+    logged = post.operator.fleet.history.transitions("payments")
+    assert [entry.reason for entry in logged if entry.state == entry.previous] == ["3 tasks resumed", "1 task dropped"]
     assert post.operator.deferred.list("payments") == ()
     post.restart()
     assert [result.get(timeout=PATIENCE) for result in results[1:]] == [1, 2, 3]

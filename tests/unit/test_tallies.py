@@ -12,7 +12,7 @@ import pytest
 
 from resilient_tasks.core.counts import REFUSED, RESUMED
 from resilient_tasks.core.model import Outcome, Verb
-from resilient_tasks.errors import ConfigurationError, StoreError
+from resilient_tasks.errors import StoreError
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.store.base import Spec
 from resilient_tasks.store.history import History
@@ -88,9 +88,10 @@ def test_a_child_is_counted_like_any_breaker() -> None:
     assert list(book.told[0][2]) == ["payments:acme%2Feu"]
 
 
-def test_a_name_that_no_breaker_can_have_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="breaker name"):
-        tallies_for(Book()).add("a{b}", REFUSED)
+def test_what_no_breaker_can_be_called_is_not_counted() -> None:
+    tallies = tallies_for(Book())
+    assert not tallies.add("a{b}", REFUSED)
+    assert tallies.due_at is None
 
 
 def test_a_process_tells_by_itself_and_when_it_ends() -> None:

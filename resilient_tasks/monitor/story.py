@@ -1,0 +1,59 @@
+"""``Story``: what has happened to the breakers, and what can be said of when it will be over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from resilient_tasks.core.model import Snapshot
+from resilient_tasks.core.outage import Deadlines, Estimate, Outage, estimate, learned_rate
+from resilient_tasks.monitor.words import duration
+from resilient_tasks.store.history import History
+
+
+class Story:
+    """Outages of a fleet's breakers and estimates of their ends, read from the store.
+
+    Every method may raise :class:`~resilient_tasks.errors.StoreError`, within the store's time limit.
+
+    Args:
+        history: what has become of the breakers.
+    """
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+
+    def outages(self, names: Iterable[str], *, since: float = 0.0) -> list[Outage]:
+        """Return the outages of some breakers, the newest first; see :meth:`History.outages`."""
+        return self._history.outages(names, since=since)
+
+    def estimates(self, snapshots: Sequence[Snapshot]) -> dict[str, Estimate]:
+        """Estimate when the waiting tasks of breakers will be done, by breaker; of those that have any."""
+        names = [snapshot.name for snapshot in snapshots if snapshot.deferred]
+        if not names:
+            return {}
+        recent, deadlines = self._history.recent(names), self._history.deadlines(names)
+        outages: dict[str, list[Outage]] = {name: [] for name in names}
+        for outage in self._history.outages(names):
+            outages[outage.breaker].append(outage)
+
+        def told(snapshot: Snapshot) -> Estimate:
+            minutes = [(minute.at, minute.counts) for minute in recent[snapshot.name]]
+            rate = learned_rate(snapshot, outages[snapshot.name], minutes)
+            return estimate(snapshot, rate, deadlines.get(snapshot.name, Deadlines()))
+
+        return {snapshot.name: told(snapshot) for snapshot in snapshots if snapshot.deferred}
+
+
+def in_words(told: Estimate) -> str:
+    """Return an estimate as a sentence: ``41,200 waiting, oldest 3 h 12 min, done in about 38 min ...``."""
+    parts = [f"{told.waiting:,} waiting"]
+    if told.oldest_wait is not None:
+        parts.append(f"oldest {duration(told.oldest_wait)}")
+    if told.done_in is None:
+        parts.append("when they will be done is unknown")
+    else:
+        parts.append(f"done in about {duration(told.done_in)} at the learned rate")
+    sentence = ", ".join(parts)
+    if told.late:
+        sentence += f"; {told.late:,} will miss {'its' if told.late == 1 else 'their'} deadline"
+    return f"{sentence}."

@@ -1,0 +1,66 @@
+"""An outage is told afterwards as it was, and while it lasts as far as anybody can know."""
+
+from __future__ import annotations
+
+import json
+
+from resilient_tasks.core.model import Outcome, State
+from resilient_tasks.core.outage import Outage
+from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.test_cli import here
+
+ORDERS = 30
+
+
+def test_an_outage_is_told_as_it_was(shop: Shop) -> None:
+    shop.beat()
+    shop.worker()
+    shop.wait_done(shop.balance.delay(1))
+    for dependency in ("payments", "accounts"):
+        shop.set_health(dependency, "down")
+    charges = [shop.charge.delay(order) for order in range(ORDERS)]
+    shop.wait(lambda: shop.waiting("payments") == ORDERS, "all to wait")
+    shop.wait(lambda: shop.accounts.snapshot().state == State.OPEN or not shop.balance.delay(1), "accounts to open")
+    shop.wait_state(shop.strict.delay(1), "FAILURE")
+
+    estimate = shop.resilience.estimate("payments")
+    assert (estimate.waiting, estimate.rate, estimate.done_in) == (ORDERS, None, None)
+    assert f"{ORDERS} waiting" in here(shop, "show", "payments").output
+    assert "unknown" in here(shop, "report", "payments").output
+
+    for dependency in ("payments", "accounts"):
+        shop.set_health(dependency, "up")
+    shop.wait_done(*charges)
+
+    def told() -> Outage | None:
+        [outage] = shop.resilience.outages("payments")
+        counts = outage.counts
+        is_whole = outage.drained and counts.resumed - counts.deferred_again == ORDERS
+        return outage if is_whole and counts.calls.get(Outcome.SUCCESS, 0) else None
+
+    shop.wait(told, "the outage to be over, and all that was counted to be told")
+    outage = told()
+    assert outage is not None
+    assert outage.counts.deferred == ORDERS
+    assert outage.failed_calls == len(shop.runs("charge")) - ORDERS
+    assert outage.causes == [("DependencyDownError", outage.failed_calls)]
+    assert outage.counts.refused >= ORDERS - outage.failed_calls
+    assert outage.opened < (outage.closed or 0) < (outage.drained or 0)
+    assert 0 < outage.longest_wait < PATIENCE
+    assert shop.resilience.estimate("payments") is None
+
+    [reported] = json.loads(here(shop, "report", "payments", "--since", "1h", "--format", "json").output)
+    assert (reported["breaker"], reported["failed_calls"], reported["estimate"]) == (
+        "payments",
+        outage.failed_calls,
+        None,
+    )
+    markdown = here(shop, "report", "--format", "markdown").output
+    assert markdown.count("## Outage of ") == 2
+    assert f"| tasks deferred | {ORDERS} |" in markdown
+    assert here(shop, "report", "probed").output == "no outage is remembered\n"
+
+    [accounts] = shop.resilience.outages("accounts")
+    assert accounts.counts.fallbacks["cached"] >= 1
+    assert accounts.counts.failed == 1
+    assert 0 <= accounts.average_answer_age <= accounts.oldest_answer
