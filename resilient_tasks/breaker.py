@@ -8,24 +8,32 @@ import inspect
 import socket
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from resilient_tasks.checks.base import HEARTBEATS, LONGEST_SILENCE
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.model import Outcome, Snapshot, Verb
+from resilient_tasks.core.model import Outcome, Snapshot, State, Verb
 from resilient_tasks.core.names import check_name
 from resilient_tasks.errors import ConfigurationError
-from resilient_tasks.guard import _NO_PERMIT, Guard, Guarded, TaskScope, task_scope
+from resilient_tasks.family import Family
+from resilient_tasks.guard import Guard, Guarded, TaskScope, _Pass, task_scope
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.probing import Probe
 from resilient_tasks.store.base import Spec
+from resilient_tasks.store.standing import Standing
 
 if TYPE_CHECKING:
     from resilient_tasks.fleet import Fleet
 
 __all__ = ["Breaker", "TaskScope", "task_scope"]
+
+# ruff: noqa: SLF001  a child and its parent are breakers both
+
+#: Seconds for which a process goes by what it knows of a child that nobody tells it of.
+REMEMBERED_FOR = 60.0
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -53,6 +61,41 @@ class Breaker(Guarded):
     ) -> None:
         super().__init__(Spec(check_name("breaker", name), policy or BreakerPolicy(), revision), fleet)
         self.registered_probe: Probe | None = None
+        self._family = Family(self, partial(Child, self))
+
+    @property
+    def probe_to_run(self) -> Probe | None:
+        """The registered probe, unless it is one of the children alone: a function that takes their key."""
+        probe = self.registered_probe
+        return None if probe is None or probe.takes_key else probe
+
+    @property
+    def guards(self) -> tuple[Breaker, ...]:
+        """The breakers that a call must pass: a child's parent, and the breaker itself."""
+        return (self,)
+
+    def child(self, key: object) -> Breaker:
+        """Return the breaker of one tenant, host or credential, with a state of its own under this one's policy.
+
+        A call that it guards must be admitted by both, and counts for the child. If there are ``max_keys`` children
+        already, none of which is idle, this is the breaker itself.
+
+        Args:
+            key: text or an integer.
+
+        Raises:
+            ConfigurationError: the key is neither, empty, or longer than 99 characters as percent-encoded UTF-8.
+        """
+        return self._family.of_key(key)
+
+    def child_named(self, name: str) -> Breaker:
+        """Return the child of a name that somebody in the fleet has met."""
+        return self._family.named(name)
+
+    def detach(self) -> None:
+        """Forget the fleet and all children; the next use finds them anew."""
+        super().detach()
+        self._family.detach()
 
     def __repr__(self) -> str:
         return f"<Breaker {self.name!r}>"
@@ -65,7 +108,7 @@ class Breaker(Guarded):
         breaker with a probe leaves to the workers' probing.
         """
         standing = self.standing
-        probes = self.registered_probe is not None and not self.fleet.store.away
+        probes = self.probe_to_run is not None and not self.fleet.store.away
         return standing.admits or not (standing.refuses or probes)
 
     def snapshot(self) -> Snapshot:
@@ -98,7 +141,7 @@ class Breaker(Guarded):
         try:
             result = fn(*args, **kwargs)
         except BaseException as exc:
-            self._wait(self._failed(epoch, _NO_PERMIT, exc))
+            self._wait(self._failed(_Pass(epoch), exc))
             raise
         if type(result) is CoroutineType:
             return self._await(result)
@@ -108,17 +151,17 @@ class Breaker(Guarded):
     def _call_with_care(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if inspect.iscoroutinefunction(fn):
             return self._await(fn(*args, **kwargs))
-        epoch, holder = self._admit()
+        admitted = self._admit()
         started = perf_counter()
         try:
             result = fn(*args, **kwargs)
         except BaseException as exc:
-            self._wait(self._failed(epoch, holder, exc))
+            self._wait(self._failed(admitted, exc))
             raise
         if type(result) is CoroutineType:  # nothing has happened yet: it is admitted when it is awaited
-            self._wait(self._finished(epoch, holder, Verdict(Outcome.IGNORED)))
+            self._wait(self._finished(admitted, Verdict(Outcome.IGNORED)))
             return self._await(result)
-        self._wait(self._succeeded(epoch, holder, perf_counter() - started, result))
+        self._wait(self._succeeded(admitted, perf_counter() - started, result))
         return result
 
     async def _await(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -215,7 +258,7 @@ class Breaker(Guarded):
             failures_before_open=failures_before_open,
             successes_before_close=successes_before_close,
         )
-        return functools.partial(self._register_probe, probe) if fn is None else self._register_probe(probe, fn)
+        return partial(self._register_probe, probe) if fn is None else self._register_probe(probe, fn)
 
     def _register_probe(self, probe: Probe, fn: _F) -> _F:
         known = self.registered_probe
@@ -263,6 +306,85 @@ class Breaker(Guarded):
 
     def _command(self, verb: Verb, reason: str, actor: str | None) -> Snapshot:
         return self.fleet.command(self.spec, verb, reason, this_user() if actor is None else actor)
+
+
+class Child(Breaker):
+    """The breaker of one key. What it admits must be admitted by its parent, too, and counts for the child alone.
+
+    Args:
+        parent: whose child; its policy holds.
+        name: the parent's name, a colon and the key, percent-encoded.
+    """
+
+    def __init__(self, parent: Breaker, name: str) -> None:
+        Guarded.__init__(self, replace(parent.spec, name=name), lambda: parent.fleet)
+        self.parent = parent
+        self._examines = True  # a success is no concern of the fast path's: the parent has a say in each call
+
+    @property
+    def registered_probe(self) -> Probe | None:  # type: ignore[override]  # the parent registers it
+        """The parent's probe for this key, if it is a function that takes one."""
+        probe = self.parent.registered_probe
+        return probe.of_child(self.name) if probe is not None and probe.takes_key else None
+
+    @property
+    def probe_to_run(self) -> Probe | None:
+        return self.registered_probe
+
+    @property
+    def guards(self) -> tuple[Breaker, ...]:
+        return (self.parent, self)
+
+    def child(self, key: object) -> Breaker:
+        raise ConfigurationError(
+            f"breaker {self.name!r} is a child: allowed is a child of {self.parent.name!r}, not {key!r}"
+        )
+
+    def detach(self) -> None:
+        Guarded.detach(self)
+
+    @property
+    def standing(self) -> Standing:
+        """The breaker as this process sees it; read anew from time to time: nobody follows a child that is CLOSED."""
+        standing = super().standing
+        if (standing.age or 0.0) > REMEMBERED_FOR:
+            self.fleet.view.look(self.spec)
+        return standing
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody has used it here for a while, and nothing is known of it but that it is CLOSED."""
+        standing = self._standing
+        is_plain = standing.snapshot.state is State.CLOSED and not standing.pending
+        return self._joined is None or (is_plain and (standing.age or 0.0) > REMEMBERED_FOR)
+
+    def _is_current(self) -> bool:
+        return super()._is_current() and (self._standing.age or 0.0) <= REMEMBERED_FOR
+
+    def _admit_by_view(self) -> _Pass | None:
+        return super()._admit_by_view() if self._admitted_by_parent() else None
+
+    def _admitted_by_parent(self) -> _Pass | None:
+        """Return what the parent admits without being asked for a permit; slots are the child's own."""
+        standing = self.parent.standing
+        return _Pass(standing.epoch) if standing.admits else self.parent._admit_by_view()
+
+    def _ask_for_permit(self) -> _Pass:
+        of_parent = self._admitted_by_parent() or self.parent._ask_for_permit()
+        try:
+            own = super()._admit_by_view() or super()._ask_for_permit()
+        except BaseException:
+            self._tell_parent(of_parent, Verdict(Outcome.IGNORED))
+            raise
+        return own._replace(of_parent=of_parent)
+
+    def _finished(self, admitted: _Pass, verdict: Verdict) -> int:
+        own = super()._finished(admitted, verdict)
+        return max(own, self._tell_parent(admitted.of_parent, verdict))
+
+    def _tell_parent(self, admitted: _Pass | None, verdict: Verdict) -> int:
+        """Tell the parent what its trial has found; other calls count for the child alone."""
+        return self.parent._finished(admitted, verdict) if admitted is not None and admitted.holder else 0
 
 
 def _nothing() -> None:

@@ -94,10 +94,18 @@ class Fleet:
     def join(self, spec: Spec) -> Standing:
         """Declare a breaker that is about to be used: read it once and keep the view fresh from now on."""
         standing = self.declare(spec)
-        if not standing.known:
+        if not standing.known and spec.parent is not None:
+            self.view.look(spec)
+        elif not standing.known:
             self.view.refresh()
         self.view.follow()
         return standing
+
+    def forget(self, name: str) -> None:
+        """Let go of a child that nobody uses here any more."""
+        self.view.forget(name)
+        self.reporter.forget(name)
+        self.store.forget(name)
 
     def acquire(self, spec: Spec, holder: str, *, lease: float = LEASE, wish: Wish = NO_WISH) -> Grant:
         """Ask the store for admission; a denial is remembered for a while. Never raises ``StoreError``."""

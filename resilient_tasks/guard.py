@@ -15,12 +15,13 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextvars import ContextVar
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from resilient_tasks.core.blame import blame, blamed_on
 from resilient_tasks.core.classification import Verdict, dependency_errors, judge, judge_result
 from resilient_tasks.core.counts import REFUSED
 from resilient_tasks.core.model import Grant, Outcome, State
+from resilient_tasks.core.names import parent_of
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Spec
@@ -41,7 +42,13 @@ _PERMIT_OF_TASK = "task"  # the call is part of a trial that the task around it 
 _NO_VALUE = object()
 _SUCCESS, _SLOW = Verdict(Outcome.SUCCESS), Verdict(Outcome.SLOW)
 
-_Pass = tuple[int, str]  # an admitted call: its epoch, and the holder of its permit or its slot
+
+class _Pass(NamedTuple):
+    """An admitted call: the epoch, the holder of its permit or slot, and what the parent of a child has admitted."""
+
+    epoch: int
+    holder: str = _NO_PERMIT
+    of_parent: _Pass | None = None
 
 
 class TaskScope(Protocol):
@@ -155,9 +162,9 @@ class Guarded:
         """Admit or refuse by what this process knows; None: the store must be asked for a permit."""
         standing, scope = self.standing, task_scope.get()
         if standing.admits_freely or (standing.admits and scope is not None and scope.holds_slot(self.name)):
-            return standing.epoch, _NO_PERMIT
+            return _Pass(standing.epoch)
         if scope is not None and scope.is_trial(self.name):
-            return standing.epoch, _PERMIT_OF_TASK
+            return _Pass(standing.epoch, _PERMIT_OF_TASK)
         if standing.refuses:
             self._refuse()
         return None
@@ -172,9 +179,9 @@ class Guarded:
         if not grant.admitted:
             self._refuse()
         if not grant.leased:
-            return grant.snapshot.epoch, _NO_PERMIT
+            return _Pass(grant.snapshot.epoch)
         self.hold(holder, self.policy.trial_timeout if grant.trial else math.inf)
-        return grant.snapshot.epoch, holder
+        return _Pass(grant.snapshot.epoch, holder)
 
     def acquire(self, holder: str, lease: float = LEASE) -> Grant:
         """Ask the store for admission, in HALF_OPEN for a permit.
@@ -198,7 +205,8 @@ class Guarded:
         One that ended a guarded call of another dependency inside this one says nothing here.
         """
         policy = self.policy
-        if blamed_on(exc) not in (None, self.name):
+        blamed = blamed_on(exc)
+        if blamed is not None and self.name not in (blamed, parent_of(blamed)):
             return Verdict(Outcome.IGNORED, type(exc).__name__)
         return judge(policy.classify, policy.failures, policy.ignore, exc)
 
@@ -239,18 +247,18 @@ class Guarded:
         if (scope := task_scope.get()) is not None:
             scope.replaced(self.spec.name)
 
-    def _succeeded(self, epoch: int, holder: str, seconds: float, value: object = _NO_VALUE) -> int:
-        return self._finished(epoch, holder, self.judge_success(seconds, value))
+    def _succeeded(self, admitted: _Pass, seconds: float, value: object = _NO_VALUE) -> int:
+        return self._finished(admitted, self.judge_success(seconds, value))
 
-    def _failed(self, epoch: int, holder: str, exc: BaseException) -> int:
+    def _failed(self, admitted: _Pass, exc: BaseException) -> int:
         verdict = self.judge(exc)
         if verdict.outcome is Outcome.FAILURE:
             blame(exc, self.name)
-        return self._finished(epoch, holder, verdict)
+        return self._finished(admitted, verdict)
 
-    def _finished(self, epoch: int, holder: str, verdict: Verdict) -> int:
+    def _finished(self, admitted: _Pass, verdict: Verdict) -> int:
         """Report an admitted call; return a ticket to wait for, 0 if there is no hurry."""
-        scope = task_scope.get()
+        scope, (epoch, holder, _) = task_scope.get(), admitted
         if holder == _PERMIT_OF_TASK:
             if scope is not None:
                 scope.found(self.name, verdict)
@@ -278,7 +286,7 @@ class Guarded:
 class Guard:
     """One guarded call as a context manager; ``Breaker.guard()`` makes it. Not to be nested in itself."""
 
-    __slots__ = ("_breaker", "_epoch", "_holder", "_is_plain", "_started", "_value")
+    __slots__ = ("_admitted", "_breaker", "_epoch", "_is_plain", "_started", "_value")
 
     def __init__(self, breaker: Guarded) -> None:
         self._breaker = breaker
@@ -336,14 +344,14 @@ class Guard:
         return self._is_plain
 
     def _begin(self, admitted: _Pass) -> None:
-        self._epoch, self._holder = admitted
+        self._admitted = admitted
         self._started = perf_counter()
 
     def _finish(self, exc: BaseException | None) -> int:
-        breaker, holder = self._breaker, _NO_PERMIT if self._is_plain else self._holder
+        breaker, admitted = self._breaker, _Pass(self._epoch) if self._is_plain else self._admitted
         if exc is not None:
-            return breaker._failed(self._epoch, holder, exc)
-        return breaker._succeeded(self._epoch, holder, perf_counter() - self._started, self._value)
+            return breaker._failed(admitted, exc)
+        return breaker._succeeded(admitted, perf_counter() - self._started, self._value)
 
 
 class _HandingOver:
@@ -373,7 +381,7 @@ class _HandingOver:
         with self._lock:
             admitted, self._admitted = self._admitted, None
         if admitted is not None:
-            self._breaker._finished(*admitted, Verdict(Outcome.IGNORED))
+            self._breaker._finished(admitted, Verdict(Outcome.IGNORED))
 
 
 def call_guarded(breakers: Sequence[Guarded], fn: Callable[[], Any]) -> Any:
@@ -397,7 +405,7 @@ def call_guarded(breakers: Sequence[Guarded], fn: Callable[[], Any]) -> Any:
 
 
 def _finish_all(admitted: Iterable[tuple[Guarded, _Pass]], verdicts: Sequence[Verdict]) -> None:
-    tickets = [(breaker, breaker._finished(*own, verdict)) for (breaker, own), verdict in zip(admitted, verdicts)]  # noqa: B905 - those that refused have no pass
+    tickets = [(breaker, breaker._finished(own, verdict)) for (breaker, own), verdict in zip(admitted, verdicts)]  # noqa: B905 - those that refused have no pass
     for breaker, ticket in tickets:
         breaker._wait(ticket)
 

@@ -6,19 +6,24 @@ tasks, so that it may open before any of them has to fail.
 
 from __future__ import annotations
 
+import inspect
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+from urllib.parse import unquote
 
 from resilient_tasks.core.model import Snapshot, State
+from resilient_tasks.core.names import key_of
 from resilient_tasks.errors import ConfigurationError
 
 LONGEST_RUN = 10.0  # seconds, unless the user says otherwise
 ACTIVE_INTERVAL = 10.0  # seconds
 FAILURES_BEFORE_OPEN = 3
 
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _CHECKED_WHILE = frozenset({State.CLOSED, State.SHADOW})
 
 
@@ -31,7 +36,7 @@ class Probe:
     """
 
     breaker: str
-    function: Callable[[], Any]
+    function: Callable[..., Any]
     timeout: float | None = None
     interval: float | None = None
     active: bool = False
@@ -39,7 +44,7 @@ class Probe:
     successes_before_close: int | None = None
 
     def __post_init__(self) -> None:
-        self._check("function", callable(self.function), "a function without arguments")
+        self._check("function", callable(self.function), "a function without arguments, or with a child's key")
         for name in ("timeout", "interval"):
             self._check(name, _is_seconds(getattr(self, name)), "a positive number of seconds or None")
         for name in ("failures_before_open", "successes_before_close"):
@@ -53,6 +58,21 @@ class Probe:
         if not is_allowed:
             value = getattr(self, argument)
             raise ConfigurationError(f"probe of breaker {self.breaker!r}: {argument}={value!r}: allowed is {allowed}")
+
+    @property
+    def takes_key(self) -> bool:
+        """Whether it checks one child after the other: a function with one argument, the child's key."""
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError):  # of a builtin
+            return False
+        needed = [each for each in parameters if each.default is each.empty and each.kind not in _VARIADIC]
+        return len(needed) == 1
+
+    def of_child(self, name: str) -> Probe:
+        """Return the probe of one child. It stands in for trials: many that are well are not checked all the time."""
+        function = partial(self.function, unquote(key_of(name)))
+        return replace(self, breaker=name, function=function, active=False, failures_before_open=None)
 
     @property
     def _longest_run(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from resilient_tasks.errors import ConfigurationError
 
@@ -54,6 +54,14 @@ def parent_of(name: str) -> str | None:
     """Return the name of a child's parent; None for a breaker that is no child."""
     parent, separator, _ = name.partition(_SEPARATOR)
     return parent if separator else None
+
+
+def is_child(name: str) -> bool:
+    """Whether this is the name of a child, and in the one way in which its key is written."""
+    parent, key = parent_of(name), key_of(name)
+    return (
+        parent is not None and quote(unquote(key), safe="").replace("~", "%7E") == key and 0 < len(key) <= _LONGEST_KEY
+    )
 
 
 def key_of(name: str) -> str:

@@ -129,6 +129,12 @@ class FailoverStore:
         """Take a child off the hot ones; see :meth:`Store.cool`."""
         return self._primary.cool(spec)
 
+    def forget(self, name: str) -> None:
+        """Let go of what this process knows of a child that it does not use any more."""
+        with self._lock:
+            self._known.pop(name, None)
+            self._adopted.discard(name)
+
     def _decide(
         self, names: Sequence[str], ask: Callable[[Store], _T], snapshots_of: Callable[[_T], Iterable[Snapshot]]
     ) -> _T:

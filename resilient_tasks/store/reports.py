@@ -189,6 +189,12 @@ class Reporter:
             with self._condition:
                 self._wake()
 
+    def forget(self, name: str) -> None:
+        """Let go of a breaker about which nothing waits to be sent."""
+        with self._condition:
+            if name not in self._busy:
+                self._outboxes.pop(name, None)
+
     # --- waiting ------------------------------------------------------------------------------------
 
     def is_served(self, ticket: int) -> bool:

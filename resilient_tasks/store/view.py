@@ -18,10 +18,13 @@ import math
 import mmap
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from resilient_tasks.core.model import Snapshot
+from resilient_tasks.core.names import parent_of
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Spec, Store
 from resilient_tasks.store.forking import renew_after_fork
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["POLL_INTERVAL", "Standing", "View"]
 
+MOST_AT_ONCE = 500  # hot children that are read with one refresh
 POLL_INTERVAL = 0.5  # seconds between two reads of all states, and before a failed read is tried again
 
 
@@ -49,6 +53,8 @@ class View:
         self.on_room: Callable[[], object] = _nobody_waits  # tasks wait for a slot, and there is one
         self._store = store
         self._standings: dict[str, Standing] = {}
+        self._hot: frozenset[str] = frozenset()
+        self._looked_at = ""  # the hot child that was read last, when there are too many to read all at once
         self._server_offset = time.time() - clock()
         self._marks = 0
         self._shared: memoryview | None = None
@@ -87,6 +93,15 @@ class View:
         """Return all declared breakers."""
         return list(self._standings.values())
 
+    def hot_children(self) -> list[str]:
+        """Return the names of all children in the fleet that are not plainly CLOSED, as of the last refresh."""
+        return sorted(self._hot)
+
+    def forget(self, name: str) -> None:
+        """Let go of a child; declaring it again makes another standing."""
+        with self._lock:
+            self._standings.pop(name, None)
+
     def server_now(self) -> float:
         """Return the time on the store's clock, as well as this process knows it."""
         return self.clock() + self._server_offset
@@ -109,7 +124,7 @@ class View:
             asked: the mark of :meth:`asking` from before the question; None for an unasked message.
         """
         with self._lock:
-            standing = self._standings.get(snapshot.name)
+            standing = self._standings.get(snapshot.name) or self._met(snapshot.name)
             if standing is None or not _is_news(standing, snapshot, asked):
                 return False
             differs = not standing.known or _essence(standing.snapshot) != _essence(snapshot)
@@ -118,6 +133,14 @@ class View:
                 self.seen += 1
                 self._shared[0] = self.seen
             return differs
+
+    def _met(self, name: str) -> Standing | None:
+        """Declare a child that somebody else has told of; pool processes learn of it through their main process."""
+        parent = self._standings.get(parent_of(name) or "")
+        if parent is None:
+            return None
+        standing = self._standings[name] = Standing(replace(parent.spec, name=name), self.clock)
+        return standing
 
     def _take(self, standing: Standing, snapshot: Snapshot) -> None:
         now = self.clock()
@@ -130,17 +153,42 @@ class View:
             self.on_room()
 
     def refresh(self) -> None:
-        """Read all declared breakers in one round trip.
+        """Read all declared breakers in one round trip, and their hot children in another if there are any.
+
+        Children that are plainly CLOSED are not read: there may be thousands.
 
         Raises:
             StoreError: the store did not answer; the view is as it was.
         """
-        specs = [standing.spec for standing in self.standings()]
+        snapshots = self.look(*(standing.spec for standing in self.standings() if parent_of(standing.name) is None))
+        former = self._hot
+        self._hot = frozenset(f"{each.name}:{key}" for each in snapshots for key in each.hot_children)
+        names = self._next_in_turn(sorted(self._hot | former))
+        specs = [replace(self._standings[str(parent_of(name))].spec, name=name) for name in names]
+        self.look(*specs)
+
+    def _next_in_turn(self, names: list[str]) -> list[str]:
+        """Return those to read now, of many some after the other."""
+        if len(names) <= MOST_AT_ONCE:
+            return names
+        start = bisect_right(names, self._looked_at)
+        chosen = (names[start:] + names[:start])[:MOST_AT_ONCE]
+        self._looked_at = chosen[-1]
+        return chosen
+
+    def look(self, *specs: Spec) -> list[Snapshot]:
+        """Read some breakers in one round trip.
+
+        Raises:
+            StoreError: the store did not answer; the view is as it was.
+        """
         if not specs:
-            return
+            return []
         asked = self.asking()
-        for snapshot in self._store.read(specs):
+        snapshots = self._store.read(specs)
+        for snapshot in snapshots:
             self.update(snapshot, asked)
+        return snapshots
 
     # --- a process that follows -------------------------------------------------------------------
 

@@ -45,8 +45,9 @@ class TickSchedule(schedule):  # type: ignore[misc]  # Celery is untyped
     def _anything_due(self) -> bool:
         runtime = runtime_of(self.app)
         try:
-            breakers = list(runtime.breakers.values())
-            snapshots = runtime.fleet.store.read([breaker.spec for breaker in breakers])
+            runtime.fleet.view.refresh()
+            breakers = runtime.present()
+            snapshots = [runtime.fleet.view.standing(breaker.name).snapshot for breaker in breakers]
         except StoreError as exc:
             logger.debug("beat cannot read the store: %s", exc)
             return False

@@ -55,8 +55,12 @@ class _Body:
         self.task, self.args, self.kwargs = task, args, kwargs
         self.options = task.options
         self.runtime = runtime_of(task.app)
-        self.breakers: list[Breaker] = [self.runtime.breaker(name) for name in self.options.breakers]
+        self.breakers = self._breakers()
         self.call = Call(task.name, task.run, args, kwargs)
+
+    def _breakers(self) -> list[Breaker]:
+        """Return the breakers that answer for this call."""
+        return self.runtime.breakers_of(self.task, self.args, self.kwargs)
 
     def run(self) -> Any:
         """Run it and answer for it."""
@@ -79,7 +83,7 @@ class _Body:
         inside = blamed_on(exc)
         asked = self.breakers
         if inside is not None:
-            asked = [self.runtime.breaker(inside)] if inside in self.runtime.breakers else []
+            asked = [self.runtime.breaker(inside)] if self.runtime.defines(inside) else []
         blaming = (breaker.name for breaker in asked if breaker.judge(exc).outcome is Outcome.FAILURE)
         return next(blaming, None)
 
@@ -153,8 +157,14 @@ class _GatedBody(_Body):
     """A run that came through the gate and reports to it."""
 
     def __init__(self, task: Any, args: Any, kwargs: Any, run: Run) -> None:
-        super().__init__(task, args, kwargs)
         self.gated = run
+        super().__init__(task, args, kwargs)
+
+    def _breakers(self) -> list[Breaker]:
+        passes = self.gated.admission.passes
+        self.guards = [self.runtime.breaker(admitted.breaker) for admitted in passes]
+        answerable = [guard for guard, admitted in zip(self.guards, passes, strict=True) if not admitted.for_child]
+        return answerable or super()._breakers()
 
     def attempts(self) -> Any:
         """Attempt it if it is still admitted, and judge the run as a whole."""
@@ -166,10 +176,10 @@ class _GatedBody(_Body):
         try:
             value = super().attempts()
         except BaseException as exc:
-            self.gated.verdicts = [breaker.judge(exc) for breaker in self.breakers]
+            self.gated.verdicts = [guard.judge(exc) for guard in self.guards]
             raise
         seconds = perf_counter() - started
-        self.gated.verdicts = [breaker.judge_success(seconds, value) for breaker in self.breakers]
+        self.gated.verdicts = [guard.judge_success(seconds, value) for guard in self.guards]
         return value
 
     def attempt(self) -> Any:
@@ -184,7 +194,7 @@ class _GatedBody(_Body):
 
     def refused(self, refusal: BreakerOpenError) -> NoReturn:
         """Defer the task until the breaker that refused admits, if that is one of this app."""
-        if self.options.on_open != DEFER or refusal.breaker not in self.runtime.breakers:
+        if self.options.on_open != DEFER or not self.runtime.defines(refusal.breaker):
             self.runtime.fleet.reporter.tally(refusal.breaker, FAILED)
             raise refusal
         trace = tracing.tell_deferral(refusal.breaker, str(refusal))
@@ -209,10 +219,10 @@ class _GatedBody(_Body):
 
     def _refusal_since(self) -> BreakerOpenError | None:
         """Return the refusal of a breaker that has opened since the gate let this run through."""
-        for breaker, admitted in zip(self.breakers, self.gated.admission.passes, strict=True):
-            if not admitted.trial and breaker.state in _REFUSING:
-                self.runtime.fleet.reporter.tally(breaker.name, REFUSED)
-                return breaker.refusal()
+        for guard, admitted in zip(self.guards, self.gated.admission.passes, strict=True):
+            if not admitted.trial and guard.state in _REFUSING:
+                self.runtime.fleet.reporter.tally(guard.name, REFUSED)
+                return guard.refusal()
         return None
 
     def _has_retried(self, exc: Exception) -> bool:
@@ -229,7 +239,8 @@ class _StopWhenOpen(tenacity.stop.stop_base):
         self._otherwise = otherwise
 
     def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
-        return not all(breaker.admits for breaker in self._breakers) or bool(self._otherwise(retry_state))
+        admits = all(guard.admits for breaker in self._breakers for guard in breaker.guards)
+        return not admits or bool(self._otherwise(retry_state))
 
 
 class _RetryErrors(tenacity.retry_base):

@@ -16,6 +16,7 @@ from zlib import crc32
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.counts import REFUSED
 from resilient_tasks.core.model import Grant, Outcome
+from resilient_tasks.core.names import parent_of
 from resilient_tasks.store.base import Wish
 from resilient_tasks.worker.run import Admission, Pass, Report
 from resilient_tasks.worker.ticket import Ticket
@@ -47,15 +48,14 @@ class Gate:
 
         None: all admit it, or must be asked for a permit.
         """
-        view = self._runtime.fleet.view
         for breaker in breakers:
-            if self._refuses(view.standing(breaker.name), breaker, ticket, task_id):
+            if self._refuses(breaker.standing, breaker, ticket, task_id):
                 return breaker
         return None
 
     def refuses_all(self, breaker: Breaker) -> bool:
         """Whether no task of a breaker would be admitted at present, not even as a trial."""
-        standing = self._runtime.fleet.view.standing(breaker.name)
+        standing = breaker.standing
         return standing.refuses or (not standing.admits and self._leaves_trials_to_probes(breaker))
 
     def _refuses(self, standing: Standing, breaker: Breaker, ticket: Ticket, task_id: str) -> bool:
@@ -67,37 +67,40 @@ class Gate:
 
     def _leaves_trials_to_probes(self, breaker: Breaker) -> bool:
         """A probe keeps tasks from being trials, but while the store is away no tick can run it."""
-        return breaker.registered_probe is not None and not self._runtime.fleet.store.away
+        return breaker.probe_to_run is not None and not self._runtime.fleet.store.away
 
     def admit(self, request: GatedRequest) -> Admission:
         """Decide on a request that is about to enter the pool: it gets all permits that it needs, or none."""
-        refusing = self.refusing(request.breakers, request.ticket, request.id)
+        guards, ticket = request.guards, request.ticket
+        refusing = self.refusing(guards, ticket, request.id)
         if refusing is not None:
-            return self._refused(refusing, request.ticket)
+            return self._refused(refusing, ticket)
         passes: list[Pass] = []
-        for breaker in request.breakers:
-            admitted = self._pass(breaker, request)
+        parents = {parent_of(breaker.name) for breaker in guards}
+        for breaker in guards:
+            admitted = self._pass(breaker, request, for_child=breaker.name in parents)
             if admitted is None:
                 self.settle(Admission(tuple(passes)), request.holder, Report.of_all(_NOTHING_SAID, passes))
-                return self._refused(breaker, request.ticket)
+                return self._refused(breaker, ticket)
             passes.append(admitted)
-        return Admission(tuple(passes), attempts=request.ticket.attempts, trace=request.ticket.trace)
+        return Admission(tuple(passes), attempts=ticket.attempts, trace=ticket.trace)
 
     def _refused(self, breaker: Breaker, ticket: Ticket) -> Admission:
         self._runtime.fleet.reporter.tally(breaker.name, REFUSED)
         refusal = breaker.refusal()
         return Admission((), breaker.name, refusal.state, refusal.retry_after, ticket.attempts, ticket.trace)
 
-    def _pass(self, breaker: Breaker, request: GatedRequest) -> Pass | None:
-        """Return one breaker's pass; None if it denies a permit or a slot."""
-        standing = self._runtime.fleet.view.standing(breaker.name)
-        if standing.admits_freely:
-            return Pass(breaker.name, standing.epoch, counts=self._would_count(standing, request.ticket))
+    def _pass(self, breaker: Breaker, request: GatedRequest, *, for_child: bool) -> Pass | None:
+        """Return one breaker's pass; None if it denies a permit or a slot. A slot is the child's to give."""
+        standing = breaker.standing
+        if standing.admits_freely or (standing.admits and for_child):
+            counts = self._would_count(standing, request.ticket)
+            return Pass(breaker.name, standing.epoch, counts=counts, for_child=for_child)
         grant = self._ask(breaker, request)
         if not grant.admitted:
             return None
         counts = not grant.trial and self._would_count(standing, request.ticket)
-        return Pass(breaker.name, grant.snapshot.epoch, grant.trial, counts, grant.leased)
+        return Pass(breaker.name, grant.snapshot.epoch, grant.trial, counts, grant.leased, for_child)
 
     def _ask(self, breaker: Breaker, request: GatedRequest) -> Grant:
         """Ask the store for a permit or a slot, and hold it."""
@@ -159,10 +162,9 @@ class Gate:
         for admitted, verdict in zip(admission.passes, report.verdicts, strict=True):
             if admitted.leased:
                 self._settle_leased(admitted, holder, verdict or _NOTHING_SAID)
-            elif verdict is not None:
-                fleet = self._runtime.fleet
+            elif verdict is not None and not admitted.for_child:
                 told = verdict.outcome, verdict.cause, verdict.retry_after
-                fleet.reporter.report(fleet.view.standing(admitted.breaker), admitted.epoch, *told)
+                self._runtime.breaker(admitted.breaker).report(admitted.epoch, *told)
 
     def _settle_leased(self, admitted: Pass, holder: str, verdict: Verdict) -> None:
         self._places.leave(admitted.breaker)

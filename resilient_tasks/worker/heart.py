@@ -135,7 +135,7 @@ class Heart:
             ledger.declare(self._runtime.breakers)
             ledger.attend(self._name)
             self._declare_at = now + DECLARING
-        self._revokes.pass_on(ledger, self._runtime.breakers)
+        self._revokes.pass_on(ledger, [breaker.name for breaker in self._runtime.present()])
 
     def _overdue(self) -> bool:
         """Whether no tick has completed for too long, whatever beat sends."""
@@ -157,8 +157,7 @@ class Heart:
 
     def _anything_due(self) -> bool:
         now = self._runtime.fleet.view.server_now()
-        breakers = self._runtime.breakers.values()
-        return any(anything_due(breaker, breaker.standing.snapshot, now) for breaker in breakers)
+        return any(anything_due(breaker, breaker.standing.snapshot, now) for breaker in self._runtime.present())
 
     def _time_for_an_idle_look(self) -> bool:
         now = time.monotonic()

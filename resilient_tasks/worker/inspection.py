@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from celery.worker.control import inspect_command
 
+from resilient_tasks.breaker import Breaker
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.standing import Standing
 from resilient_tasks.worker.runtime import Runtime, find_runtime
@@ -17,14 +19,16 @@ def breakers(state: Any, **_: Any) -> dict[str, dict[str, Any]]:
     runtime = find_runtime(state.app)
     if runtime is None:
         return {}
-    epochs = _epochs_in_store(runtime)
-    return {name: _view(runtime.breakers[name].standing, epochs.get(name)) for name in sorted(runtime.breakers)}
+    present = sorted(runtime.present(), key=lambda breaker: breaker.name)
+    epochs = _epochs_in_store(runtime, present)
+    return {breaker.name: _view(breaker.standing, epochs.get(breaker.name)) for breaker in present}
 
 
-def _epochs_in_store(runtime: Runtime) -> dict[str, int]:
-    """Return the present epoch of each breaker; nothing while the store is away."""
+def _epochs_in_store(runtime: Runtime, present: Sequence[Breaker]) -> dict[str, int]:
+    """Return the epoch of each breaker that the store knows now; nothing while it is away."""
+    specs = [breaker.spec for breaker in present]
     try:
-        return {snapshot.name: snapshot.epoch for snapshot in runtime.fleet.store.read_shared(runtime.specs())}
+        return {snapshot.name: snapshot.epoch for snapshot in runtime.fleet.store.read_shared(specs)}
     except StoreError:
         return {}
 

@@ -41,6 +41,7 @@ class TaskOptions:
         retrying: quick attempts inside one run; None: one attempt.
         coalesce: ``"latest"``: of its deferred calls with one key only the latest runs; None: all run.
         coalesce_key: what tells its calls apart; None: all arguments.
+        breaker_key: which child of the first breaker answers for a call; None: that breaker itself.
     """
 
     breakers: tuple[str, ...]
@@ -52,6 +53,7 @@ class TaskOptions:
     retrying: tenacity.Retrying | None = None
     coalesce: str | None = None
     coalesce_key: TaskKey | None = None
+    breaker_key: TaskKey | None = None
 
     @classmethod
     def of(cls, task: Any) -> TaskOptions:
@@ -62,6 +64,10 @@ class TaskOptions:
         """
         return cls(
             breakers=_breaker_names(task),
+            breaker_key=_option(
+                task, "breaker_key", task.breaker_key,
+                lambda v: v is None or is_task_key(v, task.run), f"{ALLOWED_KEYS}, or None",
+            ),
             fallback=as_chain(task.fallback, task.name, task.run),
             on_open=_option(task, "on_open", task.on_open, lambda v: v in (DEFER, FAIL), "'defer' or 'fail'"),
             on_failure=_option(
@@ -107,10 +113,6 @@ def _default_on_failure(task: Any) -> str:
 
 
 def _breaker_names(task: Any) -> tuple[str, ...]:
-    if getattr(task, "breaker_key", None) is not None:
-        raise ConfigurationError(
-            f"task {task.name!r}: breaker_key={task.breaker_key!r}: keyed breakers are not available yet"
-        )
     given = task.breaker if isinstance(task.breaker, (list, tuple)) else (task.breaker,)
     names = tuple(breaker.name if isinstance(breaker, Breaker) else breaker for breaker in given)
     valid = bool(names) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)

@@ -28,7 +28,7 @@ from resilient_tasks.worker.coalescing import coalesced_as
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.options import DEFER, FAIL
 from resilient_tasks.worker.queues import Queues
-from resilient_tasks.worker.request import GatedRequest
+from resilient_tasks.worker.request import GatedRequest, guards_of
 from resilient_tasks.worker.runtime import find_runtime, runtime_of
 from resilient_tasks.worker.ticket import Ticket
 
@@ -70,7 +70,7 @@ def send_task(task: Any, send: Send, args: Any, kwargs: Any, on_open: str | None
     runtime = find_runtime(task.app) if on_open is None else runtime_of(task.app)
     told = None if any(map(options.get, _IN_A_WORKFLOW)) else on_open
     gated = runtime is not None and runtime.settings.gate_producers and _is_only_deferred(task)
-    refusal = _refusal(runtime, task) if runtime and (told or gated) else None
+    refusal = _refusal(task, args or (), kwargs or {}) if runtime and (told or gated) else None
     if refusal is None:
         return send(**options)
     served = _serve(task, args, kwargs, refusal, options) if told == FALLBACK else None
@@ -96,10 +96,9 @@ def _is_only_deferred(task: Any) -> bool:
     return options.on_open == DEFER and not options.fallback and not task.app.conf.task_always_eager
 
 
-def _refusal(runtime: Runtime, task: Any) -> BreakerOpenError | None:
+def _refusal(task: Any, args: Any, kwargs: Any) -> BreakerOpenError | None:
     """Return the refusal that a worker would meet with now, as far as this process knows."""
-    known = (runtime.breakers.get(name) for name in task.options.breakers)
-    return next((breaker.refusal() for breaker in known if breaker is not None and not breaker.accepting), None)
+    return next((guard.refusal() for guard in guards_of(task, args, kwargs) if not guard.accepting), None)
 
 
 def _serve(

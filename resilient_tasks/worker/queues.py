@@ -19,6 +19,7 @@ from celery import Celery
 from kombu.exceptions import DecodeError, OperationalError
 
 from resilient_tasks.core.memory import Memory
+from resilient_tasks.core.names import parent_of
 from resilient_tasks.monitor.log import about
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.ticket import Ticket
@@ -117,8 +118,8 @@ class Queues(ABC):
         return f"{self.namespace}.deferred.{breaker}"
 
     def dead(self, breaker: str) -> str:
-        """Name of a breaker's dead-letter queue."""
-        return f"{self.namespace}.dead.{breaker}"
+        """Name of a breaker's dead-letter queue; children share their parent's."""
+        return f"{self.namespace}.dead.{parent_of(breaker) or breaker}"
 
     def place(self, ticket: Ticket) -> str:
         """Name of the queue for a message that is put aside with a ticket."""

@@ -23,7 +23,7 @@ from celery.worker.request import Request
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.counts import REDELIVERED
 from resilient_tasks.core.model import Outcome
-from resilient_tasks.errors import DeferredQueueFullError
+from resilient_tasks.errors import ConfigurationError, DeferredQueueFullError
 from resilient_tasks.monitor import tracing
 from resilient_tasks.monitor.events import TASK_FALLBACK
 from resilient_tasks.monitor.log import about
@@ -42,6 +42,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("resilient_tasks")
 
 _arrivals = itertools.count()
+
+
+def guards_of(task: Any, args: Any, kwargs: Any) -> list[Breaker]:
+    """Return the breakers that must admit a call, parents before their children; none if its key makes no sense."""
+    try:
+        breakers = runtime_of(task.app).breakers_of(task, args, kwargs)
+    except ConfigurationError:
+        return []
+    return [guard for breaker in breakers for guard in breaker.guards]
 
 
 class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
@@ -94,10 +103,9 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         return runtime_of(self.app).host
 
     @cached_property
-    def breakers(self) -> list[Breaker]:
-        """The breakers that the task names."""
-        runtime = runtime_of(self.app)
-        return [runtime.breaker(name) for name in self.task.options.breakers]
+    def guards(self) -> list[Breaker]:
+        """The breakers that must admit the run; none if its key makes no sense, as the run itself will say."""
+        return guards_of(self.task, *seams.arguments_of(self))
 
     @property
     def context(self) -> Any:
@@ -126,7 +134,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     @property
     def is_refused(self) -> bool:
         """Whether the gate would refuse it at once, and no fallback had to run."""
-        refusing = self.host.gate.refusing(self.breakers, self.ticket, self.id)
+        refusing = self.host.gate.refusing(self.guards, self.ticket, self.id)
         return self.defers_when_refused() and refusing is not None
 
     # --- into the pool ----------------------------------------------------------------------------
@@ -229,9 +237,11 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     def _deferred_by_time_out(self, exc: BaseException) -> TaskDeferred | None:
         """Return what a run with attempts left would have raised itself, had the time limit not killed it."""
         admission = self.admission
-        if admission is None or not isinstance(exc, TimeLimitExceeded) or self.task.options.on_failure != DEFER:
+        if not admission or not admission.passes or not isinstance(exc, TimeLimitExceeded):
             return None
-        culprit = self.breakers[0].name  # nobody knows what it was waiting for
+        if self.task.options.on_failure != DEFER:
+            return None
+        culprit = admission.answerable
         attempts = admission.attempts_after_failure(culprit)
         return TaskDeferred(culprit, "the task exceeded its time limit", attempts, type(exc).__name__)
 

@@ -41,6 +41,7 @@ class Pass(NamedTuple):
         trial: the run holds a permit.
         counts: a dependency failure of this run that is put to the breaker would count as an attempt.
         leased: the run holds a permit, or one of a limited number of slots.
+        for_child: it is the pass of a parent, for a run that a child answers for: only a trial counts.
     """
 
     breaker: str
@@ -48,6 +49,7 @@ class Pass(NamedTuple):
     trial: bool = False
     counts: bool = False
     leased: bool = False
+    for_child: bool = False
 
 
 class Admission(NamedTuple):
@@ -78,10 +80,15 @@ class Admission(NamedTuple):
         """Return the pass of a breaker; None if it has given none."""
         return next((one for one in self.passes if one.breaker == breaker), None)
 
+    @property
+    def answerable(self) -> str:
+        """The first breaker for which an outcome of the run counts, whatever it was waiting for."""
+        return next(one.breaker for one in self.passes if not one.for_child)
+
     def attempts_after_failure(self, breaker: str) -> int:
         """Return the attempts that count if this run fails, and the failure is put to ``breaker``."""
-        judge = self.pass_of(breaker) or self.passes[0]
-        return self.attempts + judge.counts
+        judge = self.pass_of(breaker) or next(iter(self.passes), None)
+        return self.attempts + (judge is not None and judge.counts)
 
     def pack(self) -> Packed:
         """Return the same as a tuple of plain values."""

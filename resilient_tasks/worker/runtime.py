@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,14 @@ from weakref import WeakKeyDictionary
 from celery import Celery, Task
 
 from resilient_tasks.breaker import Breaker
+from resilient_tasks.core.names import is_child, parent_of
 from resilient_tasks.errors import ConfigurationError
+from resilient_tasks.fallback import Call
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.settings import Settings
 from resilient_tasks.worker.broker import open_queues
 from resilient_tasks.worker.queues import Queues
+from resilient_tasks.worker.task_key import found_by
 from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -96,11 +99,35 @@ class Runtime:
         Raises:
             ConfigurationError: nobody defines it.
         """
+        parent = parent_of(name)
         try:
-            return self.breakers[name]
+            return self.breakers[name] if parent is None else self.breakers[parent].child_named(name)
         except KeyError:
             known = ", ".join(sorted(self.breakers)) or "none"
             raise ConfigurationError(f"no breaker is named {name!r}; defined: {known}") from None
+
+    def defines(self, name: str) -> bool:
+        """Whether this app defines a breaker, or the parent of a child."""
+        return name in self.breakers or (is_child(name) and parent_of(name) in self.breakers)
+
+    def present(self) -> list[Breaker]:
+        """Return all breakers that anybody need look at: not children that are plainly CLOSED, and wait for nobody.
+
+        As this process's view knows them, up to half a second ago.
+        """
+        children = filter(self.defines, self.fleet.view.hot_children())
+        return [*self.breakers.values(), *map(self.breaker, children)]
+
+    def breakers_of(self, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Breaker]:
+        """Return the breakers that answer for one call of a task, in the task's order.
+
+        Raises:
+            ConfigurationError: nobody defines one, or the call has no key that may name a child.
+        """
+        breakers = [self.breaker(name) for name in task.options.breakers]
+        if task.options.breaker_key is not None:
+            breakers[0] = breakers[0].child(_key_of(task, args, kwargs))
+        return breakers
 
     @property
     def control_queue(self) -> str:
@@ -166,6 +193,14 @@ class Runtime:
         names = set(task.options.breakers)
         others = [other for other in list(_runtimes.values()) if other is not self and names <= other.breakers.keys()]
         return any(_function(other.app.tasks.get(task.name)) is _function(task) for other in others)
+
+
+def _key_of(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
+    try:
+        return found_by(task.options.breaker_key, Call(task.name, task.run, args, kwargs))
+    except Exception as exc:  # its text may hold a secret among the arguments
+        trouble = f"breaker_key={task.breaker_key!r}: {type(exc).__name__} over the arguments of this call"
+        raise ConfigurationError(f"task {task.name!r}: {trouble}") from exc
 
 
 def _function(task: Any) -> Any:

@@ -121,6 +121,12 @@ class _Composer(Producer):
         )
 
 
+def arguments_of(request: Request) -> tuple[Any, Any]:
+    """Return the positional and the keyword arguments that a request's task will be called with."""
+    args, kwargs, _ = request._payload
+    return args, kwargs
+
+
 def announce_revoked(request: Request, reason: str, *, expired: bool = False) -> None:
     """Give a request the result, events and signals of a task that was revoked, or has expired, before it ran."""
     request._announce_revoked(reason, False, None, expired)

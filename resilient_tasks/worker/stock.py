@@ -21,6 +21,8 @@ logger = logging.getLogger("resilient_tasks")
 
 #: Seconds that one tick may spend on failing the expired tasks of one breaker.
 EXPIRING = 1.0
+#: Children that are looked at with one stocktaking although nothing is known to wait for them.
+MOST_CHILDREN = 20
 #: Seconds that a message may take from the index to its queue.
 ON_ITS_WAY = 5.0
 
@@ -31,6 +33,16 @@ class Stocktaker:
     def __init__(self, runtime: Runtime, tasks: DeferredTasks) -> None:
         self._runtime = runtime
         self._tasks = tasks
+        self._children: list[str] = []  # those to look at in this round
+
+    def some_children(self) -> list[Breaker]:
+        """Return the next few of all children there are, round by round: what waits for one may be indexed nowhere."""
+        if not self._children:
+            store, view = self._runtime.fleet.store, self._runtime.fleet.view
+            known = {standing.name for standing in view.standings() if standing.spec.parent is not None}
+            self._children = sorted(known.union(*map(store.children, self._runtime.breakers)))
+        some, self._children = self._children[:MOST_CHILDREN], self._children[MOST_CHILDREN:]
+        return [self._runtime.breaker(name) for name in some]
 
     def expire(self, breaker: Breaker, snapshot: Snapshot) -> None:
         """Dead-letter tasks whose ``defer_for`` or ``expires`` is over, drop those that were revoked."""
@@ -70,13 +82,20 @@ class Stocktaker:
     def send_home(self, unseen_for: float) -> None:
         """Resume the tasks of breakers that no worker defines any more; the gate decides by the current code."""
         ledger = self._runtime.fleet.ledger
-        for name in ledger.abandoned(unseen_for=unseen_for):
-            why = f"resumed, breaker {name!r} is defined nowhere any more"
-            while self._tasks.sift(name, partial(self._tasks.resume, epoch=0, why=why)):
-                logger.warning("breaker %r is defined nowhere any more: its tasks are resumed", name)
-            if self._tasks.count(name) == 0:
-                ledger.clear_deferred(name)
-                ledger.retire([name])
+        for parent in ledger.abandoned(unseen_for=unseen_for):
+            names = *self._runtime.fleet.store.children(parent), parent
+            if not [name for name in names if not self._send_home(name)]:
+                ledger.retire([parent])
+
+    def _send_home(self, name: str) -> bool:
+        """Resume all tasks that wait for a breaker; return whether none is left."""
+        why = f"resumed, breaker {name!r} is defined nowhere any more"
+        while self._tasks.sift(name, partial(self._tasks.resume, epoch=0, why=why)):
+            logger.warning("breaker %r is defined nowhere any more: its tasks are resumed", name)
+        if self._tasks.count(name) > 0:
+            return False
+        self._runtime.fleet.ledger.clear_deferred(name)
+        return True
 
     def _index(self, breaker: str, entries: Sequence[Entry]) -> list[Move]:
         deadlines = {entry.task_id: entry.ticket.ends_at for entry in entries}

@@ -12,7 +12,7 @@ from celery.utils.saferepr import saferepr
 from celery.worker.strategy import default
 
 from resilient_tasks.core.counts import REFUSED
-from resilient_tasks.worker.request import GatedRequest
+from resilient_tasks.worker.request import GatedRequest, guards_of
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
 
@@ -34,22 +34,28 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
         self._runtime = runtime_of(app)
         self._runtime.host.attach(consumer)
         self._gate = self._runtime.host.gate
-        self._breakers = [self._runtime.breaker(name) for name in task.options.breakers]
+        self._guards = [self._runtime.breaker(name) for name in task.options.breakers]
         self._go_on = default(task, app, consumer)
 
     def __call__(self, message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **kwargs: Any) -> Any:
         """Handle one message that has just arrived."""
         _check(message, body)
         ticket = Ticket.read(message.headers)
-        if ticket.breaker in self._runtime.breakers:  # strangers may write tickets, too
+        if self._runtime.defines(ticket.breaker):  # strangers may write tickets, too
             self._gate.took_up(ticket)
         is_protocol_2 = body is None and "args" not in message.payload
-        refusing = is_protocol_2 and self._gate.refusing(self._breakers, ticket, message.headers["id"])
+        refusing = is_protocol_2 and self._gate.refusing(self._guards_of(message), ticket, message.headers["id"])
         if refusing:
             request = self._request(message, ack, reject)
             if request.defers_when_refused() and not request.eta:
                 return self._defer(request, refusing)
         return self._go_on(message, body, ack, reject, callbacks, **kwargs)
+
+    def _guards_of(self, message: Any) -> list[Breaker]:
+        if self._task.options.breaker_key is None:
+            return self._guards
+        args, kwargs, _ = message.payload
+        return guards_of(self._task, args, kwargs)
 
     def _request(self, message: Any, ack: Any, reject: Any) -> GatedRequest:
         return GatedRequest(

@@ -39,7 +39,7 @@ class ResilientTask(Task):  # type: ignore[misc]  # Celery is untyped
 
     abstract = True
     breaker: Breaker | str | Sequence[Breaker | str] | None = None
-    breaker_key: Any = None
+    breaker_key: TaskKey | None = None
     fallback: Any = None
     on_open: str = DEFER
     on_dependency_failure: str | None = None

@@ -27,9 +27,12 @@ def key_of(call: Call, key: TaskKey) -> str:
         TypeError: the arguments do not fit the task, or the callable returned no text.
         Exception: whatever the user's callable raises.
     """
-    if not callable(key):
-        return str(call.arguments()[key])
-    found = key(tuple(call.args), dict(call.kwargs))
-    if not isinstance(found, str):
+    found = found_by(key, call)
+    if callable(key) and not isinstance(found, str):
         raise TypeError(f"the key of task {call.task_name!r} is {found!r}: allowed is a str")
-    return found
+    return str(found)
+
+
+def found_by(key: TaskKey, call: Call) -> object:
+    """Return what the callable returns, or the value of the parameter; raises likewise."""
+    return key(tuple(call.args), dict(call.kwargs)) if callable(key) else call.arguments()[key]

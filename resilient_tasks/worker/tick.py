@@ -48,7 +48,7 @@ def anything_due(breaker: Breaker, snapshot: Snapshot, now: float) -> bool:
         return snapshot.open_until is not None and snapshot.open_until <= now
     if snapshot.state is State.HALF_OPEN or (snapshot.state in ADMITTING and snapshot.deferred > 0):
         return True
-    return breaker.registered_probe is not None and breaker.registered_probe.is_due(replace(snapshot, now=now))
+    return breaker.probe_to_run is not None and breaker.probe_to_run.is_due(replace(snapshot, now=now))
 
 
 class Tick:
@@ -85,10 +85,13 @@ class Tick:
             if not held:
                 return False
             self._take_stock(observed_for)
-            breakers = list(self._runtime.breakers.values())
-            for breaker, snapshot in zip(breakers, fleet.store.read(self._runtime.specs()), strict=True):
+            breakers = self._runtime.present()
+            snapshots = fleet.store.read([breaker.spec for breaker in breakers])
+            for breaker, snapshot in zip(breakers, snapshots, strict=True):
                 if anything_due(breaker, snapshot, snapshot.now):
                     self._shielded(breaker.name, partial(self._serve, breaker))
+                elif breaker.spec.parent is not None and snapshot.state is State.CLOSED:
+                    fleet.store.cool(breaker.spec)
             fleet.ledger.tick_completed(scope)
         return True
 
@@ -98,7 +101,7 @@ class Tick:
         Raises:
             StoreError: the store is away.
         """
-        limited = [breaker for breaker in self._runtime.breakers.values() if not breaker.standing.admits_freely]
+        limited = [breaker for breaker in self._runtime.present() if not breaker.standing.admits_freely]
         with self._lease() as held:
             if held:
                 specs = [breaker.spec for breaker in limited]
@@ -117,9 +120,9 @@ class Tick:
         fleet.learn(answer)
         snapshot = answer.snapshot
         self._stocktaker.expire(breaker, snapshot)
-        if breaker.registered_probe is not None and breaker.registered_probe.is_due(snapshot):
-            self._prober.start(breaker, breaker.registered_probe, snapshot)
-        if snapshot.state is State.HALF_OPEN and breaker.registered_probe is None:
+        if breaker.probe_to_run is not None and breaker.probe_to_run.is_due(snapshot):
+            self._prober.start(breaker, breaker.probe_to_run, snapshot)
+        if snapshot.state is State.HALF_OPEN and breaker.probe_to_run is None:
             self._resumer.release_trials(breaker, snapshot)
         elif snapshot.state in ADMITTING and snapshot.deferred:
             self._resumer.resume(breaker, snapshot)
@@ -130,7 +133,7 @@ class Tick:
         if time.monotonic() - self._stock_taken_at < STOCKTAKING:
             return
         self._stock_taken_at = time.monotonic()
-        for breaker in self._runtime.breakers.values():
+        for breaker in (*self._runtime.present(), *self._stocktaker.some_children()):
             self._shielded(breaker.name, partial(self._stocktaker.count, breaker))
         if observed_for >= ABANDONED_AFTER:
             self._shielded("abandoned", partial(self._stocktaker.send_home, ABANDONED_AFTER))

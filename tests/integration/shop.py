@@ -48,6 +48,9 @@ probed = resilience.breaker("probed", **QUICK)
 tolerant = resilience.breaker("tolerant", **{**QUICK, "consecutive_failures": None, "minimum_calls": 1000})
 knocked = resilience.breaker("knocked", **QUICK)
 narrow = resilience.breaker("narrow", **QUICK, max_deferred=2)
+tenants = resilience.breaker("tenants", **QUICK)
+regions = resilience.breaker("regions", **QUICK, parent_trip_ratio=0.5)
+hosts = resilience.breaker("hosts", **{**QUICK, "open_duration": 30}, max_open_ratio=0.5, max_keys=2)
 blocking = resilience.breaker("blocking", **QUICK, max_deferred=2, overflow="block")
 
 
@@ -163,6 +166,23 @@ def transfer(self, order: int) -> int:
     call("payments")
     accounts.call(call, "accounts")
     return order
+
+
+@app.task(bind=True, breaker="tenants", breaker_key="tenant")
+def bill(self, order: int, tenant: str = "acme") -> int:
+    SIDE.rpush("runs:bill", self.request.id)
+    call(f"tenants-{tenant}")
+    return order
+
+
+@app.task(breaker="regions", breaker_key=lambda args, kwargs: args[0])
+def route(region: str) -> str:
+    return call(f"regions-{region}")
+
+
+@app.task(breaker="hosts", breaker_key="host", on_failure="raise")
+def fetch(host: str) -> str:
+    return call(f"hosts-{host}")
 
 
 @app.task(breaker="narrow")

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors", "policy", "core"},
     {"store", "fallback", "monitor", "settings", "checks", "probing", "signals"},
-    {"fleet", "guard", "breaker"},
+    {"fleet", "guard", "family", "breaker"},
     {"worker"},
     {"app", "prometheus", "telemetry"},
     {"__init__"},

@@ -36,9 +36,7 @@ def gate(app: Celery, clock: Clock) -> Gate:
 
 def request(task_id: str, ticket: Ticket, *breakers: Breaker) -> Any:
     holder = vars(GatedRequest)["holder"].func(SimpleNamespace(id=task_id))
-    return SimpleNamespace(
-        id=task_id, ticket=ticket, holder=holder, breakers=breakers, defers_when_refused=lambda: True
-    )
+    return SimpleNamespace(id=task_id, ticket=ticket, holder=holder, guards=breakers, defers_when_refused=lambda: True)
 
 
 def test_the_ramp_draws_one_lot_per_task(

@@ -134,7 +134,7 @@ def request(task_id: str, *breakers: Breaker, ticket: Ticket | None = None, wait
         id=task_id,
         ticket=ticket or Ticket(),
         holder=f"{task_id}:run",
-        breakers=breakers,
+        guards=breakers,
         defers_when_refused=lambda: waits,
     )
 

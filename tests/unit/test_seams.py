@@ -138,6 +138,7 @@ def test_a_request_is_made_of_a_message_of_either_protocol(app: Celery, protocol
     )  # fmt: skip
     request = Request(message, app=app, task=app.tasks["double"], **seams.parts_of(message))
     assert (request.id, request.args, request._context.errbacks) == ("an-id", [21], ["an-errback"])
+    assert seams.arguments_of(request) == ([21], {})
 
 
 def test_announce_revoked_tells_what_has_expired(app: Celery) -> None:

@@ -1,0 +1,55 @@
+"""Breakers of single tenants, regions and hosts: each fails for itself, up to a point."""
+
+from __future__ import annotations
+
+import pytest
+
+from resilient_tasks import ConfigurationError
+from tests.integration.conftest import Shop
+
+
+def test_the_outage_of_one_tenant_defers_its_tasks_alone_and_outlives_the_workers(shop: Shop) -> None:
+    worker = shop.worker()
+    shop.set_health("tenants-acme", "down")
+    suffering = [shop.bill.delay(order) for order in range(4)]
+    suffering += [shop.bill.delay(order, tenant="acme") for order in range(4, 8)]
+    shop.wait(lambda: shop.waiting("tenants:acme") == len(suffering), "the tenant's tasks to wait")
+    healthy = [shop.bill.delay(order, "other") for order in range(20)]
+    shop.wait_done(*healthy)
+    assert suffering[0].info["breaker"] == "tenants:acme"
+    assert shop.waiting("tenants") == 0
+    assert shop.tenants.snapshot().hot_children == ("acme",)
+
+    with pytest.raises(ConfigurationError, match="key '' of breaker 'tenants'"):
+        shop.bill.delay(1, tenant="").get(timeout=60)
+
+    worker.stop()
+    shop.set_health("tenants-acme", "up")
+    shop.worker()  # which has never heard of the tenant
+    shop.wait_done(*suffering)
+    assert shop.tenants.snapshot().calls == 0
+
+
+def test_many_failing_regions_open_their_parent_and_few_hosts_may_be_open_at_once(shop: Shop) -> None:
+    shop.worker()
+    for host in "abc":
+        shop.set_health(f"hosts-{host}", "down")
+    calls = [shop.fetch.delay(host) for host in "abaaabbb"]
+    shop.wait(lambda: shop.hosts.child("b").snapshot().failures >= 3, "both to have failed")
+    assert [str(shop.hosts.child(host).snapshot().state) for host in "ab"] == ["OPEN", "CLOSED"]
+    with pytest.raises(ConnectionError):
+        shop.fetch.delay("c").get(timeout=60)
+    shop.wait(lambda: shop.hosts.snapshot().calls == 1, "the parent to count: two keys are all there may be")
+
+    for region in ("east", "west"):
+        shop.set_health(f"regions-{region}", "down")
+    results = [shop.route.delay(region) for region in ("north", *3 * ("east", "west"))]
+    shop.wait(lambda: shop.regions.snapshot().state == "OPEN", "the parent to open")
+    assert shop.regions.snapshot().reason == "2 of 3 active children are open"
+    results.append(shop.route.delay("north"))
+    for region in ("east", "west"):
+        shop.set_health(f"regions-{region}", "up")
+    shop.wait_done(*results)
+    shop.hosts.child("a").reset()
+    for call in calls:
+        call.forget()
