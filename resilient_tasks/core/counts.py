@@ -17,6 +17,7 @@ DEAD = "dead"
 EXPIRED = "expired"
 REVOKED = "revoked"
 DROPPED = "dropped"
+COALESCED = "coalesced"
 REDELIVERED = "redelivered"
 CACHED_AGE = "cached_age_ms"
 
@@ -47,6 +48,7 @@ class Counts:
         expired: those of them that had waited too long, by ``defer_for`` or ``expires``.
         revoked: tasks that were revoked while they waited.
         dropped: waiting tasks that somebody dropped.
+        coalesced: waiting tasks that a later one with the same key has replaced.
         redelivered: tasks that the broker delivered again: some may have run twice.
         entered: transitions by the state that was entered.
     """
@@ -65,6 +67,7 @@ class Counts:
     expired: int = 0
     revoked: int = 0
     dropped: int = 0
+    coalesced: int = 0
     redelivered: int = 0
     entered: Mapping[State, int] = field(default_factory=dict)
 
@@ -82,7 +85,8 @@ class Counts:
 
 
 _PLAIN = (
-    TRIALS, REFUSED, DEFERRED, DEFERRED_AGAIN, RESUMED, FAILED, DEAD, EXPIRED, REVOKED, DROPPED, REDELIVERED,
+    TRIALS, REFUSED, DEFERRED, DEFERRED_AGAIN, RESUMED, FAILED, DEAD, EXPIRED, REVOKED, DROPPED, COALESCED,
+    REDELIVERED,
 )  # fmt: skip
 
 

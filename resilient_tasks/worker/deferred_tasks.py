@@ -10,7 +10,7 @@ from celery import states
 from celery.exceptions import TaskRevokedError
 
 from resilient_tasks import signals
-from resilient_tasks.core.counts import DEAD, DROPPED, EXPIRED, REVOKED
+from resilient_tasks.core.counts import COALESCED, DEAD, DROPPED, EXPIRED, REVOKED
 from resilient_tasks.errors import DeferralExpiredError, ResilienceError
 from resilient_tasks.monitor.events import TASK_IGNORED, TASK_RESUMED
 from resilient_tasks.worker import seams
@@ -98,33 +98,35 @@ class DeferredTasks:
             start, page = start + offered - len(moves), min(2 * page, PAGE)
             yield moves
 
-    def resume(self, entries: Sequence[Entry], epoch: int, why: str) -> list[Move]:
-        """Send tasks back to the queues that they came from.
+    def weed(self, entries: Sequence[Entry]) -> tuple[list[Move], list[Entry]]:
+        """End those tasks that shall never run; return the moves that this takes, and the tasks that may run.
 
-        Drops those that were revoked meanwhile or that a later one replaces, and dead-letters those that would not run.
+        Revoked ones are dropped, those that a later one replaces are ignored, and those that have waited too long or
+        that nobody can read are dead-lettered. One whose result cannot be written now is neither ended nor may it run.
         """
         ledger, now = self._runtime.fleet.ledger, self._runtime.fleet.view.server_now()
         revoked = revoked_among(entries, ledger)
-        over = {entry.task_id for entry in entries if ended(entry, now)}
-        superseded = superseded_among(entries, ledger, gone=revoked | over)
+        errors = {entry.task_id: error for entry in entries if (error := ended(entry, now) or entry.unreadable())}
+        superseded = superseded_among(entries, ledger, gone=revoked | errors.keys())
 
-        def move(entry: Entry) -> Move | None:
+        def end(entry: Entry) -> Move | None:
             if entry.task_id in revoked:
                 return self.drop(entry, "revoked")
-            if entry.task_id in superseded:
-                return self._ignore(entry, superseded[entry.task_id])
-            return self._resume(entry, epoch, why)
+            if entry.task_id in errors:
+                return self.dead_letter(entry, errors[entry.task_id])
+            return self._ignore(entry, superseded[entry.task_id])
 
-        return [made for made in map(move, entries) if made is not None]
+        doomed = revoked | errors.keys() | superseded.keys()
+        moves = [end(entry) for entry in entries if entry.task_id in doomed]
+        return [move for move in moves if move], [entry for entry in entries if entry.task_id not in doomed]
 
-    def _resume(self, entry: Entry, epoch: int, why: str) -> Move | None:
+    def resume(self, entries: Sequence[Entry], epoch: int, why: str) -> list[Move]:
+        """Send tasks back to the queues that they came from."""
         now = self._runtime.fleet.view.server_now()
-        error = ended(entry, now) or entry.unreadable()
-        if error is not None:
-            return self.dead_letter(entry, error)
-        self._withdraw(entry, keep_for=CLAIM_OUTLIVES_TURN)
-        self._tell(entry, TASK_RESUMED, exception=why, traceback=None)
-        return Move(entry, self._runtime.origin(entry.ticket), entry.ticket.resume(epoch, now))
+        for entry in entries:
+            self._withdraw(entry, keep_for=CLAIM_OUTLIVES_TURN)
+            self._tell(entry, TASK_RESUMED, exception=why, traceback=None)
+        return [Move(entry, self._runtime.origin(entry.ticket), entry.ticket.resume(epoch, now)) for entry in entries]
 
     def _ignore(self, entry: Entry, latest: str) -> Move | None:
         """End a task with IGNORED, because a later one runs instead; None as below."""
@@ -132,6 +134,7 @@ class DeferredTasks:
             return None
         what = "Task %s[%s] is ignored: %s runs instead"
         logger.info(what, entry.task_name, entry.task_id, latest, extra=entry.log_fields)
+        self._tally(entry.ticket.breaker, COALESCED)
         return Move(entry, None)
 
     def _withdraw(self, entry: Entry, *, keep_for: float = 0.0) -> None:

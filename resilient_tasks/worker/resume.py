@@ -92,13 +92,11 @@ class Resumer:
         def choose(entries: Sequence[Entry]) -> list[Move]:
             nonlocal going
             due = [entry for entry in entries if early or self._is_due(breaker, entry, snapshot.now)]
+            ends, due = self._tasks.weed(due)
             chosen = selection.choose(due)
-            moves = self._tasks.resume(chosen, snapshot.epoch, why)
-            ids = {move.entry.task_id for move in moves if move.resumes}
-            selection.leave_out({entry.task_id for entry in chosen} - ids)
-            going += len(ids)
-            ledger.resumed(breaker.name, len(ids))  # before they can be taken up
-            return moves
+            going += len(chosen)
+            ledger.resumed(breaker.name, len(chosen))  # before they can be taken up
+            return [*ends, *self._tasks.resume(chosen, snapshot.epoch, why)]
 
         pages = self._tasks.sift_pages(breaker.name, choose, enough=lambda: selection.complete, page=selection.page)
         for moves in pages:

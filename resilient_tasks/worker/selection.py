@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from resilient_tasks.core.model import Outcome, Snapshot
-from resilient_tasks.store.base import Evidence, Store
+from resilient_tasks.core.model import Snapshot
+from resilient_tasks.store.base import Store
 from resilient_tasks.store.reports import LEASE
 from resilient_tasks.worker.deferred_tasks import PAGE
 from resilient_tasks.worker.queues import Entry
@@ -29,9 +29,6 @@ class Selection(Protocol):
 
     def choose(self, due: Sequence[Entry]) -> Sequence[Entry]:
         """Return those that shall be resumed, of some whose own wait is over, oldest first."""
-
-    def leave_out(self, task_ids: set[str]) -> None:
-        """Take note that some that were chosen are not resumed, because they have ended."""
 
 
 @dataclass
@@ -60,10 +57,6 @@ class FirstFew:
         self.wanted -= len(chosen)
         return chosen
 
-    def leave_out(self, task_ids: set[str]) -> None:
-        """Choose as many others."""
-        self.wanted += len(task_ids)
-
 
 class WhoeverFits:
     """The oldest tasks, as many as slots are free; one is kept for each.
@@ -76,7 +69,7 @@ class WhoeverFits:
     """
 
     def __init__(self, store: Store, breaker: Breaker, snapshot: Snapshot, most: int) -> None:
-        self._store, self._breaker, self._snapshot, self._most = store, breaker, snapshot, most
+        self._store, self._breaker, self._most = store, breaker, most
         self.page = max(0, min(most - snapshot.in_flight, PAGE - 1)) + 1  # one more tells that others go on waiting
         self.complete = False
 
@@ -86,9 +79,3 @@ class WhoeverFits:
         kept = self._store.keep_slots(self._breaker.spec, ids, lease=LEASE, most=self._most)
         self.complete = kept < len(due)
         return due[:kept]
-
-    def leave_out(self, task_ids: set[str]) -> None:
-        """Give their slots back."""
-        for task_id in task_ids:
-            nothing = Evidence(self._snapshot.epoch, ())
-            self._store.settle(self._breaker.spec, task_id, Outcome.IGNORED, nothing)

@@ -41,7 +41,7 @@ def lay(directory: Path) -> None:
 
 def watch_moves(note: Callable[[str], object]) -> None:
     """Tell ``note`` the id of every task whose message the library is about to move."""
-    defer, resume = Deferral.defer, DeferredTasks._resume
+    defer, resume = Deferral.defer, DeferredTasks.resume
 
     @wraps(defer)
     def watched_defer(self: Deferral, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -49,12 +49,13 @@ def watch_moves(note: Callable[[str], object]) -> None:
         return defer(self, request, *args, **kwargs)
 
     @wraps(resume)
-    def watched_resume(self: DeferredTasks, entry: Any, *args: Any, **kwargs: Any) -> Any:
-        note(entry.task_id)
-        return resume(self, entry, *args, **kwargs)
+    def watched_resume(self: DeferredTasks, entries: Any, *args: Any, **kwargs: Any) -> Any:
+        for entry in entries:
+            note(entry.task_id)
+        return resume(self, entries, *args, **kwargs)
 
     setattr(Deferral, "defer", watched_defer)  # noqa: B010 - a plain assignment is one that mypy refuses
-    setattr(DeferredTasks, "_resume", watched_resume)  # noqa: B010
+    setattr(DeferredTasks, "resume", watched_resume)  # noqa: B010
 
 
 def arm(directory: Path, name: str) -> None:

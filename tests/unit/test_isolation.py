@@ -15,7 +15,7 @@ from resilient_tasks import Breaker, BreakerOpenError, Resilience
 from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.core.pace import Pace, refill_count
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.store.base import Evidence, Spec, Store, Wish
+from resilient_tasks.store.base import Spec, Store, Wish
 from resilient_tasks.testing import Clock
 from resilient_tasks.worker.gate import Gate, Places
 from resilient_tasks.worker.queues import Entry
@@ -235,17 +235,12 @@ class SlotsFor:
 
     def __init__(self, free: int) -> None:
         self.free = free
-        self.given_back: list[str] = []
 
     def keep_slots(self, _: Spec, tasks: list[str], *, lease: float, most: int) -> int:
         assert (lease, most) == (5.0, 4)
         kept = min(self.free, len(tasks))
         self.free -= kept
         return kept
-
-    def settle(self, _: Spec, holder: str, outcome: Outcome, _evidence: Evidence) -> None:
-        assert outcome is Outcome.IGNORED
-        self.given_back.append(holder)
 
 
 def whoever_fits(store: SlotsFor, snapshot: Snapshot) -> WhoeverFits:
@@ -263,13 +258,10 @@ def test_a_slot_is_kept_for_each_task_that_is_resumed() -> None:
     assert not selection.complete, "all of them fit: there may be more"
     assert ids(selection.choose(entries("c", "d"))) == "c"
     assert selection.complete
-    selection.leave_out({"b"})
-    assert store.given_back == ["b"]
 
 
 def test_the_first_few_are_chosen_page_after_page() -> None:
     selection = FirstFew(3, unfailed_first=True)
     assert ids(selection.choose(entries("a", "b", failed="a"))) == "ba"
-    selection.leave_out({"b"})
-    assert ids(selection.choose(entries("c", "d", "e"))) == "cd"
+    assert ids(selection.choose(entries("c", "d", "e"))) == "c"
     assert selection.complete
