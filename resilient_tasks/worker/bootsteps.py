@@ -59,6 +59,8 @@ class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is 
         """Join, and consume the control queue."""
         runtime = runtime_of(consumer.app)
         runtime.host.attach(consumer)
+        if seams.discards_unaccepted(consumer.pool):  # it has done so when the former connection was lost
+            runtime.host.gate.take_back_discarded()
         channel = consumer.connection.channel()
         queue = Queue(runtime.control_queue, durable=True)
         self._ticks = Consumer(channel, queues=[queue], on_message=_TickReceiver(runtime), prefetch_count=1)

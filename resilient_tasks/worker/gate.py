@@ -42,6 +42,7 @@ class Gate:
         self._taken_up: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._places = Places()
+        self._unaccepted: dict[str, GatedRequest] = {}  # by holder: with a permit or a slot, and no pool process yet
 
     def refusing(self, breakers: Sequence[Breaker], ticket: Ticket, task_id: str) -> Breaker | None:
         """Return the first breaker that refuses a task by what is known here, so that it need not wait for a pool slot.
@@ -110,6 +111,7 @@ class Gate:
         wish = Wish(task, waits=request.defers_when_refused(), has_room=has_room)
         grant = fleet.acquire(breaker.spec, request.holder, wish=wish)
         if grant.leased:
+            self._unaccepted[request.holder] = request
             until = fleet.view.clock() + LONGEST_WAIT if grant.trial else math.inf
             fleet.reporter.hold(name, request.holder, until)
         elif has_room:
@@ -125,6 +127,7 @@ class Gate:
     def hold(self, request: GatedRequest, admission: Admission) -> None:
         """Renew the permits of a trial that has begun to run, for as long as it may take."""
         fleet = self._runtime.fleet
+        self._unaccepted.pop(request.holder, None)
         for admitted in admission.passes:
             if admitted.trial:
                 longest = _trial_limit(request, self._runtime.breaker(admitted.breaker))
@@ -140,6 +143,11 @@ class Gate:
             return False
         since = ticket.attempted_at or self._runtime.fleet.view.server_now() - standing.spec.policy.window
         return last_success > since
+
+    def take_back_discarded(self) -> None:
+        """Take permits and slots back from runs that the pool has thrown away unaccepted: nobody else settles them."""
+        for request in list(self._unaccepted.values()):
+            request.discard()
 
     def took_up(self, ticket: Ticket) -> None:
         """Note that a resumed task has reached a worker."""
@@ -159,6 +167,7 @@ class Gate:
 
     def settle(self, admission: Admission, holder: str, report: Report) -> None:
         """Count what a run has found out, once, for each breaker that admitted it."""
+        self._unaccepted.pop(holder, None)
         for admitted, verdict in zip(admission.passes, report.verdicts, strict=True):
             if admitted.leased:
                 self._settle_leased(admitted, holder, verdict or _NOTHING_SAID)

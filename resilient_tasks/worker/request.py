@@ -226,6 +226,11 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         if admission is not None:
             self.host.gate.settle(admission, self.holder, report)
 
+    def discard(self) -> None:
+        """Settle a run that has never begun; the broker delivers its message again."""
+        if self.admission is not None:
+            self._settle(Report.of_all(Verdict(Outcome.IGNORED), self.admission.passes))
+
     def _settle_death(self, exc: BaseException) -> None:
         """A child killed by a time limit, or lost, has failed; one killed by revoke or shutdown says nothing."""
         killed = isinstance(exc, Terminated) or seams.shutting_down()

@@ -237,6 +237,11 @@ def filter_messages(consumer: Any, takes: Callable[[Any], bool]) -> None:
     consumer.create_task_handler = create_filtered
 
 
+def discards_unaccepted(pool: Any) -> bool:
+    """Whether a pool throws away, when the connection is lost, what none of its processes has accepted yet."""
+    return hasattr(getattr(pool, "_pool", None), "flush")  # that of prefork
+
+
 def queue_of(task_consumer: Any, message: Any) -> str:
     """Return the name of the queue that a consumed message came from."""
     info = message.delivery_info or {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -68,6 +70,33 @@ def test_tasks_restored_while_they_run_are_put_aside_once(shop: Shop) -> None:
     shop.wait(lambda: all_done(results), "all to finish")
     shop.wait(lambda: not copies(shop.broker), "the broker to be empty")
     assert all(worker.running for worker in workers)
+
+
+def test_a_trial_that_no_process_had_accepted_when_the_connection_was_cut_gives_its_permit_back(shop: Shop) -> None:
+    worker = shop.worker(concurrency=1)
+    (stats,) = shop.app.control.inspect(timeout=30, limit=1).stats().values()
+    (child,) = stats["pool"]["processes"]
+    shop.open("payments")
+    trial = shop.charge.delay(0)
+    shop.wait(lambda: shop.waiting("payments") == 1, "the task to be deferred")
+    with stopped(child):
+        shop.payments.trip("it has to try")
+        shop.wait(lambda: shop.payments.snapshot().trials == 1, "the trial to be handed to the pool")
+        shop.broker.client_kill_filter(_type="normal", skipme=True)
+        shop.wait(lambda: shop.payments.snapshot().trials == 0, "the permit to be free")
+    results = [trial, *(shop.charge.delay(order) for order in range(1, 4))]
+    shop.wait_done(*results)
+    shop.wait(lambda: shop.payments.snapshot().state is State.CLOSED, "the breaker to close")
+    assert worker.running
+
+
+@contextmanager
+def stopped(process_id: int) -> Iterator[None]:
+    os.kill(process_id, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process_id, signal.SIGCONT)
 
 
 @contextmanager

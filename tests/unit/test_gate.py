@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 from celery import Celery
 
 from resilient_tasks import Breaker, Resilience
+from resilient_tasks.core.classification import Verdict
+from resilient_tasks.core.model import Outcome
 from resilient_tasks.store.standing import Standing
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker.gate import Gate
 from resilient_tasks.worker.request import GatedRequest
+from resilient_tasks.worker.run import Report
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
 
@@ -36,7 +40,15 @@ def gate(app: Celery, clock: Clock) -> Gate:
 
 def request(task_id: str, ticket: Ticket, *breakers: Breaker) -> Any:
     holder = vars(GatedRequest)["holder"].func(SimpleNamespace(id=task_id))
-    return SimpleNamespace(id=task_id, ticket=ticket, holder=holder, guards=breakers, defers_when_refused=lambda: True)
+    return SimpleNamespace(
+        id=task_id,
+        ticket=ticket,
+        holder=holder,
+        guards=breakers,
+        time_limits=(9, 9),
+        task=None,
+        defers_when_refused=lambda: True,
+    )
 
 
 def test_the_ramp_draws_one_lot_per_task(
@@ -124,3 +136,21 @@ def test_a_resumed_task_passes_the_ramp_of_the_breaker_that_it_waited_for_alone(
         resumed = Ticket(breaker=breaker.name, resumed=breaker.standing.epoch)
         assert gate.refusing([breaker], resumed, "a") is None
         assert gate.refusing([breaker, other], resumed, "a") is other
+
+
+def test_a_run_that_the_pool_has_discarded_is_settled(gate: Gate, resilience: Resilience, clock: Clock) -> None:
+    mail = resilience.breaker("mail", trial_calls=3, open_duration=1, open_jitter=0)
+    force(mail, "OPEN")
+    clock.advance(1.0)
+    told: list[str] = []
+    for task_id in ("accepted", "finished", "discarded"):
+        run = request(task_id, Ticket(), mail)
+        run.discard = partial(told.append, task_id)
+        admission = gate.admit(run)
+        assert admission.passes[0].trial
+        if task_id == "accepted":
+            gate.hold(run, admission)
+        elif task_id == "finished":
+            gate.settle(admission, run.holder, Report.of_all(Verdict(Outcome.SUCCESS), admission.passes))
+    gate.take_back_discarded()
+    assert told == ["discarded"]

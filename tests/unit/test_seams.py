@@ -14,6 +14,8 @@ import pytest
 from celery import Celery
 from celery.app.task import Context
 from celery.app.trace import fast_trace_task, trace_task_ret
+from celery.concurrency import prefork, solo, thread
+from celery.concurrency.asynpool import AsynPool
 from celery.exceptions import Ignore, InvalidTaskError, TaskRevokedError
 from celery.worker import control, loops, state, strategy
 from celery.worker import worker as worker_module
@@ -65,6 +67,16 @@ def test_a_consumers_loop_asks_for_its_handler_by_name(app: Celery) -> None:
         handle(message)
     assert taken == ["good"]
     assert callable(Consumer.create_task_handler)
+
+
+def test_only_prefork_discards_what_no_process_has_accepted(app: Celery) -> None:
+    assert "job.discard()" in inspect.getsource(AsynPool.flush)
+    assert "self.pool.flush()" in inspect.getsource(Consumer.on_close)
+    forking = prefork.TaskPool(1, app=app)
+    forking._pool = object.__new__(AsynPool)
+    assert seams.discards_unaccepted(forking)
+    assert not seams.discards_unaccepted(solo.TaskPool(app=app))
+    assert not seams.discards_unaccepted(thread.TaskPool(1, app=app))
 
 
 def request_of(app: Celery, base: type = Request, **headers: Any) -> Any:
