@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TypeVar
 
 import click
 
 from resilient_tasks.cli.common import BreakerName, pass_runtime
 from resilient_tasks.cli.display import Row, print_json, print_table, printable
 from resilient_tasks.core.outage import Estimate, Outage
-from resilient_tasks.monitor.story import in_words
-from resilient_tasks.monitor.words import duration, moment
+from resilient_tasks.monitor.story import rows_of
+from resilient_tasks.monitor.words import moment
 from resilient_tasks.worker.runtime import Runtime
 
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
-_T = TypeVar("_T")
 
 
 class _Span(click.ParamType):  # type: ignore[type-arg]  # older releases of click know no argument
@@ -58,8 +56,7 @@ def report(runtime: Runtime, name: str | None, *, since: float | None, form: str
     if not outages:
         click.echo("no outage is remembered")
     for outage in outages:
-        estimate = None if outage.drained else estimates.get(outage.breaker)
-        _PRINTERS[form](outage, [row for row in _rows(outage, estimate) if row[1]])
+        _PRINTERS[form](outage, rows_of(outage, estimates.get(outage.breaker)))
 
 
 def _fields(outage: Outage, estimate: Estimate | None) -> dict[str, object]:
@@ -71,49 +68,6 @@ def _fields(outage: Outage, estimate: Estimate | None) -> dict[str, object]:
         "drain_rate": outage.drain_rate,
         "estimate": asdict(estimate) if lasts and estimate else None,
     }
-
-
-def _rows(outage: Outage, estimate: Estimate | None) -> Sequence[Row]:
-    counts = outage.counts
-    return (
-        ("opened", moment(outage.opened)),
-        ("closed", _with(outage.closed, lambda at: f"{moment(at)}, after {duration(at - outage.opened)}") or "not yet"),
-        ("drained", _drained(outage)),
-        ("outlook", in_words(estimate) if estimate else ""),
-        ("reason", outage.reason),
-        ("by", outage.actor),
-        ("openings", str(outage.openings)),
-        ("causes", ", ".join(f"{cause} {count}" for cause, count in outage.causes)),
-        ("calls that failed", str(outage.failed_calls)),
-        ("calls avoided", str(counts.refused)),
-        ("tasks deferred", str(counts.deferred)),
-        ("tasks resumed", str(counts.resumed)),
-        ("served from fallback", ", ".join(f"{source} {count}" for source, count in counts.fallbacks.items())),
-        ("how stale", _stale(outage)),
-        ("tasks failed", str(counts.failed)),
-        ("dead-lettered", f"{counts.dead}, {counts.expired} of them expired" if counts.expired else str(counts.dead)),
-        ("revoked or dropped", str(counts.revoked + counts.dropped)),
-        ("longest wait", duration(outage.longest_wait)),
-        ("delivered again", str(counts.redelivered)),
-    )
-
-
-def _with(value: _T | None, words: Callable[[_T], str]) -> str:
-    return "" if value is None else words(value)
-
-
-def _drained(outage: Outage) -> str:
-    if outage.closed is None or outage.drained is None:
-        return "not yet"
-    words = f"{moment(outage.drained)}, {duration(outage.drained - outage.closed)} after it closed"
-    return words + _with(outage.drain_rate, lambda rate: f", {rate:,.1f} tasks/s")
-
-
-def _stale(outage: Outage) -> str:
-    if outage.oldest_answer is None:
-        return ""
-    average = _with(outage.average_answer_age, lambda age: f", {duration(age)} on average")
-    return f"{duration(outage.oldest_answer)} at most{average}"
 
 
 def _print_terminal(outage: Outage, rows: Sequence[Row]) -> None:

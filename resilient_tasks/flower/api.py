@@ -9,6 +9,7 @@ from tornado import web
 from resilient_tasks.core.model import Verb
 from resilient_tasks.flower import seams
 from resilient_tasks.flower.handlers import Api, check_defined, failures_told, look_at
+from resilient_tasks.monitor.words import counted
 
 RESUME = "resume"
 NO_ANSWER = "the store does not answer"
@@ -48,14 +49,13 @@ class Steering(Api):
             if verb == RESUME:
                 await self._resume(name)
             elif verb in set(Verb):
-                snapshot = await self.desk.command(name, Verb(verb), self.reason, seams.user_of(self))
-                self.write({"breaker": snapshot.as_dict()})
+                self.write({"breaker": await self.desk.command(name, Verb(verb), self.reason, seams.user_of(self))})
             else:
                 allowed = ", ".join([*map(str, Verb), RESUME])
                 raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no verb is {verb!r}; allowed are {allowed}")
 
     async def _resume(self, name: str) -> None:
-        resumed = await self.desk.resume(name, self.rate)
+        resumed = await self.desk.resume(name, self.rate, seams.user_of(self))
         if resumed is None:
             self.set_status(HTTPStatus.ACCEPTED)
         self.write({"resumed": resumed})
@@ -76,4 +76,7 @@ class Tasks(Api):
         if deed is None:
             raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no verb is {kind}/{verb}; allowed are {', '.join(deeds)}")
         with failures_told(self.desk):
-            self.write({"done": await deed(name, self.task_ids)})
+            done = await deed(name, self.task_ids)
+        if done:
+            await self.desk.note(name, f"{counted(len(done), 'task')}: {kind}, {verb}", seams.user_of(self))
+        self.write({"done": done})

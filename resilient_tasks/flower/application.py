@@ -41,6 +41,7 @@ def _handlers(desk: Desk) -> list[web.url]:
         web.url(r"/breakers-static/(.+)", web.StaticFileHandler, {"path": static}, name="breakers-static"),
         web.url(rf"/breakers/{_NAME}", pages.Breaker, ours),
         web.url(rf"/breakers/{_NAME}/(history|deferred|dead)", pages.Part, ours),
+        web.url(r"/outages", pages.Outages, ours, name="outages"),
         web.url(r"/broker", pages.Broker, ours),
         web.url(r"/api/breakers", api.Breakers, ours),
         web.url(rf"/api/breakers/{_NAME}", api.Breaker, ours),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import cached_property, partial
@@ -14,9 +14,12 @@ from urllib.parse import unquote
 
 from resilient_tasks.core.model import Snapshot, Verb
 from resilient_tasks.core.names import child_name, key_of, parent_of
-from resilient_tasks.errors import ConfigurationError
-from resilient_tasks.flower.errands import Errands
-from resilient_tasks.flower.watch import Watch
+from resilient_tasks.core.outage import Estimate, Outage
+from resilient_tasks.errors import ConfigurationError, StoreError
+from resilient_tasks.flower.errands import Errands, NoAnswerError
+from resilient_tasks.flower.watch import Told, Watch
+from resilient_tasks.monitor.story import Row, rows_of
+from resilient_tasks.monitor.words import counted
 from resilient_tasks.store.base import Spec
 from resilient_tasks.worker.dead_letters import DeadLetter, DeadLetters
 from resilient_tasks.worker.deferred import Deferred
@@ -50,7 +53,7 @@ class Desk:
         self._store = Errands("store")
         self._broker = Errands("broker")
         self._resuming: dict[str, asyncio.Task[int]] = {}
-        self.watch = Watch(self._read, self._store)
+        self.watch = Watch(self._read_all, self._store)
 
     @property
     def names(self) -> list[str]:
@@ -81,7 +84,7 @@ class Desk:
             raise ConfigurationError(f"no breaker is named {name!r}")
         return spec
 
-    def _read(self) -> Sequence[Snapshot]:
+    def _read_all(self) -> Sequence[Told]:
         """Read all breakers, and those of their children that are not plainly CLOSED."""
         specs, store = self._runtime.specs(), self._runtime.fleet.store
         snapshots = store.read_shared(specs)
@@ -90,24 +93,35 @@ class Desk:
             for spec, snapshot in zip(specs, snapshots, strict=True)
             for key in snapshot.hot_children
         ]
-        return [*snapshots, *(store.read_shared(hot) if hot else ())]
+        return self._told([*snapshots, *(store.read_shared(hot) if hot else ())])
+
+    def _told(self, snapshots: Sequence[Snapshot]) -> list[Told]:
+        """Return what is told of breakers, with an estimate of when those will be done who wait."""
+        estimates: dict[str, Estimate] = {}
+        with suppress(StoreError):  # one that keeps no history
+            estimates = self._runtime.fleet.story.estimates(snapshots)
+        waiting = {name: asdict(estimate) for name, estimate in estimates.items()}
+        return [{**snapshot.as_dict(), "estimate": waiting.get(snapshot.name)} for snapshot in snapshots]
 
     # --- breakers -----------------------------------------------------------------------------------
 
-    async def snapshot(self, name: str) -> Snapshot:
+    async def read(self, name: str) -> Told:
         """Read one breaker: a child that is plainly CLOSED is in no look at all of them."""
         spec = self._defined(name)
-        [snapshot] = await self._store.run(lambda: self._runtime.fleet.store.read_shared([spec]), patience=PATIENCE)
-        return snapshot
 
-    async def command(self, name: str, verb: Verb, reason: str, actor: str) -> Snapshot:
+        def read() -> Told:
+            return self._told(self._runtime.fleet.store.read_shared([spec]))[0]
+
+        return await self._store.run(read, patience=PATIENCE)
+
+    async def command(self, name: str, verb: Verb, reason: str, actor: str) -> Told:
         """Carry out an operator's verb and return the state that it led to."""
         # the workers' policies stay in force, whatever checkout and environment Flower runs from
         spec = replace(self._defined(name), revision=0)
         command = partial(self._runtime.fleet.command, spec, verb, reason, actor)
         snapshot = await self._store.run(command, patience=PATIENCE)
         self.watch.forget()
-        return snapshot
+        return snapshot.as_dict()
 
     async def history(self, name: str) -> dict[str, Any]:
         """Return a breaker's log, the newest entry first, and what was counted in each minute of the last hour."""
@@ -124,6 +138,25 @@ class Desk:
             }
 
         return await self._store.run(look, patience=PATIENCE)
+
+    async def outages(self, name: str | None) -> list[tuple[Outage, list[Row]]]:
+        """Return the outages of one breaker or of all, the newest first, with what is told of them."""
+        specs = self._runtime.specs() if name is None else [self._defined(name)]
+
+        def look() -> list[tuple[Outage, list[Row]]]:
+            fleet = self._runtime.fleet
+            snapshots = fleet.store.read_shared(specs)
+            estimates = fleet.story.estimates(snapshots)
+            outages = fleet.story.outages([spec.name for spec in specs])[:LISTED]
+            return [(outage, rows_of(outage, estimates.get(outage.breaker))) for outage in outages]
+
+        return await self._store.run(look, patience=PATIENCE)
+
+    async def note(self, name: str, done: str, actor: str) -> None:
+        """Log what somebody has done to the tasks of a breaker; without a store nothing is logged."""
+        with suppress(StoreError, NoAnswerError):
+            note = partial(self._runtime.fleet.history.note, name, done, actor)
+            await self._store.run(note, patience=PATIENCE)
 
     # --- tasks --------------------------------------------------------------------------------------
 
@@ -172,34 +205,45 @@ class Desk:
         await self._ask_broker(lambda: self._dead.drop(*task_ids, breaker=name))
         return list(task_ids)
 
-    async def resume(self, name: str, rate: float | None) -> int | None:
+    async def resume(self, name: str, rate: float | None, actor: str) -> int | None:
         """Resume what waits for a breaker now, without the workers' slow start.
 
         Args:
             name: of the breaker.
             rate: tasks per second; None: as fast as it goes.
+            actor: who wants it.
 
         Returns:
             How many were resumed; None if that takes longer than :data:`PATIENCE` and goes on.
         """
         task = self._resuming.get(name)
         if task is None:
-            task = self._resuming[name] = asyncio.ensure_future(self._resume(name, rate))
+            task = self._resuming[name] = asyncio.ensure_future(self._resume(name, rate, actor))
             task.add_done_callback(lambda done: self._resumed(name, done))
         done, _ = await asyncio.wait({task}, timeout=PATIENCE)
         return task.result() if done else None
 
-    async def _resume(self, name: str, rate: float | None) -> int:
+    async def _resume(self, name: str, rate: float | None, actor: str) -> int:
+        resumed = 0
+        try:
+            async for batch in self._batches(name, rate):
+                resumed += batch
+        finally:
+            if resumed:
+                await self.note(name, f"{counted(resumed, 'task')} resumed", actor)
+        return resumed
+
+    async def _batches(self, name: str, rate: float | None) -> AsyncIterator[int]:
+        """Resume what waits at this moment; yield how many went with each batch."""
         waiting = await self._ask_broker(lambda: self._deferred.count(name))
-        asked, resumed, started = 0, 0, time.monotonic()
+        asked, started = 0, time.monotonic()
         while asked < waiting:
             due = waiting if rate is None else 1 + int((time.monotonic() - started) * rate)
             batch = min(due, waiting, asked + _BATCH) - asked
             asked += batch
             if batch:
-                resumed += await self._ask_broker(partial(self._deferred.resume, name, limit=batch))
+                yield await self._ask_broker(partial(self._deferred.resume, name, limit=batch))
             await asyncio.sleep(0 if rate is None else _BEAT)
-        return resumed
 
     def _resumed(self, name: str, done: asyncio.Task[int]) -> None:
         del self._resuming[name]

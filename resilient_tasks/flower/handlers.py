@@ -118,11 +118,11 @@ def check_defined(desk: Desk, name: str) -> None:
 async def look_at(desk: Desk, name: str) -> dict[str, Any]:
     """Return what a page and the API tell of one breaker, and how new that is."""
     look = await desk.watch.look()
-    snapshot = look.snapshots.get(name)
-    if snapshot is None and look.read_at is not None:
+    told = look.breakers.get(name)
+    if told is None and look.read_at is not None:
         with failures_told(desk):
-            snapshot = await desk.snapshot(name)
-    return {"breaker": snapshot and snapshot.as_dict(), **look.freshness()}
+            told = await desk.read(name)
+    return {"breaker": told, **look.freshness()}
 
 
 @contextmanager

@@ -76,6 +76,19 @@ class Part(_BreakersPage):
             self.write({"error": error.log_message})
 
 
+class Outages(_BreakersPage):
+    """``/outages``, of all breakers; ``/outages?breaker=NAME``, of one."""
+
+    @web.authenticated
+    async def get(self) -> None:
+        """Tell of outages, the newest first."""
+        name = seams.raw_argument(self, "breaker") or None
+        if name is not None:
+            check_defined(self.desk, name)
+        with failures_told(self.desk):
+            self.show("outages.html", name=name, outages=await self.desk.outages(name))
+
+
 class _OurQueues:
     """Adds the deferred and dead-letter queues to those that Flower asks the broker about."""
 

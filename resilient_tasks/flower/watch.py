@@ -10,9 +10,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from resilient_tasks.core.model import Snapshot
 from resilient_tasks.errors import StoreError
 from resilient_tasks.flower.errands import Errands, NoAnswerError
+
+#: What is told of one breaker, as JSON has it.
+Told = dict[str, Any]
 
 #: Seconds between two readings while somebody looks.
 REFRESH = 1.0
@@ -29,12 +31,12 @@ class Look:
     """All breakers at one moment.
 
     Args:
-        snapshots: by name.
+        breakers: what is told of each, by name.
         read_at: when they were read, seconds since the epoch; None: they never were.
         problem: why they could not be read since; "" if nobody knows of any.
     """
 
-    snapshots: Mapping[str, Snapshot] = field(default_factory=dict)
+    breakers: Mapping[str, Told] = field(default_factory=dict)
     read_at: float | None = None
     problem: str = ""
 
@@ -54,7 +56,7 @@ class Look:
     @cached_property
     def breakers_json(self) -> str:
         """All breakers as a JSON array; made once, because it is sent to many."""
-        return json.dumps([snapshot.as_dict() for snapshot in self.snapshots.values()])
+        return json.dumps(list(self.breakers.values()))
 
 
 class Watch:
@@ -65,7 +67,7 @@ class Watch:
         errands: who calls it.
     """
 
-    def __init__(self, read: Callable[[], Sequence[Snapshot]], errands: Errands) -> None:
+    def __init__(self, read: Callable[[], Sequence[Told]], errands: Errands) -> None:
         self._read = read
         self._errands = errands
         self._latest = Look()
@@ -106,6 +108,6 @@ class Watch:
             self._reading = None
 
     def _take(self) -> Look:
-        look = Look({snapshot.name: snapshot for snapshot in self._read()}, time.time())
+        look = Look({told["name"]: told for told in self._read()}, time.time())
         _ = look.breakers_json  # made here, and not in the event loop
         return look

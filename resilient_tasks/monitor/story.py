@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from resilient_tasks.core.model import Snapshot
 from resilient_tasks.core.outage import Deadlines, Estimate, Outage, estimate, learned_rate
-from resilient_tasks.monitor.words import duration
+from resilient_tasks.monitor.words import duration, moment
 from resilient_tasks.store.history import History
+
+Row = tuple[str, str]
+_T = TypeVar("_T")
 
 
 class Story:
@@ -57,3 +61,48 @@ def in_words(told: Estimate) -> str:
     if told.late:
         sentence += f"; {told.late:,} will miss {'its' if told.late == 1 else 'their'} deadline"
     return f"{sentence}."
+
+
+def rows_of(outage: Outage, estimate: Estimate | None) -> list[Row]:
+    """Return what there is to tell of an outage, in words; ``estimate``: of its breaker, if tasks wait."""
+    counts = outage.counts
+    rows = (
+        ("opened", moment(outage.opened)),
+        ("closed", _with(outage.closed, lambda at: f"{moment(at)}, after {duration(at - outage.opened)}") or "not yet"),
+        ("drained", _drained(outage)),
+        ("outlook", in_words(estimate) if estimate and outage.drained is None else ""),
+        ("reason", outage.reason),
+        ("by", outage.actor),
+        ("openings", str(outage.openings)),
+        ("causes", ", ".join(f"{cause} {count}" for cause, count in outage.causes)),
+        ("calls that failed", str(outage.failed_calls)),
+        ("calls avoided", str(counts.refused)),
+        ("tasks deferred", str(counts.deferred)),
+        ("tasks resumed", str(counts.resumed)),
+        ("served from fallback", ", ".join(f"{source} {count}" for source, count in counts.fallbacks.items())),
+        ("how stale", _stale(outage)),
+        ("tasks failed", str(counts.failed)),
+        ("dead-lettered", f"{counts.dead}, {counts.expired} of them expired" if counts.expired else str(counts.dead)),
+        ("revoked or dropped", str(counts.revoked + counts.dropped)),
+        ("longest wait", duration(outage.longest_wait)),
+        ("delivered again", str(counts.redelivered)),
+    )
+    return [row for row in rows if row[1]]
+
+
+def _with(value: _T | None, words: Callable[[_T], str]) -> str:
+    return "" if value is None else words(value)
+
+
+def _drained(outage: Outage) -> str:
+    if outage.closed is None or outage.drained is None:
+        return "not yet"
+    words = f"{moment(outage.drained)}, {duration(outage.drained - outage.closed)} after it closed"
+    return words + _with(outage.drain_rate, lambda rate: f", {rate:,.1f} tasks/s")
+
+
+def _stale(outage: Outage) -> str:
+    if outage.oldest_answer is None:
+        return ""
+    average = _with(outage.average_answer_age, lambda age: f", {duration(age)} on average")
+    return f"{duration(outage.oldest_answer)} at most{average}"

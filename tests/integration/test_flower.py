@@ -133,6 +133,11 @@ def test_deferred_and_dead_tasks_are_listed_resumed_dropped_and_replayed(shop: S
     assert "nobody" in missing.json()["error"]
     assert ours.get("/breakers/payments/dead") == {"count": 0, "tasks": []}
     assert shop.broker.llen("celery") == 4
+    log = ours.get("/breakers/payments/history")["transitions"]
+    assert [(entry["reason"], entry["actor"]) for entry in log][:2] == [
+        ("2 tasks: dead, replay", "ann"),
+        ("2 tasks resumed", "ann"),
+    ]
 
 
 def test_what_an_open_breaker_holds_is_not_resumed(shop: Shop, ours: Site) -> None:
@@ -156,6 +161,20 @@ def test_the_past_is_told_with_reasons_and_who(shop: Shop, ours: Site) -> None:
     shop.wait(lambda: ours.get("/breakers/accounts/history")["minutes"], "a call to be counted")
     [minute] = ours.get("/breakers/accounts/history")["minutes"]
     assert (minute["SUCCESS"], minute["refused"]) == (1, 0)
+
+
+def test_outages_are_told_and_when_those_will_be_done_who_wait(shop: Shop, ours: Site) -> None:
+    shop.payments.isolate(reason=NASTY, actor="ann@desk")
+    shop.resilience.fleet.ledger.add_deferred("payments", "a")
+    shop.wait(lambda: ours.get("/api/breakers/payments")["breaker"]["estimate"], "an estimate")
+    estimate = ours.get("/api/breakers/payments")["breaker"]["estimate"]
+    assert (estimate["waiting"], estimate["done_in"]) == (1, None)
+    page = ours.client.get("/outages", params={"breaker": "payments"}).text
+    assert "ann@desk" in page
+    assert "1 waiting, oldest" in page
+    assert "&lt;script&gt;alert(2)" in page
+    assert "<script>alert" not in page
+    assert 'href="/breakers/payments"' in ours.client.get("/outages").text
 
 
 def test_deferred_and_dead_letter_queues_are_on_flowers_broker_page(shop: Shop, ours: Site) -> None:

@@ -16,6 +16,7 @@ from celery import Celery
 from resilient_tasks import Breaker, Resilience
 from resilient_tasks.core.names import child_name
 from resilient_tasks.errors import StoreError
+from resilient_tasks.flower import application
 from resilient_tasks.store.local import LocalStore
 from resilient_tasks.testing import Clock
 from tests.support.flower_site import flower_site
@@ -32,8 +33,9 @@ def app() -> Celery:
 
 
 @pytest.fixture
-def serve(app: Celery) -> Iterator[Serve]:
+def serve(app: Celery, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     """Serve Flower with some options; without others, as one in which ann has logged in."""
+    monkeypatch.setattr(application, "register", lambda *_, **__: None)  # metrics would outlive the breakers in memory
     with ExitStack() as sites:
 
         def serve(user: tuple[str, str] | None = ANN, **chosen: Any) -> httpx.Client:
@@ -117,6 +119,13 @@ class _Frozen(LocalStore):
     def command(self, *args: Any, **kwargs: Any) -> Any:
         self._thaw()
         return super().command(*args, **kwargs)
+
+
+def test_a_store_that_keeps_no_history_is_told(site: httpx.Client) -> None:
+    for address in ("/outages", "/breakers/payments/history"):
+        answer = site.get(address)
+        assert (answer.status_code, "keeps no history" in answer.text) == (503, True)
+    assert site.get("/outages?breaker=nobody").status_code == 404
 
 
 def test_a_store_that_was_never_there_is_no_empty_table(

@@ -81,8 +81,18 @@ export function figures(breaker) {
         oldest: duration(oldest === null ? null : now - oldest),
         since: epoch ? duration(now - since) : NOTHING,
         reason: (reason || actor) ? reason + (actor ? ` (${actor})` : "") : NOTHING,
+        recovery: recovery(breaker.estimate),
         probe: probe === null ? NOTHING : `in ${duration(probe - now)}`,
     };
+}
+
+// When the waiting tasks will be done, as far as anybody can tell.
+function recovery(estimate) {
+    if (!estimate) {
+        return NOTHING;
+    }
+    const late = estimate.late ? `; ${estimate.late.toLocaleString()} late` : "";
+    return estimate.done_in === null ? "unknown" : `in about ${duration(estimate.done_in)}${late}`;
 }
 
 // --- requests ------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ function actions(name) {
 }
 
 function write({row, state, cells}, breaker) {
-    const shown = {...figures(breaker), recovery: breaker.recovery || NOTHING};
+    const shown = figures(breaker);
     if (state.textContent !== breaker.state) {
         state.replaceChildren(badge(breaker.state));
         row.dataset.state = breaker.state;

@@ -27,7 +27,7 @@ function show({breaker}) {
         ["Calls", shown.calls], ["Failed", `${breaker.failures} · ${shown.failed}`],
         ["Slow", `${breaker.slow} · ${shown.slow}`], ["Deferred", shown.deferred], ["Oldest wait", shown.oldest],
         ["Openings in a row", breaker.openings], ["Trials in flight", breaker.trials], ["Next probe", shown.probe],
-        ["Since", breaker.epoch ? moment(breaker.since) : NOTHING], ["Recovery", breaker.recovery || NOTHING],
+        ["Since", breaker.epoch ? moment(breaker.since) : NOTHING], ["Recovery", shown.recovery],
     ].map(([term, value]) => el("div", {}, el("dt", {}, term), el("dd", {}, String(value)))));
 }
 
