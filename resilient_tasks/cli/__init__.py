@@ -31,6 +31,7 @@ _PLACES = {
     "drop": "deferred:drop",
     "dead": "dead:dead",
     "report": "report:report",
+    "doctor": "doctor:doctor",
     "flower": "flower:flower",
     "exporter": "exporter:exporter",
 }

@@ -20,6 +20,7 @@ from resilient_tasks.core.names import key_of
 from resilient_tasks.core.pace import Pace
 from resilient_tasks.core.record import to_ms, to_seconds
 from resilient_tasks.errors import StoreError
+from resilient_tasks.monitor.deployment import ServerFacts
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.server import Argument, Script, Server
 
@@ -205,6 +206,13 @@ class Ledger:
         """Return how much memory the server uses, in a cluster the fullest; None if it does not say."""
         memories = map(Memory.read, self._server.infos("memory"))
         return max((memory for memory in memories if memory), default=None)
+
+    def server_facts(self) -> ServerFacts:
+        """Return what the server tells of itself; in a cluster one of its nodes."""
+        saves = None
+        with suppress(StoreError):  # managed servers keep their settings to themselves
+            saves = self._server.run(lambda client: client.config_get("save").get("save"))
+        return ServerFacts.of("store", self._server.infos("default")[0], saves)
 
     def _run(self, script: str, keys: Sequence[str], *args: Argument) -> Any:
         return self._server.run(lambda client: self._scripts[script](client, keys, *args))

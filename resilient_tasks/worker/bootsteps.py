@@ -65,9 +65,11 @@ class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is 
         queue = Queue(runtime.control_queue, durable=True)
         self._ticks = Consumer(channel, queues=[queue], on_message=_TickReceiver(runtime), prefetch_count=1)
         self._ticks.consume()
+        runtime.host.takes_ticks = True
 
-    def stop(self, _consumer: Any) -> None:
+    def stop(self, consumer: Any) -> None:
         """Take no more ticks."""
+        runtime_of(consumer.app).host.takes_ticks = False
         ticks, self._ticks = self._ticks, None
         if ticks is not None:
             _quietly(ticks.cancel)

@@ -80,6 +80,11 @@ class Heart:
             self._tick.close()
             self._tick = None
 
+    @property
+    def ticks_alone(self) -> bool:
+        """Whether it runs ticks because nobody sends any."""
+        return self._took_over
+
     def want_tick(self) -> None:
         """Run a tick that somebody has sent, from any thread."""
         self._took_over = False

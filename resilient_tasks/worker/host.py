@@ -25,12 +25,14 @@ class Host:
     Attributes:
         consumer: the worker's consumer, as soon as it has connected.
         pid: id of the main process; pool processes inherit the object and are not it.
+        takes_ticks: it consumes the control queue.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self.consumer: Any = None
         self.pid = os.getpid()
+        self.takes_ticks = False
         self.gate = Gate(runtime)
         self.deferral = Deferral(runtime)
         self.overflow = Overflow(runtime, self)

@@ -1,14 +1,17 @@
-"""``celery inspect breakers``: how each worker sees the breakers, and whether the store agrees."""
+"""What a worker tells when it is asked: ``celery inspect breakers`` for people, ``resilience`` for the doctor."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 from celery.worker.control import inspect_command
 
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.errors import StoreError
+from resilient_tasks.store.base import Spec
 from resilient_tasks.store.standing import Standing
 from resilient_tasks.worker.runtime import Runtime, find_runtime
 
@@ -22,6 +25,31 @@ def breakers(state: Any, **_: Any) -> dict[str, dict[str, Any]]:
     present = sorted(runtime.present(), key=lambda breaker: breaker.name)
     epochs = _epochs_in_store(runtime, present)
     return {breaker.name: _view(breaker.standing, epochs.get(breaker.name)) for breaker in present}
+
+
+@inspect_command()  # type: ignore[untyped-decorator]  # Celery is untyped
+def resilience(state: Any, **_: Any) -> dict[str, Any]:
+    """What the doctor asks of a worker: version, control queue, clock and policies; see ``WorkerFacts``."""
+    runtime = find_runtime(state.app)
+    if runtime is None:
+        return {}
+    return {
+        "version": library_version(),
+        "control_queue": runtime.control_queue if runtime.host.takes_ticks else None,
+        "ticks_alone": runtime.host.heart.ticks_alone,
+        "clock_ahead": time.time() - runtime.fleet.view.server_now(),
+        "policies": {spec.name: rules_of(spec) for spec in runtime.specs()},
+    }
+
+
+def library_version() -> str:
+    """Return the version of this library."""
+    return metadata.version("resilient_tasks")
+
+
+def rules_of(spec: Spec) -> dict[str, Any]:
+    """Return what a process declares of a breaker, for comparison with what others do."""
+    return {name: value for name, value in spec.rules()._asdict().items() if name != "revision"}
 
 
 def _epochs_in_store(runtime: Runtime, present: Sequence[Breaker]) -> dict[str, int]:

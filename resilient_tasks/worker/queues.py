@@ -20,6 +20,7 @@ from kombu.exceptions import DecodeError, OperationalError
 
 from resilient_tasks.core.memory import Memory
 from resilient_tasks.core.names import parent_of
+from resilient_tasks.monitor.deployment import ServerFacts
 from resilient_tasks.monitor.log import about
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.ticket import Ticket
@@ -206,6 +207,10 @@ class Queues(ABC):
 
     def memory(self) -> Memory | None:
         """Return how much memory the broker uses; None if it does not say."""
+        return None
+
+    def server_facts(self) -> ServerFacts | None:
+        """Return what the broker's server tells of itself; None if it is no Redis."""
         return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from celery import Celery
 
 from resilient_tasks.core.memory import Memory
 from resilient_tasks.errors import DeferredQueueFullError
+from resilient_tasks.monitor.deployment import ServerFacts
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.queues import Choose, Entry, Letter, Move, Queues, without_ticket
 from resilient_tasks.worker.ticket import Ticket
@@ -181,6 +182,13 @@ class RedisQueues(Queues):
     def memory(self) -> Memory | None:
         """See :meth:`Queues.memory`."""
         return Memory.read(self._client.info("memory"))
+
+    def server_facts(self) -> ServerFacts:
+        """See :meth:`Queues.server_facts`."""
+        saves = None
+        with suppress(redis.ResponseError):  # managed servers keep their settings to themselves
+            saves = self._client.config_get("save").get("save")
+        return ServerFacts.of("broker", self._client.info("default"), saves)
 
     def _size(self, queue: str) -> int:
         try:

@@ -1,0 +1,132 @@
+"""``Deployment``: a deployment as it was found, for the doctor to judge. Facts alone, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """One Redis or Valkey server, store or broker, as it tells of itself. None: it does not say.
+
+    Args:
+        role: ``"store"`` or ``"broker"``.
+        version: e.g. ``(7, 0, 15)``.
+        product: ``"redis"`` or ``"valkey"``.
+        policy: its ``maxmemory-policy``.
+        maxmemory: bytes; 0: no limit.
+        persistent: whether anything of it survives a restart.
+    """
+
+    role: str
+    version: tuple[int, ...] = ()
+    product: str = "redis"
+    policy: str | None = None
+    maxmemory: int | None = None
+    persistent: bool | None = None
+
+    @classmethod
+    def of(cls, role: str, info: Mapping[str, Any], saves: object) -> ServerFacts:
+        """Return what a server tells.
+
+        Args:
+            role: ``"store"`` or ``"broker"``.
+            info: its answer to INFO.
+            saves: its setting ``save``, when snapshots are written; None: it does not say.
+        """
+        product = "valkey" if "valkey_version" in info else "redis"
+        version = str(info.get(f"{product}_version", ""))
+        appends = info.get("aof_enabled")
+        return cls(
+            role=role,
+            version=tuple(int(part) for part in version.split(".") if part.isdigit()),
+            product=product,
+            policy=info.get("maxmemory_policy"),
+            maxmemory=info.get("maxmemory"),
+            persistent=True if appends else None if saves is None or appends is None else bool(saves),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """One worker as it answers.
+
+    Args:
+        name: its host name.
+        version: of its library; None: it has none, or an older one that does not answer.
+        control_queue: the queue from which it takes ticks; None: it takes none.
+        ticks_alone: it runs ticks of its own accord, because nobody sends any.
+        clock_ahead: seconds by which its clock is ahead of the store's; None: it has not heard from the store.
+        policies: by breaker, the rules that it declares.
+    """
+
+    name: str
+    version: str | None = None
+    control_queue: str | None = None
+    ticks_alone: bool = False
+    clock_ahead: float | None = None
+    policies: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFacts:
+    """One task that names a breaker, as this process defines it. Durations in seconds."""
+
+    name: str
+    breakers: tuple[str, ...]
+    defers: bool
+    acks_late: bool
+    time_limit: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerFacts:
+    """One breaker as this process declares it, and what waits for it. Durations in seconds."""
+
+    name: str
+    trial_timeout: float
+    rules: Mapping[str, object]
+    oldest_wait: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """Everything that the doctor looks at. None: it could not be found out.
+
+    Args:
+        version: of the library in this process.
+        control_queue: on which this app's ticks travel.
+        tasks: that name a breaker.
+        breakers: of this app.
+        result_expires: seconds for which results, and what is known of chords, are kept; 0: for ever.
+        prefetch_multiplier: Celery's setting.
+        store: the store's server.
+        store_trouble: why the store could not be asked.
+        broker: the broker's server; None also for a broker that is no Redis.
+        broker_trouble: why the broker could not be asked.
+        visibility_timeout: of a Redis broker, seconds; None: the broker has none.
+        clock_ahead: seconds by which the clock of this process is ahead of the store's.
+        tick_age: seconds since a tick ran to its end; infinite if none ever did.
+        tick_interval: seconds between two ticks.
+        orphans: tasks that wait for breakers that nobody defines, by breaker.
+        workers: that answer.
+    """
+
+    version: str
+    control_queue: str
+    tasks: tuple[TaskFacts, ...] = ()
+    breakers: tuple[BreakerFacts, ...] = ()
+    result_expires: float = 86400.0
+    prefetch_multiplier: int = 4
+    store: ServerFacts | None = None
+    store_trouble: str = ""
+    broker: ServerFacts | None = None
+    broker_trouble: str = ""
+    visibility_timeout: float | None = None
+    clock_ahead: float | None = None
+    tick_age: float | None = None
+    tick_interval: float = 1.0
+    orphans: Mapping[str, int] | None = None
+    workers: tuple[WorkerFacts, ...] | None = None

@@ -1,0 +1,118 @@
+"""Looking at a deployment for the doctor: store, broker, workers and settings, whatever of them answers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from resilient_tasks.core.names import parent_of
+from resilient_tasks.errors import ResilienceError
+from resilient_tasks.monitor.deployment import BreakerFacts, Deployment, TaskFacts, WorkerFacts
+from resilient_tasks.worker.inspection import library_version, resilience, rules_of
+from resilient_tasks.worker.options import DEFER
+
+if TYPE_CHECKING:
+    from resilient_tasks.worker.runtime import Runtime
+
+_VISIBILITY_TIMEOUT = 3600.0  # kombu's own
+
+#: A breaker that no worker has declared for so many seconds is defined by none that lives.
+UNSEEN = 60.0
+
+
+def look_at(runtime: Runtime, *, patience: float) -> Deployment:
+    """Find out all that the doctor wants to know; what does not answer is left out.
+
+    Args:
+        runtime: of the app.
+        patience: seconds for which the workers' answers are awaited.
+    """
+    broker = _look_at_broker(runtime)
+    workers = None if broker["broker_trouble"] else _ask_workers(runtime, patience)
+    conf = runtime.app.conf
+    return Deployment(
+        version=library_version(),
+        control_queue=runtime.control_queue,
+        tasks=tuple(_tasks(runtime)),
+        result_expires=runtime.result_ttl,
+        prefetch_multiplier=conf.worker_prefetch_multiplier,
+        tick_interval=runtime.settings.tick_interval,
+        workers=workers,
+        **broker,
+        **_look_at_store(runtime),
+        orphans=_orphans(runtime, workers),
+    )
+
+
+def _look_at_store(runtime: Runtime) -> dict[str, Any]:
+    waits: dict[str, float | None] = {}
+    found: dict[str, Any] = {}
+    try:
+        ledger = runtime.fleet.ledger
+        found["store"] = ledger.server_facts()
+        for snapshot in runtime.fleet.store.read_shared(runtime.specs()):
+            oldest = snapshot.oldest_deferred_at
+            waits[snapshot.name] = None if oldest is None else snapshot.now - oldest
+            found["clock_ahead"] = time.time() - snapshot.now
+        age = ledger.last_tick_age(runtime.tick_scope)
+        found["tick_age"] = math.inf if age is None else age
+    except ResilienceError as error:
+        found = {"store_trouble": str(error)}
+    found["breakers"] = tuple(
+        BreakerFacts(spec.name, spec.policy.trial_timeout, rules_of(spec), waits.get(spec.name))
+        for spec in runtime.specs()
+    )
+    return found
+
+
+def _look_at_broker(runtime: Runtime) -> dict[str, Any]:
+    try:
+        runtime.queues.size(runtime.control_queue)
+        facts = runtime.queues.server_facts()
+    except runtime.queues.errors as error:
+        return {"broker_trouble": f"{type(error).__name__}: {error}"}
+    options = runtime.app.conf.broker_transport_options or {}
+    timeout = float(options.get("visibility_timeout", _VISIBILITY_TIMEOUT)) if facts else None
+    return {"broker": facts, "broker_trouble": "", "visibility_timeout": timeout}
+
+
+def _ask_workers(runtime: Runtime, patience: float) -> tuple[WorkerFacts, ...]:
+    """Return what each worker tells; one without the library answers a ping alone."""
+    alive, told = (_replies(runtime, command, patience) for command in ("ping", resilience.__name__))
+    return tuple(WorkerFacts(name, **told.get(name, {})) for name in sorted(alive.keys() | told.keys()))
+
+
+def _replies(runtime: Runtime, command: str, patience: float) -> dict[str, Mapping[str, Any]]:
+    replies = runtime.app.control.broadcast(command, reply=True, timeout=patience) or []
+    return {name: reply for each in replies for name, reply in each.items() if "error" not in reply}
+
+
+def _tasks(runtime: Runtime) -> list[TaskFacts]:
+    guarded = [task for task in runtime.app.tasks.values() if getattr(task, "options", None)]
+    longest = runtime.app.conf.task_time_limit
+    return [
+        TaskFacts(
+            name=task.name,
+            breakers=task.options.breakers,
+            defers=DEFER in (task.options.on_open, task.options.on_failure),
+            acks_late=bool(task.acks_late),
+            time_limit=task.time_limit or task.soft_time_limit or longest,
+        )
+        for task in guarded
+    ]
+
+
+def _orphans(runtime: Runtime, workers: tuple[WorkerFacts, ...] | None) -> dict[str, int] | None:
+    """Return the waiting tasks of breakers that workers used to define, and neither they nor this process do."""
+    if workers is None:
+        return None
+    defined = set(runtime.breakers).union(*(worker.policies for worker in workers))
+    try:
+        declared = runtime.fleet.ledger.abandoned(unseen_for=UNSEEN)
+    except ResilienceError:
+        return None
+    gone = [name for name in declared if (parent_of(name) or name) not in defined]
+    sizes = {name: runtime.queues.size(runtime.queues.deferred(name)) for name in gone}
+    return {name: size for name, size in sizes.items() if size}

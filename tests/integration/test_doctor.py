@@ -1,0 +1,100 @@
+"""The doctor on real deployments: a sound one, one with as much wrong as can be, and one that is not there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.bin.base import CLIContext
+from click.testing import CliRunner
+
+from resilient_tasks import Resilience, cli
+from resilient_tasks.worker import examination
+from resilient_tasks.worker.runtime import runtime_of
+from tests.integration.conftest import Shop
+from workers.processes import PROJECT
+
+Findings = dict[str, list[dict[str, Any]]]
+
+
+def examined(app: Celery) -> tuple[int, Findings]:
+    """Return the exit code of ``doctor``, and its findings by check."""
+    context = CLIContext(app=app, no_color=True, workdir=None)
+    result = CliRunner().invoke(cli.breakers, ["doctor", "--json", "--timeout", "2"], obj=context)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    findings: Findings = {}
+    for finding in json.loads(result.stdout):
+        findings.setdefault(finding["check"], []).append(finding)
+    return result.exit_code, findings
+
+
+def said(findings: Findings, check: str, level: str) -> str:
+    return "\n".join(finding["what"] for finding in findings[check] if finding["level"] == level)
+
+
+def test_what_is_sound_and_what_is_broken(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = shop.worker()
+    shop.wait(lambda: shop.resilience.fleet.ledger.last_tick_age(runtime_of(shop.app).tick_scope) is not None, "a tick")
+    code, findings = examined(shop.app)
+    assert (code, said(findings, "workers", "ok"), said(findings, "policies", "ok")) == (
+        0,
+        "all is well",
+        "all is well",
+    )
+    assert "early" in said(findings, "acks_late", "warning")
+
+    other = shop.worker(
+        env={"RESILIENT_TASKS_BREAKERS__PAYMENTS__WINDOW": "7", "RESILIENT_TASKS_NAMESPACE": "elsewhere"}
+    )
+    plain = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-b",
+        shop.server.url(0),
+        "worker",
+        "-P",
+        "solo",
+        "-Q",
+        "plain",
+        "-n",
+        "plain@x",
+    ]
+    shop.program([*plain, "-l", "INFO", "--without-mingle"], directory=PROJECT).wait_for_output(
+        "plain@x ready.", timeout=60
+    )
+    shop.resilience.fleet.ledger.declare(["former"])
+    shop.broker.lpush("resilient.deferred.former", "a", "b")
+    shop.broker.config_set("maxmemory-policy", "allkeys-lru")
+    monkeypatch.setattr(examination, "UNSEEN", 0.0)
+    monkeypatch.setitem(shop.app.conf, "result_expires", 0.001)
+    shop.open("payments")
+    shop.resilience.fleet.ledger.add_deferred("payments", "a")
+    try:
+        code, findings = examined(shop.app)
+    finally:
+        shop.broker.config_set("maxmemory-policy", "noeviction")
+    assert code == 1
+    assert "the broker has maxmemory-policy allkeys-lru" in said(findings, "maxmemory-policy", "warning")
+    assert f"{other.node} does not consume resilient.control: it takes them from elsewhere.control" in said(
+        findings, "control queue", "error"
+    )
+    assert f"{other.node} declares breaker payments otherwise: window" in said(findings, "policies", "warning")
+    assert "worker plain@x runs without the library" in said(findings, "versions", "error")
+    assert sound.node not in said(findings, "versions", "error")
+    assert said(findings, "undefined breakers", "warning") == "2 tasks wait for breaker former, which nobody defines"
+    assert "longer than results are kept" in said(findings, "result_expires", "error")
+
+
+def test_with_nothing_there_it_says_so() -> None:
+    app = Celery("nowhere", broker="redis://localhost:1/0", set_as_current=False)
+    Resilience(app).breaker("payments")
+    code, findings = examined(app)
+    assert code == 1
+    assert "Connection refused" in said(findings, "store", "error")
+    assert "refused" in said(findings, "broker", "error")
+    assert said(findings, "workers", "unknown") == "could not be found out"
+    assert said(findings, "prefetch", "ok") == "all is well"

@@ -1,0 +1,117 @@
+"""The doctor's checks, each on a deployment with just that wrong."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resilient_tasks.monitor.deployment import BreakerFacts, Deployment, ServerFacts, TaskFacts, WorkerFacts
+from resilient_tasks.monitor.doctor import CHECKS, Level, examine
+
+RULES = {"window": 30_000, "trial_calls": 3}
+STORE = ServerFacts("store", (7, 0, 15), "redis", "noeviction", maxmemory=10**9, persistent=True)
+BROKER = replace(STORE, role="broker")
+WORKER = WorkerFacts("celery@one", "1.0", "resilient.control", clock_ahead=0.1, policies={"payments": RULES})
+TASK = TaskFacts("charge", ("payments",), defers=True, acks_late=True, time_limit=30.0)
+PAYMENTS = BreakerFacts("payments", trial_timeout=60.0, rules=RULES, oldest_wait=12.0)
+SOUND = Deployment(
+    version="1.0",
+    control_queue="resilient.control",
+    tasks=(TASK,),
+    breakers=(PAYMENTS,),
+    store=STORE,
+    broker=BROKER,
+    visibility_timeout=3600.0,
+    clock_ahead=0.1,
+    tick_age=1.0,
+    orphans={},
+    workers=(WORKER,),
+)
+
+
+def worker(**facts: Any) -> dict[str, Any]:
+    return {"workers": (WORKER, replace(WORKER, name="celery@two", **facts))}
+
+
+def test_a_sound_deployment_is_well() -> None:
+    findings = examine(SOUND)
+    assert {finding.level for finding in findings} == {Level.OK}
+    assert [finding.check for finding in findings] == list(CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("check", "level", "said", "wrong"),
+    [
+        ("store", "error", "Redis 6.0.16", {"store": replace(STORE, version=(6, 0, 16))}),
+        ("store", "error", "refused", {"store": None, "store_trouble": "refused"}),
+        ("broker", "error", "refused", {"broker": None, "broker_trouble": "refused"}),
+        ("maxmemory-policy", "error", "allkeys-lru", {"broker": replace(BROKER, policy="allkeys-lru")}),
+        ("maxmemory-policy", "warning", "volatile-lru", {"store": replace(STORE, policy="volatile-lru", maxmemory=0)}),
+        ("persistence", "warning", "broker keeps nothing", {"broker": replace(BROKER, persistent=False)}),
+        ("ticks", "error", "for 5 min", {"tick_age": 300.0}),
+        ("ticks", "error", "ever", {"tick_age": math.inf}),
+        ("ticks", "warning", "of their own accord", worker(ticks_alone=True)),
+        ("workers", "error", "no worker answers", {"workers": ()}),
+        ("control queue", "error", "from other.control", worker(control_queue="other.control")),
+        ("control queue", "error", "it takes none", worker(control_queue=None)),
+        ("versions", "error", "celery@two runs without", worker(version=None)),
+        ("versions", "warning", "0.9, here it is 1.0", worker(version="0.9")),
+        ("policies", "warning", "payments otherwise: window", worker(policies={"payments": {**RULES, "window": 1}})),
+        ("clocks", "warning", "celery@two is 1 min ahead of", worker(clock_ahead=60.0)),
+        ("clocks", "warning", "this machine is 1 min behind", {"clock_ahead": -60.0}),
+        ("undefined breakers", "warning", "2 tasks wait for breaker mail", {"orphans": {"mail": 2}}),
+        ("acks_late", "warning", "charge may be deferred", {"tasks": (replace(TASK, acks_late=False),)}),
+        ("result_expires", "error", "waited 12 s", {"result_expires": 10.0}),
+        ("trial_timeout", "warning", "is 10 s", {"breakers": (replace(PAYMENTS, trial_timeout=10.0),)}),
+        ("visibility_timeout", "warning", "is 20 s", {"visibility_timeout": 20.0}),
+        ("prefetch", "warning", "multiplier is 0", {"prefetch_multiplier": 0}),
+    ],
+)
+def test_a_check_finds_what_is_wrong(check: str, level: str, said: str, wrong: dict[str, Any]) -> None:
+    found = [finding for finding in examine(replace(SOUND, **wrong)) if finding.check == check]
+    assert [finding.level for finding in found] == [level]
+    assert said in found[0].what
+    assert found[0].why
+    assert found[0].advice
+
+
+@pytest.mark.parametrize(
+    "fine",
+    [
+        {"store": replace(STORE, version=(8, 1), product="valkey")},
+        {"result_expires": 0.0},
+        {"tasks": (replace(TASK, defers=False, acks_late=False),)},
+        {"tasks": (replace(TASK, time_limit=None),)},
+        {"broker": None, "visibility_timeout": None},  # RabbitMQ
+        {"tick_age": 15.0},
+    ],
+)
+def test_what_is_fine_is_left_alone(fine: dict[str, Any]) -> None:
+    assert {finding.level for finding in examine(replace(SOUND, **fine))} == {Level.OK}
+
+
+def test_every_check_has_its_broken_deployment() -> None:
+    [mark] = [mark for mark in test_a_check_finds_what_is_wrong.pytestmark if mark.name == "parametrize"]
+    assert {case[0] for case in mark.args[1]} == set(CHECKS)
+
+
+def test_the_docs_list_every_check() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text("utf-8")
+    assert re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE) == list(CHECKS)
+
+
+def test_what_cannot_be_found_out_is_unknown_and_no_error() -> None:
+    nothing = Deployment(
+        version="1.0", control_queue="resilient.control", store_trouble="refused", broker_trouble="refused"
+    )
+    levels = {finding.check: finding.level for finding in examine(nothing)}
+    assert {check for check, level in levels.items() if level is Level.ERROR} == {"store", "broker"}
+    assert {check for check, level in levels.items() if level is Level.UNKNOWN} == {
+        "maxmemory-policy", "persistence", "ticks", "workers", "control queue", "versions", "policies", "clocks",
+        "undefined breakers", "result_expires", "visibility_timeout",
+    }  # fmt: skip
