@@ -4,6 +4,7 @@ Each dependency answers ``200`` to any ``/<dependency>/.../<id>`` and counts wha
 health is switched at run time through the admin API::
 
     PUT /payments {"health": "hang", "latency": 0.02}     -> the dependency's state
+    PUT /payments {"capacity": 10}                        -> the same; with more calls in flight 503 at once
     GET /stats                                            -> what reached each dependency, and when
 
 ==========  ==================================================================================
@@ -22,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import signal
 import socket
 import time
@@ -151,6 +153,7 @@ class Dependency:
         self.name = name
         self.health = Health.UP
         self.latency = 0.0
+        self.capacity: float = math.inf  # calls in flight
         self.tally = Tally()
         self._socket = _bound_socket((host, port))
         self._address: tuple[str, int] = self._socket.getsockname()[:2]
@@ -210,6 +213,8 @@ class Dependency:
 
     async def _answer(self, request: Request) -> Response:
         health = self.health
+        if self.tally.in_flight > self.capacity:
+            return Response(503, {"error": f"{self.name} has more calls than it can bear"})
         await asyncio.sleep(SLOW_SECONDS if health is Health.SLOW else self.latency)
         if health is Health.ERROR:
             return Response(503, {"error": f"{self.name} is ill"})
@@ -263,10 +268,13 @@ class Admin:
             wanted = json.loads(body)
             health = Health(wanted.get("health", dependency.health))
             latency = float(wanted.get("latency", dependency.latency))
+            capacity = float(wanted.get("capacity", dependency.capacity))
         except (ValueError, TypeError, AttributeError):
             allowed = ", ".join(health.value for health in Health)
-            return Response(400, {"error": f'expected {{"health": one of {allowed}, "latency": seconds}}'})
-        dependency.latency = latency
+            return Response(
+                400, {"error": f'expected {{"health": one of {allowed}, "latency": seconds, "capacity": calls}}'}
+            )
+        dependency.latency, dependency.capacity = latency, capacity
         await dependency.set_health(health)
         return Response(200, dependency.as_dict())
 

@@ -75,9 +75,9 @@ class FlakyService:
         names = [name for name in self.ports if name != "admin"]
         return {f"{name.upper()}_URL": f"http://{LOCALHOST}:{self.ports[name]}/{name}" for name in names}
 
-    def make(self, dependency: str, health: str, *, latency: float = 0.0) -> None:
-        """Switch a dependency's health: ``up``, ``5xx``, ``slow``, ``hang`` or ``refuse``."""
-        change = {"health": health, "latency": latency}
+    def make(self, dependency: str, health: str, *, latency: float = 0.0, capacity: int | None = None) -> None:
+        """Switch a dependency's health: ``up``, ``5xx``, ``slow``, ``hang`` or ``refuse``; and what it can bear."""
+        change = {"health": health, "latency": latency, **({} if capacity is None else {"capacity": capacity})}
         httpx.put(f"{self.admin_url}/{dependency}", json=change, timeout=5).raise_for_status()
 
     def stats(self) -> dict[str, dict[str, Any]]:

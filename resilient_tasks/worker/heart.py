@@ -34,7 +34,7 @@ ROUNDS = 4
 #: Seconds between two declarations that this worker is alive and which breakers it defines.
 DECLARING = 10.0
 #: Seconds before a worker looks again for tasks to resume, if another was doing so.
-REFILL_AGAIN = 0.02
+REFILL_AGAIN = 0.005
 
 
 class Heart:

@@ -110,6 +110,15 @@ def test_refuse_refuses_old_and_new_connections_and_heals() -> None:
     with_service(scenario)
 
 
+def test_more_calls_than_it_can_bear_are_turned_away_at_once() -> None:
+    async def scenario(caller: Caller) -> None:
+        await caller.make(latency=0.2, capacity=2)
+        answers = await asyncio.gather(*map(caller.charge, range(5)))
+        assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503, 503]
+
+    with_service(scenario)
+
+
 def test_health_checks_are_counted_apart() -> None:
     async def scenario(caller: Caller) -> None:
         await caller.http.get(caller.url("payments", "/payments/health"))
@@ -119,7 +128,7 @@ def test_health_checks_are_counted_apart() -> None:
     with_service(scenario)
 
 
-@pytest.mark.parametrize("change", [{"health": "sick"}, {"latency": "long"}])
+@pytest.mark.parametrize("change", [{"health": "sick"}, {"latency": "long"}, {"capacity": "high"}])
 def test_a_wrong_change_is_told_what_is_allowed(change: dict[str, str]) -> None:
     async def scenario(caller: Caller) -> None:
         answer = await caller.make(**change)
