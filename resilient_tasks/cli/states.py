@@ -143,6 +143,9 @@ def _details(snapshot: Snapshot) -> Iterator[Row]:
     yield "openings in a row", str(snapshot.openings)
     yield "next probe", _next_probe(snapshot)
     yield "trials", str(snapshot.trials)
+    if snapshot.concurrency_limit is not None:
+        waiting = ", tasks wait for a slot" if snapshot.crowded else ""
+        yield "in flight", f"{snapshot.in_flight} of {snapshot.concurrency_limit}{waiting}"
     yield "deferred", str(snapshot.deferred)
     yield "oldest deferred", moment(snapshot.oldest_deferred_at)
     if snapshot.shadow_openings or snapshot.state is State.SHADOW:

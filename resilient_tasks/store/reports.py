@@ -354,6 +354,7 @@ class Reporter:
 
     def _learn(self, answer: Answer, asked: int) -> None:
         self._view.update(answer.snapshot, asked)
+        self._view.look_for_room(answer.snapshot)
         if answer.transition is not None:
             self._announce(answer.transition)
         if answer.of_parent is not None:

@@ -149,8 +149,6 @@ class View:
         standing.mark = self._marks
         standing.hear(snapshot, now)
         standing.known = True
-        if snapshot.crowded and snapshot.has_room:
-            self.on_room()
 
     def refresh(self) -> None:
         """Read all declared breakers in one round trip, and their hot children in another if there are any.
@@ -188,7 +186,13 @@ class View:
         snapshots = self._store.read(specs)
         for snapshot in snapshots:
             self.update(snapshot, asked)
+            self.look_for_room(snapshot)
         return snapshots
+
+    def look_for_room(self, snapshot: Snapshot) -> None:
+        """Tell if tasks wait for a slot and there is one. Not after each denial: it might go on for ever."""
+        if snapshot.crowded and snapshot.has_room:
+            self.on_room()
 
     # --- a process that follows -------------------------------------------------------------------
 
