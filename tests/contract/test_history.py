@@ -114,6 +114,21 @@ def test_a_trial_is_counted_once_as_a_call_and_as_a_trial(lab: Lab) -> None:
 
 
 @SHARED
+def test_a_call_with_a_slot_is_counted_once_and_is_no_trial(lab: Lab) -> None:
+    breaker = lab.breaker(max_concurrency=4)
+    for letter in "SFLI":
+        breaker.ask(letter)
+        breaker.settle(letter, letter, cause="ReadTimeout")
+        breaker.settle(letter, letter, cause="ReadTimeout")
+    assert totals(lab, breaker) == Counts(calls={SUCCESS: 1, FAILURE: 1, SLOW: 1})
+    assert lab.history.minutes(breaker.name)[-1].counts.causes == {"ReadTimeout": 1}
+    breaker.ask("A")
+    breaker.command(Verb.DISABLE)
+    breaker.settle("A", "S")
+    assert totals(lab, breaker).calls == {SUCCESS: 1, FAILURE: 1, SLOW: 1}
+
+
+@SHARED
 def test_a_permit_that_expires_is_a_failed_trial(lab: Lab) -> None:
     breaker = lab.breaker().half_open()
     breaker.ask(lease=2)

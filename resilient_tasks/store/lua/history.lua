@@ -59,14 +59,15 @@ local function tally_calls(evidence)
   return failures
 end
 
+local function tally_call(outcome, cause)
+  tally_calls({ runs = { { outcome, 1 } }, causes = outcome == 'FAILURE' and { [cause] = 1 } })
+end
+
 local function tally_trial(outcome, cause)
   if outcome ~= 'IGNORED' then
     tally('trials', 1)
-    tally(outcome, 1)
   end
-  if outcome == 'FAILURE' then
-    tally('cause:' .. cause, 1)
-  end
+  tally_call(outcome, cause)
 end
 
 local function load_minute(minute)
