@@ -157,7 +157,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
 
     def _submit(self, pool: Any, admission: Admission) -> Any:
         if self.delivery_info.get("redelivered") and not self.ticket.since:  # a deferred message may keep the mark
-            runtime_of(self.app).fleet.reporter.tally(self.breakers[0].name, REDELIVERED)
+            runtime_of(self.app).fleet.reporter.tally(self.task.options.breakers[0], REDELIVERED)
         hard, soft = self.time_limits
         message = self.type, self.id, self.request_dict, self.body, self.content_type, self.content_encoding
         result = pool.apply_async(

@@ -11,6 +11,7 @@ from celery import Celery
 
 from resilient_tasks import Breaker, Resilience
 from resilient_tasks.core.classification import Verdict
+from resilient_tasks.core.counts import REDELIVERED
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.store.standing import Standing
 from resilient_tasks.testing import Clock, force
@@ -154,3 +155,24 @@ def test_a_run_that_the_pool_has_discarded_is_settled(gate: Gate, resilience: Re
             gate.settle(admission, run.holder, Report.of_all(Verdict(Outcome.SUCCESS), admission.passes))
     gate.take_back_discarded()
     assert told == ["discarded"]
+
+
+def test_a_message_that_the_broker_delivers_again_runs_and_is_counted(
+    app: Celery, gate: Gate, payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @app.task(name="charge", breaker=payments, shared=False)
+    def charge() -> None: ...
+
+    runtime = runtime_of(app)
+    runtime.host = SimpleNamespace(gate=gate)  # type: ignore[assignment]
+    counted: list[tuple[str, str]] = []
+    monkeypatch.setattr(runtime.fleet.reporter, "tally", lambda *told: counted.append(told))
+    message = SimpleNamespace(
+        headers={"id": "an-id", "task": "charge"}, body="[[], {}, {}]", payload=[[], {}, {}], properties={},
+        delivery_info={"redelivered": True}, content_type="application/json", content_encoding="utf-8",
+    )  # fmt: skip
+    submitted: list[str] = []
+    pool = SimpleNamespace(apply_async=lambda *_, **options: submitted.append(options["correlation_id"]))
+    GatedRequest(message, app=app, task=app.tasks["charge"]).execute_using_pool(pool)
+    assert submitted == ["an-id"]
+    assert counted == [("payments", REDELIVERED)]
