@@ -200,6 +200,8 @@ class Places:
         """Count one run less."""
         with self._lock:
             self._taken[breaker] -= 1
+            if not self._taken[breaker]:
+                del self._taken[breaker]  # there may be a breaker for every key that there ever was
 
 
 def _ramps_out(standing: Standing, ticket: Ticket, task_id: str) -> bool:

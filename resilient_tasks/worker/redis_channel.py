@@ -54,8 +54,11 @@ class TakingQoS(redis.QoS):
     def ack(self, delivery_tag: str) -> None:
         """Acknowledge without MULTI, which a server that is out of memory refuses.
 
-        The message first: an index entry without one harms nobody.
+        The message first: an index entry without one harms nobody. On a closed channel there is nothing to acknowledge:
+        the message has been put back, and the error would end the worker.
         """
+        if self.channel.closed:
+            return
         with self.channel.conn_or_acquire() as client:
             pipe = client.pipeline(transaction=False)
             pipe.hdel(self.unacked_key, delivery_tag).zrem(self.unacked_index_key, delivery_tag).execute()

@@ -192,6 +192,8 @@ def test_places() -> None:
     assert places.take("accounts", most=1)
     places.leave("payments")
     assert places.take("payments", most=2)
+    places.leave("accounts")
+    assert list(places._taken) == ["payments"]
 
 
 # --- the tick ------------------------------------------------------------------------------------------

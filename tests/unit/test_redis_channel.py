@@ -223,3 +223,16 @@ def test_a_channel_that_cannot_put_anything_back_closes_all_the_same(
     channel.qos.restore_unacked_once()
     channel.connection.client = client
     assert broker.hlen(f"{prefix}unacked") == 1
+
+
+def test_what_is_acknowledged_after_its_channel_has_closed_is_left_alone(connection: Connection, broker: Any) -> None:
+    publish(connection, "a")
+    channel = connection.channel()
+    with Consumer(channel, [Queue("work")]) as consumer:
+        received: list[Any] = []
+        consumer.on_message = received.append
+        drain(connection, received, 1)
+    channel.close()
+    received[0].ack()
+    with consuming(connection, "work") as again:
+        assert drain(connection, again, 1) == ["a"]
