@@ -25,11 +25,11 @@ from resilient_tasks.prometheus import register
 from workers.processes import start_valkey
 
 BREAKERS = 1_000
-SCRAPES = 30
+SCRAPES = 15
 PAUSE = 1.0  # seconds between two of them
 LONGEST_SCRAPE = 0.15  # seconds
 TASKS = 300  # per round
-PAIRS = 20
+PAIRS = 10
 LARGEST_SHARE = 0.01
 SCRAPE_PAUSE = 0.25  # seconds, while tasks run
 

@@ -13,7 +13,7 @@ One process is enough: everything is read from the shared store, so several woul
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -46,26 +46,27 @@ def register(app: Celery, registry: CollectorRegistry = REGISTRY, *, patience: f
         ConfigurationError: the app has no ``Resilience``.
         ValueError: they are in the registry already.
     """
-    collector = BreakerCollector(Readings(partial(read_subjects, runtime_of(app)), patience))
+    collector = BreakerCollector(partial(read_subjects, runtime_of(app)), patience)
     registry.register(collector)
     return collector
 
 
 class BreakerCollector(Collector):
-    """Turns readings into what prometheus-client exposes.
+    """What prometheus-client exposes; made of each reading beforehand, because a scrape should not take long.
 
     Args:
-        readings: of all breakers; the first is made at once, so that there is one by the first scrape.
+        read: reads all breakers; first at once, so that they are there by the first scrape.
+        patience: longest time in seconds that a scrape may wait for it.
     """
 
-    def __init__(self, readings: Readings) -> None:
-        self._readings = readings
-        readings.latest()
+    def __init__(self, read: Callable[[], Sequence[Subject]], patience: float = PATIENCE) -> None:
+        self._readings = Readings(lambda: _families(read()), patience)
+        self._readings.latest()
 
     def describe(self) -> Iterator[Family]:
         """Yield all families without values: registering asks for names, and needs no store."""
         yield from (Family(name, text, "gauge") for name, text in HEALTH.items())
-        yield from (_family(metric, ()) for metric in METRICS)
+        yield from _families(())
 
     def collect(self) -> Iterator[Family]:
         """Yield all families with the values of the latest reading."""
@@ -74,7 +75,11 @@ class BreakerCollector(Collector):
             family = Family(name, HEALTH[name], "gauge")
             family.add_sample(name, {}, value)
             yield family
-        yield from (_family(metric, reading.subjects) for metric in METRICS)
+        yield from reading.content or ()
+
+
+def _families(subjects: Sequence[Subject]) -> list[Family]:
+    return [_family(metric, subjects) for metric in METRICS]
 
 
 def _family(metric: Metric, subjects: Sequence[Subject]) -> Family:

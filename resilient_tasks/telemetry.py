@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.metrics import CallbackOptions, Meter, Observation, get_meter
 
-from resilient_tasks.monitor.metrics import HEALTH, METRICS, Metric
+from resilient_tasks.monitor.metrics import HEALTH, METRICS, Metric, Subject
 from resilient_tasks.monitor.readings import PATIENCE, Readings
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.subjects import read_subjects
@@ -50,16 +50,16 @@ def observe(app: Celery, meter: Meter | None = None, *, patience: float = PATIEN
         create(metric.name, [_of_all(metric, readings)], description=metric.text)
 
 
-def _health(name: str, readings: Readings) -> _Observe:
+def _health(name: str, readings: Readings[list[Subject]]) -> _Observe:
     def observations(_: CallbackOptions) -> Iterator[Observation]:
         yield Observation(readings.latest().health()[name])
 
     return observations
 
 
-def _of_all(metric: Metric, readings: Readings) -> _Observe:
+def _of_all(metric: Metric, readings: Readings[list[Subject]]) -> _Observe:
     def observations(_: CallbackOptions) -> Iterator[Observation]:
-        for subject in readings.latest().subjects:
+        for subject in readings.latest().content or ():
             for value, labels in metric.points(subject):
                 yield Observation(value, metric.labelled(subject, labels))
 

@@ -53,7 +53,7 @@ class Desk:
         self._store = Errands("store")
         self._broker = Errands("broker")
         self._resuming: dict[str, asyncio.Task[int]] = {}
-        self.watch = Watch(self._read_all, self._store)
+        self.watch = Watch(lambda: self._told(runtime.read()), self._store)
 
     @property
     def names(self) -> list[str]:
@@ -83,17 +83,6 @@ class Desk:
         if spec is None:
             raise ConfigurationError(f"no breaker is named {name!r}")
         return spec
-
-    def _read_all(self) -> Sequence[Told]:
-        """Read all breakers, and those of their children that are not plainly CLOSED."""
-        specs, store = self._runtime.specs(), self._runtime.fleet.store
-        snapshots = store.read_shared(specs)
-        hot = [
-            replace(spec, name=f"{spec.name}:{key}")
-            for spec, snapshot in zip(specs, snapshots, strict=True)
-            for key in snapshot.hot_children
-        ]
-        return self._told([*snapshots, *(store.read_shared(hot) if hot else ())])
 
     def _told(self, snapshots: Sequence[Snapshot]) -> list[Told]:
         """Return what is told of breakers, with an estimate of when those will be done who wait."""

@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from resilient_tasks.errors import StoreError
-from resilient_tasks.monitor.metrics import READ_DURATION, UP, VIEW_AGE, Subject
+from resilient_tasks.monitor.metrics import READ_DURATION, UP, VIEW_AGE
 from resilient_tasks.store.forking import renew_after_fork
 
 logger = logging.getLogger("resilient_tasks")
+
+T = TypeVar("T")
 
 PATIENCE = 0.02  # seconds that a scrape may wait for a reading made for it
 FRESH = 0.25  # seconds for which a reading counts as made just now: a collection may ask once per metric
@@ -25,20 +28,23 @@ INTEREST = 60.0  # seconds after which somebody who has asked is taken to be gon
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(Generic[T]):
     """All breakers as the store knew them at one instant.
 
     Args:
-        up: the store answered; otherwise there are no subjects.
-        subjects: what there is to tell, by breaker.
+        content: what was made of them; None if the store did not answer.
         answered_at: when the store last answered, on the monotonic clock; None if it never has.
         took: seconds that the reading took.
     """
 
-    up: bool
-    subjects: Sequence[Subject] = ()
+    content: T | None = None
     answered_at: float | None = None
     took: float = 0.0
+
+    @property
+    def up(self) -> bool:
+        """Whether the store has answered."""
+        return self.content is not None
 
     @property
     def age(self) -> float:
@@ -50,18 +56,18 @@ class Reading:
         return {UP: float(self.up), VIEW_AGE: self.age, READ_DURATION: self.took}
 
 
-class Readings:
+class Readings(Generic[T]):
     """Reads in a thread of its own; whoever asks gets the latest reading at once, or nearly so.
 
     Args:
-        read: reads all breakers from the store; may raise ``StoreError``.
+        read: reads all breakers from the store, and makes of them what is asked for; may raise ``StoreError``.
         patience: longest time in seconds for which :meth:`latest` waits for a reading of its own.
     """
 
-    def __init__(self, read: Callable[[], Sequence[Subject]], patience: float = PATIENCE) -> None:
+    def __init__(self, read: Callable[[], T], patience: float = PATIENCE) -> None:
         self._read = read
         self._patience = patience
-        self._latest = Reading(up=False)
+        self._latest: Reading[T] = Reading()
         self._trouble: type[Exception] | None = None
         self.after_fork()
         renew_after_fork(self)
@@ -74,7 +80,7 @@ class Readings:
         self._interest_ends = 0.0
         self._made_at = float("-inf")
 
-    def latest(self) -> Reading:
+    def latest(self) -> Reading[T]:
         """Return a reading made just now if that takes no longer than ``patience``, else the one before."""
         with self._condition:
             now = time.monotonic()
@@ -107,15 +113,15 @@ class Readings:
     def _pause(self) -> float | None:
         return REFRESH if time.monotonic() < self._interest_ends else None
 
-    def _make(self) -> Reading:
+    def _make(self) -> Reading[T]:
         began = time.monotonic()
         try:
-            subjects = self._read()
+            content = self._read()
         except Exception as error:  # noqa: BLE001 - whatever it is, the next reading may succeed
             self._tell(error)
-            return replace(self._latest, up=False, subjects=(), took=time.monotonic() - began)
+            return replace(self._latest, content=None, took=time.monotonic() - began)
         self._trouble = None
-        return Reading(up=True, subjects=subjects, answered_at=began, took=time.monotonic() - began)
+        return Reading(content, answered_at=began, took=time.monotonic() - began)
 
     def _tell(self, error: Exception) -> None:
         """Log what went wrong, once while it lasts; a store that is away is told by the metrics themselves."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from resilient_tasks.worker.task_key import found_by
 from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
+    from resilient_tasks.core.model import Snapshot
     from resilient_tasks.store.base import Spec
     from resilient_tasks.worker.host import Host
     from resilient_tasks.worker.producers import ProducersGate
@@ -157,6 +159,21 @@ class Runtime:
     def specs(self) -> list[Spec]:
         """Return all breakers as this process declares them."""
         return [breaker.spec for breaker in self.breakers.values()]
+
+    def read(self) -> list[Snapshot]:
+        """Read all breakers from the store, and those of their children that are not plainly CLOSED.
+
+        Raises:
+            StoreError: the store is away.
+        """
+        specs, store = self.specs(), self.fleet.store
+        snapshots = store.read_shared(specs)
+        hot = [
+            replace(spec, name=f"{spec.name}:{key}")
+            for spec, snapshot in zip(specs, snapshots, strict=True)
+            for key in snapshot.hot_children
+        ]
+        return [*snapshots, *(store.read_shared(hot) if hot else ())]
 
     def validate(self) -> None:
         """Check at start-up what cannot be checked earlier.

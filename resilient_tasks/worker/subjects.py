@@ -12,14 +12,13 @@ if TYPE_CHECKING:
 
 
 def read_subjects(runtime: Runtime) -> list[Subject]:
-    """Read all breakers of an app from the store.
+    """Read all breakers of an app from the store, and those of their children that are not plainly CLOSED.
 
     Raises:
         StoreError: the store is away, or one in memory.
     """
-    specs, fleet = runtime.specs(), runtime.fleet
-    snapshots = fleet.store.read_shared(specs)
-    totals = fleet.history.totals([spec.name for spec in specs])
+    snapshots = runtime.read()
+    totals = runtime.fleet.history.totals([each.name for each in snapshots])
     tasks = _tasks_by_breaker(runtime)
     return [
         Subject(each, totals[each.name], f"{runtime.settings.namespace}.deferred.{each.name}", tasks[each.name])
