@@ -31,12 +31,14 @@ class Subject:
         counts: what was counted since ever.
         queue: name of its deferred queue.
         tasks: names of the app's tasks that it guards.
+        done_in: seconds until the last waiting task is resumed; None: unknown, or none waits.
     """
 
     snapshot: Snapshot
     counts: Counts
     queue: str
     tasks: Sequence[str] = ()
+    done_in: float | None = None
 
     @cached_property
     def label(self) -> dict[str, str]:
@@ -140,6 +142,11 @@ METRICS = (
     _plain("refused_total", "counts.refused", "Calls that it refused, of tasks and of guards."),
     _plain("deferred_tasks", "snapshot.deferred", "Tasks that wait for it now."),
     Metric(f"{PREFIX}oldest_deferred_seconds", "How long the oldest of them has waited; 0 if none waits.", _oldest),
+    Metric(
+        f"{PREFIX}done_in_seconds",
+        "When the last of them will be resumed, at the learned rate; absent while that is unknown.",
+        lambda subject: () if subject.done_in is None else (Point(subject.done_in),),
+    ),
     _plain("deferred_total", "counts.deferred", "Tasks that were put aside for the first time."),
     _plain("deferred_again_total", "counts.deferred_again", "Deferrals of tasks that had been resumed before."),
     _plain("resumed_total", "counts.resumed", "Tasks that were sent back to their queues."),

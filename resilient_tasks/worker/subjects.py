@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from resilient_tasks.monitor.metrics import Subject
 
 if TYPE_CHECKING:
+    from resilient_tasks.core.outage import Estimate
     from resilient_tasks.worker.runtime import Runtime
 
 
@@ -19,11 +20,16 @@ def read_subjects(runtime: Runtime) -> list[Subject]:
     """
     snapshots = runtime.read()
     totals = runtime.fleet.history.totals([each.name for each in snapshots])
-    tasks = _tasks_by_breaker(runtime)
+    estimates = runtime.fleet.story.estimates(snapshots)
+    tasks, queue = _tasks_by_breaker(runtime), f"{runtime.settings.namespace}.deferred.{{}}".format
     return [
-        Subject(each, totals[each.name], f"{runtime.settings.namespace}.deferred.{each.name}", tasks[each.name])
+        Subject(each, totals[each.name], queue(each.name), tasks[each.name], _done_in(estimates.get(each.name)))
         for each in snapshots
     ]
+
+
+def _done_in(estimate: Estimate | None) -> float | None:
+    return None if estimate is None else estimate.done_in
 
 
 def _tasks_by_breaker(runtime: Runtime) -> dict[str, list[str]]:

@@ -38,6 +38,7 @@ OPEN = Subject(
     }),
     "resilient.deferred.payments",
     ("shop.charge", "shop.refund"),
+    38 * 60.0,
 )  # fmt: skip
 QUIET = Subject(Snapshot("quiet", State.CLOSED, 0, 0, now=NOW, since=0.0), Counts(), "resilient.deferred.quiet")
 
@@ -70,12 +71,13 @@ def test_a_reading_becomes_series_of_all_breakers() -> None:
         name: value(values, name, breaker='pay"ments\n')
         for name in (
             "state_timestamp_seconds", "next_trial_timestamp_seconds", "failure_ratio", "slow_ratio", "refused_total",
-            "deferred_tasks", "oldest_deferred_seconds", "deferred_total", "deferred_again_total", "resumed_total",
+            "deferred_tasks", "oldest_deferred_seconds", "done_in_seconds",
+            "deferred_total", "deferred_again_total", "resumed_total",
             "failed_total", "dead_lettered_total", "expired_total", "revoked_total", "dropped_total",
             "redelivered_total", "trials_total", "permits", "in_flight", "concurrency_limit",
         )
     }  # fmt: skip
-    expected = (NOW - 60, NOW + 5, 0.4, 0.1, 7, 3, 30, 6, 2, 4, 11, 12, 13, 14, 15, 16, 5, 2, 4, 8)
+    expected = (NOW - 60, NOW + 5, 0.4, 0.1, 7, 3, 30, 2280, 6, 2, 4, 11, 12, 13, 14, 15, 16, 5, 2, 4, 8)
     assert tuple(told.values()) == expected
     assert value(values, "calls_total", breaker=name, outcome="success") == 100
     assert value(values, "calls_total", breaker=name, outcome="slow") == 0
@@ -88,7 +90,14 @@ def test_a_reading_becomes_series_of_all_breakers() -> None:
 
 def test_what_a_breaker_does_not_have_has_no_series_and_what_has_not_happened_is_0() -> None:
     names = {name for name, _ in scrape(lambda: [QUIET])}
-    for absent in "next_trial_timestamp_seconds", "in_flight", "concurrency_limit", "fallback_total", "task_info":
+    for absent in (
+        "next_trial_timestamp_seconds",
+        "done_in_seconds",
+        "in_flight",
+        "concurrency_limit",
+        "fallback_total",
+        "task_info",
+    ):
         assert f"celery_breaker_{absent}" not in names
     assert value(scrape(lambda: [QUIET]), "refused_total", breaker="quiet") == 0
     assert value(scrape(lambda: [QUIET]), "oldest_deferred_seconds", breaker="quiet") == 0
