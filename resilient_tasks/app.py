@@ -13,7 +13,7 @@ from celery import Celery, Task
 from celery.signals import beat_init
 
 from resilient_tasks.breaker import Breaker
-from resilient_tasks.core.names import check_name
+from resilient_tasks.core.names import check_name, parent_of
 from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fallback import Provenance, read_provenance
@@ -168,7 +168,7 @@ class Resilience:
         """Return what is remembered of outages, also of those that last, the newest first.
 
         Args:
-            name: of a breaker; ``None``: of all that are defined.
+            name: of a breaker, its children's come with it; ``None``: of all that are defined.
             since: only those that were not over so many seconds ago.
 
         Raises:
@@ -176,8 +176,9 @@ class Resilience:
             StoreError: the store is away, or keeps no history.
         """
         names = self._breakers if name is None else [self._defined(name).name]
+        fleet = self.fleet
         earliest = 0.0 if since is None else time.time() - since
-        return self.fleet.story.outages(names, since=earliest)
+        return fleet.story.outages(fleet.with_children(names), since=earliest)
 
     def estimate(self, name: str) -> Estimate | None:
         """Estimate when the tasks that wait for a breaker will be done; None if none waits.
@@ -190,8 +191,9 @@ class Resilience:
         return self.fleet.story.estimates(snapshots).get(name)
 
     def _defined(self, name: str) -> Breaker:
-        if name in self._breakers:
-            return self._breakers[name]
+        parent = self._breakers.get(parent_of(name) or name)
+        if parent is not None:
+            return parent if parent.name == name else parent.child_named(name)
         known = ", ".join(sorted(self._breakers)) or "none"
         raise ConfigurationError(f"breaker {name!r} is defined nowhere; defined: {known}")
 

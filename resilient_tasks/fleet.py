@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from resilient_tasks.core.model import Answer, Grant, Snapshot, State, Transition, Verb
 from resilient_tasks.errors import StoreError
@@ -86,6 +86,14 @@ class Fleet:
             StoreError: the store is one in memory and keeps no history.
         """
         return Story(self.history)
+
+    def with_children(self, names: Iterable[str]) -> list[str]:
+        """Return the names of some breakers and of all their children.
+
+        Raises:
+            StoreError: the store is away.
+        """
+        return [each for name in names for each in (name, *self.store.children(name))]
 
     def declare(self, spec: Spec) -> Standing:
         """Make a breaker known to this process, without I/O."""

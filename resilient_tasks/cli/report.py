@@ -45,8 +45,8 @@ class _Span(click.ParamType):  # type: ignore[type-arg]  # older releases of cli
 @pass_runtime
 def report(runtime: Runtime, name: str | None, *, since: float | None, form: str) -> None:
     """Tell of outages, the newest first: causes, calls avoided, tasks that waited, and how fast they drained."""
-    names = list(runtime.breakers) if name is None else [name]
-    snapshots = runtime.fleet.store.read_shared([runtime.breakers[each].spec for each in names])
+    names = runtime.fleet.with_children(runtime.breakers if name is None else [name])
+    snapshots = runtime.fleet.store.read_shared([runtime.breaker(each).spec for each in names])
     story, now = runtime.fleet.story, snapshots[0].now if snapshots else 0.0
     outages = story.outages(names, since=0.0 if since is None else now - since)
     estimates = story.estimates(snapshots)
