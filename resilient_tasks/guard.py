@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextvars import ContextVar
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from resilient_tasks.core.blame import blame, blamed_on
 from resilient_tasks.core.classification import Verdict, dependency_errors, judge, judge_result
@@ -149,6 +149,13 @@ class Guarded:
         state = AT_CAPACITY if at_capacity else standing.snapshot.state.value
         return BreakerOpenError(self.name, state, standing.retry_after)
 
+    def refuse(self) -> BreakerOpenError:
+        """Return the same, and count the refusal; being at capacity keeps no call from the dependency for good."""
+        refusal = self.refusal()
+        if refusal.state != AT_CAPACITY:
+            self.fleet.reporter.tally(self.name, REFUSED)
+        return refusal
+
     # --- admission --------------------------------------------------------------------------------
 
     def _admit(self) -> _Pass:
@@ -166,18 +173,14 @@ class Guarded:
         if scope is not None and scope.is_trial(self.name):
             return _Pass(standing.epoch, _PERMIT_OF_TASK)
         if standing.refuses:
-            self._refuse()
+            raise self.refuse()
         return None
-
-    def _refuse(self) -> NoReturn:
-        self.fleet.reporter.tally(self.name, REFUSED)
-        raise self.refusal()
 
     def _ask_for_permit(self) -> _Pass:
         holder = uuid.uuid4().hex
         grant = self.acquire(holder)
         if not grant.admitted:
-            self._refuse()
+            raise self.refuse()
         if not grant.leased:
             return _Pass(grant.snapshot.epoch)
         self.hold(holder, self.policy.trial_timeout if grant.trial else math.inf)

@@ -16,10 +16,10 @@ from celery import Task
 from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry
 
 from resilient_tasks.core.blame import blamed_on
-from resilient_tasks.core.counts import CACHED_AGE, FAILED, FALLBACK, OLDEST_ANSWER, REFUSED
+from resilient_tasks.core.counts import FAILED
 from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.errors import BreakerOpenError, ResilienceError
-from resilient_tasks.fallback import Call, Served, write_provenance
+from resilient_tasks.fallback import Call, write_provenance
 from resilient_tasks.guard import call_guarded
 from resilient_tasks.monitor import tracing
 from resilient_tasks.worker.options import DEFER
@@ -114,21 +114,12 @@ class _Body:
         served = self.options.fallback.answer(self.call, self.runtime.fleet.store)
         if served is None:
             return otherwise()
-        self.tally_answer(served, breaker)
+        self.runtime.count_answer(served, breaker)
         if self.task.request.id:
             ttl = self.runtime.result_ttl
             write_provenance(self.runtime.fleet.store, self.task.request.id, served, breaker, ttl)
         self.serve(served, breaker)
         return served.value
-
-    def tally_answer(self, served: Served, breaker: str) -> None:
-        """Count a fallback's answer, and how stale it was."""
-        tally = self.runtime.fleet.reporter.tally
-        if served.age is None:
-            tally(breaker, FALLBACK + served.source)
-        else:
-            tally(breaker, FALLBACK + served.source, peak=(OLDEST_ANSWER, served.age))
-            tally(breaker, CACHED_AGE, round(served.age * 1000))
 
     def serve(self, served: Any, breaker: str) -> None:
         """Take note that a fallback has answered."""
@@ -221,8 +212,7 @@ class _GatedBody(_Body):
         """Return the refusal of a breaker that has opened since the gate let this run through."""
         for guard, admitted in zip(self.guards, self.gated.admission.passes, strict=True):
             if not admitted.trial and guard.state in _REFUSING:
-                self.runtime.fleet.reporter.tally(guard.name, REFUSED)
-                return guard.refusal()
+                return guard.refuse()
         return None
 
     def _has_retried(self, exc: Exception) -> bool:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.counts import REFUSED
 from resilient_tasks.core.model import Grant, Outcome
 from resilient_tasks.core.names import parent_of
 from resilient_tasks.store.base import Wish
@@ -87,8 +86,7 @@ class Gate:
         return Admission(tuple(passes), attempts=ticket.attempts, trace=ticket.trace)
 
     def _refused(self, breaker: Breaker, ticket: Ticket) -> Admission:
-        self._runtime.fleet.reporter.tally(breaker.name, REFUSED)
-        refusal = breaker.refusal()
+        refusal = breaker.refuse()
         return Admission((), breaker.name, refusal.state, refusal.retry_after, ticket.attempts, ticket.trace)
 
     def _pass(self, breaker: Breaker, request: GatedRequest, *, for_child: bool) -> Pass | None:

@@ -98,7 +98,7 @@ def _is_only_deferred(task: Any) -> bool:
 
 def _refusal(task: Any, args: Any, kwargs: Any) -> BreakerOpenError | None:
     """Return the refusal that a worker would meet with now, as far as this process knows."""
-    return next((guard.refusal() for guard in guards_of(task, args, kwargs) if not guard.accepting), None)
+    return next((guard.refuse() for guard in guards_of(task, args, kwargs) if not guard.accepting), None)
 
 
 def _serve(
@@ -112,6 +112,7 @@ def _serve(
     served = task.options.fallback.answer(Call(task.name, task.run, args or (), kwargs or {}), store)
     if served is None:
         return None
+    runtime.count_answer(served, refusal.breaker)
     task_id = given_id or uuid()
     write_provenance(store, task_id, served, refusal.breaker, runtime.result_ttl)
     if (given_id or task.store_eager_result) and not options.get("ignore_result", task.ignore_result):

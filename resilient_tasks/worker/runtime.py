@@ -18,9 +18,10 @@ from weakref import WeakKeyDictionary
 from celery import Celery, Task
 
 from resilient_tasks.breaker import Breaker
+from resilient_tasks.core.counts import CACHED_AGE, FALLBACK, OLDEST_ANSWER
 from resilient_tasks.core.names import is_child, parent_of
 from resilient_tasks.errors import ConfigurationError
-from resilient_tasks.fallback import Call
+from resilient_tasks.fallback import Call, Served
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.settings import Settings
 from resilient_tasks.worker.broker import open_queues
@@ -141,6 +142,15 @@ class Runtime:
         """Seconds for which what belongs to a result is kept."""
         expires = self.app.conf.result_expires or timedelta(days=1)
         return expires.total_seconds() if isinstance(expires, timedelta) else float(expires)
+
+    def count_answer(self, served: Served, breaker: str) -> None:
+        """Count what a fallback has served for a breaker, and how stale it was."""
+        tally = self.fleet.reporter.tally
+        if served.age is None:
+            tally(breaker, FALLBACK + served.source)
+        else:
+            tally(breaker, FALLBACK + served.source, peak=(OLDEST_ANSWER, served.age))
+            tally(breaker, CACHED_AGE, round(served.age * 1000))
 
     @cached_property
     def queues(self) -> Queues:

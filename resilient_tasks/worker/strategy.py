@@ -11,7 +11,6 @@ from celery.exceptions import InvalidTaskError
 from celery.utils.saferepr import saferepr
 from celery.worker.strategy import default
 
-from resilient_tasks.core.counts import REFUSED
 from resilient_tasks.worker.request import GatedRequest, guards_of
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
@@ -73,7 +72,8 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
             utc=self._app.uses_utc_timezone(),
         )
 
-    def _defer(self, request: GatedRequest, refusing: Breaker) -> None:
+    @staticmethod
+    def _defer(request: GatedRequest, refusing: Breaker) -> None:
         if request.revoked():  # or expired: Celery has settled it
             return
         request.send_event(
@@ -87,8 +87,7 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
             eta=None,
             expires=request.expires and request.expires.isoformat(),
         )
-        self._runtime.fleet.reporter.tally(refusing.name, REFUSED)
-        request.put_aside(refusing.name, str(refusing.refusal()))
+        request.put_aside(refusing.name, str(refusing.refuse()))
 
 
 def _check(message: Any, body: Any) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from resilient_tasks import Resilience
 from resilient_tasks.core.counts import CAUSE, DEFERRED, FALLBACK, LONGEST_WAIT, REFUSED, RESUMED, TRIALS, Counts
 from resilient_tasks.core.model import Outcome, State, Verb
 from resilient_tasks.core.outage import Deadlines, Outage
+from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.store.tallies import Tally
 from tests.contract.lab import SHARED, Lab, Subject
 
@@ -344,3 +346,17 @@ def test_deadlines_are_sampled(lab: Lab) -> None:
     assert len(found["payments"].sample) == 64
     assert list(found["payments"].sample) == sorted(found["payments"].sample)
     assert found["payments"].sample[-1] == now + 200
+
+
+@SHARED
+def test_outages_of_children_come_with_their_parents(lab: Lab) -> None:
+    resilience = Resilience()
+    resilience.use_store(lab.store)
+    payments = resilience.breaker("payments")
+    payments.child("acme").trip(reason="by hand")
+    for name in ("payments", None):
+        assert [outage.breaker for outage in resilience.outages(name)] == ["payments:acme"]
+    assert resilience.outages("payments:acme", since=60) == resilience.outages()
+    assert resilience.estimate("payments:acme") is None
+    with pytest.raises(ConfigurationError, match="'mail' is defined nowhere; defined: payments"):
+        resilience.outages("mail")

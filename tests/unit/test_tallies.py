@@ -10,10 +10,12 @@ from typing import cast
 
 import pytest
 
+from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.counts import REFUSED, RESUMED
 from resilient_tasks.core.model import Outcome, Verb
-from resilient_tasks.errors import StoreError
+from resilient_tasks.errors import BreakerOpenError, StoreError
 from resilient_tasks.fleet import Fleet
+from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Spec
 from resilient_tasks.store.history import History
 from resilient_tasks.store.local import LocalStore
@@ -118,3 +120,17 @@ def test_calls_that_end_too_late_for_a_decision_are_tallied() -> None:
     fleet.close()
     counted: Counter[str] = sum((told["payments"].counts for _, _, told in book.told), Counter())
     assert counted == {"FAILURE": 2, "cause:ReadTimeout": 2}
+
+
+def test_a_refusal_is_counted_but_not_for_want_of_capacity() -> None:
+    book = Book()
+    fleet = Fleet(LocalStore(), history=cast("History", book))
+    narrow = Breaker("narrow", BreakerPolicy(max_concurrency=1), fleet=lambda: fleet)
+    with narrow.guard(), pytest.raises(BreakerOpenError, match="at capacity"):
+        narrow.call(print)
+    narrow.trip()
+    for _ in range(2):
+        with pytest.raises(BreakerOpenError, match="OPEN"):
+            narrow.call(print)
+    fleet.close()
+    assert [told["narrow"].counts for _, _, told in book.told] == [Counter({REFUSED: 2})]
