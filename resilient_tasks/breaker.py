@@ -317,7 +317,7 @@ class Child(Breaker):
     """
 
     def __init__(self, parent: Breaker, name: str) -> None:
-        Guarded.__init__(self, replace(parent.spec, name=name), lambda: parent.fleet)
+        Guarded.__init__(self, replace(parent.spec, name=name), parent._find_fleet)
         self.parent = parent
         self._examines = True  # a success is no concern of the fast path's: the parent has a say in each call
 

@@ -10,6 +10,8 @@ from resilient_tasks.core.names import child_name
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker, Child
 
+#: Seconds between two looks for children that nobody uses; looked for when a new one is met.
+SWEEPING = 60.0
 #: Seconds for which a parent without room for more children is not asked again.
 FULL_FOR = 10.0
 
@@ -26,7 +28,7 @@ class Family:
         self._parent = parent
         self._make = make
         self._children: dict[str, Child] = {}
-        self._full_until = float("-inf")
+        self._full_until = self._swept_at = float("-inf")
 
     def of_key(self, key: object) -> Breaker:
         """Return the child of a key; the parent itself if it has as many as may be.
@@ -50,7 +52,10 @@ class Family:
         """Return the child of a name, which somebody in the fleet has met."""
         known = self._children.get(name)
         if known is None:
-            self._forget_idle()
+            now = self._parent.fleet.view.clock()
+            if now >= self._swept_at + SWEEPING:
+                self._swept_at = now
+                self._forget_idle()
             known = self._children.setdefault(name, self._make(name))
         return known
 
@@ -59,8 +64,6 @@ class Family:
         self._children.clear()
 
     def _forget_idle(self) -> None:
-        if len(self._children) < self._parent.policy.max_keys:
-            return
         for name, child in list(self._children.items()):
             if child.is_idle:
                 del self._children[name]

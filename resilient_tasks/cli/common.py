@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -16,7 +16,8 @@ from click.shell_completion import CompletionItem
 from resilient_tasks.breaker import this_user
 from resilient_tasks.cli import Unavailable
 from resilient_tasks.cli.display import printable
-from resilient_tasks.errors import StoreError
+from resilient_tasks.core.names import ALL_KEYS, child_name, is_child, key_of, parent_of
+from resilient_tasks.errors import ConfigurationError, StoreError
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.runtime import Runtime, find_runtime
 
@@ -62,18 +63,29 @@ def note(runtime: Runtime, breaker: str, text: str) -> None:
 
 
 class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases of click know no argument
-    """Name of a breaker that the app defines."""
+    """Name of a breaker that the app defines, or of a child of it: ``payments:acme``."""
 
     name = "breaker"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name; fail with the nearest one if nobody defines it."""
-        defined = sorted(runtime_in(ctx or click.get_current_context()).breakers)
-        if value not in defined:
+        runtime = runtime_in(ctx or click.get_current_context())
+        parent, key = parent_of(value), key_of(value)
+        if parent is not None and parent in runtime.breakers and key and not is_child(value):
+            return self.child(parent, key, param, ctx)
+        defined = sorted(runtime.breakers)
+        if not runtime.defines(value):
             near = difflib.get_close_matches(value, defined, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"defined: {', '.join(defined) or 'none'}"
             self.unknown(f"no breaker is named '{printable(value)}'; {hint}", param, ctx)
         return value
+
+    def child(self, parent: str, key: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name of the child for a key as somebody has typed it."""
+        try:
+            return child_name(parent, key)
+        except ConfigurationError as error:
+            self.fail(printable(str(error)), param, ctx)
 
     def unknown(self, message: str, param: click.Parameter | None, ctx: click.Context | None) -> None:
         """Do what is to be done about a name that nobody defines."""
@@ -89,6 +101,25 @@ class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases 
             return []
         names = sorted(runtime.breakers) if runtime else []
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+class BreakerNames(BreakerName):
+    """The same, or ``payments:*`` for all children of a breaker."""
+
+    name = "breakers"
+
+    def child(self, parent: str, key: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Let the wildcard pass for :func:`expand`."""
+        return f"{parent}:{ALL_KEYS}" if key == ALL_KEYS else super().child(parent, key, param, ctx)
+
+
+def expand(runtime: Runtime, names: Iterable[str]) -> list[str]:
+    """Return the names, each once, with those of all children that there are now in place of wildcards."""
+    found = dict[str, None]()
+    for name in names:
+        children = runtime.fleet.store.children(str(parent_of(name))) if key_of(name) == ALL_KEYS else [name]
+        found.update(dict.fromkeys(sorted(children)))
+    return list(found)
 
 
 @contextmanager

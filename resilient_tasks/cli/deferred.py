@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import click
 
-from resilient_tasks.cli.common import BreakerName, asking_the_broker, note, pass_runtime
+from resilient_tasks.cli.common import BreakerName, BreakerNames, asking_the_broker, expand, note, pass_runtime
 from resilient_tasks.cli.display import print_json, print_table, printable
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.monitor.words import counted, moment
@@ -21,16 +21,18 @@ _BEAT = 0.1
 
 
 @click.command()
-@click.argument("name", type=BreakerName())
+@click.argument("name", type=BreakerNames())
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="Most tasks to list.")
 @click.option("--id", "ids_only", is_flag=True, help="For scripts: ids alone, one per line.")
 @click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
 @pass_runtime
 def deferred(runtime: Runtime, name: str, *, limit: int, ids_only: bool, as_json: bool) -> None:
-    """List the tasks that wait for a breaker, the oldest first."""
+    """List the tasks that wait for a breaker, or NAME:* for any of its children, the oldest first."""
     with asking_the_broker(runtime):
         waiting = Deferred(runtime)
-        tasks, count = waiting.list(name, limit=limit), waiting.count(name)
+        counts = {each: waiting.count(each) for each in expand(runtime, [name])}
+        found = [task for each, some in counts.items() if some for task in waiting.list(each, limit=limit)]
+        tasks, count = sorted(found, key=lambda task: task.since)[:limit], sum(counts.values())
     if as_json:
         print_json([asdict(task) for task in tasks])
     elif ids_only:
@@ -46,25 +48,34 @@ def deferred(runtime: Runtime, name: str, *, limit: int, ids_only: bool, as_json
 
 
 @click.command()
-@click.argument("name", type=BreakerName())
+@click.argument("name", type=BreakerNames())
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Tasks per second; all at once without it.")
 @click.option("--force", is_flag=True, help="Even though the breaker refuses.")
 @pass_runtime
 def resume(runtime: Runtime, name: str, *, rate: float | None, force: bool) -> None:
-    """Resume now what waits for a breaker, faster or slower than the workers do by themselves.
+    """Resume now what waits for a breaker, or NAME:* for each of its children, faster or slower than the workers do.
 
     While the breaker refuses, its workers would only defer the tasks again, so that takes --force.
     """
     if rate is not None and not math.isfinite(rate):
         raise click.BadParameter(f"{rate} is no number of tasks per second", param_hint="'--rate'")
+    with asking_the_broker(runtime):
+        waiting = Deferred(runtime)
+        names = [each for each in expand(runtime, [name]) if each == name or waiting.count(each)]
+        refusals = [_resume(runtime, waiting, each, rate, force=force) for each in names]
+    if any(refusals):
+        raise click.ClickException("\n".join(filter(None, refusals)))
+
+
+def _resume(runtime: Runtime, waiting: Deferred, name: str, rate: float | None, *, force: bool) -> str | None:
+    """Resume what waits for one breaker; return what to tell if it refuses."""
     resumed = 0
     try:
-        with asking_the_broker(runtime):
-            for count in _batches(Deferred(runtime), name, rate, force=force):
-                resumed += count
+        for count in _batches(waiting, name, rate, force=force):
+            resumed += count
     except BreakerOpenError as error:
         advice = f"its tasks would be deferred again. 'reset {name}' closes it, --force resumes them all the same."
-        raise click.ClickException(f"{error}: {advice}") from error
+        return f"{error}: {advice}"
     finally:
         if resumed:
             done = f"{counted(resumed, 'task')} resumed"
@@ -72,6 +83,7 @@ def resume(runtime: Runtime, name: str, *, rate: float | None, force: bool) -> N
             click.echo(done)
     if not resumed:
         click.echo(f"nothing was there to resume for {name}")
+    return None
 
 
 def _batches(waiting: Deferred, name: str, rate: float | None, *, force: bool) -> Iterator[int]:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import click
 
-from resilient_tasks.cli.common import BreakerName, pass_runtime
+from resilient_tasks.cli.common import BreakerName, BreakerNames, expand, pass_runtime
 from resilient_tasks.cli.display import Row, is_rich, plain_lines, print_json, print_table, rich_table
 from resilient_tasks.core.model import ADMITTING, ShadowOpening, Snapshot, State
 from resilient_tasks.core.outage import Estimate
@@ -25,11 +25,15 @@ _COLUMNS = ("BREAKER", "STATE", "FOR", "CALLS", "FAILED", "SLOW", "DEFERRED", "O
 
 
 @click.command("list")
+@click.argument("names", metavar="[NAME]...", nargs=-1, type=BreakerNames())
 @click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
 @pass_runtime
-def list_breakers(runtime: Runtime, *, as_json: bool) -> None:
-    """List all breakers: those that are not CLOSED first, then those with waiting tasks."""
-    snapshots = _read(runtime, runtime.breakers)
+def list_breakers(runtime: Runtime, names: tuple[str, ...], *, as_json: bool) -> None:
+    """List all breakers: those that are not CLOSED first, then those with waiting tasks.
+
+    Of children only those that are not CLOSED, or that tasks wait for. Their parent's NAME:* lists all of them.
+    """
+    snapshots = _read(runtime, expand(runtime, names)) if names else _in_order(runtime.read())
     if as_json:
         print_json([snapshot.as_dict() for snapshot in snapshots])
     else:
@@ -91,7 +95,7 @@ def _looks(runtime: Runtime, interval: float) -> Iterator[tuple[str, Sequence[Ro
     known = "never"
     while True:
         try:
-            rows = [_row(snapshot) for snapshot in _read(runtime, runtime.breakers)]
+            rows = [_row(snapshot) for snapshot in _in_order(runtime.read())]
             caption = known = moment(time.time())
         except StoreError:
             caption = f"the store is away; last seen: {known}"
@@ -100,7 +104,10 @@ def _looks(runtime: Runtime, interval: float) -> Iterator[tuple[str, Sequence[Ro
 
 
 def _read(runtime: Runtime, names: Iterable[str]) -> list[Snapshot]:
-    snapshots = runtime.fleet.store.read_shared([runtime.breakers[name].spec for name in names])
+    return _in_order(runtime.fleet.store.read_shared([runtime.breaker(name).spec for name in names]))
+
+
+def _in_order(snapshots: Iterable[Snapshot]) -> list[Snapshot]:
     return sorted(snapshots, key=lambda each: (each.state is State.CLOSED, not each.deferred, each.name))
 
 

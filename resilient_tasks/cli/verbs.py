@@ -7,20 +7,20 @@ from dataclasses import replace
 import click
 
 from resilient_tasks.breaker import this_user
-from resilient_tasks.cli.common import BreakerName, pass_runtime
+from resilient_tasks.cli.common import BreakerNames, expand, pass_runtime
 from resilient_tasks.core.model import Verb
 from resilient_tasks.worker.runtime import Runtime
 
 
 def _command(verb: Verb, does: str) -> click.Command:
     @click.command(verb.value, help=does)
-    @click.argument("names", metavar="NAME...", nargs=-1, required=True, type=BreakerName())
+    @click.argument("names", metavar="NAME...", nargs=-1, required=True, type=BreakerNames())
     @click.option("--reason", default="", metavar="TEXT", help="Kept with the state, for whoever asks why.")
     @pass_runtime
     def carry_out(runtime: Runtime, names: tuple[str, ...], reason: str) -> None:
-        for name in dict.fromkeys(names):
+        for name in expand(runtime, names):
             # the workers' policies stay in force, whatever checkout and environment this is run from
-            spec = replace(runtime.breakers[name].spec, revision=0)
+            spec = replace(runtime.breaker(name).spec, revision=0)
             snapshot = runtime.fleet.command(spec, verb, reason, this_user())
             click.echo(f"{name} is {snapshot.state}")
 

@@ -133,8 +133,8 @@ class Store(Protocol):
     def enroll(self, spec: Spec) -> bool:
         """Return whether there is room for a child among its policy's ``max_keys``; idle ones make room."""
 
-    def children(self, name: str) -> list[str]:
-        """Return the names of all children of a breaker."""
+    def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
+        """Return the names of the children of a breaker, those used longest ago first: all, or so many of them."""
 
     def roll_up(self, spec: Spec) -> Answer:
         """Open a breaker if more than its ``parent_trip_ratio`` of its children is open.

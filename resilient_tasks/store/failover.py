@@ -117,9 +117,9 @@ class FailoverStore:
         """Return whether there is room for a child; while the shared store is away, in this process."""
         return self._decide([], lambda store: store.enroll(spec), lambda _: ())
 
-    def children(self, name: str) -> list[str]:
-        """Return the names of all children of a breaker; see :meth:`Store.children`."""
-        return self._primary.children(name)
+    def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
+        """Return the names of the children of a breaker; see :meth:`Store.children`."""
+        return self._primary.children(name, start=start, count=count)
 
     def roll_up(self, spec: Spec) -> Answer:
         """Open a breaker if too many of its children are open; see :meth:`Store.roll_up`."""

@@ -143,10 +143,12 @@ class LocalStore:
         with self._lock:
             return self._family(spec.name).enroll(key_of(spec.name), spec.policy.max_keys, self._now())
 
-    def children(self, name: str) -> list[str]:
-        """Return the names of all children of a breaker."""
+    def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
+        """Return the names of the children of a breaker; see :meth:`Store.children`."""
         with self._lock:
-            return [f"{name}:{key}" for key in self._family(name).used_at]
+            used_at = self._family(name).used_at
+            keys = sorted(used_at, key=lambda key: (used_at[key], key))
+            return [f"{name}:{key}" for key in keys[start : None if count is None else start + count]]
 
     def roll_up(self, spec: Spec) -> Answer:
         """Open a breaker if too many of its children are open; see :meth:`Store.roll_up`."""

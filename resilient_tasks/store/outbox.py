@@ -52,6 +52,8 @@ class Batch:
 class Outbox:
     """What waits to be sent about one breaker; touched by the sending thread only, but for ``urgent``."""
 
+    __slots__ = ("batches", "due_at", "standing", "urgent")  # a process may have thousands
+
     def __init__(self, standing: Standing) -> None:
         self.standing = standing
         self.batches: list[Batch] = []

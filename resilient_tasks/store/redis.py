@@ -152,9 +152,10 @@ class RedisStore:
         keys, told = self._keys.breaker(spec.name), (key_of(spec.name), spec.policy.max_keys, IDLE_AFTER)
         return bool(self._run("enroll", [keys.children, keys.hot], *told))
 
-    def children(self, name: str) -> list[str]:
-        """Return the names of all children of a breaker."""
-        keys: list[Any] = self._server.run(lambda client: client.zrange(self._keys.breaker(name).children, 0, -1))
+    def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
+        """Return the names of the children of a breaker; see :meth:`Store.children`."""
+        index, end = self._keys.breaker(name).children, -1 if count is None else start + count - 1
+        keys: list[Any] = self._server.run(lambda client: client.zrange(index, start, end))
         return [f"{name}:{key.decode()}" for key in keys]
 
     def roll_up(self, spec: Spec) -> Answer:

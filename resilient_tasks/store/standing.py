@@ -15,6 +15,7 @@ DENIAL_MEMORY = 1.0  # seconds for which a denied permit is not asked for again,
 # What waits to be reported about one breaker: the bare epoch stands for a success, the commonest thing by far.
 Occurrence = tuple[int, Outcome, str, float | None]
 _MOST_PENDING = 1_000_000
+_NEVER_DENIED = (-1, -math.inf)
 
 
 class Standing:
@@ -44,7 +45,7 @@ class Standing:
         self.mark = 0  # the view's count of updates when this one was made
         self.pending: deque[int | Occurrence] = deque(maxlen=_MOST_PENDING)
         self.scheduled = False
-        self._denied = (-1, -math.inf)
+        self._denied = _NEVER_DENIED
         self.hear(Snapshot(spec.name, State.CLOSED, epoch=0, version=0, now=0.0, since=0.0), -math.inf)
 
     @property

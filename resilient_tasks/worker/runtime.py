@@ -167,7 +167,7 @@ class Runtime:
         return hashlib.sha256("\n".join(sorted(self.breakers)).encode()).hexdigest()[:16]
 
     def specs(self) -> list[Spec]:
-        """Return all breakers as this process declares them."""
+        """Return all breakers as this process declares them, without their children."""
         return [breaker.spec for breaker in self.breakers.values()]
 
     def read(self) -> list[Snapshot]:

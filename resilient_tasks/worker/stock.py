@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from resilient_tasks.core.model import Snapshot
-from resilient_tasks.worker.deferred_tasks import DeferredTasks, ended
+from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks, ended
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.revokes import revoked_among
 
@@ -22,7 +23,7 @@ logger = logging.getLogger("resilient_tasks")
 #: Seconds that one tick may spend on failing the expired tasks of one breaker.
 EXPIRING = 1.0
 #: Children that are looked at with one stocktaking although nothing is known to wait for them.
-MOST_CHILDREN = 20
+MOST_CHILDREN = 10
 #: Seconds that a message may take from the index to its queue.
 ON_ITS_WAY = 5.0
 
@@ -33,16 +34,24 @@ class Stocktaker:
     def __init__(self, runtime: Runtime, tasks: DeferredTasks) -> None:
         self._runtime = runtime
         self._tasks = tasks
-        self._children: list[str] = []  # those to look at in this round
+        self._children = self._all_children()
 
     def some_children(self) -> list[Breaker]:
         """Return the next few of all children there are, round by round: what waits for one may be indexed nowhere."""
-        if not self._children:
-            store, view = self._runtime.fleet.store, self._runtime.fleet.view
-            known = {standing.name for standing in view.standings() if standing.spec.parent is not None}
-            self._children = sorted(known.union(*map(store.children, self._runtime.breakers)))
-        some, self._children = self._children[:MOST_CHILDREN], self._children[MOST_CHILDREN:]
-        return [self._runtime.breaker(name) for name in some]
+        names = list(itertools.islice(self._children, MOST_CHILDREN))
+        if len(names) < MOST_CHILDREN:
+            self._children = self._all_children()
+        return [self._runtime.breaker(name) for name in names]
+
+    def _all_children(self) -> Iterator[str]:
+        """Yield the names of those that this process knows, then of all others: a store may have lost its data."""
+        yield from [each.name for each in self._runtime.fleet.view.standings() if each.spec.parent is not None]
+        for parent in list(self._runtime.breakers):
+            for start in itertools.count(0, PAGE):
+                names = self._runtime.fleet.store.children(parent, start=start, count=PAGE)
+                yield from names
+                if len(names) < PAGE:
+                    break
 
     def expire(self, breaker: Breaker, snapshot: Snapshot) -> None:
         """Dead-letter tasks whose ``defer_for`` or ``expires`` is over, drop those that were revoked."""

@@ -32,6 +32,7 @@ def test_a_child_opens_alone(lab: Lab) -> None:
     assert parent.snapshot().calls == 0
     assert hot(parent) == ["0"]
     assert sorted(lab.store.children("payments")) == ["payments:0", "payments:1"]
+    assert lab.store.children("payments", start=1, count=1) == ["payments:0"]  # in use while it is open
 
 
 def test_a_child_that_has_healed_is_left_alone(lab: Lab) -> None:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from celery.bin.base import CLIContext
+from click.testing import CliRunner
 
-from resilient_tasks import ConfigurationError
+from resilient_tasks import ConfigurationError, cli
 from tests.integration.conftest import Shop
+
+
+def breakers(shop: Shop, *args: str) -> str:
+    """Run a command of ``celery breakers`` in this process, and return what it prints."""
+    result = CliRunner().invoke(cli.breakers, args, obj=CLIContext(app=shop.app, no_color=True, workdir=None))
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 def test_the_outage_of_one_tenant_defers_its_tasks_alone_and_outlives_the_workers(shop: Shop) -> None:
@@ -23,8 +32,12 @@ def test_the_outage_of_one_tenant_defers_its_tasks_alone_and_outlives_the_worker
     with pytest.raises(ConfigurationError, match="key '' of breaker 'tenants'"):
         shop.bill.delay(1, tenant="").get(timeout=60)
 
+    assert breakers(shop, "isolate", "tenants:*") == "tenants:acme is FORCED_OPEN\ntenants:other is FORCED_OPEN\n"
+    shop.wait(lambda: shop.waiting("tenants:acme") == len(suffering), "the trials to wait again")
     worker.stop()
     shop.set_health("tenants-acme", "up")
+    assert len(breakers(shop, "deferred", "tenants:*", "--id").split()) == len(suffering)
+    assert breakers(shop, "reset", "tenants:acme") == "tenants:acme is CLOSED\n"
     shop.worker()  # which has never heard of the tenant
     shop.wait_done(*suffering)
     assert shop.tenants.snapshot().calls == 0

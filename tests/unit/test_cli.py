@@ -261,3 +261,39 @@ def test_rich_is_imported_for_terminals_only() -> None:
 def test_a_states_cell_has_its_colour() -> None:
     table: Any = rich_table(["STATE"], [["OPEN"], ["[b]x"]])
     assert [(cell.plain, str(cell.style)) for cell in table.columns[0].cells] == [("OPEN", "bold red"), ("[b]x", "")]
+
+
+# --- children ------------------------------------------------------------------------------------------
+
+
+def test_children_are_listed_when_there_is_something_to_tell(run: Run, payments: Breaker, clock: Clock) -> None:
+    for key in ("acme", "other"):
+        payments.child(key).call(int)
+    assert len(run("list").output.splitlines()) == 2
+    payments.child("acme").trip(reason="bad credential")
+    header, first, _ = run("list").output.splitlines()
+    assert header.startswith("BREAKER")
+    assert first.split()[:2] == ["payments:acme", "OPEN"]
+    assert [line.split()[0] for line in run("list", "payments:*").output.splitlines()[1:]] == [
+        "payments:acme",
+        "payments:other",
+    ]
+    assert run("show", "payments:acme").exit_code == 10
+
+
+def test_a_wildcard_stands_for_all_children(run: Run, payments: Breaker, clock: Clock) -> None:
+    for key in ("acme", "other"):
+        payments.child(key).call(int)
+    result = run("isolate", "payments:*", "--reason", "maintenance")
+    assert result.output.splitlines() == ["payments:acme is FORCED_OPEN", "payments:other is FORCED_OPEN"]
+    assert payments.snapshot().state == "CLOSED"
+    assert run("reset", "payments", "payments:*", "payments:acme").output.count("CLOSED") == 3
+
+
+def test_a_key_is_taken_as_it_is_typed(run: Run, payments: Breaker, clock: Clock) -> None:
+    assert run("trip", "payments:api:80").output == "payments:api%3A80 is OPEN\n"
+    assert run("show", "payments:api%3A80").exit_code == 10
+    result = run("trip", f"payments:{100 * 'a'}")
+    assert result.exit_code == 2
+    assert "allowed is text or an integer" in result.output
+    assert "no breaker is named 'nobody:a'" in run("trip", "nobody:a").output
