@@ -20,10 +20,10 @@ from workers.processes import PROJECT
 Findings = dict[str, list[dict[str, Any]]]
 
 
-def examined(app: Celery) -> tuple[int, Findings]:
-    """Return the exit code of ``doctor``, and its findings by check."""
+def examined(app: Celery, *, timeout: float = 2.0) -> tuple[int, Findings]:
+    """Return the exit code of ``doctor``, and its findings by check; workers have so long to answer."""
     context = CLIContext(app=app, no_color=True, workdir=None)
-    result = CliRunner().invoke(cli.breakers, ["doctor", "--json", "--timeout", "2"], obj=context)
+    result = CliRunner().invoke(cli.breakers, ["doctor", "--json", "--timeout", str(timeout)], obj=context)
     assert result.exception is None or isinstance(result.exception, SystemExit)
     findings: Findings = {}
     for finding in json.loads(result.stdout):
@@ -66,10 +66,7 @@ def test_what_is_sound_and_what_is_broken(shop: Shop, monkeypatch: pytest.Monkey
     shop.program([*plain, "-l", "INFO", "--without-mingle"], directory=PROJECT).wait_for_output(
         "plain@x ready.", timeout=60
     )
-    shop.resilience.fleet.ledger.declare(["former"])
-    shop.broker.lpush("resilient.deferred.former", "a", "b")
     shop.broker.config_set("maxmemory-policy", "allkeys-lru")
-    monkeypatch.setattr(examination, "UNSEEN", 0.0)
     monkeypatch.setitem(shop.app.conf, "result_expires", 0.001)
     shop.open("payments")
     shop.resilience.fleet.ledger.add_deferred("payments", "a")
@@ -85,8 +82,17 @@ def test_what_is_sound_and_what_is_broken(shop: Shop, monkeypatch: pytest.Monkey
     assert f"{other.node} declares breaker payments otherwise: window" in said(findings, "policies", "warning")
     assert "worker plain@x runs without the library" in said(findings, "versions", "error")
     assert sound.node not in said(findings, "versions", "error")
-    assert said(findings, "undefined breakers", "warning") == "2 tasks wait for breaker former, which nobody defines"
     assert "longer than results are kept" in said(findings, "result_expires", "error")
+
+
+def test_with_all_workers_dead_it_finds_what_they_have_left(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examination, "UNSEEN", 0.0)
+    shop.resilience.fleet.ledger.declare(["former"])
+    shop.broker.lpush("resilient.deferred.former", "a", "b")
+    code, findings = examined(shop.app, timeout=0.5)
+    assert (code, said(findings, "workers", "error")) == (1, "no worker answers")
+    assert said(findings, "ticks", "error") == "no tick has completed ever"
+    assert said(findings, "undefined breakers", "warning") == "2 tasks wait for breaker former, which nobody defines"
 
 
 def test_with_nothing_there_it_says_so() -> None:
