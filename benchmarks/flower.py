@@ -1,5 +1,6 @@
 """Flower with a thousand breakers: how long its pages and its API take, and its health check with the store frozen.
 
+On a busy machine the time on the wall is that of its other jobs, so what Flower computes per request is told beside it.
 "Nobody had looked" is whoever comes first and waits for the store; after that Flower goes on reading it for a while.
 """
 
@@ -13,8 +14,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import httpx
+import psutil
 
 from benchmarks._rig import verdict
 from resilient_tasks.flower.watch import INTEREST
@@ -34,22 +37,33 @@ def took(ask: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def measure(client: httpx.Client, page: str, *, rounds: int = ROUNDS, pause: float = PAUSE) -> list[float]:
-    """Return how long a page took, again and again."""
+class Measured(NamedTuple):
+    """Seconds on the wall of each request, and seconds that Flower computed per request."""
+
+    times: list[float]
+    computed: float
+
+
+def measure(
+    client: httpx.Client, flower: psutil.Process, page: str, *, rounds: int = ROUNDS, pause: float = PAUSE
+) -> Measured:
+    """Ask for a page again and again."""
 
     def ask() -> None:
         client.get(page).raise_for_status()
 
-    times = []
+    times, before = [], flower.cpu_times()
     for _ in range(rounds):
         time.sleep(pause)
         times.append(took(ask))
-    return times
+    after = flower.cpu_times()
+    return Measured(times, (after.user + after.system - before.user - before.system) / rounds)
 
 
-def report(name: str, times: list[float], limit: float) -> None:
-    ok = verdict(met=median(times) <= limit)
-    print(f"{name:36}{median(times) * 1e3:8.0f} ms {max(times) * 1e3:8.0f} ms   <= {limit * 1e3:.0f} ms: {ok}")
+def report(name: str, measured: Measured, limit: float) -> None:
+    ok = verdict(met=median(measured.times) <= limit)
+    wall = f"{median(measured.times) * 1e3:8.0f} ms {max(measured.times) * 1e3:8.0f} ms"
+    print(f"{name:36}{wall} {measured.computed * 1e3:8.0f} ms   <= {limit * 1e3:.0f} ms: {ok}")
 
 
 def open_some(count: int) -> None:
@@ -70,14 +84,15 @@ def main() -> None:
         command = celery_command("benchmarks._many", "breakers", "flower", *options)
         program = start_program(command, name="flower", directory=Path(directory))
         program.wait_for_output("Visit me at")
-        print(f"\n{'1,000 breakers':36}{'median':>11} {'longest':>11}\n")
+        print(f"\n{'1,000 breakers':36}{'median':>11} {'longest':>11} {'computed':>11}\n")
+        flower = psutil.Process(program.pid)
         with httpx.Client(base_url=url, auth=LOGIN, timeout=30) as client:
-            first = measure(client, "/api/breakers", rounds=5, pause=INTEREST + 2)
+            first = measure(client, flower, "/api/breakers", rounds=5, pause=INTEREST + 2)
             report("/api/breakers, nobody had looked", first, PAGE_LIMIT)
             for page in PAGES:
-                report(page, measure(client, page), PAGE_LIMIT)
+                report(page, measure(client, flower, page), PAGE_LIMIT)
             server.program.freeze()
-            report("/healthcheck, store frozen", measure(client, "/healthcheck"), HEALTH_LIMIT)
+            report("/healthcheck, store frozen", measure(client, flower, "/healthcheck"), HEALTH_LIMIT)
             server.program.thaw()
         program.stop()
         server.stop()

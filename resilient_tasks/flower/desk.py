@@ -10,17 +10,14 @@ from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
-from urllib.parse import unquote
 
 from resilient_tasks.core.model import Snapshot, Verb
-from resilient_tasks.core.names import child_name, key_of, parent_of
 from resilient_tasks.core.outage import Estimate, Outage
-from resilient_tasks.errors import ConfigurationError, StoreError
+from resilient_tasks.errors import StoreError
 from resilient_tasks.flower.errands import Errands, NoAnswerError
 from resilient_tasks.flower.watch import Told, Watch
 from resilient_tasks.monitor.story import Row, rows_of
 from resilient_tasks.monitor.words import counted
-from resilient_tasks.store.base import Spec
 from resilient_tasks.worker.dead_letters import DeadLetter, DeadLetters
 from resilient_tasks.worker.deferred import Deferred
 from resilient_tasks.worker.runtime import Runtime
@@ -62,27 +59,13 @@ class Desk:
 
     @property
     def queues(self) -> list[str]:
-        """Names of the queues on the broker that are ours, of all breakers."""
-        namespace = self._runtime.settings.namespace
-        return [f"{namespace}.{kind}.{name}" for name in self.names for kind in ("deferred", "dead")]
+        """Names of the queues on the broker that are ours, of all breakers and of the children that were last seen."""
+        queues, names = self._runtime.queues, {*self.names, *self.watch.seen}
+        return [*map(queues.deferred, names), *map(queues.dead, names)]
 
-    def spec(self, name: str) -> Spec | None:
-        """Return a breaker, or a child of one, as this process declares it; None if nobody defines it."""
-        parent = self._runtime.breakers.get(parent_of(name) or name)
-        if parent is None:
-            return None
-        if name == parent.name:
-            return parent.spec
-        with suppress(ConfigurationError):
-            if child_name(parent.name, unquote(key_of(name))) == name:
-                return replace(parent.spec, name=name)
-        return None
-
-    def _defined(self, name: str) -> Spec:
-        spec = self.spec(name)
-        if spec is None:
-            raise ConfigurationError(f"no breaker is named {name!r}")
-        return spec
+    def defines(self, name: str) -> bool:
+        """Whether there is such a breaker, or the parent of such a child."""
+        return self._runtime.defines(name)
 
     def _told(self, snapshots: Sequence[Snapshot]) -> list[Told]:
         """Return what is told of breakers, with an estimate of when those will be done who wait."""
@@ -96,7 +79,7 @@ class Desk:
 
     async def read(self, name: str) -> Told:
         """Read one breaker: a child that is plainly CLOSED is in no look at all of them."""
-        spec = self._defined(name)
+        spec = self._runtime.breaker(name).spec
 
         def read() -> Told:
             return self._told(self._runtime.fleet.store.read_shared([spec]))[0]
@@ -106,7 +89,7 @@ class Desk:
     async def command(self, name: str, verb: Verb, reason: str, actor: str) -> Told:
         """Carry out an operator's verb and return the state that it led to."""
         # the workers' policies stay in force, whatever checkout and environment Flower runs from
-        spec = replace(self._defined(name), revision=0)
+        spec = replace(self._runtime.breaker(name).spec, revision=0)
         command = partial(self._runtime.fleet.command, spec, verb, reason, actor)
         snapshot = await self._store.run(command, patience=PATIENCE)
         self.watch.forget()
@@ -114,7 +97,7 @@ class Desk:
 
     async def history(self, name: str) -> dict[str, Any]:
         """Return a breaker's log, the newest entry first, and what was counted in each minute of the last hour."""
-        spec, history = self._defined(name), self._runtime.fleet.history
+        spec, history = self._runtime.breaker(name).spec, self._runtime.fleet.history
 
         def look() -> dict[str, Any]:
             [snapshot] = self._runtime.fleet.store.read_shared([spec])
@@ -130,7 +113,7 @@ class Desk:
 
     async def outages(self, name: str | None) -> list[tuple[Outage, list[Row]]]:
         """Return the outages of one breaker or of all, the newest first, with what is told of them."""
-        specs = self._runtime.specs() if name is None else [self._defined(name)]
+        specs = self._runtime.specs() if name is None else [self._runtime.breaker(name).spec]
 
         def look() -> list[tuple[Outage, list[Row]]]:
             fleet = self._runtime.fleet

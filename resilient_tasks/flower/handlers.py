@@ -109,7 +109,7 @@ class Api(seams.BaseApiHandler):
 
 def check_defined(desk: Desk, name: str) -> None:
     """Fail with the nearest name if there is no breaker of this one."""
-    if desk.spec(name) is None:
+    if not desk.defines(name):
         near = difflib.get_close_matches(name, desk.names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no breaker is named {name!r}{hint}")

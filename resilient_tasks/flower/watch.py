@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,8 @@ REFRESH = 1.0
 INTEREST = 10.0
 #: Seconds that a page waits for the store before it shows what was read before.
 PATIENCE = 1.0
+#: The same where nothing was read before.
+PATIENCE_AT_FIRST = 5.0
 #: Seconds after which the next attempt to read begins, whatever has become of the former.
 _GIVE_UP = 10.0
 
@@ -75,11 +77,17 @@ class Watch:
         self._reading: asyncio.Task[None] | None = None
         self._going_on: asyncio.Task[None] | None = None
 
+    @property
+    def seen(self) -> Collection[str]:
+        """Names of the breakers that were there at the last look."""
+        return self._latest.breakers.keys()
+
     async def look(self) -> Look:
         """Return what the store says; what it said before, if it does not answer at once."""
         self.expect_looks()
         if self._reading is not None:
-            await asyncio.wait({self._reading}, timeout=PATIENCE)
+            patience = PATIENCE_AT_FIRST if self._latest.read_at is None else PATIENCE
+            await asyncio.wait({self._reading}, timeout=patience)
         return self._latest
 
     def expect_looks(self) -> None:
