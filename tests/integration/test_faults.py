@@ -32,6 +32,10 @@ def soon_restored(seconds: int) -> dict[str, str]:
     return {"SHOP_TRANSPORT_OPTIONS": json.dumps(options)}
 
 
+def redelivered(shop: Shop) -> int:
+    return int(shop.resilience.fleet.history.totals(["payments"])["payments"].redelivered)
+
+
 def all_done(results: list[Any]) -> bool:
     return all(result.state == "SUCCESS" for result in results)
 
@@ -70,6 +74,7 @@ def test_tasks_restored_while_they_run_are_put_aside_once(shop: Shop) -> None:
     shop.wait(lambda: all_done(results), "all to finish")
     shop.wait(lambda: not copies(shop.broker), "the broker to be empty")
     assert all(worker.running for worker in workers)
+    shop.wait(lambda: redelivered(shop) >= 2, "the redeliveries to be counted")
 
 
 def test_a_trial_that_no_process_had_accepted_when_the_connection_was_cut_gives_its_permit_back(shop: Shop) -> None:
