@@ -222,10 +222,14 @@ class Resilience:
 
     def _join(self, store: Store) -> Fleet:
         shared = (store.ledger, store.history) if isinstance(store, RedisStore) else ()
-        fleet = Fleet(store, *shared, announce=self.announcer)
+        fleet = Fleet(store, *shared, announce=self.announcer, task_id=self._running_task)
         for breaker in self._breakers.values():
             fleet.declare(breaker.spec)
         return fleet
+
+    def _running_task(self) -> str | None:
+        task = self._app.current_worker_task if self._app else None
+        return task and task.request.id
 
     def _shared_store(self) -> Store:
         url, options = find_store(self.settings, self._app.conf if self._app else None)

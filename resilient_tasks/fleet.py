@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterable
 
-from resilient_tasks.core.model import Answer, Grant, Snapshot, State, Transition, Verb
+from resilient_tasks.core.model import Answer, Grant, Snapshot, State, Transition, Verb, voter_of
 from resilient_tasks.errors import StoreError
 from resilient_tasks.monitor.story import Story
 from resilient_tasks.store.base import NO_WISH, Spec, Store, Wish
@@ -37,6 +37,7 @@ class Fleet:
         ledger: what workers must know in common; None for a store that no worker uses.
         history: what has become of the breakers so far; None for a store that keeps none.
         announce: is told each transition that this process has made; what it raises is logged.
+        task_id: returns the id of the task that runs here and now, for :meth:`voter`.
         clock: monotonic clock in seconds, for tests that advance the time.
     """
 
@@ -47,6 +48,7 @@ class Fleet:
         history: History | None = None,
         *,
         announce: Callable[[Transition], None] = _tell_nobody,
+        task_id: Callable[[], str | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store if isinstance(store, FailoverStore) else FailoverStore(store, clock=clock)
@@ -55,6 +57,7 @@ class Fleet:
         self.view = View(self.store, clock)
         self.reporter = Reporter(self.store, self.view, self.announce, clock, history)
         self._announce = announce
+        self._task_id = task_id
 
     @property
     def ledger(self) -> Ledger:
@@ -94,6 +97,10 @@ class Fleet:
             StoreError: the store is away.
         """
         return [each for name in names for each in (name, *self.store.children(name))]
+
+    def voter(self) -> str:
+        """Return who votes by a call made here and now: the running task; "" outside any task."""
+        return voter_of(self._task_id())
 
     def declare(self, spec: Spec) -> Standing:
         """Make a breaker known to this process, without I/O."""

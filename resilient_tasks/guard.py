@@ -211,7 +211,7 @@ class Guarded:
         blamed = blamed_on(exc)
         if blamed is not None and self.name not in (blamed, parent_of(blamed)):
             return Verdict(Outcome.IGNORED, type(exc).__name__)
-        return judge(policy.classify, policy.failures, policy.ignore, exc)
+        return judge(policy.classify, policy.failures, policy.ignore, exc, split_local_errors=policy.split_local_errors)
 
     def judge_success(self, seconds: float, value: object = _NO_VALUE) -> Verdict:
         """Tell what a call that returned says about the dependency; SLOW if it took too long.
@@ -223,23 +223,9 @@ class Guarded:
         verdict = _SUCCESS if value is _NO_VALUE else judge_result(self.policy.classify, value)
         return _SLOW if verdict.outcome is Outcome.SUCCESS and seconds > self._slow_after else verdict
 
-    def report(self, epoch: int, outcome: Outcome, cause: str = "", retry_after: float | None = None) -> int:
+    def report(self, epoch: int, verdict: Verdict, *, voter: str = "", each: bool = False) -> int:
         """Report a call that was admitted in ``epoch`` without a permit; see :meth:`Reporter.report`."""
-        return self.fleet.reporter.report(self._standing, epoch, outcome, cause, retry_after)
-
-    def settle(
-        self,
-        holder: str,
-        epoch: int,
-        outcome: Outcome,
-        cause: str = "",
-        retry_after: float | None = None,
-        *,
-        wait: bool = False,
-    ) -> int:
-        """Settle a trial; ``wait`` for the store's answer, bounded; see :meth:`Reporter.settle`."""
-        patience = TRIAL_PATIENCE if wait else 0.0
-        return self.fleet.reporter.settle(self.spec, holder, epoch, outcome, cause, retry_after, wait=patience)
+        return self.fleet.reporter.report(self._standing, epoch, verdict, voter=voter, each=each)
 
     def _count_success(self, epoch: int) -> None:
         """Report a plain success without a permit: the one path that has to be fast."""
@@ -268,9 +254,10 @@ class Guarded:
             return 0
         if scope is not None:
             scope.replaced(self.name)
+        voter = "" if verdict.outcome is Outcome.SUCCESS else self.fleet.voter()
         if holder:
-            return self.settle(holder, epoch, verdict.outcome, verdict.cause, verdict.retry_after)
-        return self.report(epoch, verdict.outcome, verdict.cause, verdict.retry_after)
+            return self._reporter.settle(self.spec, holder, epoch, verdict, voter=voter, each=True)
+        return self.report(epoch, verdict, voter=voter, each=True)
 
     def _wait(self, ticket: int) -> None:
         self._reporter.wait(ticket, self._patience)

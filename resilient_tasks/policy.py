@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from resilient_tasks.core.classification import Classify, Matcher, dependency_errors
+from resilient_tasks.core.window import MOST_VOTERS
 from resilient_tasks.errors import ConfigurationError
 
 _RATE = "a number above 0 and up to 1"
@@ -44,6 +45,10 @@ def _is_number_of(value: Any) -> bool:
     return _is_count(value) and value <= _MOST_OF_A_KIND
 
 
+def _is_few(value: Any) -> bool:
+    return _is_count(value) and value <= MOST_VOTERS
+
+
 _LONGEST = 30 * 24 * 3600.0
 _MOST = 1_000_000_000
 _MOST_OF_A_KIND = 1_000_000
@@ -71,6 +76,11 @@ class BreakerPolicy:
         slow_call_rate_threshold: share of slow calls in the window that opens it (inclusive).
         consecutive_failures: failures in a row that open it, whatever the rate; ``None``: off.
         minimum_calls: calls the window must hold before a rate counts.
+        minimum_tasks: different tasks that must have failed (or been slow) in the window before it opens. A task has
+            one vote per window, however often it is run; a call outside any task is a voter of its own.
+            ``None``: 2; or 1 where ``minimum_calls`` or ``consecutive_failures`` is 1, which asks for just that.
+        split_local_errors: tell failures that a proxy on the way (Envoy, Istio) has answered for the dependency
+            apart, as ``Snapshot.local_failures``; they are failures all the same.
         window: length of the sliding window; ten aligned buckets, so a call may live 1.1 times as long.
         open_duration: first open time.
         open_multiplier: growth of the open time with every opening in a row.
@@ -108,6 +118,8 @@ class BreakerPolicy:
     slow_call_rate_threshold: float = _setting(1.0, _is_rate, _RATE)
     consecutive_failures: int | None = _setting(None, _is_count, _COUNT, optional=True)
     minimum_calls: int = _setting(10, _is_count, _COUNT)
+    minimum_tasks: int | None = _setting(None, _is_few, "an integer from 1 to 100", optional=True)
+    split_local_errors: bool = _setting(default=False, check=lambda v: isinstance(v, bool), allowed="True or False")
     window: float = _setting(30.0, lambda v: _is_seconds(v) and v >= 0.1, "at least 0.1 seconds")
     open_duration: float = _setting(10.0, _is_seconds, _SECONDS)
     open_multiplier: float = _setting(2.0, lambda v: _number(v) and 1 <= v <= 100, "a number from 1 to 100")
@@ -173,3 +185,10 @@ class BreakerPolicy:
     def needed_successes(self) -> int:
         """Successful trials that close the breaker."""
         return self.trial_calls if self.trial_successes is None else self.trial_successes
+
+    @property
+    def needed_tasks(self) -> int:
+        """Different tasks that must have failed before the breaker opens."""
+        if self.minimum_tasks is not None:
+            return self.minimum_tasks
+        return 1 if 1 in (self.minimum_calls, self.consecutive_failures) else 2

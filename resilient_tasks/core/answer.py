@@ -7,6 +7,7 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+_BEGINNING = 100  # bytes of a body
 _STATUS_ATTRIBUTES = ("status_code", "status", "http_status")
 
 
@@ -56,6 +57,15 @@ def retry_after_of(exc: BaseException, clock: Callable[[], float]) -> float | No
         answered = _timestamp(header_of(exc, "Date"))
         seconds = until - (clock() if answered is None else answered)
     return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def texts_of(exc: BaseException) -> list[str]:
+    """Return the beginnings of what the server has said, as far as that has been read: a body, gRPC's details."""
+    # requests and httpx: their public ``content`` would read a stream from the network
+    body = attribute(attribute(exc, "response"), "_content")
+    details = attribute(exc, "details")
+    said = [body[:_BEGINNING].decode("latin-1")] if isinstance(body, bytes) else []
+    return [*said, str(details())] if callable(details) else said
 
 
 def _headers(exc: BaseException) -> Any:

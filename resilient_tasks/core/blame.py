@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from contextlib import suppress
 
-from resilient_tasks.core.answer import attribute, header_of, status_of
+from resilient_tasks.core.answer import attribute, header_of, status_of, texts_of
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.errors import ResilienceError
 
@@ -167,7 +167,7 @@ def _says(exc: BaseException) -> Outcome | None:
         return Outcome.IGNORED
     if isinstance(exc, (ConnectionError, TimeoutError)) or _is_one_of(exc, _BLAMES_DEPENDENCY):
         return Outcome.FAILURE
-    if any(blames(exc) for blames in (_is_network_error, _is_mail_error, _is_database_error, _is_proxy_error)):
+    if any(blames(exc) for blames in (_is_network_error, _is_mail_error, _is_database_error, answered_by_proxy)):
         return Outcome.FAILURE
     return _says_grpc(exc)
 
@@ -193,10 +193,12 @@ def _is_database_error(exc: BaseException) -> bool:
     return state is None or str(state).startswith(_SQL_STATES)
 
 
-def _is_proxy_error(exc: BaseException) -> bool:
-    """Whether a proxy on the way answered; a status of 5xx has spoken before."""
+def answered_by_proxy(exc: BaseException) -> bool:
+    """Whether a proxy on the way (Envoy, Istio) answered, because it did not get through or is overloaded itself."""
     try:
-        return header_of(exc, "x-envoy-overloaded") is not None or str(exc).startswith(_PROXY_FAILURES)
+        if header_of(exc, "x-envoy-overloaded") is not None:
+            return True
+        return any(text.startswith(_PROXY_FAILURES) for text in (str(exc), *texts_of(exc)))
     except Exception:  # noqa: BLE001  whatever a foreign ``__str__`` does
         return False
 

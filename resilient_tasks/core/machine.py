@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from resilient_tasks.core.children import Children
-from resilient_tasks.core.model import ADMITTING, Outcome, State, Transition, Verb
+from resilient_tasks.core.model import ADMITTING, Calls, Outcome, State, Transition, Verb
 from resilient_tasks.core.record import COUNTING, Record
 from resilient_tasks.core.shadow import Opening, with_calls, with_opening
 from resilient_tasks.core.slots import CROWDED_FOR
-from resilient_tasks.core.window import Totals
+from resilient_tasks.core.window import Totals, Vote
 
 _TARGETS = {
     Verb.TRIP: State.OPEN,
@@ -76,31 +76,43 @@ class Decision:
             self._turn_away(task, waits=waits)
         return admitted, granted
 
-    def report(
-        self, epoch: int, runs: Sequence[tuple[Outcome, int]], cause: str = "", retry_after: int | None = None
-    ) -> None:
+    def report(self, epoch: int, runs: Sequence[Calls], cause: str = "", retry_after: int | None = None) -> None:
         """Count runs of equal outcomes; open the breaker at the first that trips it and drop the rest."""
         self._end_shadow_opening()
-        for outcome, count in runs:
+        for calls in runs:
             if self.record.state not in COUNTING or not self._is_current(epoch):
                 return
-            if outcome is not Outcome.IGNORED and count > 0:
-                self._report_run(outcome, count, cause, retry_after)
+            if calls.outcome is Outcome.IGNORED or calls.number < 1:
+                continue
+            if calls.voter and calls.outcome is not Outcome.SUCCESS:
+                self._vote(calls, cause, retry_after)
+            else:
+                self._report_run(calls._replace(voter=""), cause, retry_after)
 
     def settle(
-        self, holder: str, epoch: int, outcome: Outcome, cause: str = "", retry_after: int | None = None
+        self,
+        holder: str,
+        epoch: int,
+        outcome: Outcome,
+        cause: str = "",
+        retry_after: int | None = None,
+        runs: Sequence[Calls] = (),
     ) -> None:
-        """Count the outcome of a call and free its permit and slot; a straggler's comes too late to count."""
+        """Count the outcome of a call and free its permit and slot; a straggler's comes too late to count.
+
+        ``runs`` may hold the call itself, with its voter, for one that has a slot and no permit.
+        """
         record = self.record
         if record.state is State.HALF_OPEN:
             self._expire()
         if record.slots.holds(holder, self.now):
-            self.report(epoch, ((outcome, 1),), cause, retry_after)
-        if epoch != record.epoch and record.stragglers.pop(holder, None) is not None:
-            self._announce()
-        if epoch == record.epoch and record.trials.pop(holder, None) is not None:
-            self._settle_trial(outcome, cause, retry_after)
-        record.slots.give_up(holder)
+            self.report(epoch, runs or (Calls(outcome),), cause, retry_after)
+        if epoch != record.epoch or holder not in record.trials:
+            self._free_straggler(holder, outcome)
+        elif outcome is not Outcome.OVERDUE or record.rules.slow_trial_fails:
+            self._settle_trial(holder, outcome, cause, retry_after)
+        if outcome is not Outcome.OVERDUE:
+            record.slots.give_up(holder)
 
     def keep_slots(self, tasks: Sequence[str], lease: int, most: int) -> int:
         """Keep slots for the first of the waiting tasks; return for how many; see :meth:`Store.keep_slots`."""
@@ -154,54 +166,93 @@ class Decision:
         record = self.record
         return epoch == record.epoch or (epoch == 0 and record.epoch == record.first_epoch)
 
-    def _report_run(self, outcome: Outcome, count: int, cause: str, retry_after: int | None) -> None:
-        tripped_at = None if self.record.would_open else self._trip_point(outcome, count)
-        self._count(outcome, tripped_at or count)
+    def _vote(self, calls: Calls, cause: str, retry_after: int | None) -> None:
+        """Count a task's calls: all of them, or if they are whole runs only its first vote in the window."""
+        record, length, rest = self.record, self.record.rules.window, calls.number
+        vote = record.window.vote(calls.voter, now=self.now, length=length)
+        if vote is None:
+            record.window.remember(calls, now=self.now, length=length)
+            self._report_run(calls._replace(number=1, voter=""), cause, retry_after)
+            rest -= 1
+        elif vote.outcome is Outcome.OVERDUE or not calls.each:
+            self._change(vote, calls, cause, retry_after)
+            rest -= 1
+        if calls.each and rest > 0 and record.state in COUNTING:
+            record.window.remember(calls, now=self.now, length=length)
+            self._report_run(calls._replace(number=rest), cause, retry_after)
+
+    def _change(self, vote: Vote, calls: Calls, cause: str, retry_after: int | None) -> None:
+        """Make of a vote what has become of its call, or what another run of its task has found."""
+        if calls.outcome is Outcome.FAILURE and vote.outcome is not Outcome.FAILURE:
+            vote.becomes_failure(proxied=calls.proxied)
+            self._note(calls._replace(number=1))
+            if self._trips_now() and not self.record.would_open:
+                self._trip(self._why(cause), retry_after)
+        elif calls.outcome is Outcome.SLOW:
+            if vote.outcome is Outcome.OVERDUE:
+                vote.becomes(Outcome.SLOW)
+            self._note(calls)
+
+    def _trips_now(self) -> bool:
+        rules, totals = self.record.rules, self.record.figures(self.now)
+        return rules.row_trips(self.record.row, totals) or rules.rate_trips(totals) is not None
+
+    def _report_run(self, calls: Calls, cause: str, retry_after: int | None) -> None:
+        tripped_at = None if self.record.would_open else self._trip_point(calls)
+        self._count(calls._replace(number=tripped_at or calls.number))
         if tripped_at is None:
             return
         self._trip(self._why(cause), retry_after)
         if self.record.state in COUNTING:
-            self._count(outcome, count - tripped_at)
+            self._count(calls._replace(number=calls.number - tripped_at))
 
-    def _trip_point(self, outcome: Outcome, count: int) -> int | None:
-        """Return which of ``count`` equal outcomes opens the breaker (1 for the first), or None."""
-        rules, totals = self.record.rules, self.record.figures(self.now)
+    def _trip_point(self, calls: Calls) -> int | None:
+        """Return which of a run of equal outcomes opens the breaker (1 for the first), or None."""
+        rules, totals, count = self.record.rules, self.record.figures(self.now), calls.number
+        missing = rules.minimum_tasks - totals.tasks
+        if missing > 0 and totals.plus(calls).tasks < rules.minimum_tasks:
+            return None
         points = []
-        if rules.consecutive and outcome is Outcome.FAILURE:
-            points.append(max(1, rules.consecutive - self.record.row))
-        # Within a run each rate only grows or only falls, so two looks tell whether it trips at all.
-        first = max(1, rules.minimum_calls - totals.calls)
-        if first <= count and rules.rate_trips(totals.plus(outcome, first)):
+        if rules.consecutive and calls.outcome is Outcome.FAILURE:
+            points.append(max(1, rules.consecutive - self.record.row, missing))
+        # Within the rest of a run each rate only grows or only falls, so two looks tell whether it trips at all.
+        first = max(1, rules.minimum_calls - totals.calls, missing)
+        if first <= count and rules.rate_trips(totals.plus(calls._replace(number=first))):
             points.append(first)
-        elif first < count and rules.rate_trips(totals.plus(outcome, count)):
-            points.append(self._bisect(totals, outcome, first, count))
+        elif first < count and rules.rate_trips(totals.plus(calls)):
+            points.append(self._bisect(totals, calls, first))
         tripped_at = min(points, default=count + 1)
         return tripped_at if tripped_at <= count else None
 
-    def _bisect(self, totals: Totals, outcome: Outcome, calm: int, tripped: int) -> int:
-        """Return the first point of a run that trips, given one that does not and a later one that does."""
+    def _bisect(self, totals: Totals, calls: Calls, calm: int) -> int:
+        """Return the first point of a run that trips, given one that does not; the last one does."""
+        tripped = calls.number
         while tripped - calm > 1:
             middle = (calm + tripped) // 2
-            if self.record.rules.rate_trips(totals.plus(outcome, middle)):
+            if self.record.rules.rate_trips(totals.plus(calls._replace(number=middle))):
                 tripped = middle
             else:
                 calm = middle
         return tripped
 
-    def _count(self, outcome: Outcome, count: int) -> None:
+    def _count(self, calls: Calls) -> None:
         record = self.record
-        if count < 1:
-            return
-        record.window.add(outcome, count, now=self.now, length=record.rules.window)
-        if record.would_open:
-            record.shadow = with_calls(record.shadow, count)
-        if outcome is Outcome.FAILURE:
-            record.row += count
-            record.total_failures += count
-        else:
+        if calls.number > 0:
+            record.window.add(calls, now=self.now, length=record.rules.window)
+            if record.would_open:
+                record.shadow = with_calls(record.shadow, calls.number)
+            self._note(calls)
+            self._learn(calls.outcome, calls.number)
+
+    def _note(self, calls: Calls) -> None:
+        """Note what outcomes mean beside the window; one that is OVERDUE may still turn out either way."""
+        record = self.record
+        if calls.outcome is Outcome.FAILURE:
+            record.row += calls.number
+            record.total_failures += calls.number
+        elif calls.outcome is not Outcome.OVERDUE:
             record.row = 0
             record.last_success_at = self.now
-        self._learn(outcome, count)
 
     def _trip(self, reason: str, retry_after: int | None) -> None:
         if self.record.state is State.CLOSED and self.has_room_to_open:
@@ -259,20 +310,13 @@ class Decision:
         record.trials[holder] = self.now + lease
         return True
 
-    def _settle_trial(self, outcome: Outcome, cause: str, retry_after: int | None) -> None:
-        if outcome is Outcome.IGNORED:
-            self._announce()
-        else:
-            self._count_trial(outcome)
-            self._judge(cause, retry_after)
-
     def _count_trial(self, outcome: Outcome) -> None:
         record = self.record
         self._learn(outcome, 1)
-        if outcome is not Outcome.FAILURE:
+        if outcome in (Outcome.SUCCESS, Outcome.SLOW):
             record.last_success_at = self.now
         # A dependency that answers too late is not back: the same calls would open the breaker again.
-        if outcome is Outcome.FAILURE or (outcome is Outcome.SLOW and record.rules.slow_trial_fails):
+        if outcome is Outcome.FAILURE or (outcome is not Outcome.SUCCESS and record.rules.slow_trial_fails):
             record.trial_failures += 1
             record.total_failures += 1
         else:
@@ -287,6 +331,20 @@ class Decision:
         elif record.trial_failures > rules.trial_calls - rules.needed:
             failed = f"{record.trial_failures} of {rules.trial_calls} trials failed"
             self._open(_with_cause(failed, cause), retry_after=retry_after)
+
+    def _free_straggler(self, holder: str, outcome: Outcome) -> None:
+        if outcome is not Outcome.OVERDUE and self.record.stragglers.pop(holder, None) is not None:
+            self._announce()
+
+    def _settle_trial(self, holder: str, outcome: Outcome, cause: str, retry_after: int | None) -> None:
+        lease_end = self.record.trials.pop(holder)
+        if outcome is Outcome.OVERDUE:  # it is counted and still in flight
+            self.record.stragglers[holder] = lease_end
+        if outcome is Outcome.IGNORED:
+            self._announce()
+        else:
+            self._count_trial(outcome)
+            self._judge(cause, retry_after)
 
     # --- slots ----------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
+from zlib import crc32
 
 
 class State(str, Enum):
@@ -31,14 +32,43 @@ ADMITTING = frozenset({State.CLOSED, State.DISABLED, State.SHADOW})
 
 
 class Outcome(str, Enum):
-    """Outcome of one guarded call. ``SLOW`` succeeded, too late; ``IGNORED`` says nothing."""
+    """Outcome of one guarded call. ``SLOW`` succeeded, too late; ``IGNORED`` says nothing.
+
+    ``OVERDUE`` has passed ``slow_call_duration`` and still runs: it is counted as slow before it ends.
+    """
 
     SUCCESS = "SUCCESS"
     FAILURE = "FAILURE"
     SLOW = "SLOW"
     IGNORED = "IGNORED"
+    OVERDUE = "OVERDUE"
 
     __str__ = str.__str__
+
+
+class Calls(NamedTuple):
+    """Calls in a row that ended alike.
+
+    Args:
+        outcome: of each.
+        number: how many there were.
+        voter: the task that made them, as :func:`voter_of` calls it; "": each was made by a task of its own.
+        proxied: the failures were answered by a proxy on the way.
+        each: each of them counts, as guards inside a task's body do. Whole runs of a task, its retries among them,
+            have one vote in the window: a failure replaces a slow one, everything else that blames the dependency
+            is not counted again.
+    """
+
+    outcome: Outcome
+    number: int = 1
+    voter: str = ""
+    proxied: bool = False
+    each: bool = False
+
+
+def voter_of(task_id: str | None) -> str:
+    """Return eight characters that stand for a task; "" for a call outside any task."""
+    return f"{crc32(task_id.encode()):08x}" if task_id else ""
 
 
 class Verb(str, Enum):
@@ -87,6 +117,7 @@ class Snapshot:
     calls: int = 0
     failures: int = 0
     slow: int = 0
+    local_failures: int = 0  # those of ``failures`` that a proxy on the way has answered; see ``split_local_errors``
     openings: int = 0  # openings in a row, the exponent of the open time
     open_until: float | None = None  # OPEN: when trials may begin; None: not OPEN, or only by an operator
     trials: int = 0  # live permits

@@ -54,6 +54,7 @@ class Rules(NamedTuple):
     slow_trial_fails: bool
     consecutive: int
     minimum_calls: int
+    minimum_tasks: int
     window: int
     open_time: int
     open_growth: float
@@ -83,6 +84,7 @@ class Rules(NamedTuple):
             slow_trial_fails=policy.slow_call_duration is not None,
             consecutive=policy.consecutive_failures or 0,
             minimum_calls=policy.minimum_calls,
+            minimum_tasks=policy.needed_tasks,
             window=max(1, to_ms(policy.window)),
             open_time=max(1, to_ms(policy.open_duration)),
             open_growth=policy.open_multiplier,
@@ -113,11 +115,15 @@ class Rules(NamedTuple):
 
     def rate_trips(self, totals: Totals) -> str | None:
         """Return which rate, ``"failure"`` or ``"slow"``, opens the breaker with these sums, or None."""
-        if totals.calls < self.minimum_calls:
+        if totals.calls < self.minimum_calls or totals.tasks < self.minimum_tasks:
             return None
         if totals.failures / totals.calls >= self.failure_rate:
             return "failure"
         return "slow" if totals.slow / totals.calls >= self.slow_rate else None
+
+    def row_trips(self, row: int, totals: Totals) -> bool:
+        """Whether so many failures in a row open the breaker, with these sums in the window."""
+        return 0 < self.consecutive <= row and totals.tasks >= self.minimum_tasks
 
 
 @dataclass(slots=True)
@@ -183,7 +189,7 @@ class Record:
             actor=snapshot.actor,
             openings=snapshot.openings,
             open_until=here(snapshot.open_until),
-            frozen=Totals() if counts else Totals(snapshot.calls, snapshot.failures, snapshot.slow),
+            frozen=Totals() if counts else _totals(snapshot),
             last_success_at=here(snapshot.last_success_at),
             total_failures=snapshot.total_failures,
             ramp_since=here(snapshot.ramp_since),
@@ -264,6 +270,7 @@ class Record:
             calls=figures.calls,
             failures=figures.failures,
             slow=figures.slow,
+            local_failures=figures.proxied,
             openings=self.openings_left(now),
             open_until=to_seconds(self.open_until),
             trials=self.live_trials(now),
@@ -281,3 +288,7 @@ class Record:
             oldest_deferred_at=to_seconds(oldest_deferred_at),
             next_deadline_at=to_seconds(next_deadline_at),
         )
+
+
+def _totals(snapshot: Snapshot) -> Totals:
+    return Totals(snapshot.calls, snapshot.failures, snapshot.slow, snapshot.local_failures)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, Verb
+from resilient_tasks.core.model import Answer, Calls, Grant, Outcome, Snapshot, Verb
 from resilient_tasks.core.names import parent_of
 from resilient_tasks.core.record import Rules
 from resilient_tasks.policy import BreakerPolicy
@@ -48,14 +48,14 @@ class Evidence:
 
     Args:
         epoch: the breaker's epoch when the calls were admitted; reports of another epoch are dropped.
-        runs: run-length encoded outcomes, oldest first, e.g. ``((SUCCESS, 12), (FAILURE, 1))``.
+        runs: run-length encoded outcomes, oldest first.
         cause: what the last failure was, for the transition's reason (a type's name, never its text).
         retry_after: longest ``Retry-After`` among the failures, seconds.
         causes: what all failures were, with how many of each; for the history alone.
     """
 
     epoch: int
-    runs: tuple[tuple[Outcome, int], ...]
+    runs: tuple[Calls, ...]
     cause: str = ""
     retry_after: float | None = None
     causes: tuple[tuple[str, int], ...] = ()
@@ -119,7 +119,8 @@ class Store(Protocol):
     def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
         """Count the outcome of a call, and free its permit and its slot. Without either it changes nothing.
 
-        ``evidence`` gives epoch, cause and retry_after; its ``runs`` are not used.
+        OVERDUE counts a call that is still in flight, and leaves it both. ``evidence`` gives epoch, cause and
+        retry_after; its ``runs`` may hold the call with its voter.
         """
 
     def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:

@@ -94,7 +94,8 @@ class LocalStore:
     def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
         """Count the outcome of a call, and free its permit and its slot. Without either it changes nothing."""
         with self._deciding(spec, jitter) as decision:
-            decision.settle(holder, evidence.epoch, outcome, brief(evidence.cause), _retry_after(evidence))
+            told = brief(evidence.cause), _retry_after(evidence), evidence.runs
+            decision.settle(holder, evidence.epoch, outcome, *told)
             return self._answer(spec, decision)
 
     def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:

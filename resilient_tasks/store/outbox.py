@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from itertools import groupby
 
 from resilient_tasks.core.counts import CAUSE
-from resilient_tasks.core.model import Outcome, State
+from resilient_tasks.core.model import Calls, Outcome, State
 from resilient_tasks.store.base import Evidence
 from resilient_tasks.store.standing import Standing
 
 MOST_RUNS = 1_000  # per breaker, waiting for a store that is away
+_SUCCESS = Calls(Outcome.SUCCESS)
 
 
 class Batch:
@@ -19,25 +20,25 @@ class Batch:
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
-        self.runs: deque[tuple[Outcome, int]] = deque()
+        self.runs: deque[Calls] = deque()
         self.cause = ""
         self.retry_after: float | None = None
         self.causes: Counter[str] = Counter()
 
-    def add(self, outcome: Outcome, count: int, cause: str, retry_after: float | None) -> None:
-        """Append ``count`` equal outcomes."""
-        if self.runs and self.runs[-1][0] is outcome:
-            count += self.runs.pop()[1]
-        self.runs.append((outcome, count))
+    def add(self, call: Calls, count: int, cause: str, retry_after: float | None) -> None:
+        """Append ``count`` calls like this one."""
+        if self.runs and self.runs[-1]._replace(number=1) == call:
+            count += self.runs.pop().number
+        self.runs.append(call._replace(number=count))
         self.cause = cause or self.cause
-        if outcome is Outcome.FAILURE:
+        if call.outcome is Outcome.FAILURE:
             self.causes[cause] += count
         if retry_after is not None:
             self.retry_after = max(retry_after, self.retry_after or 0.0)
 
     def drop_oldest(self) -> int:
         """Return the number of outcomes dropped to stay within bounds."""
-        return sum(self.runs.popleft()[1] for _ in range(len(self.runs) - MOST_RUNS))
+        return sum(self.runs.popleft().number for _ in range(len(self.runs) - MOST_RUNS))
 
     def evidence(self) -> Evidence:
         """Return the batch as the store takes it."""
@@ -45,7 +46,8 @@ class Batch:
 
     def counts(self) -> Iterable[tuple[str, int]]:
         """Yield what is in the batch by the kinds of :mod:`~resilient_tasks.core.counts`."""
-        yield from ((outcome.value, count) for outcome, count in self.runs)
+        ended = (calls for calls in self.runs if calls.outcome is not Outcome.OVERDUE)
+        yield from ((calls.outcome.value, calls.number) for calls in ended)
         yield from ((CAUSE + cause, count) for cause, count in self.causes.items())
 
 
@@ -65,8 +67,8 @@ class Outbox:
         pending = self.standing.pending
         items = [pending.popleft() for _ in range(len(pending))]
         for item, group in groupby(items):
-            epoch, outcome, cause, retry_after = item if isinstance(item, tuple) else (item, Outcome.SUCCESS, "", None)
-            self._batch(epoch).add(outcome, len(list(group)), cause, retry_after)
+            epoch, call, cause, retry_after = item if isinstance(item, tuple) else (item, _SUCCESS, "", None)
+            self._batch(epoch).add(call, len(list(group)), cause, retry_after)
         batches, epochs = self.batches, (0, self.standing.epoch)
         if self.standing.snapshot.state is State.DISABLED:
             self.batches = []

@@ -245,7 +245,7 @@ class RedisStore:
 def _evidence(evidence: Evidence) -> str:
     fields: dict[str, Any] = {
         "epoch": evidence.epoch,
-        "runs": [[outcome.value, count] for outcome, count in evidence.runs],
+        "runs": [[calls.outcome.value, *calls[1:]] for calls in evidence.runs],
         "cause": brief(evidence.cause),
         "causes": {brief(cause): count for cause, count in evidence.causes},
     }

@@ -23,7 +23,8 @@ from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
-from resilient_tasks.core.model import Answer, Outcome, Transition
+from resilient_tasks.core.classification import Verdict
+from resilient_tasks.core.model import Answer, Calls, Outcome, Transition
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Evidence, Spec, Store
 from resilient_tasks.store.forking import renew_after_fork
@@ -101,26 +102,26 @@ class Reporter:
 
     # --- called by any thread, without I/O --------------------------------------------------------
 
-    def report(
-        self, standing: Standing, epoch: int, outcome: Outcome, cause: str = "", retry_after: float | None = None
-    ) -> int:
+    def report(self, standing: Standing, epoch: int, verdict: Verdict, *, voter: str = "", each: bool = False) -> int:
         """Note the outcome of one call that needed no permit.
 
         Args:
             standing: of the breaker.
             epoch: the breaker's epoch when the call was admitted.
-            outcome: IGNORED is not sent.
-            cause: what a failure was.
-            retry_after: seconds that the dependency asked for.
+            verdict: on the call; IGNORED is not sent.
+            voter: the task that made the call; see :class:`Calls`.
+            each: the call counts whatever the task has voted; see :class:`Calls`.
 
         Returns:
             A ticket for :meth:`wait`; 0 if the outcome is in no hurry.
         """
+        outcome, cause, retry_after, proxied = verdict
         if outcome is Outcome.IGNORED:
             return _NOTHING_URGENT
-        standing.pending.append(epoch if outcome is Outcome.SUCCESS else (epoch, outcome, cause, retry_after))
         if outcome is not Outcome.SUCCESS:
+            standing.pending.append((epoch, Calls(outcome, 1, voter, proxied, each), cause, retry_after))
             return self.schedule(standing, urgent=True)
+        standing.pending.append(epoch)
         if not standing.scheduled:
             self.schedule(standing)
         return _NOTHING_URGENT
@@ -141,29 +142,31 @@ class Reporter:
         spec: Spec,
         holder: str,
         epoch: int,
-        outcome: Outcome,
-        cause: str = "",
-        retry_after: float | None = None,
+        verdict: Verdict,
         *,
+        voter: str = "",
+        each: bool = False,
         wait: float = 0.0,
     ) -> int:
-        """Settle a trial, at once but by the sending thread; its permit is no longer renewed.
+        """Settle a call that holds a permit or a slot, at once but by the sending thread; neither is renewed any more.
 
         Args:
             spec: the breaker.
             holder: who holds the permit.
             epoch: the epoch in which it was granted.
-            outcome: of the trial; IGNORED gives the permit back.
-            cause: what a failure was.
-            retry_after: seconds that the dependency asked for.
+            verdict: on the call; IGNORED gives the permit back, OVERDUE leaves it to the call, which still runs.
+            voter: the task that made the call; see :class:`Calls`.
+            each: the call counts whatever the task has voted; see :class:`Calls`.
             wait: longest time in seconds to wait until the store has answered.
 
         Returns:
             A ticket for :meth:`wait`.
         """
-        evidence = Evidence(epoch, (), cause, retry_after)
+        outcome, cause, retry_after, proxied = verdict
+        evidence = Evidence(epoch, (Calls(outcome, 1, voter, proxied, each),), cause, retry_after)
         with self._condition:
-            self._held.pop((spec.name, holder), None)
+            if outcome is not Outcome.OVERDUE:
+                self._held.pop((spec.name, holder), None)
             self._settlements.append(_Settlement(spec, holder, outcome, evidence, self._clock() + LEASE))
             ticket = self._wake(urgent=True)
         if wait:

@@ -6,14 +6,15 @@ import math
 from collections import deque
 from collections.abc import Callable
 
-from resilient_tasks.core.model import ADMITTING, Outcome, Snapshot, State
+from resilient_tasks.core.model import ADMITTING, Calls, Snapshot, State
 from resilient_tasks.core.record import ramp_share
 from resilient_tasks.store.base import Spec
 
 DENIAL_MEMORY = 1.0  # seconds for which a denied permit is not asked for again, unless something has moved
 
-# What waits to be reported about one breaker: the bare epoch stands for a success, the commonest thing by far.
-Occurrence = tuple[int, Outcome, str, float | None]
+# What waits to be reported about one breaker: epoch, call, cause, Retry-After; the bare epoch stands for a success,
+# the commonest thing by far.
+Occurrence = tuple[int, Calls, str, float | None]
 _MOST_PENDING = 1_000_000
 _NEVER_DENIED = (-1, -math.inf)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.model import Grant, Outcome
+from resilient_tasks.core.model import Grant, Outcome, voter_of
 from resilient_tasks.core.names import parent_of
 from resilient_tasks.store.base import Wish
 from resilient_tasks.worker.run import Admission, Pass, Report
@@ -80,7 +80,7 @@ class Gate:
         for breaker in guards:
             admitted = self._pass(breaker, request, for_child=breaker.name in parents)
             if admitted is None:
-                self.settle(Admission(tuple(passes)), request.holder, Report.of_all(_NOTHING_SAID, passes))
+                self.settle(request, Admission(tuple(passes)), Report.of_all(_NOTHING_SAID, passes))
                 return self._refused(breaker, ticket)
             passes.append(admitted)
         return Admission(tuple(passes), attempts=ticket.attempts, trace=ticket.trace)
@@ -163,21 +163,24 @@ class Gate:
         with self._counting:
             self._taken_up = +self._taken_up
 
-    def settle(self, admission: Admission, holder: str, report: Report) -> None:
+    def settle(self, request: GatedRequest, admission: Admission, report: Report) -> None:
         """Count what a run has found out, once, for each breaker that admitted it."""
-        self._unaccepted.pop(holder, None)
+        self._unaccepted.pop(request.holder, None)
         for admitted, verdict in zip(admission.passes, report.verdicts, strict=True):
             if admitted.leased:
-                self._settle_leased(admitted, holder, verdict or _NOTHING_SAID)
+                self._places.leave(admitted.breaker)
+                self._tell(request, admitted, verdict or _NOTHING_SAID)
             elif verdict is not None and not admitted.for_child:
-                told = verdict.outcome, verdict.cause, verdict.retry_after
-                self._runtime.breaker(admitted.breaker).report(admitted.epoch, *told)
+                self._tell(request, admitted, verdict)
 
-    def _settle_leased(self, admitted: Pass, holder: str, verdict: Verdict) -> None:
-        self._places.leave(admitted.breaker)
-        spec = self._runtime.breaker(admitted.breaker).spec
-        told = verdict.outcome, verdict.cause, verdict.retry_after
-        self._runtime.fleet.reporter.settle(spec, holder, admitted.epoch, *told)
+    def _tell(self, request: GatedRequest, admitted: Pass, verdict: Verdict) -> None:
+        """Report on a run; one that holds a permit or a slot is settled."""
+        breaker, voter = self._runtime.breaker(admitted.breaker), voter_of(request.id)
+        if admitted.leased:
+            reporter = self._runtime.fleet.reporter
+            reporter.settle(breaker.spec, request.holder, admitted.epoch, verdict, voter=voter)
+        else:
+            breaker.report(admitted.epoch, verdict, voter=voter)
 
 
 class Places:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
 from resilient_tasks.checks.base import HEARTBEATS, HealthCheckError, Run, run_probe
+from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Evidence
@@ -136,10 +137,11 @@ class _Probing:
         grant = self.fleet.acquire(self.breaker.spec, holder, lease=self.probe.limit + PATIENCE)
         if not grant.trial:
             return False
-        told = (self.breaker.spec, holder, grant.snapshot.epoch, *self._find_out())
+        finding = self._find_out()
+        told = self.breaker.spec, holder, grant.snapshot.epoch, Verdict(*finding)
         self.fleet.reporter.settle(*told, wait=PATIENCE)
         self.wake()
-        return told[3] is Outcome.SUCCESS
+        return finding.outcome is Outcome.SUCCESS
 
     def _find_out(self) -> Finding:
         """Run the probe under its time limit; a run that overruns is abandoned."""

@@ -224,7 +224,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     def _settle(self, report: Report) -> None:
         admission, self.admission = self.admission, None
         if admission is not None:
-            self.host.gate.settle(admission, self.holder, report)
+            self.host.gate.settle(self, admission, report)
 
     def discard(self) -> None:
         """Settle a run that has never begun; the broker delivers its message again."""

@@ -138,7 +138,7 @@ class Report(NamedTuple):
 
 
 def _pack_verdict(verdict: Verdict | None) -> Packed | None:
-    return None if verdict is None else (verdict.outcome.value, verdict.cause, verdict.retry_after)
+    return None if verdict is None else (verdict.outcome.value, *verdict[1:])
 
 
 def _unpack_verdict(packed: Packed | None) -> Verdict | None:

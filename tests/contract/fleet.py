@@ -8,7 +8,7 @@ import time
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
-from resilient_tasks.core.model import Outcome, Verb
+from resilient_tasks.core.model import Calls, Outcome, Verb
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Evidence, Spec
 from resilient_tasks.store.redis import RedisStore
@@ -18,7 +18,7 @@ BUSY = Spec("busy", BreakerPolicy(minimum_calls=10, open_duration=60.0))
 ON_TRIAL = Spec("on trial", BreakerPolicy(trial_calls=TRIAL_CALLS, open_duration=0.001))
 ONE_AT_A_TIME = Spec("one at a time", BreakerPolicy(trial_calls=1, open_duration=0.1, open_jitter=0.0))
 WIDE = Spec("wide", BreakerPolicy(window=3600.0))
-FAILURE = ((Outcome.FAILURE, 1),)
+FAILURE = (Calls(Outcome.FAILURE, 1),)
 
 
 def open_store(url: str) -> RedisStore:
@@ -42,7 +42,7 @@ def count_failures(url: str) -> None:
     for _ in range(200):
         store.record(WIDE, Evidence(epoch, FAILURE))
     for _ in range(80):
-        store.record(WIDE, Evidence(epoch, ((Outcome.FAILURE, 10),)))
+        store.record(WIDE, Evidence(epoch, (Calls(Outcome.FAILURE, 10),)))
 
 
 def make_trials(url: str, count: int, in_flight: Any, most_in_flight: Any) -> None:

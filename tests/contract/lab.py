@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import pytest
 import redis
 
-from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, State, Transition, Verb
+from resilient_tasks.core.model import Answer, Calls, Grant, Outcome, Snapshot, State, Transition, Verb
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Evidence, Spec, Store, Wish
 from resilient_tasks.store.history import History
@@ -28,7 +28,13 @@ local function now_ms()
   end
 end
 """
-OUTCOMES = {"S": Outcome.SUCCESS, "F": Outcome.FAILURE, "L": Outcome.SLOW, "I": Outcome.IGNORED}
+OUTCOMES = {
+    "S": Outcome.SUCCESS,
+    "F": Outcome.FAILURE,
+    "L": Outcome.SLOW,
+    "I": Outcome.IGNORED,
+    "O": Outcome.OVERDUE,
+}
 
 
 #: For tests of what only a shared store has.
@@ -111,7 +117,7 @@ class Lab:
 
 @dataclass
 class Subject:
-    """A breaker under test. ``calls`` are letters: S success, F failure, L slow (late), I ignored."""
+    """A breaker under test. ``calls`` are letters: S success, F failure, L slow (late), I ignored, O overdue."""
 
     store: Store
     clock: Clock
@@ -129,17 +135,26 @@ class Subject:
     def snapshot(self) -> Snapshot:
         return self.store.read([self.spec])[0]
 
-    def calls(self, letters: str, *, epoch: int | None = None, **evidence: Any) -> Answer:
+    def calls(
+        self,
+        letters: str,
+        *,
+        epoch: int | None = None,
+        voter: str = "",
+        proxied: bool = False,
+        each: bool = False,
+        **evidence: Any,
+    ) -> Answer:
         """Report one outcome after the other, as calls admitted in the present epoch, or in ``epoch``."""
         for letter in letters:
             admitted_in = self.snapshot().epoch if epoch is None else epoch
-            runs = ((OUTCOMES[letter], 1),)
+            runs = (Calls(OUTCOMES[letter], 1, voter, proxied, each),)
             answer = self._told(self.store.record(self.spec, Evidence(admitted_in, runs, **evidence)))
         return answer
 
     def batch(self, *runs: tuple[str, int], **evidence: Any) -> Answer:
         """Report runs of equal outcomes at once."""
-        encoded = tuple((OUTCOMES[letter], count) for letter, count in runs)
+        encoded = tuple(Calls(OUTCOMES[letter], count) for letter, count in runs)
         return self._told(self.store.record(self.spec, Evidence(self.snapshot().epoch, encoded, **evidence)))
 
     def ask(self, holder: str = "holder", *, lease: float = 10.0, **wish: Any) -> Grant:

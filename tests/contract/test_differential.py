@@ -16,7 +16,7 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from resilient_tasks.core.model import Outcome, Snapshot, State, Transition, Verb
+from resilient_tasks.core.model import Calls, Outcome, Snapshot, State, Transition, Verb, voter_of
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Evidence, Spec, Store, Wish
 from resilient_tasks.store.local import LocalStore
@@ -39,6 +39,7 @@ policies = st.builds(
     slow_call_rate_threshold=st.sampled_from([0.3, 0.5, 1.0]),
     consecutive_failures=st.sampled_from([None, None, 1, 3, 6]),
     minimum_calls=st.sampled_from([1, 2, 5, 40]),
+    minimum_tasks=st.sampled_from([None, None, 1, 3]),
     window=st.sampled_from([0.1, 1.0, 7.777, 20.0]),
     open_duration=st.sampled_from([0.001, 0.3333, 1.0, 5.0]),
     open_multiplier=st.sampled_from([1.0, 1.0001, 1.7, 2.0, 100.0]),
@@ -105,20 +106,23 @@ retry_afters = st.sampled_from([None, None, 0.0, 0.7, 12.3456, 1e9])
 counts = st.sampled_from([0, 1, 1, 2, 3, 7, 50, 100_000])
 limits = st.sampled_from([1, 2, 3])
 mostly = st.sampled_from([True, True, True, False])
+calls = st.builds(Calls, outcomes, counts, proxied=st.booleans())
+voters = st.sampled_from([voter_of(str(number)) for number in range(6)])
+votes = st.builds(Calls, outcomes, counts, voters, st.booleans(), st.booleans())
 off_by = st.sampled_from([-0.001, 0.0, 0.0, 0.001])
 
 
 @st.composite
 def record(draw: Draw) -> Step:
     n, age, jitter = draw(numbers), draw(ages), draw(jitters)
-    told = tuple(draw(st.lists(st.tuples(outcomes, counts), max_size=4))), draw(causes), draw(retry_afters)
+    told = tuple(draw(st.lists(calls | votes, max_size=4))), draw(causes), draw(retry_afters)
     return lambda pair: pair.both("record", pair.spec(n), pair.evidence(age, *told), jitter=jitter)
 
 
 @st.composite
 def trip(draw: Draw) -> Step:
     n, outcome, told = draw(numbers), draw(st.sampled_from("FFS")), (draw(causes), draw(retry_afters))
-    runs = ((Outcome.FAILURE if outcome == "F" else Outcome.SLOW, 100),)
+    runs = (Calls(Outcome.FAILURE if outcome == "F" else Outcome.SLOW, 100),)
     return lambda pair: pair.both("record", pair.spec(n), pair.evidence(0, runs, *told))
 
 
@@ -192,13 +196,13 @@ def shadowed(draw: Draw) -> Step:
 
     def step(pair: Pair) -> None:
         pair.both("command", pair.spec(n), Verb.SHADOW)
-        pair.both("record", pair.spec(n), pair.evidence(0, ((Outcome.FAILURE, 100),), *told), jitter=jitter)
-        pair.both("record", pair.spec(n), pair.evidence(0, ((Outcome.SUCCESS, count), (Outcome.FAILURE, 1))))
+        pair.both("record", pair.spec(n), pair.evidence(0, (Calls(Outcome.FAILURE, 100),), *told), jitter=jitter)
+        pair.both("record", pair.spec(n), pair.evidence(0, (Calls(Outcome.SUCCESS, count), Calls(Outcome.FAILURE))))
         if pair.last is not None and pair.last.shadow_openings:
             pair.pass_until(pair.last.shadow_openings[-1].until + off)
         pair.both("read", [pair.spec(n)])
         pair.pass_time(length)
-        pair.both("record", pair.spec(n), pair.evidence(0, ((Outcome.FAILURE, count),)), jitter=jitter)
+        pair.both("record", pair.spec(n), pair.evidence(0, (Calls(Outcome.FAILURE, count),)), jitter=jitter)
 
     return step
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from resilient_tasks.core.model import Outcome, State, Verb
+from resilient_tasks.core.model import Calls, Outcome, State, Verb
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Evidence, Spec
 from tests.contract import fleet
@@ -128,7 +128,7 @@ def test_machines_with_different_clocks_agree(server: Server, monkeypatch: pytes
         monkeypatch.setattr(time, "time", lambda: real() + offset)
         return stores[offset]
 
-    failures = Evidence(0, ((Outcome.FAILURE, 3),))
+    failures = Evidence(0, (Calls(Outcome.FAILURE, 3),))
     assert on_machine(-60.0).record(spec, failures).snapshot.state is State.CLOSED
     opened = on_machine(60.0).record(spec, failures).snapshot
     assert opened.state is State.OPEN

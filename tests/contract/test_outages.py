@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from resilient_tasks.core.model import Grant, Outcome, Snapshot, State, Verb
+from resilient_tasks.core.model import Calls, Grant, Outcome, Snapshot, State, Verb
 from resilient_tasks.errors import ConfigurationError, StoreError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Evidence, Spec
@@ -23,7 +23,7 @@ from tests.support.servers import Cluster
 from workers.processes import Server, free_port, start_valkey, wait_until
 
 PAYMENTS = Spec("payments", BreakerPolicy(minimum_calls=5, trial_calls=1, open_duration=60.0))
-FAILURES = ((Outcome.FAILURE, 5),)
+FAILURES = (Calls(Outcome.FAILURE, 5),)
 PATIENCE = 5.0  # s; far below redis-py's defaults (ten tries of five seconds), far above a noisy machine's hiccups
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from operator import methodcaller
 
 from resilient_tasks.core.machine import Decision
-from resilient_tasks.core.model import Outcome, State, Verb
+from resilient_tasks.core.model import Calls, Outcome, State, Verb
 from resilient_tasks.core.record import Record, Rules
 from resilient_tasks.policy import BreakerPolicy
 from tests.model.explorer import Step, see
@@ -68,8 +68,8 @@ class Permits:
 
     def __post_init__(self) -> None:
         policy = BreakerPolicy(
-            consecutive_failures=2, minimum_calls=1000, open_duration=1.0, open_multiplier=1.0, open_jitter=0.0,
-            trial_calls=self.trial_calls, trial_successes=self.trial_successes,
+            consecutive_failures=2, minimum_calls=1000, minimum_tasks=1, open_duration=1.0, open_multiplier=1.0,
+            open_jitter=0.0, trial_calls=self.trial_calls, trial_successes=self.trial_successes,
         )  # fmt: skip
         self.rules = Rules.of(policy, 0)
 
@@ -131,7 +131,7 @@ class Permits:
             if call.trial:
                 decision.settle(holder, epoch, outcome)
             else:
-                decision.report(epoch, [(outcome, 1)])
+                decision.report(epoch, [Calls(outcome)])
 
         after = self._decide(world, partial(tell, call.epoch + 1, self.holders[worker]), worker=worker)
         if call.era != breaker_of(worker, world).era:

@@ -93,12 +93,10 @@ class AnyEpoch(Decision):
 class AnyTrial(Decision):
     """Trials of former epochs count."""
 
-    def settle(
-        self, holder: str, epoch: int, outcome: Outcome, cause: str = "", retry_after: int | None = None
-    ) -> None:
+    def settle(self, holder: str, epoch: int, outcome: Outcome, *told: Any) -> None:
         if epoch >= 0:
             self.record.trials.setdefault(holder, self.now + SECOND)
-        super().settle(holder, self.record.epoch, outcome, cause, retry_after)
+        super().settle(holder, self.record.epoch, outcome, *told)
 
 
 class CountedEpochs(Decision):

@@ -648,7 +648,8 @@ def test_the_task_layers_side(rig: Rig) -> None:
     grant = rig.breaker.acquire("task-1")
     assert grant.trial
     rig.breaker.hold("task-1", 30)
-    rig.breaker.settle("task-1", grant.snapshot.epoch, Outcome.FAILURE, "HTTP 503", 60.0, wait=True)
+    verdict = Verdict(Outcome.FAILURE, "HTTP 503", 60.0)
+    rig.breaker.fleet.reporter.settle(rig.breaker.spec, "task-1", grant.snapshot.epoch, verdict, wait=5)
     assert rig.breaker.state is State.OPEN
     assert rig.breaker.refusal().retry_after == 60.0
     assert not rig.breaker.trial_due

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilient_tasks.core.machine import Decision
-from resilient_tasks.core.model import Outcome, State, Verb
+from resilient_tasks.core.model import Calls, Outcome, State, Verb
 from resilient_tasks.core.record import Record, Rules
 from resilient_tasks.policy import BreakerPolicy
 
@@ -24,7 +24,7 @@ def new(**policy: object) -> Record:
 
 def report(record: Record, *runs: tuple[Outcome, int]) -> Decision:
     decision = Decision(record, NOW)
-    decision.report(record.epoch, runs, "ReadTimeout")
+    decision.report(record.epoch, [Calls(*run) for run in runs], "ReadTimeout")
     return decision
 
 
@@ -55,6 +55,7 @@ policies = st.fixed_dictionaries(
         "slow_call_rate_threshold": st.floats(0.01, 1),
         "minimum_calls": st.integers(1, 80),
         "consecutive_failures": st.none() | st.integers(1, 50),
+        "minimum_tasks": st.none() | st.integers(1, 60),
     }
 )
 
@@ -76,16 +77,15 @@ def test_a_run_equals_its_outcomes_one_by_one(
 @given(policy=policies, before=st.integers(0, 10**9), run=st.integers(1, 10**9))
 def test_the_trip_point_of_a_huge_run_is_the_first(policy: dict[str, object], before: int, run: int) -> None:
     record = new(**policy)
-    record.window.add(Outcome.SUCCESS, before, now=NOW, length=record.rules.window)
+    record.window.add(Calls(Outcome.SUCCESS, before), now=NOW, length=record.rules.window)
     decision = Decision(record, NOW)
-    point = decision._trip_point(Outcome.FAILURE, run)
+    point = decision._trip_point(Calls(Outcome.FAILURE, run))
     assert point is None or 1 <= point <= run
     totals = record.figures(NOW)
     for position, trips in ((point or run + 1) - 1, False), (point, True):
         if position:
-            by_rate = record.rules.rate_trips(totals.plus(Outcome.FAILURE, position)) is not None
-            by_row = bool(record.rules.consecutive) and position >= record.rules.consecutive
-            assert (by_rate or by_row) is trips
+            then = totals.plus(Calls(Outcome.FAILURE, position))
+            assert (record.rules.rate_trips(then) is not None or record.rules.row_trips(position, then)) is trips
 
 
 def test_a_decision_makes_at_most_one_transition_and_says_that_others_should_hear() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilient_tasks.core.model import Outcome
-from resilient_tasks.core.window import Totals, Window
+from resilient_tasks.core.model import Calls, Outcome
+from resilient_tasks.core.window import MOST_VOTERS, Totals, Window
 
 LENGTH = 1000
 calls = st.lists(
@@ -17,7 +17,7 @@ calls = st.lists(
 def exactly(made: list[tuple[int, Outcome, int]], after: int) -> Totals:
     totals = Totals()
     for at, outcome, count in made:
-        totals = totals.plus(outcome, count) if at > after else totals
+        totals = totals.plus(Calls(outcome, count)) if at > after else totals
     return totals
 
 
@@ -28,7 +28,7 @@ def test_a_call_counts_for_the_window_and_at_most_a_tenth_longer(
     window, now, made = Window(), start, []
     for gap, outcome, count in calls:
         now += gap
-        window.add(outcome, count, now=now, length=LENGTH)
+        window.add(Calls(outcome, count), now=now, length=LENGTH)
         made.append((now, outcome, count))
     now += pause
     counted = window.totals(now=now, length=LENGTH)
@@ -39,7 +39,7 @@ def test_a_call_counts_for_the_window_and_at_most_a_tenth_longer(
 
 def test_nothing_is_left_after_clear() -> None:
     window = Window()
-    window.add(Outcome.SUCCESS, 3, now=5, length=LENGTH)
+    window.add(Calls(Outcome.SUCCESS, 3), now=5, length=LENGTH)
     window.clear()
     assert window.totals(now=5, length=LENGTH) == Totals()
 
@@ -47,13 +47,21 @@ def test_nothing_is_left_after_clear() -> None:
 def test_its_size_is_bounded() -> None:
     window = Window()
     for now in range(0, 100_000, 7):
-        window.add(Outcome.SUCCESS, 1, now=now, length=LENGTH)
+        window.add(Calls(Outcome.SUCCESS), now=now, length=LENGTH)
     assert len(window._slots) == 11
 
 
 def test_a_clock_set_back_a_little_loses_nothing_for_good() -> None:
     window = Window()
-    window.add(Outcome.FAILURE, 1, now=10_050, length=LENGTH)
-    window.add(Outcome.FAILURE, 1, now=9_990, length=LENGTH)
+    window.add(Calls(Outcome.FAILURE), now=10_050, length=LENGTH)
+    window.add(Calls(Outcome.FAILURE), now=9_990, length=LENGTH)
     assert window.totals(now=9_990, length=LENGTH).failures == 2
     assert window.totals(now=10_060, length=LENGTH).failures == 2
+
+
+def test_a_bucket_remembers_only_so_many_voters() -> None:
+    window = Window()
+    for number in range(MOST_VOTERS + 1):
+        window.remember(Calls(Outcome.FAILURE, 1, f"{number:08x}"), now=5, length=LENGTH)
+    known = [window.vote(f"{number:08x}", now=5, length=LENGTH) is not None for number in range(MOST_VOTERS + 1)]
+    assert known == [True] * MOST_VOTERS + [False]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from resilient_tasks.core.model import Outcome, State, Verb
+from resilient_tasks.core.model import Calls, Outcome, State, Verb
 from resilient_tasks.errors import StoreError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Evidence, Spec
@@ -28,7 +28,7 @@ class Line:
 
     def fail(self, times: int) -> Any:
         epoch = self.store.read([SPEC])[0].epoch
-        return self.store.record(SPEC, Evidence(epoch, ((Outcome.FAILURE, times),), "ConnectTimeout"))
+        return self.store.record(SPEC, Evidence(epoch, (Calls(Outcome.FAILURE, times),), "ConnectTimeout"))
 
     def state(self) -> State:
         return self.store.read([SPEC])[0].state
@@ -119,7 +119,7 @@ def test_time_stays_the_servers(line: Line) -> None:
 
 def test_no_decision_raises(line: Line) -> None:
     line.shared.away = True
-    evidence = Evidence(0, ((Outcome.SUCCESS, 1),))
+    evidence = Evidence(0, (Calls(Outcome.SUCCESS, 1),))
     assert line.store.read([SPEC, Spec("mail")])[1].name == "mail"
     assert line.store.acquire(SPEC, "holder", lease=5).admitted
     assert line.store.record(SPEC, evidence).snapshot.calls == 1

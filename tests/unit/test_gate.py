@@ -152,7 +152,7 @@ def test_a_run_that_the_pool_has_discarded_is_settled(gate: Gate, resilience: Re
         if task_id == "accepted":
             gate.hold(run, admission)
         elif task_id == "finished":
-            gate.settle(admission, run.holder, Report.of_all(Verdict(Outcome.SUCCESS), admission.passes))
+            gate.settle(run, admission, Report.of_all(Verdict(Outcome.SUCCESS), admission.passes))
     gate.take_back_discarded()
     assert told == ["discarded"]
 

@@ -12,6 +12,7 @@ import pytest
 from celery import Celery
 
 from resilient_tasks import Breaker, BreakerOpenError, Resilience
+from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.core.pace import Pace, refill_count
 from resilient_tasks.policy import BreakerPolicy
@@ -82,10 +83,14 @@ def test_a_cancelled_call_frees_its_slot(rig: Rig) -> None:
     assert rig.breaker.call(rig.works) == "paid"
 
 
+def _settle(rig: Rig, holder: str) -> None:
+    rig.fleet.reporter.settle(rig.breaker.spec, holder, rig.breaker.standing.epoch, Verdict(Outcome.SUCCESS), wait=5)
+
+
 def test_nobody_overtakes_tasks_that_wait_for_a_slot(rig: Rig) -> None:
     rig.fleet.acquire(rig.breaker.spec, "first")
     rig.fleet.acquire(rig.breaker.spec, "second", wish=Wish(waits=True))
-    rig.breaker.settle("first", rig.breaker.standing.epoch, Outcome.SUCCESS, wait=True)
+    _settle(rig, "first")
     asked = rig.store.calls["acquire"]
     with pytest.raises(BreakerOpenError, match="at capacity"):
         rig.breaker.call(rig.works)
@@ -107,7 +112,7 @@ def test_free_slots_are_told_while_tasks_wait(rig: Rig) -> None:
     rig.fleet.acquire(rig.breaker.spec, "first")
     rig.fleet.acquire(rig.breaker.spec, "second", wish=Wish(waits=True))
     assert told == []
-    rig.breaker.settle("first", rig.breaker.standing.epoch, Outcome.SUCCESS, wait=True)
+    _settle(rig, "first")
     assert told == ["room"]
 
 
@@ -143,7 +148,7 @@ def test_a_worker_runs_no_more_than_it_may(gate: Gate, payments: Breaker) -> Non
     first, second = (gate.admit(request(task_id, payments)) for task_id in "ab")
     assert first.passes[0].leased
     assert str(second.refusal) == "breaker 'payments' is at capacity"
-    gate.settle(first, "a:run", Run(first, "a").report())
+    gate.settle(request("a", payments), first, Run(first, "a").report())
     resumed = Ticket(breaker="payments", resumed=payments.standing.epoch)
     assert gate.admit(request("b", payments, ticket=resumed)).passes
 

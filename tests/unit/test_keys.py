@@ -201,7 +201,7 @@ def test_a_tasks_outcome_counts_for_the_child_and_a_trial_for_its_parent(
     task = app.task(shared=False, breaker="payments", breaker_key=lambda _args, _kwargs: "acme", name="t")(failing)
     deferred, report = gated(task, admission)
     assert (deferred.breaker, report.verdicts) == ("payments:acme", (FAILURE, FAILURE))
-    gate.settle(admission, call.holder, report)
+    gate.settle(call, admission, report)
     clock.settle()
     assert (payments.snapshot().state, acme.snapshot().failures) == ("OPEN", 1)
 

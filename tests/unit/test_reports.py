@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from resilient_tasks.core.model import Outcome, State, Transition, Verb
+from resilient_tasks.core.classification import Verdict
+from resilient_tasks.core.model import Calls, Outcome, State, Transition, Verb
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store import outbox
 from resilient_tasks.store.base import Evidence, Spec
@@ -45,7 +46,8 @@ class Desk:
             self.reporter._condition.notify_all()
 
     def report(self, *outcomes: Outcome, **details: Any) -> int:
-        return max(self.reporter.report(self.standing, self.standing.epoch, outcome, **details) for outcome in outcomes)
+        verdicts = [Verdict(outcome, **details) for outcome in outcomes]
+        return max(self.reporter.report(self.standing, self.standing.epoch, verdict) for verdict in verdicts)
 
     def recorded(self) -> list[Evidence]:
         return [arguments[1] for name, arguments in list(self.store.arguments) if name == "record"]
@@ -73,7 +75,7 @@ def test_successes_wait_for_company(desk: Desk) -> None:
     wait_until(lambda: len(desk.recorded()) == 1)
     desk.report(*[SUCCESS] * 1000)
     assert desk.reporter.flush(5)
-    assert [evidence.runs for evidence in desk.recorded()] == [((SUCCESS, 1),), ((SUCCESS, 1000),)]
+    assert [evidence.runs for evidence in desk.recorded()] == [(Calls(SUCCESS),), (Calls(SUCCESS, 1000),)]
     assert desk.view.standing("payments").snapshot.calls == 1001
 
 
@@ -91,7 +93,7 @@ def test_nobody_has_to_wake_the_thread_for_that() -> None:
     standing = view.declare(SPEC)
     reporter = Reporter(store, view, lambda _: None)
     for sent in range(1, 4):
-        reporter.report(standing, standing.epoch, SUCCESS)
+        reporter.report(standing, standing.epoch, Verdict(SUCCESS))
         wait_until(lambda sent=sent: store.calls["record"] == sent)  # type: ignore[misc]
     reporter.close()
 
@@ -102,7 +104,7 @@ def test_a_failure_is_sent_at_once_with_what_came_before_it(desk: Desk) -> None:
     ticket = desk.report(SUCCESS, SUCCESS, SLOW, FAILURE, cause="ReadTimeout", retry_after=3.0)
     assert desk.reporter.wait(ticket, 5)
     sent = [run for evidence in desk.recorded()[1:] for run in evidence.runs]
-    assert [outcome for outcome, _ in sent] == [SUCCESS, SLOW, FAILURE]
+    assert [calls.outcome for calls in sent] == [SUCCESS, SLOW, FAILURE]
     assert desk.recorded()[-1].cause == "ReadTimeout"
     assert desk.recorded()[-1].retry_after == 3.0
 
@@ -142,7 +144,7 @@ def test_many_threads_lose_nothing(desk: Desk) -> None:
 def test_breakers_are_reported_apart(desk: Desk) -> None:
     mail = desk.view.declare(Spec("mail"))
     desk.report(SUCCESS)
-    desk.reporter.report(mail, mail.epoch, SUCCESS)
+    desk.reporter.report(mail, mail.epoch, Verdict(SUCCESS))
     assert desk.reporter.flush(5)
     assert desk.store.calls["record"] == 2
     assert desk.standing.snapshot.calls == mail.snapshot.calls == 1
@@ -165,7 +167,7 @@ def test_outcomes_of_an_epoch_that_is_over_are_not_sent(desk: Desk) -> None:
     former = desk.standing.epoch
     desk.store.command(SPEC, Verb.TRIP)
     desk.view.refresh()
-    desk.reporter.wait(desk.reporter.report(desk.standing, former, FAILURE), 5)
+    desk.reporter.wait(desk.reporter.report(desk.standing, former, Verdict(FAILURE)), 5)
     assert desk.store.calls["record"] == sent
 
 
@@ -174,7 +176,7 @@ def test_what_was_admitted_before_the_store_knew_the_breaker_counts(desk: Desk) 
     desk.report(SUCCESS, SUCCESS)
     assert desk.reporter.flush(5)
     assert desk.standing.epoch > 0
-    desk.reporter.report(desk.standing, 0, FAILURE)
+    desk.reporter.report(desk.standing, 0, Verdict(FAILURE))
     desk.report(FAILURE)
     assert desk.reporter.flush(5)
     assert (desk.standing.snapshot.calls, desk.standing.snapshot.failures) == (4, 2)
@@ -200,7 +202,7 @@ def test_what_waits_is_bounded_and_what_is_dropped_is_counted(desk: Desk, monkey
     assert desk.reporter.dropped == 90
     desk.store.away = False
     assert desk.reporter.flush(5)
-    assert desk.recorded()[-1].runs == ((SUCCESS, 1), (FAILURE, 1)) * 5
+    assert desk.recorded()[-1].runs == (Calls(SUCCESS), Calls(FAILURE)) * 5
 
 
 def test_a_mistake_in_the_store_does_not_end_the_thread(
@@ -226,7 +228,7 @@ def test_a_listener_that_guards_a_call_does_not_wait_for_itself(desk: Desk) -> N
 
 def test_a_settled_trial_closes_the_breaker(desk: Desk) -> None:
     holder = desk.half_open()
-    desk.reporter.settle(SPEC, holder, desk.standing.epoch, SUCCESS, wait=5)
+    desk.reporter.settle(SPEC, holder, desk.standing.epoch, Verdict(SUCCESS), wait=5)
     assert desk.standing.snapshot.state is State.CLOSED
     assert [told.state for told in desk.told] == [State.CLOSED]
 
@@ -234,7 +236,7 @@ def test_a_settled_trial_closes_the_breaker(desk: Desk) -> None:
 def test_a_trial_is_settled_when_the_store_is_back(desk: Desk) -> None:
     holder = desk.half_open()
     desk.store.away = True
-    desk.reporter.settle(SPEC, holder, desk.standing.epoch, SUCCESS, wait=5)
+    desk.reporter.settle(SPEC, holder, desk.standing.epoch, Verdict(SUCCESS), wait=5)
     desk.store.away = False
     desk.advance(BATCH_INTERVAL)
     wait_until(lambda: desk.standing.snapshot.state is State.CLOSED)
@@ -243,7 +245,7 @@ def test_a_trial_is_settled_when_the_store_is_back(desk: Desk) -> None:
 def test_a_trial_is_given_up_when_its_lease_has_run_out(desk: Desk) -> None:
     holder = desk.half_open()
     desk.store.away = True
-    desk.reporter.settle(SPEC, holder, desk.standing.epoch, SUCCESS, wait=5)
+    desk.reporter.settle(SPEC, holder, desk.standing.epoch, Verdict(SUCCESS), wait=5)
     desk.advance(LEASE)
     assert desk.reporter.flush(5)
     tries = desk.store.calls["settle"]
@@ -264,7 +266,7 @@ def test_a_held_permit_outlives_its_lease(desk: Desk) -> None:
         desk.advance(LEASE / 3)
         wait_until(functools.partial(renewed_at_least, step))
     assert desk.store.read([SPEC])[0].trials == 1
-    desk.reporter.settle(SPEC, holder, desk.standing.epoch, SUCCESS, wait=5)
+    desk.reporter.settle(SPEC, holder, desk.standing.epoch, Verdict(SUCCESS), wait=5)
     assert desk.standing.snapshot.state is State.CLOSED
 
 
@@ -332,11 +334,12 @@ def test_a_forked_child_sends_its_own_outcomes_only(desk: Desk) -> None:
         desk.store.arguments.clear()
         desk.report(FAILURE)
         desk.reporter.flush(5)
-        os.write(writer, repr([[(str(o), n) for o, n in evidence.runs] for evidence in desk.recorded()]).encode())
+        sent = [(str(calls.outcome), calls.number) for evidence in desk.recorded() for calls in evidence.runs]
+        os.write(writer, repr(sent).encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
-        assert pipe.read() == "[[('FAILURE', 1)]]"
+        assert pipe.read() == "[('FAILURE', 1)]"
     os.waitpid(pid, 0)
     assert desk.reporter.flush(5)
     assert desk.standing.snapshot.calls == 3
@@ -351,7 +354,7 @@ def test_the_last_outcomes_are_sent_at_exit() -> None:
 
         class Loud(LocalStore):
             def record(self, spec, evidence, **kwargs):
-                print(*(f"{outcome} {count}" for outcome, count in evidence.runs), flush=True)
+                print(*(f"{calls.outcome} {calls.number}" for calls in evidence.runs), flush=True)
                 return super().record(spec, evidence, **kwargs)
 
         fleet = Fleet(Loud())

@@ -11,6 +11,7 @@ from typing import cast
 import pytest
 
 from resilient_tasks.breaker import Breaker
+from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.counts import REFUSED, RESUMED
 from resilient_tasks.core.model import Outcome, Verb
 from resilient_tasks.errors import BreakerOpenError, StoreError
@@ -111,12 +112,12 @@ def test_calls_that_end_too_late_for_a_decision_are_tallied() -> None:
     fleet = Fleet(LocalStore(), history=cast("History", book))
     spec = Spec("payments")
     standing = fleet.join(spec)
-    fleet.reporter.report(standing, standing.epoch, Outcome.SUCCESS)
+    fleet.reporter.report(standing, standing.epoch, Verdict(Outcome.SUCCESS))
     assert fleet.reporter.flush(60)
     former = standing.epoch
     fleet.command(spec, Verb.TRIP, "", "")
     for _ in range(2):
-        fleet.reporter.report(standing, former, Outcome.FAILURE, "ReadTimeout")
+        fleet.reporter.report(standing, former, Verdict(Outcome.FAILURE, "ReadTimeout"))
     fleet.close()
     counted: Counter[str] = sum((told["payments"].counts for _, _, told in book.told), Counter())
     assert counted == {"FAILURE": 2, "cause:ReadTimeout": 2}

@@ -45,12 +45,14 @@ local function bounded(kind, known, kinds)
   return prefix .. 'other'
 end
 
+local SAYS_NOTHING = { IGNORED = true, OVERDUE = true } -- what is overdue will be told again when it has ended
+
 -- Return how many of these calls have failed.
 local function tally_calls(evidence)
   local failures = 0
   for _, run in ipairs(evidence.runs) do
     local outcome, count = run[1], run[2]
-    if outcome ~= 'IGNORED' then
+    if not SAYS_NOTHING[outcome] then
       tally(outcome, count)
       failures = failures + (outcome == 'FAILURE' and count or 0)
     end
@@ -64,7 +66,7 @@ local function tally_call(outcome, cause)
 end
 
 local function tally_trial(outcome, cause)
-  if outcome ~= 'IGNORED' then
+  if not SAYS_NOTHING[outcome] then
     tally('trials', 1)
   end
   tally_call(outcome, cause)

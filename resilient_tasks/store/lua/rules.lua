@@ -31,7 +31,7 @@ local function leave_trials()
 end
 
 local function start_window()
-  window, trials, touched, cleared = {}, {}, nil, true
+  window, trials, touched, cleared = {}, {}, {}, true
 end
 
 -- Never an epoch that another store has been in: a replica that has missed the last transition, or the
@@ -42,11 +42,11 @@ end
 
 local function enter(state, reason, actor)
   local previous, openings = record.state, openings_left()
-  local frozen = COUNTING[state] and { calls = 0, failures = 0, slow = 0 } or figures()
+  local frozen = COUNTING[state] and no_sums() or figures()
   local ended = {
     state = state, since = now, reason = reason, actor = actor, openings = openings, row = 0, trial_successes = 0,
-    trial_failures = 0, would_open = 0, failed_checks = 0, frozen_calls = frozen.calls,
-    frozen_failures = frozen.failures, frozen_slow = frozen.slow, epoch = next_epoch(),
+    trial_failures = 0, would_open = 0, failed_checks = 0, epoch = next_epoch(), frozen_calls = frozen.calls,
+    frozen_failures = frozen.failures, frozen_slow = frozen.slow, frozen_proxied = frozen.proxied,
   }
   for field, value in pairs(ended) do
     record[field] = value
@@ -80,11 +80,12 @@ local function is_current(epoch)
   return epoch == record.epoch or (epoch == 0 and record.epoch == record.first_epoch)
 end
 
--- The first point of a run that trips, given one that does not and a later one that does.
-local function bisect(sums, outcome, calm, tripped)
+-- The first point of a run that trips, given one that does not; the last one does.
+local function bisect(sums, run, calm)
+  local tripped = run.count
   while tripped - calm > 1 do
     local middle = math.floor((calm + tripped) / 2)
-    if rate_trips(plus(sums, outcome, middle)) then
+    if rate_trips(plus(sums, run, middle)) then
       tripped = middle
     else
       calm = middle
@@ -93,39 +94,47 @@ local function bisect(sums, outcome, calm, tripped)
   return tripped
 end
 
--- Which of `count` equal outcomes opens the breaker (1 for the first), or nil.
-local function trip_point(outcome, count)
-  local sums, point = figures(), count + 1
-  if rules.consecutive > 0 and outcome == 'FAILURE' then
-    point = math.min(point, math.max(1, rules.consecutive - record.row))
+-- Which of a run of equal outcomes opens the breaker (1 for the first), or nil.
+local function trip_point(run)
+  local sums, count, point = figures(), run.count, run.count + 1
+  local missing = minimum_tasks() - sums.tasks
+  if missing > 0 and plus(sums, run, count).tasks < minimum_tasks() then
+    return nil
   end
-  -- Within a run each rate only grows or only falls, so two looks tell whether it trips at all.
-  local first = math.max(1, rules.minimum_calls - sums.calls)
-  if first <= count and rate_trips(plus(sums, outcome, first)) then
+  if rules.consecutive > 0 and run.outcome == 'FAILURE' then
+    point = math.min(point, math.max(1, rules.consecutive - record.row, missing))
+  end
+  -- Within the rest of a run each rate only grows or only falls, so two looks tell whether it trips at all.
+  local first = math.max(1, rules.minimum_calls - sums.calls, missing)
+  if first <= count and rate_trips(plus(sums, run, first)) then
     point = math.min(point, first)
-  elseif first < count and rate_trips(plus(sums, outcome, count)) then
-    point = math.min(point, bisect(sums, outcome, first, count))
+  elseif first < count and rate_trips(plus(sums, run, count)) then
+    point = math.min(point, bisect(sums, run, first))
   end
   return point <= count and point or nil
 end
 
-local function count_calls(outcome, count)
-  if count < 1 then
-    return
-  end
+-- What outcomes mean beside the window; one that is OVERDUE may still turn out either way.
+local function note(outcome, count)
   dirty = true
-  window_add(outcome, count)
-  if record.would_open == 1 then
-    add_shadow_calls(count)
-  end
   if outcome == 'FAILURE' then
     record.row = record.row + count
     record.total_failures = record.total_failures + count
-  else
+  elseif outcome ~= 'OVERDUE' then
     record.row = 0
     record.last_success_at = now
   end
-  learn(outcome, count)
+end
+
+local function count_calls(run, count)
+  if count > 0 then
+    window_add(run, count)
+    if record.would_open == 1 then
+      add_shadow_calls(count)
+    end
+    note(run.outcome, count)
+    learn(run.outcome, count)
+  end
 end
 
 local function with_cause(reason, cause)
@@ -164,14 +173,50 @@ local function end_shadow_opening()
   end
 end
 
-local function report_run(outcome, count, cause, retry_after)
-  local tripped_at = record.would_open == 0 and trip_point(outcome, count) or nil
-  count_calls(outcome, tripped_at or count)
+local function report_run(run, cause, retry_after)
+  local tripped_at = record.would_open == 0 and trip_point(run) or nil
+  count_calls(run, tripped_at or run.count)
   if tripped_at then
     trip(why(cause), retry_after)
     if COUNTING[record.state] then
-      count_calls(outcome, count - tripped_at)
+      count_calls(run, run.count - tripped_at)
     end
+  end
+end
+
+-- Make of a vote what has become of its call, or what another run of its task has found.
+local function change(slot, voted, run, cause, retry_after)
+  if run.outcome == 'FAILURE' and voted ~= 'F' then
+    vote_becomes_failure(slot, run)
+    note('FAILURE', 1)
+    local sums = figures()
+    if record.would_open == 0 and (row_trips(record.row, sums) or rate_trips(sums)) then
+      trip(why(cause), retry_after)
+    end
+  elseif run.outcome == 'SLOW' then
+    if voted == 'O' then
+      change_vote(slot, run.voter, 'SLOW')
+    end
+    note('SLOW', 1)
+  end
+end
+
+-- Count a task's calls: all of them, or if they are whole runs only its first vote in the window.
+local function vote(run, cause, retry_after)
+  local slot, voted = vote_of(run.voter)
+  local rest = run.count - 1
+  if not slot then
+    remember_vote(run)
+    report_run({ outcome = run.outcome, count = 1, voter = '', proxied = run.proxied }, cause, retry_after)
+  elseif voted == 'O' or not run.each then
+    change(slot, voted, run, cause, retry_after)
+  else
+    rest = run.count
+  end
+  if run.each and rest > 0 and COUNTING[record.state] then
+    remember_vote(run)
+    run.count = rest
+    report_run(run, cause, retry_after)
   end
 end
 
@@ -180,10 +225,10 @@ end
 local function count_trial(outcome)
   dirty = true
   learn(outcome, 1)
-  if outcome ~= 'FAILURE' then
+  if outcome == 'SUCCESS' or outcome == 'SLOW' then
     record.last_success_at = now
   end
-  if outcome == 'FAILURE' or (outcome == 'SLOW' and rules.slow_trial_fails) then
+  if outcome == 'FAILURE' or (outcome ~= 'SUCCESS' and rules.slow_trial_fails) then
     record.trial_failures = record.trial_failures + 1
     record.total_failures = record.total_failures + 1
   else
@@ -228,6 +273,27 @@ local function grant(holder, lease)
   return true
 end
 
+-- A straggler's outcome comes too late to count.
+local function free_straggler(holder, outcome)
+  if outcome ~= 'OVERDUE' and stragglers[holder] then
+    stragglers[holder], left = nil, true
+    announce()
+  end
+end
+
+local function settle_trial(holder, outcome, cause, retry_after)
+  if outcome == 'OVERDUE' then -- it is counted and still in flight
+    stragglers[holder], left = trials[holder], true
+  end
+  trials[holder] = nil
+  if outcome == 'IGNORED' then
+    announce()
+  else
+    count_trial(outcome)
+    judge(cause, retry_after)
+  end
+end
+
 -- what callers ask for --------------------------------------------------------------------
 
 local function advance()
@@ -261,41 +327,38 @@ end
 
 local function report(epoch, runs, cause, retry_after)
   end_shadow_opening()
-  for _, run in ipairs(runs) do
+  for _, told in ipairs(runs) do
     if not COUNTING[record.state] or not is_current(epoch) then
       return
     end
-    if run[1] ~= 'IGNORED' and run[2] > 0 then
-      report_run(run[1], run[2], cause, retry_after)
+    local run = { outcome = told[1], count = told[2], voter = told[3] or '', proxied = told[4], each = told[5] }
+    if run.outcome ~= 'IGNORED' and run.count > 0 then
+      if run.voter ~= '' and run.outcome ~= 'SUCCESS' then
+        vote(run, cause, retry_after)
+      else
+        run.voter = ''
+        report_run(run, cause, retry_after)
+      end
     end
   end
 end
 
-local function settle_trial(outcome, cause, retry_after)
-  if outcome == 'IGNORED' then
-    announce()
-  else
-    count_trial(outcome)
-    judge(cause, retry_after)
-  end
-end
-
-local function settle(holder, outcome, epoch, cause, retry_after)
+local function settle(holder, outcome, evidence)
+  local epoch, cause, retry_after = evidence.epoch, evidence.cause, evidence.retry_after
   if record.state == 'HALF_OPEN' then
     expire()
   end
   if holds_slot(holder) then
-    report(epoch, { { outcome, 1 } }, cause, retry_after)
+    report(epoch, evidence.runs[1] and evidence.runs or { { outcome, 1 } }, cause, retry_after)
   end
-  if epoch ~= record.epoch and stragglers[holder] then
-    stragglers[holder], left, dirty = nil, true, true
-    announce()
+  if epoch ~= record.epoch or not trials[holder] then
+    free_straggler(holder, outcome)
+  elseif outcome ~= 'OVERDUE' or rules.slow_trial_fails then
+    settle_trial(holder, outcome, cause, retry_after)
   end
-  if epoch == record.epoch and trials[holder] then
-    trials[holder] = nil
-    settle_trial(outcome, cause, retry_after)
+  if outcome ~= 'OVERDUE' then
+    set_slot(holder, 0)
   end
-  set_slot(holder, 0)
 end
 
 local function keep_slots(tasks, lease, most)

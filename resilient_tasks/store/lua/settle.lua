@@ -3,7 +3,7 @@
 -- KEYS, ARGV 1..4: see state.lua
 -- ARGV  5 holder     of the permit or the slot
 --       6 outcome    SUCCESS, FAILURE, SLOW or IGNORED
---       7 evidence   JSON {epoch, cause, retry_after: ms or absent}
+--       7 evidence   JSON {epoch, runs, cause, retry_after: ms or absent}
 
 local evidence = cjson.decode(ARGV[7])
 load_breaker(true)
@@ -12,5 +12,5 @@ if (trials[ARGV[5]] or stragglers[ARGV[5]] or now) > now then
 elseif holds_slot(ARGV[5]) and record.state ~= 'DISABLED' then
   tally_call(ARGV[6], evidence.cause)
 end
-settle(ARGV[5], ARGV[6], evidence.epoch, evidence.cause, evidence.retry_after)
+settle(ARGV[5], ARGV[6], evidence)
 return answer()

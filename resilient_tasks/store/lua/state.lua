@@ -3,7 +3,8 @@
 -- Put, after now.lua and history.lua and before rules.lua, in front of every script that decides about a breaker.
 --
 -- KEYS  1 state      hash         fields of core/record.py's Record, and the newest policy as JSON
---       2 window     hash         slot -> "index calls failures slow latest" of one bucket
+--       2 window     hash         slot -> "index calls failures slow latest proxied tasks" of one bucket, and votes:
+--                                 " ", the voter's eight characters, and the initial of its outcome
 --       3 trials     sorted set   holder of a permit -> end of its lease, ms
 --       4 deferred   sorted set   task id -> deferred at, ms
 --       5 deadlines  sorted set   task id -> end of its wait, ms
@@ -26,18 +27,19 @@ local CHILDREN, OPENED, HOT = KEYS[13], KEYS[14], KEYS[15]
 local NAME, CHANNEL, JITTER = ARGV[1], ARGV[2], tonumber(ARGV[4])
 local COUNTING = { CLOSED = true, SHADOW = true }
 local BUCKETS, SLOTS, MOST_GROWTH_STEPS = 10, 11, 1000
+local MOST_VOTERS, VOTE_LENGTH = 100, 10
 local TEXTS = { 'state', 'reason', 'actor', 'shadow' }
 local NUMBERS = {
   'epoch', 'first_epoch', 'version', 'since', 'openings', 'open_until', 'frozen_calls', 'frozen_failures',
-  'frozen_slow', 'row', 'trial_successes', 'trial_failures', 'last_success_at', 'total_failures', 'ramp_since',
-  'would_open', 'failed_checks', 'checked_at', 'crowded_until', 'learned', 'credit', 'backed_off',
+  'frozen_slow', 'frozen_proxied', 'row', 'trial_successes', 'trial_failures', 'last_success_at', 'total_failures',
+  'ramp_since', 'would_open', 'failed_checks', 'checked_at', 'crowded_until', 'learned', 'credit', 'backed_off',
 }
 
 local record, rules, window, trials, stragglers -- loaded below
 local transition -- what the caller is told, at most one
 local changed = false -- the version has grown: others should hear of it
 local dirty = false -- the state has to be written
-local touched -- slot of the window that has to be written
+local touched = {} -- slots of the window that have to be written
 local cleared = false -- window and trials start empty
 local left = false -- the stragglers have to be written
 local in_flight, concurrency_limit, is_crowded, save_slots -- in slots.lua
@@ -72,9 +74,9 @@ end
 local function new_record(epoch)
   return {
     state = 'CLOSED', reason = '', actor = '', shadow = '', epoch = epoch, first_epoch = epoch, version = epoch,
-    since = now, openings = 0, frozen_calls = 0, frozen_failures = 0, frozen_slow = 0, row = 0, trial_successes = 0,
-    trial_failures = 0, total_failures = 0, would_open = 0, failed_checks = 0, crowded_until = 0, learned = 0,
-    credit = 0, backed_off = 0,
+    since = now, openings = 0, frozen_calls = 0, frozen_failures = 0, frozen_slow = 0, frozen_proxied = 0, row = 0,
+    trial_successes = 0, trial_failures = 0, total_failures = 0, would_open = 0, failed_checks = 0,
+    crowded_until = 0, learned = 0, credit = 0, backed_off = 0,
   }
 end
 
@@ -95,10 +97,12 @@ end
 local function load_window()
   local loaded = {}
   for slot, text in pairs(load_hash(WINDOW)) do
-    local index, calls, failures, slow, latest = string.match(text, '(%d+) (%d+) (%d+) (%d+) (%d+)')
+    local index, calls, failures, slow, latest, more = string.match(text, '(%d+) (%d+) (%d+) (%d+) (%d+)(.*)')
+    local proxied, tasks, votes = string.match(more, ' (%d+) (%d+)(.*)') -- a bucket of an older release has none
     loaded[tonumber(slot)] = {
       index = tonumber(index), calls = tonumber(calls), failures = tonumber(failures), slow = tonumber(slow),
-      latest = tonumber(latest),
+      latest = tonumber(latest), proxied = tonumber(proxied) or 0, tasks = tonumber(tasks) or 0,
+      votes = votes or '',
     }
   end
   return loaded
@@ -127,33 +131,92 @@ end
 
 -- window.py ---------------------------------------------------------------------------------------
 
-local function plus(sums, outcome, count)
+local function no_sums()
+  return { calls = 0, failures = 0, slow = 0, proxied = 0, tasks = 0 }
+end
+
+local function plus(sums, run, count)
+  local failed = run.outcome == 'FAILURE' and count or 0
+  local slow = (run.outcome == 'SLOW' or run.outcome == 'OVERDUE') and count or 0
   return {
-    calls = sums.calls + count,
-    failures = sums.failures + (outcome == 'FAILURE' and count or 0),
-    slow = sums.slow + (outcome == 'SLOW' and count or 0),
+    calls = sums.calls + count, failures = sums.failures + failed, slow = sums.slow + slow,
+    proxied = sums.proxied + (run.proxied and failed or 0),
+    tasks = sums.tasks + (run.voter == '' and failed + slow or 0),
   }
 end
 
-local function window_add(outcome, count)
+-- The bucket of this moment, and its slot.
+local function current_bucket()
   local index = math.floor(now / math.ceil(rules.window / BUCKETS))
   local slot = index % SLOTS
   local bucket = window[slot]
   if not bucket or bucket.index ~= index then
-    bucket = { calls = 0, failures = 0, slow = 0 }
+    bucket = no_sums()
+    bucket.index, bucket.latest, bucket.votes = index, now, ''
+    window[slot] = bucket
   end
-  bucket = plus(bucket, outcome, count)
-  bucket.index, bucket.latest = index, now
-  window[slot], touched = bucket, slot
+  touched[slot] = true
+  return bucket, slot
+end
+
+local function window_add(run, count)
+  local bucket, slot = current_bucket()
+  local more = plus(bucket, run, count)
+  more.index, more.latest, more.votes = bucket.index, now, bucket.votes
+  window[slot] = more
+end
+
+local function is_live(bucket)
+  return now - rules.window < bucket.latest and bucket.latest <= now + rules.window
+end
+
+local function initial(outcome)
+  return string.sub(outcome, 1, 1)
+end
+
+-- The slot that remembers how a task has voted last, and the initial of that outcome; nil if none does.
+local function vote_of(voter)
+  local found, outcome
+  for slot, bucket in pairs(window) do
+    local at = is_live(bucket) and string.find(bucket.votes, ' ' .. voter, 1, true)
+    if at and not (found and window[found].index > bucket.index) then
+      found, outcome = slot, string.sub(bucket.votes, at + VOTE_LENGTH - 1, at + VOTE_LENGTH - 1)
+    end
+  end
+  return found, outcome
+end
+
+local function change_vote(slot, voter, outcome)
+  local bucket = window[slot]
+  bucket.votes = string.gsub(bucket.votes, ' ' .. voter .. '%u', ' ' .. voter .. initial(outcome))
+  touched[slot], dirty = true, true
+end
+
+-- Remember how a task votes with calls that are about to be counted.
+local function remember_vote(run)
+  local bucket, slot = current_bucket()
+  if string.find(bucket.votes, ' ' .. run.voter, 1, true) then
+    change_vote(slot, run.voter, run.outcome)
+  elseif #bucket.votes < MOST_VOTERS * VOTE_LENGTH then
+    bucket.votes = bucket.votes .. ' ' .. run.voter .. initial(run.outcome)
+  end
+end
+
+-- A call that was slow has failed in the end.
+local function vote_becomes_failure(slot, run)
+  local bucket = window[slot]
+  bucket.failures, bucket.slow = bucket.failures + 1, bucket.slow - 1
+  bucket.proxied = bucket.proxied + (run.proxied and 1 or 0)
+  change_vote(slot, run.voter, 'FAILURE')
 end
 
 local function window_totals()
-  local sums = { calls = 0, failures = 0, slow = 0 }
+  local sums = no_sums()
   for _, bucket in pairs(window) do
-    if now - rules.window < bucket.latest and bucket.latest <= now + rules.window then
-      sums.calls = sums.calls + bucket.calls
-      sums.failures = sums.failures + bucket.failures
-      sums.slow = sums.slow + bucket.slow
+    if is_live(bucket) then
+      for part, sum in pairs(sums) do
+        sums[part] = sum + bucket[part]
+      end
     end
   end
   return sums
@@ -173,8 +236,12 @@ local function open_for(openings, retry_after)
   return math.floor(length * (1 + rules.open_jitter * JITTER) + 0.5)
 end
 
+local function minimum_tasks()
+  return rules.minimum_tasks or 1 -- rules of an older release have none
+end
+
 local function rate_trips(sums)
-  if sums.calls < rules.minimum_calls then
+  if sums.calls < rules.minimum_calls or sums.tasks < minimum_tasks() then
     return nil
   end
   if sums.failures / sums.calls >= rules.failure_rate then
@@ -183,11 +250,18 @@ local function rate_trips(sums)
   return sums.slow / sums.calls >= rules.slow_rate and 'slow' or nil
 end
 
+local function row_trips(row, sums)
+  return rules.consecutive > 0 and row >= rules.consecutive and sums.tasks >= minimum_tasks()
+end
+
 local function figures()
   if COUNTING[record.state] then
     return window_totals()
   end
-  return { calls = record.frozen_calls, failures = record.frozen_failures, slow = record.frozen_slow }
+  return {
+    calls = record.frozen_calls, failures = record.frozen_failures, slow = record.frozen_slow,
+    proxied = record.frozen_proxied or 0, tasks = 0, -- a record of an older release has none
+  }
 end
 
 local function openings_left()
@@ -218,7 +292,8 @@ local function snapshot()
   return {
     name = NAME, state = record.state, epoch = record.epoch, version = record.version, now = now,
     since = record.since, reason = record.reason, actor = record.actor, calls = sums.calls,
-    failures = sums.failures, slow = sums.slow, openings = openings_left(), open_until = record.open_until,
+    failures = sums.failures, slow = sums.slow, local_failures = sums.proxied, openings = openings_left(),
+    open_until = record.open_until,
     trials = live_trials(), last_success_at = record.last_success_at, total_failures = record.total_failures,
     ramp_since = record.ramp_since, shadow_openings = openings,
     would_open = record.would_open == 1 and now < openings[#openings][2],
@@ -245,10 +320,13 @@ local function save_record()
 end
 
 local function save_window()
-  local b = window[touched]
-  local text = string.format('%.0f %.0f %.0f %.0f %.0f', b.index, b.calls, b.failures, b.slow, b.latest)
-  redis.call('HSET', WINDOW, integer(touched), text)
-  redis.call('PEXPIRE', WINDOW, integer(2 * rules.window))
+  for slot in pairs(touched) do
+    local b = window[slot]
+    local sums = { b.index, b.calls, b.failures, b.slow, b.latest, b.proxied, b.tasks }
+    local text = string.format('%.0f %.0f %.0f %.0f %.0f %.0f %.0f', unpack(sums)) .. b.votes
+    redis.call('HSET', WINDOW, integer(slot), text)
+    redis.call('PEXPIRE', WINDOW, integer(2 * rules.window + 60000)) -- a short one must outlive a slow server
+  end
 end
 
 local function save_permits(key, permits)
@@ -267,9 +345,7 @@ local function save()
   if cleared then
     redis.call('DEL', WINDOW, TRIALS)
   end
-  if touched then
-    save_window()
-  end
+  save_window()
   if record.state == 'HALF_OPEN' then
     save_permits(TRIALS, trials)
   end
