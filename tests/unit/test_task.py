@@ -149,6 +149,8 @@ def test_retrying_ends_when_the_breaker_opens(
 ) -> None:
     call = task(retrying=tenacity.Retrying(stop=tenacity.stop_after_attempt(50), wait=tenacity.wait_none()))
     dependency.failures_left = 50
+    with pytest.raises(ConnectionError):  # no task opens its breaker alone
+        payments.call(dependency, 6)
     with pytest.raises(ConnectionError):
         run(call, 7)
     assert dependency.calls == 3
