@@ -1,0 +1,60 @@
+"""The snippets of docs/failures.md run as printed, and do what the page says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from resilient_tasks.testing import Clock, in_memory
+
+PAGE = (Path(__file__).parents[2] / "docs" / "failures.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
+@pytest.fixture
+def namespace() -> dict[str, Any]:
+    namespace: dict[str, Any] = {"__name__": "failures"}
+    for snippet in SNIPPETS:
+        exec(snippet, namespace)
+    return namespace
+
+
+@pytest.fixture
+def clock(namespace: dict[str, Any]) -> Iterator[Clock]:
+    with in_memory(namespace["resilience"]) as clock:
+        yield clock
+
+
+def fail(breaker: Any, error: Exception) -> None:
+    def call() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        breaker.call(call)
+
+
+def test_it_takes_three_tasks(namespace: dict[str, Any], clock: Clock) -> None:
+    payments = namespace["payments"]
+    assert payments.policy.needed_tasks == 3
+    for _ in range(7):
+        payments.call(str)
+    for state in ("CLOSED", "CLOSED", "OPEN"):
+        fail(payments, ConnectionError())
+        assert payments.snapshot().state == state
+
+
+def test_a_proxys_answers_are_told_apart(namespace: dict[str, Any], clock: Clock) -> None:
+    request = httpx.Request("GET", "http://geocoder")
+    unreachable = httpx.Response(503, text="upstream connect error or disconnect/reset before headers", request=request)
+    fail(namespace["geocoder"], httpx.HTTPStatusError("503", request=request, response=unreachable))
+    clock.settle()
+    assert (namespace["geocoder"].snapshot().local_failures, namespace["where_it_fails"]()) == (1, "on the way")
+    for _ in range(2):
+        fail(namespace["geocoder"], httpx.HTTPStatusError("503", request=request, response=httpx.Response(503)))
+    clock.settle()
+    assert (namespace["geocoder"].snapshot().failures, namespace["where_it_fails"]()) == (3, "in the service")
