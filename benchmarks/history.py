@@ -14,7 +14,7 @@ from statistics import median
 
 import redis
 
-from resilient_tasks.core.model import Outcome
+from resilient_tasks.core.model import Calls, Outcome
 from resilient_tasks.store.base import Evidence, Spec
 from resilient_tasks.store.redis import RedisStore
 from resilient_tasks.store.reports import BATCH_INTERVAL
@@ -39,7 +39,7 @@ def seconds_per_batch(client: redis.Redis, store: RedisStore, spec: Spec, epoch:
     """Return the server's time for one batch."""
     client.config_resetstat()
     for _ in range(BATCHES):
-        store.record(spec, Evidence(epoch, ((Outcome.SUCCESS, 30),)))
+        store.record(spec, Evidence(epoch, (Calls(Outcome.SUCCESS, 30),)))
     return float(client.info("commandstats")["cmdstat_evalsha"]["usec_per_call"]) / 1e6
 
 
@@ -54,7 +54,7 @@ def main() -> None:
                 costs: dict[RedisStore, list[float]] = {usual: [], forgetful: []}
                 for _ in range(ROUNDS):
                     for store, measured in costs.items():
-                        epoch = store.record(spec, Evidence(0, ((Outcome.SUCCESS, 1),))).snapshot.epoch
+                        epoch = store.record(spec, Evidence(0, (Calls(Outcome.SUCCESS, 1),))).snapshot.epoch
                         measured.append(seconds_per_batch(client, store, spec, epoch))
         finally:
             server.stop()
