@@ -53,6 +53,7 @@ class Rig:
         """Open the breaker and let its time pass."""
         self.breaker.trip()
         self.clock.advance(5)
+        self.breaker.snapshot()  # what a follower has read before the time was up is no news any more
 
     def figures(self) -> tuple[int, int]:
         assert self.fleet.reporter.flush(5)
