@@ -161,6 +161,7 @@ METRICS = (
     _plain("expired_total", "counts.expired", "Those of them that had waited too long."),
     _plain("revoked_total", "counts.revoked", "Tasks that were revoked while they waited."),
     _plain("dropped_total", "counts.dropped", "Waiting tasks that somebody dropped."),
+    _plain("coalesced_total", "counts.coalesced", "Waiting tasks that a later one with the same key has replaced."),
     _plain(
         "redelivered_total", "counts.redelivered", "Tasks that the broker delivered again: some may have run twice."
     ),

@@ -84,6 +84,7 @@ def rows_of(outage: Outage, estimate: Estimate | None) -> list[Row]:
         ("tasks failed", str(counts.failed)),
         ("dead-lettered", f"{counts.dead}, {counts.expired} of them expired" if counts.expired else str(counts.dead)),
         ("revoked or dropped", str(counts.revoked + counts.dropped)),
+        ("replaced by a later one", str(counts.coalesced)),
         ("longest wait", duration(outage.longest_wait)),
         ("delivered again", str(counts.redelivered)),
     )
