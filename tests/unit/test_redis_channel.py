@@ -233,6 +233,9 @@ def test_what_is_acknowledged_after_its_channel_has_closed_is_left_alone(connect
         consumer.on_message = received.append
         drain(connection, received, 1)
     channel.close()
+    channel._pool = None  # as when nothing could be put back
+    with pytest.raises(AttributeError):
+        kombu_redis.QoS.ack(channel.qos, received[0].delivery_tag)
     received[0].ack()
     with consuming(connection, "work") as again:
         assert drain(connection, again, 1) == ["a"]
