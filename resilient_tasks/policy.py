@@ -72,7 +72,8 @@ class BreakerPolicy:
 
     Args:
         failure_rate_threshold: share of failures in the window that opens the breaker (inclusive).
-        slow_call_duration: a success that took longer is SLOW; ``None``: nothing is slow.
+        slow_call_duration: what takes longer is SLOW, a task as soon as it passes this time, a guarded call when it
+            returns; ``None``: nothing is slow.
         slow_call_rate_threshold: share of slow calls in the window that opens it (inclusive).
         consecutive_failures: failures in a row that open it, whatever the rate; ``None``: off.
         minimum_calls: calls the window must hold before a rate counts.

@@ -10,6 +10,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -17,6 +18,7 @@ from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Grant, Outcome, voter_of
 from resilient_tasks.core.names import parent_of
 from resilient_tasks.store.base import Wish
+from resilient_tasks.worker.overruns import OVERDUE, Overruns
 from resilient_tasks.worker.run import Admission, Pass, Report
 from resilient_tasks.worker.ticket import Ticket
 
@@ -41,6 +43,7 @@ class Gate:
         self._taken_up: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._places = Places()
+        self._overruns = Overruns()
         self._unaccepted: dict[str, GatedRequest] = {}  # by holder: with a permit or a slot, and no pool process yet
 
     def refusing(self, breakers: Sequence[Breaker], ticket: Ticket, task_id: str) -> Breaker | None:
@@ -123,13 +126,23 @@ class Gate:
         return min(of_the_fleet or math.inf, policy.max_concurrency_per_worker or math.inf)
 
     def hold(self, request: GatedRequest, admission: Admission) -> None:
-        """Renew the permits of a trial that has begun to run, for as long as it may take."""
+        """Note that a run has begun: its permits are renewed for as long as it may take, and it may become overdue."""
         fleet = self._runtime.fleet
         self._unaccepted.pop(request.holder, None)
         for admitted in admission.passes:
+            breaker = self._runtime.breaker(admitted.breaker)
             if admitted.trial:
-                longest = _trial_limit(request, self._runtime.breaker(admitted.breaker))
+                longest = _trial_limit(request, breaker)
                 fleet.reporter.hold(admitted.breaker, request.holder, fleet.view.clock() + longest)
+            if breaker.policy.slow_call_duration is not None:
+                self._watch(request, admitted, breaker.policy.slow_call_duration)
+
+    def _watch(self, request: GatedRequest, admitted: Pass, seconds: float) -> None:
+        """Count a run as slow when it passes its time, unless its quick attempts or its child breaker are counted."""
+        has_attempts = request.task.options.retrying is not None and not admitted.trial
+        if not has_attempts and (admitted.leased or not admitted.for_child):
+            run = request.holder, admitted.breaker
+            self._overruns.begin(run, request.name, seconds, partial(self._tell, request, admitted, OVERDUE))
 
     def _would_count(self, standing: Standing, ticket: Ticket) -> bool:
         """Whether a failure now uses up an attempt: only if the dependency has served somebody since the last one.
@@ -166,7 +179,8 @@ class Gate:
     def settle(self, request: GatedRequest, admission: Admission, report: Report) -> None:
         """Count what a run has found out, once, for each breaker that admitted it."""
         self._unaccepted.pop(request.holder, None)
-        for admitted, verdict in zip(admission.passes, report.verdicts, strict=True):
+        for admitted, said in zip(admission.passes, report.verdicts, strict=True):
+            verdict = self._overruns.end((request.holder, admitted.breaker), request.name, said)
             if admitted.leased:
                 self._places.leave(admitted.breaker)
                 self._tell(request, admitted, verdict or _NOTHING_SAID)

@@ -45,6 +45,7 @@ QUICK: dict[str, Any] = {
 payments = resilience.breaker("payments", **QUICK)
 accounts = resilience.breaker("accounts", **QUICK)
 probed = resilience.breaker("probed", **QUICK)
+sluggish = resilience.breaker("sluggish", minimum_calls=4, slow_call_duration=1.0, open_duration=60.0)
 tolerant = resilience.breaker("tolerant", **{**QUICK, "consecutive_failures": None, "minimum_calls": 1000})
 knocked = resilience.breaker("knocked", **QUICK)
 narrow = resilience.breaker("narrow", **QUICK, max_deferred=2)
@@ -147,6 +148,12 @@ def fragile(self, *args, dependency: str) -> list:
     """A task whose first failure is its last; tells what it sees of its message."""
     call(dependency)
     return [self.request.id, self.request.headers, self.request.delivery_info["priority"], self.request.reply_to]
+
+
+@app.task(bind=True, breaker="sluggish", time_limit=30)
+def dawdle(self) -> None:
+    SIDE.rpush("runs:dawdle", time.time())
+    wait_until_healthy("sluggish")
 
 
 @app.task(breaker="tolerant")

@@ -43,6 +43,7 @@ def request(task_id: str, ticket: Ticket, *breakers: Breaker) -> Any:
     holder = vars(GatedRequest)["holder"].func(SimpleNamespace(id=task_id))
     return SimpleNamespace(
         id=task_id,
+        name="shop.charge",
         ticket=ticket,
         holder=holder,
         guards=breakers,

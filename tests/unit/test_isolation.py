@@ -137,6 +137,7 @@ def gate(app: Celery, clock: Clock) -> Gate:
 def request(task_id: str, *breakers: Breaker, ticket: Ticket | None = None, waits: bool = True) -> Any:
     return SimpleNamespace(
         id=task_id,
+        name="shop.charge",
         ticket=ticket or Ticket(),
         holder=f"{task_id}:run",
         guards=breakers,

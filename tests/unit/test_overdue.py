@@ -1,0 +1,83 @@
+"""Calls that pass their time are told of while they run, once; those that end in time never are."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from resilient_tasks.store.overdue import Overdue
+from tests.support.doubles import ManualClock, wait_until
+
+PATIENCE = 60
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def overdue(clock: ManualClock) -> Overdue:
+    return Overdue(clock)
+
+
+def look(overdue: Overdue) -> None:
+    """Have the thread look at the clock."""
+    with overdue._condition:
+        overdue._condition.notify_all()
+
+
+def test_a_call_is_told_of_when_it_passes_its_time(overdue: Overdue, clock: ManualClock) -> None:
+    told: list[str] = []
+    hangs = overdue.begin(5, lambda: told.append("hangs"))
+    quick = overdue.begin(5, lambda: told.append("quick"))
+    longer = overdue.begin(50, lambda: told.append("longer"))
+    assert not overdue.end(quick)
+    clock.advance(5)
+    look(overdue)
+    wait_until(lambda: told == ["hangs"])
+    assert overdue.end(hangs)
+    assert not overdue.end(longer)
+    clock.advance(100)
+    look(overdue)
+    wait_until(lambda: overdue._wakes_at == float("inf") or not overdue._watches)
+    assert told == ["hangs"]
+
+
+def test_a_call_that_may_be_overdue_first_is_not_overslept(overdue: Overdue, clock: ManualClock) -> None:
+    told = threading.Event()
+    overdue.begin(1000, told.clear)
+    overdue.begin(1, told.set)
+    clock.advance(1)
+    look(overdue)
+    assert told.wait(PATIENCE)
+
+
+def test_by_the_real_clock() -> None:
+    told = threading.Event()
+    watch = Overdue().begin(0.01, told.set)
+    assert told.wait(PATIENCE)
+    assert watch.told
+
+
+def test_a_teller_that_fails_keeps_nobody_else_from_being_told(
+    overdue: Overdue, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = threading.Event()
+    overdue.begin(1, lambda: 1 / 0)
+    clock.advance(1)
+    look(overdue)
+    wait_until(lambda: "could not be told of" in caplog.text)
+    overdue.begin(1, told.set)
+    clock.advance(1)
+    look(overdue)
+    assert told.wait(PATIENCE)
+
+
+def test_a_forked_process_watches_its_own_calls_only(overdue: Overdue) -> None:
+    overdue.begin(1000, lambda: None)
+    if (pid := os.fork()) == 0:
+        os._exit(len(overdue._watches))
+    assert os.waitpid(pid, 0)[1] == 0
