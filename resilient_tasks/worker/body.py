@@ -6,23 +6,23 @@ direct call, has no message: where no fallback answers, the error reaches the ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import tenacity
 from celery import Task
-from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry
+from celery.exceptions import MaxRetriesExceededError, Retry
 
 from resilient_tasks.core.blame import blamed_on
 from resilient_tasks.core.counts import FAILED
 from resilient_tasks.core.model import Outcome, State
-from resilient_tasks.errors import BreakerOpenError, ResilienceError
+from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.fallback import Call, write_provenance
 from resilient_tasks.guard import call_guarded
 from resilient_tasks.monitor import tracing
 from resilient_tasks.worker.options import DEFER
+from resilient_tasks.worker.quick_attempts import bounded, time_limit
 from resilient_tasks.worker.run import Run, TaskDeferred, current_run
 from resilient_tasks.worker.runtime import runtime_of
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from resilient_tasks.worker.task import ResilientTask
 
 _REFUSING = (State.OPEN, State.FORCED_OPEN)
-_CONTROL_FLOW = (Ignore, Reject, Retry, ResilienceError)
 
 
 def run_guarded(task: ResilientTask, *args: Any, **kwargs: Any) -> Any:
@@ -92,10 +91,7 @@ class _Body:
         retrying = self.options.retrying
         if retrying is None:
             return self.attempt()
-        bounded = retrying.copy(
-            stop=_StopWhenOpen(self.breakers, retrying.stop), retry=_RetryErrors(retrying.retry), reraise=True
-        )
-        return bounded(self.attempt)
+        return bounded(retrying, self.breakers, time_limit(self.task))(self.attempt)
 
     def attempt(self) -> Any:
         """Call the body once."""
@@ -219,27 +215,3 @@ class _GatedBody(_Body):
         """Whether Celery's own retrying has had its say about this failure."""
         automatic = tuple(getattr(self.task, "autoretry_for", None) or ())
         return bool(self.task.request.retries > 0 or isinstance(exc, (MaxRetriesExceededError, *automatic)))
-
-
-class _StopWhenOpen(tenacity.stop.stop_base):
-    """Ends quick attempts when the user's own condition does, or as soon as a breaker no longer admits."""
-
-    def __init__(self, breakers: Sequence[Breaker], otherwise: Any) -> None:
-        self._breakers = breakers
-        self._otherwise = otherwise
-
-    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
-        admits = all(guard.admits for breaker in self._breakers for guard in breaker.guards)
-        return not admits or bool(self._otherwise(retry_state))
-
-
-class _RetryErrors(tenacity.retry_base):
-    """Repeats what the user's own condition does, but no control flow: ``self.retry()`` has sent a message already."""
-
-    def __init__(self, otherwise: Any) -> None:
-        self._otherwise = otherwise
-
-    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
-        outcome = retry_state.outcome
-        error = outcome.exception() if outcome is not None else None
-        return not isinstance(error, _CONTROL_FLOW) and bool(self._otherwise(retry_state))

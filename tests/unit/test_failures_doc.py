@@ -58,3 +58,10 @@ def test_a_proxys_answers_are_told_apart(namespace: dict[str, Any], clock: Clock
         fail(namespace["geocoder"], httpx.HTTPStatusError("503", request=request, response=httpx.Response(503)))
     clock.settle()
     assert (namespace["geocoder"].snapshot().failures, namespace["where_it_fails"]()) == (3, "in the service")
+
+
+def test_what_hangs_and_quick_attempts_are_declared_as_printed(namespace: dict[str, Any]) -> None:
+    search, find = namespace["search"], namespace["find"]
+    assert (search.policy.slow_call_duration, search.policy.slow_call_rate_threshold) == (1, 0.8)
+    assert find.options.breakers == ("search",)
+    assert find.options.retrying.stop.max_attempt_number == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -155,6 +156,29 @@ def test_retrying_ends_when_the_breaker_opens(
         run(call, 7)
     assert dependency.calls == 3
     assert payments.state == "OPEN"
+
+
+def test_no_quick_attempt_is_waited_for_beyond_the_time_limit(
+    task: Any, run: Any, dependency: Dependency, clock: Clock
+) -> None:
+    hourly = tenacity.Retrying(stop=tenacity.stop_after_attempt(2), wait=tenacity.wait_fixed(3600))
+    dependency.failures_left = 1
+    with pytest.raises(ConnectionError):
+        run(task(retrying=hourly, time_limit=60, soft_time_limit=50), 7)
+    assert dependency.calls == 1
+
+
+def test_the_wait_for_a_quick_attempt_ends_when_the_breaker_opens(
+    task: Any, run: Any, dependency: Dependency, payments: Breaker, clock: Clock
+) -> None:
+    def trip(_: tenacity.RetryCallState) -> None:
+        threading.Timer(0.2, payments.trip).start()
+
+    hourly = tenacity.Retrying(stop=tenacity.stop_after_attempt(2), wait=tenacity.wait_fixed(3600), before_sleep=trip)
+    dependency.failures_left = 1
+    with pytest.raises(BreakerOpenError):
+        run(task(retrying=hourly), 7)
+    assert dependency.calls == 1
 
 
 def test_after_the_open_time_the_next_runs_are_trials(task: Any, run: Any, payments: Breaker, clock: Clock) -> None:
