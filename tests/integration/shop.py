@@ -262,6 +262,17 @@ def reckless(dependency: str) -> str:
     return call(dependency)
 
 
+@app.task(
+    breaker="payments",
+    autoretry_for=(DependencyDownError,),
+    retry_backoff=False,
+    default_retry_delay=0,
+    max_retries=9,
+)
+def poisoned() -> str:
+    return call("poison")
+
+
 @app.task(bind=True, breaker="payments", max_retries=2)
 def retried(self) -> int:
     """A task that uses up all the retries that it has."""
