@@ -97,7 +97,7 @@ def test_out_of_attempts(running: Shop, events: Events) -> None:
     assert letter.died_at == pytest.approx(time.time(), abs=PATIENCE)
     assert events.wait_for("task-failed", result.id)
     assert running.notes() == [["failed"]]
-    assert running.broker.hlen("unacked") == 0
+    running.wait(lambda: running.broker.hlen("unacked") == 0, "nothing to be unacknowledged, ticks included")
 
 
 def test_out_of_attempts_by_a_time_limit(running: Shop, events: Events) -> None:
