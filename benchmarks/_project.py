@@ -143,6 +143,26 @@ def occupy(self: Any, seconds: float) -> None:
     SIDE.rpush(FINISHED, f"{self.request.id} {time.time()}")
 
 
+HANGS = 30.0  # seconds that a call to the hanging dependency takes
+WORKS = 0.05  # seconds that a healthy task takes
+sick = resilience.breaker(
+    "sick", slow_call_duration=1, minimum_calls=2, trial_calls=1, max_concurrency_per_worker=2
+)  # fmt: skip
+
+
+@app.task(breaker=sick, time_limit=2)
+def hang() -> None:
+    """Call a dependency that hangs."""
+    time.sleep(HANGS)
+
+
+@app.task
+def work() -> None:
+    """Be healthy."""
+    time.sleep(WORKS)
+    SIDE.rpush(FINISHED, time.time())
+
+
 def call() -> None:
     """Call a dependency that is ill while a key exists."""
     if SIDE.exists(ILL):
