@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
 # Tests wait for real processes more than they compute.
-JOBS ?= 3
+JOBS ?= 4
 PARALLEL := -n $(JOBS) --dist worksteal
 
 # the directories of `make test`
