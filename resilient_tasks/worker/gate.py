@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 from resilient_tasks.core.classification import Verdict
@@ -19,7 +19,7 @@ from resilient_tasks.core.model import Grant, Outcome, voter_of
 from resilient_tasks.core.names import parent_of
 from resilient_tasks.store.base import Wish
 from resilient_tasks.worker.overruns import OVERDUE, Overruns
-from resilient_tasks.worker.run import Admission, Pass, Report
+from resilient_tasks.worker.run import Admission, Pass, Report, limits_of
 from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -232,6 +232,5 @@ def _ramps_out(standing: Standing, ticket: Ticket, task_id: str) -> bool:
 
 def _trial_limit(request: GatedRequest, breaker: Breaker) -> float:
     """Longest time in seconds for which a trial's permit is renewed."""
-    hard, soft = (*(request.time_limits or ()), None, None)[:2]
-    task: Any = request.task
-    return float(hard or task.time_limit or soft or task.soft_time_limit or breaker.policy.trial_timeout)
+    hard, soft = limits_of(request.task, request.time_limits)
+    return float(hard or soft or breaker.policy.trial_timeout)

@@ -11,6 +11,7 @@ import tenacity
 from celery.exceptions import Ignore, Reject, Retry
 
 from resilient_tasks.errors import ResilienceError
+from resilient_tasks.worker.run import limits_of
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
@@ -38,9 +39,7 @@ def bounded(retrying: tenacity.Retrying, breakers: Sequence[Breaker], limit: flo
 
 def time_limit(task: Any) -> float | None:
     """Return the shortest time limit of a task's run, in seconds; None if it has none."""
-    hard, soft = (*(task.request.timelimit or ()), None, None)[:2]
-    limits = (hard or task.time_limit, soft or task.soft_time_limit)
-    return min((float(limit) for limit in limits if limit), default=None)
+    return min((float(limit) for limit in limits_of(task, task.request.timelimit) if limit), default=None)
 
 
 def _all_admit(breakers: Sequence[Breaker]) -> bool:

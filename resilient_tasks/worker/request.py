@@ -31,7 +31,7 @@ from resilient_tasks.policy import BLOCK
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.coalescing import coalesced_as
 from resilient_tasks.worker.options import DEFER
-from resilient_tasks.worker.run import NONSENSE, Admission, Packed, Report, TaskDeferred, run_admitted
+from resilient_tasks.worker.run import NONSENSE, Admission, Packed, Report, TaskDeferred, limits_of, run_admitted
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import HEADER, Ticket
 
@@ -158,7 +158,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     def _submit(self, pool: Any, admission: Admission) -> Any:
         if self.delivery_info.get("redelivered") and not self.ticket.since:  # a deferred message may keep the mark
             runtime_of(self.app).fleet.reporter.tally(self.task.options.breakers[0], REDELIVERED)
-        hard, soft = self.time_limits
+        hard, soft = limits_of(self.task, self.time_limits)
         message = self.type, self.id, self.request_dict, self.body, self.content_type, self.content_encoding
         result = pool.apply_async(
             run_admitted,
@@ -167,8 +167,8 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
             timeout_callback=self.on_timeout,
             callback=self.on_success,
             error_callback=self.on_failure,
-            soft_timeout=soft or self.task.soft_time_limit,
-            timeout=hard or self.task.time_limit,
+            soft_timeout=soft,
+            timeout=hard,
             correlation_id=self.id,
         )
         self._apply_result = ref(result) if result is not None else None
@@ -228,14 +228,17 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
 
     def discard(self) -> None:
         """Settle a run that has never begun; the broker delivers its message again."""
-        if self.admission is not None:
-            self._settle(Report.of_all(Verdict(Outcome.IGNORED), self.admission.passes))
+        self._settle_all(Verdict(Outcome.IGNORED))
 
     def _settle_death(self, exc: BaseException) -> None:
         """A child killed by a time limit, or lost, has failed; one killed by revoke or shutdown says nothing."""
         killed = isinstance(exc, Terminated) or seams.shutting_down()
         failed = isinstance(exc, (TimeLimitExceeded, WorkerLostError)) and not killed
         verdict = Verdict(Outcome.FAILURE, type(exc).__name__) if failed else Verdict(Outcome.IGNORED)
+        self._settle_all(verdict)
+
+    def _settle_all(self, verdict: Verdict) -> None:
+        """Settle a run about which there is one verdict, the same for every breaker."""
         if self.admission is not None:
             self._settle(Report.of_all(verdict, self.admission.passes))
 

@@ -32,6 +32,12 @@ Packed = tuple[Any, ...]
 NONSENSE = (AttributeError, LookupError, TypeError, ValueError)
 
 
+def limits_of(task: Any, sent: Sequence[float | None] | None) -> tuple[float | None, float | None]:
+    """Return the hard and the soft time limit of a run in seconds: those sent with its message, else its task's."""
+    hard, soft = (*(sent or ()), None, None)[:2]
+    return hard or task.time_limit, soft or task.soft_time_limit
+
+
 class Pass(NamedTuple):
     """Leave that one breaker has given to one run.
 
