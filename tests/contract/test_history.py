@@ -314,6 +314,7 @@ def test_former_outages_are_kept_up_to_a_bound(lab: Lab) -> None:
         breaker.command(Verb.RESET)
         lab.clock.advance(10)
     kept = outages(lab)
+    assert all(outage.closed == outage.drained == outage.opened for outage in kept)
     assert [outage.reason for outage in kept] == [f"outage {number}" for number in range(109, 8, -1)]
     assert [outage.reason for outage in outages(lab, since=kept[2].opened)] == ["outage 109", "outage 108"]
 

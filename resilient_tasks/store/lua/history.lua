@@ -152,8 +152,8 @@ end
 -- late: failures of this very script that came after the trip
 local function begin_outage(transition, window, late)
   local opened, drained = unpack(redis.call('HMGET', OUTAGE, 'opened', 'drained'))
-  redis.call('HDEL', OUTAGE, 'closed')
   if opened and not drained then -- its tasks still wait
+    redis.call('HDEL', OUTAGE, 'closed')
     redis.call('HINCRBY', OUTAGE, 'openings', 1)
     return
   elseif opened then
