@@ -1,4 +1,4 @@
-"""Breakers for Prometheus, as any one process of the fleet can tell of them.
+"""Breakers for prometheus-client, as any one process of the fleet can tell of them.
 
 ``celery -A proj breakers exporter`` serves them by itself, and Flower with breakers in its ``/metrics``. A process that
 has a ``/metrics`` of its own adds them with one line::
@@ -83,7 +83,7 @@ def _families(subjects: Sequence[Subject]) -> list[Family]:
 
 
 def _family(metric: Metric, subjects: Sequence[Subject]) -> Family:
-    family = Family(metric.name.removesuffix("_total"), metric.text, "counter" if metric.is_counter else "gauge")
+    family = Family(metric.name.removesuffix("_total"), metric.text, metric.kind)
     family.samples = list(_samples(metric, subjects))
     return family
 

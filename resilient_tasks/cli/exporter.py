@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
+from functools import partial
 from types import FrameType
 
 import click
@@ -19,26 +19,17 @@ from resilient_tasks.worker.runtime import Runtime
 @pass_runtime
 def exporter(runtime: Runtime, port: int, address: str) -> None:
     """Serve all breakers to Prometheus, until interrupted; one exporter is enough for a fleet."""
-    try:
-        from prometheus_client import CollectorRegistry, start_http_server  # noqa: PLC0415 - an extra
+    from resilient_tasks.monitor.exposition import Exposition, ExpositionServer  # noqa: PLC0415 - `--help` needs none
+    from resilient_tasks.worker.subjects import read_subjects  # noqa: PLC0415 - as above
 
-        from resilient_tasks.prometheus import register  # noqa: PLC0415 - as above
-    except ImportError as error:
-        raise click.ClickException("prometheus-client is missing: pip install 'resilient_tasks[metrics]'") from error
-    registry = CollectorRegistry()
-    register(runtime.app, registry)
     try:
-        server, _ = start_http_server(port, address, registry)
+        server = ExpositionServer(Exposition(partial(read_subjects, runtime)), address, port)
     except OSError as error:
         raise click.ClickException(f"cannot listen on {address}:{port}: {error.strerror or error}") from error
-    click.echo(f"metrics of {len(runtime.breakers)} breakers on http://{address}:{server.server_port}/metrics")
-    _wait_for_the_end()
-
-
-def _wait_for_the_end() -> None:
+    click.echo(f"metrics of {len(runtime.breakers)} breakers on http://{address}:{server.port}/metrics")
     signal.signal(signal.SIGTERM, _end)
     try:
-        threading.Event().wait()
+        server.serve_forever()
     except KeyboardInterrupt:
         sys.exit(0)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
+from functools import partial
 from importlib import resources
 from typing import Any
 
+from prometheus_client import REGISTRY
 from tornado import web
 
 from resilient_tasks.flower import api, pages, seams
 from resilient_tasks.flower.desk import Desk
-from resilient_tasks.prometheus import register
+from resilient_tasks.monitor.exposition import Exposition
+from resilient_tasks.monitor.metrics import UP
 from resilient_tasks.worker.runtime import find_runtime
+from resilient_tasks.worker.subjects import read_subjects
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -28,9 +31,16 @@ class FlowerWithBreakers(seams.Flower):
         runtime = find_runtime(self.capp)
         if runtime is None:
             raise SystemExit(f"app {self.capp.main!r} has no Resilience: name the app that has, as in celery -A proj")
-        with suppress(ValueError):  # they are there already: somebody has registered them, or started another Flower
-            register(self.capp, patience=0)
-        self.add_handlers(".*", seams.prefixed(_handlers(Desk(runtime)), self.options))
+        handlers = _handlers(Desk(runtime))
+        if not _are_registered():
+            exposition = Exposition(partial(read_subjects, runtime), patience=0)
+            handlers.append(web.url(r"/metrics", pages.Metrics, {"exposition": exposition}))
+        self.add_handlers(".*", seams.prefixed(handlers, self.options))
+
+
+def _are_registered() -> bool:
+    """Whether breakers are among Flower's own metrics already, because somebody has added them to its registry."""
+    return any(REGISTRY.restricted_registry([UP]).collect())
 
 
 def _handlers(desk: Desk) -> list[web.url]:

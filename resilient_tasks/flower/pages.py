@@ -10,6 +10,7 @@ from resilient_tasks.core.model import Verb
 from resilient_tasks.flower import seams
 from resilient_tasks.flower.api import RESUME
 from resilient_tasks.flower.handlers import Page, check_defined, failures_told, look_at
+from resilient_tasks.monitor.exposition import Exposition
 
 VERBS = {
     Verb.TRIP: "Open it as if it had tripped: it heals by itself.",
@@ -106,3 +107,16 @@ class Broker(_OurQueues, seams.BrokerView):
 
 class QueueLengths(_OurQueues, seams.GetQueueLengths):
     """Flower's ``/api/queues/length``."""
+
+
+class Metrics(seams.Metrics):
+    """Flower's ``/metrics``, with ours behind its own."""
+
+    def initialize(self, exposition: Exposition) -> None:
+        """Remember who has the text of them."""
+        self.exposition = exposition
+
+    async def get(self) -> None:
+        """Tell Prometheus of tasks, workers and breakers."""
+        await super().get()
+        self.write(self.exposition.text())

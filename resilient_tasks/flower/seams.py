@@ -17,6 +17,7 @@ from flower.api.tasks import GetQueueLengths
 from flower.app import Flower, rewrite_handler
 from flower.views import BaseHandler
 from flower.views.broker import BrokerView
+from flower.views.monitor import Metrics
 from tornado import template, web
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "BrokerView",
     "Flower",
     "GetQueueLengths",
+    "Metrics",
     "Templates",
     "api_is_open",
     "command",

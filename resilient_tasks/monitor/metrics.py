@@ -74,6 +74,11 @@ class Metric:
         """Whether it only grows, for as long as the store keeps its data."""
         return self.name.endswith("_total")
 
+    @property
+    def kind(self) -> str:
+        """What Prometheus calls that."""
+        return "counter" if self.is_counter else "gauge"
+
     def labelled(self, subject: Subject, labels: Sequence[str]) -> dict[str, str]:
         """Return all labels of one of its points."""
         if not labels:
@@ -178,6 +183,11 @@ METRICS = (
         lambda subject: _where_limited(subject, subject.snapshot.concurrency_limit),
     ),
     _named("transitions_total", "state", _transitions, "Transitions by the state that was entered."),
+    Metric(
+        f"{PREFIX}hot_children",
+        "Its children that are not plainly CLOSED; absent while there is none. The first 100 have series, too.",
+        lambda subject: (Point(len(hot)),) if (hot := subject.snapshot.hot_children) else (),
+    ),
     _named(
         "info",
         "queue_name",

@@ -24,7 +24,7 @@ T = TypeVar("T")
 PATIENCE = 0.02  # seconds that a scrape may wait for a reading made for it
 FRESH = 0.25  # seconds for which a reading counts as made just now: a collection may ask once per metric
 REFRESH = 5.0  # seconds between two readings that nobody has asked for
-INTEREST = 60.0  # seconds after which somebody who has asked is taken to be gone
+INTEREST = 300.0  # seconds after which somebody who has asked is taken to be gone
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,8 +170,11 @@ class Runtime:
         """Return all breakers as this process declares them, without their children."""
         return [breaker.spec for breaker in self.breakers.values()]
 
-    def read(self) -> list[Snapshot]:
+    def read(self, most_children: int | None = None) -> list[Snapshot]:
         """Read all breakers from the store, and those of their children that are not plainly CLOSED.
+
+        Args:
+            most_children: only so many of each breaker, in the order of their keys; None: all.
 
         Raises:
             StoreError: the store is away.
@@ -181,7 +184,7 @@ class Runtime:
         hot = [
             replace(spec, name=f"{spec.name}:{key}")
             for spec, snapshot in zip(specs, snapshots, strict=True)
-            for key in snapshot.hot_children
+            for key in sorted(snapshot.hot_children)[:most_children]
         ]
         return [*snapshots, *(store.read_shared(hot) if hot else ())]
 

@@ -11,14 +11,17 @@ if TYPE_CHECKING:
     from resilient_tasks.core.outage import Estimate
     from resilient_tasks.worker.runtime import Runtime
 
+#: Most children of one breaker that are told of: each has as many series as a breaker.
+MOST_CHILDREN = 100
+
 
 def read_subjects(runtime: Runtime) -> list[Subject]:
-    """Read all breakers of an app from the store, and those of their children that are not plainly CLOSED.
+    """Read all breakers of an app from the store, and some of their children that are not plainly CLOSED.
 
     Raises:
         StoreError: the store is away, or one in memory.
     """
-    snapshots = runtime.read()
+    snapshots = runtime.read(MOST_CHILDREN)
     totals = runtime.fleet.history.totals([each.name for each in snapshots])
     estimates = runtime.fleet.story.estimates(snapshots)
     tasks, queue = _tasks_by_breaker(runtime), f"{runtime.settings.namespace}.deferred.{{}}".format

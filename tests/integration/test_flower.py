@@ -116,6 +116,15 @@ def test_the_states_of_tasks_are_right_at_every_step_in_stock_flower_and_in_ours
         stock.stop()
 
 
+def test_prometheus_is_told_of_breakers_behind_what_flower_tells(shop: Shop, ours: Site) -> None:
+    def told() -> str:
+        return ours.client.get("/metrics").raise_for_status().text
+
+    shop.wait(lambda: "\ncelery_breaker_up 1.0\n" in told(), "the store to be read")
+    assert '\ncelery_breaker_state{breaker="payments",state="CLOSED"} 1.0\n' in told()
+    assert "\nflower_events_total" in told() or "# HELP flower_events_total " in told()
+
+
 # --- steering ------------------------------------------------------------------------------------------
 
 

@@ -12,11 +12,13 @@ from urllib.parse import quote
 import httpx
 import pytest
 from celery import Celery
+from prometheus_client import REGISTRY
 
 from resilient_tasks import Breaker, Resilience
 from resilient_tasks.core.names import child_name
 from resilient_tasks.errors import StoreError
-from resilient_tasks.flower import application
+from resilient_tasks.flower.application import FlowerWithBreakers
+from resilient_tasks.prometheus import register
 from resilient_tasks.store.local import LocalStore
 from resilient_tasks.testing import Clock
 from tests.support.flower_site import flower_site
@@ -33,9 +35,8 @@ def app() -> Celery:
 
 
 @pytest.fixture
-def serve(app: Celery, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+def serve(app: Celery) -> Iterator[Serve]:
     """Serve Flower with some options; without others, as one in which ann has logged in."""
-    monkeypatch.setattr(application, "register", lambda *_, **__: None)  # metrics would outlive the breakers in memory
     with ExitStack() as sites:
 
         def serve(user: tuple[str, str] | None = ANN, **chosen: Any) -> httpx.Client:
@@ -119,6 +120,27 @@ class _Frozen(LocalStore):
     def command(self, *args: Any, **kwargs: Any) -> Any:
         self._thaw()
         return super().command(*args, **kwargs)
+
+
+@pytest.mark.parametrize("prefix", ["", "/tasks"])
+def test_flowers_metrics_are_followed_by_ours(
+    serve: Serve, clock: Clock, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    monkeypatch.setattr(FlowerWithBreakers, "purge_offline_worker_metrics", lambda _: None)
+    text = serve(url_prefix=prefix).get(f"{prefix}/metrics").text
+    assert text.startswith("# HELP python_gc_objects_collected_total ")
+    assert text.count("\ncelery_breaker_up 0.0\n") == 1  # one in memory keeps no history
+
+
+def test_breakers_that_somebody_has_registered_are_not_told_twice(
+    app: Celery, serve: Serve, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FlowerWithBreakers, "purge_offline_worker_metrics", lambda _: None)
+    collector = register(app)
+    try:
+        assert serve().get("/metrics").text.count("\ncelery_breaker_up ") == 1
+    finally:
+        REGISTRY.unregister(collector)
 
 
 def test_a_store_that_keeps_no_history_is_told(site: httpx.Client) -> None:

@@ -276,3 +276,12 @@ def test_a_child_that_others_have_opened_is_known_here(payments: Breaker, acme: 
     view.refresh()
     assert view.standing("payments:stranger").snapshot.state == "CLOSED"
     assert view.hot_children() == []
+
+
+def test_of_many_children_that_are_not_closed_the_first_can_be_read(
+    payments: Breaker, clock: Clock, app: Celery
+) -> None:
+    for key in "cab":
+        force(payments.child(key), "OPEN")
+    names = [snapshot.name for snapshot in runtime_of(app).read(most_children=2)]
+    assert names == ["payments", "payments:a", "payments:b"]

@@ -29,7 +29,7 @@ NOW = 1_789_000_000.0
 OPEN = Subject(
     Snapshot(
         'pay"ments\n', State.OPEN, 17, 17, now=NOW, since=NOW - 60, calls=10, failures=4, slow=1, open_until=NOW + 5,
-        trials=2, deferred=3, oldest_deferred_at=NOW - 30, in_flight=4, concurrency_limit=8,
+        trials=2, deferred=3, oldest_deferred_at=NOW - 30, in_flight=4, concurrency_limit=8, hot_children=("acme", "b"),
     ),
     Counts.of({
         "SUCCESS": 100, "FAILURE": 20, "trials": 5, "refused": 7, "deferred": 6, "deferred_again": 2, "resumed": 4,
@@ -74,10 +74,10 @@ def test_a_reading_becomes_series_of_all_breakers() -> None:
             "deferred_tasks", "oldest_deferred_seconds", "done_in_seconds",
             "deferred_total", "deferred_again_total", "resumed_total",
             "failed_total", "dead_lettered_total", "expired_total", "revoked_total", "dropped_total",
-            "redelivered_total", "trials_total", "permits", "in_flight", "concurrency_limit",
+            "redelivered_total", "trials_total", "permits", "in_flight", "concurrency_limit", "hot_children",
         )
     }  # fmt: skip
-    expected = (NOW - 60, NOW + 5, 0.4, 0.1, 7, 3, 30, 2280, 6, 2, 4, 11, 12, 13, 14, 15, 16, 5, 2, 4, 8)
+    expected = (NOW - 60, NOW + 5, 0.4, 0.1, 7, 3, 30, 2280, 6, 2, 4, 11, 12, 13, 14, 15, 16, 5, 2, 4, 8, 2)
     assert tuple(told.values()) == expected
     assert value(values, "calls_total", breaker=name, outcome="success") == 100
     assert value(values, "calls_total", breaker=name, outcome="slow") == 0
@@ -95,6 +95,7 @@ def test_what_a_breaker_does_not_have_has_no_series_and_what_has_not_happened_is
         "done_in_seconds",
         "in_flight",
         "concurrency_limit",
+        "hot_children",
         "fallback_total",
         "task_info",
     ):
