@@ -60,6 +60,10 @@ class BreakerKeys(NamedTuple):
     hot: str
 
 
+_FIRST_OF_FAMILY = BreakerKeys._fields.index("children")
+_OF_ONE, _OF_FAMILY = BreakerKeys._fields[:_FIRST_OF_FAMILY], BreakerKeys._fields[_FIRST_OF_FAMILY:]
+
+
 class Keys:
     """Builds every key of one namespace."""
 
@@ -76,10 +80,11 @@ class Keys:
         Raises:
             ConfigurationError: the name cannot be part of a key.
         """
-        shared = BreakerKeys._fields.index("children")
-        own = [self._of_breaker(name, part) for part in BreakerKeys._fields[:shared]]
-        of_family = [self._of_breaker(parent_of(name) or name, part) for part in BreakerKeys._fields[shared:]]
-        return BreakerKeys(*own, *of_family)
+        check_name("breaker", name)
+        family, key = parent_of(name) or name, key_of(name)
+        tagged = f"{self.namespace}:{{{family}}}:"
+        end = f":{key}" if key else ""
+        return BreakerKeys(*[f"{tagged}{part}{end}" for part in _OF_ONE], *[f"{tagged}{part}" for part in _OF_FAMILY])
 
     def tick(self, scope: str) -> str:
         """Return the hash that holds the lease of the tick, and when one completed."""
