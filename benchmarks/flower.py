@@ -1,7 +1,7 @@
 """Flower with a thousand breakers: how long its pages and its API take, and its health check with the store frozen.
 
 On a busy machine the time on the wall is that of its other jobs, so what Flower computes per request is told beside it.
-"Nobody had looked" is whoever comes first and waits for the store; after that Flower goes on reading it for a while.
+"Nobody had looked" is whoever comes first; after that Flower reads the store more often for a while.
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ class FlowerWithBreakers(seams.Flower):
         runtime = find_runtime(self.capp)
         if runtime is None:
             raise SystemExit(f"app {self.capp.main!r} has no Resilience: name the app that has, as in celery -A proj")
-        handlers = _handlers(Desk(runtime))
+        desk = Desk(runtime)
+        self.io_loop.add_callback(desk.watch.start)
+        handlers = _handlers(desk)
         if not _are_registered():
             exposition = Exposition(partial(read_subjects, runtime), patience=0)
             handlers.append(web.url(r"/metrics", pages.Metrics, {"exposition": exposition}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,12 +19,16 @@ Told = dict[str, Any]
 
 #: Seconds between two readings while somebody looks.
 REFRESH = 1.0
-#: Seconds after the last look for which the store is read, so that whoever looks again need not wait.
+#: Seconds after the last look for which that goes on.
 INTEREST = 10.0
-#: Seconds that a page waits for the store before it shows what was read before.
-PATIENCE = 1.0
+#: Readings are so many times rarer while nobody looks, so that whoever looks next need not wait.
+_RARER = 5
+#: Seconds that who looks first waits for a new reading before the last one is shown.
+_BRIEFLY = 0.05
+#: Seconds that a page waits for what somebody has just changed.
+_PATIENCE = 1.0
 #: The same where nothing was read before.
-PATIENCE_AT_FIRST = 5.0
+_PATIENCE_AT_FIRST = 5.0
 #: Seconds after which the next attempt to read begins, whatever has become of the former.
 _GIVE_UP = 10.0
 
@@ -62,7 +67,7 @@ class Look:
 
 
 class Watch:
-    """Reads breakers as long as somebody looks, once a second for all who look.
+    """Reads breakers, once a second for all who look, and now and then while nobody does.
 
     Args:
         read: reads all breakers from the store; blocks.
@@ -73,8 +78,9 @@ class Watch:
         self._read = read
         self._errands = errands
         self._latest = Look()
-        self._looked_at = 0.0
+        self._looked_at = float("-inf")
         self._reading: asyncio.Task[None] | None = None
+        self._patience = _BRIEFLY
         self._going_on: asyncio.Task[None] | None = None
 
     @property
@@ -82,30 +88,40 @@ class Watch:
         """Names of the breakers that were there at the last look."""
         return self._latest.breakers.keys()
 
+    def start(self) -> None:
+        """Begin to read, and go on for as long as the event loop runs."""
+        self._going_on = asyncio.ensure_future(self._go_on())
+
     async def look(self) -> Look:
         """Return what the store says; what it said before, if it does not answer at once."""
         self.expect_looks()
         if self._reading is not None:
-            patience = PATIENCE_AT_FIRST if self._latest.read_at is None else PATIENCE
+            patience = _PATIENCE_AT_FIRST if self._latest.read_at is None else self._patience
             await asyncio.wait({self._reading}, timeout=patience)
         return self._latest
 
     def expect_looks(self) -> None:
-        """Begin to read, if nobody has looked for a while."""
+        """Read at once and often, if nobody has looked for a while."""
+        if not self._is_watched:
+            self._begin(_BRIEFLY)
         self._looked_at = time.monotonic()
-        if self._going_on is None or self._going_on.done():
-            self.forget()
-            self._going_on = asyncio.ensure_future(self._go_on())
 
     def forget(self) -> None:
         """Read at once: something has just been changed."""
-        self._reading = asyncio.ensure_future(self._refresh())
+        self._begin(_PATIENCE)
+
+    @property
+    def _is_watched(self) -> bool:
+        return time.monotonic() < self._looked_at + INTEREST
+
+    def _begin(self, patience: float) -> None:
+        self._reading, self._patience = asyncio.ensure_future(self._refresh()), patience
 
     async def _go_on(self) -> None:
-        while time.monotonic() < self._looked_at + INTEREST:
-            await asyncio.sleep(REFRESH)
-            if self._reading is None:
+        for turn in itertools.count():
+            if self._is_watched or turn % _RARER == 0:
                 await self._refresh()
+            await asyncio.sleep(REFRESH)
 
     async def _refresh(self) -> None:
         try:

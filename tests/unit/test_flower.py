@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -18,10 +19,12 @@ from resilient_tasks import Breaker, Resilience
 from resilient_tasks.core.names import child_name
 from resilient_tasks.errors import StoreError
 from resilient_tasks.flower.application import FlowerWithBreakers
+from resilient_tasks.flower.errands import Errands, NoAnswerError
 from resilient_tasks.prometheus import register
 from resilient_tasks.store.local import LocalStore
 from resilient_tasks.testing import Clock
 from tests.support.flower_site import flower_site
+from workers.processes import wait_until
 
 ANN = ("ann", "secret")
 NASTY = "</td><script>alert(1)</script>\"'&\x1b[2J"
@@ -58,6 +61,7 @@ def site(serve: Serve, clock: Clock) -> httpx.Client:
 
 def test_the_api_tells_what_the_store_knows(site: httpx.Client, payments: Breaker) -> None:
     payments.trip(reason=NASTY, actor="ann@desk")
+    wait_until(lambda: site.get("/api/breakers/payments").json()["breaker"]["state"] == "OPEN", timeout=60)
     everything = site.get("/api/breakers").json()
     assert everything["problem"] == ""
     assert everything["age"] < 60
@@ -92,7 +96,7 @@ def test_a_store_that_is_away_is_told_and_what_it_said_is_shown(
     store = _Frozen()
     resilience.use_store(store)
     site = serve()
-    assert site.get("/api/breakers").json()["breakers"][0]["state"] == "CLOSED"
+    assert store.was_read.wait(60), "Flower reads although nobody has looked"
     store.frozen = True
     answers = [site.get("/api/breakers").json() for _ in range(2)]
     assert [answer["breakers"][0]["state"] for answer in answers] == ["CLOSED"] * 2
@@ -106,7 +110,7 @@ class _Frozen(LocalStore):
     def __init__(self) -> None:
         super().__init__()
         self.frozen = False
-        self.thawed = threading.Event()
+        self.thawed, self.was_read = threading.Event(), threading.Event()
 
     def _thaw(self) -> None:
         if self.frozen:
@@ -115,7 +119,9 @@ class _Frozen(LocalStore):
 
     def read(self, specs: Any) -> Any:
         self._thaw()
-        return super().read(specs)
+        snapshots = super().read(specs)
+        self.was_read.set()
+        return snapshots
 
     def command(self, *args: Any, **kwargs: Any) -> Any:
         self._thaw()
@@ -165,6 +171,24 @@ def test_a_store_that_was_never_there_is_no_empty_table(
     assert (seen["breakers"], seen["read_at"], seen["problem"]) == ([], None, "the store was frozen")
     verb = site.post("/api/breakers/payments/trip")
     assert (verb.status_code, verb.json()) == (503, {"error": "the store was frozen"})
+
+
+def test_who_asks_a_broker_that_still_owes_an_answer_hears_so_at_once() -> None:
+    errands, asked, answers = Errands("broker"), threading.Event(), threading.Event()
+
+    def ask() -> bool:
+        asked.set()
+        return answers.wait(60)
+
+    async def both() -> None:
+        first = asyncio.ensure_future(errands.run(ask, patience=60))
+        await asyncio.to_thread(asked.wait)
+        with pytest.raises(NoAnswerError, match="the broker has not answered for 0 s"):
+            await errands.run(ask, patience=0)
+        answers.set()
+        assert await first
+
+    asyncio.run(both())
 
 
 # --- steering ------------------------------------------------------------------------------------------
