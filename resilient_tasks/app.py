@@ -110,26 +110,14 @@ class Resilience:
         check_name("breaker", name)
         if policy is None and not fields and name in self._breakers:
             return self._breakers[name]
-        if policy is not None and fields:
-            raise ConfigurationError(
-                f"breaker {name!r}: give a policy or its fields ({', '.join(sorted(fields))}), not both"
-            )
-        try:
-            in_code = policy or BreakerPolicy(**fields)
-        except ConfigurationError as exc:
-            raise ConfigurationError(f"breaker {name!r}: {exc}") from None
-        except TypeError:
-            allowed = ", ".join(BreakerPolicy.__dataclass_fields__)
-            unknown = ", ".join(sorted(fields.keys() - BreakerPolicy.__dataclass_fields__.keys()))
-            raise ConfigurationError(
-                f"breaker {name!r}: unknown policy field {unknown}; allowed are {allowed}"
-            ) from None
-        new = Breaker(name, self.settings.policy_for(name, in_code), fleet=lambda: self.fleet, revision=self._revision)
+        final = self.settings.policy_for(name, _policy_in_code(name, policy, fields))
+        new = Breaker(name, final, fleet=lambda: self.fleet, revision=self._revision)
         known = self._breakers.setdefault(name, new)
         if known.policy != new.policy:
-            raise ConfigurationError(
-                f"breaker {name!r} is defined twice with different policies: {known.policy} and {new.policy}"
+            told = ", ".join(
+                f"{field}={one!r} and {field}={other!r}" for field, one, other in known.policy.differences(new.policy)
             )
+            raise ConfigurationError(f"breaker {name!r} is defined twice with different policies: {told}")
         if known is new:
             self._welcome(new)
         return known
@@ -245,6 +233,23 @@ class Resilience:
                     dispatcher.send(kind, **fields)
 
             self._mailer.post(send)
+
+
+def _policy_in_code(name: str, policy: BreakerPolicy | None, fields: dict[str, Any]) -> BreakerPolicy:
+    if policy is not None and not isinstance(policy, BreakerPolicy):
+        raise ConfigurationError(f"breaker {name!r}: policy={policy!r}: allowed is a BreakerPolicy")
+    if policy is not None and fields:
+        raise ConfigurationError(
+            f"breaker {name!r}: give a policy or its fields ({', '.join(sorted(fields))}), not both"
+        )
+    known = BreakerPolicy.__dataclass_fields__.keys()
+    if fields.keys() - known:
+        unknown = ", ".join(sorted(fields.keys() - known))
+        raise ConfigurationError(f"breaker {name!r}: unknown policy field {unknown}; allowed are {', '.join(known)}")
+    try:
+        return policy or BreakerPolicy(**fields)
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"breaker {name!r}: {exc}") from None
 
 
 class _TickTask(Task):  # type: ignore[misc]  # Celery is untyped

@@ -173,6 +173,11 @@ class BreakerPolicy:
                 f"min_concurrency={self.min_concurrency!r}: allowed is up to max_concurrency={self.most_in_flight!r}"
             )
 
+    def differences(self, other: BreakerPolicy) -> list[tuple[str, Any, Any]]:
+        """Return each field that ``other`` has another value of, with both values."""
+        pairs = ((each.name, getattr(self, each.name), getattr(other, each.name)) for each in fields(self))
+        return [(name, mine, theirs) for name, mine, theirs in pairs if mine != theirs]
+
     @property
     def most_in_flight(self) -> int | None:
         """Most calls in flight in the fleet that anything counts; None: nobody counts them."""

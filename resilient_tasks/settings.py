@@ -33,6 +33,7 @@ PREFIX = "RESILIENT_TASKS_"
 NESTED = "__"
 
 _CODE_ONLY = frozenset({"classify", "failures", "ignore"})
+_WORDS = {"none": None, "null": None, "true": True, "false": False}
 _POLICY_FIELDS = {field.name: field for field in fields(BreakerPolicy)}
 
 # Celery's and kombu's URLs carry options of their own as well; only these mean the same to a store
@@ -304,15 +305,16 @@ def _parse(breaker: str, name: str, value: Any) -> Any:
     if field is None:
         allowed = ", ".join(known for known in _POLICY_FIELDS if known not in _CODE_ONLY)
         raise ConfigurationError(f"{variable}={value!r}: no such policy field; allowed are {allowed}")
-    parsed = _number_or_none(value) if isinstance(value, str) else value
+    parsed = _value_of(value) if isinstance(value, str) else value
     if not field.metadata["accepts"](parsed):
         raise ConfigurationError(f"{variable}={value!r}: allowed is {field.metadata['allowed']}")
     return parsed
 
 
-def _number_or_none(text: str) -> object:
-    if text.strip().lower() in ("none", "null"):
-        return None
+def _value_of(text: str) -> object:
+    word = text.strip().lower()
+    if word in _WORDS:
+        return _WORDS[word]
     for number in (int, float):
         with suppress(ValueError):
             return number(text)

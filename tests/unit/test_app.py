@@ -119,7 +119,9 @@ def test_a_breaker_defined_twice_alike_is_one_breaker() -> None:
 def test_a_breaker_defined_twice_differently_is_a_mistake() -> None:
     resilience = Resilience()
     first = resilience.breaker("payments", open_duration=5)
-    with pytest.raises(ConfigurationError, match=r"'payments' is defined twice .*open_duration=5.*open_duration=6"):
+    with pytest.raises(
+        ConfigurationError, match=r"'payments' is defined twice .*: open_duration=5 and open_duration=6$"
+    ):
         resilience.breaker("payments", open_duration=6)
     assert resilience.breakers["payments"] is first
 
@@ -129,6 +131,7 @@ def test_a_breaker_defined_twice_differently_is_a_mistake() -> None:
     [
         (("payments",), {"open_duration": -1}, "breaker 'payments': open_duration=-1: allowed is a positive"),
         (("payments",), {"opne_duration": 1}, "breaker 'payments': unknown policy field opne_duration; allowed are"),
+        (("payments", 0.5), {}, "breaker 'payments': policy=0.5: allowed is a BreakerPolicy"),
         (("payments", BreakerPolicy()), {"window": 1}, r"give a policy or its fields \(window\), not both"),
         (("pay ments",), {}, "breaker name 'pay ments': allowed is"),
         (("",), {}, "breaker name '': allowed is"),
