@@ -16,6 +16,7 @@ from celery import Celery, Signature
 from celery.result import AsyncResult
 
 from resilient_tasks import Resilience
+from resilient_tasks.core.model import State
 from workers.processes import Server, Worker, start_worker, wait_until
 
 MODULE = "tests.integration.post"
@@ -85,8 +86,13 @@ class PostOffice:
             self.side.delete(key)
 
     def open(self, breaker: str) -> None:
-        """Have tasks refused until told otherwise."""
+        """Have tasks refused until told otherwise; return once the worker knows."""
         self.operator.breakers[breaker].isolate(reason="test")
+        self.wait(lambda: self._seen_by_worker(breaker) == State.FORCED_OPEN, "the worker to hear of it")
+
+    def _seen_by_worker(self, breaker: str) -> str | None:
+        answers = self.client.control.broadcast("breakers", reply=True, timeout=10, limit=1)
+        return next((views[breaker]["state"] for answer in answers for views in answer.values()), None)
 
     def close(self, breaker: str) -> None:
         """Have them admitted again."""

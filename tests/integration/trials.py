@@ -18,6 +18,7 @@ from resilient_tasks import BreakerOpenError, Resilience
 from resilient_tasks.policy import BreakerPolicy
 
 LOCALHOST = "127.0.0.1"
+LISTEN_BACKLOG = 128
 NAMES = [f"service-{number}" for number in range(6)]
 TRIAL_CALLS = 3
 POLICY = BreakerPolicy(
@@ -56,6 +57,7 @@ class Service:
 
         with socketserver.ThreadingTCPServer((LOCALHOST, 0), Desk) as server:
             server.daemon_threads, server.block_on_close = True, False
+            server.socket.listen(LISTEN_BACKLOG)  # a full one has a caller wait for half a minute, permit in hand
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
             yield f"{LOCALHOST}:{server.server_address[1]}"
             server.shutdown()
