@@ -19,7 +19,7 @@ from resilient_tasks.errors import ConfigurationError, StoreError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Evidence, Spec
 from resilient_tasks.store.redis import RedisStore
-from tests.support.servers import Cluster
+from tests.support.servers import Cluster, start_cluster_node
 from workers.processes import Server, free_port, start_valkey, wait_until
 
 PAYMENTS = Spec("payments", BreakerPolicy(minimum_calls=5, trial_calls=1, open_duration=60.0))
@@ -277,7 +277,7 @@ def commands(chunk: bytes) -> list[bytes]:
 
 def test_all_keys_of_a_breaker_share_a_slot_and_are_declared(tmp_path: Path) -> None:
     """A server in cluster mode refuses a script that touches several slots."""
-    server = start_valkey(tmp_path, config={"cluster-enabled": "yes"})
+    server = start_cluster_node(tmp_path)
     try:
         with redis.Redis.from_url(server.url()) as client:
             client.execute_command("CLUSTER ADDSLOTSRANGE 0 16383")

@@ -43,7 +43,7 @@ class Cluster:
 
 def start_cluster(directory: Path, *, size: int = 3) -> Cluster:
     """Start a cluster and wait until it serves all slots."""
-    nodes = [_start_node(directory / f"node{number}") for number in range(size)]
+    nodes = [start_cluster_node(directory / f"node{number}") for number in range(size)]
     clients = [redis.Redis.from_url(node.url()) for node in nodes]
     edges = [SLOTS * number // size for number in range(size + 1)]
     for client, first, end in zip(clients, edges, edges[1:], strict=False):
@@ -57,7 +57,8 @@ def start_cluster(directory: Path, *, size: int = 3) -> Cluster:
     return Cluster(nodes)
 
 
-def _start_node(directory: Path) -> Server:
+def start_cluster_node(directory: Path) -> Server:
+    """Start a server in cluster mode that serves no slots yet."""
     # the default, 10000 above the port, is no port at all for some
     config = {"cluster-enabled": "yes", "cluster-port": str(free_port()), "cluster-node-timeout": "2000"}
     return start_valkey(directory, config=config)
