@@ -1,7 +1,8 @@
 """What our commands cost whoever types them: processor time, because the time on the wall is the machine's affair.
 
 ``celery --help`` with our commands and without them, and ``celery -A workers.app breakers list`` beside
-``celery -A workers.app --version``, which imports no app.
+``celery -A workers.app --version``, which imports no app. Everything is compiled before, as in any installation;
+Flower's command is left out, because it imports redis-py for ``--version``, too.
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks._rig import verdict
-from workers.processes import celery_command, start_valkey
+from workers.processes import start_valkey
 
 ROUNDS = 15
 LIMIT = 0.5  # seconds
-WITHOUT_OURS = """
+CELERY = """
 import importlib.metadata as metadata, sys
-found = metadata.entry_points
-metadata.entry_points = lambda **which: [each for each in found(**which) if each.name != "breakers"]
+found, wanted = metadata.entry_points, sys.argv.pop(1)
+metadata.entry_points = lambda **which: [each for each in found(**which) if each.name == wanted]
 from celery.__main__ import main
-sys.argv = ["celery", "--help"]
 main()
 """
+
+
+def celery(*arguments: str, with_command: str = "breakers") -> list[str]:
+    """Return the command line of ``celery`` with one command from elsewhere among its own."""
+    return [sys.executable, "-c", CELERY, with_command, *arguments]
 
 
 def processor_time(command: Sequence[str], environment: dict[str, str]) -> float:
@@ -40,15 +45,22 @@ def processor_time(command: Sequence[str], environment: dict[str, str]) -> float
 
 def main() -> None:
     commands = {
-        "celery --help without our commands": [sys.executable, "-c", WITHOUT_OURS],
-        "celery --help": [sys.executable, "-m", "celery", "--help"],
-        "celery -A workers.app --version": celery_command("workers.app", "--version"),
-        "import workers.app": [sys.executable, "-c", "import celery.bin.celery, workers.app, workers.tasks"],
-        "celery -A workers.app breakers list": celery_command("workers.app", "breakers", "list"),
+        "celery --help without our commands": celery("--help", with_command="none"),
+        "celery --help": celery("--help"),
+        "celery -A workers.app --version": celery("-A", "workers.app", "--version"),
+        "celery -A workers.app breakers list": celery("-A", "workers.app", "breakers", "list"),
     }
     with tempfile.TemporaryDirectory() as directory:
         server = start_valkey(Path(directory))
-        environment = {**os.environ, "CELERY_BROKER_URL": server.url(0), "CELERY_RESULT_BACKEND": server.url(1)}
+        environment = {
+            **os.environ,
+            "CELERY_BROKER_URL": server.url(0),
+            "CELERY_RESULT_BACKEND": server.url(1),
+            "PYTHONDONTWRITEBYTECODE": "",
+            "PYTHONPYCACHEPREFIX": directory,
+        }
+        for command in commands.values():
+            processor_time(command, environment)  # compiles
         times: dict[str, list[float]] = {name: [] for name in commands}
         for _ in range(ROUNDS):
             for name, command in commands.items():
