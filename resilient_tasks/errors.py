@@ -100,4 +100,17 @@ class DeferredQueueFullError(ResilienceError):
 
 
 class DeadLetterError(ResilienceError, LookupError):
-    """There is no such dead letter, or it cannot be replayed. The message names it and says why."""
+    """There is no such dead letter, or it cannot be replayed.
+
+    Args:
+        complaint: names it and says why.
+        done: how many others were replayed or dropped all the same, by breaker.
+    """
+
+    def __init__(self, complaint: str, done: dict[str, int] | None = None) -> None:
+        super().__init__(complaint, done)
+        self.complaint = complaint
+        self.done = done or {}
+
+    def __str__(self) -> str:
+        return self.complaint

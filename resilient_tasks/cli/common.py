@@ -82,6 +82,8 @@ class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases 
 
     def child(self, parent: str, key: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name of the child for a key as somebody has typed it."""
+        if key == ALL_KEYS:
+            self.fail(f"'{parent}:{ALL_KEYS}' stands for all children of {parent}: name one breaker", param, ctx)
         try:
             return child_name(parent, key)
         except ConfigurationError as error:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
 import click
 
-from resilient_tasks.cli.common import BreakerName, asking_the_broker, pass_runtime
+from resilient_tasks.cli.common import BreakerName, asking_the_broker, note, pass_runtime
 from resilient_tasks.cli.display import Row, plain_lines, print_json, print_table, printable
+from resilient_tasks.errors import DeadLetterError
 from resilient_tasks.monitor.words import counted, moment
 from resilient_tasks.worker.dead_letters import DeadLetter, DeadLetters
+from resilient_tasks.worker.intake import UNDECODABLE
 from resilient_tasks.worker.runtime import Runtime
 
 
@@ -78,9 +80,7 @@ def show(runtime: Runtime, task_id: str, breaker: str | None, *, as_json: bool) 
 @pass_runtime
 def replay(runtime: Runtime, task_ids: tuple[str, ...], breaker: str | None) -> None:
     """Send tasks again as they were first published, under the same ids."""
-    with asking_the_broker(runtime):
-        DeadLetters(runtime).replay(*task_ids, breaker=breaker)
-    click.echo(f"{counted(len(set(task_ids)), 'task')} replayed")
+    _carry_out(runtime, "replayed", lambda letters: letters.replay(*task_ids, breaker=breaker))
 
 
 @dead.command()
@@ -92,9 +92,26 @@ def drop(runtime: Runtime, task_ids: tuple[str, ...], breaker: str | None, *, ye
     """Delete dead letters for good."""
     if not yes:
         click.confirm(f"Delete {counted(len(set(task_ids)), 'dead letter')} for good?", abort=True)
-    with asking_the_broker(runtime):
-        DeadLetters(runtime).drop(*task_ids, breaker=breaker)
-    click.echo(f"{counted(len(set(task_ids)), 'dead letter')} dropped")
+    _carry_out(runtime, "dropped", lambda letters: letters.drop(*task_ids, breaker=breaker))
+
+
+def _carry_out(runtime: Runtime, what: str, act: Callable[[DeadLetters], dict[str, int]]) -> None:
+    """Do something to dead letters, and tell and log how many it was done to, also if it was not all."""
+    try:
+        with asking_the_broker(runtime):
+            done = act(DeadLetters(runtime))
+    except DeadLetterError as error:
+        _tell(runtime, what, error.done)
+        raise
+    _tell(runtime, what, done)
+
+
+def _tell(runtime: Runtime, what: str, done: Mapping[str, int]) -> None:
+    for breaker, count in done.items():
+        if breaker != UNDECODABLE:
+            note(runtime, breaker, f"{counted(count, 'dead letter')} {what}")
+    if done:
+        click.echo(f"{counted(sum(done.values()), 'dead letter')} {what}")
 
 
 def _fields(letter: DeadLetter) -> dict[str, Any]:

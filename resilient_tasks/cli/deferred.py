@@ -9,11 +9,11 @@ from dataclasses import asdict
 
 import click
 
-from resilient_tasks.cli.common import BreakerName, BreakerNames, asking_the_broker, expand, note, pass_runtime
-from resilient_tasks.cli.display import print_json, print_table, printable
+from resilient_tasks.cli.common import BreakerNames, asking_the_broker, expand, note, pass_runtime
+from resilient_tasks.cli.display import Row, print_json, print_table, printable
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.monitor.words import counted, moment
-from resilient_tasks.worker.deferred import Deferred
+from resilient_tasks.worker.deferred import Deferred, DeferredTask
 from resilient_tasks.worker.runtime import Runtime
 
 #: Seconds between two batches of tasks that are resumed at a rate, if that is not slower.
@@ -39,12 +39,13 @@ def deferred(runtime: Runtime, name: str, *, limit: int, ids_only: bool, as_json
         for task in tasks:
             click.echo(printable(task.task_id))
     else:
-        rows = [
-            (task.task_id, task.task, moment(task.since or None), str(task.attempts), task.reason) for task in tasks
-        ]
-        print_table(("ID", "TASK", "SINCE", "ATTEMPTS", "REASON"), rows)
+        print_table(("ID", "TASK", "BREAKER", "SINCE", "ATTEMPTS", "REASON"), [_row(task) for task in tasks])
     if count > len(tasks):
         click.echo(f"{len(tasks)} of {count} waiting tasks; --limit shows more", err=True)
+
+
+def _row(task: DeferredTask) -> Row:
+    return task.task_id, task.task, task.breaker, moment(task.since or None), str(task.attempts), task.reason
 
 
 @click.command()
@@ -80,7 +81,7 @@ def _resume(runtime: Runtime, waiting: Deferred, name: str, rate: float | None, 
         if resumed:
             done = f"{counted(resumed, 'task')} resumed"
             note(runtime, name, done)
-            click.echo(done)
+            click.echo(f"{done} for {name}")
     if not resumed:
         click.echo(f"nothing was there to resume for {name}")
     return None
@@ -101,23 +102,28 @@ def _batches(waiting: Deferred, name: str, rate: float | None, *, force: bool) -
 
 
 @click.command()
-@click.argument("name", type=BreakerName())
+@click.argument("name", type=BreakerNames())
 @click.option("--id", "task_ids", metavar="ID", multiple=True, help="Only this task; may be said several times.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @pass_runtime
 def drop(runtime: Runtime, name: str, *, task_ids: tuple[str, ...], yes: bool) -> None:
-    """Drop tasks that wait for a breaker, all or some: they never run, and their results are REVOKED."""
+    """Drop tasks that wait for a breaker, or NAME:* for any of its children.
+
+    All of them or some: they never run, and their results are REVOKED.
+    """
     with asking_the_broker(runtime):
         waiting = Deferred(runtime)
-        count = len(set(task_ids)) or waiting.count(name)
+        counts = {each: waiting.count(each) for each in expand(runtime, [name])}
+        count = len(set(task_ids)) or sum(counts.values())
         if count and not yes:
             click.confirm(f"Drop {counted(count, 'task')} waiting for {name}, never to run?", abort=True)
-        dropped = waiting.drop(name, frozenset(task_ids) or None)
-    done = f"{counted(len(dropped), 'task')} dropped"
-    if dropped:
-        note(runtime, name, done)
-    click.echo(done)
-    missing = ", ".join(printable(task_id) for task_id in task_ids if task_id not in dropped)
+        dropped = {each: waiting.drop(each, frozenset(task_ids) or None) for each, some in counts.items() if some}
+    for each, ids in dropped.items():
+        if ids:
+            note(runtime, each, f"{counted(len(ids), 'task')} dropped")
+    gone = set[str]().union(*dropped.values())
+    click.echo(f"{counted(len(gone), 'task')} dropped")
+    missing = ", ".join(printable(task_id) for task_id in task_ids if task_id not in gone)
     if missing:
         raise click.ClickException(
             f"not dropped, as they do not wait or have results that cannot be written: {missing}"

@@ -10,12 +10,14 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from celery import states
 
+from resilient_tasks.core.names import is_child, parent_of
 from resilient_tasks.errors import DeadLetterError
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.intake import UNDECODABLE
@@ -69,9 +71,9 @@ class DeadLetter:
 class DeadLetters:
     """The dead letters of one app's breakers.
 
-    ``breaker=None`` means those of all breakers that the app defines, and ``"undecodable"``, messages that
-    never came as far as a breaker; any name may be given, also of a
-    breaker that is defined no more. Whatever the broker raises comes through.
+    ``breaker=None`` means those of all breakers that the app defines and of their children, and ``"undecodable"``,
+    messages that never came as far as a breaker; any name may be given, also of a breaker that is defined no
+    more. A breaker's are those of its children, too. Whatever the broker raises comes through.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -80,7 +82,7 @@ class DeadLetters:
 
     def count(self, breaker: str | None = None) -> dict[str, int]:
         """Return the number of dead letters by breaker."""
-        sizes = {name: self._queues.size(self._queues.dead(name)) for name in self._names(breaker)}
+        sizes = {name: self._count(name) for name in self._names(breaker)}
         if breaker is None and not sizes[UNDECODABLE]:
             del sizes[UNDECODABLE]  # no breaker's, and rarely there
         return sizes
@@ -103,47 +105,72 @@ class DeadLetters:
         self._each((task_id,), breaker, show)
         return shown[task_id]
 
-    def replay(self, *task_ids: str, breaker: str | None = None) -> None:
+    def replay(self, *task_ids: str, breaker: str | None = None) -> dict[str, int]:
         """Send tasks again as they were first published, straight to the queues that they came from.
 
         They start afresh: no attempts, a whole ``defer_for``, and PENDING as their state. On Redis each is in
         exactly one place all the time; on other brokers a crash may leave a second copy, never none.
 
+        Returns:
+            How many, by the breaker that they had waited for.
+
         Raises:
             DeadLetterError: there is none of that id, it is no task, its ``expires`` is over, or its queue is gone;
                 all the others are replayed.
         """
-        self._each(task_ids, breaker, self._replay)
+        return self._each(task_ids, breaker, self._replay)
 
-    def drop(self, *task_ids: str, breaker: str | None = None) -> None:
+    def drop(self, *task_ids: str, breaker: str | None = None) -> dict[str, int]:
         """Delete dead letters; several copies of one message are as many letters of one id.
+
+        Returns:
+            How many, by the breaker that they had waited for.
 
         Raises:
             DeadLetterError: there is none of that id; all the others are dropped.
         """
-        self._each(task_ids, breaker, self._drop)
+        return self._each(task_ids, breaker, self._drop)
 
     def _names(self, breaker: str | None) -> tuple[str, ...]:
         return (*self._runtime.breakers, UNDECODABLE) if breaker is None else (breaker,)
 
-    def _oldest(self, breaker: str, limit: int) -> Iterator[DeadLetter]:
+    def _count(self, breaker: str) -> int:
+        if parent_of(breaker) is None:
+            return self._queues.size(self._queues.dead(breaker))
+        with self._letters(breaker) as letters:
+            return sum(1 for _ in letters)
+
+    @contextmanager
+    def _letters(self, breaker: str) -> Iterator[Iterator[Letter]]:
+        """Open the dead letters of a breaker; those of a child lie among its parent's."""
         with self._queues.letters(breaker) as letters:
+            is_parent = parent_of(breaker) is None
+            yield (letter for letter in letters if is_parent or _breaker_of(breaker, letter) == breaker)
+
+    def _oldest(self, breaker: str, limit: int) -> Iterator[DeadLetter]:
+        with self._letters(breaker) as letters:
             for letter in itertools.islice(letters, limit):
                 yield _describe(breaker, letter)
 
-    def _each(self, task_ids: tuple[str, ...], breaker: str | None, act: _Act) -> None:
+    def _each(self, task_ids: tuple[str, ...], breaker: str | None, act: _Act) -> dict[str, int]:
         """Do something to the letter of each id; complain only after all the others are served."""
-        names, wanted = self._names(breaker), Counter(task_ids)
-        complaints: tuple[str | None, ...] = ()
+        names, wanted, done = self._names(breaker), Counter(task_ids), Counter[str]()
+        complaints: list[str] = []
         for name in names:
-            with self._queues.letters(name) as letters:
-                complaints += tuple(act(name, letter) for letter in _take(letters, wanted))
+            with self._letters(name) as letters:
+                for letter in _take(letters, wanted):
+                    complaint = act(name, letter)
+                    if complaint is None:
+                        done[_breaker_of(name, letter)] += 1
+                    else:
+                        complaints.append(complaint)
         asked = ", ".join(repr(name) for name in names) or "none"
-        complaints += tuple(
+        complaints += (
             f"no dead letter has the id {missing!r}; breakers asked: {asked}" for missing in wanted.elements()
         )
-        if any(complaints):
-            raise DeadLetterError("; ".join(filter(None, complaints)))
+        if complaints:
+            raise DeadLetterError("; ".join(complaints), dict(done))
+        return dict(done)
 
     def _replay(self, breaker: str, letter: Letter) -> str | None:
         entry = letter.entry
@@ -188,6 +215,14 @@ def _take(letters: Iterator[Letter], wanted: Counter[str]) -> list[Letter]:
     return found
 
 
+def _breaker_of(breaker: str, letter: Letter) -> str:
+    """Return the breaker that a letter had waited for, which may be a child of the one whose queue it lies in."""
+    parent, claimed = parent_of(breaker) or breaker, ""
+    if letter.entry is not None:  # an entry's ticket names the breaker whose queue it lies in
+        claimed = Ticket.read(letter.entry.message.headers).breaker
+    return claimed if is_child(claimed) and parent_of(claimed) == parent else parent
+
+
 def _id_of(letter: Letter) -> str:
     if letter.entry is not None:
         return letter.entry.task_id
@@ -211,7 +246,7 @@ def _describe(breaker: str, letter: Letter) -> DeadLetter:
     return DeadLetter(
         task_id=_id_of(letter),
         task=entry.task_name if entry else "",
-        breaker=breaker,
+        breaker=_breaker_of(breaker, letter),
         origin=ticket.origin,
         reason=ticket.reason if entry else UNDECODABLE,
         since=ticket.since or None,

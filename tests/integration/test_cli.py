@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from celery.bin.base import CLIContext
 from click.testing import CliRunner, Result
 
 from resilient_tasks import cli
+from resilient_tasks.breaker import this_user
 from resilient_tasks.worker.ticket import Ticket
 from tests.integration.conftest import Shop
 from tests.integration.post_office import MODULE, PATIENCE, PostOffice
@@ -66,7 +68,7 @@ def test_with_all_workers_dead_tasks_are_listed_dropped_and_resumed(post: PostOf
     assert "nobody" in dropped.stderr
     assert results[0].state == "REVOKED"
     post.close("payments")
-    assert breakers("resume", "payments", "--rate", "50").stdout == "3 tasks resumed\n"
+    assert breakers("resume", "payments", "--rate", "50").stdout == "3 tasks resumed for payments\n"
     logged = post.operator.fleet.history.transitions("payments")
     assert [entry.reason for entry in logged if entry.state == entry.previous] == ["3 tasks resumed", "1 task dropped"]
     assert post.operator.deferred.list("payments") == ()
@@ -79,7 +81,7 @@ def test_forced_to_resume_an_open_breaker_defers_its_tasks_again_once(post: Post
     post.open("payments")
     result = post.task("charge", 1).apply_async()
     post.wait_state("DEFERRED", [result])
-    assert breakers("resume", "payments", "--force").stdout == "1 task resumed\n"
+    assert breakers("resume", "payments", "--force").stdout == "1 task resumed for payments\n"
     post.wait(lambda: post.operator.deferred.count("payments") == 1, "it to be deferred again")
     assert post.through_an_outage(result) == [1]
 
@@ -159,13 +161,44 @@ def test_dead_letters_are_listed_shown_replayed_and_dropped(shop: Shop) -> None:
     shown = here(shop, "dead", "show", "a").output
     assert "\\x1b[2J" in shown
     assert "\x1b" not in shown
-    assert here(shop, "dead", "replay", "a", "b").output == "2 tasks replayed\n"
+    some = here(shop, "dead", "replay", "a", "nobody", "b")
+    assert (some.exit_code, some.stdout) == (1, "2 dead letters replayed\n")
+    assert "no dead letter has the id 'nobody'" in some.stderr
     assert shop.broker.llen("celery") == 2
     kept = here(shop, "dead", "drop", "c", user_input="n\n")
     assert (kept.exit_code, shop.broker.llen("resilient.dead.payments")) == (1, 1)
     assert here(shop, "dead", "drop", "c", "--yes").output == "1 dead letter dropped\n"
+    logged = shop.resilience.fleet.history.transitions("payments")
+    assert [entry.reason for entry in logged] == ["1 dead letter dropped", "2 dead letters replayed"]
+    assert {entry.actor for entry in logged} == {this_user()}
     unknown = here(shop, "dead", "show", "c")
     assert (unknown.exit_code, "no dead letter has the id 'c'" in unknown.output) == (1, True)
+
+
+def test_children_are_named_one_by_one_or_all_at_once(shop: Shop) -> None:
+    for queue, ticket in ("deferred", Ticket(origin="celery")), ("dead", Ticket(origin="celery").die(2.0, "made up")):
+        for key in ("acme", "other"):
+            name = f"payments:{key}"
+            lies_in = name if queue == "deferred" else "payments"
+            put = message(id=f"{queue}-{key}", **replace(ticket, breaker=name).write({}))
+            shop.broker.lpush(f"resilient.{queue}.{lies_in}", put)
+            shop.payments.child(key).reset()
+    assert here(shop, "deferred", "payments:*", "--id").stdout == "deferred-acme\ndeferred-other\n"
+    assert "payments:acme" in here(shop, "deferred", "payments:acme").stdout
+    assert (
+        here(shop, "resume", "payments:*").stdout
+        == "1 task resumed for payments:acme\n1 task resumed for payments:other\n"
+    )
+    put_aside(shop, "deferred", Ticket(origin="celery"), "parents")
+    assert here(shop, "drop", "payments:*", "--yes").stdout == "0 tasks dropped\n"
+    assert here(shop, "dead", "list", "--id").stdout == "dead-acme\ndead-other\n"
+    listed = json.loads(here(shop, "dead", "list", "--breaker", "payments:acme", "--json").stdout)
+    assert [(letter["task_id"], letter["breaker"]) for letter in listed] == [("dead-acme", "payments:acme")]
+    strange = here(shop, "dead", "drop", "dead-other", "--breaker", "payments:acme", "--yes")
+    assert (strange.exit_code, strange.stdout) == (1, "")
+    here(shop, "dead", "drop", "dead-other", "--yes")
+    [noted, *_] = shop.resilience.fleet.history.transitions("payments:other")
+    assert noted.reason == "1 dead letter dropped"
 
 
 def test_dead_letters_of_a_breaker_that_is_gone_can_be_seen(shop: Shop) -> None:

@@ -297,3 +297,12 @@ def test_a_key_is_taken_as_it_is_typed(run: Run, payments: Breaker, clock: Clock
     assert result.exit_code == 2
     assert "allowed is text or an integer" in result.output
     assert "no breaker is named 'nobody:a'" in run("trip", "nobody:a").output
+
+
+@pytest.mark.parametrize("command", [("show",), ("report",), ("dead", "list", "--breaker")])
+def test_where_one_breaker_is_wanted_a_wildcard_is_none(
+    run: Run, payments: Breaker, clock: Clock, command: Sequence[str]
+) -> None:
+    result = run(*command, "payments:*")
+    assert result.exit_code == 2
+    assert "'payments:*' stands for all children of payments: name one breaker" in result.output

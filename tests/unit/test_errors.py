@@ -24,6 +24,7 @@ ERRORS = [
     (ConfigurationError("window=0: allowed is ..."), "window=0: allowed is ..."),
     (StoreError("redis://store is away"), "redis://store is away"),
     (DeadLetterError("no dead letter has the id 'x'"), "no dead letter has the id 'x'"),
+    (DeadLetterError("no dead letter has the id 'x'", {"mail": 2}), "no dead letter has the id 'x'"),
     (BreakerOpenError("payments", "OPEN", 2.5), "breaker 'payments' is OPEN, retry after 2.5 s"),
     (BreakerOpenError("payments", "FORCED_OPEN"), "breaker 'payments' is FORCED_OPEN"),
     (DeferralExpiredError("mail", 61.0, 60.0), "waited 61.0 s for breaker 'mail', longer than defer_for=60 s"),
