@@ -27,6 +27,11 @@ class ServerFacts:
     maxmemory: int | None = None
     persistent: bool | None = None
 
+    @property
+    def title(self) -> str:
+        """What it is: ``Valkey 9.1.0``."""
+        return f"{self.product.capitalize()} {'.'.join(map(str, self.version))}"
+
     @classmethod
     def of(cls, role: str, info: Mapping[str, Any], saves: object) -> ServerFacts:
         """Return what a server tells.
@@ -57,7 +62,6 @@ class WorkerFacts:
         name: its host name.
         version: of its library; None: it has none, or an older one that does not answer.
         control_queue: the queue from which it takes ticks; None: it takes none.
-        ticks_alone: it runs ticks of its own accord, because nobody sends any.
         clock_ahead: seconds by which its clock is ahead of the store's; None: it has not heard from the store.
         policies: by breaker, the rules that it declares.
     """
@@ -65,7 +69,6 @@ class WorkerFacts:
     name: str
     version: str | None = None
     control_queue: str | None = None
-    ticks_alone: bool = False
     clock_ahead: float | None = None
     policies: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
@@ -109,6 +112,7 @@ class Deployment:
         visibility_timeout: of a Redis broker, seconds; None: the broker has none.
         clock_ahead: seconds by which the clock of this process is ahead of the store's.
         tick_age: seconds since a tick ran to its end; infinite if none ever did.
+        tick_sender_age: seconds since beat, or whoever sends ticks, was last seen alive; infinite if never.
         tick_interval: seconds between two ticks.
         orphans: tasks that wait for breakers that nobody defines, by breaker.
         workers: that answer.
@@ -127,6 +131,7 @@ class Deployment:
     visibility_timeout: float | None = None
     clock_ahead: float | None = None
     tick_age: float | None = None
+    tick_sender_age: float | None = None
     tick_interval: float = 1.0
     orphans: Mapping[str, int] | None = None
     workers: tuple[WorkerFacts, ...] | None = None

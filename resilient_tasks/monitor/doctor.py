@@ -1,11 +1,12 @@
 """The doctor: what is wrong with a deployment, why it matters, and what to do.
 
-One small function per check, in :data:`CHECKS`. Each looks at a :class:`Deployment` and yields what it finds;
-nothing, if all is well; :data:`UNKNOWN`, if it could not be found out.
+One small function per check, entered in :data:`CHECKS` by its title. Each looks at a :class:`Deployment` and
+yields what it finds; nothing, if all is well. What it needs to know for that is said beside its title.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -50,8 +51,10 @@ class Finding:
     check: str = ""
 
 
-UNKNOWN = Finding(Level.UNKNOWN, "could not be found out")
 _Check = Callable[[Deployment], Iterator[Finding]]
+
+#: All checks by their titles.
+CHECKS: dict[str, _Check] = {}
 
 
 def examine(deployment: Deployment) -> list[Finding]:
@@ -61,6 +64,37 @@ def examine(deployment: Deployment) -> list[Finding]:
         found = list(check(deployment)) or [Finding(Level.OK, "all is well")]
         findings += [Finding(each.level, each.what, each.why, each.advice, title) for each in found]
     return findings
+
+
+def _check(title: str, needs: Callable[[Deployment], bool] = lambda _: True) -> Callable[[_Check], _Check]:
+    """Enter a check under its title; where ``needs`` is not met, something could not be found out."""
+
+    def enter(check: _Check) -> _Check:
+        def complete(deployment: Deployment) -> Iterator[Finding]:
+            yield from check(deployment)
+            if not needs(deployment):
+                yield Finding(Level.UNKNOWN, "could not be found out")
+
+        CHECKS[title] = complete
+        return check
+
+    return enter
+
+
+def _known(fact: str) -> Callable[[Deployment], bool]:
+    return lambda deployment: getattr(deployment, fact) is not None
+
+
+def _broker_answers(deployment: Deployment) -> bool:
+    return not deployment.broker_trouble
+
+
+def _workers_answer(deployment: Deployment) -> bool:
+    return bool(deployment.workers)
+
+
+def _well(what: str) -> Finding:
+    return Finding(Level.OK, what)
 
 
 def _error(what: str, why: str, advice: str) -> Finding:
@@ -74,6 +108,7 @@ def _warning(what: str, why: str, advice: str) -> Finding:
 # --- servers ----------------------------------------------------------------------------------------
 
 
+@_check("store")
 def _store(deployment: Deployment) -> Iterator[Finding]:
     if deployment.store is None:
         yield _error(
@@ -83,12 +118,15 @@ def _store(deployment: Deployment) -> Iterator[Finding]:
         )
     elif deployment.store.product == "redis" and deployment.store.version < OLDEST_SERVER:
         yield _error(
-            f"the store is Redis {'.'.join(map(str, deployment.store.version))}",
+            f"the store is {deployment.store.title}",
             "its scripts need commands that came with Redis 6.2",
             "upgrade to Redis 6.2 or newer, or Valkey",
         )
+    else:
+        yield _well(deployment.store.title)
 
 
+@_check("broker")
 def _broker(deployment: Deployment) -> Iterator[Finding]:
     if deployment.broker_trouble:
         yield _error(
@@ -96,12 +134,15 @@ def _broker(deployment: Deployment) -> Iterator[Finding]:
             "no task reaches a worker, and what waits there goes on waiting",
             "start it, or correct broker_url and the network between",
         )
+    elif deployment.broker is not None:
+        yield _well(deployment.broker.title)
 
 
 def _servers(deployment: Deployment) -> Iterator[ServerFacts]:
     yield from (server for server in (deployment.store, deployment.broker) if server is not None)
 
 
+@_check("maxmemory-policy", needs=_known("store"))
 def _eviction(deployment: Deployment) -> Iterator[Finding]:
     for server in _servers(deployment):
         if server.policy and server.policy != "noeviction":
@@ -111,48 +152,54 @@ def _eviction(deployment: Deployment) -> Iterator[Finding]:
                 "when its memory is full it throws away tasks, results and the breakers' states",
                 "set maxmemory-policy noeviction",
             )
-    if deployment.store is None:
-        yield UNKNOWN
 
 
+@_check("persistence", needs=_known("store"))
 def _persistence(deployment: Deployment) -> Iterator[Finding]:
     for server in _servers(deployment):
         if server.persistent is False:
             holds = "tasks, also those that wait" if server.role == "broker" else "the breakers' states and history"
             yield _warning(f"the {server.role} keeps nothing on disk", f"a restart loses {holds}", "set appendonly yes")
-    if deployment.store is None:
-        yield UNKNOWN
 
 
 # --- ticks and workers ------------------------------------------------------------------------------
 
 
+@_check("ticks", needs=_known("tick_age"))
 def _ticks(deployment: Deployment) -> Iterator[Finding]:
-    age = deployment.tick_age
-    if age is None:
-        yield UNKNOWN
-    elif age > max(LONGEST_SILENCE, 10 * deployment.tick_interval):
-        since = "ever" if age == float("inf") else f"for {duration(age)}"
+    completed, sender = deployment.tick_age, deployment.tick_sender_age
+    patience = max(LONGEST_SILENCE, 10 * deployment.tick_interval)
+    if completed is not None and completed > patience:
         yield _error(
-            f"no tick has completed {since}",
+            f"ticks do not complete, the last: {_ago(completed)}",
             "without ticks no breaker heals and no task is resumed",
             "start a worker, and celery beat",
         )
-    elif any(worker.ticks_alone for worker in deployment.workers or ()):
+    elif sender is not None and sender > patience:
         yield _warning(
-            "workers run ticks of their own accord: nobody sends any",
+            f"beat sends no ticks, last seen: {_ago(sender)}; workers run them of their own accord",
             "breakers heal some seconds later than they could",
             "start celery beat; with a scheduler that keeps its entries in a database add the entry by hand",
         )
+    elif completed is not None and sender is not None:
+        yield _well(f"the last has completed {_ago(completed)}, beat was seen {_ago(sender)}")
 
 
+def _ago(age: float) -> str:
+    return "never" if age == math.inf else f"{duration(age)} ago"
+
+
+@_check("workers", needs=_known("workers"))
 def _workers(deployment: Deployment) -> Iterator[Finding]:
-    if deployment.workers is None:
-        yield UNKNOWN
-    elif not deployment.workers:
-        yield _error("no worker answers", "tasks run nowhere", "start workers, or look why they hang")
+    if deployment.workers:
+        yield _well(f"{counted(len(deployment.workers), 'worker')} answered")
+    elif deployment.workers is not None:
+        yield _error(
+            "no worker answers", "tasks run nowhere", "start workers; one with a solo pool answers between tasks only"
+        )
 
 
+@_check("control queue", needs=_workers_answer)
 def _control_queue(deployment: Deployment) -> Iterator[Finding]:
     for worker in deployment.workers or ():
         if worker.version is not None and worker.control_queue != deployment.control_queue:
@@ -162,10 +209,9 @@ def _control_queue(deployment: Deployment) -> Iterator[Finding]:
                 "ticks that are sent do not reach it",
                 "give all processes one RESILIENT_TASKS_NAMESPACE",
             )
-    if not deployment.workers:
-        yield UNKNOWN
 
 
+@_check("versions", needs=_workers_answer)
 def _versions(deployment: Deployment) -> Iterator[Finding]:
     for worker in deployment.workers or ():
         if worker.version is None:
@@ -180,10 +226,9 @@ def _versions(deployment: Deployment) -> Iterator[Finding]:
                 "versions may decide differently",
                 "finish the deploy",
             )
-    if not deployment.workers:
-        yield UNKNOWN
 
 
+@_check("policies", needs=_workers_answer)
 def _policies(deployment: Deployment) -> Iterator[Finding]:
     for worker in deployment.workers or ():
         for breaker in deployment.breakers:
@@ -195,10 +240,9 @@ def _policies(deployment: Deployment) -> Iterator[Finding]:
                     "the newest declaration holds for all, whichever that is",
                     "finish the deploy, and give all processes the same RESILIENT_TASKS_BREAKERS__ variables",
                 )
-    if not deployment.workers:
-        yield UNKNOWN
 
 
+@_check("clocks", needs=_known("clock_ahead"))
 def _clocks(deployment: Deployment) -> Iterator[Finding]:
     clocks = {"this machine": deployment.clock_ahead}
     clocks |= {f"worker {worker.name}": worker.clock_ahead for worker in deployment.workers or ()}
@@ -209,13 +253,12 @@ def _clocks(deployment: Deployment) -> Iterator[Finding]:
                 "eta and expires mean another time there; breakers go by the store's clock and agree",
                 "run NTP or chrony on all machines",
             )
-    if deployment.clock_ahead is None:
-        yield UNKNOWN
 
 
 # --- tasks ------------------------------------------------------------------------------------------
 
 
+@_check("undefined breakers", needs=_known("orphans"))
 def _orphans(deployment: Deployment) -> Iterator[Finding]:
     for breaker, count in (deployment.orphans or {}).items():
         yield _warning(
@@ -223,10 +266,9 @@ def _orphans(deployment: Deployment) -> Iterator[Finding]:
             "workers resume them by themselves once nobody has defined it for ten minutes",
             f"define the breaker again, or wait; 'inspect breakers' shows who knows {breaker}",
         )
-    if deployment.orphans is None:
-        yield UNKNOWN
 
 
+@_check("acks_late")
 def _acks_late(deployment: Deployment) -> Iterator[Finding]:
     early = sorted(task.name for task in deployment.tasks if task.defers and not task.acks_late)
     if early:
@@ -237,6 +279,7 @@ def _acks_late(deployment: Deployment) -> Iterator[Finding]:
         )
 
 
+@_check("result_expires", needs=_known("store"))
 def _result_expires(deployment: Deployment) -> Iterator[Finding]:
     for breaker in deployment.breakers:
         if breaker.oldest_wait and 0 < deployment.result_expires <= breaker.oldest_wait:
@@ -246,10 +289,9 @@ def _result_expires(deployment: Deployment) -> Iterator[Finding]:
                 "a chord whose first members are done never fires once its data has expired",
                 "set result_expires longer than the longest outage that you expect",
             )
-    if deployment.store is None:
-        yield UNKNOWN
 
 
+@_check("trial_timeout")
 def _trial_timeout(deployment: Deployment) -> Iterator[Finding]:
     timeouts = {breaker.name: breaker.trial_timeout for breaker in deployment.breakers}
     for task in deployment.tasks:
@@ -263,6 +305,7 @@ def _trial_timeout(deployment: Deployment) -> Iterator[Finding]:
                 )
 
 
+@_check("visibility_timeout", needs=_broker_answers)
 def _visibility(deployment: Deployment) -> Iterator[Finding]:
     timeout = deployment.visibility_timeout
     for task in deployment.tasks:
@@ -272,10 +315,9 @@ def _visibility(deployment: Deployment) -> Iterator[Finding]:
                 "the broker delivers it a second time while it still runs",
                 "set visibility_timeout in broker_transport_options longer than any task runs",
             )
-    if deployment.broker_trouble:
-        yield UNKNOWN
 
 
+@_check("prefetch")
 def _prefetch(deployment: Deployment) -> Iterator[Finding]:
     if deployment.tasks and deployment.prefetch_multiplier == 0:
         yield _warning(
@@ -283,23 +325,3 @@ def _prefetch(deployment: Deployment) -> Iterator[Finding]:
             "tasks wait in the memory of one worker while others are idle, and come back only when it dies",
             "set worker_prefetch_multiplier to 1 for long tasks, or to 4",
         )
-
-
-CHECKS: dict[str, _Check] = {
-    "store": _store,
-    "broker": _broker,
-    "maxmemory-policy": _eviction,
-    "persistence": _persistence,
-    "ticks": _ticks,
-    "workers": _workers,
-    "control queue": _control_queue,
-    "versions": _versions,
-    "policies": _policies,
-    "clocks": _clocks,
-    "undefined breakers": _orphans,
-    "acks_late": _acks_late,
-    "result_expires": _result_expires,
-    "trial_timeout": _trial_timeout,
-    "visibility_timeout": _visibility,
-    "prefetch": _prefetch,
-}

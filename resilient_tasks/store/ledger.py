@@ -31,7 +31,7 @@ LONGEST_ABSENCE = 30.0  # s after which a worker that has not attended is no lon
 
 _PER_ROUND_TRIP = 500
 _SCRIPTS = (
-    "defer", "hasten", "outstanding", "revoke", "withdraw", "take_tick", "leave_tick", "tick_completed", "tick_age",
+    "defer", "hasten", "outstanding", "revoke", "withdraw", "take_tick", "leave_tick", "note_tick", "tick_age",
     "declare", "abandoned", "attend",
 )  # fmt: skip
 
@@ -167,11 +167,19 @@ class Ledger:
 
     def tick_completed(self, scope: str = "") -> None:
         """Note that a tick has run to its end."""
-        self._run("tick_completed", [self._keys.tick(scope)])
+        self._run("note_tick", [self._keys.tick(scope)], "completed")
+
+    def tick_sender_seen(self, scope: str = "") -> None:
+        """Note that whoever sends ticks, beat as a rule, is alive."""
+        self._run("note_tick", [self._keys.tick(scope)], "sender_seen")
 
     def last_tick_age(self, scope: str = "") -> float | None:
         """Seconds since a tick last ran to its end; None if never."""
-        return to_seconds(self._run("tick_age", [self._keys.tick(scope)]))
+        return to_seconds(self._run("tick_age", [self._keys.tick(scope)], "completed"))
+
+    def tick_sender_age(self, scope: str = "") -> float | None:
+        """Seconds since whoever sends ticks was last seen alive; None if never."""
+        return to_seconds(self._run("tick_age", [self._keys.tick(scope)], "sender_seen"))
 
     # --- who is who ---------------------------------------------------------------------------------
 

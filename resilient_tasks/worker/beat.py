@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ class TickSchedule(schedule):  # type: ignore[misc]  # Celery is untyped
         runtime = runtime_of(self.app)
         try:
             runtime.fleet.view.refresh()
+            _sign_of_life(runtime)
             breakers = runtime.present()
             snapshots = [runtime.fleet.view.standing(breaker.name).snapshot for breaker in breakers]
         except StoreError as exc:
@@ -53,6 +55,12 @@ class TickSchedule(schedule):  # type: ignore[misc]  # Celery is untyped
             return False
         due = (anything_due(*pair, pair[1].now) for pair in zip(breakers, snapshots, strict=True))
         return any(due) and not _piles_up(runtime)
+
+
+def _sign_of_life(runtime: Runtime) -> None:
+    """Tell the doctor that beat is alive, though it sends nothing while nothing is due."""
+    with suppress(StoreError):
+        runtime.fleet.ledger.tick_sender_seen(runtime.tick_scope)
 
 
 def _piles_up(runtime: Runtime) -> bool:

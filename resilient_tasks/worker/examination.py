@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.core.names import parent_of
@@ -56,8 +57,9 @@ def _look_at_store(runtime: Runtime) -> dict[str, Any]:
             oldest = snapshot.oldest_deferred_at
             waits[snapshot.name] = None if oldest is None else snapshot.now - oldest
             found["clock_ahead"] = time.time() - snapshot.now
-        age = ledger.last_tick_age(runtime.tick_scope)
-        found["tick_age"] = math.inf if age is None else age
+        scope = runtime.tick_scope
+        ages = {"tick_age": ledger.last_tick_age(scope), "tick_sender_age": ledger.tick_sender_age(scope)}
+        found |= {name: math.inf if age is None else age for name, age in ages.items()}
     except ResilienceError as error:
         found = {"store_trouble": str(error)}
     found["breakers"] = tuple(
@@ -79,14 +81,15 @@ def _look_at_broker(runtime: Runtime) -> dict[str, Any]:
 
 
 def _ask_workers(runtime: Runtime, patience: float) -> tuple[WorkerFacts, ...]:
-    """Return what each worker tells; one without the library answers a ping alone."""
-    alive, told = (_replies(runtime, command, patience) for command in ("ping", resilience.__name__))
-    return tuple(WorkerFacts(name, **told.get(name, {})) for name in sorted(alive.keys() | told.keys()))
+    """Return what each worker tells; one without the library answers that it knows no such command."""
+    replies = runtime.app.control.broadcast(resilience.__name__, reply=True, timeout=patience) or []
+    told = {name: reply for each in replies for name, reply in each.items()}
+    return tuple(WorkerFacts(name, **_known(told[name])) for name in sorted(told))
 
 
-def _replies(runtime: Runtime, command: str, patience: float) -> dict[str, Mapping[str, Any]]:
-    replies = runtime.app.control.broadcast(command, reply=True, timeout=patience) or []
-    return {name: reply for each in replies for name, reply in each.items() if "error" not in reply}
+def _known(reply: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is understood here of the reply of a worker, whatever its version."""
+    return {field.name: reply[field.name] for field in fields(WorkerFacts) if field.name in reply}
 
 
 def _tasks(runtime: Runtime) -> list[TaskFacts]:

@@ -56,6 +56,7 @@ class Heart:
         self._idle_look_at = float("-inf")
         self._declare_at = float("-inf")
         self._took_over = False
+        self._sender_seen = False
         self._due_since: float | None = None
         self._in_touch_since = time.monotonic()
 
@@ -80,14 +81,10 @@ class Heart:
             self._tick.close()
             self._tick = None
 
-    @property
-    def ticks_alone(self) -> bool:
-        """Whether it runs ticks because nobody sends any."""
-        return self._took_over
-
     def want_tick(self) -> None:
         """Run a tick that somebody has sent, from any thread."""
         self._took_over = False
+        self._sender_seen = True
         self._hasten_tick()
 
     def _hasten_tick(self) -> None:
@@ -140,6 +137,9 @@ class Heart:
             ledger.declare(self._runtime.breakers)
             ledger.attend(self._name)
             self._declare_at = now + DECLARING
+            if self._sender_seen:
+                self._sender_seen = False
+                ledger.tick_sender_seen(self._runtime.tick_scope)
         self._revokes.pass_on(ledger, [breaker.name for breaker in self._runtime.present()])
 
     def _overdue(self) -> bool:

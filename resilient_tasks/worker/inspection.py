@@ -36,7 +36,6 @@ def resilience(state: Any, **_: Any) -> dict[str, Any]:
     return {
         "version": library_version(),
         "control_queue": runtime.control_queue if runtime.host.takes_ticks else None,
-        "ticks_alone": runtime.host.heart.ticks_alone,
         "clock_ahead": time.time() - runtime.fleet.view.server_now(),
         "policies": {spec.name: rules_of(spec) for spec in runtime.specs()},
     }

@@ -96,6 +96,16 @@ def test_the_age_of_the_last_completed_tick(lab: Lab) -> None:
 
 
 @SHARED
+def test_beat_is_seen_alive_whether_ticks_complete_or_not(lab: Lab) -> None:
+    assert lab.ledger.tick_sender_age() is None
+    lab.ledger.tick_sender_seen()
+    lab.clock.advance(2)
+    lab.ledger.tick_completed("one")
+    assert (lab.ledger.tick_sender_age(), lab.ledger.tick_sender_age("one")) == (2.0, None)
+    assert lab.ledger.last_tick_age() is None
+
+
+@SHARED
 def test_each_scope_has_a_tick_of_its_own(lab: Lab) -> None:
     with lab.ledger.tick_lease("a", ttl=10, scope="one") as one, lab.ledger.tick_lease("b", ttl=10, scope="two") as two:
         assert (one, two) == (True, True)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from resilient_tasks import Resilience, cli
 from resilient_tasks.worker import examination
-from resilient_tasks.worker.runtime import runtime_of
+from resilient_tasks.worker.runtime import TICK_TASK, runtime_of
 from tests.integration.conftest import Shop
 from workers.processes import PROJECT
 
@@ -41,10 +41,12 @@ def test_what_is_sound_and_what_is_broken(shop: Shop, monkeypatch: pytest.Monkey
     code, findings = examined(shop.app)
     assert (code, said(findings, "workers", "ok"), said(findings, "policies", "ok")) == (
         0,
-        "all is well",
+        "1 worker answered",
         "all is well",
     )
     assert "early" in said(findings, "acks_late", "warning")
+    assert "beat sends no ticks, last seen: never" in said(findings, "ticks", "warning")
+    shop.app.tasks[TICK_TASK].delay()  # as beat sends it with a scheduler that is not Celery's own
 
     other = shop.worker(
         env={"RESILIENT_TASKS_BREAKERS__PAYMENTS__WINDOW": "7", "RESILIENT_TASKS_NAMESPACE": "elsewhere"}
@@ -70,6 +72,7 @@ def test_what_is_sound_and_what_is_broken(shop: Shop, monkeypatch: pytest.Monkey
     monkeypatch.setitem(shop.app.conf, "result_expires", 0.001)
     shop.open("payments")
     shop.resilience.fleet.ledger.add_deferred("payments", "a")
+    shop.wait(lambda: sender_age(shop) is not None, "the worker to tell of the tick")
     try:
         code, findings = examined(shop.app)
     finally:
@@ -83,6 +86,17 @@ def test_what_is_sound_and_what_is_broken(shop: Shop, monkeypatch: pytest.Monkey
     assert "worker plain@x runs without the library" in said(findings, "versions", "error")
     assert sound.node not in said(findings, "versions", "error")
     assert "longer than results are kept" in said(findings, "result_expires", "error")
+    assert "beat was seen" in said(findings, "ticks", "ok")
+
+
+def sender_age(shop: Shop) -> float | None:
+    return shop.resilience.fleet.ledger.tick_sender_age(runtime_of(shop.app).tick_scope)
+
+
+def test_beat_is_seen_alive_while_nothing_is_due(shop: Shop) -> None:
+    shop.beat()
+    shop.wait(lambda: sender_age(shop) is not None, "beat to look")
+    assert shop.broker.llen("resilient.control") == 0
 
 
 def test_with_all_workers_dead_it_finds_what_they_have_left(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +105,7 @@ def test_with_all_workers_dead_it_finds_what_they_have_left(shop: Shop, monkeypa
     shop.broker.lpush("resilient.deferred.former", "a", "b")
     code, findings = examined(shop.app, timeout=0.5)
     assert (code, said(findings, "workers", "error")) == (1, "no worker answers")
-    assert said(findings, "ticks", "error") == "no tick has completed ever"
+    assert said(findings, "ticks", "error") == "ticks do not complete, the last: never"
     assert said(findings, "undefined breakers", "warning") == "2 tasks wait for breaker former, which nobody defines"
 
 

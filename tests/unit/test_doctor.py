@@ -29,6 +29,7 @@ SOUND = Deployment(
     visibility_timeout=3600.0,
     clock_ahead=0.1,
     tick_age=1.0,
+    tick_sender_age=2.0,
     orphans={},
     workers=(WORKER,),
 )
@@ -42,6 +43,9 @@ def test_a_sound_deployment_is_well() -> None:
     findings = examine(SOUND)
     assert {finding.level for finding in findings} == {Level.OK}
     assert [finding.check for finding in findings] == list(CHECKS)
+    said = {finding.check: finding.what for finding in findings}
+    assert (said["store"], said["workers"]) == ("Redis 7.0.15", "1 worker answered")
+    assert said["ticks"] == "the last has completed 1 s ago, beat was seen 2 s ago"
 
 
 @pytest.mark.parametrize(
@@ -53,9 +57,10 @@ def test_a_sound_deployment_is_well() -> None:
         ("maxmemory-policy", "error", "allkeys-lru", {"broker": replace(BROKER, policy="allkeys-lru")}),
         ("maxmemory-policy", "warning", "volatile-lru", {"store": replace(STORE, policy="volatile-lru", maxmemory=0)}),
         ("persistence", "warning", "broker keeps nothing", {"broker": replace(BROKER, persistent=False)}),
-        ("ticks", "error", "for 5 min", {"tick_age": 300.0}),
-        ("ticks", "error", "ever", {"tick_age": math.inf}),
-        ("ticks", "warning", "of their own accord", worker(ticks_alone=True)),
+        ("ticks", "error", "the last: 5 min ago", {"tick_age": 300.0}),
+        ("ticks", "error", "the last: never", {"tick_age": math.inf}),
+        ("ticks", "warning", "last seen: 5 min ago; workers run them", {"tick_sender_age": 300.0}),
+        ("ticks", "warning", "last seen: never", {"tick_sender_age": math.inf}),
         ("workers", "error", "no worker answers", {"workers": ()}),
         ("control queue", "error", "from other.control", worker(control_queue="other.control")),
         ("control queue", "error", "it takes none", worker(control_queue=None)),
@@ -88,7 +93,8 @@ def test_a_check_finds_what_is_wrong(check: str, level: str, said: str, wrong: d
         {"tasks": (replace(TASK, defers=False, acks_late=False),)},
         {"tasks": (replace(TASK, time_limit=None),)},
         {"broker": None, "visibility_timeout": None},  # RabbitMQ
-        {"tick_age": 15.0},
+        {"tick_age": 15.0, "tick_sender_age": 50.0},
+        {"tick_age": 90.0, "tick_sender_age": 90.0, "tick_interval": 10.0},
     ],
 )
 def test_what_is_fine_is_left_alone(fine: dict[str, Any]) -> None:

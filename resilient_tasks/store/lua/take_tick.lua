@@ -1,5 +1,5 @@
 -- take_tick(token, ttl) -> 1 if the caller now holds the tick's lease, else 0
--- KEYS  1 tick    hash   holder, until (ms), completed (ms)
+-- KEYS  1 tick    hash   holder, until (ms), completed (ms), sender_seen (ms)
 -- ARGV  1 token   of this holder and this tick
 --       2 ttl     ms
 
