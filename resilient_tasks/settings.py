@@ -50,9 +50,18 @@ def _check_store_url(url: str) -> str:
 
 def _check_webhook_url(url: str) -> str:
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    _ = parts.port  # a ValueError if it is none
+    is_sendable = url.isascii() and url.isprintable() and " " not in url
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or not is_sendable:
         raise ValueError("not a URL that anything can be posted to")
     return url
+
+
+def _check_webhook_secret(secret: SecretStr) -> SecretStr:
+    text = secret.get_secret_value()
+    if text != text.strip():
+        raise ValueError("the receiver's will not have the same white space around it")
+    return secret
 
 
 def _check_memory_limit(text: str) -> str:
@@ -94,9 +103,11 @@ class Settings(BaseSettings):
         "80%", description=MEMORY_LIMIT_RULE
     )
     webhook_url: Annotated[str, AfterValidator(_check_webhook_url)] | None = Field(
-        None, description="a URL that begins with http:// or https:// and names a host", repr=False
+        None, description="a URL in ASCII that begins with http:// or https://, names a host and no user", repr=False
     )
-    webhook_secret: SecretStr | None = Field(None, min_length=16, description="a text of 16 characters or more")
+    webhook_secret: Annotated[SecretStr, AfterValidator(_check_webhook_secret)] | None = Field(
+        None, min_length=16, description="a text of 16 characters or more without white space around it"
+    )
     gate_producers: bool = Field(False, description="true or false")
     breakers: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description=f"policy fields per breaker, as in {PREFIX}BREAKERS__PAYMENTS__WINDOW=60"
@@ -285,7 +296,8 @@ def _without_secrets(name: str, value: Any) -> Any:
     if name == "webhook_secret":
         return "***"
     if name == "webhook_url":  # its path may be all that keeps strangers out
-        return "/".join(hide_password(str(value)).split("/")[:3]) + "/***"
+        place = re.match(r"\w+://[^/?#]*", hide_password(str(value)))
+        return f"{place[0]}/***" if place else "***"
     return hide_password(value) if isinstance(value, str) else value
 
 

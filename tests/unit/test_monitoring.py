@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,19 @@ def test_the_documentation_lists_the_alerts() -> None:
         rule["alert"] for rule in ALERTS
     ]
     assert all(rule["annotations"]["summary"] and rule["labels"]["severity"] for rule in ALERTS)
+
+
+@pytest.mark.prometheus
+def test_the_alerts_fire_when_they_should() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed")
+    for command in (["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"]):
+        told = subprocess.run([promtool, *command], cwd=MONITORING, capture_output=True, text=True, check=False)
+        assert told.returncode == 0, told.stdout + told.stderr
+    tested = yaml.safe_load((MONITORING / "alerts_test.yml").read_text())["tests"]
+    fired = {case["alertname"] for test in tested for case in test["alert_rule_test"] if case["exp_alerts"]}
+    assert fired == {rule["alert"] for rule in ALERTS}
 
 
 def test_what_compose_mounts_is_there_and_prometheus_asks_the_exporter() -> None:

@@ -17,7 +17,8 @@ from resilient_tasks.settings import Settings
 from tests.support.doubles import wait_until
 from tests.support.receiver import Receiver
 
-URL_RULE = "a URL that begins with http:// or https:// and names a host"
+URL_RULE = "a URL in ASCII that begins with http:// or https://, names a host and no user"
+SECRET_RULE = "a text of 16 characters or more without white space around it"
 SECRET = "a secret of 24 characters"
 OPENED = Transition("payments", State.CLOSED, State.OPEN, 17, 1000.0, "5 of 5 calls failed", "", 5, 5, 0)
 
@@ -124,7 +125,15 @@ def test_url_and_secret_come_from_the_environment(monkeypatch: pytest.MonkeyPatc
             "https:///hush",
             f"webhook_url='https:///***': allowed is {URL_RULE}",
         ),
-        ("webhook_secret", "short", "webhook_secret='***': allowed is a text of 16 characters or more"),
+        ("webhook_url", "hooks.example/hush", f"webhook_url='***': allowed is {URL_RULE}"),
+        ("webhook_url", "ftp://host?hush", f"webhook_url='ftp://host/***': allowed is {URL_RULE}"),
+        ("webhook_url", "http://host:99999/hush", f"webhook_url='http://host:99999/***': allowed is {URL_RULE}"),
+        ("webhook_url", "http://host:port/hush", f"webhook_url='http://host:port/***': allowed is {URL_RULE}"),
+        ("webhook_url", "http://me:hush@host/", f"webhook_url='http://me:***@host/***': allowed is {URL_RULE}"),
+        ("webhook_url", "http://höst/hush", f"webhook_url='http://höst/***': allowed is {URL_RULE}"),
+        ("webhook_url", "http://host/hush hush", f"webhook_url='http://host/***': allowed is {URL_RULE}"),
+        ("webhook_secret", "short", f"webhook_secret='***': allowed is {SECRET_RULE}"),
+        ("webhook_secret", "a secret and a newline\n", f"webhook_secret='***': allowed is {SECRET_RULE}"),
     ],
 )
 def test_what_is_wrong_is_named_without_its_secrets(field: str, value: str, message: str) -> None:
