@@ -2,7 +2,8 @@
 
 Bare is the setting in which the library costs most in proportion: no results, no task events and no log line
 per task, so that little but Celery's own handling of a message is left to compare with. ``BENCH_USUAL=1``
-switches all three on, as most projects have them. ``BENCH_WATCH=1`` makes each process of a worker note when
+switches all three on, as most projects have them, ``BENCH_EVENTS=1`` task events alone. ``BENCH_TRACED=1`` makes a
+span of each task, for nobody. ``BENCH_WATCH=1`` makes each process of a worker note when
 it begins to refuse, ``BENCH_RECEIVERS=1`` gives every signal a receiver.
 """
 
@@ -17,11 +18,15 @@ from uuid import uuid4
 
 import redis
 from celery import Celery, signals
+from opentelemetry import trace
+from opentelemetry.instrumentation.celery import CeleryInstrumentor
+from opentelemetry.sdk.trace import TracerProvider
 
 from resilient_tasks import Resilience
 from resilient_tasks import signals as notifications
 
 USUAL = os.environ.get("BENCH_USUAL") == "1"
+EVENTS = USUAL or os.environ.get("BENCH_EVENTS") == "1"
 REFUSALS = "refusals"  # list on the broker's server: who saw the breaker refuse, and when
 WATCH_INTERVAL = 0.002  # seconds
 
@@ -63,12 +68,17 @@ if os.environ.get("BENCH_RECEIVERS") == "1":
         getattr(notifications, name).connect(lambda **_: None, weak=False)
 
 
-@app.task(send_events=USUAL)
+if os.environ.get("BENCH_TRACED") == "1":
+    trace.set_tracer_provider(TracerProvider())
+    CeleryInstrumentor().instrument()
+
+
+@app.task(send_events=EVENTS)
 def plain() -> None:
     """Do nothing."""
 
 
-@app.task(breaker=payments, send_events=USUAL)
+@app.task(breaker=payments, send_events=EVENTS)
 def guarded() -> None:
     """Do nothing, behind the gate."""
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ SETTINGS = {
 QUEUE = "celery"
 POLL_INTERVAL = 0.002  # seconds; how exactly a round's end is seen
 PATIENCE = 60.0  # seconds
+NOTHING: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,12 @@ class Rig:
         self._workers: list[Program] = []
         self._count = itertools.count(1)
 
-    def worker(self, *, concurrency: int = 2) -> Worker:
+    def worker(self, *, concurrency: int = 2, queue: str = QUEUE, env: Mapping[str, str] = NOTHING) -> Worker:
         """Start a prefork worker and wait until it consumes."""
         name = f"worker-{next(self._count)}"
+        environment = {**self.environment, **env}
         worker = start_worker(
-            MODULE, name=name, directory=self._directory, env=self.environment, concurrency=concurrency
+            MODULE, name=name, directory=self._directory, env=environment, queues=[queue], concurrency=concurrency
         )
         self._workers.append(worker)
         return worker.wait_until_ready()
@@ -87,23 +89,23 @@ class Rig:
         self.broker.rename(QUEUE, task.name)
         return str(task.name)
 
-    def go(self, template: str, worker: Worker) -> Round:
+    def go(self, template: str, worker: Worker, queue: str = QUEUE) -> Round:
         """Send a template through a worker."""
         self.results.flushdb()
         before = cpu(worker)
         started = time.perf_counter()
-        self.broker.copy(template, QUEUE)
-        self.wait_until_done()
+        self.broker.copy(template, queue)
+        self.wait_until_done(queue)
         seconds = time.perf_counter() - started
         after = cpu(worker)
         return Round(seconds, after[0] - before[0], after[1] - before[1])
 
-    def wait_until_done(self) -> None:
+    def wait_until_done(self, queue: str = QUEUE) -> None:
         """Wait until no message is queued or unacknowledged."""
         deadline = time.monotonic() + PATIENCE
-        while self.broker.llen(QUEUE) or self.broker.hlen("unacked"):
+        while self.broker.llen(queue) or self.broker.hlen("unacked"):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{self.broker.llen(QUEUE)} messages are still queued")
+                raise TimeoutError(f"{self.broker.llen(queue)} messages are still queued")
             time.sleep(POLL_INTERVAL)
 
     def set_state(self, state: State) -> None:

@@ -30,6 +30,7 @@ from kombu import serialization
 from kombu.utils import json as kombu_json
 
 from resilient_tasks.errors import ConfigurationError, ResilienceError, StoreError
+from resilient_tasks.monitor.log import about
 from resilient_tasks.store.base import Store
 
 logger = logging.getLogger("resilient_tasks")
@@ -53,12 +54,19 @@ class Call:
         body: the task's function, ``task.run``; its signature makes ``f(1)`` and ``f(a=1)`` one call.
         args: positional arguments, as the body gets them.
         kwargs: keyword arguments.
+        task_id: id of the task, for the log; "" if it is called by hand.
     """
 
     task_name: str
     body: Callable[..., Any]
     args: Sequence[Any] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    task_id: str = ""
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What a log line about it says for machines."""
+        return about(self.task_id, self.task_name)
 
     def arguments(self) -> dict[str, Any]:
         """Return all arguments by parameter name, defaults included.
@@ -128,7 +136,8 @@ class Cached:
         try:
             return Served(_decode(payload), "cached", age)
         except Exception:
-            logger.exception("task %s: its last good value cannot be read", call.task_name)
+            what = "Task %s[%s]: its last good value cannot be read"
+            logger.exception(what, call.task_name, call.task_id, extra=call.log_fields)
             return None
 
     def key_of(self, call: Call) -> str | None:
@@ -137,7 +146,8 @@ class Cached:
             identity = self._identity(call)
             text = kombu_json.dumps([call.task_name, identity], sort_keys=True)
         except Exception as error:  # noqa: BLE001  users' key functions, and arguments that JSON cannot hold
-            logger.warning("task %s: this call cannot be cached: %r", call.task_name, error)
+            what = "Task %s[%s]: this call cannot be cached: %r"
+            logger.warning(what, call.task_name, call.task_id, error, extra=call.log_fields)
             return None
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -191,7 +201,8 @@ class Function:
             _encode(value)
         except Exception as error:
             expected = isinstance(error, ResilienceError)  # its own breaker refused: no traceback per task
-            logger.warning("task %s: fallback %s: %r", call.task_name, self.name, error, exc_info=not expected)
+            told = call.task_name, call.task_id, self.name, error
+            logger.warning("Task %s[%s]: fallback %s: %r", *told, exc_info=not expected, extra=call.log_fields)
             return None
         return Served(value, self.name)
 
@@ -249,7 +260,7 @@ class FallbackChain:
             return
         encoded, fault = _encoded(value)
         if fault:
-            self._warn_once(fault)
+            self._warn_once(call, fault)
             return
         for key, max_age in lifetimes.items():
             _write(store, _VALUES, key, encoded, ttl=max_age)
@@ -263,10 +274,11 @@ class FallbackChain:
                 lifetimes[key] = max(member.max_age, lifetimes.get(key, 0.0))
         return lifetimes
 
-    def _warn_once(self, why: str) -> None:
+    def _warn_once(self, call: Call, why: str) -> None:
         if not self._warned:
             self._warned = True
-            logger.warning("task %s: its result is not kept for cached(): %s", self.task_name, why)
+            what = "Task %s[%s]: its result is not kept for cached(): %s"
+            logger.warning(what, call.task_name, call.task_id, why, extra=call.log_fields)
 
 
 def as_chain(fallback: Any, task_name: str, body: Callable[..., Any] | None = None) -> FallbackChain:

@@ -55,7 +55,7 @@ class _Body:
         self.options = task.options
         self.runtime = runtime_of(task.app)
         self.breakers = self._breakers()
-        self.call = Call(task.name, task.run, args, kwargs)
+        self.call = Call(task.name, task.run, args, kwargs, task.request.id or "")
 
     def _breakers(self) -> list[Breaker]:
         """Return the breakers that answer for this call."""

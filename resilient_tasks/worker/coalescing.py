@@ -50,7 +50,8 @@ def coalesced_as(request: GatedRequest) -> str:
         key = options.coalesce_key and key_of(call, options.coalesce_key)
         text = dumps([call.task_name, call.arguments() if key is None else key], sort_keys=True)
     except Exception as exc:  # noqa: BLE001 - a user's function, or arguments that JSON cannot hold
-        logger.warning("Task %s[%s] has no key to be coalesced by: %r", request.name, request.id, exc)
+        what = "Task %s[%s] has no key to be coalesced by: %r"
+        logger.warning(what, request.name, request.id, exc, extra=request.log_fields)
         return ""
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -201,7 +201,8 @@ class DeadLetters:
         try:
             self._runtime.app.backend.store_result(entry.task_id, result, state)
         except Exception as exc:  # noqa: BLE001 - whatever a result backend raises: the task comes first
-            logger.warning("the result of task %s could not be reset: %s", entry.task_id, type(exc).__name__)
+            what = "the result of task %s could not be reset: %s"
+            logger.warning(what, entry.task_id, type(exc).__name__, extra=entry.log_fields)
 
 
 def _take(letters: Iterator[Letter], wanted: Counter[str]) -> list[Letter]:

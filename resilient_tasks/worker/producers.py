@@ -21,6 +21,7 @@ from kombu.common import maybe_declare
 
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, DeferredQueueFullError
 from resilient_tasks.fallback import Call, write_provenance
+from resilient_tasks.monitor.log import about
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.broker import open_queues
@@ -109,11 +110,11 @@ def _serve(
         return None
     runtime, given_id = runtime_of(task.app), options.get("task_id")
     store = runtime.fleet.store
-    served = task.options.fallback.answer(Call(task.name, task.run, args or (), kwargs or {}), store)
+    task_id = given_id or uuid()
+    served = task.options.fallback.answer(Call(task.name, task.run, args or (), kwargs or {}, task_id), store)
     if served is None:
         return None
     runtime.count_answer(served, refusal.breaker)
-    task_id = given_id or uuid()
     write_provenance(store, task_id, served, refusal.breaker, runtime.result_ttl)
     if (given_id or task.store_eager_result) and not options.get("ignore_result", task.ignore_result):
         task.backend.store_result(task_id, served.value, states.SUCCESS)  # whoever knows the id may wait for it
@@ -148,7 +149,8 @@ class ProducersGate:
             return False
         except Exception as exc:  # noqa: BLE001 - whatever a broker raises: the gate of a worker sees to it
             self._opened = None
-            logger.warning("Task %s[%s] is published as usual: %r", task.name, sent["headers"]["id"], exc)
+            what, task_id = "Task %s[%s] is published as usual: %r", sent["headers"]["id"]
+            logger.warning(what, task.name, task_id, exc, extra=about(task_id, task.name, refusal.breaker))
             return False
         return True
 

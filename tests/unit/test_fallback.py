@@ -70,7 +70,7 @@ def chain_for(fallback: Any, body: Callable[..., Any] = balance) -> FallbackChai
 
 
 def a_call(*args: Any, **kwargs: Any) -> Call:
-    return Call("shop.balance", balance, args, kwargs)
+    return Call("shop.balance", balance, args, kwargs, "17")
 
 
 # --- functions and constants ------------------------------------------------------------------------
@@ -97,7 +97,8 @@ def test_a_function_that_raises_is_logged_and_the_next_one_is_tried(
     chain = chain_for([broken, constant(7)])
     assert chain.answer(a_call(1), store) == Served(7, "constant")
     [record] = caplog.records
-    assert "shop.balance: fallback broken: LookupError('no other source')" in record.getMessage()
+    assert "shop.balance[17]: fallback broken: LookupError('no other source')" in record.getMessage()
+    assert (record.task_id, record.task) == ("17", "shop.balance")  # type: ignore[attr-defined] # structured fields
     assert record.exc_info
 
 
@@ -214,7 +215,7 @@ def test_a_key_function_that_fails_is_a_miss(
     chain.remember(call, 10, store)
     assert values.kept == {}
     assert chain.answer(call, store) == Served(7, "constant")
-    assert "shop.balance: this call cannot be cached" in caplog.text
+    assert "shop.balance[17]: this call cannot be cached" in caplog.text
 
 
 @pytest.mark.parametrize("args", [[object()], [1, "EUR", "too many"]])

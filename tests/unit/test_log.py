@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import resilient_tasks
 from resilient_tasks.monitor.log import Throttle, about
 from tests.support.doubles import ManualClock
 
@@ -27,3 +32,23 @@ def test_what_is_counted_can_be_asked_for_before_the_interval_is_over() -> None:
 def test_a_line_about_a_task_says_which() -> None:
     assert about("17", "shop.charge", "payments") == {"task_id": "17", "task": "shop.charge", "breaker": "payments"}
     assert about("17", "shop.charge") == {"task_id": "17", "task": "shop.charge"}
+
+
+def functions() -> Iterator[ast.FunctionDef]:
+    """Yield all functions of the package."""
+    for path in Path(resilient_tasks.__file__).parent.rglob("*.py"):
+        yield from (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+
+
+def test_every_function_that_logs_about_a_task_gives_machines_its_fields() -> None:
+    found = 0
+    for function in functions():
+        inside = list(ast.walk(function))
+        if any(isinstance(node, ast.Constant) and "ask %s" in str(node.value) for node in inside):
+            found += 1
+            logs = [
+                node for node in inside if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("logger.")
+            ]
+            assert logs
+            assert all("extra" in {keyword.arg for keyword in log.keywords} for log in logs), function.name
+    assert found > 10
