@@ -22,6 +22,7 @@ def told(shop: Shop) -> list[tuple[str, bool, str, object]]:
 
 def test_an_outage_is_told_once_to_everybody_but_sentry(shop: Shop) -> None:
     with Receiver() as receiver:
+        receiver.answers = [503]
         shop.beat()
         worker = shop.worker(
             arguments=["-I", "tests.integration.listeners"],
@@ -49,11 +50,13 @@ def test_an_outage_is_told_once_to_everybody_but_sentry(shop: Shop) -> None:
     assert names["task_deferred"] == names["task_resumed"]
 
     posted = [json.loads(body) for _, body in receiver.requests]
-    assert Counter((each["event"].replace("-", "_"), each["epoch"]) for each in posted) == Counter(transitions)
+    accepted = {each["id"]: each for each in posted}.values()
+    assert Counter((each["event"].replace("-", "_"), each["epoch"]) for each in accepted) == Counter(transitions)
+    assert len(posted) == len(accepted) + 1  # what was not taken at first
     assert all(headers["X-Resilient-Tasks-Signature"].startswith("sha256=") for headers, _ in receiver.requests)
 
+    check_log([json.loads(line) for line in shop.side.lrange("log", 0, -1)], ids, len(transitions))
     log = worker.output()
-    assert len(re.findall(r"WARNING.*breaker payments: ", log)) == len(transitions)
     own_lines = len(re.findall(r"Task \S*charge\[.*\] deferred: ", log))
     counted = sum(map(int, re.findall(r"(\d+) more tasks deferred for breaker payments", log)))
     assert (own_lines < names["task_deferred"], own_lines + counted) == (True, names["task_deferred"])
@@ -64,6 +67,17 @@ def test_an_outage_is_told_once_to_everybody_but_sentry(shop: Shop) -> None:
 
     [reported] = [json.loads(event) for event in shop.side.lrange("sentry", 0, -1)]
     assert reported["exception"]["values"][-1]["value"] == "a real mistake"
+
+
+def check_log(records: list[dict[str, Any]], ids: list[str], transitions: int) -> None:
+    """Each transition is one warning in the whole fleet, and every line about a task tells its id."""
+    moves = [record for record in records if record["text"].startswith("breaker payments: ")]
+    assert [record["event"] for record in moves].count("breaker-closed") == 1
+    assert len(moves) == transitions
+    assert all((record["level"], record["breaker"]) == ("WARNING", "payments") and record["state"] for record in moves)
+    about_tasks = [record for record in records if record["text"].startswith("Task ")]
+    assert {record["task_id"] for record in about_tasks} <= set(ids)
+    assert {record["task"] for record in about_tasks} == {"tests.integration.shop.charge"}
 
 
 def check_traces(spans: list[dict[str, Any]]) -> None:
