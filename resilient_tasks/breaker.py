@@ -135,7 +135,7 @@ class Breaker(Guarded):
             BreakerOpenError: the breaker refuses; ``fn`` does not run.
         """
         standing = self._standing
-        if not standing.admits_freely or self._examines or self._view.is_behind:
+        if not standing.admits_plainly or self._examines or self._view.is_behind:
             return self._call_with_care(fn, args, kwargs)
         epoch = standing.epoch
         try:

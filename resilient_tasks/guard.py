@@ -330,7 +330,7 @@ class Guard:
         breaker = self._breaker
         standing = breaker._standing
         self._epoch = standing.epoch
-        self._is_plain = standing.admits_freely and not breaker._examines and not breaker._view.is_behind
+        self._is_plain = standing.admits_plainly and not breaker._examines and not breaker._view.is_behind
         return self._is_plain
 
     def _begin(self, admitted: _Pass) -> None:
@@ -403,7 +403,7 @@ def _finish_all(admitted: Iterable[tuple[Guarded, _Pass]], verdicts: Sequence[Ve
 def _nowhere() -> Standing:
     """Return a standing that admits nothing, for breakers that have not joined their fleet yet."""
     standing = Standing(Spec("nowhere"), perf_counter)
-    standing.admits = standing.admits_freely = False
+    standing.admits = standing.admits_freely = standing.admits_plainly = False
     return standing
 
 

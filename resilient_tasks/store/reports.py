@@ -1,9 +1,10 @@
 """Outcomes on their way to the store: noted by any thread without I/O, sent in batches by one.
 
 A success waits up to a tenth of a second for company, so that a busy process sends ten small messages
-a second per breaker however many calls it makes. A failure is sent at once, with the successes before
-it, because it may open the breaker. Whoever wants to know that a report has arrived (a caller whose
-next call should already see the breaker open) waits for the ticket that reporting returned.
+a second per breaker however many calls it makes. What may open the breaker is sent at once, with the successes before
+it: a failure, or a success where nothing but the number of calls keeps the breaker closed. Whoever wants to know that a
+report has arrived (a caller whose next call should already see the breaker open) waits for the ticket that reporting
+returned.
 
 The same thread settles trials, renews their permits and tells what was tallied. Everything that waits is
 bounded: while the store is away the oldest outcomes are dropped and counted.
@@ -122,6 +123,8 @@ class Reporter:
             standing.pending.append((epoch, Calls(outcome, 1, voter, proxied, each), cause, retry_after))
             return self.schedule(standing, urgent=True)
         standing.pending.append(epoch)
+        if standing.success_may_open:
+            return self.schedule(standing, urgent=True)
         if not standing.scheduled:
             self.schedule(standing)
         return _NOTHING_URGENT

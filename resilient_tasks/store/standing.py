@@ -28,6 +28,8 @@ class Standing:
         known: the store has said something.
         admits: calls are admitted, where they are limited with a slot: CLOSED, DISABLED or SHADOW.
         admits_freely: and they need not even ask the store, because there is no limit.
+        success_may_open: nothing but calls is lacking for the breaker to open, so that a success may bring the last.
+        admits_plainly: calls are admitted freely, and a success is in no hurry.
         epoch: of ``snapshot``; the outcome of a call belongs to the epoch that admitted it.
         deadline: on the view's clock, when trials may begin: -inf at once, +inf only by an operator.
         pending: outcomes that the ``Reporter`` has not sent yet.
@@ -35,8 +37,8 @@ class Standing:
     """
 
     __slots__ = (
-        "_clock", "_denied", "_heard_at", "admits", "admits_freely", "deadline", "epoch",
-        "known", "mark", "pending", "scheduled", "snapshot", "spec",
+        "_clock", "_denied", "_heard_at", "admits", "admits_freely", "admits_plainly", "deadline", "epoch",
+        "known", "mark", "pending", "scheduled", "snapshot", "spec", "success_may_open",
     )  # fmt: skip
 
     def __init__(self, spec: Spec, clock: Callable[[], float]) -> None:
@@ -62,11 +64,22 @@ class Standing:
         self.epoch = snapshot.epoch  # before ``admits``: a call admitted by this news belongs to this epoch
         self.admits = snapshot.state in ADMITTING
         self.admits_freely = self.admits and not self._is_limited(snapshot)
+        self.success_may_open = self._lacks_calls_alone(snapshot)
+        self.admits_plainly = self.admits_freely and not self.success_may_open
 
     def _is_limited(self, snapshot: Snapshot) -> bool:
         if snapshot.epoch == 0:  # the store has said nothing yet
             return self.spec.policy.most_in_flight is not None
         return snapshot.concurrency_limit is not None
+
+    def _lacks_calls_alone(self, snapshot: Snapshot) -> bool:
+        """Whether so many calls have failed, or were slow, that any others open it once there are enough of them."""
+        policy = self.spec.policy
+        least = policy.minimum_calls
+        if snapshot.state is not State.CLOSED or snapshot.calls >= least:
+            return False
+        failed = snapshot.failures >= policy.failure_rate_threshold * least
+        return failed or snapshot.slow >= policy.slow_call_rate_threshold * least
 
     def _deadline(self, snapshot: Snapshot) -> float:
         if snapshot.state is State.FORCED_OPEN:
