@@ -9,7 +9,6 @@ from tornado import web
 from resilient_tasks.core.model import Verb
 from resilient_tasks.flower import seams
 from resilient_tasks.flower.handlers import Api, check_defined, failures_told, look_at
-from resilient_tasks.monitor.words import counted
 
 RESUME = "resume"
 NO_ANSWER = "the store does not answer"
@@ -62,12 +61,13 @@ class Steering(Api):
 
 
 class Tasks(Api):
-    """``POST /api/breakers/NAME/deferred/drop``, ``.../dead/replay`` and ``.../dead/drop``."""
+    """``POST /api/breakers/NAME/deferred/resume``, ``.../deferred/drop``, ``.../dead/replay`` and ``.../dead/drop``."""
 
     async def post(self, name: str, kind: str, verb: str) -> None:
         """Do something to the tasks whose ids are given."""
         check_defined(self.desk, name)
         deeds = {
+            "deferred/resume": self.desk.resume_deferred,
             "deferred/drop": self.desk.drop_deferred,
             "dead/drop": self.desk.drop_dead,
             "dead/replay": self.desk.replay_dead,
@@ -76,7 +76,4 @@ class Tasks(Api):
         if deed is None:
             raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no verb is {kind}/{verb}; allowed are {', '.join(deeds)}")
         with failures_told(self.desk):
-            done = await deed(name, self.task_ids)
-        if done:
-            await self.desk.note(name, f"{counted(len(done), 'task')}: {kind}, {verb}", seams.user_of(self))
-        self.write({"done": done})
+            self.write({"done": await deed(name, self.task_ids, seams.user_of(self))})

@@ -26,8 +26,9 @@ class FlowerWithBreakers(seams.Flower):
     """Flower as ``flower.command`` makes it, with what is ours; without, if the app has no ``Resilience``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs["template_loader"] = seams.Templates(kwargs["template_path"])
+        templates = kwargs["template_loader"] = seams.Templates(kwargs["template_path"])
         super().__init__(*args, **kwargs)
+        self.executor.submit(templates.warm_up)
         runtime = find_runtime(self.capp)
         if runtime is None:
             raise SystemExit(f"app {self.capp.main!r} has no Resilience: name the app that has, as in celery -A proj")

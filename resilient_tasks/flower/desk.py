@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
-from resilient_tasks.core.model import Snapshot, Verb
+from resilient_tasks.core.model import HELD_OPEN, Snapshot, Verb
 from resilient_tasks.core.outage import Estimate, Outage
-from resilient_tasks.errors import StoreError
+from resilient_tasks.errors import DeadLetterError, StoreError
 from resilient_tasks.flower.errands import Errands, NoAnswerError
 from resilient_tasks.flower.watch import Told, Watch
 from resilient_tasks.monitor.story import Row, rows_of
@@ -26,9 +26,11 @@ T = TypeVar("T")
 
 logger = logging.getLogger("resilient_tasks")
 
-#: Seconds that an answer of store or broker is waited for.
+#: Seconds for which it is waited until something is done.
 PATIENCE = 5.0
-#: Most tasks that a page lists.
+#: Seconds for which it is waited until the broker has shown its tasks.
+PATIENCE_TO_LOOK = 2.0
+#: Most tasks, outages or breakers that a page lists whatever they do.
 LISTED = 100
 #: Seconds that a breaker's chart shows.
 CHARTED = 3600.0
@@ -59,8 +61,9 @@ class Desk:
 
     @property
     def queues(self) -> list[str]:
-        """Names of the queues on the broker that are ours, of all breakers and of the children that were last seen."""
-        queues, names = self._runtime.queues, {*self.names, *self.watch.seen}
+        """Names of the queues on the broker that are ours: of all breakers, of many those that were last seen busy."""
+        few = len(self._runtime.breakers) <= LISTED
+        queues, names = self._runtime.queues, {*self.watch.busy, *(self.names if few else ())}
         return [*map(queues.deferred, names), *map(queues.dead, names)]
 
     def defines(self, name: str) -> bool:
@@ -68,12 +71,19 @@ class Desk:
         return self._runtime.defines(name)
 
     def _told(self, snapshots: Sequence[Snapshot]) -> list[Told]:
-        """Return what is told of breakers, with an estimate of when those will be done who wait."""
+        """Return what is told of breakers, with the outage that lasts and when those will be done who wait."""
+        fleet = self._runtime.fleet
         estimates: dict[str, Estimate] = {}
+        outages: dict[str, Outage] = {}
         with suppress(StoreError):  # one that keeps no history
-            estimates = self._runtime.fleet.story.estimates(snapshots)
+            estimates = fleet.story.estimates(snapshots)
+            outages = fleet.history.lasting(each.name for each in snapshots if each.state in HELD_OPEN)
         waiting = {name: asdict(estimate) for name, estimate in estimates.items()}
-        return [{**snapshot.as_dict(), "estimate": waiting.get(snapshot.name)} for snapshot in snapshots]
+        lasting = {name: _told_of(outage) for name, outage in outages.items()}
+        return [
+            {**each.as_dict(), "estimate": waiting.get(each.name), "outage": lasting.get(each.name)}
+            for each in snapshots
+        ]
 
     # --- breakers -----------------------------------------------------------------------------------
 
@@ -112,23 +122,18 @@ class Desk:
         return await self._store.run(look, patience=PATIENCE)
 
     async def outages(self, name: str | None) -> list[tuple[Outage, list[Row]]]:
-        """Return the outages of one breaker or of all, the newest first, with what is told of them."""
-        specs = self._runtime.specs() if name is None else [self._runtime.breaker(name).spec]
+        """Return the outages of one breaker or of all, and of their children, the newest first, and what to tell."""
 
         def look() -> list[tuple[Outage, list[Row]]]:
             fleet = self._runtime.fleet
-            snapshots = fleet.store.read_shared(specs)
+            names = fleet.with_children(self.names if name is None else [name])
+            outages = fleet.story.outages(names)[:LISTED]
+            lasting = {outage.breaker for outage in outages if outage.drained is None}
+            snapshots = fleet.store.read_shared([self._runtime.breaker(each).spec for each in lasting])
             estimates = fleet.story.estimates(snapshots)
-            outages = fleet.story.outages([spec.name for spec in specs])[:LISTED]
             return [(outage, rows_of(outage, estimates.get(outage.breaker))) for outage in outages]
 
         return await self._store.run(look, patience=PATIENCE)
-
-    async def note(self, name: str, done: str, actor: str) -> None:
-        """Log what somebody has done to the tasks of a breaker; without a store nothing is logged."""
-        with suppress(StoreError, NoAnswerError):
-            note = partial(self._runtime.fleet.history.note, name, done, actor)
-            await self._store.run(note, patience=PATIENCE)
 
     # --- tasks --------------------------------------------------------------------------------------
 
@@ -152,7 +157,7 @@ class Desk:
             tasks = self._deferred.list(name, limit=LISTED)
             return {"count": self._deferred.count(name), "tasks": [asdict(task) for task in tasks]}
 
-        return await self._ask_broker(look)
+        return await self._ask_broker(look, patience=PATIENCE_TO_LOOK)
 
     async def dead(self, name: str) -> dict[str, Any]:
         """Return how many dead letters a breaker has, and the oldest."""
@@ -161,24 +166,50 @@ class Desk:
             letters = self._dead.list(name, limit=LISTED)
             return {"count": self._dead.count(name)[name], "tasks": [_told(letter) for letter in letters]}
 
-        return await self._ask_broker(look)
+        return await self._ask_broker(look, patience=PATIENCE_TO_LOOK)
 
-    async def drop_deferred(self, name: str, task_ids: Sequence[str]) -> list[str]:
+    async def resume_deferred(self, name: str, task_ids: Sequence[str], actor: str) -> list[str]:
+        """Resume tasks that wait for a breaker; return the ids of those that were there."""
+        done = await self._ask_broker(lambda: self._deferred.resume_some(name, frozenset(task_ids)))
+        await self._log({name: len(done)}, "task", "resumed", actor)
+        return list(done)
+
+    async def drop_deferred(self, name: str, task_ids: Sequence[str], actor: str) -> list[str]:
         """Drop tasks that wait for a breaker; return the ids of those that were there."""
-        return list(await self._ask_broker(lambda: self._deferred.drop(name, frozenset(task_ids))))
+        done = await self._ask_broker(lambda: self._deferred.drop(name, frozenset(task_ids)))
+        await self._log({name: len(done)}, "task", "dropped", actor)
+        return list(done)
 
-    async def replay_dead(self, name: str, task_ids: Sequence[str]) -> list[str]:
+    async def replay_dead(self, name: str, task_ids: Sequence[str], actor: str) -> list[str]:
         """Send dead letters again as they were first published."""
-        await self._ask_broker(lambda: self._dead.replay(*task_ids, breaker=name))
+        return await self._each_dead(self._dead.replay, "replayed", name, task_ids, actor)
+
+    async def drop_dead(self, name: str, task_ids: Sequence[str], actor: str) -> list[str]:
+        """Delete dead letters."""
+        return await self._each_dead(self._dead.drop, "dropped", name, task_ids, actor)
+
+    async def _each_dead(
+        self, act: Callable[..., dict[str, int]], what: str, name: str, task_ids: Sequence[str], actor: str
+    ) -> list[str]:
+        """Do something to dead letters, and log how many it was done to, also if it was not all."""
+        try:
+            done = await self._ask_broker(lambda: act(*task_ids, breaker=name))
+        except DeadLetterError as error:
+            await self._log(error.done, "dead letter", what, actor)
+            raise
+        await self._log(done, "dead letter", what, actor)
         return list(task_ids)
 
-    async def drop_dead(self, name: str, task_ids: Sequence[str]) -> list[str]:
-        """Delete dead letters."""
-        await self._ask_broker(lambda: self._dead.drop(*task_ids, breaker=name))
-        return list(task_ids)
+    async def _log(self, done: Mapping[str, int], noun: str, what: str, actor: str) -> None:
+        """Log what somebody has done to how many tasks of which breakers; without a store nothing is logged."""
+        for name, count in done.items():
+            if count and self.defines(name):
+                with suppress(StoreError, NoAnswerError):
+                    note = partial(self._runtime.fleet.history.note, name, f"{counted(count, noun)} {what}", actor)
+                    await self._store.run(note, patience=PATIENCE)
 
     async def resume(self, name: str, rate: float | None, actor: str) -> int | None:
-        """Resume what waits for a breaker now, without the workers' slow start.
+        """Resume what waits for a breaker now, without the workers' slow start; at this rate, if it goes on already.
 
         Args:
             name: of the breaker.
@@ -188,12 +219,13 @@ class Desk:
         Returns:
             How many were resumed; None if that takes longer than :data:`PATIENCE` and goes on.
         """
-        task = self._resuming.get(name)
-        if task is None:
-            task = self._resuming[name] = asyncio.ensure_future(self._resume(name, rate, actor))
-            task.add_done_callback(lambda done: self._resumed(name, done))
+        former = self._resuming.get(name)
+        if former is not None:
+            former.cancel()
+        task = self._resuming[name] = asyncio.ensure_future(self._resume(name, rate, actor))
+        task.add_done_callback(lambda done: self._resumed(name, done))
         done, _ = await asyncio.wait({task}, timeout=PATIENCE)
-        return task.result() if done else None
+        return task.result() if done and not task.cancelled() else None
 
     async def _resume(self, name: str, rate: float | None, actor: str) -> int:
         resumed = 0
@@ -201,13 +233,12 @@ class Desk:
             async for batch in self._batches(name, rate):
                 resumed += batch
         finally:
-            if resumed:
-                await self.note(name, f"{counted(resumed, 'task')} resumed", actor)
+            await self._log({name: resumed}, "task", "resumed", actor)
         return resumed
 
     async def _batches(self, name: str, rate: float | None) -> AsyncIterator[int]:
         """Resume what waits at this moment; yield how many went with each batch."""
-        waiting = await self._ask_broker(lambda: self._deferred.count(name))
+        waiting = await self._ask_broker(lambda: self._deferred.count(name), patience=PATIENCE_TO_LOOK)
         asked, started = 0, time.monotonic()
         while asked < waiting:
             due = waiting if rate is None else 1 + int((time.monotonic() - started) * rate)
@@ -218,13 +249,19 @@ class Desk:
             await asyncio.sleep(0 if rate is None else _BEAT)
 
     def _resumed(self, name: str, done: asyncio.Task[int]) -> None:
-        del self._resuming[name]
+        if self._resuming.get(name) is done:
+            del self._resuming[name]
         self.watch.forget()
-        if done.exception() is not None:
+        if not done.cancelled() and done.exception() is not None:
             logger.warning("resuming the tasks of breaker %s ended: %s", name, done.exception())
 
-    async def _ask_broker(self, errand: Callable[[], T]) -> T:
-        return await self._broker.run(errand, patience=PATIENCE)
+    async def _ask_broker(self, errand: Callable[[], T], *, patience: float = PATIENCE) -> T:
+        return await self._broker.run(errand, patience=patience)
+
+
+def _told_of(outage: Outage) -> dict[str, Any]:
+    """Return what is told of an outage beside the breaker that it is of."""
+    return {"opened": outage.opened, "reason": outage.reason, "actor": outage.actor, "causes": outage.causes}
 
 
 def _told(letter: DeadLetter) -> dict[str, Any]:

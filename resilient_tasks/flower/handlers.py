@@ -21,8 +21,8 @@ from resilient_tasks.flower.errands import NoAnswerError
 
 logger = logging.getLogger("resilient_tasks")
 
-#: Most tasks per second that may be asked for.
-FASTEST = 100_000.0
+#: Fewest and most tasks per second that may be asked for.
+SLOWEST, FASTEST = 0.01, 100_000.0
 
 # nothing that somebody has written into a name, an argument or a reason runs as a script, whatever else fails
 _SAFE = "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
@@ -92,9 +92,9 @@ class Api(seams.BaseApiHandler):
             rate = math.nan if isinstance(asked, bool) else float(asked)
         except (TypeError, ValueError, OverflowError):
             rate = math.nan
-        if 0 < rate <= FASTEST:
+        if SLOWEST <= rate <= FASTEST:
             return rate
-        allowed = f"a number of tasks per second above 0 and up to {FASTEST:g}"
+        allowed = f"a number of tasks per second from {SLOWEST:g} to {FASTEST:,.0f}"
         raise web.HTTPError(HTTPStatus.BAD_REQUEST, f"rate={asked!r}: allowed is {allowed}")
 
     @property

@@ -41,6 +41,7 @@ __all__ = [
 NOBODY = "flower"
 
 _OURS = "breakers/"
+_PAGES = ("list.html", "one.html", "outages.html")
 _END_OF_NAVIGATION = "</ul>"
 _OUR_ITEM = """
         <li class="nav-item">
@@ -57,6 +58,11 @@ class Templates(template.Loader):
     def resolve_path(self, name: str, parent_path: str | None = None) -> str:  # noqa: ARG002 - all names are absolute
         """Return a template's name: ours extend Flower's, which lie in no folder."""
         return name
+
+    def warm_up(self) -> None:
+        """Compile our pages, so that who looks first need not wait for it."""
+        for name in _PAGES:
+            self.load(_OURS + name)
 
     def _create_template(self, name: str) -> template.Template:
         if name.startswith(_OURS):

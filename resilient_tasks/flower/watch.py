@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from resilient_tasks.core.model import State
 from resilient_tasks.errors import StoreError
 from resilient_tasks.flower.errands import Errands, NoAnswerError
+
+logger = logging.getLogger("resilient_tasks")
 
 #: What is told of one breaker, as JSON has it.
 Told = dict[str, Any]
@@ -84,9 +88,10 @@ class Watch:
         self._going_on: asyncio.Task[None] | None = None
 
     @property
-    def seen(self) -> Collection[str]:
-        """Names of the breakers that were there at the last look."""
-        return self._latest.breakers.keys()
+    def busy(self) -> list[str]:
+        """Names of the breakers that were not plainly CLOSED when they were last read, or that tasks waited for."""
+        told = self._latest.breakers.values()
+        return [each["name"] for each in told if each["state"] != State.CLOSED or each["deferred"]]
 
     def start(self) -> None:
         """Begin to read, and go on for as long as the event loop runs."""
@@ -128,6 +133,9 @@ class Watch:
             self._latest = await self._errands.run(self._take, patience=_GIVE_UP)
         except (StoreError, NoAnswerError) as error:
             self._latest = replace(self._latest, problem=str(error))
+        except Exception as error:
+            logger.exception("Flower cannot read the breakers")
+            self._latest = replace(self._latest, problem=f"the breakers cannot be read: {type(error).__name__}")
         if self._reading is asyncio.current_task():
             self._reading = None
 

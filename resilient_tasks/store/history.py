@@ -96,7 +96,7 @@ class History:
         wanted = list(names)
         counted = self._each(wanted, lambda pipeline, keys: pipeline.hgetall(keys.totals))
         return {
-            name: Counts.of({kind.decode(): int(count) for kind, count in counts.items()})
+            name: Counts.of({kind: int(count) for kind, count in _text(counts).items()})
             for name, counts in zip(wanted, counted, strict=True)
         }
 
@@ -112,10 +112,17 @@ class History:
         former = self._each(wanted, lambda pipeline, keys: pipeline.lrange(keys.outages, 0, -1))
         outages: list[Outage] = []
         for name, fields, filed in zip(wanted, latest, former, strict=True):
-            kept = [{field.decode(): value.decode() for field, value in fields.items()}] if fields else []
+            kept = [_text(fields)] if fields else []
             outages += [Outage.of(name, each) for each in (*kept, *map(json.loads, filed))]
         lately = [outage for outage in outages if outage.drained is None or outage.drained > since]
         return sorted(lately, key=lambda outage: -outage.opened)
+
+    def lasting(self, names: Iterable[str]) -> dict[str, Outage]:
+        """Return the outages that are not over, by breaker; in one round trip for up to 500 breakers."""
+        wanted = list(names)
+        latest = self._each(wanted, lambda pipeline, keys: pipeline.hgetall(keys.outage))
+        found = {name: Outage.of(name, _text(fields)) for name, fields in zip(wanted, latest, strict=True) if fields}
+        return {name: outage for name, outage in found.items() if outage.drained is None}
 
     def recent(self, names: Iterable[str]) -> dict[str, list[Minute]]:
         """Return the minutes of several breakers, as :meth:`minutes` does of one, in one round trip."""
@@ -129,26 +136,27 @@ class History:
         )
 
     def deadlines(self, names: Iterable[str]) -> dict[str, Deadlines]:
-        """Return when the waits of tasks end, by breaker, each with a sample; in two round trips."""
+        """Return when the waits of tasks end, by breaker, each with a sample; in two round trips for up to 500."""
         wanted = list(names)
         counts = self._each(wanted, lambda pipeline, keys: pipeline.zcard(keys.deadlines))
+        bounded = {name: count for name, count in zip(wanted, counts, strict=True) if count}
         found = dict.fromkeys(wanted, Deadlines())
-        for name, count in zip(wanted, counts, strict=True):
-            if count:
-                found[name] = Deadlines(count, self._sample_of(self._keys.breaker(name).deadlines, count))
+        for some in _chunks(list(bounded)):
+            samples = self._server.run(partial(self._sample, counts={name: bounded[name] for name in some}))
+            found |= {name: Deadlines(bounded[name], sample) for name, sample in samples.items()}
         return found
 
-    def _sample_of(self, key: str, count: int) -> list[float]:
-        size = min(count, _SAMPLE)
-
-        def look(client: redis.Redis) -> list[Any]:
-            with client.pipeline(transaction=False) as pipeline:
-                for number in range(1, size + 1):
-                    rank = count * number // size - 1
-                    pipeline.zrange(key, rank, rank, withscores=True)
-                return pipeline.execute()
-
-        return [pairs[0][1] / 1000 for pairs in self._server.run(look) if pairs]
+    def _sample(self, client: redis.Redis, counts: Mapping[str, int]) -> dict[str, list[float]]:
+        """Return some of the deadlines of each breaker, of which there are so many, at equal distances."""
+        places = [(name, rank) for name, count in counts.items() for rank in _sampled(count)]
+        with client.pipeline(transaction=False) as pipeline:
+            for name, rank in places:
+                pipeline.zrange(self._keys.breaker(name).deadlines, rank, rank, withscores=True)
+            replies = pipeline.execute()
+        samples: dict[str, list[float]] = {name: [] for name in counts}
+        for (name, _), reply in zip(places, replies, strict=True):
+            samples[name] += [score / 1000 for _, score in reply]
+        return samples
 
     # --- writing ------------------------------------------------------------------------------------
 
@@ -169,8 +177,7 @@ class History:
         for name, tally in tallies.items():
             keys = *self._keys.breaker(name), self._keys.tellers(name)
             calls.append((keys, (teller, number, json.dumps(tally.counts), json.dumps(tally.peaks))))
-        for start in range(0, len(calls), _PER_ROUND_TRIP):
-            some = calls[start : start + _PER_ROUND_TRIP]
+        for some in _chunks(calls):
             self._server.run(partial(self._scripts["tally"].each, calls=some))
 
     # --- inside -------------------------------------------------------------------------------------
@@ -184,8 +191,22 @@ class History:
                     ask(pipeline, self._keys.breaker(name))
                 return pipeline.execute()
 
-        chunks = [names[start : start + _PER_ROUND_TRIP] for start in range(0, len(names), _PER_ROUND_TRIP)]
-        return [answer for chunk in chunks for answer in self._server.run(partial(look, some=chunk))]
+        return [answer for some in _chunks(names) for answer in self._server.run(partial(look, some=some))]
+
+
+def _text(fields: Mapping[bytes, bytes]) -> dict[str, str]:
+    return {field.decode(): value.decode() for field, value in fields.items()}
+
+
+def _chunks(items: Sequence[T]) -> list[Sequence[T]]:
+    """Return the parts of something of which each is for one round trip."""
+    return [items[start : start + _PER_ROUND_TRIP] for start in range(0, len(items), _PER_ROUND_TRIP)]
+
+
+def _sampled(count: int) -> list[int]:
+    """Return the ranks at equal distances that stand for so many deadlines; the last one is among them."""
+    size = min(count, _SAMPLE)
+    return [count * number // size - 1 for number in range(1, size + 1)]
 
 
 def _minutes(slots: Iterable[bytes | str]) -> list[Minute]:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from resilient_tasks.core.model import ADMITTING
 from resilient_tasks.errors import BreakerOpenError
-from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks
 from resilient_tasks.worker.events import EventsByHand
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.resume import Resumer
+from resilient_tasks.worker.selection import FirstFew, Selection, TheseOnly
 
 if TYPE_CHECKING:
     from resilient_tasks.worker.runtime import Runtime
@@ -70,7 +71,7 @@ class Deferred:
             found.extend(map(_describe, entries))
             return []
 
-        for _ in self._tasks.sift_pages(breaker, look, enough=lambda: len(found) >= limit):
+        for _ in self._tasks.sift_pages(breaker, look, enough=lambda: len(found) >= limit, page=min(limit, PAGE)):
             continue
         return tuple(found[:limit])
 
@@ -92,13 +93,33 @@ class Deferred:
             ConfigurationError: nobody defines it.
             StoreError: the store is away.
         """
+        waiting = self.count(breaker)  # those that are deferred again meanwhile are not resumed again
+        return self._release(breaker, FirstFew(waiting if limit is None else min(limit, waiting)), force=force)
+
+    def resume_some(self, breaker: str, task_ids: Collection[str], *, force: bool = False) -> tuple[str, ...]:
+        """Send some tasks back to the queues that they came from, now; see :meth:`resume`.
+
+        Args:
+            breaker: name of the breaker that they wait for.
+            task_ids: which ones.
+            force: also while the breaker refuses.
+
+        Returns:
+            The ids of those that were there, but for those that were dropped or dead-lettered instead.
+
+        Raises:
+            BreakerOpenError, ConfigurationError, StoreError: as above.
+        """
+        selection = TheseOnly(set(task_ids))
+        self._release(breaker, selection, force=force)
+        return tuple(task_id for task_id in task_ids if task_id not in selection.wanted)
+
+    def _release(self, breaker: str, selection: Selection, *, force: bool) -> int:
         known = self._runtime.breaker(breaker)
-        snapshot = self._runtime.fleet.store.read_shared([known.spec])[0]
+        [snapshot] = self._runtime.fleet.store.read_shared([known.spec])
         if snapshot.state not in ADMITTING and not force:
             raise BreakerOpenError(breaker, str(snapshot.state), snapshot.retry_after)
-        waiting = self.count(breaker)  # those that are deferred again meanwhile are not resumed again
-        count = waiting if limit is None else min(limit, waiting)
-        return Resumer(self._runtime, self._tasks).release(known, snapshot, count, early=True)
+        return Resumer(self._runtime, self._tasks).release(known, snapshot, selection, early=True)
 
     def drop(self, breaker: str, task_ids: Collection[str] | None = None) -> tuple[str, ...]:
         """Drop tasks that shall never run; their results are REVOKED, callbacks and chords hear of it.

@@ -49,7 +49,7 @@ class Resumer:
         )
         ledger.save_pace(breaker.name, following)
         if count > 0 and self._still(breaker, snapshot):
-            self.release(breaker, snapshot, count)
+            self.release(breaker, snapshot, FirstFew(count))
 
     def _refill(self, breaker: Breaker, snapshot: Snapshot) -> None:
         """Resume as many tasks as slots are free, each with one that is kept for it."""
@@ -61,30 +61,27 @@ class Resumer:
         most = snapshot.in_flight + count
         if policy.max_concurrency_per_worker is not None:
             most = min(most, policy.max_concurrency_per_worker * ledger.workers())
-        self._release(breaker, snapshot, WhoeverFits(self._runtime.fleet.store, breaker, snapshot, most))
+        self.release(breaker, snapshot, WhoeverFits(self._runtime.fleet.store, breaker, snapshot, most))
 
     def release_trials(self, breaker: Breaker, snapshot: Snapshot) -> None:
         """Resume as many tasks as there are permits; those that have never failed first."""
         outstanding = self._outstanding(breaker, self._runtime.fleet.ledger.pace(breaker.name))
         free = breaker.policy.trial_calls - snapshot.trials - outstanding
         if free > 0:
-            self._release(breaker, snapshot, FirstFew(free, unfailed_first=True))
+            self.release(breaker, snapshot, FirstFew(free, unfailed_first=True))
 
-    def release(self, breaker: Breaker, snapshot: Snapshot, count: int, *, early: bool = False) -> int:
-        """Resume the ``count`` oldest tasks of a breaker.
+    def release(self, breaker: Breaker, snapshot: Snapshot, selection: Selection, *, early: bool = False) -> int:
+        """Resume tasks of a breaker.
 
         Args:
             breaker: which one.
             snapshot: the breaker now.
-            count: most tasks to resume.
+            selection: which tasks.
             early: also those whose own wait after a failure is not over.
 
         Returns:
             How many were resumed.
         """
-        return self._release(breaker, snapshot, FirstFew(count), early=early)
-
-    def _release(self, breaker: Breaker, snapshot: Snapshot, selection: Selection, *, early: bool = False) -> int:
         ledger = self._runtime.fleet.ledger
         going, resumed = 0, 0
         why = f"resumed, breaker {breaker.name!r} is {snapshot.state}"

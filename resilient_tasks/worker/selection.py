@@ -58,6 +58,29 @@ class FirstFew:
         return chosen
 
 
+@dataclass
+class TheseOnly:
+    """Some tasks by their ids.
+
+    Args:
+        wanted: their ids; those that were chosen are taken out.
+    """
+
+    wanted: set[str]
+    page: int = PAGE
+
+    @property
+    def complete(self) -> bool:
+        """Whether all were there."""
+        return not self.wanted
+
+    def choose(self, due: Sequence[Entry]) -> Sequence[Entry]:
+        """Return those of them that are there."""
+        chosen = [entry for entry in due if entry.task_id in self.wanted]
+        self.wanted -= {entry.task_id for entry in chosen}
+        return chosen
+
+
 class WhoeverFits:
     """The oldest tasks, as many as slots are free; one is kept for each.
 

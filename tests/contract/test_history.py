@@ -241,6 +241,7 @@ def test_an_outage_is_remembered_from_the_first_refusal_to_the_last_waiting_task
     breaker.trials("S")
     closed = lab.clock()
     [lasting] = outages(lab)
+    assert lab.history.lasting(["payments", "stranger"]) == {"payments": lasting}
     assert (lasting.opened, lasting.closed, lasting.drained) == (opened, closed, None)
 
     lab.clock.advance(30)
@@ -248,6 +249,7 @@ def test_an_outage_is_remembered_from_the_first_refusal_to_the_last_waiting_task
     lab.ledger.remove_deferred(breaker.name, ["a"])
     [outage] = outages(lab)
     assert outage.drained == closed + 30
+    assert lab.history.lasting(["payments"]) == {}
     assert (outage.openings, outage.actor) == (2, "")
     assert "failure rate" in outage.reason
     assert outage.causes == [("ReadTimeout", 3), ("OSError", 1)]

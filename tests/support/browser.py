@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +149,25 @@ class Browser:
         """Type into what has the focus."""
         self._call("Input.insertText", text=text)
 
-    def screenshot(self, path: Path, *, height: int = 1000) -> None:
-        """Save what a person sees as a PNG."""
-        clip = {"x": 0, "y": 0, "width": 1400, "height": height, "scale": 1}
-        shot = self._call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
+    def fits(self, width: int) -> bool:
+        """Whether nobody has to scroll a window of such a width sideways; the window has its own width again after."""
+        with self._as_wide_as(width):
+            return bool(self.run(f"document.documentElement.scrollWidth <= {width}"))
+
+    @contextlib.contextmanager
+    def _as_wide_as(self, width: int) -> Iterator[None]:
+        size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+        self._call("Emulation.setDeviceMetricsOverride", **size)
+        try:
+            yield
+        finally:
+            self._call("Emulation.clearDeviceMetricsOverride")
+
+    def screenshot(self, path: Path, *, width: int = 1400, height: int = 1000) -> None:
+        """Save what a person sees in a window of such a width as a PNG."""
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        with self._as_wide_as(width):
+            shot = self._call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
 // The last hour of a breaker: calls by outcome, minute by minute, before bands of its state. SVG, made by hand.
 const SVG = "http://www.w3.org/2000/svg";
-const [WIDTH, HEIGHT, LEFT, TOP, BOTTOM] = [960, 240, 48, 20, 24];
+const [HEIGHT, LEFT, TOP, BOTTOM] = [240, 48, 20, 24];
+const FLOOR = HEIGHT - BOTTOM;
 const [MINUTE, MINUTES] = [60, 60];
-const [RIGHT, FLOOR] = [WIDTH - 8, HEIGHT - BOTTOM];
+const NARROW = 600; // pixels
 const KINDS = ["SUCCESS", "SLOW", "FAILURE", "refused"];
 
 function shape(tag, attributes, text) {
@@ -51,11 +52,13 @@ export function draw(svg, {minutes, transitions, state, now}) {
     const to = (Math.floor(now / MINUTE) + 1) * MINUTE;
     const from = to - MINUTES * MINUTE;
     const most = roundUp(Math.max(...minutes.map((each) => KINDS.reduce((sum, kind) => sum + (each[kind] ?? 0), 0)), 1));
-    const x = (seconds) => LEFT + (RIGHT - LEFT) * (seconds - from) / (to - from);
+    const width = Math.max(320, svg.clientWidth); // one unit is one pixel, or letters would shrink in narrow windows
+    const right = width - 8;
+    const x = (seconds) => LEFT + (right - LEFT) * (seconds - from) / (to - from);
     const y = (calls) => FLOOR - (FLOOR - TOP) * calls / most;
-    svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
+    svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     svg.replaceChildren(
-        ...spans(transitions, state, from, now).flatMap((span) => band(span, x)), ...axes(from, to, most, x, y),
+        ...spans(transitions, state, from, now).flatMap((span) => band(span, x)), ...axes(from, to, most, x, y, width < NARROW ? 20 : 10),
         ...minutes.filter(({at}) => at >= from).flatMap((minute) => bars(minute, x, y)),
     );
 }
@@ -70,13 +73,13 @@ function band(span, x) {
     ];
 }
 
-function axes(from, to, most, x, y) {
+function axes(from, to, most, x, y, labelled) {
     const shapes = [];
     for (const calls of [0, most / 2, most].filter(Number.isInteger)) {
-        shapes.push(shape("line", {x1: LEFT, x2: RIGHT, y1: y(calls), y2: y(calls), class: "grid"}));
+        shapes.push(shape("line", {x1: LEFT, x2: x(to), y1: y(calls), y2: y(calls), class: "grid"}));
         shapes.push(shape("text", {x: LEFT - 6, y: y(calls) + 4, "text-anchor": "end"}, calls.toLocaleString()));
     }
-    const tick = 10 * MINUTE;
+    const tick = labelled * MINUTE;
     for (let at = Math.ceil(from / tick) * tick; at < to; at += tick) {
         shapes.push(shape("text", {x: x(at), y: HEIGHT - 6, "text-anchor": "middle"}, clock(at)));
     }

@@ -9,6 +9,8 @@ const BADGES = {
     SHADOW: "text-bg-info",
     DISABLED: "text-bg-secondary",
 };
+// What a person should see first has the lowest number.
+const URGENCY = {OPEN: 0, FORCED_OPEN: 0, HALF_OPEN: 1, DISABLED: 2, SHADOW: 2, CLOSED: 3};
 const UNITS = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]];
 const OLD_AFTER = 5; // seconds
 
@@ -31,6 +33,10 @@ export function el(tag, attributes = {}, ...children) {
 
 export function badge(state) {
     return el("span", {class: `badge ${BADGES[state] ?? "text-bg-secondary"}`}, state);
+}
+
+export function urgency(state) {
+    return URGENCY[state] ?? 0;
 }
 
 export function toast(message, type) {
@@ -72,18 +78,22 @@ export function share(rate, calls) {
 }
 
 export function figures(breaker) {
-    const {now, since, epoch, oldest_deferred_at: oldest, next_probe_at: probe, reason, actor} = breaker;
+    const {now, since, epoch, outage, oldest_deferred_at: oldest, next_probe_at: probe, reason, actor} = breaker;
     return {
         failed: share(breaker.failure_rate, breaker.calls),
         slow: share(breaker.slow_rate, breaker.calls),
         calls: breaker.calls.toLocaleString(),
         deferred: breaker.deferred.toLocaleString(),
         oldest: duration(oldest === null ? null : now - oldest),
-        since: epoch ? duration(now - since) : NOTHING,
-        reason: (reason || actor) ? reason + (actor ? ` (${actor})` : "") : NOTHING,
+        since: epoch ? duration(now - (outage?.opened ?? since)) : NOTHING,
+        reason: why(reason, actor),
         recovery: recovery(breaker.estimate),
         probe: probe === null ? NOTHING : `in ${duration(probe - now)}`,
     };
+}
+
+export function why(reason, actor) {
+    return (reason || actor) ? reason + (actor ? ` (${actor})` : "") : NOTHING;
 }
 
 // When the waiting tasks will be done, as far as anybody can tell.

@@ -1,11 +1,13 @@
 // The table of all breakers, live. Only cells that have changed are written.
-import {NOTHING, ask, badge, byId, duration, el, figures, live, mayAct, pageUrl} from "./common.js";
+import {NOTHING, ask, badge, byId, duration, el, figures, live, mayAct, pageUrl, urgency} from "./common.js";
 
 const page = byId("breakers-page");
 const body = byId("breakers-table").tBodies[0];
+const TITLES = [...byId("breakers-table").tHead.rows[0].cells].map((cell) => cell.textContent);
 const COLUMNS = ["failed", "slow", "calls", "deferred", "oldest", "since", "reason", "probe", "recovery"];
 const NUMBERS = new Set(["failed", "slow", "calls", "deferred"]);
 const rows = new Map();
+const title = document.title;
 let refresh = () => {};
 
 function newRow(name) {
@@ -15,6 +17,7 @@ function newRow(name) {
         "tr", {"data-breaker": name}, el("td", {}, el("a", {href: pageUrl(name)}, name)), state,
         ...Object.values(cells), el("td", {}, ...actions(name)),
     );
+    [...row.cells].forEach((cell, place) => cell.setAttribute("data-title", TITLES[place])); // for narrow windows
     return {row, state, cells};
 }
 
@@ -43,12 +46,13 @@ function write({row, state, cells}, breaker) {
             const linked = column === "deferred" && breaker.deferred;
             const link = {href: `${pageUrl(breaker.name)}#deferred`};
             cell.replaceChildren(linked ? el("a", link, shown[column]) : shown[column]);
+            cell.classList.toggle("nothing", shown[column] === NOTHING);
         }
     }
 }
 
 function byUrgency(one, other) {
-    return (one.state === "CLOSED") - (other.state === "CLOSED") || other.deferred - one.deferred ||
+    return urgency(one.state) - urgency(other.state) || other.deferred - one.deferred ||
         one.name.localeCompare(other.name);
 }
 
@@ -71,8 +75,10 @@ function show({breakers}) {
 function summarise(breakers) {
     const closed = breakers.filter(({state}) => state === "CLOSED").length;
     const waits = breakers.map(({now, oldest_deferred_at: oldest}) => (oldest === null ? 0 : now - oldest));
+    const others = breakers.length - closed;
+    document.title = others ? `(${others}) ${title}` : title;
     byId("count-closed").textContent = closed.toLocaleString();
-    byId("count-others").textContent = (breakers.length - closed).toLocaleString();
+    byId("count-others").textContent = others.toLocaleString();
     byId("count-deferred").textContent = breakers.reduce((sum, {deferred}) => sum + deferred, 0).toLocaleString();
     const longest = Math.max(0, ...waits);
     byId("oldest-wait").textContent = longest ? duration(longest) : NOTHING;

@@ -1,11 +1,11 @@
 // One breaker, live; its tasks when asked for, because a look at them costs the broker something.
-import {NOTHING, ask, badge, byId, el, figures, get, live, mayAct, moment, pageUrl, post, taskUrl, toast} from "./common.js";
+import {NOTHING, ask, badge, byId, el, figures, get, live, mayAct, moment, pageUrl, post, taskUrl, toast, why} from "./common.js";
 
 import {draw} from "./chart.js";
 
 const page = byId("breaker-page");
 const name = page.dataset.name;
-const VERBS = {deferred: ["drop"], dead: ["replay", "drop"]};
+const VERBS = {deferred: ["resume", "drop"], dead: ["replay", "drop"]};
 
 // --- figures -------------------------------------------------------------------------------------
 
@@ -22,13 +22,19 @@ function show({breaker}) {
     }
     const shown = figures(breaker);
     byId("state").replaceChildren(badge(breaker.state));
-    byId("story").textContent = `for ${shown.since}: ${shown.reason}`;
+    const {outage} = breaker;
+    byId("story").textContent = `for ${shown.since}: ${outage ? why(outage.reason, outage.actor) : shown.reason}`;
     byId("facts").replaceChildren(...[
+        ["Since", breaker.epoch ? moment(outage?.opened ?? breaker.since) : NOTHING], ["Deferred", shown.deferred],
+        ["Oldest wait", shown.oldest], ["Recovery", shown.recovery], ["Next probe", shown.probe],
+        ["Latest", shown.reason], ["Causes", causes(outage)], ["Openings in a row", breaker.openings],
         ["Calls", shown.calls], ["Failed", `${breaker.failures} · ${shown.failed}`],
-        ["Slow", `${breaker.slow} · ${shown.slow}`], ["Deferred", shown.deferred], ["Oldest wait", shown.oldest],
-        ["Openings in a row", breaker.openings], ["Trials in flight", breaker.trials], ["Next probe", shown.probe],
-        ["Since", breaker.epoch ? moment(breaker.since) : NOTHING], ["Recovery", shown.recovery],
+        ["Slow", `${breaker.slow} · ${shown.slow}`], ["Trials in flight", breaker.trials],
     ].map(([term, value]) => el("div", {}, el("dt", {}, term), el("dd", {}, String(value)))));
+}
+
+function causes(outage) {
+    return outage?.causes.map(([cause, count]) => `${cause} ${count.toLocaleString()}`).join(", ") || NOTHING;
 }
 
 // --- the past ------------------------------------------------------------------------------------
@@ -54,13 +60,12 @@ function cell(text) {
 }
 
 function taskRow(kind, task) {
-    const row = el(
-        "tr", {"data-task": task.task_id}, cell(task.task),
+    const buttons = mayAct ? VERBS[kind].map((verb) => taskButton(kind, verb, task.task_id)) : [];
+    return el(
+        "tr", {"data-task": task.task_id}, el("td", {}, ...buttons), cell(task.task),
         el("td", {}, el("a", {href: taskUrl(task.task_id)}, task.task_id)), cell(task.args), cell(task.kwargs),
         cell(moment(task.since)), el("td", {class: "text-end"}, String(task.attempts)), cell(task.reason),
     );
-    row.append(el("td", {}, ...(mayAct ? VERBS[kind].map((verb) => taskButton(kind, verb, task.task_id)) : [])));
-    return row;
 }
 
 function taskButton(kind, verb, id) {
