@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from celery import Task
 from celery.exceptions import MaxRetriesExceededError, Retry
 
+from resilient_tasks.breaker import task_scope
 from resilient_tasks.core.blame import blamed_on
+from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.counts import FAILED
 from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.errors import BreakerOpenError
@@ -23,7 +25,7 @@ from resilient_tasks.guard import call_guarded
 from resilient_tasks.monitor import tracing
 from resilient_tasks.worker.options import DEFER
 from resilient_tasks.worker.quick_attempts import bounded, time_limit
-from resilient_tasks.worker.run import Run, TaskDeferred, current_run
+from resilient_tasks.worker.run import Run, TaskDeferred
 from resilient_tasks.worker.runtime import runtime_of
 
 if TYPE_CHECKING:
@@ -41,10 +43,10 @@ def run_guarded(task: ResilientTask, *args: Any, **kwargs: Any) -> Any:
         TaskDeferred: the message must be put aside; only from a worker's pool.
         ConfigurationError: nobody defines the task's breaker.
     """
-    run = current_run.get()
-    if run is None or not run.begin(task.request.id):
-        return _UngatedBody(task, args, kwargs).run()
-    return _GatedBody(task, args, kwargs, run).run()
+    run = task_scope.get()
+    if isinstance(run, Run) and run.begin(task.request.id):
+        return _GatedBody(task, args, kwargs, run).run()
+    return _UngatedBody(task, args, kwargs).run()
 
 
 class _Body:
@@ -55,7 +57,7 @@ class _Body:
         self.options = task.options
         self.runtime = runtime_of(task.app)
         self.breakers = self._breakers()
-        self.call = Call(task.name, task.run, args, kwargs, task.request.id or "")
+        self._verdicts: dict[str, Verdict] = {}  # on the exception that has ended the run, by breaker
 
     def _breakers(self) -> list[Breaker]:
         """Return the breakers that answer for this call."""
@@ -73,18 +75,29 @@ class _Body:
             culprit = self.culprit(exc)
             if culprit is None:
                 raise
-            return self.answer(culprit, partial(self.failed, exc, culprit))
-        self.options.fallback.remember(self.call, value, self.runtime.fleet.store)
+            return self.answer(culprit.name, partial(self.failed, exc, culprit))
+        if self.options.fallback:
+            self.options.fallback.remember(self.call, value, self.runtime.fleet.store)
         return value
 
-    def culprit(self, exc: Exception) -> str | None:
+    @property
+    def call(self) -> Call:
+        """What a fallback answers for."""
+        return Call(self.task.name, self.task.run, self.args, self.kwargs, self.task.request.id or "")
+
+    def judge(self, breaker: Breaker, exc: BaseException) -> Verdict:
+        """Tell what the exception that has ended the run says about a dependency; a user's function is asked once."""
+        if breaker.name not in self._verdicts:
+            self._verdicts[breaker.name] = breaker.judge(exc)
+        return self._verdicts[breaker.name]
+
+    def culprit(self, exc: Exception) -> Breaker | None:
         """Return the breaker whose dependency has failed the run: that of a guard inside, else the first to say so."""
         inside = blamed_on(exc)
         asked = self.breakers
         if inside is not None:
             asked = [self.runtime.breaker(inside)] if self.runtime.defines(inside) else []
-        blaming = (breaker.name for breaker in asked if breaker.judge(exc).outcome is Outcome.FAILURE)
-        return next(blaming, None)
+        return next((breaker for breaker in asked if self.judge(breaker, exc).outcome is Outcome.FAILURE), None)
 
     def attempts(self) -> Any:
         """Make the one attempt, or the quick ones of ``retrying=``."""
@@ -124,7 +137,7 @@ class _Body:
         """End a run that a breaker has refused, and no fallback has answered."""
         raise refusal
 
-    def failed(self, exc: Exception, _culprit: str) -> NoReturn:
+    def failed(self, exc: Exception, _culprit: Breaker) -> NoReturn:
         """End a run that has failed through a dependency, and no fallback has answered."""
         raise exc
 
@@ -163,7 +176,7 @@ class _GatedBody(_Body):
         try:
             value = super().attempts()
         except BaseException as exc:
-            self.gated.verdicts = [guard.judge(exc) for guard in self.guards]
+            self.gated.verdicts = [self.judge(guard, exc) for guard in self.guards]
             raise
         seconds = perf_counter() - started
         self.gated.verdicts = [guard.judge_success(seconds, value) for guard in self.guards]
@@ -188,21 +201,20 @@ class _GatedBody(_Body):
         attempts = self.gated.admission.attempts
         raise TaskDeferred(refusal.breaker, str(refusal), attempts, trace=trace) from refusal
 
-    def failed(self, exc: Exception, culprit: str) -> NoReturn:
+    def failed(self, exc: Exception, culprit: Breaker) -> NoReturn:
         """Defer the task, unless it has used up its attempts or Celery retries it."""
-        attempts = self.gated.admission.attempts_after_failure(culprit)
         if self._has_retried(exc):
             raise exc
-        if self.options.on_failure != DEFER:
-            self.runtime.fleet.reporter.tally(culprit, FAILED)
-            raise exc
-        cause = self.runtime.breaker(culprit).judge(exc).cause
-        if attempts >= self.options.max_attempts:
-            self.gated.exhausted_by, self.gated.exhausted_for = cause, culprit
-            self.runtime.fleet.reporter.tally(culprit, FAILED)
-            raise exc
-        reason = f"the task failed: {cause}"
-        raise TaskDeferred(culprit, reason, attempts, cause, tracing.tell_deferral(culprit, reason)) from exc
+        name, cause = culprit.name, self.judge(culprit, exc).cause
+        attempts = self.gated.admission.attempts_after_failure(name)
+        defers = self.options.on_failure == DEFER
+        if defers and attempts < self.options.max_attempts:
+            reason = f"the task failed: {cause}"
+            raise TaskDeferred(name, reason, attempts, cause, tracing.tell_deferral(name, reason)) from exc
+        if defers:
+            self.gated.exhausted_by, self.gated.exhausted_for = cause, name
+        self.runtime.fleet.reporter.tally(name, FAILED)
+        raise exc
 
     def _refusal_since(self) -> BreakerOpenError | None:
         """Return the refusal of a breaker that has opened since the gate let this run through."""

@@ -44,7 +44,7 @@ class Gate:
         self._counting = threading.Lock()
         self._places = Places()
         self._overruns = Overruns()
-        self._unaccepted: dict[str, GatedRequest] = {}  # by holder: with a permit or a slot, and no pool process yet
+        self._unaccepted: set[GatedRequest] = set()  # with a permit or a slot, and no pool process yet
 
     def refusing(self, breakers: Sequence[Breaker], ticket: Ticket, task_id: str) -> Breaker | None:
         """Return the first breaker that refuses a task by what is known here, so that it need not wait for a pool slot.
@@ -112,7 +112,7 @@ class Gate:
         wish = Wish(task, waits=request.defers_when_refused(), has_room=has_room)
         grant = fleet.acquire(breaker.spec, request.holder, wish=wish)
         if grant.leased:
-            self._unaccepted[request.holder] = request
+            self._unaccepted.add(request)
             until = fleet.view.clock() + LONGEST_WAIT if grant.trial else math.inf
             fleet.reporter.hold(name, request.holder, until)
         elif has_room:
@@ -127,22 +127,20 @@ class Gate:
 
     def hold(self, request: GatedRequest, admission: Admission) -> None:
         """Note that a run has begun: its permits are renewed for as long as it may take, and it may become overdue."""
-        fleet = self._runtime.fleet
-        self._unaccepted.pop(request.holder, None)
-        for admitted in admission.passes:
-            breaker = self._runtime.breaker(admitted.breaker)
+        self._unaccepted.discard(request)
+        for breaker, admitted in zip(request.guards, admission.passes, strict=True):
             if admitted.trial:
-                longest = _trial_limit(request, breaker)
-                fleet.reporter.hold(admitted.breaker, request.holder, fleet.view.clock() + longest)
+                breaker.hold(request.holder, _trial_limit(request, breaker))
             if breaker.policy.slow_call_duration is not None:
-                self._watch(request, admitted, breaker.policy.slow_call_duration)
+                self._watch(request, breaker, admitted, breaker.policy.slow_call_duration)
 
-    def _watch(self, request: GatedRequest, admitted: Pass, seconds: float) -> None:
+    def _watch(self, request: GatedRequest, breaker: Breaker, admitted: Pass, seconds: float) -> None:
         """Count a run as slow when it passes its time, unless its quick attempts or its child breaker are counted."""
         has_attempts = request.task.options.retrying is not None and not admitted.trial
         if not has_attempts and (admitted.leased or not admitted.for_child):
-            run = request.holder, admitted.breaker
-            self._overruns.begin(run, request.name, seconds, partial(self._tell, request, admitted, OVERDUE))
+            self._overruns.begin(
+                request, breaker.name, seconds, partial(self._tell, request, breaker, admitted, OVERDUE)
+            )
 
     def _would_count(self, standing: Standing, ticket: Ticket) -> bool:
         """Whether a failure now uses up an attempt: only if the dependency has served somebody since the last one.
@@ -157,14 +155,13 @@ class Gate:
 
     def take_back_discarded(self) -> None:
         """Take permits and slots back from runs that the pool has thrown away unaccepted: nobody else settles them."""
-        for request in list(self._unaccepted.values()):
+        for request in list(self._unaccepted):
             request.discard()
 
     def took_up(self, ticket: Ticket) -> None:
         """Note that a resumed task has reached a worker."""
-        if ticket.resumed:
-            with self._counting:
-                self._taken_up[ticket.breaker] += 1
+        with self._counting:
+            self._taken_up[ticket.breaker] += 1
 
     def tell_taken_up(self, tell: Callable[[str, int], object]) -> None:
         """Tell how many resumed tasks have arrived, by breaker; what raises is told again the next time."""
@@ -178,18 +175,19 @@ class Gate:
 
     def settle(self, request: GatedRequest, admission: Admission, report: Report) -> None:
         """Count what a run has found out, once, for each breaker that admitted it."""
-        self._unaccepted.pop(request.holder, None)
-        for admitted, said in zip(admission.passes, report.verdicts, strict=True):
-            verdict = self._overruns.end((request.holder, admitted.breaker), request.name, said)
+        self._unaccepted.discard(request)
+        passes = zip(request.guards, admission.passes, report.verdicts, strict=False)  # of the first, if one refused
+        for breaker, admitted, said in passes:
+            verdict = self._overruns.end(request, breaker.name, said)
             if admitted.leased:
-                self._places.leave(admitted.breaker)
-                self._tell(request, admitted, verdict or _NOTHING_SAID)
+                self._places.leave(breaker.name)
+                self._tell(request, breaker, admitted, verdict or _NOTHING_SAID)
             elif verdict is not None and not admitted.for_child:
-                self._tell(request, admitted, verdict)
+                self._tell(request, breaker, admitted, verdict)
 
-    def _tell(self, request: GatedRequest, admitted: Pass, verdict: Verdict) -> None:
+    def _tell(self, request: GatedRequest, breaker: Breaker, admitted: Pass, verdict: Verdict) -> None:
         """Report on a run; one that holds a permit or a slot is settled."""
-        breaker, voter = self._runtime.breaker(admitted.breaker), voter_of(request.id)
+        voter = "" if verdict.outcome is Outcome.SUCCESS else voter_of(request.id)
         if admitted.leased:
             reporter = self._runtime.fleet.reporter
             reporter.settle(breaker.spec, request.holder, admitted.epoch, verdict, voter=voter)

@@ -50,6 +50,8 @@ def guards_of(task: Any, args: Any, kwargs: Any) -> list[Breaker]:
         breakers = runtime_of(task.app).breakers_of(task, args, kwargs)
     except ConfigurationError:
         return []
+    if task.options.breaker_key is None:
+        return breakers
     return [guard for breaker in breakers for guard in breaker.guards]
 
 
@@ -64,6 +66,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         dead: the message goes to the dead-letter queue, and is acknowledged by nobody but that move.
     """
 
+    ticket = Ticket()
     admission: Admission | None = None
     deferred = False
     dead = False
@@ -71,13 +74,12 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     def __init__(self, message: Any, **kwargs: Any) -> None:
         super().__init__(message, **kwargs)
         self.arrival = next(_arrivals)
-        self.ticket = Ticket.read(message.headers)
         if HEADER in self._request_dict:
-            self._look_as_sent()
+            self._take_ticket()
 
-    def _look_as_sent(self) -> None:
+    def _take_ticket(self) -> None:
         """Keep from the task that its message has been deferred."""
-        Ticket.take(self._request_dict)
+        self.ticket = Ticket.take(self._request_dict)
         seams.drop_header_of_amqp(self._request_dict, HEADER)
         if self.ticket.exchange:  # resumed straight to its queue
             self._delivery_info.update(exchange=self.ticket.exchange, routing_key=self.ticket.routing_key)
@@ -97,7 +99,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
 
     finish: Callable[..., Any] = Request.on_success
 
-    @property
+    @cached_property
     def host(self) -> Host:
         """The worker's main process."""
         return runtime_of(self.app).host

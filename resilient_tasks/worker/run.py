@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -133,14 +132,19 @@ class Report(NamedTuple):
         return cls((verdict,) * len(passes))
 
     def pack(self) -> Packed:
-        """Return the same as a tuple of plain values."""
-        return (tuple(map(_pack_verdict, self.verdicts)), *self[1:])
+        """Return the same as a tuple of plain values, an empty one for what nearly every report says."""
+        return () if self == _WENT_WELL else (tuple(map(_pack_verdict, self.verdicts)), *self[1:])
 
     @classmethod
     def unpack(cls, packed: Packed) -> Report:
         """Return what was packed."""
+        if not packed:
+            return _WENT_WELL
         verdicts, *others = packed
         return cls(tuple(map(_unpack_verdict, verdicts)), *others)
+
+
+_WENT_WELL = Report((Verdict(Outcome.SUCCESS),))
 
 
 def _pack_verdict(verdict: Verdict | None) -> Packed | None:
@@ -232,15 +236,12 @@ class Run:
         return None if admitted.breaker in self.reported else verdict
 
 
-current_run: ContextVar[Run | None] = ContextVar("resilient_tasks_run", default=None)
-
-
 def run_admitted(
     trace: Callable[..., TraceResult], admission: Packed, name: str, task_id: str, *args: Any
 ) -> tuple[int, Any, float, Packed]:
     """Run a task in the pool with Celery's own tracer, and report on its dependency."""
     run = Run(Admission.unpack(admission), task_id)
-    run_token, scope_token = current_run.set(run), task_scope.set(run)
+    token = task_scope.set(run)
     try:
         failed, value, runtime = trace(name, task_id, *args)
     except NONSENSE:
@@ -248,6 +249,5 @@ def run_admitted(
         logger.exception(what, name, task_id, extra=about(task_id, name))
         failed, value, runtime = 1, ExceptionInfo(internal=True), 0.0
     finally:
-        current_run.reset(run_token)
-        task_scope.reset(scope_token)
+        task_scope.reset(token)
     return failed, value, runtime, run.report().pack()

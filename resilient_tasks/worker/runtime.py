@@ -82,6 +82,7 @@ class Runtime:
     ) -> None:
         self.app = app
         self.breakers = breakers
+        self._found: dict[tuple[str, ...], list[Breaker]] = {}
         self._connect = connect
         self._settings = settings
         _runtimes[app] = self
@@ -102,12 +103,13 @@ class Runtime:
         Raises:
             ConfigurationError: nobody defines it.
         """
-        parent = parent_of(name)
-        try:
-            return self.breakers[name] if parent is None else self.breakers[parent].child_named(name)
-        except KeyError:
-            known = ", ".join(sorted(self.breakers)) or "none"
-            raise ConfigurationError(f"no breaker is named {name!r}; defined: {known}") from None
+        known = self.breakers.get(name)
+        if known is not None:
+            return known
+        parent = self.breakers.get(parent_of(name) or "")
+        if parent is not None:
+            return parent.child_named(name)
+        raise ConfigurationError(f"no breaker is named {name!r}; defined: {', '.join(sorted(self.breakers)) or 'none'}")
 
     def defines(self, name: str) -> bool:
         """Whether this app defines a breaker, or the parent of a child."""
@@ -127,10 +129,17 @@ class Runtime:
         Raises:
             ConfigurationError: nobody defines one, or the call has no key that may name a child.
         """
-        breakers = [self.breaker(name) for name in task.options.breakers]
-        if task.options.breaker_key is not None:
-            breakers[0] = breakers[0].child(_key_of(task, args, kwargs))
-        return breakers
+        breakers = self._named(task.options.breakers)
+        if task.options.breaker_key is None:
+            return breakers
+        return [breakers[0].child(_key_of(task, args, kwargs)), *breakers[1:]]
+
+    def _named(self, names: tuple[str, ...]) -> list[Breaker]:
+        """Return the breakers of some names, found once: this is asked for every run."""
+        found = self._found.get(names)
+        if found is None:
+            found = self._found[names] = [self.breaker(name) for name in names]
+        return found
 
     @property
     def control_queue(self) -> str:

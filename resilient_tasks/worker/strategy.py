@@ -33,28 +33,24 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
         self._runtime = runtime_of(app)
         self._runtime.host.attach(consumer)
         self._gate = self._runtime.host.gate
-        self._guards = [self._runtime.breaker(name) for name in task.options.breakers]
         self._go_on = default(task, app, consumer)
 
     def __call__(self, message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **kwargs: Any) -> Any:
         """Handle one message that has just arrived."""
         _check(message, body)
         ticket = Ticket.read(message.headers)
-        if self._runtime.defines(ticket.breaker):  # strangers may write tickets, too
+        if ticket.resumed and self._runtime.defines(ticket.breaker):  # strangers may write tickets, too
             self._gate.took_up(ticket)
-        is_protocol_2 = body is None and "args" not in message.payload
-        refusing = is_protocol_2 and self._gate.refusing(self._guards_of(message), ticket, message.headers["id"])
-        if refusing:
+        refusing = self._refusing(message, ticket) if body is None and "args" not in message.payload else None
+        if refusing is not None:
             request = self._request(message, ack, reject)
             if request.defers_when_refused() and not request.eta:
                 return self._defer(request, refusing)
         return self._go_on(message, body, ack, reject, callbacks, **kwargs)
 
-    def _guards_of(self, message: Any) -> list[Breaker]:
-        if self._task.options.breaker_key is None:
-            return self._guards
+    def _refusing(self, message: Any, ticket: Ticket) -> Breaker | None:
         args, kwargs, _ = message.payload
-        return guards_of(self._task, args, kwargs)
+        return self._gate.refusing(guards_of(self._task, args, kwargs), ticket, message.headers["id"])
 
     def _request(self, message: Any, ack: Any, reject: Any) -> GatedRequest:
         return GatedRequest(

@@ -1,4 +1,4 @@
-"""A clock that tests advance, and a store that goes away when told to."""
+"""A clock that tests advance, a store that goes away when told to, and a request without a message."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from resilient_tasks.errors import StoreError
@@ -23,6 +24,16 @@ class ManualClock:
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
+
+
+class Request(SimpleNamespace):
+    """As much of a worker's request as its gate looks at; equal to none but itself."""
+
+    def __hash__(self) -> int:  # type: ignore[override]  # namespaces have none
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
 
 class FlakyStore:

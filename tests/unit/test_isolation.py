@@ -24,7 +24,7 @@ from resilient_tasks.worker.run import Admission, Pass, Run
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.selection import FirstFew, WhoeverFits
 from resilient_tasks.worker.ticket import Ticket
-from tests.support.doubles import wait_until
+from tests.support.doubles import Request, wait_until
 from tests.unit.test_breaker import Rig, Scope, every_way, scope
 
 __all__ = ["scope"]
@@ -135,7 +135,7 @@ def gate(app: Celery, clock: Clock) -> Gate:
 
 
 def request(task_id: str, *breakers: Breaker, ticket: Ticket | None = None, waits: bool = True) -> Any:
-    return SimpleNamespace(
+    return Request(
         id=task_id,
         name="shop.charge",
         ticket=ticket or Ticket(),
