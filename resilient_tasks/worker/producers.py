@@ -29,7 +29,7 @@ from resilient_tasks.worker.coalescing import coalesced_as
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.options import DEFER, FAIL
 from resilient_tasks.worker.queues import Queues
-from resilient_tasks.worker.request import GatedRequest, guards_of
+from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.runtime import find_runtime, runtime_of
 from resilient_tasks.worker.ticket import Ticket
 
@@ -99,7 +99,8 @@ def _is_only_deferred(task: Any) -> bool:
 
 def _refusal(task: Any, args: Any, kwargs: Any) -> BreakerOpenError | None:
     """Return the refusal that a worker would meet with now, as far as this process knows."""
-    return next((guard.refuse() for guard in guards_of(task, args, kwargs) if not guard.accepting), None)
+    guards = runtime_of(task.app).guards_of(task, args, kwargs)
+    return next((guard.refuse() for guard in guards if not guard.accepting), None)
 
 
 def _serve(

@@ -23,7 +23,7 @@ from celery.worker.request import Request
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.counts import REDELIVERED
 from resilient_tasks.core.model import Outcome
-from resilient_tasks.errors import ConfigurationError, DeferredQueueFullError
+from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.monitor import tracing
 from resilient_tasks.monitor.events import TASK_FALLBACK
 from resilient_tasks.monitor.log import about
@@ -42,17 +42,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("resilient_tasks")
 
 _arrivals = itertools.count()
-
-
-def guards_of(task: Any, args: Any, kwargs: Any) -> list[Breaker]:
-    """Return the breakers that must admit a call, parents before their children; none if its key makes no sense."""
-    try:
-        breakers = runtime_of(task.app).breakers_of(task, args, kwargs)
-    except ConfigurationError:
-        return []
-    if task.options.breaker_key is None:
-        return breakers
-    return [guard for breaker in breakers for guard in breaker.guards]
 
 
 class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
@@ -107,7 +96,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     @cached_property
     def guards(self) -> list[Breaker]:
         """The breakers that must admit the run; none if its key makes no sense, as the run itself will say."""
-        return guards_of(self.task, *seams.arguments_of(self))
+        return runtime_of(self.app).guards_of(self.task, self.args, self.kwargs)
 
     @property
     def context(self) -> Any:
@@ -164,7 +153,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         message = self.type, self.id, self.request_dict, self.body, self.content_type, self.content_encoding
         result = pool.apply_async(
             run_admitted,
-            args=(seams.tracer(self.app), admission.pack(), *message),
+            args=(admission.pack(), *message),
             accept_callback=self.on_accepted,
             timeout_callback=self.on_timeout,
             callback=self.on_success,

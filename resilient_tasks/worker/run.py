@@ -8,7 +8,7 @@ run, and packed into plain tuples: pickling an instance costs several times as m
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from resilient_tasks.core.model import Outcome
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.fallback import Served
 from resilient_tasks.monitor.log import about
-from resilient_tasks.worker.seams import TraceResult
+from resilient_tasks.worker import seams
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -236,11 +236,10 @@ class Run:
         return None if admitted.breaker in self.reported else verdict
 
 
-def run_admitted(
-    trace: Callable[..., TraceResult], admission: Packed, name: str, task_id: str, *args: Any
-) -> tuple[int, Any, float, Packed]:
+def run_admitted(admission: Packed, name: str, task_id: str, *args: Any) -> tuple[int, Any, float, Packed]:
     """Run a task in the pool with Celery's own tracer, and report on its dependency."""
     run = Run(Admission.unpack(admission), task_id)
+    trace = seams.tracer(seams.current_app())
     token = task_scope.set(run)
     try:
         failed, value, runtime = trace(name, task_id, *args)

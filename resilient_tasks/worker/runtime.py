@@ -134,6 +134,16 @@ class Runtime:
             return breakers
         return [breakers[0].child(_key_of(task, args, kwargs)), *breakers[1:]]
 
+    def guards_of(self, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Breaker]:
+        """Return the breakers that must admit a call, parents before their children; none if its key makes no sense."""
+        try:
+            breakers = self.breakers_of(task, args, kwargs)
+        except ConfigurationError:
+            return []
+        if task.options.breaker_key is None:
+            return breakers
+        return [guard for breaker in breakers for guard in breaker.guards]
+
     def _named(self, names: tuple[str, ...]) -> list[Breaker]:
         """Return the breakers of some names, found once: this is asked for every run."""
         found = self._found.get(names)

@@ -69,7 +69,7 @@ def shutting_down() -> bool:
 
 
 def tracer(app: Celery) -> Callable[..., TraceResult]:
-    """Return the function with which Celery would run a task of this app in the pool."""
+    """Return the function with which Celery runs a task of this app in the pool."""
     chosen: Callable[..., TraceResult] = fast_trace_task if app.use_fast_trace_task else trace_task_ret
     return chosen
 
@@ -119,12 +119,6 @@ class _Composer(Producer):
             headers=headers,
             channel=channel,
         )
-
-
-def arguments_of(request: Request) -> tuple[Any, Any]:
-    """Return the positional and the keyword arguments that a request's task will be called with."""
-    args, kwargs, _ = request._payload
-    return args, kwargs
 
 
 def announce_revoked(request: Request, reason: str, *, expired: bool = False) -> None:

@@ -11,7 +11,7 @@ from celery.exceptions import InvalidTaskError
 from celery.utils.saferepr import saferepr
 from celery.worker.strategy import default
 
-from resilient_tasks.worker.request import GatedRequest, guards_of
+from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
 
@@ -50,7 +50,8 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
 
     def _refusing(self, message: Any, ticket: Ticket) -> Breaker | None:
         args, kwargs, _ = message.payload
-        return self._gate.refusing(guards_of(self._task, args, kwargs), ticket, message.headers["id"])
+        guards = self._runtime.guards_of(self._task, args, kwargs)
+        return self._gate.refusing(guards, ticket, message.headers["id"])
 
     def _request(self, message: Any, ack: Any, reject: Any) -> GatedRequest:
         return GatedRequest(
@@ -95,8 +96,9 @@ def _check(message: Any, body: Any) -> None:
     """
     headers, payload = message.headers if body is None else body, message.payload
     for name, accepts, allowed in _HEADERS:
-        if not accepts(headers.get(name)):
-            raise InvalidTaskError(f"a task's {name} is {allowed}, not {saferepr(headers.get(name), maxlen=100)}")
+        value = headers.get(name)
+        if value is not None and not accepts(value):  # nobody without an id comes as far as this
+            raise InvalidTaskError(f"a task's {name} is {allowed}, not {saferepr(value, maxlen=100)}")
     if body is None and not _is_call(payload):
         raise InvalidTaskError(f"a task's payload is [args, kwargs, options], not {saferepr(payload, maxlen=100)}")
 
@@ -107,10 +109,6 @@ def _is_text(value: Any) -> bool:
 
 def _is_id(value: Any) -> bool:
     return _is_text(value) and (value.isascii() or _SURROGATES.search(value) is None)  # it becomes part of a key
-
-
-def _is_moment(value: Any) -> bool:
-    return value is None or _is_text(value)
 
 
 def _are_limits(value: Any) -> bool:
@@ -135,8 +133,8 @@ def _are_texts(value: Any) -> bool:
 _HEADERS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("id", _is_id, "text"),
     ("shadow", _is_name, "text or None"),
-    ("eta", _is_moment, "text or None"),
-    ("expires", _is_moment, "text or None"),
+    ("eta", _is_text, "text or None"),
+    ("expires", _is_text, "text or None"),
     ("timelimit", _are_limits, "two numbers or None"),
     ("stamps", _are_stamps, "an object or None"),
     ("stamped_headers", _are_texts, "a list of texts or None"),

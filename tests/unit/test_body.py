@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+from unittest import mock
 
 import pytest
 import tenacity
@@ -15,6 +16,7 @@ from celery.exceptions import Ignore, Retry
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Outcome, Resilience, constant
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.testing import Clock, force
+from resilient_tasks.worker import seams
 from resilient_tasks.worker.run import Admission, Pass, Report, TaskDeferred, run_admitted
 
 TASK_ID = "d3f0"
@@ -42,7 +44,8 @@ def gated(task: Any, admission: Admission) -> tuple[Any, Report]:
         finally:
             task.request_stack.pop()
 
-    _, value, _, report = run_admitted(trace, admission.pack(), task.name, TASK_ID)
+    with mock.patch.object(seams, "tracer", return_value=trace):
+        _, value, _, report = run_admitted(admission.pack(), task.name, TASK_ID)
     return value, Report.unpack(report)
 
 

@@ -14,7 +14,6 @@ from resilient_tasks.core.model import Verb
 from resilient_tasks.core.names import child_name, is_child, key_of, parent_of
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker.gate import Gate
-from resilient_tasks.worker.request import guards_of
 from resilient_tasks.worker.run import Admission, Pass
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
@@ -94,14 +93,14 @@ def test_a_key_is_found_among_the_arguments(
     app: Celery, payments: Breaker, clock: Clock, key: Any, args: Any, kwargs: Any, found: str
 ) -> None:
     task = keyed(app, key)
-    assert [guard.name for guard in guards_of(task, args, kwargs)] == ["payments", f"payments:{found}"]
+    assert [guard.name for guard in runtime_of(app).guards_of(task, args, kwargs)] == ["payments", f"payments:{found}"]
 
 
 def test_a_bound_task_has_no_key_in_itself(app: Celery, payments: Breaker, clock: Clock) -> None:
     @app.task(name="bound", shared=False, bind=True, breaker="payments", breaker_key="tenant")
     def bound(self: Any, tenant: str) -> None: ...
 
-    assert guards_of(bound, ("acme",), {})[1].name == "payments:acme"
+    assert runtime_of(app).guards_of(bound, ("acme",), {})[1].name == "payments:acme"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +115,7 @@ def test_a_call_without_a_key_fails_alone(
     app: Celery, payments: Breaker, clock: Clock, key: Any, args: Any, told: str
 ) -> None:
     task = keyed(app, key)
-    assert guards_of(task, args, {}) == []
+    assert runtime_of(app).guards_of(task, args, {}) == []
     gate = Gate(runtime_of(app))
     assert gate.admit(request("a", Ticket())) == Admission()
     with pytest.raises(ConfigurationError, match=told):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from resilient_tasks.testing import in_memory
-from resilient_tasks.worker.request import guards_of
+from resilient_tasks.worker.runtime import runtime_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "many-breakers.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -27,7 +27,7 @@ def page() -> Iterator[dict[str, Any]]:
 
 def test_every_example_names_its_breakers(page: dict[str, Any]) -> None:
     def guards(task: str, *args: Any, **kwargs: Any) -> list[str]:
-        return [guard.name for guard in guards_of(page[task], args, kwargs)]
+        return [guard.name for guard in runtime_of(page[task].app).guards_of(page[task], args, kwargs)]
 
     assert guards("charge_and_tell", 1) == ["payments", "mail"]
     assert guards("bill", 1) == ["tenants", "tenants:house"]
