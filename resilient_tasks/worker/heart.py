@@ -47,6 +47,7 @@ class Heart:
         self._overflow = overflow
         self._woken = threading.Event()
         self._tick_wanted = False
+        self._tick_missed = False  # it was to run one, and another worker was at a tick or filled slots
         self._room_found = False
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -117,9 +118,17 @@ class Heart:
         self._tell_store()
         if self._tick is None or self._stopping.is_set():
             return
-        if self._tick_wanted or self._overdue():
-            self._tick_wanted = False
-            self._tick.run(observed_for=time.monotonic() - self._in_touch_since)
+        if self._is_time_to_tick():
+            observed_for = time.monotonic() - self._in_touch_since
+            self._tick_missed = not self._tick.run(observed_for=observed_for)
+
+    def _is_time_to_tick(self) -> bool:
+        """Whether somebody has sent a tick, none has completed for too long, or one was missed and not made up for."""
+        wanted, missed = self._tick_wanted, self._tick_missed
+        self._tick_wanted = self._tick_missed = False
+        if wanted or (missed and self._nobody_ticked_for(self._runtime.settings.tick_interval / 2)):
+            return True
+        return self._overdue()
 
     def _refill(self) -> None:
         """Resume tasks into free slots, before anything else that may take time."""

@@ -1,0 +1,76 @@
+"""When a worker runs a tick: one that was sent is not lost because another worker was filling slots just then."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+
+from resilient_tasks.worker.heart import Heart
+from resilient_tasks.worker.tick import STOCKTAKING
+
+
+class Ticks:
+    """A tick whose lease is somebody else's for a while, and the age of the last one that anybody has completed."""
+
+    def __init__(self) -> None:
+        self.lease_is_free = True
+        self.age = 1.0
+        self.tried = 0
+
+    def run(self, *, observed_for: float) -> bool:
+        assert observed_for >= 0
+        self.tried += 1
+        return self.lease_is_free
+
+    def last_tick_age(self, _scope: str) -> float:
+        return self.age
+
+
+@pytest.fixture
+def ticks() -> Ticks:
+    return Ticks()
+
+
+@pytest.fixture
+def heart(ticks: Ticks) -> Heart:
+    runtime = mock.MagicMock(breakers={})
+    runtime.present.return_value = []
+    runtime.settings.tick_interval = 1.0
+    runtime.fleet.ledger.last_tick_age = ticks.last_tick_age
+    heart = Heart(runtime, mock.Mock(), mock.Mock(), mock.Mock())
+    heart._tick = ticks  # type: ignore[assignment]
+    return heart
+
+
+def test_a_tick_that_was_sent_runs_once(heart: Heart, ticks: Ticks) -> None:
+    heart.want_tick()
+    for _ in range(3):
+        heart._round()
+    assert ticks.tried == 1
+
+
+def test_a_tick_that_met_a_refill_is_made_up_for(heart: Heart, ticks: Ticks) -> None:
+    heart.want_tick()
+    ticks.lease_is_free = False
+    heart._round()
+    ticks.lease_is_free = True
+    heart._round()
+    heart._round()
+    assert ticks.tried == 2
+
+
+def test_a_tick_that_met_another_is_not_run_again(heart: Heart, ticks: Ticks) -> None:
+    heart.want_tick()
+    ticks.lease_is_free = False
+    heart._round()
+    ticks.age = 0.1
+    heart._round()
+    assert ticks.tried == 1
+
+
+def test_a_worker_looks_for_itself_when_nobody_ticks(heart: Heart, ticks: Ticks) -> None:
+    ticks.age = STOCKTAKING
+    heart._round()
+    heart._round()
+    assert ticks.tried == 1
