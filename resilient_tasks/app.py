@@ -13,7 +13,7 @@ from celery import Celery, Task
 from celery.signals import beat_init
 
 from resilient_tasks.breaker import Breaker
-from resilient_tasks.core.names import check_name, parent_of
+from resilient_tasks.core.names import check_name, is_child, parent_of
 from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fallback import Provenance, read_provenance
@@ -160,12 +160,12 @@ class Resilience:
             since: only those that were not over so many seconds ago.
 
         Raises:
-            ConfigurationError: nobody defines that breaker.
+            ConfigurationError: nobody defines that breaker, or ``since`` is no span of time.
             StoreError: the store is away, or keeps no history.
         """
         names = self._breakers if name is None else [self._defined(name).name]
         fleet = self.fleet
-        earliest = 0.0 if since is None else time.time() - since
+        earliest = 0.0 if since is None else fleet.view.server_now() - _span(since)
         return fleet.story.outages(fleet.with_children(names), since=earliest)
 
     def estimate(self, name: str) -> Estimate | None:
@@ -179,8 +179,8 @@ class Resilience:
         return self.fleet.story.estimates(snapshots).get(name)
 
     def _defined(self, name: str) -> Breaker:
-        parent = self._breakers.get(parent_of(name) or name)
-        if parent is not None:
+        parent = self._breakers.get(parent_of(name) or name) if isinstance(name, str) else None
+        if parent is not None and (parent.name == name or is_child(name)):
             return parent if parent.name == name else parent.child_named(name)
         known = ", ".join(sorted(self._breakers)) or "none"
         raise ConfigurationError(f"breaker {name!r} is defined nowhere; defined: {known}")
@@ -250,6 +250,12 @@ def _policy_in_code(name: str, policy: BreakerPolicy | None, fields: dict[str, A
         return policy or BreakerPolicy(**fields)
     except ConfigurationError as exc:
         raise ConfigurationError(f"breaker {name!r}: {exc}") from None
+
+
+def _span(since: float) -> float:
+    if isinstance(since, (int, float)) and not isinstance(since, bool) and since >= 0:
+        return since
+    raise ConfigurationError(f"since={since!r}: allowed is a number of seconds, 0 or more, or None")
 
 
 class _TickTask(Task):  # type: ignore[misc]  # Celery is untyped

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from resilient_tasks.core.counts import LONGEST_WAIT, OLDEST_ANSWER, Counts
-from resilient_tasks.core.model import ADMITTING, Outcome, Snapshot, State
+from resilient_tasks.core.model import ADMITTING, Outcome, Snapshot
 
 #: A rate is learned from at least so many tasks, and seconds.
 _FEWEST_RESUMED, _SHORTEST_DRAIN = 10, 1.0
+#: Seconds after which what was resumed counts a third, as in ``store/lua/history.lua``; and those between two tellings.
+LATELY, _TOLD_EACH = 10.0, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,26 @@ _TEXTS = frozenset({"reason", "actor"})
 
 
 @dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast tasks are resumed: a moving average, to which each second counts for less the longer it is ago.
+
+    Args:
+        rate: tasks per second, as if nothing had been resumed before ``since``.
+        at: when it was that, seconds since the epoch on the store's clock.
+        since: when the resuming began, likewise.
+    """
+
+    rate: float
+    at: float
+    since: float
+
+    def at_present(self, now: float) -> float:
+        """Return the speed in tasks per second, over the time since it began; less, the longer nothing is resumed."""
+        begun = now - self.since + _TOLD_EACH
+        return self.rate * math.exp((self.at - now) / LATELY) / -math.expm1(-begun / LATELY)
+
+
+@dataclass(frozen=True, slots=True)
 class Deadlines:
     """Ends of the waits of those tasks that have one.
 
@@ -153,22 +176,20 @@ def _late(snapshot: Snapshot, start: float, rate: float, deadlines: Deadlines) -
     return round(deadlines.count * missed / len(deadlines.sample))
 
 
-def learned_rate(snapshot: Snapshot, outages: Sequence[Outage], recent: Sequence[tuple[float, Counts]]) -> float | None:
+def learned_rate(snapshot: Snapshot, outages: Sequence[Outage], speed: Speed | None) -> float | None:
     """Return the rate at which tasks are resumed, tasks/s; None if there is nothing to learn it from.
 
     Args:
         snapshot: the breaker now.
         outages: its latest ones, the newest first.
-        recent: what was counted in each of the latest minutes, with the time at which the minute began.
+        speed: at which its tasks were resumed of late, if any were.
     """
-    if snapshot.state is State.CLOSED:
-        since = max(snapshot.since, snapshot.now - 120)
-        counts = [count for at, count in recent if at + 60 > since]
-        begun = max(since, min((at for at, _ in recent if at + 60 > since), default=since))
-        rate = _rate(sum(each.resumed - each.deferred_again for each in counts), snapshot.now - begun)
-        if rate is not None:
-            return rate
-    return next((rate for outage in outages if (rate := outage.drain_rate) is not None), None)
+    former = next((rate for outage in outages if (rate := outage.drain_rate) is not None), None)
+    if snapshot.state not in ADMITTING or speed is None or speed.since < snapshot.since:
+        return former
+    if snapshot.now - speed.since < LATELY:  # tasks return slowly at first, which says nothing
+        return former
+    return speed.at_present(snapshot.now) or former
 
 
 def _rate(tasks: int, seconds: float) -> float | None:

@@ -35,14 +35,13 @@ class Story:
         names = [snapshot.name for snapshot in snapshots if snapshot.deferred]
         if not names:
             return {}
-        recent, deadlines = self._history.recent(names), self._history.deadlines(names)
+        speeds, deadlines = self._history.speeds(names), self._history.deadlines(names)
         outages: dict[str, list[Outage]] = {name: [] for name in names}
         for outage in self._history.outages(names):
             outages[outage.breaker].append(outage)
 
         def told(snapshot: Snapshot) -> Estimate:
-            minutes = [(minute.at, minute.counts) for minute in recent[snapshot.name]]
-            rate = learned_rate(snapshot, outages[snapshot.name], minutes)
+            rate = learned_rate(snapshot, outages[snapshot.name], speeds[snapshot.name])
             return estimate(snapshot, rate, deadlines.get(snapshot.name, Deadlines()))
 
         return {snapshot.name: told(snapshot) for snapshot in snapshots if snapshot.deferred}

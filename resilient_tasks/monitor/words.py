@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timezone
 
+_END_OF_CALENDAR = 253_000_000_000.0  # in the year 9987; datetime has no year 10,000
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
@@ -21,8 +22,8 @@ def duration(seconds: float | None) -> str:
 
 
 def moment(seconds: float | None) -> str:
-    """Return a time in seconds since the epoch as ISO 8601, in local time; "" for None."""
-    if seconds is None:
+    """Return a time in seconds since the epoch as ISO 8601, in local time; "" for None, or what is on no calendar."""
+    if seconds is None or not 0 <= seconds < _END_OF_CALENDAR:
         return ""
     return datetime.fromtimestamp(seconds, timezone.utc).astimezone().isoformat(timespec="seconds")
 

@@ -11,18 +11,20 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import redis
 
 from resilient_tasks.core.counts import Counts
 from resilient_tasks.core.model import State, Transition
-from resilient_tasks.core.outage import Deadlines, Outage
+from resilient_tasks.core.outage import Deadlines, Outage, Speed
 from resilient_tasks.core.record import brief
 from resilient_tasks.store.keys import BreakerKeys, Keys
 from resilient_tasks.store.server import Argument, Script, Server
 
 if TYPE_CHECKING:
+    from resilient_tasks.store.mending import Mender
     from resilient_tasks.store.tallies import Tally
 
 T = TypeVar("T")
@@ -45,6 +47,12 @@ class Minute:
     at: float
     counts: Counts
 
+    @classmethod
+    def read(cls, text: str | bytes) -> Minute:
+        """Return what the store keeps as JSON."""
+        kept = json.loads(text)
+        return cls(kept["minute"] * _MINUTE, Counts.of(kept["counts"]))
+
 
 class History:
     """The past of all breakers of one namespace.
@@ -54,12 +62,14 @@ class History:
     Args:
         server: connection to the shared store.
         keys: names of the namespace's keys.
+        mender: takes away what makes no sense.
         clock: Lua text that defines ``now_ms()``, for tests that advance the time; ``None``: the server's.
     """
 
-    def __init__(self, server: Server, keys: Keys, clock: str | None = None) -> None:
+    def __init__(self, server: Server, keys: Keys, mender: Mender, clock: str | None = None) -> None:
         self._server = server
         self._keys = keys
+        self._mender = mender
         self._scripts = {name: Script.load("history", name, clock=clock) for name in ("tally", "note")}
 
     # --- reading ------------------------------------------------------------------------------------
@@ -72,15 +82,18 @@ class History:
 
         Args:
             name: of the breaker.
-            limit: most entries; 200 are kept, for 90 days after the last.
+            limit: most entries; 200 are kept for 90 days after the last, of a child 50 for a day.
             since: only later ones, seconds since the epoch on the store's clock.
         """
-        entries = self._server.run(lambda client: client.lrange(self._keys.breaker(name).log, 0, limit - 1))
-        found = (transition_of(json.loads(entry)) for entry in entries)
-        return [transition for transition in found if transition.at > since]
+        found = self._ask(
+            [name],
+            lambda pipeline, keys: pipeline.lrange(keys.log, 0, limit - 1),
+            lambda _, entries: [transition_of(json.loads(entry)) for entry in entries],
+        )
+        return [transition for transition in found[name] if transition.at > since]
 
     def minutes(self, name: str, *, since: float = 0.0) -> list[Minute]:
-        """Return what was counted in each minute of the last two hours, the oldest first.
+        """Return what was counted in each minute of the last two hours, of a child the last hour, the oldest first.
 
         A minute in which nothing was counted is missing.
 
@@ -88,59 +101,64 @@ class History:
             name: of the breaker.
             since: only minutes that began then or later, seconds since the epoch on the store's clock.
         """
-        slots = self._server.run(lambda client: client.hvals(self._keys.breaker(name).minutes))
-        return [minute for minute in _minutes(slots) if minute.at >= since]
+        found = self._ask(
+            [name],
+            lambda pipeline, keys: pipeline.hvals(keys.minutes),
+            lambda _, slots: _in_order(map(Minute.read, slots)),
+        )
+        return [minute for minute in found[name] if minute.at >= since]
 
     def totals(self, names: Iterable[str]) -> dict[str, Counts]:
         """Return what was counted since ever, by breaker; in one round trip for up to 500 of them."""
-        wanted = list(names)
-        counted = self._each(wanted, lambda pipeline, keys: pipeline.hgetall(keys.totals))
-        return {
-            name: Counts.of({kind: int(count) for kind, count in _text(counts).items()})
-            for name, counts in zip(wanted, counted, strict=True)
-        }
+        return self._ask(
+            names,
+            lambda pipeline, keys: pipeline.hgetall(keys.totals),
+            lambda _, totals: Counts.of({kind: int(count) for kind, count in texts(totals).items()}),
+        )
 
     def outages(self, names: Iterable[str], *, since: float = 0.0) -> list[Outage]:
         """Return outages, also those that last, the newest first; in one round trip for up to 500 breakers.
 
         Args:
-            names: of the breakers; the latest 101 outages of each are kept, for 90 days after the last.
+            names: of the breakers; the latest 101 outages of each are kept for 90 days after the last, of a child 21
+                for a day.
             since: only those that were not over by then, seconds since the epoch on the store's clock.
         """
-        wanted = list(names)
-        latest = self._each(wanted, lambda pipeline, keys: pipeline.hgetall(keys.outage))
-        former = self._each(wanted, lambda pipeline, keys: pipeline.lrange(keys.outages, 0, -1))
-        outages: list[Outage] = []
-        for name, fields, filed in zip(wanted, latest, former, strict=True):
-            kept = [_text(fields)] if fields else []
-            outages += [Outage.of(name, each) for each in (*kept, *map(json.loads, filed))]
+        latest = self._latest(names)
+        former = self._ask(
+            latest,
+            lambda pipeline, keys: pipeline.lrange(keys.outages, 0, -1),
+            lambda name, filed: [Outage.of(name, json.loads(each)) for each in filed],
+        )
+        outages = chain.from_iterable([*latest.values(), *former.values()])
         lately = [outage for outage in outages if outage.drained is None or outage.drained > since]
         return sorted(lately, key=lambda outage: -outage.opened)
 
+    def _latest(self, names: Iterable[str]) -> dict[str, list[Outage]]:
+        """Return the one outage of each breaker that has not been filed, if there is one."""
+        return self._ask(
+            names,
+            lambda pipeline, keys: pipeline.hgetall(keys.outage),
+            lambda name, fields: [Outage.of(name, texts(fields))] if fields else [],
+        )
+
     def lasting(self, names: Iterable[str]) -> dict[str, Outage]:
         """Return the outages that are not over, by breaker; in one round trip for up to 500 breakers."""
-        wanted = list(names)
-        latest = self._each(wanted, lambda pipeline, keys: pipeline.hgetall(keys.outage))
-        found = {name: Outage.of(name, _text(fields)) for name, fields in zip(wanted, latest, strict=True) if fields}
-        return {name: outage for name, outage in found.items() if outage.drained is None}
+        return {name: outage[0] for name, outage in self._latest(names).items() if outage and outage[0].drained is None}
 
-    def recent(self, names: Iterable[str]) -> dict[str, list[Minute]]:
-        """Return the minutes of several breakers, as :meth:`minutes` does of one, in one round trip."""
-        wanted = list(names)
-        return dict(
-            zip(
-                wanted,
-                map(_minutes, self._each(wanted, lambda pipeline, keys: pipeline.hvals(keys.minutes))),
-                strict=True,
-            )
+    def speeds(self, names: Iterable[str]) -> dict[str, Speed | None]:
+        """Return how fast tasks were resumed of late, by breaker; None where none were. In one round trip."""
+        return self._ask(
+            names,
+            lambda pipeline, keys: pipeline.hmget(keys.totals, "speed", "speed_at", "speed_since"),
+            lambda _, kept: Speed(*(int(number) / 1000 for number in kept)) if all(kept) else None,
         )
 
     def deadlines(self, names: Iterable[str]) -> dict[str, Deadlines]:
         """Return when the waits of tasks end, by breaker, each with a sample; in two round trips for up to 500."""
-        wanted = list(names)
-        counts = self._each(wanted, lambda pipeline, keys: pipeline.zcard(keys.deadlines))
-        bounded = {name: count for name, count in zip(wanted, counts, strict=True) if count}
-        found = dict.fromkeys(wanted, Deadlines())
+        counts = self._ask(names, lambda pipeline, keys: pipeline.zcard(keys.deadlines), lambda _, count: int(count))
+        bounded = {name: count for name, count in counts.items() if count}
+        found = dict.fromkeys(counts, Deadlines())
         for some in _chunks(list(bounded)):
             samples = self._server.run(partial(self._sample, counts={name: bounded[name] for name in some}))
             found |= {name: Deadlines(bounded[name], sample) for name, sample in samples.items()}
@@ -178,24 +196,33 @@ class History:
             keys = *self._keys.breaker(name), self._keys.tellers(name)
             calls.append((keys, (teller, number, json.dumps(tally.counts), json.dumps(tally.peaks))))
         for some in _chunks(calls):
-            self._server.run(partial(self._scripts["tally"].each, calls=some))
+            tell = partial(self._scripts["tally"].each, calls=some)
+            self._mender.sound(tallies, partial(self._server.run, tell))
 
     # --- inside -------------------------------------------------------------------------------------
 
-    def _each(self, names: Sequence[str], ask: Callable[[Any, BreakerKeys], object]) -> list[Any]:
-        """Put questions about each breaker, 500 breakers in one round trip; return all answers in order."""
+    def _ask(
+        self,
+        names: Iterable[str],
+        question: Callable[[Any, BreakerKeys], object],
+        read: Callable[[str, Any], T],
+    ) -> dict[str, T]:
+        """Put a question about each breaker, 500 breakers in one round trip; return what is read of the answers."""
 
         def look(client: redis.Redis, some: Sequence[str]) -> list[Any]:
             with client.pipeline(transaction=False) as pipeline:
                 for name in some:
-                    ask(pipeline, self._keys.breaker(name))
+                    question(pipeline, self._keys.breaker(name))
                 return pipeline.execute()
 
-        return [answer for some in _chunks(names) for answer in self._server.run(partial(look, some=some))]
+        def answers(some: Sequence[str]) -> dict[str, T]:
+            found = zip(some, self._server.run(partial(look, some=some)), strict=True)
+            return {name: read(name, answer) for name, answer in found}
 
-
-def _text(fields: Mapping[bytes, bytes]) -> dict[str, str]:
-    return {field.decode(): value.decode() for field, value in fields.items()}
+        told: dict[str, T] = {}
+        for some in _chunks(list(names)):
+            told |= self._mender.sound(some, partial(answers, some))
+        return told
 
 
 def _chunks(items: Sequence[T]) -> list[Sequence[T]]:
@@ -209,10 +236,18 @@ def _sampled(count: int) -> list[int]:
     return [count * number // size - 1 for number in range(1, size + 1)]
 
 
-def _minutes(slots: Iterable[bytes | str]) -> list[Minute]:
-    kept = sorted(map(json.loads, slots), key=lambda slot: slot["minute"])
-    earliest = kept[-1]["minute"] - _MINUTES_KEPT if kept else 0  # a slot stays until its place is needed
-    return [Minute(slot["minute"] * _MINUTE, Counts.of(slot["counts"])) for slot in kept if slot["minute"] > earliest]
+def texts(fields: Mapping[Any, Any]) -> dict[str, str]:
+    """Return a hash as text, whatever somebody has written into it."""
+    return {
+        field.decode(errors="surrogateescape"): value.decode(errors="surrogateescape")
+        for field, value in fields.items()
+    }
+
+
+def _in_order(minutes: Iterable[Minute]) -> list[Minute]:
+    kept = sorted(minutes, key=lambda minute: minute.at)
+    earliest = kept[-1].at - _MINUTES_KEPT * _MINUTE if kept else 0  # a slot stays until its place is needed
+    return [minute for minute in kept if minute.at > earliest]
 
 
 def transition_of(fields: Mapping[str, Any]) -> Transition:

@@ -6,12 +6,13 @@ breakers somebody still defines. It lies in the shared store; no process can mak
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis
 
@@ -21,8 +22,12 @@ from resilient_tasks.core.pace import Pace
 from resilient_tasks.core.record import to_ms, to_seconds
 from resilient_tasks.errors import StoreError
 from resilient_tasks.monitor.deployment import ServerFacts
+from resilient_tasks.store.history import texts
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.server import Argument, Script, Server
+
+if TYPE_CHECKING:
+    from resilient_tasks.store.mending import Mender
 
 REVOKED_FOR = 7 * 24 * 3600.0  # s for which a revoke is remembered
 MOST_REVOKED = 50_000  # ids and stamps
@@ -44,12 +49,14 @@ class Ledger:
     Args:
         server: connection to the shared store.
         keys: names of the namespace's keys.
+        mender: takes away what makes no sense.
         clock: Lua text that defines ``now_ms()``, for tests that advance the time; ``None``: the server's.
     """
 
-    def __init__(self, server: Server, keys: Keys, clock: str | None = None) -> None:
+    def __init__(self, server: Server, keys: Keys, mender: Mender, clock: str | None = None) -> None:
         self._server = server
         self._keys = keys
+        self._mender = mender
         self._scripts = {name: Script.load(name, clock=clock) for name in _SCRIPTS}
         self._scripts["forget"] = Script.load("history", "forget", clock=clock)
 
@@ -88,10 +95,11 @@ class Ledger:
     def pace(self, name: str) -> Pace:
         """Return the resume pace of a breaker."""
         key = self._keys.pace(name)
-        names = ["batch", "failures_seen", "outstanding", "too_large", "decided_at"]
-        fields = self._server.run(lambda client: client.hmget(key, names))
-        batch, failures_seen, outstanding, too_large = (int(field or 0) for field in fields[:4])
-        return Pace(batch, failures_seen, outstanding, float(fields[4] or 0), too_large)
+
+        def read() -> Pace:
+            return pace_of(texts(self._server.run(lambda client: client.hgetall(key))))
+
+        return self._mender.sound([name], read)
 
     def save_pace(self, name: str, pace: Pace) -> None:
         """Keep ``pace``, but for ``outstanding``, which is only moved by the methods below."""
@@ -224,3 +232,17 @@ class Ledger:
 
     def _run(self, script: str, keys: Sequence[str], *args: Argument) -> Any:
         return self._server.run(lambda client: self._scripts[script](client, keys, *args))
+
+
+def pace_of(fields: Mapping[str, str]) -> Pace:
+    """Return what is kept of a pace.
+
+    Raises:
+        ValueError: it makes no sense.
+    """
+    numbers = {name: float(value) for name, value in fields.items()}
+    decided_at = numbers.pop("decided_at", 0.0)
+    pace = Pace(**{name: int(value) for name, value in numbers.items()}, decided_at=decided_at)
+    if not (pace.batch >= 0 and pace.outstanding >= 0 and math.isfinite(decided_at)):
+        raise ValueError(fields)
+    return pace

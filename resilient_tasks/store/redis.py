@@ -26,6 +26,7 @@ from resilient_tasks.store.base import NO_WISH, Evidence, Spec, Wish
 from resilient_tasks.store.history import History, transition_of
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.ledger import Ledger
+from resilient_tasks.store.mending import Mender
 from resilient_tasks.store.server import Argument, Script, Server
 
 _PER_ROUND_TRIP = 500
@@ -71,8 +72,9 @@ class RedisStore:
         self._scripts = {name: Script.load(*_RULES, name, clock=clock) for name in _DECISIONS}
         self._scripts.update({name: Script.load(name, clock=clock) for name in _OTHERS})
         self._read = Script.load(*_RULES, "read", clock=clock)
-        self.ledger = Ledger(self._server, self._keys, clock)
-        self.history = History(self._server, self._keys, clock)
+        self._mender = Mender(self._server, self._keys)
+        self.ledger = Ledger(self._server, self._keys, self._mender, clock)
+        self.history = History(self._server, self._keys, self._mender, clock)
 
     def __repr__(self) -> str:
         return f"RedisStore({self._server.address!r}, namespace={self._keys.namespace!r})"
@@ -106,16 +108,23 @@ class RedisStore:
 
     def read(self, specs: Sequence[Spec]) -> list[Snapshot]:
         """Read breakers in one round trip, changing nothing. A breaker never seen before is CLOSED."""
+        chunks = [specs[start : start + _PER_ROUND_TRIP] for start in range(0, len(specs), _PER_ROUND_TRIP)]
+        return [
+            snapshot
+            for chunk in chunks
+            for snapshot in self._mender.sound([spec.name for spec in chunk], partial(self._look, chunk))
+        ]
+
+    def _look(self, specs: Sequence[Spec]) -> list[Snapshot]:
         calls = [(self._keys.breaker(spec.name), self._common(spec, 0.0)) for spec in specs]
-        chunks = [calls[start : start + _PER_ROUND_TRIP] for start in range(0, len(calls), _PER_ROUND_TRIP)]
-        replies = [reply for chunk in chunks for reply in self._server.run(partial(self._read.each, calls=chunk))]
+        replies = self._server.run(partial(self._read.each, calls=calls))
         return [_snapshot(json.loads(reply)["snapshot"]) for reply in replies]
 
     def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0, wish: Wish = NO_WISH) -> Grant:
         """Ask to make one call; see :meth:`Store.acquire`."""
         said = wish.task, int(wish.waits), int(wish.has_room)
         reply = self._decide("acquire", spec, jitter, holder, to_ms(lease), *said)
-        return Grant(reply["admitted"], reply["trial"], _snapshot(reply["snapshot"]), _transition(reply))
+        return Grant(reply["admitted"], reply["trial"], reply["snapshot"], reply["transition"])
 
     def keep_slots(self, spec: Spec, tasks: Sequence[str], *, lease: float, most: int) -> int:
         """Keep slots for waiting tasks that are about to be resumed; see :meth:`Store.keep_slots`."""
@@ -161,7 +170,7 @@ class RedisStore:
     def roll_up(self, spec: Spec) -> Answer:
         """Open a breaker if too many of its children are open; see :meth:`Store.roll_up`."""
         reply = self._decide("roll_up", spec, random.random())
-        return Answer(_snapshot(reply["snapshot"]), _transition(reply))
+        return Answer(reply["snapshot"], reply["transition"])
 
     def cool(self, spec: Spec) -> bool:
         """Take a child off the hot ones; see :meth:`Store.cool`."""
@@ -216,12 +225,14 @@ class RedisStore:
         return self._server.run(lambda client: self._scripts[script](client, keys, *args))
 
     def _decide(self, script: str, spec: Spec, jitter: float, *args: Argument) -> dict[str, Any]:
-        reply = self._run(script, self._keys.breaker(spec.name), *self._common(spec, jitter), *args)
-        decoded: dict[str, Any] = json.loads(reply)
-        return decoded
+        def decide() -> dict[str, Any]:
+            reply = json.loads(self._run(script, self._keys.breaker(spec.name), *self._common(spec, jitter), *args))
+            return {**reply, "snapshot": _snapshot(reply["snapshot"]), "transition": _transition(reply)}
+
+        return self._mender.sound([spec.name], decide)
 
     def _answer(self, spec: Spec, reply: dict[str, Any]) -> Answer:
-        answer = Answer(_snapshot(reply["snapshot"]), _transition(reply))
+        answer = Answer(reply["snapshot"], reply["transition"])
         parent = spec.parent
         if parent is None or parent.policy.parent_trip_ratio is None or not answer.opens:
             return answer

@@ -205,6 +205,10 @@ class Queues(ABC):
     def size(self, *queues: str) -> int:
         """Number of messages that lie in some queues."""
 
+    def found(self) -> list[str]:
+        """Return breakers in whose deferred queues something lies, some at a time; none if the broker does not say."""
+        return []
+
     def memory(self) -> Memory | None:
         """Return how much memory the broker uses; None if it does not say."""
         return None

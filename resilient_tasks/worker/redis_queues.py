@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import resources
@@ -23,6 +24,10 @@ logger = logging.getLogger("resilient_tasks")
 
 #: Messages that are fetched in one go.
 _PAGE = 500
+#: Parts of the keyspace that are searched for deferred queues in one go, and keys in each.
+_SCANS, _SCANNED = 20, 1000
+#: What a pattern of Redis takes for more than itself.
+_SPECIAL, _ITSELF = re.compile(r"[]*?[^\\]"), r"\\\g<0>"
 #: Bytes of messages to read, and to move, at a time.
 _REPLY_SIZE = 1_000_000
 
@@ -42,6 +47,7 @@ class RedisQueues(Queues):
         self._defer_source = (scripts / "defer.lua").read_text()
         self._move_source = (scripts / "move.lua").read_text()
         self._known_client: redis.Redis | None = None
+        self._cursor = 0
 
     def _options(self, app: Celery) -> dict[str, Any]:
         """Return our options; sentinels are asked as the app asks them, but no longer than a server."""
@@ -178,6 +184,19 @@ class RedisQueues(Queues):
     def size(self, *queues: str) -> int:
         """See :meth:`Queues.size`."""
         return sum(self._size(queue) for queue in queues)
+
+    def found(self) -> list[str]:
+        """See :meth:`Queues.found`. Each time it goes on in the keyspace where it has ended before."""
+        prefix: str = seams.list_key(self.channel, self.deferred(""))
+        keys: set[Any] = set()
+        for _ in range(_SCANS):
+            self._cursor, some = self._client.scan(
+                self._cursor, match=f"{_SPECIAL.sub(_ITSELF, prefix)}*", count=_SCANNED
+            )
+            keys.update(some)
+            if not self._cursor:
+                break
+        return sorted(key.decode(errors="replace").removeprefix(prefix) for key in keys)
 
     def memory(self) -> Memory | None:
         """See :meth:`Queues.memory`."""

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from resilient_tasks.core.model import Snapshot
+from resilient_tasks.core.names import is_child
 from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks, ended
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.revokes import revoked_among
@@ -24,6 +25,8 @@ logger = logging.getLogger("resilient_tasks")
 EXPIRING = 1.0
 #: Children that are looked at with one stocktaking although nothing is known to wait for them.
 MOST_CHILDREN = 10
+#: Children that are looked at with one stocktaking because their queues were found on the broker.
+MOST_FOUND = 200
 #: Seconds that a message may take from the index to its queue.
 ON_ITS_WAY = 5.0
 
@@ -37,11 +40,19 @@ class Stocktaker:
         self._children = self._all_children()
 
     def some_children(self) -> list[Breaker]:
-        """Return the next few of all children there are, round by round: what waits for one may be indexed nowhere."""
+        """Return children whose waiting tasks may be indexed nowhere, because a store may have lost its data.
+
+        Those that nobody looks after, but whose queues the broker knows; and, round by round, a few of all there are.
+        """
         names = list(itertools.islice(self._children, MOST_CHILDREN))
         if len(names) < MOST_CHILDREN:
             self._children = self._all_children()
-        return [self._runtime.breaker(name) for name in names]
+        return [self._runtime.breaker(name) for name in (*self._found()[:MOST_FOUND], *names)]
+
+    def _found(self) -> list[str]:
+        looked_after = set(self._runtime.fleet.view.hot_children())
+        found = [name for name in self._tasks.queues.found() if name not in looked_after]
+        return [name for name in found if is_child(name) and self._runtime.defines(name)]
 
     def _all_children(self) -> Iterator[str]:
         """Yield the names of those that this process knows, then of all others: a store may have lost its data."""

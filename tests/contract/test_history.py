@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from resilient_tasks import Resilience
-from resilient_tasks.core.counts import CAUSE, DEFERRED, FALLBACK, LONGEST_WAIT, REFUSED, RESUMED, TRIALS, Counts
+from resilient_tasks.core.counts import (
+    CAUSE,
+    DEFERRED,
+    DEFERRED_AGAIN,
+    FALLBACK,
+    LONGEST_WAIT,
+    REFUSED,
+    RESUMED,
+    TRIALS,
+    Counts,
+)
 from resilient_tasks.core.model import Outcome, State, Verb
 from resilient_tasks.core.outage import Deadlines, Outage
 from resilient_tasks.errors import ConfigurationError
@@ -54,12 +64,14 @@ def test_the_log_is_asked_for_a_part_of_it(lab: Lab) -> None:
 
 
 @SHARED
-def test_the_log_is_bounded(lab: Lab) -> None:
-    breaker = lab.breaker()
+@pytest.mark.parametrize(("name", "logged", "kept"), [("payments", 200, 101), ("payments:acme", 50, 21)])
+def test_log_and_outages_are_bounded(lab: Lab, name: str, logged: int, kept: int) -> None:
+    breaker = lab.breaker(name)
     for _ in range(120):
         breaker.command(Verb.TRIP)
         breaker.command(Verb.RESET)
-    assert len(lab.history.transitions(breaker.name, limit=1000)) == 200
+    assert len(lab.history.transitions(breaker.name, limit=1000)) == logged
+    assert len(outages(lab, breaker.name)) == kept
 
 
 @SHARED
@@ -155,6 +167,15 @@ def test_minutes_are_kept_for_two_hours(lab: Lab) -> None:
     breaker.batch(("S", 1))
     assert len(lab.history.minutes(breaker.name)) == 30  # one of the minutes before was in the same place
     assert totals(lab, breaker).calls == {SUCCESS: 151}
+
+
+@SHARED
+def test_minutes_of_a_child_are_kept_for_an_hour(lab: Lab) -> None:
+    acme = lab.breaker("payments:acme", minimum_calls=1000)
+    for _ in range(70):
+        acme.batch(("S", 1))
+        lab.clock.advance(60)
+    assert len(lab.history.minutes(acme.name)) == 60
 
 
 @SHARED
@@ -259,6 +280,40 @@ def test_an_outage_is_remembered_from_the_first_refusal_to_the_last_waiting_task
 
 
 @SHARED
+@pytest.mark.parametrize("waiting", [False, True])
+def test_the_outage_of_a_child_whose_state_has_ended_by_itself_ends_when_somebody_looks(
+    lab: Lab, *, waiting: bool
+) -> None:
+    acme = lab.breaker("payments:acme").open()
+    if waiting:
+        lab.ledger.add_deferred(acme.name, "a")
+    store: Any = lab.store
+    store._server.run(lambda client: client.delete(store._keys.breaker(acme.name).state))
+    assert outages(lab, acme.name)[0].closed is None
+    if waiting:
+        acme.advance()
+        assert outages(lab, acme.name)[0].drained is None
+        lab.ledger.remove_deferred(acme.name, ["a"])
+    else:
+        lab.store.cool(acme.spec)
+    [outage] = outages(lab, acme.name)
+    assert outage.closed == outage.drained == lab.clock()
+
+
+@SHARED
+def test_what_has_been_forgotten_of_an_outage_is_no_half_of_one(lab: Lab) -> None:
+    breaker = lab.breaker()
+    breaker.open()
+    store: Any = lab.store
+    store._server.run(lambda client: client.delete(store._keys.breaker(breaker.name).outage))
+    lab.clock.advance(5)
+    breaker.advance()
+    breaker.trials("F")
+    breaker.command(Verb.RESET)
+    assert outages(lab) == []
+
+
+@SHARED
 def test_an_outage_that_nobody_waits_for_is_over_when_the_breaker_closes(lab: Lab) -> None:
     breaker = lab.breaker()
     breaker.command(Verb.ISOLATE, reason="maintenance", actor="ada")
@@ -267,6 +322,53 @@ def test_an_outage_that_nobody_waits_for_is_over_when_the_breaker_closes(lab: La
     [outage] = outages(lab)
     assert outage.closed == outage.drained == lab.clock()
     assert (outage.reason, outage.actor, outage.failed_calls) == ("maintenance", "ada", 0)
+
+
+@SHARED
+def test_the_causes_of_an_outage_are_not_those_of_the_one_before(lab: Lab) -> None:
+    breaker = lab.breaker(trial_calls=1)
+    breaker.batch(("F", 6), causes=(("ReadTimeout", 6),))
+    lab.clock.advance(5)
+    breaker.advance()
+    breaker.trials("S")
+    lab.clock.advance(1)
+    breaker.command(Verb.ISOLATE, reason="maintenance", actor="ada")
+    breaker.command(Verb.RESET)
+    lab.clock.advance(1)
+    breaker.batch(("F", 9), causes=(("OSError", 3), ("ReadTimeout", 6)))
+    tripped, maintenance, first = outages(lab)
+    assert (first.failed_calls, first.causes) == (6, [("ReadTimeout", 6)])
+    assert (maintenance.failed_calls, maintenance.causes) == (0, [])
+    assert tripped.failed_calls == sum(count for _, count in tripped.causes) == 9
+
+
+@SHARED
+def test_the_speed_of_resuming_is_that_of_the_last_seconds(lab: Lab) -> None:
+    breaker = lab.breaker()
+    batches = itertools.count(1)
+
+    def resume(each_second: int, *, seconds: int) -> None:
+        for _ in range(seconds):
+            lab.clock.advance(1)
+            tally(lab, {RESUMED: each_second + 2, DEFERRED_AGAIN: 2}, number=next(batches))
+
+    def speed() -> float:
+        found = lab.history.speeds([breaker.name])[breaker.name]
+        assert found is not None
+        return found.at_present(lab.clock())
+
+    assert lab.history.speeds([breaker.name]) == {breaker.name: None}
+    resume(10, seconds=3)
+    assert speed() == pytest.approx(10, rel=0.1)
+    resume(100, seconds=30)
+    assert speed() == pytest.approx(100, rel=0.1)
+    lab.clock.advance(10)
+    assert speed() == pytest.approx(37, rel=0.1)
+    breaker.command(Verb.TRIP)
+    breaker.command(Verb.RESET)
+    assert lab.history.speeds([breaker.name]) == {breaker.name: None}
+    resume(10, seconds=3)
+    assert speed() == pytest.approx(10, rel=0.1)
 
 
 @SHARED

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import redis
 from celery import Celery
 from kombu.transport.redis import SentinelChannel
 
 from resilient_tasks.worker.published_queues import PublishedQueues
 from resilient_tasks.worker.redis_queues import RedisQueues
+from workers.processes import start_valkey
 
 
 def test_sentinels_are_asked_as_the_app_asks_them_but_not_for_long() -> None:
@@ -27,3 +31,18 @@ def test_our_publishes_are_confirmed_whatever_the_app_says() -> None:
     app = Celery("app", broker="amqp://", set_as_current=False)
     app.conf.broker_transport_options = {"confirm_publish": False}
     assert PublishedQueues(app, "resilient")._connection.transport_options["confirm_publish"] is True
+
+
+def test_deferred_queues_are_found_whatever_their_prefix(tmp_path: Path) -> None:
+    server = start_valkey(tmp_path)
+    prefix = "a*[b]?\\^:"
+    app = Celery("app", broker=server.url(), set_as_current=False)
+    app.conf.broker_transport_options = {"global_keyprefix": prefix}
+    queues = RedisQueues(app, "resilient")
+    with redis.Redis.from_url(server.url()) as client:
+        for queue in ("resilient.deferred.payments", "resilient.deferred.payments:acme", "resilient.dead.payments"):
+            client.lpush(f"{prefix}{queue}", "a message")
+        client.lpush("aabab\\^:resilient.deferred.of-somebody-else", "a message")
+    assert queues.found() == ["payments", "payments:acme"]
+    queues.close()
+    server.stop()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
+from resilient_tasks import ConfigurationError, Resilience
 from resilient_tasks.core.counts import Counts
 from resilient_tasks.core.model import Snapshot, State
-from resilient_tasks.core.outage import Deadlines, Estimate, Outage, estimate, learned_rate
+from resilient_tasks.core.outage import Deadlines, Estimate, Outage, Speed, estimate, learned_rate
 from resilient_tasks.monitor.story import in_words
+from resilient_tasks.monitor.words import moment
 
 NOW = 1_789_000_000.0
 CLOSED = Snapshot("payments", State.CLOSED, 1, 1, now=NOW, since=NOW - 30, deferred=600, oldest_deferred_at=NOW - 120)
@@ -24,10 +29,6 @@ FORMER = Outage.of(
 )  # fmt: skip
 
 
-def minute(seconds_ago: float, **counts: Any) -> tuple[float, Counts]:
-    return NOW - seconds_ago, Counts(**counts)
-
-
 def test_a_former_outage_tells_how_fast_it_drained() -> None:
     assert FORMER.drain_rate == 20.0
     assert replace(FORMER, drained=None).drain_rate is None
@@ -36,16 +37,22 @@ def test_a_former_outage_tells_how_fast_it_drained() -> None:
 
 @pytest.mark.parametrize("snapshot", [OPEN, replace(OPEN, state=State.HALF_OPEN), CLOSED])
 def test_before_anything_is_resumed_the_rate_is_that_of_the_former_outage(snapshot: Snapshot) -> None:
-    lasting = replace(FORMER, closed=None, drained=None)
-    assert learned_rate(snapshot, [lasting, FORMER], [minute(20)]) == 20.0
-    assert learned_rate(snapshot, [lasting], [minute(20)]) is None
+    lasting, of_before = replace(FORMER, closed=None, drained=None), Speed(50.0, NOW - 60, NOW - 90)
+    for speed in (None, of_before):
+        assert learned_rate(snapshot, [lasting, FORMER], speed) == 20.0
+        assert learned_rate(snapshot, [lasting], speed) is None
 
 
-def test_while_it_drains_the_rate_is_that_of_the_last_two_minutes() -> None:
-    draining = replace(CLOSED, since=NOW - 300)
-    recent = [minute(190, resumed=9_000), minute(110, resumed=3_000, deferred_again=100), minute(50, resumed=3_100)]
-    assert learned_rate(draining, [FORMER], recent) == pytest.approx(6_000 / 110)
-    assert learned_rate(replace(CLOSED, since=NOW - 10), [], [minute(40, resumed=500)]) == 50.0
+def test_while_it_drains_the_rate_is_that_of_the_last_seconds() -> None:
+    speed = Speed(50.0, NOW, NOW - 20)
+    assert learned_rate(CLOSED, [FORMER], speed) == pytest.approx(50 / (1 - math.exp(-2.1)))
+    assert learned_rate(replace(CLOSED, now=NOW + 30), [], speed) == pytest.approx(50 * math.exp(-3), rel=0.01)
+
+
+def test_what_has_just_begun_says_nothing_yet() -> None:
+    speed = Speed(5.0, NOW - 1, NOW - 4)
+    assert learned_rate(CLOSED, [FORMER], speed) == 20.0
+    assert learned_rate(CLOSED, [], speed) is None
 
 
 def test_the_end_is_the_next_trial_and_the_learned_rate() -> None:
@@ -89,3 +96,25 @@ def test_tasks_whose_turn_comes_after_their_deadline_are_late(first_end: float, 
 )
 def test_an_estimate_is_a_sentence(told: Estimate, sentence: str) -> None:
     assert in_words(told) == sentence
+
+
+@pytest.mark.parametrize("name", ["nobody", "nobody:acme", "payments:*", "payments:", "", 5])
+def test_nobody_defines_such_a_breaker(name: Any) -> None:
+    resilience = Resilience(store_url="redis://localhost")
+    resilience.breaker("payments")
+    for ask in (resilience.outages, resilience.estimate):
+        with pytest.raises(
+            ConfigurationError, match=re.escape(f"breaker {name!r} is defined nowhere; defined: payments")
+        ):
+            ask(name)
+
+
+@pytest.mark.parametrize("since", ["24h", -1, float("nan"), True, timedelta(hours=1)])
+def test_since_is_a_span_of_time(since: Any) -> None:
+    resilience = Resilience(store_url="redis://localhost")
+    with pytest.raises(ConfigurationError, match=re.escape(f"since={since!r}: allowed is a number of seconds")):
+        resilience.outages(since=since)
+
+
+def test_a_time_that_is_on_no_calendar_is_left_out() -> None:
+    assert (moment(1e300), moment(-1.0), moment(float("nan"))) == ("", "", "")

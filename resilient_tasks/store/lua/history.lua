@@ -3,16 +3,19 @@
 --
 -- KEYS  8 log       list         transitions, and what was done by hand, as JSON, the newest first
 --       9 minutes   hash         slot -> JSON {minute, counts: {kind: count}}
---       10 totals   hash         kind -> count since ever, for a child since it was last idle for a day
+--       10 totals   hash         kind -> count since ever, for a child since it was last idle for a day; and speed (of
+--                                resuming, thousandths of a task per second), speed_at and speed_since (ms)
 --       11 outage   hash         the latest one: opened, closed, drained (ms), reason, actor, openings, kind -> count
 --       12 outages  list         former outages as JSON, the newest first
 -- An outage lasts from the refusal of calls until they are admitted and no task waits any more.
 
 local DEFERRED, LOG, MINUTES, TOTALS, OUTAGE, OUTAGES = KEYS[4], KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12]
-local MOST_LOGGED, MOST_OUTAGES, MINUTES_KEPT, MOST_KINDS = 200, 100, 120, 40
 local MINUTE, DAY = 60000, 86400000 -- ms
 local IS_CHILD = string.sub(KEYS[1], 1, -6) ~= string.sub(KEYS[13], 1, -9) -- ...state and ...children
+local MOST_LOGGED, MOST_OUTAGES, MINUTES_KEPT = IS_CHILD and 50 or 200, IS_CHILD and 20 or 100, IS_CHILD and 60 or 120
+local MOST_KINDS = 40
 local LONG_AGO = IS_CHILD and DAY or 90 * DAY -- ms after which what nobody has added to is gone
+local LATELY = 10000 -- ms; what was resumed so long ago counts a third of what is resumed now
 local LATE = 5000 -- ms; what is told so late still belongs to an outage that has ended
 local ADMITTING = { CLOSED = true, SHADOW = true, DISABLED = true }
 
@@ -102,38 +105,62 @@ local function save_totals()
   redis.call('PEXPIRE', TOTALS, LONG_AGO)
 end
 
-local function is_under_way()
+-- A moving average, begun anew with each outage that ends and after each pause.
+local function save_speed()
+  local resumed = (tallied.resumed or 0) - (tallied.deferred_again or 0)
+  if resumed == 0 then
+    return
+  end
+  local speed, at, since = unpack(redis.call('HMGET', TOTALS, 'speed', 'speed_at', 'speed_since'))
+  if not since or now - tonumber(at) > MINUTE then
+    speed, at, since = 0, now, integer(now)
+  end
+  local left = tonumber(speed) * math.exp((tonumber(at) - now) / LATELY)
+  local present = integer(math.max(0, left + resumed * 1000000 / LATELY))
+  redis.call('HSET', TOTALS, 'speed', present, 'speed_at', integer(now), 'speed_since', since)
+end
+
+local function is_under_way(late)
   local opened, drained = unpack(redis.call('HMGET', OUTAGE, 'opened', 'drained'))
-  return opened and (not drained or now - tonumber(drained) < LATE)
+  return opened and (not drained or now - tonumber(drained) < late)
 end
 
 local function count_in_outage(counts)
   for kind, count in pairs(counts) do
-    local as = bounded(kind, redis.call('HEXISTS', OUTAGE, kind) == 1, redis.call('HLEN', OUTAGE))
-    redis.call('HINCRBY', OUTAGE, as, integer(count))
+    if count > 0 then
+      local as = bounded(kind, redis.call('HEXISTS', OUTAGE, kind) == 1, redis.call('HLEN', OUTAGE))
+      redis.call('HINCRBY', OUTAGE, as, integer(count))
+    end
   end
   redis.call('PEXPIRE', OUTAGE, LONG_AGO)
 end
 
-local function save_tallies()
+local function save_tallies(late)
   if next(tallied) then
     save_minute()
+    save_speed()
     save_totals()
-    if is_under_way() then
+    if is_under_way(late) then
       count_in_outage(tallied)
     end
   end
 end
 
--- What the failures of the last so many ms were; minutes are as exact as it gets.
-local function recent_causes(span)
-  local causes, minute = {}, math.floor(now / MINUTE)
-  for back = 0, math.min(math.ceil(span / MINUTE), MINUTES_KEPT - 1) do
-    for kind, count in pairs(load_minute(minute - back).counts) do
+-- What the latest failures of the window were, in all as many as there are; minutes are as exact as it gets.
+local function latest_causes(failures, window)
+  local counts, total, minute = {}, 0, math.floor(now / MINUTE)
+  for back = 0, math.min(math.ceil(window / MINUTE), MINUTES_KEPT - 1) do
+    for kind, count in pairs(total < failures and load_minute(minute - back).counts or {}) do
       if string.sub(kind, 1, 6) == 'cause:' then
-        causes[kind] = (causes[kind] or 0) + count
+        counts[kind] = (counts[kind] or 0) + count
+        total = total + count
       end
     end
+  end
+  local causes, share, seen = {}, math.min(1, failures / math.max(total, 1)), 0
+  for kind, count in pairs(counts) do
+    causes[kind] = math.floor((seen + count) * share + 0.5) - math.floor(seen * share + 0.5)
+    seen = seen + count
   end
   return causes
 end
@@ -162,24 +189,36 @@ local function begin_outage(transition, window, late)
   redis.call(
     'HSET', OUTAGE, 'opened', integer(now), 'reason', transition.reason, 'actor', transition.actor, 'openings', 1
   )
-  count_in_outage({ FAILURE = transition.failures + late, SLOW = transition.slow })
-  count_in_outage(recent_causes(window))
+  local failures = transition.failures + late
+  count_in_outage({ FAILURE = failures, SLOW = transition.slow })
+  count_in_outage(latest_causes(failures, window))
 end
 
 local function mark_drained()
-  if redis.call('ZCARD', DEFERRED) == 0 and redis.call('HEXISTS', OUTAGE, 'closed') == 1 and is_under_way() then
+  if redis.call('ZCARD', DEFERRED) == 0 and redis.call('HEXISTS', OUTAGE, 'closed') == 1 and is_under_way(LATE) then
     redis.call('HSET', OUTAGE, 'drained', integer(now))
   end
 end
 
-local function follow(transition, window, late)
-  local was, is = ADMITTING[transition.previous], ADMITTING[transition.state]
-  if was and not is then
-    begin_outage(transition, window, late)
-  elseif is and not was then
+-- Calls are admitted, whatever has become of the state in which they were not.
+local function close_outage()
+  if redis.call('HEXISTS', OUTAGE, 'opened') == 1 and redis.call('HEXISTS', OUTAGE, 'closed') == 0 then
     redis.call('HSET', OUTAGE, 'closed', integer(now))
+    redis.call('HDEL', TOTALS, 'speed_since')
     mark_drained()
-  elseif transition.state == 'OPEN' then
+  end
+end
+
+local function begins(transition)
+  return ADMITTING[transition.previous] and not ADMITTING[transition.state]
+end
+
+local function follow(transition, window, late)
+  if begins(transition) then
+    begin_outage(transition, window, late)
+  elseif ADMITTING[transition.state] and not ADMITTING[transition.previous] then
+    close_outage()
+  elseif transition.state == 'OPEN' and redis.call('HEXISTS', OUTAGE, 'opened') == 1 then
     redis.call('HINCRBY', OUTAGE, 'openings', 1)
   end
   redis.call('PEXPIRE', OUTAGE, LONG_AGO)
@@ -195,7 +234,7 @@ local function save_history(transition, window, late)
   if transition and transition.state ~= transition.previous then -- in SHADOW nothing is entered
     tally('entered:' .. transition.state, 1)
   end
-  save_tallies()
+  save_tallies(transition and begins(transition) and 0 or LATE)
   if transition then
     log(transition)
     follow(transition, window, late)

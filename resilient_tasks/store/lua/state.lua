@@ -37,6 +37,7 @@ local NUMBERS = {
 
 local record, rules, window, trials, stragglers -- loaded below
 local transition -- what the caller is told, at most one
+local is_new = false -- nothing was kept of it
 local changed = false -- the version has grown: others should hear of it
 local dirty = false -- the state has to be written
 local touched = {} -- slots of the window that have to be written
@@ -121,7 +122,7 @@ local function load_breaker(creates)
   record = load_record()
   if not record then
     record = new_record(creates and now or 0)
-    dirty = true
+    is_new, dirty = true, true
   end
   rules = newest_rules()
   window = COUNTING[record.state] and load_window() or {}
@@ -361,6 +362,9 @@ local function answer(more, late)
   local reply = more or {}
   reply.snapshot, reply.transition = snapshot(), transition
   save()
+  if is_new then -- its state may have ended by itself
+    close_outage()
+  end
   save_history(transition, rules.window, late or 0)
   if changed then
     redis.call('PUBLISH', CHANNEL, cjson.encode(reply.snapshot))

@@ -13,8 +13,8 @@ if told and tonumber(told) >= tonumber(ARGV[2]) then
   return
 end
 tally_all('', cjson.decode(ARGV[3]))
-save_tallies()
-for kind, value in pairs(is_under_way() and cjson.decode(ARGV[4]) or {}) do
+save_tallies(LATE)
+for kind, value in pairs(is_under_way(LATE) and cjson.decode(ARGV[4]) or {}) do
   if value > tonumber(redis.call('HGET', OUTAGE, kind) or 0) then
     redis.call('HSET', OUTAGE, kind, integer(value))
   end
