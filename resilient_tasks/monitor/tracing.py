@@ -51,8 +51,8 @@ def tell_run(breakers: Sequence[Traced], first: str) -> None:
     span = _current_span()
     if span is None:
         return
-    span.set_attribute(NAME, _one_or_all([breaker.name for breaker in breakers]))
-    span.set_attribute(STATE, _one_or_all([str(breaker.state) for breaker in breakers]))
+    names, states = [breaker.name for breaker in breakers], [str(breaker.state) for breaker in breakers]
+    span.set_attributes({NAME: _one_or_all(names), STATE: _one_or_all(states)})
     if first:
         link = trace.get_current_span(_W3C.extract({_TRACEPARENT: first})).get_span_context()
         if link.is_valid:

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+import redis
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -82,6 +83,10 @@ def test_a_scrape_tells_of_all_breakers_and_of_a_store_that_is_frozen(shop: Shop
     store.program.thaw()
     shop.wait(lambda: value(exporter, "up") == 1, "the store to answer again")
     assert value(exporter, "refused_total", breaker="payments") == 1
+    with redis.Redis.from_url(store.url()) as client:
+        client.flushall()
+    shop.wait(lambda: value(exporter, "refused_total", breaker="payments") == 0, "counting to begin again")
+    assert value(exporter, "state", breaker="payments", state="CLOSED") == 1
 
 
 def test_a_port_that_is_taken_is_told(shop: Shop, store: Server) -> None:
