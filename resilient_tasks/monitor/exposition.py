@@ -7,16 +7,21 @@ lines. Registries of prometheus-client, which want its objects, are served by ``
 from __future__ import annotations
 
 import gzip
+import logging
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from itertools import chain
 from math import isinf
 from socketserver import ThreadingTCPServer
+from typing import Any
 
 from resilient_tasks.monitor.metrics import HEALTH, METRICS, Metric, Subject
 from resilient_tasks.monitor.readings import PATIENCE, Readings
+
+logger = logging.getLogger("resilient_tasks")
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -94,6 +99,10 @@ class ExpositionServer(ThreadingTCPServer):
     def port(self) -> int:
         """The port that it listens on."""
         return int(self.server_address[1])
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the signature is the base's
+        """Log what went wrong with one scrape: most often somebody has lost patience."""
+        logger.warning("a scrape by %s was not answered: %r", client_address[0], sys.exc_info()[1])
 
 
 class _Scrape(BaseHTTPRequestHandler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import http.client
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from resilient_tasks import StoreError
 from resilient_tasks.monitor.exposition import Exposition, ExpositionServer
 from resilient_tasks.monitor.metrics import HEALTH, Subject
 from resilient_tasks.prometheus import BreakerCollector
+from tests.support.doubles import wait_until
 from tests.unit.test_metrics import OPEN, QUIET
 
 Told = list[tuple[str, str, str, frozenset[tuple[str, str]], float]]
@@ -70,6 +72,21 @@ def test_it_is_sent_as_it_is_asked_for(encoding: str, decode: Callable[[bytes], 
     assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert response.headers.get("Content-Encoding", "") == encoding.partition(",")[0]
     assert told(body) == told(Exposition(lambda: [OPEN], patience=10.0).text())
+
+
+def test_who_does_not_wait_for_the_answer_is_told_in_one_line(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang_up() -> bytes:
+        raise ConnectionResetError
+
+    exposition = Exposition(list, patience=10.0)
+    monkeypatch.setattr(exposition, "text", hang_up)
+    with served(exposition) as url:
+        with pytest.raises(http.client.RemoteDisconnected):
+            urllib.request.urlopen(url, timeout=10)
+        wait_until(lambda: "a scrape by 127.0.0.1 was not answered: ConnectionResetError(" in caplog.text)
+    assert "Traceback" not in caplog.text
 
 
 def test_it_listens_on_ipv6_too() -> None:
