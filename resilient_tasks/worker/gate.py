@@ -128,7 +128,7 @@ class Gate:
     def hold(self, request: GatedRequest, admission: Admission) -> None:
         """Note that a run has begun: its permits are renewed for as long as it may take, and it may become overdue."""
         self._unaccepted.discard(request)
-        for breaker, admitted in zip(request.guards, admission.passes, strict=True):
+        for breaker, admitted in zip(request.guards, admission.passes, strict=False):  # refused: no passes, a fallback
             if admitted.trial:
                 breaker.hold(request.holder, _trial_limit(request, breaker))
             if breaker.policy.slow_call_duration is not None:

@@ -80,6 +80,21 @@ def test_the_last_attempt_fails_for_good(app: Celery, payments: Breaker, clock: 
     assert report == Report((FAILURE,), exhausted_by="ConnectionError", exhausted_for="payments")
 
 
+def test_a_users_classify_is_asked_once_about_a_failed_run(app: Celery, resilience: Resilience, clock: Clock) -> None:
+    asked: list[BaseException] = []
+
+    def classify(exc: BaseException) -> Outcome:
+        asked.append(exc)
+        return Outcome.FAILURE
+
+    resilience.breaker("mail", classify=classify)
+    error = ValueError("no such mailbox")
+    task = app.task(shared=False, breaker="mail", name="t")(failing(error))
+    deferred, _ = gated(task, Admission((Pass("mail"),)))
+    assert (deferred.breaker, deferred.cause) == ("mail", "ValueError")
+    assert asked == [error]
+
+
 @pytest.mark.parametrize("options", [{"on_failure": "raise"}, {"autoretry_for": (ConnectionError,), "max_retries": 0}])
 def test_attempts_are_used_up_only_where_failures_are_deferred(
     app: Celery, payments: Breaker, clock: Clock, options: dict[str, Any]

@@ -158,6 +158,17 @@ def test_a_run_that_the_pool_has_discarded_is_settled(gate: Gate, resilience: Re
     assert told == ["discarded"]
 
 
+def test_a_refused_run_that_a_fallback_answers_holds_nothing(gate: Gate, payments: Breaker, clock: Clock) -> None:
+    force(payments, "OPEN")
+    run = request("a", Ticket(), payments)
+    admission = gate.admit(run)
+    gate.hold(run, admission)
+    gate.settle(run, admission, Report(source="constant", served_for="payments"))
+    clock.settle()
+    snapshot = payments.snapshot()
+    assert (snapshot.state, snapshot.calls) == ("OPEN", 0)
+
+
 def test_a_message_that_the_broker_delivers_again_runs_and_is_counted(
     app: Celery, gate: Gate, payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
