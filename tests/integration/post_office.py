@@ -91,7 +91,8 @@ class PostOffice:
         self.wait(lambda: self._seen_by_worker(breaker) == State.FORCED_OPEN, "the worker to hear of it")
 
     def _seen_by_worker(self, breaker: str) -> str | None:
-        answers = self.client.control.broadcast("breakers", reply=True, timeout=10, limit=1)
+        with self.client.connection_for_write() as connection:  # those of the pool may be of an earlier server's time
+            answers = self.client.control.broadcast("breakers", reply=True, timeout=10, limit=1, connection=connection)
         return next((views[breaker]["state"] for answer in answers for views in answer.values()), None)
 
     def close(self, breaker: str) -> None:
