@@ -7,32 +7,21 @@ reports and to deferrals can be told from what admission would need: ``acquire``
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
 
 from benchmarks._rig import Rig, State, rig, verdict
+from resilient_tasks.store.scripts import Script, script_names
 from workers.processes import Worker
 
 TASKS = 2_000
-SCRIPTS = resources.files("resilient_tasks.store") / "lua"
 
 
 def digests() -> dict[str, str]:
     """Return the name of each of the store's scripts by the digest under which servers know it."""
-    texts = {file.name.removesuffix(".lua"): file.read_text("utf-8") for file in SCRIPTS.iterdir() if file.is_file()}
-    libraries = (("now",), ("now", "state", "rules"))
-    programs = {
-        name: ["\n".join([*map(texts.__getitem__, library), texts[name]]) for library in libraries] for name in texts
-    }
-    return {
-        hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest(): name
-        for name, versions in programs.items()
-        for text in versions
-    }
+    return {Script.load(name).digest: name for name in script_names()}
 
 
 class Watch:

@@ -16,15 +16,16 @@ from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.names import check_name, is_child, parent_of
 from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.errors import ConfigurationError
-from resilient_tasks.fallback import Provenance, read_provenance
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.monitor.events import Announcer
 from resilient_tasks.monitor.mailer import Mailer
 from resilient_tasks.monitor.webhook import Webhook
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.settings import Settings, find_store
+from resilient_tasks.provenance import Provenance, read_provenance
+from resilient_tasks.settings import Settings
 from resilient_tasks.signals import tell_of_transition
 from resilient_tasks.store.base import Store
+from resilient_tasks.store.place import find_store
 from resilient_tasks.store.redis import RedisStore
 from resilient_tasks.worker import beat
 from resilient_tasks.worker.bootsteps import ControlQueue, Membership

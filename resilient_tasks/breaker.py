@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import functools
 import getpass
-import inspect
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from time import perf_counter
-from types import CoroutineType
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from resilient_tasks.checks.base import HEARTBEATS, LONGEST_SILENCE
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State, Verb
 from resilient_tasks.core.names import check_name
+from resilient_tasks.core.record import OLDEST
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.family import Family
-from resilient_tasks.guard import Guard, Guarded, TaskScope, _Pass, task_scope
+from resilient_tasks.guard import Guarding
+from resilient_tasks.guarded import Guarded, Pass
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.probing import Probe
 from resilient_tasks.store.base import Spec
@@ -27,8 +26,6 @@ from resilient_tasks.store.standing import Standing
 
 if TYPE_CHECKING:
     from resilient_tasks.fleet import Fleet
-
-__all__ = ["Breaker", "TaskScope", "task_scope"]
 
 # ruff: noqa: SLF001  a child and its parent are breakers both
 
@@ -38,7 +35,7 @@ REMEMBERED_FOR = 60.0
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class Breaker(Guarded):
+class Breaker(Guarding):
     """The circuit breaker of one dependency, shared by all processes that use its name.
 
     ``Resilience.breaker()`` makes it. Use it as a decorator, by :meth:`guard` or by :meth:`call`.
@@ -118,79 +115,6 @@ class Breaker(Guarded):
         snapshot = fleet.store.read([self.spec])[0]
         fleet.view.update(snapshot, asked)
         return snapshot
-
-    # --- guarded calls ----------------------------------------------------------------------------
-
-    def guard(self) -> Guard:
-        """Return a context manager for one guarded call, for ``with`` and ``async with``.
-
-        Entering it raises :class:`BreakerOpenError` when the breaker refuses; the body does not run then.
-        """
-        return Guard(self)
-
-    def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Call ``fn`` under guard and return what it returns; for a coroutine function something to await.
-
-        Raises:
-            BreakerOpenError: the breaker refuses; ``fn`` does not run.
-        """
-        standing = self._standing
-        if not standing.admits_plainly or self._examines or self._view.is_behind:
-            return self._call_with_care(fn, args, kwargs)
-        epoch = standing.epoch
-        try:
-            result = fn(*args, **kwargs)
-        except BaseException as exc:
-            self._wait(self._failed(_Pass(epoch), exc))
-            raise
-        if type(result) is CoroutineType:
-            return self._await(result)
-        self._count_success(epoch)
-        return result
-
-    def _call_with_care(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if inspect.iscoroutinefunction(fn):
-            return self._await(fn(*args, **kwargs))
-        admitted = self._admit()
-        started = perf_counter()
-        try:
-            result = fn(*args, **kwargs)
-        except BaseException as exc:
-            self._wait(self._failed(admitted, exc))
-            raise
-        if type(result) is CoroutineType:  # nothing has happened yet: it is admitted when it is awaited
-            self._wait(self._finished(admitted, Verdict(Outcome.IGNORED)))
-            return self._await(result)
-        self._wait(self._succeeded(admitted, perf_counter() - started, result))
-        return result
-
-    async def _await(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        try:
-            return await self.guard().wait_for(coroutine)
-        finally:
-            coroutine.close()  # it has not even begun if the breaker refused
-
-    def __call__(self, fn: _F) -> _F:
-        """Decorate a function or a coroutine function: each call of it is a guarded call.
-
-        Raises:
-            ConfigurationError: ``fn`` is a generator function; its body would run outside the guard.
-        """
-        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
-            raise ConfigurationError(f"breaker {self.name!r} cannot guard the generator {fn!r}: use guard() inside it")
-        if inspect.iscoroutinefunction(fn):
-
-            @functools.wraps(fn)
-            async def guarded_coroutine(*args: Any, **kwargs: Any) -> Any:
-                return await self._await(fn(*args, **kwargs))
-
-            return cast("_F", guarded_coroutine)
-
-        @functools.wraps(fn)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            return self.call(fn, *args, **kwargs)
-
-        return cast("_F", guarded)
 
     # --- probe ------------------------------------------------------------------------------------
 
@@ -305,7 +229,9 @@ class Breaker(Guarded):
         return self._command(Verb.RESET, reason, actor)
 
     def _command(self, verb: Verb, reason: str, actor: str | None) -> Snapshot:
-        return self.fleet.command(self.spec, verb, reason, this_user() if actor is None else actor)
+        # the shell of whoever gives the order may stand in an old checkout: the fleet keeps its policy
+        spec = replace(self.spec, revision=OLDEST)
+        return self.fleet.command(spec, verb, reason, this_user() if actor is None else actor)
 
 
 class Child(Breaker):
@@ -329,18 +255,26 @@ class Child(Breaker):
 
     @property
     def probe_to_run(self) -> Probe | None:
+        """The registered probe: it is made for this child."""
         return self.registered_probe
 
     @property
     def guards(self) -> tuple[Breaker, ...]:
+        """The breakers that a call must pass: the parent, and the child itself."""
         return (self.parent, self)
 
     def child(self, key: object) -> Breaker:
+        """Refuse: a child has no children of its own.
+
+        Raises:
+            ConfigurationError: always.
+        """
         raise ConfigurationError(
             f"breaker {self.name!r} is a child: allowed is a child of {self.parent.name!r}, not {key!r}"
         )
 
     def detach(self) -> None:
+        """Forget the fleet; the next use finds it anew."""
         Guarded.detach(self)
 
     @property
@@ -361,15 +295,15 @@ class Child(Breaker):
     def _is_current(self) -> bool:
         return super()._is_current() and (self._standing.age or 0.0) <= REMEMBERED_FOR
 
-    def _admit_by_view(self) -> _Pass | None:
+    def _admit_by_view(self) -> Pass | None:
         return super()._admit_by_view() if self._admitted_by_parent() else None
 
-    def _admitted_by_parent(self) -> _Pass | None:
+    def _admitted_by_parent(self) -> Pass | None:
         """Return what the parent admits without being asked for a permit; slots are the child's own."""
         standing = self.parent.standing
-        return _Pass(standing.epoch) if standing.admits else self.parent._admit_by_view()
+        return Pass(standing.epoch) if standing.admits else self.parent._admit_by_view()
 
-    def _ask_for_permit(self) -> _Pass:
+    def _ask_for_permit(self) -> Pass:
         of_parent = self._admitted_by_parent() or self.parent._ask_for_permit()
         try:
             own = super()._admit_by_view() or super()._ask_for_permit()
@@ -378,11 +312,11 @@ class Child(Breaker):
             raise
         return own._replace(of_parent=of_parent)
 
-    def _finished(self, admitted: _Pass, verdict: Verdict) -> int:
+    def _finished(self, admitted: Pass, verdict: Verdict) -> int:
         own = super()._finished(admitted, verdict)
         return max(own, self._tell_parent(admitted.of_parent, verdict))
 
-    def _tell_parent(self, admitted: _Pass | None, verdict: Verdict) -> int:
+    def _tell_parent(self, admitted: Pass | None, verdict: Verdict) -> int:
         """Tell the parent what its trial has found; other calls count for the child alone."""
         return self.parent._finished(admitted, verdict) if admitted is not None and admitted.holder else 0
 

@@ -9,8 +9,7 @@ A task names one fallback or a list of them, and they are tried in order until o
 - ``cached(...)`` is the last good value of this task for these arguments, kept in the shared store;
 - ``constant(...)`` always answers.
 
-The task layer makes one :class:`FallbackChain` per task when the task is defined. Where an answer came
-from is kept as :class:`Provenance` beside the task's result.
+The task layer makes one :class:`FallbackChain` per task when the task is defined.
 """
 
 from __future__ import annotations
@@ -18,19 +17,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from kombu import serialization
 from kombu.utils import json as kombu_json
 
+from resilient_tasks.call import Call, parameter_names
 from resilient_tasks.errors import ConfigurationError, ResilienceError, StoreError
-from resilient_tasks.monitor.log import about
 from resilient_tasks.store.base import Store
 
 logger = logging.getLogger("resilient_tasks")
@@ -42,41 +40,6 @@ CacheKey = Callable[[tuple[Any, ...], dict[str, Any]], str]
 
 _ALLOWED = "allowed are cached(max_age=...), constant(...), a function, or a list of these"
 _VALUES = "fallback"
-_PROVENANCE = "provenance"
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of a task: what a fallback answers for, or what succeeded and is worth remembering.
-
-    Args:
-        task_name: name of the task.
-        body: the task's function, ``task.run``; its signature makes ``f(1)`` and ``f(a=1)`` one call.
-        args: positional arguments, as the body gets them.
-        kwargs: keyword arguments.
-        task_id: id of the task, for the log; "" if it is called by hand.
-    """
-
-    task_name: str
-    body: Callable[..., Any]
-    args: Sequence[Any] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    task_id: str = ""
-
-    @property
-    def log_fields(self) -> dict[str, str]:
-        """What a log line about it says for machines."""
-        return about(self.task_id, self.task_name)
-
-    def arguments(self) -> dict[str, Any]:
-        """Return all arguments by parameter name, defaults included.
-
-        Raises:
-            TypeError: they do not fit the body's signature.
-        """
-        bound = _signature(self.body).bind(*self.args, **self.kwargs)
-        bound.apply_defaults()
-        return dict(bound.arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +60,8 @@ class Served:
 class Fallback(Protocol):
     """One link of a chain."""
 
-    def check(self, task_name: str, parameters: Sequence[str] | None) -> None:
-        """Raise ConfigurationError if this cannot work for a task with these parameters (None: not known)."""
+    def check(self, task_name: str, parameters: Sequence[str]) -> None:
+        """Raise ConfigurationError if this cannot work for a task with these parameters."""
 
     def answer(self, call: Call, store: Store) -> Served | None:
         """Return an answer, or None to let the next one try."""
@@ -111,16 +74,14 @@ class Cached:
     max_age: float
     key: str | CacheKey | None = None
 
-    def check(self, task_name: str, parameters: Sequence[str] | None) -> None:
+    def check(self, task_name: str, parameters: Sequence[str]) -> None:
         """Refuse a ``max_age`` that is not a positive number and a ``key`` that names no parameter."""
         if not _is_positive_number(self.max_age):
             raise ConfigurationError(
                 f"task {task_name!r}: fallback cached(max_age={self.max_age!r}): allowed is a positive number"
                 " of seconds"
             )
-        if self.key is None or callable(self.key):
-            return
-        if parameters is not None and self.key not in parameters:
+        if self.key is not None and not callable(self.key) and self.key not in parameters:
             raise ConfigurationError(
                 f"task {task_name!r}: fallback cached(key={self.key!r}): allowed is the name of a parameter,"
                 f" one of {', '.join(parameters) or '(none)'}, or a callable (args, kwargs) -> str"
@@ -167,7 +128,7 @@ class Constant:
 
     value: Any
 
-    def check(self, task_name: str, parameters: Sequence[str] | None) -> None:  # noqa: ARG002  the protocol's
+    def check(self, task_name: str, parameters: Sequence[str]) -> None:  # noqa: ARG002  the protocol's
         """Refuse a value that cannot become a task's result."""
         try:
             _encode(self.value)
@@ -187,7 +148,7 @@ class Function:
 
     function: Callable[..., Any]
 
-    def check(self, task_name: str, parameters: Sequence[str] | None) -> None:  # noqa: ARG002  the protocol's
+    def check(self, task_name: str, parameters: Sequence[str]) -> None:  # noqa: ARG002  the protocol's
         """Refuse coroutine functions: a task's body is synchronous and nothing would await them."""
         if _is_async(self.function):
             raise ConfigurationError(
@@ -209,9 +170,7 @@ class Function:
     @property
     def name(self) -> str:
         """Name of the function, however it is wrapped."""
-        function = self.function
-        while isinstance(function, partial):
-            function = function.func
+        function = _unwrapped(self.function)
         return str(getattr(function, "__name__", type(function).__name__))
 
 
@@ -262,15 +221,17 @@ class FallbackChain:
         if fault:
             self._warn_once(call, fault)
             return
-        for key, max_age in lifetimes.items():
-            _write(store, _VALUES, key, encoded, ttl=max_age)
+        try:
+            for key, max_age in lifetimes.items():
+                store.put(_VALUES, key, encoded, ttl=max_age)
+        except StoreError as error:
+            logger.debug("last good value not kept: %s", error)
 
     def _lifetimes(self, call: Call) -> dict[str, float]:
         """Keys to write; fallbacks that differ in ``max_age`` only share the longest-lived entry."""
         lifetimes: dict[str, float] = {}
         for member in self.members:
-            key = member.key_of(call) if isinstance(member, Cached) else None
-            if key is not None and isinstance(member, Cached):
+            if isinstance(member, Cached) and (key := member.key_of(call)) is not None:
                 lifetimes[key] = max(member.max_age, lifetimes.get(key, 0.0))
         return lifetimes
 
@@ -281,14 +242,13 @@ class FallbackChain:
             logger.warning(what, call.task_name, call.task_id, why, extra=call.log_fields)
 
 
-def as_chain(fallback: Any, task_name: str, body: Callable[..., Any] | None = None) -> FallbackChain:
+def as_chain(fallback: Any, task_name: str, body: Callable[..., Any]) -> FallbackChain:
     """Make the chain that a task's ``fallback=`` describes; ``None`` makes an empty one.
 
     Args:
         fallback: ``cached(...)``, ``constant(...)``, a function, or a list or tuple of these.
         task_name: for messages and cache keys.
-        body: the task's function, ``task.run``; with it, a ``key=`` that names no parameter is found here
-            and not at the first call.
+        body: the task's function, ``task.run``; a ``key=`` that names none of its parameters is found here.
 
     Raises:
         ConfigurationError: one of them is something else or cannot work; the message names the task.
@@ -297,7 +257,7 @@ def as_chain(fallback: Any, task_name: str, body: Callable[..., Any] | None = No
         return FallbackChain(task_name, [])
     items = fallback if isinstance(fallback, (list, tuple)) else [fallback]
     members = [_as_member(item, task_name) for item in items]
-    parameters = None if body is None else parameter_names(body)
+    parameters = parameter_names(body)
     for member in members:
         member.check(task_name, parameters)
     return FallbackChain(task_name, members)
@@ -311,51 +271,7 @@ def _as_member(item: Any, task_name: str) -> Fallback:
     return Function(item)
 
 
-# --- provenance -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """Where a task's result came from when a fallback made it.
-
-    Args:
-        source: ``"cached"``, ``"constant"`` or the function's name.
-        age: seconds since a cached value was good when it was served, else ``None``.
-        breaker: name of the breaker whose refusal or failure called for the fallback.
-    """
-
-    source: str
-    age: float | None
-    breaker: str
-
-
-def write_provenance(store: Store, task_id: str, served: Served, breaker: str, ttl: float) -> None:
-    """Note for ``ttl`` seconds where the result of ``task_id`` came from. Raises nothing."""
-    note = {"source": served.source, "age": served.age, "breaker": breaker}
-    _write(store, _PROVENANCE, task_id, json.dumps(note).encode(), ttl=ttl)
-
-
-def read_provenance(store: Store, task_id: str) -> Provenance | None:
-    """Return where the result of ``task_id`` came from; None: from the task itself, or not known (any more).
-
-    Raises:
-        StoreError: the store is away.
-    """
-    found = store.get(_PROVENANCE, task_id)
-    if found is None:
-        return None
-    note = json.loads(found[0])
-    return Provenance(note["source"], note["age"], note["breaker"])
-
-
 # --- small helpers --------------------------------------------------------------------------------
-
-
-def _write(store: Store, kind: str, key: str, value: bytes, *, ttl: float) -> None:
-    try:
-        store.put(kind, key, value, ttl=ttl)
-    except StoreError as error:
-        logger.debug("%s not kept: %s", kind, error)
 
 
 def _read_value(store: Store, key: str) -> tuple[bytes, float] | None:
@@ -391,17 +307,11 @@ def _is_positive_number(value: Any) -> bool:
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
-    while isinstance(function, partial):
-        function = function.func
+    function = _unwrapped(function)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-@lru_cache(maxsize=1024)
-def _signature(body: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(body)
-
-
-def parameter_names(body: Callable[..., Any]) -> list[str]:
-    """Return the names of the parameters by which a function can be told apart its calls."""
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [parameter.name for parameter in _signature(body).parameters.values() if parameter.kind not in variadic]
+def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    while isinstance(function, partial):
+        function = function.func
+    return function

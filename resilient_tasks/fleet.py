@@ -17,8 +17,9 @@ from resilient_tasks.monitor.story import Story
 from resilient_tasks.store.base import NO_WISH, Spec, Store, Wish
 from resilient_tasks.store.failover import FailoverStore
 from resilient_tasks.store.history import History
+from resilient_tasks.store.leases import LEASE
 from resilient_tasks.store.ledger import Ledger
-from resilient_tasks.store.reports import LEASE, Reporter
+from resilient_tasks.store.reports import Reporter
 from resilient_tasks.store.standing import Standing
 from resilient_tasks.store.view import View
 
@@ -55,7 +56,7 @@ class Fleet:
         self._ledger = ledger
         self._history = history
         self.view = View(self.store, clock)
-        self.reporter = Reporter(self.store, self.view, self.announce, clock, history)
+        self.reporter = Reporter(self.store, self.view, self.learn, clock, history)
         self._announce = announce
         self._task_id = task_id
 
@@ -119,7 +120,6 @@ class Fleet:
     def forget(self, name: str) -> None:
         """Let go of a child that nobody uses here any more."""
         self.view.forget(name)
-        self.reporter.forget(name)
         self.store.forget(name)
 
     def acquire(self, spec: Spec, holder: str, *, lease: float = LEASE, wish: Wish = NO_WISH) -> Grant:
@@ -147,8 +147,10 @@ class Fleet:
         self.view.update(answer.snapshot, asked)
         if answer.transition is not None:
             self.announce(answer.transition)
-        if isinstance(answer, Answer) and answer.of_parent is not None:
-            self.learn(answer.of_parent, asked)
+        if isinstance(answer, Answer):
+            self.view.look_for_room(answer.snapshot)
+            if answer.of_parent is not None:
+                self.learn(answer.of_parent, asked)
 
     def announce(self, transition: Transition) -> None:
         """Tell of a transition; a listener that raises harms nobody."""

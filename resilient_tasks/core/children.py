@@ -1,6 +1,6 @@
 """Children: breakers of single keys (tenants, hosts, credentials) under one parent, and what they mean for it.
 
-Beside its record a child costs its store one entry here. ``store/lua/children.lua`` has the same functions: change
+Beside its record a child costs its store one entry here. ``store/lua/lib/children.lua`` has the same functions: change
 the two together. Times are integer milliseconds on the store's clock.
 """
 

@@ -1,7 +1,7 @@
 """The rules of a breaker: what a report, a request, a trial, a verb or the passing of time does to it.
 
 Everything here is plain data and pure arithmetic: no clock, no lock, no I/O. ``now`` is handed in as
-integer milliseconds, and all sums are integers, so that ``store/lua/rules.lua``, which holds the
+integer milliseconds, and all sums are integers, so that ``store/lua/lib/rules.lua``, which holds the
 same rules for the shared store, comes to the same answers to the last bit. The two have the same
 functions: change them together; a property test compares them.
 """
@@ -16,6 +16,7 @@ from resilient_tasks.core.model import ADMITTING, Calls, Outcome, State, Transit
 from resilient_tasks.core.record import COUNTING, Record
 from resilient_tasks.core.shadow import Opening, with_calls, with_opening
 from resilient_tasks.core.slots import CROWDED_FOR
+from resilient_tasks.core.tripping import rate_trips, row_trips, trip_point, why, with_cause
 from resilient_tasks.core.window import Totals, Vote
 
 _TARGETS = {
@@ -144,7 +145,7 @@ class Decision:
         record.failed_checks = record.failed_checks + 1 if outcome is Outcome.FAILURE else 0
         if record.failed_checks >= limit and not record.would_open:
             failed = f"health check failed {record.failed_checks} times in a row"
-            self._trip(_with_cause(failed, cause), retry_after)
+            self._trip(with_cause(failed, cause), retry_after)
 
     def command(self, verb: Verb, reason: str = "", actor: str = "") -> None:
         """Carry out an operator's verb."""
@@ -186,19 +187,18 @@ class Decision:
         if calls.outcome is Outcome.FAILURE and vote.outcome is not Outcome.FAILURE:
             vote.becomes_failure(proxied=calls.proxied)
             self._note(calls._replace(number=1))
-            if self._trips_now() and not self.record.would_open:
+            rules, totals = self.record.rules, self.record.figures(self.now)
+            if not self.record.would_open and (row_trips(rules, self.record.row, totals) or rate_trips(rules, totals)):
                 self._trip(self._why(cause), retry_after)
         elif calls.outcome is Outcome.SLOW:
             if vote.outcome is Outcome.OVERDUE:
                 vote.becomes(Outcome.SLOW)
             self._note(calls)
 
-    def _trips_now(self) -> bool:
-        rules, totals = self.record.rules, self.record.figures(self.now)
-        return rules.row_trips(self.record.row, totals) or rules.rate_trips(totals) is not None
-
     def _report_run(self, calls: Calls, cause: str, retry_after: int | None) -> None:
-        tripped_at = None if self.record.would_open else self._trip_point(calls)
+        record, tripped_at = self.record, None
+        if not record.would_open:
+            tripped_at = trip_point(record.rules, record.figures(self.now), record.row, calls)
         self._count(calls._replace(number=tripped_at or calls.number))
         if tripped_at is None:
             return
@@ -206,34 +206,8 @@ class Decision:
         if self.record.state in COUNTING:
             self._count(calls._replace(number=calls.number - tripped_at))
 
-    def _trip_point(self, calls: Calls) -> int | None:
-        """Return which of a run of equal outcomes opens the breaker (1 for the first), or None."""
-        rules, totals, count = self.record.rules, self.record.figures(self.now), calls.number
-        missing = rules.minimum_tasks - totals.tasks
-        if missing > 0 and totals.plus(calls).tasks < rules.minimum_tasks:
-            return None
-        points = []
-        if rules.consecutive and calls.outcome is Outcome.FAILURE:
-            points.append(max(1, rules.consecutive - self.record.row, missing))
-        # Within the rest of a run each rate only grows or only falls, so two looks tell whether it trips at all.
-        first = max(1, rules.minimum_calls - totals.calls, missing)
-        if first <= count and rules.rate_trips(totals.plus(calls._replace(number=first))):
-            points.append(first)
-        elif first < count and rules.rate_trips(totals.plus(calls)):
-            points.append(self._bisect(totals, calls, first))
-        tripped_at = min(points, default=count + 1)
-        return tripped_at if tripped_at <= count else None
-
-    def _bisect(self, totals: Totals, calls: Calls, calm: int) -> int:
-        """Return the first point of a run that trips, given one that does not; the last one does."""
-        tripped = calls.number
-        while tripped - calm > 1:
-            middle = (calm + tripped) // 2
-            if self.record.rules.rate_trips(totals.plus(calls._replace(number=middle))):
-                tripped = middle
-            else:
-                calm = middle
-        return tripped
+    def _why(self, cause: str) -> str:
+        return why(self.record.rules, self.record.figures(self.now), self.record.row, cause)
 
     def _count(self, calls: Calls) -> None:
         record = self.record
@@ -277,18 +251,6 @@ class Decision:
             record.window.clear()
             record.row = record.failed_checks = 0
 
-    def _why(self, cause: str) -> str:
-        """Return why the breaker trips now, in words."""
-        record = self.record
-        figures = record.figures(self.now)
-        rate = record.rules.rate_trips(figures)
-        if rate is None:
-            return _with_cause(f"{record.row} consecutive failures", cause)
-        part = figures.failures if rate == "failure" else figures.slow
-        percent = (200 * part + figures.calls) // (2 * figures.calls)
-        reason = f"{rate} rate {percent} % of {figures.calls} calls"
-        return _with_cause(reason, cause) if rate == "failure" else reason
-
     # --- trials ---------------------------------------------------------------------------------
 
     def _expire(self) -> None:
@@ -330,7 +292,7 @@ class Decision:
             record.ramp_since = self.now
         elif record.trial_failures > rules.trial_calls - rules.needed:
             failed = f"{record.trial_failures} of {rules.trial_calls} trials failed"
-            self._open(_with_cause(failed, cause), retry_after=retry_after)
+            self._open(with_cause(failed, cause), retry_after=retry_after)
 
     def _free_straggler(self, holder: str, outcome: Outcome) -> None:
         if outcome is not Outcome.OVERDUE and self.record.stragglers.pop(holder, None) is not None:
@@ -419,7 +381,3 @@ class Decision:
             slow=figures.slow,
             would_open=record.would_open,
         )
-
-
-def _with_cause(reason: str, cause: str) -> str:
-    return f"{reason}, last: {cause}" if cause else reason

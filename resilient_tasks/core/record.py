@@ -19,7 +19,7 @@ COUNTING = frozenset({State.CLOSED, State.SHADOW})
 _UNLIMITED = frozenset({State.DISABLED, State.SHADOW})
 _LONGEST = 10**13  # ms, 317 years; more would lose digits on its way through Lua
 _LONGEST_TEXT = 200
-_UNDECLARED = -(2**53)  # a revision older than every other
+OLDEST = -(2**53)  # a revision: every other replaces it
 _MOST_GROWTH_STEPS = 1000  # a multiplier close to 1 must not make a loop of a breaker's whole life
 
 
@@ -113,18 +113,6 @@ class Rules(NamedTuple):
         length = max(min(own, self.max_open_time), min(retry_after or 0, self.max_open_time))
         return math.floor(length * (1 + self.open_jitter * jitter) + 0.5)
 
-    def rate_trips(self, totals: Totals) -> str | None:
-        """Return which rate, ``"failure"`` or ``"slow"``, opens the breaker with these sums, or None."""
-        if totals.calls < self.minimum_calls or totals.tasks < self.minimum_tasks:
-            return None
-        if totals.failures / totals.calls >= self.failure_rate:
-            return "failure"
-        return "slow" if totals.slow / totals.calls >= self.slow_rate else None
-
-    def row_trips(self, row: int, totals: Totals) -> bool:
-        """Whether so many failures in a row open the breaker, with these sums in the window."""
-        return 0 < self.consecutive <= row and totals.tasks >= self.minimum_tasks
-
 
 @dataclass(slots=True)
 class Record:
@@ -180,7 +168,7 @@ class Record:
         counts = snapshot.state in COUNTING
         return cls(
             name=snapshot.name,
-            rules=Rules.of(BreakerPolicy(), _UNDECLARED),
+            rules=Rules.of(BreakerPolicy(), OLDEST),
             state=snapshot.state,
             epoch=snapshot.epoch,
             version=snapshot.version,

@@ -2,7 +2,7 @@
 
 A model, not a replay: each opening lasts as long as a real one would, then the breaker is taken to have healed with an
 empty window. A dependency that is still ill trips it anew; trials and the ramp are left out. Times are integer
-milliseconds. ``store/lua/shadow.lua`` has the same functions; change the two together.
+milliseconds. ``store/lua/lib/shadow.lua`` has the same functions; change the two together.
 """
 
 from __future__ import annotations

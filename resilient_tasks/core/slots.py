@@ -7,7 +7,7 @@ that is free by then is *kept* for the task that is resumed to use it.
 The limit may be adaptive: every success adds one while at least half of it is used, every failure or overrun takes
 a tenth. After the first of these a limit's worth of successes adds one, or a small limit would mostly be exceeded.
 
-Times are integer milliseconds on the store's clock. ``store/lua/slots.lua`` has the same functions: change the two
+Times are integer milliseconds on the store's clock. ``store/lua/lib/slots.lua`` has the same functions: change the two
 together, a property test compares them.
 """
 

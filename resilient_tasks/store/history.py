@@ -2,7 +2,7 @@
 
 It lies in the shared store beside the breakers. Transitions and outcomes are written by the very scripts that
 decide, so nothing is there twice and nothing is missing; what workers count for themselves (refused, deferred,
-resumed, ...) arrives about a second later. Everything is bounded: see ``lua/history.lua``.
+resumed, ...) arrives about a second later. Everything is bounded: see ``lua/lib/history.lua``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from resilient_tasks.core.model import State, Transition
 from resilient_tasks.core.outage import Deadlines, Outage, Speed
 from resilient_tasks.core.record import brief
 from resilient_tasks.store.keys import BreakerKeys, Keys
-from resilient_tasks.store.server import Argument, Script, Server
+from resilient_tasks.store.scripts import Call, Scripts
+from resilient_tasks.store.server import Server, portions
 
 if TYPE_CHECKING:
     from resilient_tasks.store.mending import Mender
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_PER_ROUND_TRIP = 500
 _MINUTE = 60
 _MINUTES_KEPT = 120
 _SAMPLE = 64  # deadlines that stand for all of a breaker's
@@ -63,14 +63,14 @@ class History:
         server: connection to the shared store.
         keys: names of the namespace's keys.
         mender: takes away what makes no sense.
-        clock: Lua text that defines ``now_ms()``, for tests that advance the time; ``None``: the server's.
+        scripts: those that run there.
     """
 
-    def __init__(self, server: Server, keys: Keys, mender: Mender, clock: str | None = None) -> None:
+    def __init__(self, server: Server, keys: Keys, mender: Mender, scripts: Scripts) -> None:
         self._server = server
         self._keys = keys
         self._mender = mender
-        self._scripts = {name: Script.load("history", name, clock=clock) for name in ("tally", "note")}
+        self._scripts = scripts
 
     # --- reading ------------------------------------------------------------------------------------
 
@@ -159,7 +159,7 @@ class History:
         counts = self._ask(names, lambda pipeline, keys: pipeline.zcard(keys.deadlines), lambda _, count: int(count))
         bounded = {name: count for name, count in counts.items() if count}
         found = dict.fromkeys(counts, Deadlines())
-        for some in _chunks(list(bounded)):
+        for some in portions(bounded):
             samples = self._server.run(partial(self._sample, counts={name: bounded[name] for name in some}))
             found |= {name: Deadlines(bounded[name], sample) for name, sample in samples.items()}
         return found
@@ -180,8 +180,7 @@ class History:
 
     def note(self, name: str, text: str, actor: str) -> None:
         """Log what somebody has done by hand to the tasks of a breaker."""
-        keys = self._keys.breaker(name)
-        self._server.run(lambda client: self._scripts["note"](client, keys, name, brief(text), brief(actor)))
+        self._scripts.run("note", self._keys.breaker(name), name, brief(text), brief(actor))
 
     def tally(self, teller: str, number: int, tallies: Mapping[str, Tally]) -> None:
         """Add what a process has counted, by breaker; once, however often it is told.
@@ -191,13 +190,11 @@ class History:
             number: of the batch; grows from one batch of a process to the next.
             tallies: what was counted.
         """
-        calls: list[tuple[Sequence[str], Sequence[Argument]]] = []
+        calls: list[Call] = []
         for name, tally in tallies.items():
             keys = *self._keys.breaker(name), self._keys.tellers(name)
             calls.append((keys, (teller, number, json.dumps(tally.counts), json.dumps(tally.peaks))))
-        for some in _chunks(calls):
-            tell = partial(self._scripts["tally"].each, calls=some)
-            self._mender.sound(tallies, partial(self._server.run, tell))
+        self._mender.sound(tallies, lambda: self._scripts.run_each("tally", calls))
 
     # --- inside -------------------------------------------------------------------------------------
 
@@ -209,25 +206,14 @@ class History:
     ) -> dict[str, T]:
         """Put a question about each breaker, 500 breakers in one round trip; return what is read of the answers."""
 
-        def look(client: redis.Redis, some: Sequence[str]) -> list[Any]:
-            with client.pipeline(transaction=False) as pipeline:
-                for name in some:
-                    question(pipeline, self._keys.breaker(name))
-                return pipeline.execute()
-
         def answers(some: Sequence[str]) -> dict[str, T]:
-            found = zip(some, self._server.run(partial(look, some=some)), strict=True)
-            return {name: read(name, answer) for name, answer in found}
+            found = self._server.ask_each(some, lambda pipeline, name: question(pipeline, self._keys.breaker(name)))
+            return {name: read(name, answer) for name, answer in zip(some, found, strict=True)}
 
         told: dict[str, T] = {}
-        for some in _chunks(list(names)):
+        for some in portions(names):
             told |= self._mender.sound(some, partial(answers, some))
         return told
-
-
-def _chunks(items: Sequence[T]) -> list[Sequence[T]]:
-    """Return the parts of something of which each is for one round trip."""
-    return [items[start : start + _PER_ROUND_TRIP] for start in range(0, len(items), _PER_ROUND_TRIP)]
 
 
 def _sampled(count: int) -> list[int]:

@@ -41,7 +41,7 @@ def may_name_breaker(name: str) -> bool:
 
 
 class BreakerKeys(NamedTuple):
-    """Keys of one breaker's state, in the order in which ``lua/state.lua`` expects them."""
+    """Keys of one breaker's state, in the order in which ``lua/lib/state.lua`` expects them."""
 
     state: str  # hash
     window: str  # hash: slot -> bucket
@@ -50,12 +50,12 @@ class BreakerKeys(NamedTuple):
     deadlines: str  # sorted set: task id -> end of its wait, ms
     stragglers: str  # sorted set: holder -> end of its lease, ms; of a trial that outlived its HALF_OPEN
     slots: str  # sorted set: holder, or the task it is kept for -> end of its lease, ms
-    log: str  # list: this and the next four as in ``lua/history.lua``
+    log: str  # list: this and the next four as in ``lua/lib/history.lua``
     minutes: str  # hash
     totals: str  # hash
     outage: str  # hash
     outages: str  # list
-    children: str  # of the breaker, or of its parent if it is a child; see lua/state.lua
+    children: str  # of the breaker, or of its parent if it is a child; see lua/lib/state.lua
     opened: str
     hot: str
 

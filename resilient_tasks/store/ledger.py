@@ -10,11 +10,8 @@ import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
-
-import redis
+from typing import TYPE_CHECKING
 
 from resilient_tasks.core.memory import Memory
 from resilient_tasks.core.names import key_of
@@ -24,7 +21,8 @@ from resilient_tasks.errors import StoreError
 from resilient_tasks.monitor.deployment import ServerFacts
 from resilient_tasks.store.history import texts
 from resilient_tasks.store.keys import Keys
-from resilient_tasks.store.server import Argument, Script, Server
+from resilient_tasks.store.scripts import Scripts
+from resilient_tasks.store.server import Server, portions
 
 if TYPE_CHECKING:
     from resilient_tasks.store.mending import Mender
@@ -33,12 +31,6 @@ REVOKED_FOR = 7 * 24 * 3600.0  # s for which a revoke is remembered
 MOST_REVOKED = 50_000  # ids and stamps
 CLAIMED_FOR = 7 * 24 * 3600.0  # s for which it is remembered which task is the latest of its kind
 LONGEST_ABSENCE = 30.0  # s after which a worker that has not attended is no longer alive
-
-_PER_ROUND_TRIP = 500
-_SCRIPTS = (
-    "defer", "hasten", "outstanding", "revoke", "withdraw", "take_tick", "leave_tick", "note_tick", "tick_age",
-    "declare", "abandoned", "attend",
-)  # fmt: skip
 
 
 class Ledger:
@@ -50,15 +42,14 @@ class Ledger:
         server: connection to the shared store.
         keys: names of the namespace's keys.
         mender: takes away what makes no sense.
-        clock: Lua text that defines ``now_ms()``, for tests that advance the time; ``None``: the server's.
+        scripts: those that run there.
     """
 
-    def __init__(self, server: Server, keys: Keys, mender: Mender, clock: str | None = None) -> None:
+    def __init__(self, server: Server, keys: Keys, mender: Mender, scripts: Scripts) -> None:
         self._server = server
         self._keys = keys
         self._mender = mender
-        self._scripts = {name: Script.load(name, clock=clock) for name in _SCRIPTS}
-        self._scripts["forget"] = Script.load("history", "forget", clock=clock)
+        self._scripts = scripts
 
     # --- deferred tasks -----------------------------------------------------------------------------
 
@@ -71,26 +62,22 @@ class Ledger:
         keys = self._keys.breaker(name)
         pairs = [(task_id, "" if end is None else to_ms(end)) for task_id, end in deadlines.items()]
         told = key_of(name), *chain.from_iterable(pairs)
-        self._run("defer", [keys.deferred, keys.deadlines, keys.hot], *told)
+        self._scripts.run("defer", [keys.deferred, keys.deadlines, keys.hot], *told)
 
     def hasten(self, names: Iterable[str], task_ids: Iterable[str]) -> None:
         """Have the tick look at once at those of ``task_ids`` that wait for a breaker among ``names``."""
-        keys, ids = [self._keys.breaker(name) for name in names], list(task_ids)
-        for start in range(0, len(ids), _PER_ROUND_TRIP):
-            some = ids[start : start + _PER_ROUND_TRIP]
-            calls = [([breaker.deferred, breaker.deadlines], some) for breaker in keys]
-            self._server.run(partial(self._scripts["hasten"].each, calls=calls))
+        keys = [self._keys.breaker(name) for name in names]
+        calls = [([each.deferred, each.deadlines], some) for some in portions(task_ids) for each in keys]
+        self._scripts.run_each("hasten", calls)
 
     def remove_deferred(self, name: str, task_ids: Iterable[str]) -> None:
         """Forget deferred tasks that were resumed, dead-lettered or dropped."""
-        keys, ids = self._keys.breaker(name), list(task_ids)
-        calls = [(keys, ids[start : start + _PER_ROUND_TRIP]) for start in range(0, len(ids), _PER_ROUND_TRIP)]
-        if calls:
-            self._server.run(partial(self._scripts["forget"].each, calls=calls))
+        keys = self._keys.breaker(name)
+        self._scripts.run_each("forget", [(keys, some) for some in portions(task_ids)])
 
     def clear_deferred(self, name: str) -> None:
         """Forget all deferred tasks of a breaker, because its deferred queue is known to be empty."""
-        self._run("forget", self._keys.breaker(name))
+        self._scripts.run("forget", self._keys.breaker(name))
 
     def pace(self, name: str) -> Pace:
         """Return the resume pace of a breaker."""
@@ -109,31 +96,21 @@ class Ledger:
 
     def resumed(self, name: str, count: int) -> None:
         """Add ``count`` to the resumed tasks that no worker has taken up yet."""
-        self._run("outstanding", [self._keys.pace(name)], count)
+        self._scripts.run("outstanding", [self._keys.pace(name)], count)
 
     def taken_up(self, name: str, count: int) -> None:
         """Take ``count`` off them again, never below 0."""
-        self._run("outstanding", [self._keys.pace(name)], -count)
+        self._scripts.run("outstanding", [self._keys.pace(name)], -count)
 
     def revoke(self, names: Iterable[str]) -> None:
         """Remember what was revoked now, tasks by id and stamps by name: seven days, the latest 50,000 of them."""
-        revoked = list(names)
-        for start in range(0, len(revoked), _PER_ROUND_TRIP):
-            some = revoked[start : start + _PER_ROUND_TRIP]
-            self._run("revoke", [self._keys.revoked], to_ms(REVOKED_FOR), MOST_REVOKED, *some)
+        for some in portions(names):
+            self._scripts.run("revoke", [self._keys.revoked], to_ms(REVOKED_FOR), MOST_REVOKED, *some)
 
     def revoked(self, names: Sequence[str]) -> dict[str, float]:
         """Return those of ``names`` that were revoked, with the time of the latest revoke, in seconds."""
-
-        def scores(client: redis.Redis) -> list[Any]:
-            with client.pipeline(transaction=False) as pipeline:
-                for name in names:
-                    pipeline.zscore(self._keys.revoked, name)
-                return pipeline.execute()
-
-        if not names:
-            return {}
-        return {name: at / 1000 for name, at in zip(names, self._server.run(scores), strict=True) if at is not None}
+        scores = self._server.ask_each(names, lambda pipeline, name: pipeline.zscore(self._keys.revoked, name))
+        return {name: at / 1000 for name, at in zip(names, scores, strict=True) if at is not None}
 
     # --- coalescing ---------------------------------------------------------------------------------
 
@@ -145,19 +122,12 @@ class Ledger:
     def claims(self, digests: Iterable[str]) -> dict[str, str]:
         """Return the latest task of each digest, as far as it is known."""
         wanted = list(digests)
-
-        def read(client: redis.Redis) -> list[Any]:
-            with client.pipeline(transaction=False) as pipeline:
-                for digest in wanted:
-                    pipeline.get(self._keys.claim(digest))
-                return pipeline.execute()
-
-        found = zip(wanted, self._server.run(read), strict=True) if wanted else ()
-        return {digest: task_id.decode() for digest, task_id in found if task_id is not None}
+        found = self._server.ask_each(wanted, lambda pipeline, digest: pipeline.get(self._keys.claim(digest)))
+        return {digest: task_id.decode() for digest, task_id in zip(wanted, found, strict=True) if task_id is not None}
 
     def withdraw(self, digest: str, task_id: str, *, keep_for: float = 0.0) -> None:
         """Give a claim back, if it is still the task's; ``keep_for``: not before so many seconds have passed."""
-        self._run("withdraw", [self._keys.claim(digest)], task_id, to_ms(keep_for))
+        self._scripts.run("withdraw", [self._keys.claim(digest)], task_id, to_ms(keep_for))
 
     # --- the tick -----------------------------------------------------------------------------------
 
@@ -165,29 +135,29 @@ class Ledger:
     def tick_lease(self, holder: str, *, ttl: float, scope: str = "") -> Iterator[bool]:
         """Hold the one tick lease of ``scope`` while in the context; False when somebody else has it."""
         token = f"{holder}:{uuid.uuid4().hex}"
-        held = bool(self._run("take_tick", [self._keys.tick(scope)], token, to_ms(ttl)))
+        held = bool(self._scripts.run("take_tick", [self._keys.tick(scope)], token, to_ms(ttl)))
         try:
             yield held
         finally:
             if held:
                 with suppress(StoreError):  # then it runs out by itself
-                    self._run("leave_tick", [self._keys.tick(scope)], token)
+                    self._scripts.run("leave_tick", [self._keys.tick(scope)], token)
 
     def tick_completed(self, scope: str = "") -> None:
         """Note that a tick has run to its end."""
-        self._run("note_tick", [self._keys.tick(scope)], "completed")
+        self._scripts.run("note_tick", [self._keys.tick(scope)], "completed")
 
     def tick_sender_seen(self, scope: str = "") -> None:
         """Note that whoever sends ticks, beat as a rule, is alive."""
-        self._run("note_tick", [self._keys.tick(scope)], "sender_seen")
+        self._scripts.run("note_tick", [self._keys.tick(scope)], "sender_seen")
 
     def last_tick_age(self, scope: str = "") -> float | None:
         """Seconds since a tick last ran to its end; None if never."""
-        return to_seconds(self._run("tick_age", [self._keys.tick(scope)], "completed"))
+        return to_seconds(self._scripts.run("tick_age", [self._keys.tick(scope)], "completed"))
 
     def tick_sender_age(self, scope: str = "") -> float | None:
         """Seconds since whoever sends ticks was last seen alive; None if never."""
-        return to_seconds(self._run("tick_age", [self._keys.tick(scope)], "sender_seen"))
+        return to_seconds(self._scripts.run("tick_age", [self._keys.tick(scope)], "sender_seen"))
 
     # --- who is who ---------------------------------------------------------------------------------
 
@@ -195,19 +165,19 @@ class Ledger:
         """Note that a living worker defines these breakers."""
         known = list(names)
         if known:
-            self._run("declare", [self._keys.breakers], *known)
+            self._scripts.run("declare", [self._keys.breakers], *known)
 
     def attend(self, worker: str) -> None:
         """Note that a worker is alive."""
-        self._run("attend", [self._keys.workers], to_ms(LONGEST_ABSENCE), worker)
+        self._scripts.run("attend", [self._keys.workers], to_ms(LONGEST_ABSENCE), worker)
 
     def workers(self) -> int:
         """Return the number of workers that have attended within the last half minute."""
-        return int(self._run("attend", [self._keys.workers], to_ms(LONGEST_ABSENCE), ""))
+        return int(self._scripts.run("attend", [self._keys.workers], to_ms(LONGEST_ABSENCE), ""))
 
     def abandoned(self, *, unseen_for: float) -> list[str]:
         """Return breakers that workers used to define and none has declared for so many seconds."""
-        found = self._run("abandoned", [self._keys.breakers], to_ms(unseen_for))
+        found = self._scripts.run("abandoned", [self._keys.breakers], to_ms(unseen_for))
         return [name.decode() for name in found]
 
     def retire(self, names: Iterable[str]) -> None:
@@ -229,9 +199,6 @@ class Ledger:
         with suppress(StoreError):  # managed servers keep their settings to themselves
             saves = self._server.run(lambda client: client.config_get("save").get("save"))
         return ServerFacts.of("store", self._server.infos("default")[0], saves)
-
-    def _run(self, script: str, keys: Sequence[str], *args: Argument) -> Any:
-        return self._server.run(lambda client: self._scripts[script](client, keys, *args))
 
 
 def pace_of(fields: Mapping[str, str]) -> Pace:

@@ -38,7 +38,7 @@ STUMBLES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _PAUSE = 1.0  # seconds between two tries to mend
 _LONGEST_QUOTE = 100
 
-# fields of a state as in lua/state.lua, by what replaces a value that makes no sense
+# fields of a state as in lua/lib/state.lua, by what replaces a value that makes no sense
 _NOW = ("epoch", "version", "since")
 _ZERO = (
     "first_epoch", "openings", "frozen_calls", "frozen_failures", "frozen_slow", "frozen_proxied", "row",
@@ -50,7 +50,7 @@ _WITH_DEFAULT = {"minimum_tasks", "most_in_flight", "least_in_flight", "parent_t
 _DIVISORS = ("window", "open_time", "max_open_time")
 _TOO_MUCH = 1e16
 _NUMBER = re.compile(r"-?\d{1,15}")
-_BUCKET = re.compile(r"\d{1,15}( \d{1,15}){4}( \d{1,15} \d{1,15}( [0-9a-f]{8}[A-Z])*)?")
+_BUCKET = re.compile(r"\d{1,15}( \d{1,15}){6}( [0-9a-f]{8}[A-Z])*")
 
 
 class Mender:

@@ -27,15 +27,8 @@ from resilient_tasks.store.history import History, transition_of
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.store.mending import Mender
-from resilient_tasks.store.server import Argument, Script, Server
-
-_PER_ROUND_TRIP = 500
-_RULES = ("history", "state", "shadow", "slots", "children", "rules")
-_DECISIONS = (
-    "acquire", "keep_slots", "record", "settle", "advance", "command", "begin_health_check", "report_health_check",
-    "roll_up", "cool",
-)  # fmt: skip
-_OTHERS = ("renew", "put", "get", "time", "enroll")
+from resilient_tasks.store.scripts import Scripts
+from resilient_tasks.store.server import Argument, Server, portions
 
 
 class RedisStore:
@@ -69,12 +62,10 @@ class RedisStore:
     ) -> None:
         self._keys = Keys(namespace)
         self._server = Server(url, timeout=timeout, cooldown=cooldown, **client_options)
-        self._scripts = {name: Script.load(*_RULES, name, clock=clock) for name in _DECISIONS}
-        self._scripts.update({name: Script.load(name, clock=clock) for name in _OTHERS})
-        self._read = Script.load(*_RULES, "read", clock=clock)
+        self._scripts = Scripts(self._server, clock)
         self._mender = Mender(self._server, self._keys)
-        self.ledger = Ledger(self._server, self._keys, self._mender, clock)
-        self.history = History(self._server, self._keys, self._mender, clock)
+        self.ledger = Ledger(self._server, self._keys, self._mender, self._scripts)
+        self.history = History(self._server, self._keys, self._mender, self._scripts)
 
     def __repr__(self) -> str:
         return f"RedisStore({self._server.address!r}, namespace={self._keys.namespace!r})"
@@ -86,7 +77,7 @@ class RedisStore:
             StoreError: it does not, or it is away.
         """
         try:
-            return int(self._run("time", [])) / 1000
+            return int(self._scripts.run("time", [])) / 1000
         except StoreError as error:
             answered = isinstance(error.__cause__, redis.ResponseError)
             needed = (
@@ -108,17 +99,15 @@ class RedisStore:
 
     def read(self, specs: Sequence[Spec]) -> list[Snapshot]:
         """Read breakers in one round trip, changing nothing. A breaker never seen before is CLOSED."""
-        chunks = [specs[start : start + _PER_ROUND_TRIP] for start in range(0, len(specs), _PER_ROUND_TRIP)]
         return [
             snapshot
-            for chunk in chunks
-            for snapshot in self._mender.sound([spec.name for spec in chunk], partial(self._look, chunk))
+            for some in portions(specs)
+            for snapshot in self._mender.sound([spec.name for spec in some], partial(self._look, some))
         ]
 
     def _look(self, specs: Sequence[Spec]) -> list[Snapshot]:
         calls = [(self._keys.breaker(spec.name), self._common(spec, 0.0)) for spec in specs]
-        replies = self._server.run(partial(self._read.each, calls=calls))
-        return [_snapshot(json.loads(reply)["snapshot"]) for reply in replies]
+        return [_snapshot(json.loads(reply)["snapshot"]) for reply in self._scripts.run_each("read", calls)]
 
     def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0, wish: Wish = NO_WISH) -> Grant:
         """Ask to make one call; see :meth:`Store.acquire`."""
@@ -133,7 +122,7 @@ class RedisStore:
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
         """Lengthen live permits and slots to ``lease`` seconds from now. False: it is no longer held."""
         keys = self._keys.breaker(name)
-        renewed = self._run("renew", [keys.trials, keys.stragglers, keys.slots], to_ms(lease), *holders)
+        renewed = self._scripts.run("renew", [keys.trials, keys.stragglers, keys.slots], to_ms(lease), *holders)
         return [bool(one) for one in renewed]
 
     def record(self, spec: Spec, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
@@ -159,7 +148,7 @@ class RedisStore:
     def enroll(self, spec: Spec) -> bool:
         """Return whether there is room for a child; see :meth:`Store.enroll`."""
         keys, told = self._keys.breaker(spec.name), (key_of(spec.name), spec.policy.max_keys, IDLE_AFTER)
-        return bool(self._run("enroll", [keys.children, keys.hot], *told))
+        return bool(self._scripts.run("enroll", [keys.children, keys.hot], *told))
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         """Return the names of the children of a breaker; see :meth:`Store.children`."""
@@ -174,14 +163,14 @@ class RedisStore:
 
     def cool(self, spec: Spec) -> bool:
         """Take a child off the hot ones; see :meth:`Store.cool`."""
-        return bool(self._run("cool", self._keys.breaker(spec.name), *self._common(spec, 0.0)))
+        return bool(self._scripts.run("cool", self._keys.breaker(spec.name), *self._common(spec, 0.0)))
 
     # --- health checks ------------------------------------------------------------------------------
 
     def begin_health_check(self, spec: Spec, *, since: float) -> bool:
         """Return whether it is the caller who makes a health check; False if somebody has begun one since."""
         keys = self._keys.breaker(spec.name)
-        return bool(self._run("begin_health_check", keys, *self._common(spec, 0.0), to_ms(since)))
+        return bool(self._scripts.run("begin_health_check", keys, *self._common(spec, 0.0), to_ms(since)))
 
     def report_health_check(
         self, spec: Spec, outcome: Outcome, evidence: Evidence, *, limit: int, jitter: float = 0.0
@@ -194,11 +183,11 @@ class RedisStore:
 
     def put(self, kind: str, key: str, value: bytes, *, ttl: float) -> None:
         """Keep a value for ``ttl`` seconds under ``(kind, key)``, with the time of writing."""
-        self._run("put", [self._keys.value(kind, key)], value, to_ms(ttl))
+        self._scripts.run("put", [self._keys.value(kind, key)], value, to_ms(ttl))
 
     def get(self, kind: str, key: str) -> tuple[bytes, float] | None:
         """Return ``(value, age in seconds)``, or None."""
-        reply = self._run("get", [self._keys.value(kind, key)])
+        reply = self._scripts.run("get", [self._keys.value(kind, key)])
         return reply and (reply[0], reply[1] / 1000)
 
     # --- changes --------------------------------------------------------------------------------------
@@ -221,12 +210,11 @@ class RedisStore:
 
     # --- inside ---------------------------------------------------------------------------------------
 
-    def _run(self, script: str, keys: Sequence[str], *args: Argument) -> Any:
-        return self._server.run(lambda client: self._scripts[script](client, keys, *args))
-
     def _decide(self, script: str, spec: Spec, jitter: float, *args: Argument) -> dict[str, Any]:
         def decide() -> dict[str, Any]:
-            reply = json.loads(self._run(script, self._keys.breaker(spec.name), *self._common(spec, jitter), *args))
+            reply = json.loads(
+                self._scripts.run(script, self._keys.breaker(spec.name), *self._common(spec, jitter), *args)
+            )
             return {**reply, "snapshot": _snapshot(reply["snapshot"]), "transition": _transition(reply)}
 
         return self._mender.sound([spec.name], decide)

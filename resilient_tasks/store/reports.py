@@ -6,8 +6,7 @@ it: a failure, or a success where nothing but the number of calls keeps the brea
 report has arrived (a caller whose next call should already see the breaker open) waits for the ticket that reporting
 returned.
 
-The same thread settles trials, renews their permits and tells what was tallied. Everything that waits is
-bounded: while the store is away the oldest outcomes are dropped and counted.
+The same thread settles trials, renews their permits and tells what was tallied. Everything that waits is bounded.
 """
 
 from __future__ import annotations
@@ -21,30 +20,29 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from itertools import groupby
+from itertools import chain
 from typing import NamedTuple
 
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.model import Answer, Calls, Outcome, Transition
+from resilient_tasks.core.model import Answer, Calls, Outcome
 from resilient_tasks.errors import StoreError
-from resilient_tasks.store.base import Evidence, Spec, Store
+from resilient_tasks.store.base import Evidence, Spec
+from resilient_tasks.store.batches import collect
+from resilient_tasks.store.failover import FailoverStore
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.store.history import History
-from resilient_tasks.store.outbox import Outbox
+from resilient_tasks.store.leases import Leases
 from resilient_tasks.store.standing import Standing
 from resilient_tasks.store.tallies import Tallies
 from resilient_tasks.store.view import View
 
 logger = logging.getLogger(__name__)
 
-LEASE = 5.0  # seconds; a permit whose holder dies is free after at most this long
 BATCH_INTERVAL = 0.1  # seconds between two reports of successes of one breaker
 EXIT_PATIENCE = 0.9  # seconds that the end of the process may wait for the last reports
 _MOST_SETTLEMENTS = 10_000
 _NOTHING_URGENT = 0
 _TWICE = range(2)  # an outcome that is too late to be sent is tallied instead
-
-Announce = Callable[[Transition], None]
 
 
 class _Settlement(NamedTuple):
@@ -52,32 +50,30 @@ class _Settlement(NamedTuple):
     holder: str
     outcome: Outcome
     evidence: Evidence
-    give_up_at: float  # the lease has run out by then: the store has settled it as a failure
 
 
 class Reporter:
     """Sends this process's outcomes to the store and keeps its permits alive.
 
     Args:
-        store: where outcomes go.
-        view: learns from every answer.
-        announce: is told each transition that a report of this process has made.
+        store: where outcomes go; its decisions never raise.
+        view: gives each question to the store its mark.
+        learn: is told each answer of the store, with the mark of :meth:`View.asking`.
         clock: monotonic clock in seconds.
         history: is told what this process tallies; None: nobody is.
     """
 
     def __init__(
         self,
-        store: Store,
+        store: FailoverStore,
         view: View,
-        announce: Announce,
+        learn: Callable[[Answer, int], None],
         clock: Callable[[], float] = time.monotonic,
         history: History | None = None,
     ) -> None:
-        self.dropped = 0  # outcomes that were lost because the store was away for too long
         self._store = store
         self._view = view
-        self._announce = announce
+        self._learn = learn
         self._clock = clock
         self._tallies = Tallies(history, clock)
         self.after_fork()
@@ -88,12 +84,9 @@ class Reporter:
         """Start empty: what was pending at a fork is the parent's to send, its permits are the parent's to renew."""
         self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._outboxes: dict[str, Outbox] = {}
-        self._busy: dict[str, Outbox] = {}
+        self._busy: dict[Standing, None] = {}  # a set that keeps its order
         self._settlements: deque[_Settlement] = deque(maxlen=_MOST_SETTLEMENTS)
-        self._held: dict[tuple[str, str], float] = {}
-        self._renew_at = 0.0
-        self._settle_at = 0.0  # when settlements that the store could not take are tried again
+        self._leases = Leases(self._store, self._clock)
         self._asked = 0  # tickets handed out, and the last one that has been served
         self._served = 0
         self._is_sending = False
@@ -133,11 +126,8 @@ class Reporter:
         """Have what is pending sent when it is due; at once if ``urgent``. Return the ticket for that."""
         with self._condition:
             standing.scheduled = True
-            outbox = self._outboxes.get(standing.name)
-            if outbox is None:
-                outbox = self._outboxes[standing.name] = Outbox(standing)
-            outbox.urgent |= urgent
-            self._busy[standing.name] = outbox
+            standing.urgent |= urgent
+            self._busy[standing] = None
             return self._wake(urgent=urgent)
 
     def settle(
@@ -167,39 +157,26 @@ class Reporter:
         """
         outcome, cause, retry_after, proxied = verdict
         evidence = Evidence(epoch, (Calls(outcome, 1, voter, proxied, each),), cause, retry_after)
+        if outcome is not Outcome.OVERDUE:
+            self._leases.let_go(spec.name, holder)
         with self._condition:
-            if outcome is not Outcome.OVERDUE:
-                self._held.pop((spec.name, holder), None)
-            self._settlements.append(_Settlement(spec, holder, outcome, evidence, self._clock() + LEASE))
+            self._settlements.append(_Settlement(spec, holder, outcome, evidence))
             ticket = self._wake(urgent=True)
         if wait:
             self.wait(ticket, wait)
         return ticket
 
     def hold(self, name: str, holder: str, until: float) -> None:
-        """Renew a permit until it is settled, released or ``until`` (on the clock) has passed."""
+        """Renew a permit or a slot until it is settled, or ``until`` (on the clock) has passed."""
+        self._leases.hold(name, holder, until)
         with self._condition:
-            if not self._held:
-                self._renew_at = self._clock() + LEASE / 3
-            self._held[name, holder] = until
             self._wake()
-
-    def release(self, name: str, holder: str) -> None:
-        """Renew a permit no longer; somebody else settles it or its lease runs out."""
-        with self._condition:
-            self._held.pop((name, holder), None)
 
     def tally(self, name: str, kind: str, count: int = 1, *, peak: tuple[str, float] | None = None) -> None:
         """Count something for the history of a breaker; see :meth:`Tallies.add`."""
         if self._tallies.add(name, kind, count, peak=peak):
             with self._condition:
                 self._wake()
-
-    def forget(self, name: str) -> None:
-        """Let go of a breaker about which nothing waits to be sent."""
-        with self._condition:
-            if name not in self._busy:
-                self._outboxes.pop(name, None)
 
     # --- waiting ------------------------------------------------------------------------------------
 
@@ -226,8 +203,8 @@ class Reporter:
         with self._condition:
             if not (self._busy or self._settlements or self._is_sending or self._tallies.due_at is not None):
                 return _NOTHING_URGENT
-            for outbox in self._busy.values():
-                outbox.urgent = True
+            for standing in self._busy:
+                standing.urgent = True
             self._tallies.hasten()
             return self._wake(urgent=True)
 
@@ -270,9 +247,9 @@ class Reporter:
                 if self._is_dismissed():
                     return
                 ticket = self._asked
-                outboxes = self._take_due()
+                standings = self._take_due()
                 self._is_sending = True
-            self._work(outboxes)
+            self._work(standings)
             with condition:
                 self._is_sending = False
                 self._served = ticket
@@ -285,35 +262,32 @@ class Reporter:
         return self._is_dismissed() or self._asked > self._served or self._seconds_until_due() == 0
 
     def _seconds_until_due(self) -> float | None:
-        due = [0.0 if outbox.urgent else outbox.due_at for outbox in self._busy.values()]
-        if self._held:
-            due.append(self._renew_at)
-        if self._settlements:
-            due.append(self._settle_at)
-        if self._tallies.due_at is not None:
-            due.append(self._tallies.due_at)
+        due = [0.0 if standing.urgent else standing.due_at for standing in self._busy]
+        due += [at for at in (self._leases.due_at, self._tallies.due_at) if at is not None]
         return max(0.0, min(due) - self._clock()) if due else None
 
-    def _take_due(self) -> list[Outbox]:
+    def _take_due(self) -> list[Standing]:
         now = self._clock()
-        due = [outbox for outbox in self._busy.values() if outbox.urgent or outbox.due_at <= now]
-        for outbox in due:
+        due = [standing for standing in self._busy if standing.urgent or standing.due_at <= now]
+        for standing in due:
             # First this, then collecting: an outcome that comes in between schedules itself again.
-            del self._busy[outbox.standing.name]
-            outbox.standing.scheduled = False
-            outbox.urgent = False
-            outbox.due_at = now + BATCH_INTERVAL
+            del self._busy[standing]
+            standing.scheduled = standing.urgent = False
+            standing.due_at = now + BATCH_INTERVAL
         return due
 
-    def _work(self, outboxes: list[Outbox]) -> None:
-        for outbox in outboxes:
-            self._safely(partial(self._send, outbox))
+    def _work(self, standings: list[Standing]) -> None:
+        for standing in standings:
+            self._safely(partial(self._send, standing))
         for _ in range(len(self._settlements)):
             self._safely(partial(self._settle, self._settlements.popleft()))
-        if self._held and self._renew_at <= self._clock():
-            self._safely(self._renew)
-        if self._tallies.due_at is not None and self._tallies.due_at <= self._clock():
+        if self._is_over(self._leases.due_at):
+            self._safely(self._leases.renew)
+        if self._is_over(self._tallies.due_at):
             self._safely(self._tell)
+
+    def _is_over(self, due_at: float | None) -> bool:
+        return due_at is not None and due_at <= self._clock()
 
     def _safely(self, job: Callable[[], None]) -> None:
         """Do a job; no mistake of a store or a listener may end the thread."""
@@ -328,60 +302,17 @@ class Reporter:
         except StoreError as error:
             logger.debug("what was tallied waits for the store: %s", error)
 
-    def _send(self, outbox: Outbox) -> None:
-        for late in outbox.collect():
-            for kind, count in late.counts():
-                self.tally(outbox.standing.name, kind, count)
-        while outbox.batches:
-            batch = outbox.batches[0]
+    def _send(self, standing: Standing) -> None:
+        batches, late = collect(standing)
+        for kind, count in chain.from_iterable(batch.counts() for batch in late):
+            self.tally(standing.name, kind, count)
+        for batch in batches:
             asked = self._view.asking()
-            try:
-                answer = self._store.record(outbox.standing.spec, batch.evidence(), jitter=random.random())
-            except StoreError as error:
-                logger.debug("outcomes wait for the store: %s", error)
-                self.dropped += batch.drop_oldest()
-                self.schedule(outbox.standing)
-                return
-            del outbox.batches[0]
-            self._learn(answer, asked)
+            self._learn(self._store.record(standing.spec, batch.evidence(), jitter=random.random()), asked)
 
     def _settle(self, settlement: _Settlement) -> None:
         asked = self._view.asking()
-        spec, holder, outcome, evidence, give_up_at = settlement
-        try:
-            answer = self._store.settle(spec, holder, outcome, evidence, jitter=random.random())
-        except StoreError as error:
-            logger.debug("a trial waits to be settled: %s", error)
-            self._settle_at = self._clock() + BATCH_INTERVAL
-            if self._clock() < give_up_at:
-                self._settlements.append(settlement)
-        else:
-            self._learn(answer, asked)
-
-    def _learn(self, answer: Answer, asked: int) -> None:
-        self._view.update(answer.snapshot, asked)
-        self._view.look_for_room(answer.snapshot)
-        if answer.transition is not None:
-            self._announce(answer.transition)
-        if answer.of_parent is not None:
-            self._learn(answer.of_parent, asked)
-
-    def _renew(self) -> None:
-        now = self._clock()
-        self._renew_at = now + LEASE / 3
-        with self._condition:
-            self._held = {permit: until for permit, until in self._held.items() if until > now}
-            held = sorted(self._held)
-        for name, permits in groupby(held, key=lambda permit: permit[0]):
-            holders = [holder for _, holder in permits]
-            try:
-                alive = self._store.renew(name, holders, lease=LEASE)
-            except StoreError as error:
-                logger.debug("permits of breaker %s are not renewed: %s", name, error)
-                continue
-            for holder, is_alive in zip(holders, alive, strict=True):
-                if not is_alive:
-                    self.release(name, holder)
+        self._learn(self._store.settle(*settlement, jitter=random.random()), asked)
 
 
 _reporters: weakref.WeakSet[Reporter] = weakref.WeakSet()

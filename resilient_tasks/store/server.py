@@ -6,18 +6,17 @@ once, so that neither a worker with many threads nor a loop over many commands i
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import resources
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
-from redis.exceptions import ClusterError, InvalidResponse, NoScriptError, RedisClusterException
+from redis.exceptions import ClusterError, InvalidResponse, RedisClusterException
 from redis.retry import Retry
 
 from resilient_tasks.errors import ConfigurationError, StoreError
@@ -27,6 +26,7 @@ from resilient_tasks.store.forking import renew_after_fork
 T = TypeVar("T")
 Argument = str | bytes | int | float
 
+_PER_ROUND_TRIP = 500
 _MOST_CONNECTIONS = 1_000
 _AWAY = (
     redis.ConnectionError, redis.TimeoutError, InvalidResponse, OSError,
@@ -34,52 +34,10 @@ _AWAY = (
 )  # fmt: skip
 
 
-class Script:
-    """A Lua script, run by its digest; a server that does not know it, or no longer, gets its text."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-
-    @classmethod
-    def load(cls, *names: str, clock: str | None = None) -> Script:
-        """Return the script made of some files of the ``lua`` folder, one after the other, behind the clock.
-
-        Args:
-            names: of the files, without ``.lua``.
-            clock: Lua text that defines ``now_ms()``; ``None``: the server's time.
-        """
-        folder = resources.files("resilient_tasks.store") / "lua"
-        texts = [(folder / f"{name}.lua").read_text("utf-8") for name in ("now", *names)]
-        return cls("\n".join([clock or texts[0], *texts[1:]]))
-
-    def __call__(self, client: redis.Redis, keys: Sequence[str], *args: Argument) -> Any:
-        """Run it in one round trip; two if the server has to be given the text first."""
-        try:
-            return self._by_digest(client, keys, args)
-        except NoScriptError:
-            return client.eval(self._text, len(keys), *keys, *args)
-
-    def each(self, client: redis.Redis, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]]) -> list[Any]:
-        """Run it for each of several ``(keys, args)``, all in one round trip. For scripts that may run twice."""
-        replies = self._pipelined(client, calls)
-        if any(isinstance(reply, NoScriptError) for reply in replies):
-            client.script_load(self._text)
-            replies = self._pipelined(client, calls)
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
-        return replies
-
-    def _pipelined(self, client: redis.Redis, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]]) -> list[Any]:
-        with client.pipeline(transaction=False) as pipeline:
-            for keys, args in calls:
-                self._by_digest(pipeline, keys, args)
-            return pipeline.execute(raise_on_error=False)
-
-    def _by_digest(self, client: redis.Redis, keys: Sequence[str], args: Sequence[Argument]) -> Any:
-        # not evalsha(): the pipeline of a cluster's client has no method of that name
-        return client.execute_command("EVALSHA", self._sha, len(keys), *keys, *args)
+def portions(items: Iterable[T]) -> list[list[T]]:
+    """Return the items in portions that one round trip, or one script, can take."""
+    waiting = list(items)
+    return [waiting[start : start + _PER_ROUND_TRIP] for start in range(0, len(waiting), _PER_ROUND_TRIP)]
 
 
 class Server:
@@ -139,6 +97,25 @@ class Server:
             result = action(self._client)
         self._retry_at = None
         return result
+
+    def ask_each(self, items: Iterable[T], ask: Callable[[Any, T], object]) -> list[Any]:
+        """Put a question about each item, 500 in one round trip; return all answers in order.
+
+        Args:
+            items: what to ask about.
+            ask: makes one command of a pipeline, for one item.
+
+        Raises:
+            StoreError: see :meth:`run`.
+        """
+
+        def put(client: redis.Redis, some: Sequence[T]) -> list[Any]:
+            with client.pipeline(transaction=False) as pipeline:
+                for item in some:
+                    ask(pipeline, item)
+                return pipeline.execute()
+
+        return [answer for some in portions(items) for answer in self.run(partial(put, some=some))]
 
     def infos(self, section: str) -> list[dict[str, Any]]:
         """Return a section of INFO from the server; in a cluster, from each node that stores anything."""

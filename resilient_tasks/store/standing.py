@@ -20,7 +20,7 @@ _NEVER_DENIED = (-1, -math.inf)
 
 
 class Standing:
-    """One breaker as this process sees it. Read without locks; written by its ``View`` only.
+    """One breaker as this process sees it. Read without locks; written by its ``View`` only, but for what is pending.
 
     Attributes:
         spec: the breaker as this process declares it.
@@ -33,12 +33,13 @@ class Standing:
         epoch: of ``snapshot``; the outcome of a call belongs to the epoch that admitted it.
         deadline: on the view's clock, when trials may begin: -inf at once, +inf only by an operator.
         pending: outcomes that the ``Reporter`` has not sent yet.
-        scheduled: the ``Reporter`` knows that something is pending.
+        scheduled: the ``Reporter`` knows that something is pending; it is to be sent at ``due_at``, or if ``urgent``
+            at once.
     """
 
     __slots__ = (
-        "_clock", "_denied", "_heard_at", "admits", "admits_freely", "admits_plainly", "deadline", "epoch",
-        "known", "mark", "pending", "scheduled", "snapshot", "spec", "success_may_open",
+        "_clock", "_denied", "_heard_at", "admits", "admits_freely", "admits_plainly", "deadline", "due_at", "epoch",
+        "known", "mark", "pending", "scheduled", "snapshot", "spec", "success_may_open", "urgent",
     )  # fmt: skip
 
     def __init__(self, spec: Spec, clock: Callable[[], float]) -> None:
@@ -47,7 +48,8 @@ class Standing:
         self.known = False
         self.mark = 0  # the view's count of updates when this one was made
         self.pending: deque[int | Occurrence] = deque(maxlen=_MOST_PENDING)
-        self.scheduled = False
+        self.scheduled = self.urgent = False
+        self.due_at = -math.inf
         self._denied = _NEVER_DENIED
         self.hear(Snapshot(spec.name, State.CLOSED, epoch=0, version=0, now=0.0, since=0.0), -math.inf)
 

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from celery import Task
 from celery.exceptions import MaxRetriesExceededError, Retry
 
-from resilient_tasks.breaker import task_scope
+from resilient_tasks.call import Call
 from resilient_tasks.core.blame import blamed_on
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.counts import FAILED
 from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.errors import BreakerOpenError
-from resilient_tasks.fallback import Call, write_provenance
 from resilient_tasks.guard import call_guarded
+from resilient_tasks.guarded import task_scope
 from resilient_tasks.monitor import tracing
+from resilient_tasks.provenance import write_provenance
 from resilient_tasks.worker.options import DEFER
 from resilient_tasks.worker.quick_attempts import bounded, time_limit
 from resilient_tasks.worker.run import Run, TaskDeferred

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kombu.utils.json import dumps
 
-from resilient_tasks.fallback import Call
+from resilient_tasks.call import Call
 from resilient_tasks.worker.task_key import key_of
 
 if TYPE_CHECKING:

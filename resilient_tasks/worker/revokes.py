@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from celery.signals import task_revoked
 
 from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.worker import seams
@@ -23,6 +26,12 @@ class Hearing:
     def __init__(self) -> None:
         self._ids: set[str] = set()
         self._stamps: dict[str, int] = {}  # header -> number of its values
+        self._expired: set[str] = set()  # Celery takes them for revoked, too, but that is nobody's order
+        task_revoked.connect(self._note_expiry)
+
+    def _note_expiry(self, request: Any, *, expired: bool, **_: Any) -> None:
+        if expired:
+            self._expired.add(request.id)
 
     def pass_on(self, ledger: Ledger, breakers: Iterable[str]) -> None:
         """Tell the ledger what is new, and have the tick look at tasks that wait for one of ``breakers``.
@@ -32,7 +41,8 @@ class Hearing:
         """
         ids = set(seams.revoked_ids)
         stamps = {header: list(values) for header, values in seams.revoked_stamps.copy().items()}
-        new_ids = ids - self._ids
+        self._expired &= ids  # what Celery has forgotten need not be told apart
+        new_ids = ids - self._ids - self._expired
         ledger.revoke([*new_ids, *self._unheard(stamps)])
         ledger.hasten(breakers, new_ids)
         self._ids = ids

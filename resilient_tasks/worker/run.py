@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 from billiard.einfo import ExceptionInfo
 from celery.exceptions import Ignore
 
-from resilient_tasks.breaker import task_scope
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.fallback import Served
+from resilient_tasks.guarded import task_scope
 from resilient_tasks.monitor.log import about
 from resilient_tasks.worker import seams
 

@@ -18,10 +18,11 @@ from weakref import WeakKeyDictionary
 from celery import Celery, Task
 
 from resilient_tasks.breaker import Breaker
+from resilient_tasks.call import Call
 from resilient_tasks.core.counts import CACHED_AGE, FALLBACK, OLDEST_ANSWER
 from resilient_tasks.core.names import is_child, parent_of
 from resilient_tasks.errors import ConfigurationError
-from resilient_tasks.fallback import Call, Served
+from resilient_tasks.fallback import Served
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.settings import Settings
 from resilient_tasks.worker.broker import open_queues

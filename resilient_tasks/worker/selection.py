@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from resilient_tasks.core.model import Snapshot
 from resilient_tasks.store.base import Store
-from resilient_tasks.store.reports import LEASE
+from resilient_tasks.store.leases import LEASE
 from resilient_tasks.worker.deferred_tasks import PAGE
 from resilient_tasks.worker.queues import Entry
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from resilient_tasks.fallback import Call, parameter_names
+from resilient_tasks.call import Call, parameter_names
 
 TaskKey = str | Callable[[tuple[Any, ...], dict[str, Any]], str]
 

@@ -106,7 +106,9 @@ retry_afters = st.sampled_from([None, None, 0.0, 0.7, 12.3456, 1e9])
 counts = st.sampled_from([0, 1, 1, 2, 3, 7, 50, 100_000])
 limits = st.sampled_from([1, 2, 3])
 mostly = st.sampled_from([True, True, True, False])
-calls = st.builds(Calls, outcomes, counts, proxied=st.booleans())
+calls = st.builds(
+    Calls, outcomes, counts, st.just(""), st.booleans(), st.just(False)
+)  # builds() makes up what is missing
 voters = st.sampled_from([voter_of(str(number)) for number in range(6)])
 votes = st.builds(Calls, outcomes, counts, voters, st.booleans(), st.booleans())
 off_by = st.sampled_from([-0.001, 0.0, 0.0, 0.001])

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 # bottom to top; a module imports from its own layer and from lower ones
 LAYERS = [
     {"errors", "policy", "core"},
-    {"store", "fallback", "monitor", "settings", "checks", "probing", "signals"},
-    {"fleet", "guard", "family", "breaker"},
+    {"store", "call", "fallback", "provenance", "monitor", "settings", "checks", "probing", "signals"},
+    {"fleet", "guarded", "guard", "family", "breaker"},
     {"worker"},
     {"app", "prometheus", "telemetry"},
     {"__init__"},

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from resilient_tasks.breaker import Breaker, task_scope
+from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, State, Transition
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreError
 from resilient_tasks.fleet import Fleet
+from resilient_tasks.guarded import task_scope
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.probing import Probe
 from resilient_tasks.store.standing import DENIAL_MEMORY
@@ -244,7 +245,6 @@ def test_a_forced_open_breaker_refuses_for_ever(rig: Rig, use: Any) -> None:
 def test_slow_calls_count_as_slow(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(0, 100_000, 3))
     monkeypatch.setattr("resilient_tasks.guard.perf_counter", lambda: next(ticks))
-    monkeypatch.setattr("resilient_tasks.breaker.perf_counter", lambda: next(ticks))
     rig = Rig(BreakerPolicy(minimum_calls=2, slow_call_duration=2.0, slow_call_rate_threshold=1.0))
     use(rig, rig.works)
     use(rig, rig.works)
@@ -683,3 +683,12 @@ def test_a_classify_of_the_users_judges_what_calls_return(use: Callable[[Rig, An
         assert rig.figures() == (2, 1)
     finally:
         rig.fleet.close()
+
+
+def test_a_verb_from_another_checkout_leaves_the_fleet_its_policy(rig: Rig) -> None:
+    rig.fail(1)  # which declares the policy
+    rig.fleet.reporter.flush(5)
+    other = Fleet(rig.store, clock=rig.clock)
+    old_checkout = Breaker("payments", BreakerPolicy(open_duration=60), fleet=lambda: other, revision=1)
+    assert old_checkout.trip().retry_after == POLICY.open_duration
+    other.close()

@@ -10,7 +10,7 @@ import pytest
 from celery import Celery, chain, chord, group
 
 from resilient_tasks import Breaker, ConfigurationError
-from resilient_tasks.fallback import Call
+from resilient_tasks.call import Call
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.coalescing import coalesced_as, superseded_among
 from resilient_tasks.worker.request import GatedRequest

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from resilient_tasks.core.machine import Decision
 from resilient_tasks.core.model import Calls, Outcome, State, Verb
 from resilient_tasks.core.record import Record, Rules
+from resilient_tasks.core.tripping import rate_trips, row_trips, trip_point
 from resilient_tasks.policy import BreakerPolicy
 
 NOW = 1_789_000_000_123
@@ -78,14 +79,13 @@ def test_a_run_equals_its_outcomes_one_by_one(
 def test_the_trip_point_of_a_huge_run_is_the_first(policy: dict[str, object], before: int, run: int) -> None:
     record = new(**policy)
     record.window.add(Calls(Outcome.SUCCESS, before), now=NOW, length=record.rules.window)
-    decision = Decision(record, NOW)
-    point = decision._trip_point(Calls(Outcome.FAILURE, run))
+    rules, totals = record.rules, record.figures(NOW)
+    point = trip_point(rules, totals, record.row, Calls(Outcome.FAILURE, run))
     assert point is None or 1 <= point <= run
-    totals = record.figures(NOW)
     for position, trips in ((point or run + 1) - 1, False), (point, True):
         if position:
             then = totals.plus(Calls(Outcome.FAILURE, position))
-            assert (record.rules.rate_trips(then) is not None or record.rules.row_trips(position, then)) is trips
+            assert (rate_trips(rules, then) is not None or row_trips(rules, position, then)) is trips
 
 
 def test_a_decision_makes_at_most_one_transition_and_says_that_others_should_hear() -> None:

@@ -10,19 +10,17 @@ from typing import Any, cast
 
 import pytest
 
+from resilient_tasks.call import Call
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreError
 from resilient_tasks.fallback import (
     LARGEST_VALUE,
-    Call,
     FallbackChain,
-    Provenance,
     Served,
     as_chain,
     cached,
     constant,
-    read_provenance,
-    write_provenance,
 )
+from resilient_tasks.provenance import Provenance, read_provenance, write_provenance
 from resilient_tasks.store.base import Store
 
 
@@ -348,12 +346,6 @@ def test_a_key_must_be_one_parameter_not_all_of_them() -> None:
 
     with pytest.raises(ConfigurationError, match=r"key='kwargs'.*\(none\)"):
         chain_for(cached(max_age=60, key="kwargs"), body)
-
-
-def test_without_the_body_a_wrong_key_is_a_miss(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    chain = as_chain(cached(max_age=60, key="account"), "shop.balance")
-    assert chain.answer(a_call(1), store) is None
-    assert "KeyError('account')" in caplog.text
 
 
 # --- provenance -------------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilient_tasks import BreakerPolicy, ConfigurationError, Resilience, cached
+from resilient_tasks.call import Call
 from resilient_tasks.core.record import Rules
-from resilient_tasks.fallback import Call
-from resilient_tasks.settings import PREFIX, Settings, find_store
+from resilient_tasks.settings import PREFIX, Settings
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.local import LocalStore
+from resilient_tasks.store.place import find_store
 from resilient_tasks.store.redis import RedisStore
 from resilient_tasks.worker.options import TaskOptions
 

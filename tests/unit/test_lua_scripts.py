@@ -7,15 +7,14 @@ from importlib import resources
 
 import pytest
 
-from resilient_tasks.store.redis import RedisStore
-from resilient_tasks.store.server import Script
+from resilient_tasks.store.scripts import Script, script_names
 
-FOLDER = resources.files("resilient_tasks.store") / "lua"
-TEXTS = {
-    file.name.removesuffix(".lua"): file.read_text("utf-8") for file in FOLDER.iterdir() if file.name != "__pycache__"
-}
-PARTS = {"now", "history", "state", "shadow", "slots", "children", "rules"}  # put in front of others
-METHODS = sorted(TEXTS.keys() - PARTS)
+PACKAGE = resources.files("resilient_tasks.store")
+FOLDER = PACKAGE / "lua"
+METHODS = script_names()
+LIBRARIES = sorted(file.name.removesuffix(".lua") for file in (FOLDER / "lib").iterdir())
+TEXTS = {name: (FOLDER / f"{name}.lua").read_text("utf-8") for name in METHODS}
+TEXTS.update({name: (FOLDER / "lib" / f"{name}.lua").read_text("utf-8") for name in LIBRARIES})
 
 
 def code_of(text: str) -> str:
@@ -27,8 +26,21 @@ def header_of(text: str) -> list[str]:
 
 
 def test_every_script_is_used() -> None:
-    store = RedisStore("redis://localhost", namespace="test")
-    assert sorted([*store._scripts, *store.ledger._scripts, *store.history._scripts, "read"]) == METHODS
+    modules = "\n".join((PACKAGE / f"{name}.py").read_text("utf-8") for name in ("redis", "ledger", "history"))
+    run = {*re.findall(r"_scripts\.run(?:_each)?\(\s*\"(\w+)", modules), *re.findall(r"_decide\(\"(\w+)", modules)}
+    assert sorted(run) == METHODS
+
+
+def test_a_script_stands_behind_what_it_needs_each_once() -> None:
+    text = Script.load("acquire").text
+    at = [text.index(part) for part in map(TEXTS.__getitem__, ("now", "history", "state", "rules", "acquire"))]
+    assert at == sorted(at)
+    assert all(text.count(TEXTS[library]) == 1 for library in LIBRARIES)
+
+
+def test_no_library_is_left_over() -> None:
+    needed = {name for text in TEXTS.values() for name in re.findall(r"-- Needs (\w+)\.lua\n", text)}
+    assert needed == {*LIBRARIES} - {"now"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -79,5 +91,5 @@ def test_reading_writes_nothing() -> None:
 
 def test_another_clock_takes_the_place_of_the_servers() -> None:
     script = Script.load("time", clock="local function now_ms() return 5 end")
-    assert "TIME'" not in script._text
-    assert script._text.startswith("local function now_ms() return 5 end")
+    assert "TIME'" not in script.text
+    assert script.text.startswith("local function now_ms() return 5 end")

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.model import Calls, Outcome, State, Transition, Verb
+from resilient_tasks.core.model import Answer, Calls, Outcome, State, Transition, Verb
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.store import outbox
 from resilient_tasks.store.base import Evidence, Spec
-from resilient_tasks.store.reports import BATCH_INTERVAL, LEASE, Reporter
+from resilient_tasks.store.failover import FailoverStore
+from resilient_tasks.store.leases import LEASE
+from resilient_tasks.store.reports import BATCH_INTERVAL, Reporter
 from resilient_tasks.store.standing import Standing
 from resilient_tasks.store.view import View
 from tests.support.doubles import FlakyStore, ManualClock, wait_until
@@ -33,11 +34,17 @@ class Desk:
     def __init__(self) -> None:
         self.clock = ManualClock()
         self.store = FlakyStore(self.clock)
-        self.view = View(self.store, self.clock)
+        shared = FailoverStore(self.store, clock=self.clock)
+        self.view = View(shared, self.clock)
         self.standing: Standing = self.view.declare(SPEC)
         self.told: list[Transition] = []
-        self.reporter = Reporter(self.store, self.view, self.told.append, self.clock)
+        self.reporter = Reporter(shared, self.view, self.learn, self.clock)
         self.view.refresh()
+
+    def learn(self, answer: Answer, asked: int) -> None:
+        self.view.update(answer.snapshot, asked)
+        if answer.transition is not None:
+            self.told.append(answer.transition)
 
     def advance(self, seconds: float) -> None:
         """Advance the time and have the thread look at the clock."""
@@ -89,9 +96,10 @@ def test_successes_are_sent_when_their_interval_is_over(desk: Desk) -> None:
 
 def test_nobody_has_to_wake_the_thread_for_that() -> None:
     store = FlakyStore()
-    view = View(store)
+    shared = FailoverStore(store)
+    view = View(shared)
     standing = view.declare(SPEC)
-    reporter = Reporter(store, view, lambda _: None)
+    reporter = Reporter(shared, view, lambda *_: None)
     for sent in range(1, 4):
         reporter.report(standing, standing.epoch, Verdict(SUCCESS))
         wait_until(lambda sent=sent: store.calls["record"] == sent)  # type: ignore[misc]
@@ -182,27 +190,7 @@ def test_what_was_admitted_before_the_store_knew_the_breaker_counts(desk: Desk) 
     assert (desk.standing.snapshot.calls, desk.standing.snapshot.failures) == (4, 2)
 
 
-# --- the store is away --------------------------------------------------------------------------------
-
-
-def test_outcomes_wait_for_a_store_that_is_away(desk: Desk) -> None:
-    desk.store.away = True
-    desk.reporter.wait(desk.report(SUCCESS, FAILURE), 5)
-    desk.store.away = False
-    desk.advance(BATCH_INTERVAL)
-    wait_until(lambda: desk.standing.snapshot.calls == 2)
-    assert desk.reporter.dropped == 0
-
-
-def test_what_waits_is_bounded_and_what_is_dropped_is_counted(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outbox, "MOST_RUNS", 10)
-    desk.store.away = True
-    desk.report(*[SUCCESS, FAILURE] * 50)
-    desk.reporter.flush(5)
-    assert desk.reporter.dropped == 90
-    desk.store.away = False
-    assert desk.reporter.flush(5)
-    assert desk.recorded()[-1].runs == (Calls(SUCCESS), Calls(FAILURE)) * 5
+# --- mistakes of others -------------------------------------------------------------------------------
 
 
 def test_a_mistake_in_the_store_does_not_end_the_thread(
@@ -213,12 +201,12 @@ def test_a_mistake_in_the_store_does_not_end_the_thread(
         desk.reporter.wait(desk.report(FAILURE), 5)
     assert "ZeroDivisionError" in caplog.text
     desk.reporter.wait(desk.report(FAILURE), 5)
-    assert desk.standing.snapshot.failures == 2
+    assert desk.standing.snapshot.failures == 1
 
 
 def test_a_listener_that_guards_a_call_does_not_wait_for_itself(desk: Desk) -> None:
     answers: list[bool] = []
-    desk.reporter._announce = lambda _: answers.append(desk.reporter.wait(10**9, 60))
+    desk.reporter._learn = lambda *_: answers.append(desk.reporter.wait(10**9, 60))
     desk.reporter.wait(desk.report(*[FAILURE] * 5), 5)
     wait_until(lambda: answers == [False])
 
@@ -231,28 +219,6 @@ def test_a_settled_trial_closes_the_breaker(desk: Desk) -> None:
     desk.reporter.settle(SPEC, holder, desk.standing.epoch, Verdict(SUCCESS), wait=5)
     assert desk.standing.snapshot.state is State.CLOSED
     assert [told.state for told in desk.told] == [State.CLOSED]
-
-
-def test_a_trial_is_settled_when_the_store_is_back(desk: Desk) -> None:
-    holder = desk.half_open()
-    desk.store.away = True
-    desk.reporter.settle(SPEC, holder, desk.standing.epoch, Verdict(SUCCESS), wait=5)
-    desk.store.away = False
-    desk.advance(BATCH_INTERVAL)
-    wait_until(lambda: desk.standing.snapshot.state is State.CLOSED)
-
-
-def test_a_trial_is_given_up_when_its_lease_has_run_out(desk: Desk) -> None:
-    holder = desk.half_open()
-    desk.store.away = True
-    desk.reporter.settle(SPEC, holder, desk.standing.epoch, Verdict(SUCCESS), wait=5)
-    desk.advance(LEASE)
-    assert desk.reporter.flush(5)
-    tries = desk.store.calls["settle"]
-    desk.store.away = False
-    desk.advance(BATCH_INTERVAL)
-    assert desk.reporter.flush(5)
-    assert desk.store.calls["settle"] == tries
 
 
 def test_a_held_permit_outlives_its_lease(desk: Desk) -> None:
@@ -274,16 +240,7 @@ def test_a_permit_is_held_no_longer_than_its_trial_may_take(desk: Desk) -> None:
     holder = desk.half_open()
     desk.reporter.hold("payments", holder, desk.clock() + LEASE)
     desk.advance(LEASE)
-    wait_until(lambda: not desk.reporter._held)
-    assert desk.store.calls["renew"] == 0
-
-
-def test_a_released_permit_is_not_renewed(desk: Desk) -> None:
-    holder = desk.half_open()
-    desk.reporter.hold("payments", holder, desk.clock() + 60)
-    desk.reporter.release("payments", holder)
-    desk.advance(LEASE)
-    desk.reporter.wait(desk.report(FAILURE), 5)  # the thread has been round since
+    wait_until(lambda: not desk.reporter._leases._held)
     assert desk.store.calls["renew"] == 0
 
 
@@ -291,7 +248,7 @@ def test_a_permit_that_was_lost_is_given_up(desk: Desk) -> None:
     desk.half_open()
     desk.reporter.hold("payments", "nobody's", desk.clock() + 60)
     desk.advance(LEASE)
-    wait_until(lambda: not desk.reporter._held)
+    wait_until(lambda: not desk.reporter._leases._held)
     assert desk.store.calls["renew"] == 1
 
 

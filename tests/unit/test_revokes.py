@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from celery.signals import task_revoked
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,6 +58,17 @@ def _nothing_revoked() -> Iterator[None]:
 
 def waiting(task_id: str, *, since: float = NOW, **headers: Any) -> Entry:
     return Entry(SimpleNamespace(headers={"id": task_id, **headers}), Ticket(since=since))
+
+
+def test_what_has_expired_is_no_order_to_revoke(ledger: Any) -> None:
+    hearing = Hearing()
+    seams.revoked_ids.update(["expired", "revoked"])
+    for task_id in ("expired", "revoked"):
+        request = SimpleNamespace(id=task_id)
+        task_revoked.send(None, request=request, terminated=False, signum=None, expired=task_id == "expired")
+    hearing.pass_on(ledger, ["payments"])
+    hearing.pass_on(ledger, ["payments"])
+    assert ledger.calls == [["revoked"]]
 
 
 def stamped(task_id: str, since: float = NOW, **stamps: Any) -> Entry:

@@ -8,8 +8,9 @@ from celery import Celery
 
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.settings import Settings, find_store
+from resilient_tasks.settings import Settings
 from resilient_tasks.store.address import Address, Kind, hide_password
+from resilient_tasks.store.place import find_store
 
 PAYMENTS = "RESILIENT_TASKS_BREAKERS__PAYMENTS__"
 

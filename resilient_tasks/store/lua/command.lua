@@ -4,6 +4,7 @@
 -- ARGV  5 verb     trip, isolate, disable, shadow or reset
 --       6 reason   as the operator gave it
 --       7 actor    who
+-- Needs rules.lua
 
 load_breaker(true)
 command(ARGV[5], ARGV[6], ARGV[7])

@@ -4,6 +4,7 @@
 --       5 deadlines   sorted set   task id -> end of its wait, ms
 --       8..12 see history.lua
 -- ARGV  task_id, ...; none: all of them
+-- Needs history.lua
 
 if #ARGV == 0 then
   redis.call('DEL', KEYS[4], KEYS[5])

@@ -4,6 +4,7 @@
 -- ARGV  5 lease   ms for which a slot is kept
 --       6 most    calls that may be in flight by the caller's knowledge
 --       7.. ids of tasks in the order in which they wait
+-- Needs rules.lua
 
 local tasks = {}
 for i = 7, #ARGV do

@@ -5,6 +5,7 @@
 -- ARGV  1 name    of the breaker
 --       2 text    what was done
 --       3 actor   who did it
+-- Needs history.lua
 
 local state, epoch = unpack(redis.call('HMGET', KEYS[1], 'state', 'epoch'))
 log({

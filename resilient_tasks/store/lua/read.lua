@@ -1,6 +1,7 @@
 -- read() -> JSON {snapshot, with hot_children}
 -- A look at one breaker that writes nothing. An unknown one is CLOSED in epoch 0.
 -- KEYS, ARGV: see state.lua
+-- Needs rules.lua
 
 load_breaker(false)
 local seen = snapshot()

@@ -3,6 +3,7 @@
 -- KEYS, ARGV 1..4: see state.lua
 -- ARGV  5 evidence   JSON {epoch, runs: [[outcome, count, voter, proxied, each], ...], cause,
 --                    causes: {cause: count}, retry_after: ms or absent}
+-- Needs rules.lua
 
 local evidence = cjson.decode(ARGV[5])
 load_breaker(true)

@@ -4,6 +4,7 @@
 -- ARGV  5 outcome    SUCCESS or FAILURE
 --       6 limit      count
 --       7 evidence   JSON {epoch, cause, retry_after: ms or absent}
+-- Needs rules.lua
 
 local evidence = cjson.decode(ARGV[7])
 load_breaker(true)

@@ -4,6 +4,7 @@
 -- ARGV  5 holder     of the permit or the slot
 --       6 outcome    SUCCESS, FAILURE, SLOW or IGNORED
 --       7 evidence   JSON {epoch, runs, cause, retry_after: ms or absent}
+-- Needs rules.lua
 
 local evidence = cjson.decode(ARGV[7])
 load_breaker(true)

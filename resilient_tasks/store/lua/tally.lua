@@ -6,6 +6,7 @@
 --       2 number    of the batch; grows
 --       3 counts    JSON {kind: count}
 --       4 peaks     JSON {kind: value}, of which an outage keeps the highest
+-- Needs history.lua
 
 local MOST_TELLERS, FORGOTTEN = 1000, 3600000
 local told = redis.call('ZSCORE', KEYS[16], ARGV[1])

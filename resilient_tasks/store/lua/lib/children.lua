@@ -1,5 +1,6 @@
 -- Children: core/children.py in Lua. Same functions, same arithmetic: change the two together.
--- After slots.lua and before rules.lua. A child's keys have its parent's hash tag, so that one script may touch both.
+-- A child's keys have its parent's hash tag, so that one script may touch both.
+-- Needs state.lua
 
 local IDLE_AFTER = 3600000
 local PLAIN_FOR = 120000 -- ms for which a CLOSED child that nobody uses keeps its state: longer than views remember it
@@ -19,7 +20,7 @@ local function active_children()
 end
 
 local function has_room_to_open()
-  if not KEY or (rules.max_open_ratio or 0) == 0 then
+  if not KEY or rules.max_open_ratio == 0 then
     return true
   end
   local was_active = tonumber(redis.call('ZSCORE', CHILDREN, KEY) or 0) > now - rules.window
@@ -29,7 +30,7 @@ end
 
 -- Why the parent opens, or nil.
 local function open_parent()
-  local share, active, opened = rules.parent_trip_ratio or 0, active_children(), redis.call('ZCARD', OPENED)
+  local share, active, opened = rules.parent_trip_ratio, active_children(), redis.call('ZCARD', OPENED)
   if share == 0 or opened <= math.max(1, share * active) then
     return nil
   end

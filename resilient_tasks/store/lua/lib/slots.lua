@@ -1,5 +1,6 @@
 -- Slots: core/slots.py in Lua, and what core/record.py says of them. Same functions, same arithmetic: change the two
--- together. Between state.lua and rules.lua. There may be many slots, so each is read and written by itself.
+-- together. There may be many slots, so each is read and written by itself.
+-- Needs state.lua
 
 local CROWDED_FOR = 5000
 local UNLIMITED = { DISABLED = true, SHADOW = true }

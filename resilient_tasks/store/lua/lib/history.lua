@@ -1,5 +1,4 @@
 -- What the store remembers of a breaker's past: its log, counts, and outages. It decides nothing.
--- Put after now.lua in front of every script that writes it; what decides has state.lua and rules.lua behind it.
 --
 -- KEYS  8 log       list         transitions, and what was done by hand, as JSON, the newest first
 --       9 minutes   hash         slot -> JSON {minute, counts: {kind: count}}

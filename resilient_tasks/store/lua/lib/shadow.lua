@@ -1,5 +1,6 @@
 -- What a breaker in SHADOW would have done: core/shadow.py in Lua; change the two together.
--- Put between state.lua and rules.lua. An opening is {at, until, calls, in a row}; state.lua reads them.
+-- An opening is {at, until, calls, in a row}; state.lua reads them.
+-- Needs state.lua
 
 local MOST_OPENINGS = 20
 

@@ -1,6 +1,7 @@
--- What the store keeps of one breaker: loading, the window, the figures, the answer, saving.
--- core/record.py and core/window.py in Lua: same functions, same arithmetic; change the two together.
--- Put, after now.lua and history.lua and before rules.lua, in front of every script that decides about a breaker.
+-- What the store keeps of one breaker: loading, the figures, the answer, saving.
+-- core/record.py in Lua: same functions, same arithmetic; change the two together.
+-- In front of every script that decides about a breaker; window.lua, slots.lua and children.lua complete it.
+-- Needs history.lua
 --
 -- KEYS  1 state      hash         fields of core/record.py's Record, and the newest policy as JSON
 --       2 window     hash         slot -> "index calls failures slow latest proxied tasks" of one bucket, and votes:
@@ -26,8 +27,7 @@ local STATE, WINDOW, TRIALS, _, DEADLINES, STRAGGLERS, IN_FLIGHT = unpack(KEYS)
 local CHILDREN, OPENED, HOT = KEYS[13], KEYS[14], KEYS[15]
 local NAME, CHANNEL, JITTER = ARGV[1], ARGV[2], tonumber(ARGV[4])
 local COUNTING = { CLOSED = true, SHADOW = true }
-local BUCKETS, SLOTS, MOST_GROWTH_STEPS = 10, 11, 1000
-local MOST_VOTERS, VOTE_LENGTH = 100, 10
+local MOST_GROWTH_STEPS = 1000
 local TEXTS = { 'state', 'reason', 'actor', 'shadow' }
 local NUMBERS = {
   'epoch', 'first_epoch', 'version', 'since', 'openings', 'open_until', 'frozen_calls', 'frozen_failures',
@@ -43,6 +43,7 @@ local dirty = false -- the state has to be written
 local touched = {} -- slots of the window that have to be written
 local cleared = false -- window and trials start empty
 local left = false -- the stragglers have to be written
+local load_window, window_totals, save_window -- in window.lua
 local in_flight, concurrency_limit, is_crowded, save_slots -- in slots.lua
 local save_child -- in children.lua
 
@@ -56,21 +57,6 @@ local function load_hash(key)
   return hash
 end
 
-local function load_record()
-  local stored = load_hash(STATE)
-  local loaded = { policy = stored.policy }
-  for _, field in ipairs(TEXTS) do
-    loaded[field] = stored[field] or ''
-  end
-  for _, field in ipairs(NUMBERS) do
-    loaded[field] = tonumber(stored[field])
-  end
-  for _, field in ipairs({ 'crowded_until', 'learned', 'credit', 'backed_off' }) do
-    loaded[field] = loaded[field] or 0 -- a record of an older release has none
-  end
-  return stored.state and loaded
-end
-
 -- Epoch and version start from the clock: see Record.created. Epoch 0 is for a look at an unknown breaker.
 local function new_record(epoch)
   return {
@@ -81,32 +67,33 @@ local function new_record(epoch)
   }
 end
 
--- The rules with the higher revision; of equal ones those declared last.
+-- What it lacks, because an older release has saved it, is as in a new one.
+local function load_record()
+  local stored, loaded = load_hash(STATE), new_record(0)
+  for _, field in ipairs(TEXTS) do
+    loaded[field] = stored[field] or loaded[field]
+  end
+  for _, field in ipairs(NUMBERS) do
+    if stored[field] then
+      loaded[field] = tonumber(stored[field])
+    end
+  end
+  loaded.policy = stored.policy
+  return stored.state and loaded
+end
+
+-- The rules with the higher revision, of equal ones those declared last; what stored ones lack, the caller's have.
 local function newest_rules()
   local declared = cjson.decode(ARGV[3])
   if record.policy and record.policy ~= ARGV[3] then
     local stored = cjson.decode(record.policy)
     if stored.revision > declared.revision then
-      return stored
+      return setmetatable(stored, { __index = declared })
     end
   end
   dirty = dirty or record.policy ~= ARGV[3]
   record.policy = ARGV[3]
   return declared
-end
-
-local function load_window()
-  local loaded = {}
-  for slot, text in pairs(load_hash(WINDOW)) do
-    local index, calls, failures, slow, latest, more = string.match(text, '(%d+) (%d+) (%d+) (%d+) (%d+)(.*)')
-    local proxied, tasks, votes = string.match(more, ' (%d+) (%d+)(.*)') -- a bucket of an older release has none
-    loaded[tonumber(slot)] = {
-      index = tonumber(index), calls = tonumber(calls), failures = tonumber(failures), slow = tonumber(slow),
-      latest = tonumber(latest), proxied = tonumber(proxied) or 0, tasks = tonumber(tasks) or 0,
-      votes = votes or '',
-    }
-  end
-  return loaded
 end
 
 local function load_permits(key)
@@ -130,100 +117,7 @@ local function load_breaker(creates)
   stragglers = load_permits(STRAGGLERS)
 end
 
--- window.py ---------------------------------------------------------------------------------------
-
-local function no_sums()
-  return { calls = 0, failures = 0, slow = 0, proxied = 0, tasks = 0 }
-end
-
-local function plus(sums, run, count)
-  local failed = run.outcome == 'FAILURE' and count or 0
-  local slow = (run.outcome == 'SLOW' or run.outcome == 'OVERDUE') and count or 0
-  return {
-    calls = sums.calls + count, failures = sums.failures + failed, slow = sums.slow + slow,
-    proxied = sums.proxied + (run.proxied and failed or 0),
-    tasks = sums.tasks + (run.voter == '' and failed + slow or 0),
-  }
-end
-
--- The bucket of this moment, and its slot.
-local function current_bucket()
-  local index = math.floor(now / math.ceil(rules.window / BUCKETS))
-  local slot = index % SLOTS
-  local bucket = window[slot]
-  if not bucket or bucket.index ~= index then
-    bucket = no_sums()
-    bucket.index, bucket.latest, bucket.votes = index, now, ''
-    window[slot] = bucket
-  end
-  touched[slot] = true
-  return bucket, slot
-end
-
-local function window_add(run, count)
-  local bucket, slot = current_bucket()
-  local more = plus(bucket, run, count)
-  more.index, more.latest, more.votes = bucket.index, now, bucket.votes
-  window[slot] = more
-end
-
-local function is_live(bucket)
-  return now - rules.window < bucket.latest and bucket.latest <= now + rules.window
-end
-
-local function initial(outcome)
-  return string.sub(outcome, 1, 1)
-end
-
--- The slot that remembers how a task has voted last, and the initial of that outcome; nil if none does.
-local function vote_of(voter)
-  local found, outcome
-  for slot, bucket in pairs(window) do
-    local at = is_live(bucket) and string.find(bucket.votes, ' ' .. voter, 1, true)
-    if at and not (found and window[found].index > bucket.index) then
-      found, outcome = slot, string.sub(bucket.votes, at + VOTE_LENGTH - 1, at + VOTE_LENGTH - 1)
-    end
-  end
-  return found, outcome
-end
-
-local function change_vote(slot, voter, outcome)
-  local bucket = window[slot]
-  bucket.votes = string.gsub(bucket.votes, ' ' .. voter .. '%u', ' ' .. voter .. initial(outcome))
-  touched[slot], dirty = true, true
-end
-
--- Remember how a task votes with calls that are about to be counted.
-local function remember_vote(run)
-  local bucket, slot = current_bucket()
-  if string.find(bucket.votes, ' ' .. run.voter, 1, true) then
-    change_vote(slot, run.voter, run.outcome)
-  elseif #bucket.votes < MOST_VOTERS * VOTE_LENGTH then
-    bucket.votes = bucket.votes .. ' ' .. run.voter .. initial(run.outcome)
-  end
-end
-
--- A call that was slow has failed in the end.
-local function vote_becomes_failure(slot, run)
-  local bucket = window[slot]
-  bucket.failures, bucket.slow = bucket.failures + 1, bucket.slow - 1
-  bucket.proxied = bucket.proxied + (run.proxied and 1 or 0)
-  change_vote(slot, run.voter, 'FAILURE')
-end
-
-local function window_totals()
-  local sums = no_sums()
-  for _, bucket in pairs(window) do
-    if is_live(bucket) then
-      for part, sum in pairs(sums) do
-        sums[part] = sum + bucket[part]
-      end
-    end
-  end
-  return sums
-end
-
--- record.py ---------------------------------------------------------------------------------------
+-- figures -----------------------------------------------------------------------------------------
 
 local function open_for(openings, retry_after)
   local own = rules.open_time
@@ -237,31 +131,13 @@ local function open_for(openings, retry_after)
   return math.floor(length * (1 + rules.open_jitter * JITTER) + 0.5)
 end
 
-local function minimum_tasks()
-  return rules.minimum_tasks or 1 -- rules of an older release have none
-end
-
-local function rate_trips(sums)
-  if sums.calls < rules.minimum_calls or sums.tasks < minimum_tasks() then
-    return nil
-  end
-  if sums.failures / sums.calls >= rules.failure_rate then
-    return 'failure'
-  end
-  return sums.slow / sums.calls >= rules.slow_rate and 'slow' or nil
-end
-
-local function row_trips(row, sums)
-  return rules.consecutive > 0 and row >= rules.consecutive and sums.tasks >= minimum_tasks()
-end
-
 local function figures()
   if COUNTING[record.state] then
     return window_totals()
   end
   return {
     calls = record.frozen_calls, failures = record.frozen_failures, slow = record.frozen_slow,
-    proxied = record.frozen_proxied or 0, tasks = 0, -- a record of an older release has none
+    proxied = record.frozen_proxied, tasks = 0,
   }
 end
 
@@ -318,16 +194,6 @@ local function save_record()
     fields[#fields + 1] = record[field] and integer(record[field]) or ''
   end
   redis.call('HSET', STATE, unpack(fields))
-end
-
-local function save_window()
-  for slot in pairs(touched) do
-    local b = window[slot]
-    local sums = { b.index, b.calls, b.failures, b.slow, b.latest, b.proxied, b.tasks }
-    local text = string.format('%.0f %.0f %.0f %.0f %.0f %.0f %.0f', unpack(sums)) .. b.votes
-    redis.call('HSET', WINDOW, integer(slot), text)
-    redis.call('PEXPIRE', WINDOW, integer(2 * rules.window + 60000)) -- a short one must outlive a slow server
-  end
 end
 
 local function save_permits(key, permits)

@@ -1,0 +1,56 @@
+"""``Call``: one call of a task, by what it was given; and what a function calls its parameters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from resilient_tasks.monitor.log import about
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a task: what a fallback answers for, or what succeeded and is worth remembering.
+
+    Args:
+        task_name: name of the task.
+        body: the task's function, ``task.run``; its signature makes ``f(1)`` and ``f(a=1)`` one call.
+        args: positional arguments, as the body gets them.
+        kwargs: keyword arguments.
+        task_id: id of the task, for the log; "" if it is called by hand.
+    """
+
+    task_name: str
+    body: Callable[..., Any]
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    task_id: str = ""
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What a log line about it says for machines."""
+        return about(self.task_id, self.task_name)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return all arguments by parameter name, defaults included.
+
+        Raises:
+            TypeError: they do not fit the body's signature.
+        """
+        bound = _signature(self.body).bind(*self.args, **self.kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+
+@lru_cache(maxsize=1024)
+def _signature(body: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(body)
+
+
+def parameter_names(body: Callable[..., Any]) -> list[str]:
+    """Return the names of the parameters by which a function can be told apart its calls."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [parameter.name for parameter in _signature(body).parameters.values() if parameter.kind not in variadic]
