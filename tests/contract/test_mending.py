@@ -48,6 +48,7 @@ def use(lab: Lab, breaker: Subject) -> None:
     tell(lab, breaker)
     lab.ledger.pace(breaker.name)
     lab.history.transitions(breaker.name)
+    lab.history.minutes(breaker.name)
     lab.history.totals([breaker.name])
     lab.history.outages([breaker.name])
     Story(lab.history).estimates([breaker.snapshot()])
