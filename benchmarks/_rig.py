@@ -63,12 +63,17 @@ class Rig:
         self._workers: list[Program] = []
         self._count = itertools.count(1)
 
-    def worker(self, *, concurrency: int = 2, queue: str = QUEUE, env: Mapping[str, str] = NOTHING) -> Worker:
-        """Start a prefork worker and wait until it consumes."""
+    def worker(self, *, concurrency: int = 2, own_queue: bool = False, env: Mapping[str, str] = NOTHING) -> Worker:
+        """Start a prefork worker and wait until it consumes; a queue of its own has its name."""
         name = f"worker-{next(self._count)}"
         environment = {**self.environment, **env}
         worker = start_worker(
-            MODULE, name=name, directory=self._directory, env=environment, queues=[queue], concurrency=concurrency
+            MODULE,
+            name=name,
+            directory=self._directory,
+            env=environment,
+            queues=[name] * own_queue,
+            concurrency=concurrency,
         )
         self._workers.append(worker)
         return worker.wait_until_ready()

@@ -1,17 +1,19 @@
 """What all telling costs a guarded task that does nothing: events, metrics, traces, a webhook, receivers, an exporter.
 
 A worker for each way of telling, on a queue of its own; the same messages go to all of them in turn, in one round after
-the other. Two workers tell nothing: how they differ is how much this machine can tell apart. What is compared is
-processor time of the worker, because time on the wall is the machine's affair, and of that the lower quartile of all
-rounds, because other jobs only ever add to it. The history cannot be switched off: ``benchmarks.history`` measures it.
+the other. Two workers tell nothing: how they differ is how much this machine can tell apart. Compared are the worker's
+processor time, the lower quartile of all rounds, because other jobs only add to it, and, with workers of their own,
+how many functions its processes call, which does not depend on other jobs. The history cannot be switched off:
+``benchmarks.history`` measures it.
 """
 
 from __future__ import annotations
 
 import random
 import threading
+import time
 import timeit
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -26,18 +28,20 @@ from workers.processes import Worker
 
 TASKS = 150  # per round and worker: short rounds, so that those of one turn meet the same noise
 ROUNDS = 60
+COUNTING_ROUNDS = 12
 LARGEST_SHARE = 0.01
 CALLS = 10_000
 SCRAPE_PAUSE = 0.25  # seconds; far more often than usual
 
 NOTHING = "nothing"
 OURS = {"BENCH_RECEIVERS": "1", "RESILIENT_TASKS_WEBHOOK_URL": "http://127.0.0.1:9/"}
-TOLD = {
+TOLD: Mapping[str, Mapping[str, str]] = {
     NOTHING: {},
     "nothing, another worker": {},
     "webhook, receivers, scrapes": OURS,
     "the same, Celery's events, OpenTelemetry": {**OURS, "BENCH_EVENTS": "1", "BENCH_TRACED": "1"},
 }
+Used = Mapping[str, float]  # by a task in one round, by what is told of it
 
 
 @contextmanager
@@ -59,65 +63,77 @@ def scraped(bench: Rig) -> Iterator[None]:
         thread.join()
 
 
-def cpu(worker: Worker) -> float:
+def processor_time(worker: Worker) -> float:
     """Return the seconds that all threads of a worker have computed, to the nanosecond."""
     main = psutil.Process(worker.pid)
     threads = (thread for process in (main, *main.children()) for thread in Path(f"/proc/{process.pid}/task").iterdir())
     return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
 
-def one_round(bench: Rig, template: str, workers: dict[str, Worker], first: int) -> dict[str, float]:
-    """Return the processor time of a task by what is told of it, seconds."""
+def function_calls(bench: Rig, worker: Worker) -> float:
+    """Return how many functions a worker's processes have called, as they last told."""
+    time.sleep(3 * bench.project.TOLD_EVERY)
+    main = psutil.Process(worker.pid)
+    told = bench.broker.hmget(bench.project.FUNCTION_CALLS, [str(each.pid) for each in (main, *main.children())])
+    return float(sum(int(calls or 0) for calls in told))
+
+
+def one_round(bench: Rig, workers: Mapping[str, Worker], first: int, used_by: Callable[[Worker], float]) -> Used:
+    """Return what a task uses, by what is told of it."""
     names = [*workers][first:] + [*workers][:first]
     used = {}
     for name in names:
         worker = workers[name]
-        before = cpu(worker)
+        before = used_by(worker)
         with scraped(bench) if TOLD[name] else nullcontext():
-            bench.go(template, worker, worker.name)
-        used[name] = (cpu(worker) - before) / TASKS
+            bench.go(bench.project.guarded.name, worker, worker.name)
+        used[name] = (used_by(worker) - before) / TASKS
     return used
 
 
-def lower_quartile(name: str, rounds: Sequence[dict[str, float]]) -> float:
-    """Return what a task takes while few others disturb it, seconds."""
+def measure(bench: Rig, count: int, used_by: Callable[[Worker], float], **environment: str) -> list[Used]:
+    """Return what tasks use in so many rounds, each time on workers of their own."""
+    workers = {
+        name: bench.worker(concurrency=1, own_queue=True, env={**told, **environment}) for name, told in TOLD.items()
+    }
+    one_round(bench, workers, 0, used_by)
+    rounds = [one_round(bench, workers, number % len(workers), used_by) for number in range(count)]
+    bench.stop_workers()
+    return rounds
+
+
+def lower_quartile(name: str, rounds: Sequence[Used]) -> float:
+    """Return what a task uses while few others disturb it."""
     return percentile([used[name] for used in rounds], 0.25)
 
 
-def added(name: str, rounds: Sequence[dict[str, float]]) -> float:
+def added(name: str, rounds: Sequence[Used]) -> float:
     """Return what one way of telling adds to that, as a share."""
     return lower_quartile(name, rounds) / lower_quartile(NOTHING, rounds) - 1
 
 
-def report(name: str, rounds: list[dict[str, float]]) -> None:
+def report(name: str, timed: Sequence[Used], counted: Sequence[Used]) -> None:
     """Print what one way of telling costs beside telling nothing."""
     draw = random.Random(1)
-    shares = sorted(added(name, draw.choices(rounds, k=len(rounds))) for _ in range(2000))
-    low, high = shares[50], shares[-51]
-    task = lower_quartile(name, rounds)
-    print(f"{name:42}{task * 1e6:7.0f} µs {added(name, rounds):+8.2%}   ({low:+.2%} to {high:+.2%})", end="")
-    if TOLD[name] is OURS:
-        decided = low > LARGEST_SHARE or high <= LARGEST_SHARE
-        print(f"   <= {LARGEST_SHARE:.0%}:", verdict(met=high <= LARGEST_SHARE) if decided else "too noisy to decide")
-    else:
-        print()
+    shares = sorted(added(name, draw.choices(timed, k=len(timed))) for _ in range(2000))
+    between = f"({shares[50]:+.1%} to {shares[-51]:+.1%})"
+    seconds = f"{lower_quartile(name, timed) * 1e6:6.0f} µs {added(name, timed):+7.1%} {between}"
+    calls = f"{lower_quartile(name, counted):8.0f} {added(name, counted):+8.2%}"
+    met = verdict(met=added(name, counted) <= LARGEST_SHARE) if TOLD[name] is OURS else "-"
+    print(f"{name:42}{seconds:46}{calls}   <= {LARGEST_SHARE:.0%}: {met}")
 
 
 def main() -> None:
     with rig(BENCH_USUAL="0") as bench:
-        template = bench.template(bench.project.guarded, TASKS)
-        workers = {
-            name: bench.worker(concurrency=1, queue=f"worker-{number}", env=environment)
-            for number, (name, environment) in enumerate(TOLD.items(), 1)
-        }
-        one_round(bench, template, workers, 0)
-        rounds = [one_round(bench, template, workers, number % len(workers)) for number in range(ROUNDS)]
+        bench.template(bench.project.guarded, TASKS)
+        counted = measure(bench, COUNTING_ROUNDS, lambda worker: function_calls(bench, worker), BENCH_COUNT="1")
+        timed = measure(bench, ROUNDS, processor_time)
         payments = bench.project.payments
         span = min(timeit.repeat(lambda: tracing.tell_run([payments], ""), number=CALLS, repeat=10)) / CALLS
-    print(f"\n{'told of a guarded no-op task':42}{'processor time':>10}   added   (95 % confidence)\n")
+    print(f"\n{'told of a guarded no-op task':42}{'processor time (95 % confidence)':46}function calls\n")
     for name in TOLD:
-        report(name, rounds)
-    share = span / lower_quartile(NOTHING, rounds)
+        report(name, timed, counted)
+    share = span / lower_quartile(NOTHING, timed)
     print(f"\ntelling the task's span, where nobody traces: {span * 1e6:.2f} µs, {share:.2%}")
 
 
