@@ -67,5 +67,5 @@ class Family:
         for name, child in list(self._children.items()):
             if child.is_idle:
                 del self._children[name]
-                self._parent.fleet.forget(name)
+                self._parent.fleet.view.forget(name)
                 child.detach()

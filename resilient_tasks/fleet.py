@@ -56,6 +56,7 @@ class Fleet:
         self._ledger = ledger
         self._history = history
         self.view = View(self.store, clock)
+        self.view.on_forgotten = self.store.forget
         self.reporter = Reporter(self.store, self.view, self.learn, clock, history)
         self._announce = announce
         self._task_id = task_id
@@ -116,11 +117,6 @@ class Fleet:
             self.view.refresh()
         self.view.follow()
         return standing
-
-    def forget(self, name: str) -> None:
-        """Let go of a child that nobody uses here any more."""
-        self.view.forget(name)
-        self.store.forget(name)
 
     def acquire(self, spec: Spec, holder: str, *, lease: float = LEASE, wish: Wish = NO_WISH) -> Grant:
         """Ask the store for admission; a denial is remembered for a while. Never raises ``StoreError``."""

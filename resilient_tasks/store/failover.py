@@ -177,6 +177,7 @@ class FailoverStore:
             with self._lock:
                 self._away = False
                 self._adopted.clear()
+                self._local.clear()
             logger.warning("the shared store answers again")
 
     # --- what only the shared store can do ------------------------------------------------------------

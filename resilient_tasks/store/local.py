@@ -137,6 +137,12 @@ class LocalStore:
             else:
                 self._records.pop(snapshot.name, None)
 
+    def clear(self) -> None:
+        """Forget all breakers; values stay."""
+        with self._lock:
+            self._records.clear()
+            self._children.clear()
+
     # --- children -----------------------------------------------------------------------------------
 
     def enroll(self, spec: Spec) -> bool:

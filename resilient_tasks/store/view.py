@@ -50,10 +50,12 @@ class View:
         self.clock = clock
         self.signal: memoryview | None = None  # in a child: the main process's count of changes
         self.seen = 0  # that count when this copy was made
-        self.on_room: Callable[[], object] = _nobody_waits  # tasks wait for a slot, and there is one
+        self.on_room: Callable[[], object] = _nobody_cares  # tasks wait for a slot, and there is one
+        self.on_forgotten: Callable[[str], object] = _nobody_cares  # a child is known here no longer
         self._store = store
         self._standings: dict[str, Standing] = {}
         self._hot: frozenset[str] = frozenset()
+        self._strangers: set[str] = set()  # children that others have told of, and nobody has used here
         self._looked_at = ""  # the hot child that was read last, when there are too many to read all at once
         self._server_offset = time.time() - clock()
         self._marks = 0
@@ -78,6 +80,7 @@ class View:
             if standing is None:
                 standing = self._standings[spec.name] = Standing(spec, self.clock)
             standing.spec = spec
+            self._strangers.discard(spec.name)
             return standing
 
     def standing(self, name: str) -> Standing:
@@ -101,6 +104,8 @@ class View:
         """Let go of a child; declaring it again makes another standing."""
         with self._lock:
             self._standings.pop(name, None)
+            self._strangers.discard(name)
+        self.on_forgotten(name)
 
     def server_now(self) -> float:
         """Return the time on the store's clock, as well as this process knows it."""
@@ -140,6 +145,7 @@ class View:
         if parent is None:
             return None
         standing = self._standings[name] = Standing(replace(parent.spec, name=name), self.clock)
+        self._strangers.add(name)
         return standing
 
     def _take(self, standing: Standing, snapshot: Snapshot) -> None:
@@ -153,7 +159,8 @@ class View:
     def refresh(self) -> None:
         """Read all declared breakers in one round trip, and their hot children in another if there are any.
 
-        Children that are plainly CLOSED are not read: there may be thousands.
+        Children that are plainly CLOSED are not read: there may be thousands. Nor are those remembered that nobody
+        has used here: over the weeks there may be millions.
 
         Raises:
             StoreError: the store did not answer; the view is as it was.
@@ -164,6 +171,16 @@ class View:
         names = self._next_in_turn(sorted(self._hot | former))
         specs = [replace(self._standings[str(parent_of(name))].spec, name=name) for name in names]
         self.look(*specs)
+        self._forget_strangers(self._hot | former)
+
+    def _forget_strangers(self, but: frozenset[str]) -> None:
+        with self._lock:
+            gone = self._strangers - but
+            self._strangers -= gone
+            for name in gone:
+                del self._standings[name]
+        for name in gone:
+            self.on_forgotten(name)
 
     def _next_in_turn(self, names: list[str]) -> list[str]:
         """Return those to read now, of many some after the other."""
@@ -301,8 +318,8 @@ class View:
             self.become_child()
 
 
-def _nobody_waits() -> None:
-    """Do nothing: this process resumes no tasks."""
+def _nobody_cares(*_: object) -> None:
+    """Do nothing with the news."""
 
 
 def _is_news(standing: Standing, snapshot: Snapshot, asked: int | None) -> bool:

@@ -53,6 +53,14 @@ def test_a_local_breaker_opens_while_the_store_is_away(line: Line) -> None:
     assert line.state() is State.OPEN
 
 
+def test_what_was_decided_locally_is_forgotten_when_the_store_is_back(line: Line) -> None:
+    line.shared.away = True
+    line.fail(3)
+    line.shared.away = False
+    assert line.state() is State.CLOSED
+    assert not line.store._local._records
+
+
 def test_open_is_honoured_until_its_deadline_then_local_trials_heal(line: Line) -> None:
     line.fail(3)
     line.clock.advance(4)

@@ -275,6 +275,9 @@ def test_a_child_that_others_have_opened_is_known_here(payments: Breaker, acme: 
     view.refresh()
     assert view.standing("payments:stranger").snapshot.state == "CLOSED"
     assert view.hot_children() == []
+    view.refresh()
+    assert "payments:stranger" not in {standing.name for standing in view.standings()}
+    assert "payments:stranger" not in store._known
 
 
 def test_of_many_children_that_are_not_closed_the_first_can_be_read(
