@@ -20,22 +20,19 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 
 from resilient_tasks.core.model import Snapshot
 from resilient_tasks.core.names import parent_of
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Spec, Store
+from resilient_tasks.store.following import POLL_INTERVAL, Follower
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.store.standing import Standing
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["POLL_INTERVAL", "Standing", "View"]
-
 MOST_AT_ONCE = 500  # hot children that are read with one refresh
-POLL_INTERVAL = 0.5  # seconds between two reads of all states, and before a failed read is tried again
 
 
 class View:
@@ -68,8 +65,7 @@ class View:
         """Make what cannot cross a fork."""
         self._lock = threading.Lock()
         self._rereading = threading.Lock()
-        self._stopped = threading.Event()
-        self._follower: threading.Thread | None = None
+        self._follower = Follower(self._store, self)
 
     # --- what is known --------------------------------------------------------------------------
 
@@ -216,47 +212,12 @@ class View:
     def follow(self) -> None:
         """Keep the view fresh from now on, in one daemon thread. Does nothing in a child, or twice."""
         with self._lock:
-            if self.signal is not None or self._is_following():
-                return
-            self._stopped = threading.Event()
-            follower = threading.Thread(target=self._follow, name="resilient-tasks-view", daemon=True)
-            with suppress(RuntimeError):  # the interpreter is shutting down: there is no future to follow
-                follower.start()
-                self._follower = follower
-
-    def _is_following(self) -> bool:
-        return self._follower is not None and self._follower.is_alive() and not self._stopped.is_set()
+            if self.signal is None:
+                self._follower.start()
 
     def stop(self, timeout: float = 1.0) -> None:
         """Stop following, waiting at most ``timeout`` seconds for the thread."""
-        self._stopped.set()
-        follower = self._follower
-        if follower is not None and follower is not threading.current_thread():
-            follower.join(timeout)
-
-    def _follow(self) -> None:
-        stopped = self._stopped
-        while not stopped.is_set():
-            try:
-                self._hear_changes(stopped)
-            except StoreError as error:
-                logger.debug("the view is stale: %s", error)
-            except Exception:
-                if not stopped.is_set():  # else the connection was closed under our feet
-                    logger.exception("the view could not be refreshed; trying again")
-            stopped.wait(POLL_INTERVAL)
-
-    def _hear_changes(self, stopped: threading.Event) -> None:
-        self.refresh()
-        read_at = time.monotonic()
-        for snapshot in self._store.changes(timeout=POLL_INTERVAL):
-            if snapshot is not None:
-                self.update(snapshot)
-            if stopped.is_set():
-                return
-            if time.monotonic() >= read_at + POLL_INTERVAL:
-                self.refresh()
-                read_at = time.monotonic()
+        self._follower.stop(timeout)
 
     # --- a child of a prefork pool ----------------------------------------------------------------
 
@@ -312,7 +273,7 @@ class View:
 
     def after_fork(self) -> None:
         """Go on in the child with what the parent knew."""
-        follows = self._follower is not None
+        follows = self._follower.has_begun
         self._begin()
         if self.signal is None and (follows or self._shared is not None):
             self.become_child()

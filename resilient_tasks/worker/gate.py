@@ -24,7 +24,7 @@ from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
-    from resilient_tasks.store.view import Standing
+    from resilient_tasks.store.standing import Standing
     from resilient_tasks.worker.request import GatedRequest
     from resilient_tasks.worker.runtime import Runtime
 

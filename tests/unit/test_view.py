@@ -14,10 +14,11 @@ import pytest
 from resilient_tasks.core.model import Snapshot, State, Verb
 from resilient_tasks.errors import StoreError
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.store import view as view_module
+from resilient_tasks.store import following
 from resilient_tasks.store.base import Spec
+from resilient_tasks.store.following import POLL_INTERVAL
 from resilient_tasks.store.standing import DENIAL_MEMORY
-from resilient_tasks.store.view import POLL_INTERVAL, View
+from resilient_tasks.store.view import View
 from tests.support.doubles import FlakyStore, ManualClock, wait_until
 
 SPEC = Spec("payments", BreakerPolicy(ramp=10))
@@ -222,7 +223,7 @@ def test_a_lost_message_is_made_up_for(view: View, store: FlakyStore, monkeypatc
             threading.Event().wait(min(timeout, 0.01))
             yield None
 
-    monkeypatch.setattr(view_module, "POLL_INTERVAL", 0.05)
+    monkeypatch.setattr(following, "POLL_INTERVAL", 0.05)
     monkeypatch.setattr(store.inner, "changes", silence)
     view.follow()
     wait_until(lambda: store.calls["read"])
@@ -231,7 +232,7 @@ def test_a_lost_message_is_made_up_for(view: View, store: FlakyStore, monkeypatc
 
 
 def test_following_survives_an_outage(view: View, store: FlakyStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(view_module, "POLL_INTERVAL", 0.01)
+    monkeypatch.setattr(following, "POLL_INTERVAL", 0.01)
     store.away = True
     view.follow()
     wait_until(lambda: store.calls["read"] > 3)
@@ -243,7 +244,7 @@ def test_following_survives_an_outage(view: View, store: FlakyStore, monkeypatch
 def test_following_survives_a_mistake_in_the_store(
     view: View, store: FlakyStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(view_module, "POLL_INTERVAL", 0.01)
+    monkeypatch.setattr(following, "POLL_INTERVAL", 0.01)
     with monkeypatch.context() as broken:
         broken.setattr(store.inner, "read", lambda specs: 1 / 0)
         view.follow()
