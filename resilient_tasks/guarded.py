@@ -22,7 +22,6 @@ from resilient_tasks.core.names import parent_of
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Spec
-from resilient_tasks.store.leases import LEASE
 from resilient_tasks.store.reports import Reporter
 from resilient_tasks.store.standing import Standing
 from resilient_tasks.store.view import View
@@ -133,24 +132,13 @@ class Guarded:
         """Whether calls are admitted without asking the store."""
         return self.standing.admits
 
-    @property
-    def trial_due(self) -> bool:
-        """Whether the next call may be a trial, as far as time goes."""
-        return self.standing.trial_due
-
-    def refusal(self) -> BreakerOpenError:
-        """Return the error that tells of a refusal at this moment."""
-        standing = self.standing
-        at_capacity = standing.admits and not standing.admits_freely
-        state = AT_CAPACITY if at_capacity else standing.snapshot.state.value
-        return BreakerOpenError(self.name, state, standing.retry_after)
-
     def refuse(self) -> BreakerOpenError:
-        """Return the same, and count the refusal; being at capacity keeps no call from the dependency for good."""
-        refusal = self.refusal()
-        if refusal.state != AT_CAPACITY:
-            self.fleet.reporter.tally(self.name, REFUSED)
-        return refusal
+        """Return the error of a refusal, and count it; at capacity no call is kept from the dependency for good."""
+        standing = self.standing
+        if standing.admits and not standing.admits_freely:
+            return BreakerOpenError(self.name, AT_CAPACITY, standing.retry_after)
+        self.fleet.reporter.tally(self.name, REFUSED)
+        return BreakerOpenError(self.name, standing.snapshot.state.value, standing.retry_after)
 
     # --- admission --------------------------------------------------------------------------------
 
@@ -182,14 +170,13 @@ class Guarded:
         self.hold(holder, self.policy.trial_timeout if grant.trial else math.inf)
         return Pass(grant.snapshot.epoch, holder)
 
-    def acquire(self, holder: str, lease: float = LEASE) -> Grant:
+    def acquire(self, holder: str) -> Grant:
         """Ask the store for admission, in HALF_OPEN for a permit.
 
         Args:
             holder: who holds the permit; unique to the call.
-            lease: seconds after which the permit expires unless it is held or renewed.
         """
-        return self.fleet.acquire(self.spec, holder, lease=lease)
+        return self.fleet.acquire(self.spec, holder)
 
     def hold(self, holder: str, seconds: float) -> None:
         """Renew a permit until it is settled, at most for so many seconds."""

@@ -14,30 +14,26 @@ from resilient_tasks.errors import ConfigurationError
 _LONGEST_NAME = 200
 
 
-def check_name(kind: str, name: str) -> str:
-    """Return ``name`` if it may name a breaker or a namespace.
+def may_be_in_a_key(name: str) -> bool:
+    """Whether ``name`` can be a part of keys: braces mark the hash tag."""
+    readable = 0 < len(name) <= _LONGEST_NAME and name.isprintable() and name == name.strip()
+    return readable and not set("{}") & set(name)
+
+
+def check_key_part(kind: str, name: str) -> str:
+    """Return ``name`` if it can be a part of keys.
 
     Args:
         kind: what it names, for the message, e.g. ``"breaker"``.
-        name: 1 to 200 printable characters without braces (they mark the hash tag), no space at either end.
+        name: 1 to 200 printable characters without braces, no space at either end.
 
     Raises:
-        ConfigurationError: it may not.
+        ConfigurationError: it cannot.
     """
-    readable = 0 < len(name) <= _LONGEST_NAME and name.isprintable() and name == name.strip()
-    if readable and not set("{}") & set(name):
+    if may_be_in_a_key(name):
         return name
     allowed = f"1 to {_LONGEST_NAME} printable characters, no braces, no space at either end"
     raise ConfigurationError(f"{kind} name {name!r}: allowed is {allowed}")
-
-
-def may_name_breaker(name: str) -> bool:
-    """Whether ``name`` can be part of a breaker's keys."""
-    try:
-        check_name("breaker", name)
-    except ConfigurationError:
-        return False
-    return True
 
 
 class BreakerKeys(NamedTuple):
@@ -68,7 +64,7 @@ class Keys:
     """Builds every key of one namespace."""
 
     def __init__(self, namespace: str) -> None:
-        self.namespace = check_name("namespace", namespace)
+        self.namespace = check_key_part("namespace", namespace)
         self.changes = f"{namespace}:changes"  # pub/sub channel
         self.breakers = f"{namespace}:breakers"  # sorted set: name -> last declared by a worker, ms
         self.workers = f"{namespace}:workers"  # sorted set: worker -> when it last attended, ms
@@ -80,7 +76,7 @@ class Keys:
         Raises:
             ConfigurationError: the name cannot be part of a key.
         """
-        check_name("breaker", name)
+        check_key_part("breaker", name)
         family, key = parent_of(name) or name, key_of(name)
         tagged = f"{self.namespace}:{{{family}}}:"
         end = f":{key}" if key else ""
@@ -110,6 +106,6 @@ class Keys:
 
     def _of_breaker(self, name: str, part: str) -> str:
         """Return a key; a child's has the hash tag of its parent, so that one script may touch both."""
-        check_name("breaker", name)
+        check_key_part("breaker", name)
         parent, key = parent_of(name), key_of(name)
         return f"{self.namespace}:{{{parent}}}:{part}:{key}" if parent else f"{self.namespace}:{{{name}}}:{part}"

@@ -22,7 +22,7 @@ from resilient_tasks.core.names import key_of, parent_of
 from resilient_tasks.core.record import Record, brief, to_ms
 from resilient_tasks.store.base import NO_WISH, Evidence, Spec, Wish
 from resilient_tasks.store.forking import renew_after_fork
-from resilient_tasks.store.keys import check_name
+from resilient_tasks.store.keys import check_key_part
 
 _MOST_VALUES = 10_000
 _MOST_UNREAD_CHANGES = 1_000
@@ -80,7 +80,7 @@ class LocalStore:
 
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
         """Lengthen live permits and slots to ``lease`` seconds from now. False: it is no longer held."""
-        check_name("breaker", name)
+        check_key_part("breaker", name)
         with self._lock:
             now, record = self._now(), self._records.get(name)
             return [record is not None and record.renew(h, lease=to_ms(lease), now=now) for h in holders]
@@ -216,7 +216,7 @@ class LocalStore:
 
     @contextmanager
     def _deciding(self, spec: Spec, jitter: float) -> Iterator[Decision]:
-        check_name("breaker", spec.name)
+        check_key_part("breaker", spec.name)
         rules = spec.rules()
         with self._lock:
             now = self._now()
@@ -236,7 +236,7 @@ class LocalStore:
 
     def _seen(self, spec: Spec, now: int) -> Record:
         """Return what is known of a breaker under its newest rules; nobody keeps this record."""
-        check_name("breaker", spec.name)
+        check_key_part("breaker", spec.name)
         rules = spec.rules()
         known = self._records.get(spec.name)
         return replace(known, rules=known.rules.or_newer(rules)) if known else Record(spec.name, rules, since=now)

@@ -101,11 +101,6 @@ class Standing:
         return max(0.0, max(self.deadline, self._denied_until()) - self._clock())
 
     @property
-    def trial_due(self) -> bool:
-        """Whether the next call may be a trial, as far as time goes: HALF_OPEN, or OPEN and its time is over."""
-        return not self.admits and self._clock() >= self.deadline
-
-    @property
     def refuses(self) -> bool:
         """Whether a call is refused without asking the store: not yet time, denied a moment ago, or others wait."""
         if self.admits:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.store.history import History
-from resilient_tasks.store.keys import may_name_breaker
+from resilient_tasks.store.keys import may_be_in_a_key
 
 TELLING = 1.0  # seconds from the first count to the next telling, and between two tries
 
@@ -71,7 +71,7 @@ class Tallies:
         with self._lock:
             tally = self._counted.get(name)
             if tally is None:
-                if not may_name_breaker(name):
+                if not may_be_in_a_key(name):
                     return False
                 tally = self._counted[name] = Tally()
             tally.counts[kind] += count

@@ -657,15 +657,13 @@ def test_a_breaker_can_change_its_fleet(rig: Rig) -> None:
 
 def test_the_task_layers_side(rig: Rig) -> None:
     rig.half_open()
-    assert rig.breaker.trial_due
     grant = rig.breaker.acquire("task-1")
     assert grant.trial
     rig.breaker.hold("task-1", 30)
     verdict = Verdict(Outcome.FAILURE, "HTTP 503", 60.0)
     rig.breaker.fleet.reporter.settle(rig.breaker.spec, "task-1", grant.snapshot.epoch, verdict, wait=5)
     assert rig.breaker.state is State.OPEN
-    assert rig.breaker.refusal().retry_after == 60.0
-    assert not rig.breaker.trial_due
+    assert rig.breaker.refuse().retry_after == 60.0
     assert rig.breaker.snapshot().reason.endswith("HTTP 503")
 
 

@@ -74,11 +74,9 @@ def test_open_refuses_until_its_deadline_on_this_clock(view: View, clock: Manual
     assert standing.retry_after == pytest.approx(10)
     clock.advance(9.99)
     assert standing.refuses
-    assert not standing.trial_due
     assert standing.retry_after == pytest.approx(0.01)
     clock.advance(0.01)
     assert not standing.refuses
-    assert standing.trial_due
     assert not standing.admits
     assert standing.retry_after == 0.0
 
