@@ -64,3 +64,40 @@ def test_an_outage_is_told_as_it_was(shop: Shop) -> None:
     assert accounts.counts.fallbacks["cached"] >= 1
     assert accounts.counts.failed == 1
     assert 0 <= accounts.average_answer_age <= accounts.oldest_answer
+
+
+def test_outages_of_a_tenant_and_by_hand_are_told_as_they_were(shop: Shop) -> None:
+    shop.worker()
+    shop.set_health("tenants-acme", "down")
+    bills = [shop.bill.delay(order) for order in range(10)]
+    shop.wait(lambda: shop.waiting("tenants:acme") == len(bills), "the tenant's tasks to wait")
+    shop.set_health("tenants-acme", "up")
+    shop.wait_done(*bills)
+
+    shop.payments.isolate(reason="maintenance", actor="ann@desk")
+    charges = [shop.charge.delay(order) for order in range(5)]
+    shop.wait(lambda: shop.waiting("payments") == len(charges), "all to wait")
+    shop.resilience.deferred.drop("payments", [charges[0].id])
+    shop.app.control.revoke(charges[1].id)
+    shop.wait_state(charges[1], "REVOKED")
+    shop.broker.hset("resilient:{payments}:state", "epoch", "edited by hand")
+    assert shop.payments.snapshot().state is State.FORCED_OPEN
+    shop.close("payments")
+    shop.wait_done(*charges[2:])
+
+    def told(name: str, resumed: int) -> Outage | None:
+        [outage] = shop.resilience.outages(name)
+        net = outage.counts.resumed - outage.counts.deferred_again
+        return outage if (net, outage.counts.calls.get(Outcome.SUCCESS)) == (resumed, resumed) else None
+
+    shop.wait(lambda: told("tenants", 10), "all about the tenant to be told")
+    shop.wait(lambda: told("payments", 3), "all about the maintenance to be told")
+    [acme], [maintenance] = shop.resilience.outages("tenants"), shop.resilience.outages("payments")
+    assert (acme.breaker, acme.counts.deferred) == ("tenants:acme", 10)
+    assert acme.failed_calls == shop.calls("tenants-acme") - 10
+    assert acme.causes == [("DependencyDownError", acme.failed_calls)]
+    assert (maintenance.reason, maintenance.actor) == ("maintenance", "ann@desk")
+    assert (maintenance.failed_calls, maintenance.causes) == (0, [])
+    counts = maintenance.counts
+    assert (counts.deferred, counts.dropped, counts.revoked, counts.dead) == (5, 1, 1, 0)
+    assert shop.resilience.outages("payments", since=3600) == [maintenance]
