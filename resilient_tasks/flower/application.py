@@ -12,6 +12,7 @@ from tornado import web
 
 from resilient_tasks.flower import api, pages, seams
 from resilient_tasks.flower.desk import Desk
+from resilient_tasks.flower.receiver import SoundReceiver
 from resilient_tasks.monitor.exposition import Exposition
 from resilient_tasks.monitor.metrics import UP
 from resilient_tasks.worker.runtime import find_runtime
@@ -26,6 +27,7 @@ class FlowerWithBreakers(seams.Flower):
     """Flower as ``flower.command`` makes it, with what is ours; without, if the app has no ``Resilience``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        seams.events.EventReceiver = SoundReceiver
         templates = kwargs["template_loader"] = seams.Templates(kwargs["template_path"])
         super().__init__(*args, **kwargs)
         self.executor.submit(templates.warm_up)

@@ -11,10 +11,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from flower import command
+from flower import command, events
 from flower.api import BaseApiHandler
 from flower.api.tasks import GetQueueLengths
 from flower.app import Flower, rewrite_handler
+from flower.events import EventReceiver
 from flower.views import BaseHandler
 from flower.views.broker import BrokerView
 from flower.views.monitor import Metrics
@@ -24,12 +25,14 @@ __all__ = [
     "BaseApiHandler",
     "BaseHandler",
     "BrokerView",
+    "EventReceiver",
     "Flower",
     "GetQueueLengths",
     "Metrics",
     "Templates",
     "api_is_open",
     "command",
+    "events",
     "is_foreign",
     "is_read_only",
     "prefixed",

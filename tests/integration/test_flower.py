@@ -127,6 +127,23 @@ def test_prometheus_is_told_of_breakers_behind_what_flower_tells(shop: Shop, our
     assert "\nflower_events_total" in told() or "# HELP flower_events_total " in told()
 
 
+def test_events_that_make_no_sense_keep_nobody_from_being_heard(shop: Shop, ours: Site) -> None:
+    with shop.app.connection_for_write() as connection:
+        events = shop.app.events.Dispatcher(connection, hostname="worker@somewhere")
+        nonsense: list[Any] = [
+            {},
+            [],
+            5,
+            {"type": "task-deferred", "uuid": [1]},
+            {"type": "worker-online", "clock": "x"},
+        ]
+        for event in nonsense:
+            events.producer.publish(event, routing_key="task.deferred", exchange=events.exchange.name)
+        events.send("task-received", uuid="heard", name="shop.charge", args="()", kwargs="{}")
+        events.send("task-deferred", uuid="heard")
+    shop.wait(lambda: ours.count("DEFERRED", ["heard"]) == 1, "the event after them to be heard")
+
+
 # --- steering ------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from resilient_tasks.core.names import child_name
 from resilient_tasks.errors import StoreError
 from resilient_tasks.flower.application import FlowerWithBreakers
 from resilient_tasks.flower.errands import Errands, NoAnswerError
+from resilient_tasks.flower.receiver import SoundReceiver
 from resilient_tasks.prometheus import register
 from resilient_tasks.store.local import LocalStore
 from resilient_tasks.testing import Clock
@@ -380,3 +381,36 @@ def test_tasks_are_named_by_their_ids(site: httpx.Client, ids: Any) -> None:
                        headers={"Content-Type": "application/json"})  # fmt: skip
     assert answer.status_code == 400
     assert "allowed are ids of tasks" in answer.json()["error"]
+
+
+# --- events ----------------------------------------------------------------------------------------------
+
+EVENT = {
+    "type": "task-deferred",
+    "hostname": "w@h",
+    "uuid": "1",
+    "timestamp": 1e9,
+    "clock": 5,
+    "utcoffset": 0,
+    "pid": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        None, 5, "text", {}, {"type": "task-deferred"}, {**EVENT, "type": 5}, {**EVENT, "hostname": ["h"]},
+        {**EVENT, "uuid": {"a": 1}}, {**EVENT, "clock": "soon"}, {**EVENT, "clock": None},
+        {**EVENT, "timestamp": 1e300}, {**EVENT, "timestamp": float("nan")}, {**EVENT, "utcoffset": "x"},
+        {**EVENT, "name": [1]}, {**EVENT, "args": {}},
+    ],
+)  # fmt: skip
+def test_flower_hears_no_events_that_make_no_sense(nonsense: Any, caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[dict[str, Any]] = []
+    app = Celery("app", broker="memory://", set_as_current=False)
+    with app.connection() as connection:
+        receiver = SoundReceiver(connection, handlers={"*": heard.append}, app=app)
+        for body in (nonsense, [dict(EVENT), nonsense, dict(EVENT)]):
+            receiver._receive(body, None)
+    assert [event["uuid"] for event in heard] == ["1", "1"]
+    assert caplog.text.count("an event makes no sense") == 2

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import flower
 import pytest
+from celery.events import EventReceiver
 from flower import command
 from flower.api import BaseApiHandler
 from flower.app import Flower
@@ -28,6 +29,13 @@ def test_the_command_makes_whatever_flower_the_module_names(monkeypatch: pytest.
     assert command.Flower is FlowerWithBreakers
     assert "Flower(capp=app, options=options, **settings)" in inspect.getsource(command.flower.callback)
     assert settings["template_path"] == str(THEIRS / "templates")
+
+
+def test_events_are_received_by_what_flowers_module_names() -> None:
+    assert "recv = EventReceiver(conn," in inspect.getsource(seams.events.Events.run)
+    received = inspect.getsource(EventReceiver._receive)
+    assert "isinstance(body, list)" in received
+    assert "callbacks=[self._receive]" in inspect.getsource(EventReceiver.get_consumers)
 
 
 def test_the_navigation_gets_one_item_at_the_end_of_its_first_list() -> None:
