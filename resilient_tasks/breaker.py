@@ -14,7 +14,6 @@ from resilient_tasks.checks.base import HEARTBEATS, LONGEST_SILENCE
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State, Verb
 from resilient_tasks.core.names import check_name
-from resilient_tasks.core.record import OLDEST
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.family import Family
 from resilient_tasks.guard import Guarding
@@ -229,9 +228,7 @@ class Breaker(Guarding):
         return self._command(Verb.RESET, reason, actor)
 
     def _command(self, verb: Verb, reason: str, actor: str | None) -> Snapshot:
-        # the shell of whoever gives the order may stand in an old checkout: the fleet keeps its policy
-        spec = replace(self.spec, revision=OLDEST)
-        return self.fleet.command(spec, verb, reason, this_user() if actor is None else actor)
+        return self.fleet.command(self.spec, verb, reason, this_user() if actor is None else actor)
 
 
 class Child(Breaker):

@@ -10,8 +10,10 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from resilient_tasks.core.model import Answer, Grant, Snapshot, State, Transition, Verb, voter_of
+from resilient_tasks.core.record import OLDEST
 from resilient_tasks.errors import StoreError
 from resilient_tasks.monitor.story import Story
 from resilient_tasks.store.base import NO_WISH, Spec, Store, Wish
@@ -130,11 +132,14 @@ class Fleet:
     def command(self, spec: Spec, verb: Verb, reason: str, actor: str) -> Snapshot:
         """Carry out an operator's verb and return the state that it led to.
 
+        The workers' policy stays in force, whatever checkout and environment the verb comes from.
+
         Raises:
             StoreError: the store is away; nothing has changed.
         """
         asked = self.view.asking()
-        answer = self.store.command(spec, verb, reason=reason, actor=actor, jitter=random.random())
+        undeclared = replace(spec, revision=OLDEST)
+        answer = self.store.command(undeclared, verb, reason=reason, actor=actor, jitter=random.random())
         self.learn(answer, asked)
         return answer.snapshot
 

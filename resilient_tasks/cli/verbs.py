@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import click
 
 from resilient_tasks.breaker import this_user
@@ -19,9 +17,7 @@ def _command(verb: Verb, does: str) -> click.Command:
     @pass_runtime
     def carry_out(runtime: Runtime, names: tuple[str, ...], reason: str) -> None:
         for name in expand(runtime, names):
-            # the workers' policies stay in force, whatever checkout and environment this is run from
-            spec = replace(runtime.breaker(name).spec, revision=0)
-            snapshot = runtime.fleet.command(spec, verb, reason, this_user())
+            snapshot = runtime.fleet.command(runtime.breaker(name).spec, verb, reason, this_user())
             click.echo(f"{name} is {snapshot.state}")
 
     return carry_out

@@ -1,9 +1,9 @@
 """The rules of a breaker: what a report, a request, a trial, a verb or the passing of time does to it.
 
 Everything here is plain data and pure arithmetic: no clock, no lock, no I/O. ``now`` is handed in as
-integer milliseconds, and all sums are integers, so that ``store/lua/lib/rules.lua``, which holds the
-same rules for the shared store, comes to the same answers to the last bit. The two have the same
-functions: change them together; a property test compares them.
+integer milliseconds, and all sums are integers, so that ``store/lua/lib``, which holds the same rules for
+the shared store in ``rules.lua``, ``trials.lua`` and ``transitions.lua``, comes to the same answers to the
+last bit. The two have the same functions: change them together; a property test compares them.
 """
 
 from __future__ import annotations

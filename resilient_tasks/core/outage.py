@@ -11,7 +11,7 @@ from resilient_tasks.core.model import ADMITTING, Outcome, Snapshot
 
 #: A rate is learned from at least so many tasks, and seconds.
 _FEWEST_RESUMED, _SHORTEST_DRAIN = 10, 1.0
-#: Seconds after which what was resumed counts a third, as in ``store/lua/history.lua``; and those between two tellings.
+#: Seconds after which what was resumed counts a third, as in ``lua/lib/history.lua``; and those between two tellings.
 LATELY, _TOLD_EACH = 10.0, 1.0
 
 

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -98,9 +98,7 @@ class Desk:
 
     async def command(self, name: str, verb: Verb, reason: str, actor: str) -> Told:
         """Carry out an operator's verb and return the state that it led to."""
-        # the workers' policies stay in force, whatever checkout and environment Flower runs from
-        spec = replace(self._runtime.breaker(name).spec, revision=0)
-        command = partial(self._runtime.fleet.command, spec, verb, reason, actor)
+        command = partial(self._runtime.fleet.command, self._runtime.breaker(name).spec, verb, reason, actor)
         snapshot = await self._store.run(command, patience=PATIENCE)
         self.watch.forget()
         return snapshot.as_dict()
