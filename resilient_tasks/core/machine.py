@@ -264,12 +264,10 @@ class Decision:
     def _grant(self, holder: str, lease: int) -> bool:
         """Hand out a permit if one more trial can still matter, and is not one too many at once."""
         record = self.record
-        if holder in record.trials:
-            return record.renew(holder, lease=lease, now=self.now)
         used = len(record.trials) + record.trial_successes + record.trial_failures
-        if max(used, record.live_trials(self.now)) >= record.rules.trial_calls:
+        if holder not in record.trials and max(used, record.live_trials(self.now)) >= record.rules.trial_calls:
             return False
-        record.trials[holder] = self.now + lease
+        record.trials[holder] = max(record.trials.get(holder, 0), self.now + lease)
         return True
 
     def _count_trial(self, outcome: Outcome) -> None:

@@ -116,3 +116,10 @@ def test_permits_beyond_a_smaller_policy_are_judged_at_the_next_look() -> None:
     record.rules = Rules.of(BreakerPolicy(trial_calls=2), 1)
     assert Decision(record, later).acquire("e", 1000) == (True, False)
     assert record.state is State.CLOSED
+
+
+def test_asking_again_with_a_permit_lengthens_no_earlier_trial_of_the_same_holder() -> None:
+    record = new(trial_calls=2)
+    record.state, record.trials, record.stragglers = State.HALF_OPEN, {"a": NOW + 10}, {"a": NOW + 20}
+    assert Decision(record, NOW).acquire("a", 1000) == (True, True)
+    assert (record.trials, record.stragglers) == ({"a": NOW + 1000}, {"a": NOW + 20})
