@@ -119,7 +119,8 @@ class Shop:
             print(f"--- {program.name}\n{program.output()}")
 
     def clear(self) -> None:
-        """Forget everything that former tests have left: all workers must be stopped."""
+        """Forget everything that former tests have left, also in this process: all workers must be stopped."""
+        self.project.resilience.fleet.reporter.flush(PATIENCE)
         for database in range(3):
             client = redis.Redis.from_url(self.server.url(database))
             left = [key for key in client.scan_iter() if not key.startswith(b"_kombu.binding")]

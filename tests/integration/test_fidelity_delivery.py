@@ -101,7 +101,7 @@ def _let_go(post: PostOffice, queue: str, count: int) -> list[Any]:
     with post.client.connection_for_read() as connection:
         bound = post.client.amqp.queues[queue](connection.default_channel)
         bound.declare()
-        messages = [bound.get() for _ in range(count)]
+        messages = [post.wait(bound.get, "a message on its queue") for _ in range(count)]
         for message in messages:
             message.requeue()
     post.client.control.add_consumer(queue, reply=True)
