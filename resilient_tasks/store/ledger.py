@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from resilient_tasks.core.memory import Memory
 from resilient_tasks.core.names import key_of
@@ -31,6 +31,18 @@ REVOKED_FOR = 7 * 24 * 3600.0  # s for which a revoke is remembered
 MOST_REVOKED = 50_000  # ids and stamps
 CLAIMED_FOR = 7 * 24 * 3600.0  # s for which it is remembered which task is the latest of its kind
 LONGEST_ABSENCE = 30.0  # s after which a worker that has not attended is no longer alive
+
+
+class Wait(NamedTuple):
+    """How long a deferred task waits, in seconds of the store's time.
+
+    Attributes:
+        deadline: when it must wait no longer; None: it may wait for ever.
+        since: when it was first deferred, however often it was resumed since; None: now.
+    """
+
+    deadline: float | None = None
+    since: float | None = None
 
 
 class Ledger:
@@ -53,15 +65,17 @@ class Ledger:
 
     # --- deferred tasks -----------------------------------------------------------------------------
 
-    def add_deferred(self, name: str, task_id: str, *, deadline: float | None = None) -> None:
-        """Index a deferred task. ``deadline``: store time at which it must wait no longer."""
-        self.add_all_deferred(name, {task_id: deadline})
+    def add_deferred(
+        self, name: str, task_id: str, *, deadline: float | None = None, since: float | None = None
+    ) -> None:
+        """Index a deferred task; see :class:`Wait`."""
+        self.add_all_deferred(name, {task_id: Wait(deadline, since)})
 
-    def add_all_deferred(self, name: str, deadlines: Mapping[str, float | None]) -> None:
-        """Index deferred tasks, each with the end of its wait, in one round trip."""
+    def add_all_deferred(self, name: str, waits: Mapping[str, Wait]) -> None:
+        """Index deferred tasks in one round trip."""
         keys = self._keys.breaker(name)
-        pairs = [(task_id, "" if end is None else to_ms(end)) for task_id, end in deadlines.items()]
-        told = key_of(name), *chain.from_iterable(pairs)
+        times = {task_id: ["" if at is None else to_ms(at) for at in wait] for task_id, wait in waits.items()}
+        told = key_of(name), *chain.from_iterable((task_id, *at) for task_id, at in times.items())
         self._scripts.run("defer", [keys.deferred, keys.deadlines, keys.hot], *told)
 
     def hasten(self, names: Iterable[str], task_ids: Iterable[str]) -> None:

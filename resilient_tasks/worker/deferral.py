@@ -196,7 +196,7 @@ class Deferral:
 
     def _index(self, task_id: str, ticket: Ticket) -> None:
         """Best-effort: the tick's stocktaking finds a message that is missing here."""
-        self._runtime.fleet.ledger.add_deferred(ticket.breaker, task_id, deadline=ticket.ends_at)
+        self._runtime.fleet.ledger.add_deferred(ticket.breaker, task_id, deadline=ticket.ends_at, since=ticket.since)
 
     def _write_state(self, request: GatedRequest, state: str, info: dict[str, Any] | None = None) -> None:
         def write() -> None:

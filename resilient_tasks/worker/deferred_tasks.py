@@ -70,7 +70,9 @@ class DeferredTasks:
             done = {id(move.entry): move for move in made}
             for move in planned:
                 if id(move.entry) not in done:
-                    ledger.add_deferred(breaker, move.entry.task_id, deadline=move.entry.ticket.ends_at)
+                    ticket = move.entry.ticket
+                    since = ticket.since or None
+                    ledger.add_deferred(breaker, move.entry.task_id, deadline=ticket.ends_at, since=since)
                 elif move.queue != done[id(move.entry)].queue:
                     self._settle(move.entry, ResilienceError(f"the queue {move.queue} that it came from is gone"))
         self._tell_resumed([move.entry for move in made if move.resumes])

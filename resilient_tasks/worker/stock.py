@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from resilient_tasks.core.model import Snapshot
 from resilient_tasks.core.names import is_child
+from resilient_tasks.store.ledger import Wait
 from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks, ended
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.revokes import revoked_among
@@ -38,6 +39,7 @@ class Stocktaker:
         self._runtime = runtime
         self._tasks = tasks
         self._children = self._all_children()
+        self._empty_since: dict[str, float] = {}  # breakers for which tasks are indexed, and none waits
 
     def some_children(self) -> list[Breaker]:
         """Return children whose waiting tasks may be indexed nowhere, because a store may have lost its data.
@@ -92,11 +94,12 @@ class Stocktaker:
         fleet = self._runtime.fleet
         waiting = self._tasks.count(breaker.name)
         snapshot = fleet.store.read([breaker.spec])[0]
-        if waiting == 0 and snapshot.oldest_deferred_at is not None:
-            # an entry of this moment belongs to a message that is on its way: the index is written first
-            if snapshot.now - snapshot.oldest_deferred_at > ON_ITS_WAY:
-                fleet.ledger.clear_deferred(breaker.name)
-        elif waiting > snapshot.deferred:  # the index is written first and cleared first: some deferrals are missing
+        if waiting > 0 or snapshot.deferred == 0:
+            self._empty_since.pop(breaker.name, None)
+        elif snapshot.now - self._empty_since.setdefault(breaker.name, snapshot.now) > ON_ITS_WAY:
+            # not at once: a message may be on its way, because the index is written first
+            fleet.ledger.clear_deferred(breaker.name)
+        if waiting > snapshot.deferred:  # the index is written first and cleared first: some deferrals are missing
             self._tasks.sift(breaker.name, lambda entries: self._index(breaker.name, entries))
 
     def send_home(self, unseen_for: float) -> None:
@@ -118,6 +121,6 @@ class Stocktaker:
         return True
 
     def _index(self, breaker: str, entries: Sequence[Entry]) -> list[Move]:
-        deadlines = {entry.task_id: entry.ticket.ends_at for entry in entries}
-        self._runtime.fleet.ledger.add_all_deferred(breaker, deadlines)
+        waits = {entry.task_id: Wait(entry.ticket.ends_at, entry.ticket.since or None) for entry in entries}
+        self._runtime.fleet.ledger.add_all_deferred(breaker, waits)
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from resilient_tasks.core.pace import Pace
+from resilient_tasks.store.ledger import Wait
 from tests.contract.lab import SHARED, Lab
 
 
@@ -35,13 +36,14 @@ def test_a_task_deferred_twice_is_counted_once_since_the_first_time(lab: Lab) ->
 
 
 @SHARED
-def test_a_task_resumed_and_deferred_again_waits_anew(lab: Lab) -> None:
-    breaker = lab.breaker()
+def test_a_task_resumed_and_deferred_again_has_waited_since_the_first_time(lab: Lab) -> None:
+    breaker, first = lab.breaker(), lab.clock()
     lab.ledger.add_deferred(breaker.name, "a")
     lab.ledger.remove_deferred(breaker.name, ["a"])
     lab.clock.advance(5)
-    lab.ledger.add_deferred(breaker.name, "a")
-    assert breaker.snapshot().oldest_deferred_at == lab.clock()
+    lab.ledger.add_deferred(breaker.name, "b")
+    lab.ledger.add_deferred(breaker.name, "a", since=first)
+    assert breaker.snapshot().oldest_deferred_at == first
 
 
 @SHARED
@@ -166,6 +168,6 @@ def test_only_so_many_revoked_ids_are_remembered(lab: Lab) -> None:
 @SHARED
 def test_many_are_indexed_at_once(lab: Lab) -> None:
     breaker, now = lab.breaker(), lab.clock()
-    lab.ledger.add_all_deferred(breaker.name, {"a": None, "b": now + 60, "c": now + 30})
+    lab.ledger.add_all_deferred(breaker.name, {"a": Wait(), "b": Wait(now + 60, now - 5), "c": Wait(now + 30)})
     snapshot = breaker.snapshot()
-    assert (snapshot.deferred, snapshot.oldest_deferred_at, snapshot.next_deadline_at) == (3, now, now + 30)
+    assert (snapshot.deferred, snapshot.oldest_deferred_at, snapshot.next_deadline_at) == (3, now - 5, now + 30)

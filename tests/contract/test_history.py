@@ -23,6 +23,7 @@ from resilient_tasks.core.counts import (
 from resilient_tasks.core.model import Outcome, State, Verb
 from resilient_tasks.core.outage import Deadlines, Outage
 from resilient_tasks.errors import ConfigurationError
+from resilient_tasks.store.ledger import Wait
 from resilient_tasks.store.tallies import Tally
 from tests.contract.lab import SHARED, Lab, Subject
 
@@ -443,7 +444,7 @@ def test_shadow_makes_no_outage(lab: Lab) -> None:
 @SHARED
 def test_deadlines_are_sampled(lab: Lab) -> None:
     now = lab.clock()
-    lab.ledger.add_all_deferred("payments", {f"task {number}": now + number for number in range(1, 201)})
+    lab.ledger.add_all_deferred("payments", {f"task {number}": Wait(now + number) for number in range(1, 201)})
     lab.ledger.add_deferred("mail", "a")
     found = lab.history.deadlines(["payments", "mail"])
     assert found["mail"] == Deadlines()
