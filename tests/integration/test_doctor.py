@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from resilient_tasks import Resilience, cli
 from resilient_tasks.worker import examination
 from resilient_tasks.worker.runtime import TICK_TASK, runtime_of
+from tests.chaos.stack import faketime_library
 from tests.integration.conftest import Shop
 from workers.processes import PROJECT
 
@@ -97,6 +99,17 @@ def test_beat_is_seen_alive_while_nothing_is_due(shop: Shop) -> None:
     shop.beat()
     shop.wait(lambda: sender_age(shop) is not None, "beat to look")
     assert shop.broker.llen("resilient.control") == 0
+
+
+def test_a_clock_that_is_fast_is_found(shop: Shop) -> None:
+    library = faketime_library()
+    if library is None:
+        pytest.skip("faketime is not installed")
+    clock = {"LD_PRELOAD": str(library), "FAKETIME": "+150", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    worker = shop.worker(pool="threads", env=clock)
+    _, findings = examined(shop.app)
+    found = said(findings, "clocks", "warning")
+    assert re.fullmatch(rf"the clock of worker {worker.node} is 2 min [23]\d s ahead of the store's", found)
 
 
 def test_with_all_workers_dead_it_finds_what_they_have_left(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
