@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -23,6 +23,9 @@ from resilient_tasks.worker.runtime import Runtime, find_runtime
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+#: Names that the answer to an unknown one lists.
+MOST_NAMED = 20
 
 
 def pass_runtime(command: Callable[Concatenate[Runtime, P], R]) -> Callable[P, R]:
@@ -73,10 +76,9 @@ class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases 
         parent, key = parent_of(value), key_of(value)
         if parent is not None and parent in runtime.breakers and key and not is_child(value):
             return self.child(parent, key, param, ctx)
-        defined = sorted(runtime.breakers)
         if not runtime.defines(value):
-            near = difflib.get_close_matches(value, defined, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"defined: {', '.join(defined) or 'none'}"
+            near = difflib.get_close_matches(value, runtime.breakers, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"defined: {_some(sorted(runtime.breakers))}"
             self.unknown(f"no breaker is named '{printable(value)}'; {hint}", param, ctx)
         return value
 
@@ -103,6 +105,12 @@ class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases 
             return []
         names = sorted(runtime.breakers) if runtime else []
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return names in one line, however many there are."""
+    more = [f"and {len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
+    return ", ".join([*names[:MOST_NAMED], *more]) or "none"
 
 
 class BreakerNames(BreakerName):

@@ -33,7 +33,10 @@ _ids = click.argument("task_ids", metavar="ID...", nargs=-1, required=True)
 
 @click.group()
 def dead() -> None:
-    """See, replay and drop dead letters: tasks that failed for good, or expired, while they waited."""
+    """See, replay and drop dead letters.
+
+    They are tasks that failed for good, or expired, while they waited.
+    """
 
 
 @dead.command("list")

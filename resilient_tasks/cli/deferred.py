@@ -27,7 +27,10 @@ _BEAT = 0.1
 @click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
 @pass_runtime
 def deferred(runtime: Runtime, name: str, *, limit: int, ids_only: bool, as_json: bool) -> None:
-    """List the tasks that wait for a breaker, or NAME:* for any of its children, the oldest first."""
+    """List the tasks that wait for a breaker, the oldest first.
+
+    NAME:* stands for all its children.
+    """
     with asking_the_broker(runtime):
         waiting = Deferred(runtime)
         counts = {each: waiting.count(each) for each in expand(runtime, [name])}
@@ -54,9 +57,10 @@ def _row(task: DeferredTask) -> Row:
 @click.option("--force", is_flag=True, help="Even though the breaker refuses.")
 @pass_runtime
 def resume(runtime: Runtime, name: str, *, rate: float | None, force: bool) -> None:
-    """Resume now what waits for a breaker, or NAME:* for each of its children, faster or slower than the workers do.
+    """Resume now what waits for a breaker.
 
-    While the breaker refuses, its workers would only defer the tasks again, so that takes --force.
+    Faster or slower than the workers do. NAME:* stands for all its children. While the breaker refuses, its workers
+    would only defer the tasks again, so that takes --force.
     """
     if rate is not None and not math.isfinite(rate):
         raise click.BadParameter(f"{rate} is no number of tasks per second", param_hint="'--rate'")
@@ -107,9 +111,9 @@ def _batches(waiting: Deferred, name: str, rate: float | None, *, force: bool) -
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @pass_runtime
 def drop(runtime: Runtime, name: str, *, task_ids: tuple[str, ...], yes: bool) -> None:
-    """Drop tasks that wait for a breaker, or NAME:* for any of its children.
+    """Drop tasks that wait for a breaker.
 
-    All of them or some: they never run, and their results are REVOKED.
+    All of them or some: they never run, and their results are REVOKED. NAME:* stands for all its children.
     """
     with asking_the_broker(runtime):
         waiting = Deferred(runtime)

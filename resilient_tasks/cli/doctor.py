@@ -20,9 +20,10 @@ from resilient_tasks.worker.runtime import Runtime
 @click.pass_context
 @pass_runtime
 def doctor(runtime: Runtime, ctx: click.Context, *, as_json: bool, timeout: float) -> None:
-    """Examine the deployment: store, broker, workers, beat and settings.
+    """Examine the deployment and say what to do.
 
-    The exit code is 1 if anything is in error; warnings leave it 0.
+    It looks at store, broker, workers, beat and settings. The exit code is 1 if anything is in error; warnings leave
+    it 0.
     """
     findings = examine(look_at(runtime, patience=timeout))
     if as_json:

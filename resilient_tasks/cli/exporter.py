@@ -18,7 +18,10 @@ from resilient_tasks.worker.runtime import Runtime
 @click.option("--address", default="0.0.0.0", show_default=True, help="Of the interface to listen on.")  # noqa: S104 - so exporters do
 @pass_runtime
 def exporter(runtime: Runtime, port: int, address: str) -> None:
-    """Serve all breakers to Prometheus, until interrupted; one exporter is enough for a fleet."""
+    """Serve all breakers to Prometheus, until interrupted.
+
+    One exporter is enough for a fleet.
+    """
     from resilient_tasks.monitor.exposition import Exposition, ExpositionServer  # noqa: PLC0415 - `--help` needs none
     from resilient_tasks.worker.subjects import read_subjects  # noqa: PLC0415 - as above
 

@@ -12,7 +12,10 @@ import click
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def flower(ctx: click.Context, options: tuple[str, ...]) -> None:
-    """Start Flower with a page of breakers; takes Flower's own options."""
+    """Start Flower with a page of breakers.
+
+    Takes Flower's own options.
+    """
     if find_spec("flower") is None:
         raise click.ClickException("Flower is not installed: pip install 'resilient-tasks[flower]'")
     importlib.import_module("resilient_tasks.flower.install")  # only now: Flower is an extra, and takes long to import

@@ -44,7 +44,10 @@ class _Span(click.ParamType):  # type: ignore[type-arg]  # older releases of cli
 )
 @pass_runtime
 def report(runtime: Runtime, name: str | None, *, since: float | None, form: str) -> None:
-    """Tell of outages, the newest first: causes, calls avoided, tasks that waited, and how fast they drained."""
+    """Tell of outages, the newest first.
+
+    Their causes, the calls avoided, the tasks that waited, and how fast they drained.
+    """
     names = runtime.fleet.with_children(runtime.breakers if name is None else [name])
     snapshots = runtime.fleet.store.read_shared([runtime.breaker(each).spec for each in names])
     story, now = runtime.fleet.story, snapshots[0].now if snapshots else 0.0

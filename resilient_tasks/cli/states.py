@@ -29,9 +29,10 @@ _COLUMNS = ("BREAKER", "STATE", "FOR", "CALLS", "FAILED", "SLOW", "DEFERRED", "O
 @click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
 @pass_runtime
 def list_breakers(runtime: Runtime, names: tuple[str, ...], *, as_json: bool) -> None:
-    """List all breakers: those that are not CLOSED first, then those with waiting tasks.
+    """List all breakers, those that are not CLOSED first.
 
-    Of children only those that are not CLOSED, or that tasks wait for. Their parent's NAME:* lists all of them.
+    Then those with waiting tasks. Of children only those that are not CLOSED, or that tasks wait for. Their parent's
+    NAME:* lists all of them.
     """
     snapshots = _read(runtime, expand(runtime, names)) if names else _in_order(runtime.read())
     if as_json:
@@ -136,7 +137,9 @@ def _row(snapshot: Snapshot) -> Row:
 
 def _next_probe(snapshot: Snapshot) -> str:
     due = snapshot.next_probe_at
-    return "" if due is None else f"in {duration(due - snapshot.now)}"
+    if due is None:
+        return ""
+    return f"in {duration(due - snapshot.now)}" if due > snapshot.now else "due"
 
 
 def _details(snapshot: Snapshot) -> Iterator[Row]:

@@ -26,5 +26,5 @@ def _command(verb: Verb, does: str) -> click.Command:
 trip = _command(Verb.TRIP, "Open breakers as if they had tripped: they heal by themselves.")
 isolate = _command(Verb.ISOLATE, "Refuse all calls, probes too, until reset.")
 disable = _command(Verb.DISABLE, "Admit all calls and count nothing, until reset.")
-shadow = _command(Verb.SHADOW, "Admit all calls, count, and tell when a breaker would have opened, until reset.")
+shadow = _command(Verb.SHADOW, "Admit all calls and tell when a breaker would have opened.")
 reset = _command(Verb.RESET, "Close breakers, with an empty window.")

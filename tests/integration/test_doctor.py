@@ -107,8 +107,14 @@ def test_a_clock_that_is_fast_is_found(shop: Shop) -> None:
         pytest.skip("faketime is not installed")
     clock = {"LD_PRELOAD": str(library), "FAKETIME": "+150", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
     worker = shop.worker(pool="threads", env=clock)
-    _, findings = examined(shop.app)
-    found = said(findings, "clocks", "warning")
+    found = ""
+
+    def told() -> str:
+        nonlocal found
+        found = said(examined(shop.app)[1], "clocks", "warning")
+        return found
+
+    shop.wait(told, "the worker to answer in time")
     assert re.fullmatch(rf"the clock of worker {worker.node} is 2 min [23]\d s ahead of the store's", found)
 
 

@@ -157,6 +157,22 @@ def test_a_name_like_no_other_gets_all_that_there_are(run: Run, accounts: Breake
     assert "\x1b" not in result.output
 
 
+def test_of_a_thousand_names_some_are_told(
+    run: Run, resilience: Resilience, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resilient_tasks.cli.common.MOST_NAMED", 2)
+    for name in ("aa", "bb", "cc", "dd"):
+        resilience.breaker(name)
+    assert "defined: aa, bb, and 3 more" in run("show", "zzz").output
+
+
+def test_a_probe_that_nobody_runs_is_due(run: Run, payments: Breaker, clock: Clock) -> None:
+    payments.trip()
+    assert re.search(r"next probe +in 10 s", run("show", "payments").output)
+    clock._now += 60  # nobody looks after it meanwhile
+    assert re.search(r"next probe +due", run("show", "payments").output)
+
+
 def test_an_unknown_verb_gets_the_nearest(run: Run) -> None:
     result = run("isolat", "payments")
     assert result.exit_code == 2
