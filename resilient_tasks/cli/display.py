@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 Row = Sequence[str]
@@ -23,6 +24,10 @@ _STYLES = {
     "DISABLED": "magenta",
     "SHADOW": "cyan",
 }
+
+
+#: Columns of a table that are never cut, names and states; and how much of a word is left in all others.
+_WHOLE, _LEAST = 2, 8
 
 
 def printable(text: str) -> str:
@@ -38,9 +43,7 @@ def print_json(value: Any) -> None:
 def print_table(columns: Row, rows: Sequence[Row]) -> None:
     """Print a table: for people on a terminal as rich draws it, otherwise as plain text."""
     if is_rich():
-        from rich.console import Console  # noqa: PLC0415 - rich is an extra, and takes long to import
-
-        Console(no_color=click.get_current_context().obj.no_color or None).print(rich_table(columns, rows))
+        rich_console().print(rich_table(columns, rows))
     else:
         click.echo("\n".join(plain_lines(columns, rows)))
 
@@ -48,6 +51,13 @@ def print_table(columns: Row, rows: Sequence[Row]) -> None:
 def is_rich() -> bool:
     """Whether somebody looks at a terminal, and rich is installed."""
     return sys.stdout.isatty() and find_spec("rich") is not None
+
+
+def rich_console() -> Console:
+    """Return the terminal, without colours for who wants none."""
+    from rich.console import Console  # noqa: PLC0415 - rich is an extra, and takes long to import
+
+    return Console(no_color=click.get_current_context().obj.no_color or None)
 
 
 def plain_lines(columns: Row, rows: Sequence[Row]) -> Iterator[str]:
@@ -59,12 +69,20 @@ def plain_lines(columns: Row, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def rich_table(columns: Row, rows: Sequence[Row]) -> Table:
-    """Return a table whose cells are never taken for markup."""
+    """Return a table whose cells are never taken for markup.
+
+    On a narrow terminal columns that nobody fills are left out, and words stay whole in the first columns.
+    """
     from rich import box  # noqa: PLC0415 - as above
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    table = Table(*columns, box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    filled = [number for number in range(len(columns)) if not rows or any(row[number] for row in rows)]
+    for number in filled:
+        words = " ".join([columns[number], *(printable(row[number]) for row in rows)]).split()
+        longest = max(map(len, words))
+        table.add_column(columns[number], min_width=longest if number < _WHOLE else min(longest, _LEAST))
     for row in rows:
-        table.add_row(*(Text(printable(cell), style=_STYLES.get(cell, "")) for cell in row))
+        table.add_row(*(Text(printable(row[number]), style=_STYLES.get(row[number], "")) for number in filled))
     return table

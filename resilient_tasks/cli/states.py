@@ -10,7 +10,7 @@ from dataclasses import asdict
 import click
 
 from resilient_tasks.cli.common import BreakerName, BreakerNames, expand, pass_runtime
-from resilient_tasks.cli.display import Row, is_rich, plain_lines, print_json, print_table, rich_table
+from resilient_tasks.cli.display import Row, is_rich, plain_lines, print_json, print_table, rich_console, rich_table
 from resilient_tasks.core.model import ADMITTING, ShadowOpening, Snapshot, State
 from resilient_tasks.core.outage import Estimate
 from resilient_tasks.errors import StoreError
@@ -83,7 +83,7 @@ def _watch_plainly(runtime: Runtime, interval: float) -> None:
 def _watch_live(runtime: Runtime, interval: float) -> None:
     from rich.live import Live  # noqa: PLC0415 - rich is an extra, and takes long to import
 
-    with Live(auto_refresh=False, screen=True) as live:
+    with Live(console=rich_console(), auto_refresh=False, screen=True) as live:
         for caption, rows in _looks(runtime, interval):
             table = rich_table(_COLUMNS, rows)
             table.title = caption

@@ -261,6 +261,22 @@ def test_a_terminal_gets_a_table_without_markup(
     assert "\x1b[2J" not in output
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_on_a_narrow_terminal_names_and_states_stay_whole(
+    run: Run, payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setattr("resilient_tasks.cli.display.is_rich", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    payments.child("a-customer").isolate(
+        reason="the provider asked for patience, until six in the morning", actor="ann@desk"
+    )
+    output = run("list").output
+    assert "payments:a-customer" in output
+    assert "FORCED_OPEN" in output
+    assert "FAILED" not in output  # nobody has called: the column would be empty
+    assert max(map(len, output.splitlines())) <= width
+
+
 def test_celery_itself_imports_nothing_heavy_of_ours() -> None:
     script = "import resilient_tasks.cli, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
