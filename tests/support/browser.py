@@ -167,6 +167,7 @@ class Browser:
         """Save what a person sees in a window of such a width as a PNG."""
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
         with self._as_wide_as(width):
+            self.run("scrollTo({top: 0, behavior: 'instant'})")  # what floats above the page lies in its way else
             shot = self._call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
 

@@ -58,6 +58,12 @@ def test_our_templates_find_flowers() -> None:
         assert wanted in base
 
 
+def test_flower_has_threads_and_its_event_loop_at_hand_before_it_starts() -> None:
+    source = inspect.getsource(Flower.__init__)
+    assert "self.executor = self.pool_executor_cls(" in source
+    assert "self.io_loop = io_loop or" in source
+
+
 def test_the_classes_that_our_pages_wear_exist() -> None:
     style = (THEIRS / "static" / "css" / "flower.css").read_text()
     for name in ("page-section", "page-header", "metric-grid", "metric-card-danger", "broker-table", "detail-list"):
