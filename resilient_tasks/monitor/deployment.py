@@ -86,7 +86,7 @@ class TaskFacts:
 
 @dataclass(frozen=True, slots=True)
 class BreakerFacts:
-    """One breaker as this process declares it, and what waits for it. Durations in seconds."""
+    """One breaker as this process declares it, and what waits for it or its children. Durations in seconds."""
 
     name: str
     trial_timeout: float

@@ -48,15 +48,16 @@ def look_at(runtime: Runtime, *, patience: float) -> Deployment:
 
 
 def _look_at_store(runtime: Runtime) -> dict[str, Any]:
-    waits: dict[str, float | None] = {}
+    waits: dict[str, float] = {}
     found: dict[str, Any] = {}
     try:
         ledger = runtime.fleet.ledger
         found["store"] = ledger.server_facts()
-        for snapshot in runtime.fleet.store.read_shared(runtime.specs()):
-            oldest = snapshot.oldest_deferred_at
-            waits[snapshot.name] = None if oldest is None else snapshot.now - oldest
+        for snapshot in runtime.read():
             found["clock_ahead"] = time.time() - snapshot.now
+            if snapshot.oldest_deferred_at is not None:
+                name = parent_of(snapshot.name) or snapshot.name
+                waits[name] = max(snapshot.now - snapshot.oldest_deferred_at, waits.get(name, 0.0))
         scope = runtime.tick_scope
         ages = {"tick_age": ledger.last_tick_age(scope), "tick_sender_age": ledger.tick_sender_age(scope)}
         found |= {name: math.inf if age is None else age for name, age in ages.items()}

@@ -73,7 +73,7 @@ def test_what_is_sound_and_what_is_broken(shop: Shop, monkeypatch: pytest.Monkey
     shop.broker.config_set("maxmemory-policy", "allkeys-lru")
     monkeypatch.setitem(shop.app.conf, "result_expires", 0.001)
     shop.open("payments")
-    shop.resilience.fleet.ledger.add_deferred("payments", "a")
+    shop.resilience.fleet.ledger.add_deferred("payments:acme", "a")
     shop.wait(lambda: sender_age(shop) is not None, "the worker to tell of the tick")
     try:
         code, findings = examined(shop.app)
