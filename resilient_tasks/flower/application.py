@@ -38,7 +38,7 @@ class FlowerWithBreakers(seams.Flower):
         self.io_loop.add_callback(desk.watch.start)
         handlers = _handlers(desk)
         if not _are_registered():
-            exposition = Exposition(partial(read_subjects, runtime), patience=0)
+            exposition = Exposition(partial(read_subjects, runtime))
             handlers.append(web.url(r"/metrics", pages.Metrics, {"exposition": exposition}))
         self.add_handlers(".*", seams.prefixed(handlers, self.options))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from tornado import web
@@ -119,4 +120,4 @@ class Metrics(seams.Metrics):
     async def get(self) -> None:
         """Tell Prometheus of tasks, workers and breakers."""
         await super().get()
-        self.write(self.exposition.text())
+        self.write(await asyncio.to_thread(self.exposition.text))

@@ -36,10 +36,10 @@ class Exposition:
 
     def __init__(self, read: Callable[[], Sequence[Subject]], patience: float = PATIENCE) -> None:
         self._readings = Readings(lambda: text_of(read()), patience)
-        self._readings.latest()
+        self._readings.begin()
 
     def text(self) -> bytes:
-        """Return the values of all metrics."""
+        """Return the values of all metrics; may wait for the store, see :class:`Readings`."""
         reading = self._readings.latest()
         told = reading.health().items()
         health = (_head(name, "gauge", HEALTH[name]) + f"{name} {_number(value)}\n" for name, value in told)

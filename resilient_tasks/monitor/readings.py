@@ -1,7 +1,8 @@
 """``Readings``: a fresh reading of all breakers at hand, for scrapes that must not wait for the store.
 
 A thread reads when somebody asks, and goes on for a while, so that a fleet too large to be read within a scrape's
-patience is told of as it was a few seconds ago. When nobody asks any more it leaves the store alone.
+patience is told of as it was a few seconds ago. When nobody asks any more it leaves the store alone, and who asks
+after that waits longer.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ logger = logging.getLogger("resilient_tasks")
 
 T = TypeVar("T")
 
-PATIENCE = 0.02  # seconds that a scrape may wait for a reading made for it
+PATIENCE = 0.1  # seconds that a scrape may wait for a reading made for it
+PATIENCE_AT_FIRST = 2.0  # the same where there is none of late
 FRESH = 0.25  # seconds for which a reading counts as made just now: a collection may ask once per metric
 REFRESH = 5.0  # seconds between two readings that nobody has asked for
+OLD = 2 * REFRESH  # seconds after which a reading is not of late
 INTEREST = 300.0  # seconds after which somebody who has asked is taken to be gone
 
 
@@ -61,7 +64,8 @@ class Readings(Generic[T]):
 
     Args:
         read: reads all breakers from the store, and makes of them what is asked for; may raise ``StoreError``.
-        patience: longest time in seconds for which :meth:`latest` waits for a reading of its own.
+        patience: longest time in seconds for which :meth:`latest` waits for a reading of its own where there is one
+            of late; 0: it never waits.
     """
 
     def __init__(self, read: Callable[[], T], patience: float = PATIENCE) -> None:
@@ -80,25 +84,32 @@ class Readings(Generic[T]):
         self._interest_ends = 0.0
         self._made_at = float("-inf")
 
+    def begin(self) -> None:
+        """Read for whoever will ask next."""
+        with self._condition:
+            self._ask()
+
     def latest(self) -> Reading[T]:
         """Return a reading made just now if that takes no longer than ``patience``, else the one before."""
         with self._condition:
-            now = time.monotonic()
-            if now - self._made_at < FRESH:
+            age = time.monotonic() - self._made_at
+            if age < FRESH:
                 return self._latest
-            self._asked += 1
-            mine = self._asked
-            self._interest_ends = now + INTEREST
-            self._wake()
-            if self._latest.took <= self._patience:
-                self._condition.wait_for(lambda: self._served >= mine, self._patience)
+            mine = self._ask()
+            patience = self._patience and max(self._patience, PATIENCE_AT_FIRST if age > OLD else 0)
+            if self._latest.took <= patience:
+                self._condition.wait_for(lambda: self._served >= mine, patience)
             return self._latest
 
-    def _wake(self) -> None:
+    def _ask(self) -> int:
+        """Have the thread read; return the number of this wish."""
+        self._asked += 1
+        self._interest_ends = time.monotonic() + INTEREST
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._run, name="resilient-tasks-readings", daemon=True)
             self._thread.start()
         self._condition.notify_all()
+        return self._asked
 
     def _run(self) -> None:
         while True:

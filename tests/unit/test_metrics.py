@@ -168,6 +168,19 @@ def test_nobody_waits_for_a_store_that_takes_its_time() -> None:
     assert reads.latest().age < 10
 
 
+def test_who_asks_first_or_after_a_long_time_waits_for_a_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readings, "PATIENCE_AT_FIRST", 60.0)
+    monkeypatch.setattr(readings, "FRESH", 0.0)
+    monkeypatch.setattr(readings, "OLD", 0.0)
+    slow, no_time = Slow(), 1e-9
+    slow.answer.set()
+    reads = Readings(slow, patience=no_time)
+    assert reads.latest().up
+    first = slow.times
+    assert reads.latest().up
+    assert slow.times > first
+
+
 def test_what_the_store_said_before_it_went_away_is_not_told_but_how_long_ago_it_was() -> None:
     answers = [True]
 
