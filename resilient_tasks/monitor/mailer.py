@@ -86,9 +86,11 @@ class Mailer:
                 self._tell_dropped()
 
     def finish(self, give_up_at: float) -> None:
-        """Wait until everything is sent, at most until ``give_up_at`` on the monotonic clock."""
+        """Wait until everything is sent, at most until ``give_up_at`` on the monotonic clock; tell what is not."""
         while self._letters.unfinished_tasks and time.monotonic() < give_up_at:
             time.sleep(0.01)
+        if self._letters.unfinished_tasks:
+            logger.warning("%d %s were not sent: the process ends", self._letters.unfinished_tasks, self._what)
 
 
 _mailers: weakref.WeakSet[Mailer] = weakref.WeakSet()

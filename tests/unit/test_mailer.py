@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -45,6 +46,16 @@ def test_posting_never_blocks_and_what_is_dropped_is_told_once_with_its_count(
     assert [record.getMessage() for record in caplog.records] == ["events are dropped: 2 others wait to be sent"]
     hold.release.set()
     wait_until(lambda: "3 events were dropped" in caplog.text)
+
+
+def test_what_the_end_of_a_process_cannot_wait_for_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    box, hold = Mailer("events"), Hold()
+    for letter in (hold, lambda: None):
+        box.post(letter)
+    assert hold.begun.wait(10)
+    box.finish(give_up_at=time.monotonic())
+    assert [record.getMessage() for record in caplog.records] == ["2 events were not sent: the process ends"]
+    hold.release.set()
 
 
 def test_the_end_of_a_process_waits_for_the_last_letters() -> None:
