@@ -25,6 +25,7 @@ from prometheus_client.exposition import choose_encoder
 from benchmarks._rig import verdict
 from resilient_tasks import Resilience
 from resilient_tasks.core.model import Verb
+from resilient_tasks.errors import StoreError
 from resilient_tasks.prometheus import register
 from workers.processes import LOCALHOST, Server, celery_command, free_port, start_program, start_valkey, wait_until
 
@@ -67,6 +68,15 @@ def by_prometheus_client(project: ModuleType) -> None:
     measure("prometheus-client, OpenMetrics", lambda: encode(registry), psutil.Process())
 
 
+def answers(resilience: Resilience) -> bool:
+    """Tell whether the store answers this process."""
+    try:
+        resilience.fleet.store.read_shared([next(iter(resilience.breakers.values())).spec])
+    except StoreError:
+        return False
+    return True
+
+
 def open_children(resilience: Resilience) -> None:
     """Open ten thousand children of one breaker."""
     parent = next(iter(resilience.breakers.values()))
@@ -94,6 +104,7 @@ def scrape_exporter(project: ModuleType, server: Server, directory: Path) -> Non
     wait_until(lambda: UP not in text_of(scrape()), timeout=60)
     measure("exporter, store frozen", scrape, process)
     server.program.thaw()
+    wait_until(lambda: answers(project.resilience), timeout=60)
     open_children(project.resilience)
     told = f'hot_children{{breaker="dependency-0000"}} {CHILDREN}\n'
     wait_until(lambda: told in text_of(scrape()), timeout=60)
