@@ -90,7 +90,7 @@ class Mailer:
         while self._letters.unfinished_tasks and time.monotonic() < give_up_at:
             time.sleep(0.01)
         if self._letters.unfinished_tasks:
-            logger.warning("%d %s were not sent: the process ends", self._letters.unfinished_tasks, self._what)
+            logger.warning("%s not sent at the end of the process: %d", self._what, self._letters.unfinished_tasks)
 
 
 _mailers: weakref.WeakSet[Mailer] = weakref.WeakSet()

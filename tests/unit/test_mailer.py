@@ -54,7 +54,7 @@ def test_what_the_end_of_a_process_cannot_wait_for_is_told(caplog: pytest.LogCap
         box.post(letter)
     assert hold.begun.wait(10)
     box.finish(give_up_at=time.monotonic())
-    assert [record.getMessage() for record in caplog.records] == ["2 events were not sent: the process ends"]
+    assert [record.getMessage() for record in caplog.records] == ["events not sent at the end of the process: 2"]
     hold.release.set()
 
 
