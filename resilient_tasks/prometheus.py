@@ -61,7 +61,7 @@ class BreakerCollector(Collector):
 
     def __init__(self, read: Callable[[], Sequence[Subject]], patience: float = PATIENCE) -> None:
         self._readings = Readings(lambda: _families(read()), patience)
-        self._readings.latest()
+        self._readings.begin()
 
     def describe(self) -> Iterator[Family]:
         """Yield all families without values: registering asks for names, and needs no store."""
