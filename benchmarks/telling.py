@@ -1,4 +1,4 @@
-"""What all telling costs a guarded task that does nothing: events, metrics, traces, a webhook, receivers, an exporter.
+"""What all telling costs a guarded task that does nothing: events, metrics, traces, receivers, an exporter.
 
 A worker for each way of telling, on a queue of its own; the same messages go to all of them in turn, in one round after
 the other. Two workers tell nothing: how they differ is how much this machine can tell apart. Compared are the worker's
@@ -34,11 +34,11 @@ CALLS = 10_000
 SCRAPE_PAUSE = 0.25  # seconds; far more often than usual
 
 NOTHING = "nothing"
-OURS = {"BENCH_RECEIVERS": "1", "RESILIENT_TASKS_WEBHOOK_URL": "http://127.0.0.1:9/"}
+OURS = {"BENCH_RECEIVERS": "1"}
 TOLD: Mapping[str, Mapping[str, str]] = {
     NOTHING: {},
     "nothing, another worker": {},
-    "webhook, receivers, scrapes": OURS,
+    "receivers, scrapes": OURS,
     "the same, Celery's events, OpenTelemetry": {**OURS, "BENCH_EVENTS": "1", "BENCH_TRACED": "1"},
 }
 Used = Mapping[str, float]  # by a task in one round, by what is told of it

@@ -19,7 +19,6 @@ from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.monitor.events import Announcer
 from resilient_tasks.monitor.mailer import Mailer
-from resilient_tasks.monitor.webhook import Webhook
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.provenance import Provenance, read_provenance
 from resilient_tasks.settings import Settings
@@ -57,10 +56,6 @@ class Resilience:
         self.settings = Settings.load(**settings)
         self.announcer = Announcer(send=self._send_event)
         self.announcer.add_listener(lambda transition: tell_of_transition(self._app, transition))
-        if self.settings.webhook_url is not None:
-            secret = self.settings.webhook_secret
-            key = None if secret is None else secret.get_secret_value()
-            self.announcer.add_listener(Webhook(self.settings.webhook_url, key, self.settings.namespace))
         self._mailer = Mailer("events")
         self._app: Celery | None = None
         self._breakers: dict[str, Breaker] = {}

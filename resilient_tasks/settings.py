@@ -18,9 +18,8 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from resilient_tasks.core.memory import MEMORY_LIMIT_RULE, MemoryLimit
@@ -43,22 +42,6 @@ def _check_store_url(url: str) -> str:
     return url
 
 
-def _check_webhook_url(url: str) -> str:
-    parts = urlsplit(url)
-    _ = parts.port  # a ValueError if it is none
-    is_sendable = url.isascii() and url.isprintable() and " " not in url
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or not is_sendable:
-        raise ValueError("not a URL that anything can be posted to")
-    return url
-
-
-def _check_webhook_secret(secret: SecretStr) -> SecretStr:
-    text = secret.get_secret_value()
-    if text != text.strip():
-        raise ValueError("the receiver's will not have the same white space around it")
-    return secret
-
-
 def _check_memory_limit(text: str) -> str:
     MemoryLimit.parse(text)
     return text
@@ -73,8 +56,6 @@ class Settings(BaseSettings):
         tick_interval: seconds between two ticks.
         store_timeout: longest time in seconds that one command may keep the store's caller waiting.
         store_memory_limit: how much of a server's memory may be in use before nothing more is deferred.
-        webhook_url: receiver of each transition; ``None``: nobody. See ``docs/notifications.md``.
-        webhook_secret: key of the signature on what it receives; ``None``: no signature.
         gate_producers: publish tasks for a breaker that refuses straight into its deferred queue.
         breakers: overridden policy fields per breaker.
     """
@@ -96,12 +77,6 @@ class Settings(BaseSettings):
     store_timeout: float = Field(0.5, ge=0.01, le=60, description="a number of seconds from 0.01 to 60")
     store_memory_limit: Annotated[str, AfterValidator(_check_memory_limit)] = Field(
         "80%", description=MEMORY_LIMIT_RULE
-    )
-    webhook_url: Annotated[str, AfterValidator(_check_webhook_url)] | None = Field(
-        None, description="a URL in ASCII that begins with http:// or https://, names a host and no user", repr=False
-    )
-    webhook_secret: Annotated[SecretStr, AfterValidator(_check_webhook_secret)] | None = Field(
-        None, min_length=16, description="a text of 16 characters or more without white space around it"
     )
     gate_producers: bool = Field(False, description="true or false")
     breakers: dict[str, dict[str, Any]] = Field(
@@ -198,16 +173,9 @@ def _explain(error: ValidationError, given: Mapping[str, Any]) -> str:
     field = Settings.model_fields.get(path[0])
     if field is None:
         return f"{label} is not a setting; allowed are {', '.join(Settings.model_fields)}"
-    return f"{label}={_without_secrets(path[0], first['input'])!r}: allowed is {field.description}"
-
-
-def _without_secrets(name: str, value: Any) -> Any:
-    if name == "webhook_secret":
-        return "***"
-    if name == "webhook_url":  # its path may be all that keeps strangers out
-        place = re.match(r"\w+://[^/?#]*", hide_password(str(value)))
-        return f"{place[0]}/***" if place else "***"
-    return hide_password(value) if isinstance(value, str) else value
+    value = first["input"]
+    shown = hide_password(value) if isinstance(value, str) else value
+    return f"{label}={shown!r}: allowed is {field.description}"
 
 
 def _explain_json() -> str:

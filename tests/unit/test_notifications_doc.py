@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +14,11 @@ from celery import Celery
 
 from resilient_tasks import signals
 from resilient_tasks.core.model import State, Transition
-from resilient_tasks.monitor.webhook import body_of, signature
 from tests.support.doubles import wait_until
+from tests.support.receiver import Receiver
 
 DOC = (Path(__file__).parents[2] / "docs" / "notifications.md").read_text()
-RECEIVERS, CHECK = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)
-[BODY] = re.findall(r"```json\n(.*?)```", DOC, flags=re.DOTALL)
+RECEIVERS, CHAT = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)
 OPENED = Transition(
     "payments", State.CLOSED, State.OPEN, 1789000000123, 1789000000.123,
     "3 consecutive failures, last: ReadTimeout", "", 17, 5, 0,
@@ -55,16 +53,16 @@ def test_its_signals_are_all_there_are() -> None:
     assert set(re.findall(r"`(\w+)`", first_column)) == set(signals.__all__)
 
 
-def test_its_body_is_what_is_sent() -> None:
-    assert json.loads(BODY) == body_of(OPENED, "resilient")
-
-
-def test_its_check_accepts_what_is_sent_and_nothing_else() -> None:
+def test_its_recipe_posts_to_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
     namespace: dict[str, Any] = {}
-    exec(CHECK, namespace)
-    is_genuine, secret = namespace["is_genuine"], "a secret of 24 characters"
-    headers = signature(secret.encode(), str(int(time.time())), b"{}")
-    assert is_genuine(headers, b"{}", secret)
-    assert not is_genuine(headers, b"[]", secret)
-    assert not is_genuine(headers, b"{}", "another secret of mine")
-    assert not is_genuine(signature(secret.encode(), "1789000000", b"{}"), b"{}", secret)
+    exec(CHAT, namespace)
+    try:
+        with Receiver() as receiver:
+            monkeypatch.setenv("CHAT_URL", receiver.url)
+            signals.tell_of_transition(Celery("shop", set_as_current=False), OPENED)
+            wait_until(lambda: bool(receiver.requests))
+        [(_, body)] = receiver.requests
+        assert json.loads(body) == {"text": "payments is OPEN: 3 consecutive failures, last: ReadTimeout"}
+    finally:
+        for signal in (signals.breaker_opened, signals.breaker_closed):
+            signal.disconnect(namespace["post_to_chat"])
