@@ -1,4 +1,4 @@
-"""The catalogue of metrics: what is told of each breaker, whoever asks, Prometheus or OpenTelemetry.
+"""The catalogue of metrics: what is exported of each breaker.
 
 Everything is read from the shared store, so any one process can tell it for the whole fleet. ``docs/metrics.md`` is
 this catalogue for people; a test compares the two.

@@ -19,14 +19,14 @@ LAYERS = [
     {"store", "call", "fallback", "provenance", "monitor", "settings", "checks", "probing", "signals"},
     {"fleet", "guarded", "guard", "family", "breaker"},
     {"worker"},
-    {"app", "prometheus", "telemetry"},
+    {"app", "prometheus"},
     {"__init__"},
     {"flower", "testing"},
     {"cli"},
 ]
 # who may import what of Celery and its transport
 CELERY = {
-    "celery": {"worker", "app", "prometheus", "telemetry", "cli"},
+    "celery": {"worker", "app", "prometheus", "cli"},
     "celery.utils.dispatch": {"signals"},
     "billiard": {"worker"},
     "kombu": {"worker"},

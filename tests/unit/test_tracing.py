@@ -1,74 +1,21 @@
-"""OpenTelemetry: the metrics of the catalogue, and what spans are told."""
+"""OpenTelemetry: what spans are told."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from celery import Celery
 from opentelemetry import trace
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader, Sum
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from resilient_tasks import ConfigurationError, Resilience, telemetry
-from resilient_tasks.core.counts import Counts
-from resilient_tasks.core.model import Snapshot, State
+from resilient_tasks.core.model import State
 from resilient_tasks.monitor import tracing
-from resilient_tasks.monitor.metrics import HEALTH, METRICS, Subject
 
-OPEN = Subject(
-    Snapshot("payments", State.OPEN, 17, 17, now=100.0, since=40.0, calls=10, failures=4, deferred=3),
-    Counts.of({"SUCCESS": 100, "FAILURE": 20, "refused": 7}),
-    "resilient.deferred.payments",
-)
 PAYMENTS = SimpleNamespace(name="payments", state=State.OPEN)
 MAIL = SimpleNamespace(name="mail", state=State.CLOSED)
-
-# --- metrics ----------------------------------------------------------------------------------------
-
-
-def collected(app: Celery) -> dict[str, Any]:
-    """Return what a collection yields, by name of the metric."""
-    reader = InMemoryMetricReader()
-    telemetry.observe(app, MeterProvider([reader]).get_meter("test"), patience=10.0)
-    data: Any = reader.get_metrics_data()
-    return {each.name: each.data for each in data.resource_metrics[0].scope_metrics[0].metrics}
-
-
-@pytest.fixture
-def app(monkeypatch: pytest.MonkeyPatch) -> Celery:
-    monkeypatch.setattr(telemetry, "read_subjects", lambda runtime: [OPEN])
-    app = Celery("shop", set_as_current=False)
-    Resilience(app)
-    return app
-
-
-def test_a_collection_has_the_metrics_of_the_catalogue(app: Celery) -> None:
-    metrics = collected(app)
-    assert set(metrics) <= {*HEALTH, *(metric.name for metric in METRICS)}
-    assert [point.value for point in metrics["celery_breaker_up"].data_points] == [1]
-    states = {point.attributes["state"]: point.value for point in metrics["celery_breaker_state"].data_points}
-    assert states == {state.value: state is State.OPEN for state in State}
-    [refused] = metrics["celery_breaker_refused_total"].data_points
-    assert (refused.value, dict(refused.attributes)) == (7, {"breaker": "payments"})
-
-
-def test_totals_are_sums_that_only_grow_and_nothing_else_is(app: Celery) -> None:
-    for name, data in collected(app).items():
-        assert (isinstance(data, Sum) and data.is_monotonic) == name.endswith("_total")
-
-
-def test_observing_needs_a_resilience() -> None:
-    with pytest.raises(ConfigurationError, match="has no Resilience"):
-        telemetry.observe(Celery("bare", set_as_current=False))
-
-
-# --- traces -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
