@@ -11,6 +11,7 @@ from typing import NamedTuple
 from resilient_tasks.core.names import key_of, parent_of
 from resilient_tasks.errors import ConfigurationError
 
+SCHEMA = 2  # of breakers' states, logs and counts; older releases kept them without a number
 _LONGEST_NAME = 200
 
 
@@ -81,6 +82,21 @@ class Keys:
         tagged = f"{self.namespace}:{{{family}}}:"
         end = f":{key}" if key else ""
         return BreakerKeys(*[f"{tagged}{part}{end}" for part in _OF_ONE], *[f"{tagged}{part}" for part in _OF_FAMILY])
+
+    def log(self, name: str) -> str:
+        """Return the list of a breaker's transitions as JSON, the newest first; ``transition.lua`` appends to it."""
+        return self.schema_2(name, "log")
+
+    def counts(self, name: str) -> str:
+        """Return the hash of what was counted about a breaker since ever, by kind; reporters add to it."""
+        return self.schema_2(name, "counts")
+
+    def schema_2(self, name: str, part: str) -> str:
+        """Return a key of the present schema: ``<namespace>:2:{payments}:part``, of a child ``...:part:key``."""
+        check_key_part("breaker", name)
+        parent, key = parent_of(name), key_of(name)
+        tagged = f"{self.namespace}:{SCHEMA}:{{{parent or name}}}:{part}"
+        return f"{tagged}:{key}" if parent else tagged
 
     def tick(self, scope: str) -> str:
         """Return the hash that holds the lease of the tick, and when one completed."""
