@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from resilient_tasks.checks.base import HEARTBEATS, LONGEST_SILENCE
+from resilient_tasks.checks import HEARTBEATS, LONGEST_SILENCE
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State, Verb
 from resilient_tasks.core.names import check_name

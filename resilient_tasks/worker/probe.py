@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
-from resilient_tasks.checks.base import HEARTBEATS, HealthCheckError, Run, run_probe
+from resilient_tasks.checks import HEARTBEATS, HealthCheckError, Run, run_probe
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.errors import StoreError

@@ -17,7 +17,9 @@ import pytest
 
 from resilient_tasks import ConfigurationError
 from resilient_tasks.checks import (
+    MOST_HANGING,
     HealthCheckError,
+    Run,
     all_of,
     any_of,
     command_check,
@@ -25,10 +27,9 @@ from resilient_tasks.checks import (
     grpc_check,
     heartbeat,
     http_check,
+    run_probe,
     tcp_check,
 )
-from resilient_tasks.checks.base import Run, run_probe
-from resilient_tasks.checks.combined import MOST_HANGING
 from resilient_tasks.core.classification import dependency_errors, judge
 from resilient_tasks.core.model import Outcome
 from tests.support.doubles import wait_until
@@ -257,7 +258,7 @@ def is_running(pid: int) -> bool:
 def test_heartbeat() -> None:
     run_probe(heartbeat(30), within(1, lambda: 29.9))
     assert str(failure(heartbeat(30), within(1, lambda: 31.25))) == "heartbeat(ttl=30): the last report is 31.2 s old"
-    assert str(failure(heartbeat(0.5), within(1, lambda: None))) == "heartbeat(ttl=0.5): nobody has reported in"
+    assert str(failure(heartbeat(0.5), within(1, lambda: None))) == "heartbeat(ttl=0.5): no heartbeat was reported"
 
 
 def test_a_heartbeat_belongs_to_a_breaker() -> None:
@@ -362,7 +363,7 @@ def test_members_that_hang_are_not_piled_up() -> None:
         assert "no answer in time" in str(failure(check, within(0.001)))
     assert f"{MOST_HANGING} earlier checks hang" in str(failure(check, within(0.001)))
     released.set()
-    wait_until(lambda: not any(thread.is_alive() for thread in check._threads))
+    wait_until(lambda: not any(thread.is_alive() for thread in vars(check)["_threads"]))
     run_probe(check, within(30))
 
 

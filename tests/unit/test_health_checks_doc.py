@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from resilient_tasks import Breaker, checks
-from resilient_tasks.checks.base import run_check
+from resilient_tasks.checks import run_check
 from resilient_tasks.testing import in_memory
 
 PAGE = (Path(__file__).parents[2] / "docs" / "health-checks.md").read_text()
