@@ -1,14 +1,19 @@
-"""What an exception of an HTTP client, or of one that behaves alike, carries of the server's answer."""
+"""What an exception of a client carries: the server's answer, and the exceptions that it wraps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
+from itertools import islice
 from typing import Any
 
 _BEGINNING = 100  # bytes of a body
 _STATUS_ATTRIBUTES = ("status_code", "status", "http_status")
+# Where clients keep what they wrap, if not in ``args`` or ``__dict__``: class attributes and properties.
+_WRAPPING_ATTRIBUTES = ("reason", "orig", "original_exception", "inner_exception", "exceptions", "errors")
+_UNWRAPPED_AT_MOST = 50  # exceptions looked at in one tree, and members of one list
 
 
 def status_of(exc: BaseException) -> int | None:
@@ -98,3 +103,36 @@ def attribute(source: object, name: str) -> Any:
         return getattr(source, name, None)
     except Exception:  # noqa: BLE001  a property may raise anything
         return None
+
+
+def unwrapped(exc: BaseException, opens: Callable[[BaseException], bool] = lambda _: True) -> Iterator[BaseException]:
+    """Yield ``exc`` and the exceptions that it wraps, the outermost first, each once.
+
+    Wrapped is what it was raised from, or else what was being handled when it was raised (unless ``from None``),
+    the members of a group, and what it holds in ``args`` and in attributes, lists and dictionaries included.
+
+    Args:
+        exc: where to begin.
+        opens: whether to go on to what an exception wraps; asked after it was yielded.
+    """
+    seen, waiting = {id(exc)}, deque([exc])
+    while waiting:
+        current = waiting.popleft()
+        yield current
+        if opens(current):
+            for inner in _wrapped_by(current):
+                if id(inner) not in seen and len(seen) < _UNWRAPPED_AT_MOST:
+                    seen.add(id(inner))
+                    waiting.append(inner)
+
+
+def _wrapped_by(exc: BaseException) -> Iterator[BaseException]:
+    raised_in = None if exc.__suppress_context__ else exc.__context__
+    yield from _exceptions_in(exc.__cause__ or raised_in)
+    for value in (*exc.args, *vars(exc).values(), *(attribute(exc, name) for name in _WRAPPING_ATTRIBUTES)):
+        yield from _exceptions_in(value)
+
+
+def _exceptions_in(value: object) -> Iterator[BaseException]:
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+    return (one for one in islice(values, _UNWRAPPED_AT_MOST) if isinstance(one, BaseException))
