@@ -1,4 +1,4 @@
-"""Every Python snippet of the README runs as printed, one after the other in one module."""
+"""The README is short, every link leads somewhere, and every Python snippet runs as printed, one after the other."""
 
 from __future__ import annotations
 
@@ -14,17 +14,43 @@ from celery import _state
 from resilient_tasks import BreakerOpenError
 from resilient_tasks.testing import force, in_memory
 
-README = Path(__file__).parents[2] / "README.md"
-SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-DEFINITIONS, GUARDS, SENDERS, TESTING, OPERATIONS = SNIPPETS
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def snippets(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+[DEFINITIONS] = snippets("README.md")
+GUARDS, SENDERS = snippets("docs/guards.md")
+[TESTING] = snippets("docs/testing.md")
+[OPERATIONS] = snippets("docs/operations.md")
+[TUNING] = snippets("docs/deciding.md")
+
+
+class Pay:
+    """Stands in for httpx: notes each request and answers it."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def get(self, url: str, timeout: float) -> Any:
+        self.asked.append((url, timeout))
+        response = SimpleNamespace(json=lambda: {"balance": 7})
+        response.raise_for_status = lambda: response
+        return response
+
+    post = get
 
 
 @pytest.fixture
 def namespace(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """What the first snippet defines, with the breakers in memory."""
+    """What the README's snippet defines, with the breakers in memory."""
     monkeypatch.setattr(_state, "_on_app_finalizers", set())  # or every later app would have the README's tasks
     namespace: dict[str, Any] = {"__name__": "readme"}
     exec(DEFINITIONS, namespace)
+    namespace["httpx"] = Pay()
     with in_memory(namespace["resilience"]):
         yield namespace
 
@@ -32,16 +58,16 @@ def namespace(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 def test_its_tasks_are_guarded(namespace: dict[str, Any]) -> None:
     assert {namespace["charge"].options.breakers, namespace["balance"].options.breakers} == {("payments",)}
     assert namespace["charge"].apply(args=[1]).get() is None
+    assert namespace["httpx"].asked == [("https://pay.example/charges/1", 5)]
 
 
-def test_its_guards(namespace: dict[str, Any]) -> None:
-    asked: list[Any] = []
+def test_its_policy_is_the_default_one_but_for_slow_calls(namespace: dict[str, Any]) -> None:
+    default = namespace["resilience"].breaker("another").policy
+    assert [name for name, *_ in namespace["payments"].policy.differences(default)] == ["slow_call_duration"]
 
-    def get(url: str, timeout: float) -> Any:
-        asked.append((url, timeout))
-        return SimpleNamespace(raise_for_status=lambda: None)
 
-    namespace["httpx"] = SimpleNamespace(get=get)
+def test_guards(namespace: dict[str, Any]) -> None:
+    asked = namespace["httpx"].asked
     namespace["call"] = lambda: asked.append("call")
     namespace["fn"] = lambda *args, **kwargs: asked.append((args, kwargs))
     exec(GUARDS, namespace)
@@ -49,19 +75,49 @@ def test_its_guards(namespace: dict[str, Any]) -> None:
     assert asked == ["call", ((1,), {"key": "value"}), ("https://pay.example/health", 2)]
 
 
-def test_its_senders(namespace: dict[str, Any]) -> None:
-    assert namespace["balance"].apply(args=[3]).get() is None
+def test_senders(namespace: dict[str, Any]) -> None:
+    assert namespace["balance"].apply(args=[3]).get() == {"balance": 7}
     force(namespace["payments"], "OPEN")
     with pytest.raises(BreakerOpenError):
         exec(SENDERS, namespace)
-    assert eval(SENDERS.splitlines()[-1], namespace) is None, "the last good value"
+    assert eval(SENDERS.splitlines()[-1], namespace) == {"balance": 7}, "the last good value"
 
 
-def test_its_test(namespace: dict[str, Any]) -> None:
+def test_tests_of_ones_own(namespace: dict[str, Any]) -> None:
     exec(TESTING, namespace)
     namespace["test_payments_heals"]()
 
 
-def test_its_verbs(namespace: dict[str, Any]) -> None:
+def test_verbs(namespace: dict[str, Any]) -> None:
     exec(OPERATIONS, namespace)
     assert namespace["payments"].state == "CLOSED"
+
+
+def test_tuning() -> None:
+    namespace: dict[str, Any] = {"__name__": "deciding"}
+    exec(TUNING, namespace)
+    assert namespace["payments"].policy.slow_call_duration == 1
+
+
+def test_the_readme_is_short_and_its_first_code_near_the_top() -> None:
+    text = PAGES[0].read_text()
+    assert len(text.split()) <= 900
+    assert text[: text.index("```python")].count("\n") < 25
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", page.read_text())
+    local = [(target, anchor) for target, anchor in targets if "://" not in target]
+    for target, anchor in local:
+        file = (page.parent / target) if target else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in [
+                f"#{slug(heading)}" for heading in re.findall(r"^#+ (.*)", file.read_text(), re.MULTILINE)
+            ]
+
+
+def slug(heading: str) -> str:
+    """Return the anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
