@@ -18,12 +18,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import psutil
+from prometheus_client import CollectorRegistry, generate_latest
 
 from benchmarks._rig import Rig, percentile, rig, verdict
 from resilient_tasks.monitor import tracing
-from resilient_tasks.monitor.exposition import Exposition
-from resilient_tasks.worker.runtime import runtime_of
-from resilient_tasks.worker.subjects import read_subjects
+from resilient_tasks.prometheus import register
 from workers.processes import Worker
 
 TASKS = 150  # per round and worker: short rounds, so that those of one turn meet the same noise
@@ -47,12 +46,12 @@ Used = Mapping[str, float]  # by a task in one round, by what is told of it
 @contextmanager
 def scraped(bench: Rig) -> Iterator[None]:
     """Scrape while in the context."""
-    runtime, stopped = runtime_of(bench.project.app), threading.Event()
-    exposition = Exposition(lambda: read_subjects(runtime))
+    registry, stopped = CollectorRegistry(), threading.Event()
+    register(bench.project.app, registry)
 
     def scrape() -> None:
         while not stopped.wait(SCRAPE_PAUSE):
-            exposition.text()
+            generate_latest(registry)
 
     thread = threading.Thread(target=scrape)
     thread.start()

@@ -1,11 +1,9 @@
-"""``exporter``: the breakers for Prometheus, where no Flower tells of them."""
+"""``exporter``: the breakers for Prometheus, where no Flower has them in its ``/metrics``."""
 
 from __future__ import annotations
 
 import signal
 import sys
-from functools import partial
-from types import FrameType
 
 import click
 
@@ -22,20 +20,21 @@ def exporter(runtime: Runtime, port: int, address: str) -> None:
 
     One exporter is enough for a fleet.
     """
-    from resilient_tasks.monitor.exposition import Exposition, ExpositionServer  # noqa: PLC0415 - `--help` needs none
-    from resilient_tasks.worker.subjects import read_subjects  # noqa: PLC0415 - as above
-
     try:
-        server = ExpositionServer(Exposition(partial(read_subjects, runtime)), address, port)
+        from prometheus_client import CollectorRegistry, start_http_server  # noqa: PLC0415 - an extra
+
+        from resilient_tasks.prometheus import register  # noqa: PLC0415 - as above
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error}: install resilient-tasks[metrics]") from error
+    registry = CollectorRegistry()
+    register(runtime.app, registry)
+    try:
+        server, thread = start_http_server(port, address, registry)
     except OSError as error:
         raise click.ClickException(f"cannot listen on {address}:{port}: {error.strerror or error}") from error
-    click.echo(f"metrics of {len(runtime.breakers)} breakers on http://{address}:{server.port}/metrics")
-    signal.signal(signal.SIGTERM, _end)
+    click.echo(f"metrics of {len(runtime.breakers)} breakers on http://{address}:{server.server_port}/metrics")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        server.serve_forever()
+        thread.join()
     except KeyboardInterrupt:
         sys.exit(0)
-
-
-def _end(_signal: int, _frame: FrameType | None) -> None:
-    sys.exit(0)

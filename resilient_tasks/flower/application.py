@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from importlib import resources
 from typing import Any
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry
 from tornado import web
 
 from resilient_tasks.flower import api, pages, seams
 from resilient_tasks.flower.desk import Desk
 from resilient_tasks.flower.receiver import SoundReceiver
-from resilient_tasks.monitor.exposition import Exposition
 from resilient_tasks.monitor.metrics import UP
+from resilient_tasks.prometheus import register
 from resilient_tasks.worker.runtime import find_runtime
-from resilient_tasks.worker.subjects import read_subjects
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -38,8 +36,9 @@ class FlowerWithBreakers(seams.Flower):
         self.io_loop.add_callback(desk.watch.start)
         handlers = _handlers(desk)
         if not _are_registered():
-            exposition = Exposition(partial(read_subjects, runtime))
-            handlers.append(web.url(r"/metrics", pages.Metrics, {"exposition": exposition}))
+            registry = CollectorRegistry()
+            register(self.capp, registry)
+            handlers.append(web.url(r"/metrics", pages.Metrics, {"registry": registry}))
         self.add_handlers(".*", seams.prefixed(handlers, self.options))
 
 

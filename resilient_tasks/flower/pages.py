@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from prometheus_client import CollectorRegistry, generate_latest
 from tornado import web
 
 from resilient_tasks.core.model import Verb
 from resilient_tasks.flower import seams
 from resilient_tasks.flower.api import RESUME
 from resilient_tasks.flower.handlers import Page, check_defined, failures_told, look_at
-from resilient_tasks.monitor.exposition import Exposition
 
 VERBS = {
     Verb.TRIP: "Open it as if it had tripped: it heals by itself.",
@@ -113,11 +113,11 @@ class QueueLengths(_OurQueues, seams.GetQueueLengths):
 class Metrics(seams.Metrics):
     """Flower's ``/metrics``, with ours behind its own."""
 
-    def initialize(self, exposition: Exposition) -> None:
-        """Remember who has the text of them."""
-        self.exposition = exposition
+    def initialize(self, registry: CollectorRegistry) -> None:
+        """Remember where ours are."""
+        self.registry = registry
 
     async def get(self) -> None:
-        """Tell Prometheus of tasks, workers and breakers."""
+        """Send the metrics of tasks, workers and breakers."""
         await super().get()
-        self.write(await asyncio.to_thread(self.exposition.text))
+        self.write(await asyncio.to_thread(generate_latest, self.registry))

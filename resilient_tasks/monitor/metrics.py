@@ -1,30 +1,35 @@
-"""The catalogue of metrics: what is exported of each breaker.
+"""The catalogue of metrics, and a collector of prometheus-client that reads them. Needs the extra ``metrics``.
 
-Everything is read from the shared store, so any one process can tell it for the whole fleet. ``docs/metrics.md`` is
-this catalogue for people; a test compares the two.
+Everything is read from the shared store, so one process exports it for the whole fleet. ``docs/metrics.md`` is this
+catalogue for people; a test compares the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any
+
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
 
 from resilient_tasks.core.counts import Counts
 from resilient_tasks.core.model import Outcome, Snapshot, State
+from resilient_tasks.errors import StoreError
+
+logger = logging.getLogger("resilient_tasks")
 
 PREFIX = "celery_breaker_"
-
 UP = f"{PREFIX}up"
-VIEW_AGE = f"{PREFIX}view_age_seconds"
-READ_DURATION = f"{PREFIX}scrape_duration_seconds"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Subject:
-    """What there is to tell of one breaker.
+    """One breaker as metrics show it.
 
     Args:
         snapshot: the breaker now.
@@ -40,171 +45,162 @@ class Subject:
     tasks: Sequence[str] = ()
     done_in: float | None = None
 
-    @cached_property
-    def label(self) -> dict[str, str]:
-        """The one label that all its points have; not to be changed."""
-        return {"breaker": self.snapshot.name}
 
-
-class Point(NamedTuple):
-    """One value of a metric, with its labels beside ``breaker``."""
-
-    value: float
-    labels: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Metric:
     """One metric of the catalogue.
 
     Args:
-        name: as it is exported; that of a counter ends in ``_total``.
-        text: what it tells, for its help line and the documentation.
-        points: its values for one breaker.
-        labels: names of its labels beside ``breaker``.
+        name: without the prefix; that of a counter, which only grows, ends in ``_total``.
+        text: its help line, also in the documentation.
+        read: its value for one breaker, None where it has none, or the path of a field; with ``label``: values by it.
+        label: its label beside ``breaker``, if it has one.
     """
 
-    name: str
-    text: str
-    points: Callable[[Subject], Iterable[Point]]
-    labels: tuple[str, ...] = ()
+    def __init__(self, name: str, text: str, read: Callable[[Subject], Any] | str, label: str = "") -> None:
+        self.name = PREFIX + name
+        self.text = text
+        self.labels = (label,) if label else ()
+        self._read = attrgetter(read) if isinstance(read, str) else read
 
-    @property
-    def is_counter(self) -> bool:
-        """Whether it only grows, for as long as the store keeps its data."""
-        return self.name.endswith("_total")
-
-    @property
-    def kind(self) -> str:
-        """What Prometheus calls that."""
-        return "counter" if self.is_counter else "gauge"
-
-    def labelled(self, subject: Subject, labels: Sequence[str]) -> dict[str, str]:
-        """Return all labels of one of its points."""
-        if not labels:
-            return subject.label
-        return {"breaker": subject.snapshot.name, **dict(zip(self.labels, labels, strict=True))}
+    def family(self, subjects: Sequence[Subject]) -> Family:
+        """Return the values for some breakers, as prometheus-client exposes them."""
+        make = CounterMetricFamily if self.name.endswith("_total") else GaugeMetricFamily
+        family = make(self.name, self.text, labels=["breaker", *self.labels])
+        for subject in subjects:
+            value = self._read(subject)
+            values = value if self.labels else {} if value is None else {(): value}
+            for label, each in values.items():
+                family.add_metric([subject.snapshot.name, *([str(label)] if self.labels else ())], each)
+        return family
 
 
-def _plain(name: str, value: str, text: str) -> Metric:
-    """Return a metric with one value for each breaker: a field of snapshot or counts."""
-    read = attrgetter(value)
-    return Metric(PREFIX + name, text, lambda subject: (Point(read(subject)),))
+def _calls(subject: Subject) -> Mapping[str, int]:
+    return {outcome.lower(): subject.counts.calls.get(outcome, 0) for outcome in _COUNTED}
 
 
-def _named(name: str, label: str, points: Callable[[Subject], Iterable[Point]], text: str) -> Metric:
-    return Metric(PREFIX + name, text, points, (label,))
-
-
-def _by_label(values: Mapping[str, float]) -> Iterator[Point]:
-    return (Point(value, (str(label).lower(),)) for label, value in values.items())
-
-
-def _states(subject: Subject) -> Iterator[Point]:
-    return (Point(float(subject.snapshot.state is state), (state.value,)) for state in State)
-
-
-def _calls(subject: Subject) -> Iterator[Point]:
-    return (Point(subject.counts.calls.get(outcome, 0), (outcome.value.lower(),)) for outcome in _COUNTED)
-
-
-def _transitions(subject: Subject) -> Iterator[Point]:
+def _transitions(subject: Subject) -> Mapping[str, int]:
     entered = subject.counts.entered
-    return (Point(entered.get(state, 0), (state.value,)) for state in State if state in _USUAL or state in entered)
+    return {state.value: entered.get(state, 0) for state in State if state in _USUAL or state in entered}
 
 
-def _oldest(subject: Subject) -> tuple[Point]:
+def _oldest(subject: Subject) -> float:
     snapshot = subject.snapshot
     since = snapshot.oldest_deferred_at
-    return (Point(0.0 if since is None else max(0.0, snapshot.now - since)),)
+    return 0.0 if since is None else max(0.0, snapshot.now - since)
 
 
-def _next_trial(subject: Subject) -> tuple[Point, ...]:
-    due = subject.snapshot.next_probe_at
-    return () if due is None else (Point(due),)
-
-
-def _where_limited(subject: Subject, value: float | None) -> tuple[Point, ...]:
-    return () if value is None or subject.snapshot.concurrency_limit is None else (Point(value),)
+def _in_flight(subject: Subject) -> int | None:
+    return None if subject.snapshot.concurrency_limit is None else subject.snapshot.in_flight
 
 
 _USUAL = (State.CLOSED, State.OPEN, State.HALF_OPEN)  # the others take an operator
 _COUNTED = (Outcome.SUCCESS, Outcome.FAILURE, Outcome.SLOW)
 
 METRICS = (
-    _named("state", "state", _states, "1 for the state that the breaker is in, 0 for all others."),
-    _plain("state_timestamp_seconds", "snapshot.since", "When it entered that state, seconds since the epoch."),
     Metric(
-        f"{PREFIX}next_trial_timestamp_seconds",
+        "state",
+        "1 for the state that the breaker is in, 0 for all others.",
+        lambda subject: {state.value: float(subject.snapshot.state is state) for state in State},
+        "state",
+    ),
+    Metric("state_timestamp_seconds", "When it entered that state, seconds since the epoch.", "snapshot.since"),
+    Metric(
+        "next_trial_timestamp_seconds",
         "When its open time is over, seconds since the epoch; only while it is OPEN and heals by itself.",
-        _next_trial,
+        "snapshot.next_probe_at",
     ),
-    _named("calls_total", "outcome", _calls, "Guarded calls by outcome (success, failure, slow), trials included."),
-    _plain(
-        "failure_ratio", "snapshot.failure_rate", "Share of failures in its window, 0 to 1; while OPEN as at the trip."
-    ),
-    _plain("slow_ratio", "snapshot.slow_rate", "Share of slow successes in its window, likewise."),
-    _plain("refused_total", "counts.refused", "Calls that it refused, of tasks and of guards."),
-    _plain("deferred_tasks", "snapshot.deferred", "Tasks that wait for it now."),
-    Metric(f"{PREFIX}oldest_deferred_seconds", "How long the oldest of them has waited; 0 if none waits.", _oldest),
+    Metric("calls_total", "Guarded calls by outcome (success, failure, slow), trials included.", _calls, "outcome"),
     Metric(
-        f"{PREFIX}done_in_seconds",
+        "failure_ratio", "Share of failures in its window, 0 to 1; while OPEN as at the trip.", "snapshot.failure_rate"
+    ),
+    Metric("slow_ratio", "Share of slow successes in its window, likewise.", "snapshot.slow_rate"),
+    Metric("refused_total", "Calls that it refused, of tasks and of guards.", "counts.refused"),
+    Metric("deferred_tasks", "Tasks that wait for it now.", "snapshot.deferred"),
+    Metric("oldest_deferred_seconds", "How long the oldest of them has waited; 0 if none waits.", _oldest),
+    Metric(
+        "done_in_seconds",
         "When the last of them will be resumed, at the learned rate; absent while that is unknown.",
-        lambda subject: () if subject.done_in is None else (Point(subject.done_in),),
+        "done_in",
     ),
-    _plain("deferred_total", "counts.deferred", "Tasks that were put aside for the first time."),
-    _plain("deferred_again_total", "counts.deferred_again", "Deferrals of tasks that had been resumed before."),
-    _plain("resumed_total", "counts.resumed", "Tasks that were sent back to their queues."),
-    _named(
+    Metric("deferred_total", "Tasks that were put aside for the first time.", "counts.deferred"),
+    Metric("deferred_again_total", "Deferrals of tasks that had been resumed before.", "counts.deferred_again"),
+    Metric("resumed_total", "Tasks that were sent back to their queues.", "counts.resumed"),
+    Metric(
         "fallback_total",
-        "source",
-        lambda subject: _by_label(subject.counts.fallbacks),
         "Answers of fallbacks by source: cached, constant, or the name of a function.",
+        lambda subject: {source.lower(): count for source, count in subject.counts.fallbacks.items()},
+        "source",
     ),
-    _plain("failed_total", "counts.failed", "Tasks that a refusal has failed, because they are not to wait."),
-    _plain("dead_lettered_total", "counts.dead", "Tasks that went to its dead-letter queue."),
-    _plain("expired_total", "counts.expired", "Those of them that had waited too long."),
-    _plain("revoked_total", "counts.revoked", "Tasks that were revoked while they waited."),
-    _plain("dropped_total", "counts.dropped", "Waiting tasks that somebody dropped."),
-    _plain("coalesced_total", "counts.coalesced", "Waiting tasks that a later one with the same key has replaced."),
-    _plain(
-        "redelivered_total", "counts.redelivered", "Tasks that the broker delivered again: some may have run twice."
-    ),
-    _plain("trials_total", "counts.trials", "Calls that were made under a permit."),
-    _plain("permits", "snapshot.trials", "Permits in flight."),
+    Metric("failed_total", "Tasks that a refusal has failed, because they are not to wait.", "counts.failed"),
+    Metric("dead_lettered_total", "Tasks that went to its dead-letter queue.", "counts.dead"),
+    Metric("expired_total", "Those of them that had waited too long.", "counts.expired"),
+    Metric("revoked_total", "Tasks that were revoked while they waited.", "counts.revoked"),
+    Metric("dropped_total", "Waiting tasks that an operator dropped.", "counts.dropped"),
+    Metric("coalesced_total", "Waiting tasks that a later one with the same key has replaced.", "counts.coalesced"),
     Metric(
-        f"{PREFIX}in_flight",
-        "Calls that hold one of its slots; only of a breaker with max_concurrency.",
-        lambda subject: _where_limited(subject, subject.snapshot.in_flight),
+        "redelivered_total", "Tasks that the broker delivered again: some may have run twice.", "counts.redelivered"
     ),
+    Metric("trials_total", "Calls that were made under a permit.", "counts.trials"),
+    Metric("permits", "Permits in flight.", "snapshot.trials"),
+    Metric("in_flight", "Calls that hold one of its slots; only of a breaker with max_concurrency.", _in_flight),
+    Metric("concurrency_limit", "How many slots it has at present, likewise.", "snapshot.concurrency_limit"),
+    Metric("transitions_total", "Transitions by the state that was entered.", _transitions, "state"),
     Metric(
-        f"{PREFIX}concurrency_limit",
-        "How many slots it has at present, likewise.",
-        lambda subject: _where_limited(subject, subject.snapshot.concurrency_limit),
-    ),
-    _named("transitions_total", "state", _transitions, "Transitions by the state that was entered."),
-    Metric(
-        f"{PREFIX}hot_children",
+        "hot_children",
         "Its children that are not plainly CLOSED; absent while there is none. The first 100 have series, too.",
-        lambda subject: (Point(len(hot)),) if (hot := subject.snapshot.hot_children) else (),
+        lambda subject: len(subject.snapshot.hot_children) or None,
     ),
-    _named(
+    Metric(
         "info",
+        "Always 1; its label is the deferred queue, under the name that celery-exporter gives queues.",
+        lambda subject: {subject.queue: 1},
         "queue_name",
-        lambda subject: (Point(1.0, (subject.queue,)),),
-        "Always 1; tells the deferred queue, under the label that celery-exporter gives queues.",
     ),
-    _named(
+    Metric(
         "task_info",
-        "name",
-        lambda subject: (Point(1.0, (task,)) for task in subject.tasks),
         "Always 1, once for each task that it guards, under the label that celery-exporter gives tasks.",
+        lambda subject: dict.fromkeys(subject.tasks, 1),
+        "name",
     ),
 )
 
-#: What is told of the readings themselves, once and not for each breaker.
+#: Metrics of the scrape itself, without labels.
 HEALTH = {
-    UP: "1 if the store answered when it was last asked, else 0: then nothing is told of any breaker.",
-    VIEW_AGE: "Seconds since what is told was read from the store, or since the store last answered.",
-    READ_DURATION: "Seconds that reading it took.",
+    UP: "1 if the store answered, else 0: then there are no other metrics of breakers.",
+    f"{PREFIX}view_age_seconds": "Seconds since the store last answered.",
+    f"{PREFIX}scrape_duration_seconds": "Seconds that reading it took.",
 }
+
+
+class BreakerCollector(Collector):
+    """Reads all breakers with each scrape, which takes no longer than the store's time limit allows.
+
+    Args:
+        read: reads all breakers from the store; may raise ``StoreError``.
+    """
+
+    def __init__(self, read: Callable[[], Sequence[Subject]]) -> None:
+        self._read = read
+        self._answered_at = float("-inf")  # on the monotonic clock
+        self._is_up = True
+
+    def describe(self) -> Iterator[Family]:
+        """Yield all families without values: registering asks for names, and needs no store."""
+        yield from (GaugeMetricFamily(name, text) for name, text in HEALTH.items())
+        yield from (metric.family(()) for metric in METRICS)
+
+    def collect(self) -> Iterator[Family]:
+        """Yield all families as the store knows them now; of a store that is away only those of the scrape."""
+        began, subjects = time.monotonic(), None
+        try:
+            subjects = self._read()
+            self._answered_at = time.monotonic()
+        except StoreError as error:
+            if self._is_up:
+                logger.warning("metrics cannot be read: %s", error)
+        self._is_up = subjects is not None
+        ended = time.monotonic()
+        health = (float(self._is_up), ended - self._answered_at, ended - began)
+        yield from (GaugeMetricFamily(*told, value) for told, value in zip(HEALTH.items(), health, strict=True))
+        if subjects is not None:
+            yield from (metric.family(subjects) for metric in METRICS)

@@ -1,9 +1,8 @@
-"""The catalogue of metrics, and what prometheus-client makes of a reading."""
+"""The catalogue of metrics, and what prometheus-client makes of it."""
 
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from resilient_tasks import ConfigurationError, StoreError
 from resilient_tasks.core.counts import Counts
 from resilient_tasks.core.model import Snapshot, State
-from resilient_tasks.monitor import readings
 from resilient_tasks.monitor.metrics import HEALTH, METRICS, Subject
-from resilient_tasks.monitor.readings import Readings
 from resilient_tasks.prometheus import BreakerCollector, register
-from tests.support.doubles import wait_until
 
 DOC = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 
@@ -43,15 +39,10 @@ OPEN = Subject(
 QUIET = Subject(Snapshot("quiet", State.CLOSED, 0, 0, now=NOW, since=0.0), Counts(), "resilient.deferred.quiet")
 
 
-@pytest.fixture(autouse=True)
-def _nothing_stays_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readings, "FRESH", 0.0)
-
-
-def scrape(read: Callable[[], Sequence[Subject]], patience: float = 10.0) -> dict[tuple[str, frozenset[Any]], float]:
+def scrape(read: Callable[[], Sequence[Subject]]) -> dict[tuple[str, frozenset[Any]], float]:
     """Return what Prometheus reads of a fleet: values by name and labels."""
     registry = CollectorRegistry()
-    registry.register(BreakerCollector(read, patience))
+    registry.register(BreakerCollector(read))
     families = text_string_to_metric_families(generate_latest(registry).decode())
     return {(each.name, frozenset(each.labels.items())): each.value for family in families for each in family.samples}
 
@@ -111,6 +102,29 @@ def test_a_store_that_is_away_is_told_and_nothing_else() -> None:
     values = scrape(away)
     assert {name for name, _ in values} == set(HEALTH)
     assert value(values, "up") == 0
+    assert value(values, "view_age_seconds") == float("inf")
+
+
+def test_the_age_is_that_of_the_last_answer_and_a_store_that_is_away_is_logged_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, answers = [100.0], [[QUIET]]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def read() -> Sequence[Subject]:
+        if not answers:
+            raise StoreError("the cable is pulled")
+        return answers.pop()
+
+    collector = BreakerCollector(read)
+
+    def health() -> list[float]:
+        return [family.samples[0].value for family in collector.collect() if family.name in HEALTH]
+
+    assert health() == [1, 0, 0]
+    now[0] = 107.0
+    assert health() == health() == [0, 7, 0]
+    assert caplog.text.count("metrics cannot be read: the cable is pulled") == 1
 
 
 def test_the_documentation_has_exactly_these_metrics_with_their_labels() -> None:
@@ -123,7 +137,8 @@ def test_the_documentation_has_exactly_these_metrics_with_their_labels() -> None
 def test_kinds_follow_names() -> None:
     families = {family.name: family.type for family in BreakerCollector(list).describe()}
     for metric in METRICS:
-        assert families[metric.name.removesuffix("_total")] == ("counter" if metric.is_counter else "gauge")
+        kind = "counter" if metric.name.endswith("_total") else "gauge"
+        assert families[metric.name.removesuffix("_total")] == kind
 
 
 # --- registering ------------------------------------------------------------------------------------
@@ -139,91 +154,3 @@ def test_registering_twice_is_told() -> None:
     registry.register(BreakerCollector(list))
     with pytest.raises(ValueError, match="celery_breaker_"):
         registry.register(BreakerCollector(list))
-
-
-# --- readings ---------------------------------------------------------------------------------------
-
-
-class Slow:
-    """A store that answers when it is told to."""
-
-    def __init__(self) -> None:
-        self.begun, self.answer = threading.Event(), threading.Event()
-        self.times = 0
-
-    def __call__(self) -> Sequence[Subject]:
-        self.begun.set()
-        assert self.answer.wait(10)
-        self.times += 1
-        return [QUIET]
-
-
-def test_nobody_waits_for_a_store_that_takes_its_time() -> None:
-    slow = Slow()
-    reads = Readings(slow, patience=0.0)
-    assert not reads.latest().up
-    assert slow.begun.wait(10)
-    slow.answer.set()
-    wait_until(lambda: reads.latest().up)
-    assert reads.latest().age < 10
-
-
-def test_who_asks_first_or_after_a_long_time_waits_for_a_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readings, "PATIENCE_AT_FIRST", 60.0)
-    monkeypatch.setattr(readings, "FRESH", 0.0)
-    monkeypatch.setattr(readings, "OLD", 0.0)
-    slow, no_time = Slow(), 1e-9
-    slow.answer.set()
-    reads = Readings(slow, patience=no_time)
-    assert reads.latest().up
-    first = slow.times
-    assert reads.latest().up
-    assert slow.times > first
-
-
-def test_what_the_store_said_before_it_went_away_is_not_told_but_how_long_ago_it_was() -> None:
-    answers = [True]
-
-    def read() -> Sequence[Subject]:
-        if not answers.pop():
-            raise StoreError("the cable is pulled")
-        return [QUIET]
-
-    reads = Readings(read, patience=10.0)
-    told = reads.latest()
-    answers.append(False)
-    gone = reads.latest()
-    assert (told.up, told.content, gone.up, gone.content) == (True, [QUIET], False, None)
-    assert gone.answered_at == told.answered_at
-
-
-def test_who_asks_again_at_once_gets_the_same_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readings, "FRESH", 60.0)
-    reads = Readings(lambda: [QUIET], patience=10.0)
-    assert reads.latest() is reads.latest()
-
-
-def test_a_mistake_is_logged_and_ends_no_thread(caplog: pytest.LogCaptureFixture) -> None:
-    answers: list[Sequence[Subject]] = [[QUIET]]
-    reads = Readings(lambda: answers.pop(), patience=10.0)  # noqa: PLW0108 - bound late
-    assert reads.latest().up
-    assert not reads.latest().up
-    assert not reads.latest().up
-    assert caplog.text.count("metrics cannot be read: pop from empty list") == 1
-    answers.append([QUIET])
-    assert reads.latest().up
-
-
-def test_it_goes_on_reading_while_somebody_is_interested_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readings, "REFRESH", 0.01)
-    monkeypatch.setattr(readings, "INTEREST", 0.2)
-    times: list[float] = []
-
-    def read() -> Sequence[Subject]:
-        times.append(time.monotonic())
-        return [QUIET]
-
-    reads = Readings(read, patience=10.0)
-    reads.latest()
-    wait_until(lambda: len(times) > 3)
-    wait_until(lambda: time.monotonic() > times[-1] + 0.5)
