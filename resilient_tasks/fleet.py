@@ -150,8 +150,6 @@ class Fleet:
             self.announce(answer.transition)
         if isinstance(answer, Answer):
             self.view.look_for_room(answer.snapshot)
-            if answer.of_parent is not None:
-                self.learn(answer.of_parent, asked)
 
     def announce(self, transition: Transition) -> None:
         """Tell of a transition; a listener that raises harms nobody."""

@@ -194,7 +194,7 @@ class Guarded:
         blamed = blamed_on(exc)
         if blamed is not None and self.name not in (blamed, parent_of(blamed)):
             return Verdict(Outcome.IGNORED, type(exc).__name__)
-        return judge(policy.classify, policy.failures, policy.ignore, exc, split_local_errors=policy.split_local_errors)
+        return judge(policy.classify, policy.failures, policy.ignore, exc)
 
     def judge_success(self, seconds: float, value: object = NO_VALUE) -> Verdict:
         """Tell what a call that returned says about the dependency; SLOW if it took too long.

@@ -80,8 +80,6 @@ class BreakerPolicy:
         minimum_tasks: different tasks that must have failed (or been slow) in the window before it opens. A task has
             one vote per window, however often it is run; a call outside any task is a voter of its own.
             ``None``: 2; or 1 where ``minimum_calls`` or ``consecutive_failures`` is 1, which asks for just that.
-        split_local_errors: tell failures that a proxy on the way (Envoy, Istio) has answered for the dependency
-            apart, as ``Snapshot.local_failures``; they are failures all the same.
         window: length of the sliding window; ten aligned buckets, so a call may live 1.1 times as long.
         open_duration: first open time.
         open_multiplier: growth of the open time with every opening in a row.
@@ -103,7 +101,6 @@ class BreakerPolicy:
         overflow: what becomes of a task for which there is no room: ``"fail"`` with
             :class:`DeferredQueueFullError`, or ``"block"``: it stays on its queue, which the worker no longer consumes.
         max_keys: most children, one per key of ``breaker_key``; calls of keys beyond it count for the parent itself.
-        parent_trip_ratio: share of the active children beyond which the parent opens, too; ``None``: it does not.
         max_open_ratio: largest share of the active children that the rules hold open at once; ``None``: all.
         classify: ``(exception or returned value) -> Outcome``; the default is :func:`dependency_errors`,
             for which every value is a SUCCESS. It is not asked about ``with`` blocks that end well.
@@ -120,7 +117,6 @@ class BreakerPolicy:
     consecutive_failures: int | None = _setting(None, _is_count, _COUNT, optional=True)
     minimum_calls: int = _setting(10, _is_count, _COUNT)
     minimum_tasks: int | None = _setting(None, _is_few, "an integer from 1 to 100", optional=True)
-    split_local_errors: bool = _setting(default=False, check=lambda v: isinstance(v, bool), allowed="True or False")
     window: float = _setting(30.0, lambda v: _is_seconds(v) and v >= 0.1, "at least 0.1 seconds")
     open_duration: float = _setting(10.0, _is_seconds, _SECONDS)
     open_multiplier: float = _setting(2.0, lambda v: _number(v) and 1 <= v <= 100, "a number from 1 to 100")
@@ -140,7 +136,6 @@ class BreakerPolicy:
     max_deferred: int | None = _setting(None, _is_count, _COUNT, optional=True)
     overflow: str = _setting(FAIL, lambda v: v in (FAIL, BLOCK), "'fail' or 'block'")
     max_keys: int = _setting(10_000, _is_number_of, _NUMBER_OF)
-    parent_trip_ratio: float | None = _setting(None, _is_rate, _RATE, optional=True)
     max_open_ratio: float | None = _setting(None, _is_rate, _RATE, optional=True)
     classify: Classify = _setting(dependency_errors, callable, "a callable")
     failures: tuple[Matcher, ...] = _setting((), _is_matchers, "exception types or predicates")

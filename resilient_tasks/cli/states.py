@@ -149,7 +149,6 @@ def _details(snapshot: Snapshot) -> Iterator[Row]:
     yield "by", snapshot.actor
     yield "calls", str(snapshot.calls)
     yield "failed", f"{snapshot.failures} {share(snapshot.failure_rate, snapshot.calls)}"
-    yield "of these by a proxy", str(snapshot.local_failures)
     yield "slow", f"{snapshot.slow} {share(snapshot.slow_rate, snapshot.calls)}"
     yield "openings in a row", str(snapshot.openings)
     yield "next probe", _next_probe(snapshot)

@@ -71,12 +71,3 @@ class Children:
         was_active = self.used_at.get(record.name.partition(":")[2], 0) > now - record.rules.window
         active = self.active(now, record.rules.window) + (not was_active)
         return len(self.opened) + 1 <= share * active
-
-    def open_parent(self, parent: Record, now: int) -> str | None:
-        """Return why the parent opens: too large a share is open, and not only since its own last change."""
-        share, active = parent.rules.parent_trip_ratio, self.active(now, parent.rules.window)
-        if not share or len(self.opened) <= max(1, share * active):
-            return None
-        if parent.epoch != parent.first_epoch and max(self.opened.values()) <= parent.since:
-            return None
-        return f"{len(self.opened)} of {active} active children are open"

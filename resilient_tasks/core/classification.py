@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Union
 
 from resilient_tasks.core.answer import retry_after_of, status_of
-from resilient_tasks.core.blame import answered_by_proxy, carried_by, is_control_flow, witness
+from resilient_tasks.core.blame import carried_by, is_control_flow, witness
 from resilient_tasks.core.model import Outcome
 
 logger = logging.getLogger(__name__)
@@ -34,13 +34,11 @@ class Verdict(NamedTuple):
         outcome: what is counted.
         cause: the exception's type or its HTTP status, never its text, which may hold secrets.
         retry_after: seconds the dependency asked to be left alone.
-        proxied: a proxy on the way has answered for it, and the policy tells such failures apart.
     """
 
     outcome: Outcome
     cause: str = ""
     retry_after: float | None = None
-    proxied: bool = False
 
 
 def dependency_errors(exc: BaseException) -> Outcome:
@@ -57,7 +55,6 @@ def judge(
     ignore: Iterable[Matcher],
     exc: BaseException,
     *,
-    split_local_errors: bool = False,
     clock: Callable[[], float] = time.time,
 ) -> Verdict:
     """Judge the exception that ended a guarded call, by a policy's three settings.
@@ -70,7 +67,6 @@ def judge(
         failures: ``BreakerPolicy.failures``.
         ignore: ``BreakerPolicy.ignore``.
         exc: what the call raised; a Celery ``Retry`` is judged by the exception that it carries.
-        split_local_errors: ``BreakerPolicy.split_local_errors``.
         clock: wall clock in seconds, for a ``Retry-After`` that is a date.
     """
     carried = carried_by(exc)
@@ -80,8 +76,7 @@ def judge(
     speaker = witness(carried)[1]
     if outcome is not Outcome.FAILURE:
         return Verdict(outcome, _label(speaker))
-    proxied = split_local_errors and answered_by_proxy(speaker)
-    return Verdict(outcome, _label(speaker), retry_after_of(speaker, clock), proxied)
+    return Verdict(outcome, _label(speaker), retry_after_of(speaker, clock))
 
 
 def _outcome(

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from resilient_tasks.core.children import Children
 from resilient_tasks.core.model import ADMITTING, Calls, Outcome, State, Transition, Verb
 from resilient_tasks.core.record import COUNTING, Record
 from resilient_tasks.core.shadow import Opening, with_calls, with_opening
@@ -47,12 +46,6 @@ class Decision:
     changed: bool = False  # others should hear of it: the version has grown
 
     # --- what callers ask for -------------------------------------------------------------------
-
-    def roll_up(self, children: Children) -> None:
-        """Open the breaker if too large a share of its children is open."""
-        reason = children.open_parent(self.record, self.now)
-        if self.record.state is State.CLOSED and reason is not None:
-            self._open(reason)
 
     def advance(self) -> None:
         """Do what time has made due: OPEN becomes HALF_OPEN, expired permits become failures."""
@@ -185,7 +178,7 @@ class Decision:
     def _change(self, vote: Vote, calls: Calls, cause: str, retry_after: int | None) -> None:
         """Make of a vote what has become of its call, or what another run of its task has found."""
         if calls.outcome is Outcome.FAILURE and vote.outcome is not Outcome.FAILURE:
-            vote.becomes_failure(proxied=calls.proxied)
+            vote.becomes_failure()
             self._note(calls._replace(number=1))
             rules, totals = self.record.rules, self.record.figures(self.now)
             if not self.record.would_open and (row_trips(rules, self.record.row, totals) or rate_trips(rules, totals)):

@@ -53,7 +53,6 @@ class Calls(NamedTuple):
         outcome: of each.
         number: how many there were.
         voter: the task that made them, as :func:`voter_of` calls it; "": each was made by a task of its own.
-        proxied: the failures were answered by a proxy on the way.
         each: each of them counts, as guards inside a task's body do. Whole runs of a task, its retries among them,
             have one vote in the window: a failure replaces a slow one, everything else that blames the dependency
             is not counted again.
@@ -62,7 +61,6 @@ class Calls(NamedTuple):
     outcome: Outcome
     number: int = 1
     voter: str = ""
-    proxied: bool = False
     each: bool = False
 
 
@@ -117,7 +115,6 @@ class Snapshot:
     calls: int = 0
     failures: int = 0
     slow: int = 0
-    local_failures: int = 0  # those of ``failures`` that a proxy on the way has answered; see ``split_local_errors``
     openings: int = 0  # openings in a row, the exponent of the open time
     open_until: float | None = None  # OPEN: when trials may begin; None: not OPEN, or only by an operator
     trials: int = 0  # live permits
@@ -195,13 +192,6 @@ class Answer:
 
     snapshot: Snapshot
     transition: Transition | None = None  # set for the one caller that made it
-    of_parent: Answer | None = None  # set when a child's opening has made the store look at its parent
-
-    @property
-    def opens(self) -> bool:
-        """Whether the caller has made the breaker begin to be held open."""
-        made = self.transition
-        return made is not None and made.state in HELD_OPEN and made.previous not in HELD_OPEN
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,6 @@ class Rules(NamedTuple):
     ramp: int
     most_in_flight: int
     least_in_flight: int  # of an adaptive limit
-    parent_trip_ratio: float
     max_open_ratio: float
 
     @classmethod
@@ -95,7 +94,6 @@ class Rules(NamedTuple):
             ramp=to_ms(policy.ramp),
             most_in_flight=policy.most_in_flight or 0,
             least_in_flight=policy.min_concurrency if policy.concurrency == ADAPTIVE else 0,
-            parent_trip_ratio=policy.parent_trip_ratio or 0.0,
             max_open_ratio=policy.max_open_ratio or 0.0,
         )
 
@@ -258,7 +256,6 @@ class Record:
             calls=figures.calls,
             failures=figures.failures,
             slow=figures.slow,
-            local_failures=figures.proxied,
             openings=self.openings_left(now),
             open_until=to_seconds(self.open_until),
             trials=self.live_trials(now),
@@ -279,4 +276,4 @@ class Record:
 
 
 def _totals(snapshot: Snapshot) -> Totals:
-    return Totals(snapshot.calls, snapshot.failures, snapshot.slow, snapshot.local_failures)
+    return Totals(snapshot.calls, snapshot.failures, snapshot.slow)

@@ -21,7 +21,7 @@ MOST_VOTERS = 100  # remembered per bucket
 
 
 class Totals(NamedTuple):
-    """Sums of outcomes; ``calls`` includes the failures and the slow ones, ``failures`` the proxied ones.
+    """Sums of outcomes; ``calls`` includes the failures and the slow ones, ``slow`` no failures.
 
     ``tasks`` is the number of different tasks that have failed or were slow.
     """
@@ -29,7 +29,6 @@ class Totals(NamedTuple):
     calls: int = 0
     failures: int = 0
     slow: int = 0
-    proxied: int = 0
     tasks: int = 0
 
     def plus(self, calls: Calls) -> Totals:
@@ -40,13 +39,12 @@ class Totals(NamedTuple):
             self.calls + calls.number,
             self.failures + failed,
             self.slow + slow,
-            self.proxied + (failed if calls.proxied else 0),
             self.tasks + (0 if calls.voter else failed + slow),
         )
 
-    def failed_after_all(self, *, proxied: bool) -> Totals:
+    def failed_after_all(self) -> Totals:
         """Return the sums when a call that was slow has failed in the end."""
-        return self._replace(failures=self.failures + 1, slow=self.slow - 1, proxied=self.proxied + proxied)
+        return self._replace(failures=self.failures + 1, slow=self.slow - 1)
 
 
 @dataclass(slots=True)
@@ -72,10 +70,10 @@ class Vote(NamedTuple):
         """Remember another one."""
         self.bucket.votes[self.voter] = outcome
 
-    def becomes_failure(self, *, proxied: bool) -> None:
+    def becomes_failure(self) -> None:
         """Count the slow call that it told of as a failure."""
         self.becomes(Outcome.FAILURE)
-        self.bucket.totals = self.bucket.totals.failed_after_all(proxied=proxied)
+        self.bucket.totals = self.bucket.totals.failed_after_all()
 
 
 @dataclass(slots=True)

@@ -137,12 +137,6 @@ class Store(Protocol):
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         """Return the names of the children of a breaker, those used longest ago first: all, or so many of them."""
 
-    def roll_up(self, spec: Spec) -> Answer:
-        """Open a breaker if more than its ``parent_trip_ratio`` of its children is open.
-
-        Every decision that opens a child does this too, and answers with what became of the parent.
-        """
-
     def cool(self, spec: Spec) -> bool:
         """Take a child off the parent's hot ones, if it is plainly CLOSED and nothing waits for it."""
 

@@ -121,10 +121,6 @@ class FailoverStore:
         """Return the names of the children of a breaker; see :meth:`Store.children`."""
         return self._primary.children(name, start=start, count=count)
 
-    def roll_up(self, spec: Spec) -> Answer:
-        """Open a breaker if too many of its children are open; see :meth:`Store.roll_up`."""
-        return self._decide([spec.name], lambda store: store.roll_up(spec), _snapshot_of)
-
     def cool(self, spec: Spec) -> bool:
         """Take a child off the hot ones; see :meth:`Store.cool`."""
         return self._primary.cool(spec)
@@ -229,5 +225,4 @@ class FailoverStore:
 
 
 def _snapshot_of(answer: Answer | Grant) -> tuple[Snapshot, ...]:
-    of_parent = answer.of_parent if isinstance(answer, Answer) else None
-    return (answer.snapshot, of_parent.snapshot) if of_parent else (answer.snapshot,)
+    return (answer.snapshot,)

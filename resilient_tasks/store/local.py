@@ -8,7 +8,6 @@ it keeps is bounded.
 from __future__ import annotations
 
 import queue
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -68,14 +67,14 @@ class LocalStore:
             admitted, trial = decision.acquire(
                 holder, to_ms(lease), wish.task, waits=wish.waits, has_room=wish.has_room
             )
-            answer = self._answer(spec, decision)
+            answer = self._told(decision)
         return Grant(admitted, trial, answer.snapshot, answer.transition)
 
     def keep_slots(self, spec: Spec, tasks: Sequence[str], *, lease: float, most: int) -> int:
         """Keep slots for waiting tasks that are about to be resumed; see :meth:`Store.keep_slots`."""
         with self._deciding(spec, 0.0) as decision:
             kept = decision.keep_slots(tasks, to_ms(lease), most)
-            self._answer(spec, decision)
+            self._told(decision)
         return kept
 
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
@@ -89,26 +88,26 @@ class LocalStore:
         """Count outcomes of calls that needed no permit; open the breaker if that trips it."""
         with self._deciding(spec, jitter) as decision:
             decision.report(evidence.epoch, evidence.runs, brief(evidence.cause), _retry_after(evidence))
-            return self._answer(spec, decision)
+            return self._told(decision)
 
     def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
         """Count the outcome of a call, and free its permit and its slot. Without either it changes nothing."""
         with self._deciding(spec, jitter) as decision:
             told = brief(evidence.cause), _retry_after(evidence), evidence.runs
             decision.settle(holder, evidence.epoch, outcome, *told)
-            return self._answer(spec, decision)
+            return self._told(decision)
 
     def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:
         """Do what time has made due: expired permits become failures, OPEN becomes HALF_OPEN."""
         with self._deciding(spec, jitter) as decision:
             decision.advance()
-            return self._answer(spec, decision)
+            return self._told(decision)
 
     def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
         """Carry out an operator's verb. A verb that leads to the present state makes no transition."""
         with self._deciding(spec, jitter) as decision:
             decision.command(verb, brief(reason), brief(actor))
-            return self._answer(spec, decision)
+            return self._told(decision)
 
     def begin_health_check(self, spec: Spec, *, since: float) -> bool:
         """Return whether it is the caller who makes a health check; False if somebody has begun one since."""
@@ -122,7 +121,7 @@ class LocalStore:
         with self._deciding(spec, jitter) as decision:
             told = brief(evidence.cause), _retry_after(evidence)
             decision.report_health_check(evidence.epoch, outcome, limit, *told)
-            return self._answer(spec, decision)
+            return self._told(decision)
 
     def adopt(self, snapshot: Snapshot) -> None:
         """Go on from a state last seen in the shared store, with what was left of its open time.
@@ -156,12 +155,6 @@ class LocalStore:
             used_at = self._family(name).used_at
             keys = sorted(used_at, key=lambda key: (used_at[key], key))
             return [f"{name}:{key}" for key in keys[start : None if count is None else start + count]]
-
-    def roll_up(self, spec: Spec) -> Answer:
-        """Open a breaker if too many of its children are open; see :meth:`Store.roll_up`."""
-        with self._deciding(spec, random.random()) as decision:
-            decision.roll_up(self._family(spec.name))
-            return self._told(decision)
 
     def cool(self, spec: Spec) -> bool:
         """Take a child off the hot ones; see :meth:`Store.cool`."""
@@ -240,14 +233,6 @@ class LocalStore:
         rules = spec.rules()
         known = self._records.get(spec.name)
         return replace(known, rules=known.rules.or_newer(rules)) if known else Record(spec.name, rules, since=now)
-
-    def _answer(self, spec: Spec, decision: Decision) -> Answer:
-        answer = self._told(decision)
-        parent = spec.parent
-        if parent is None or not answer.opens:
-            return answer
-        self._family(spec.name).note(key_of(spec.name), decision.record, decision.now)
-        return replace(answer, of_parent=self.roll_up(parent))
 
     def _told(self, decision: Decision) -> Answer:
         snapshot = decision.record.snapshot(decision.now)

@@ -46,7 +46,7 @@ _ZERO = (
     "credit", "backed_off",
 )  # fmt: skip
 _NOTHING = ("open_until", "last_success_at", "ramp_since", "checked_at")
-_WITH_DEFAULT = {"minimum_tasks", "most_in_flight", "least_in_flight", "parent_trip_ratio", "max_open_ratio"}
+_WITH_DEFAULT = {"minimum_tasks", "most_in_flight", "least_in_flight", "max_open_ratio"}
 _DIVISORS = ("window", "open_time", "max_open_time")
 _TOO_MUCH = 1e16
 _NUMBER = re.compile(r"-?\d{1,15}")

@@ -7,10 +7,8 @@ clock. Here is only what surrounds them: arguments in, answers out.
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -127,21 +125,21 @@ class RedisStore:
 
     def record(self, spec: Spec, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
         """Count outcomes of calls that needed no permit; open the breaker if that trips it."""
-        return self._answer(spec, self._decide("record", spec, jitter, _evidence(evidence)))
+        return _answer(self._decide("record", spec, jitter, _evidence(evidence)))
 
     def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
         """Count the outcome of a call, and free its permit and its slot. Without either it changes nothing."""
         told = holder, outcome.value, _evidence(evidence)
-        return self._answer(spec, self._decide("settle", spec, jitter, *told))
+        return _answer(self._decide("settle", spec, jitter, *told))
 
     def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:
         """Do what time has made due: expired permits become failures, OPEN becomes HALF_OPEN."""
-        return self._answer(spec, self._decide("advance", spec, jitter))
+        return _answer(self._decide("advance", spec, jitter))
 
     def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
         """Carry out an operator's verb. A verb that leads to the present state makes no transition."""
         told = verb.value, brief(reason), brief(actor)
-        return self._answer(spec, self._decide("command", spec, jitter, *told))
+        return _answer(self._decide("command", spec, jitter, *told))
 
     # --- children -------------------------------------------------------------------------------
 
@@ -155,11 +153,6 @@ class RedisStore:
         index, end = self._keys.breaker(name).children, -1 if count is None else start + count - 1
         keys: list[Any] = self._server.run(lambda client: client.zrange(index, start, end))
         return [f"{name}:{key.decode()}" for key in keys]
-
-    def roll_up(self, spec: Spec) -> Answer:
-        """Open a breaker if too many of its children are open; see :meth:`Store.roll_up`."""
-        reply = self._decide("roll_up", spec, random.random())
-        return Answer(reply["snapshot"], reply["transition"])
 
     def cool(self, spec: Spec) -> bool:
         """Take a child off the hot ones; see :meth:`Store.cool`."""
@@ -177,7 +170,7 @@ class RedisStore:
     ) -> Answer:
         """Count a health check made while CLOSED or SHADOW; ``limit`` failures in a row open the breaker."""
         told = outcome.value, limit, _evidence(evidence)
-        return self._answer(spec, self._decide("report_health_check", spec, jitter, *told))
+        return _answer(self._decide("report_health_check", spec, jitter, *told))
 
     # --- small values -------------------------------------------------------------------------------
 
@@ -219,13 +212,6 @@ class RedisStore:
 
         return self._mender.sound([spec.name], decide)
 
-    def _answer(self, spec: Spec, reply: dict[str, Any]) -> Answer:
-        answer = Answer(reply["snapshot"], reply["transition"])
-        parent = spec.parent
-        if parent is None or parent.policy.parent_trip_ratio is None or not answer.opens:
-            return answer
-        return replace(answer, of_parent=self.roll_up(parent))
-
     def _common(self, spec: Spec, jitter: float) -> tuple[Argument, ...]:
         rules = json.dumps(spec.rules()._asdict())
         return (spec.name, self._keys.changes, rules, jitter)
@@ -241,10 +227,14 @@ class RedisStore:
         return subscription
 
 
+def _answer(reply: dict[str, Any]) -> Answer:
+    return Answer(reply["snapshot"], reply["transition"])
+
+
 def _evidence(evidence: Evidence) -> str:
     fields: dict[str, Any] = {
         "epoch": evidence.epoch,
-        "runs": [[calls.outcome.value, *calls[1:]] for calls in evidence.runs],
+        "runs": [[c.outcome.value, c.number, c.voter, False, c.each] for c in evidence.runs],
         "cause": brief(evidence.cause),
         "causes": {brief(cause): count for cause, count in evidence.causes},
     }
@@ -265,10 +255,14 @@ _TIMES = (
 )
 
 
+_OLD = ("local_failures", "crowded")
+
+
 def _snapshot(fields: dict[str, Any]) -> Snapshot:
     times = {name: to_seconds(fields[name]) for name in _TIMES if name in fields}
     openings = [ShadowOpening(at / 1000, until / 1000, calls) for at, until, calls, _ in fields["shadow_openings"]]
     hot = tuple(fields.get("hot_children", ()))
+    fields = {name: value for name, value in fields.items() if name not in _OLD}
     others = {"state": State(fields["state"]), "shadow_openings": tuple(openings), "hot_children": hot}
     return Snapshot(**{**fields, **times, **others})
 

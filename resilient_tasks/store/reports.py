@@ -109,11 +109,11 @@ class Reporter:
         Returns:
             A ticket for :meth:`wait`; 0 if the outcome is in no hurry.
         """
-        outcome, cause, retry_after, proxied = verdict
+        outcome, cause, retry_after = verdict
         if outcome is Outcome.IGNORED:
             return _NOTHING_URGENT
         if outcome is not Outcome.SUCCESS:
-            standing.pending.append((epoch, Calls(outcome, 1, voter, proxied, each), cause, retry_after))
+            standing.pending.append((epoch, Calls(outcome, 1, voter, each), cause, retry_after))
             return self.schedule(standing, urgent=True)
         standing.pending.append(epoch)
         if standing.success_may_open:
@@ -155,8 +155,8 @@ class Reporter:
         Returns:
             A ticket for :meth:`wait`.
         """
-        outcome, cause, retry_after, proxied = verdict
-        evidence = Evidence(epoch, (Calls(outcome, 1, voter, proxied, each),), cause, retry_after)
+        outcome, cause, retry_after = verdict
+        evidence = Evidence(epoch, (Calls(outcome, 1, voter, each),), cause, retry_after)
         if outcome is not Outcome.OVERDUE:
             self._leases.let_go(spec.name, holder)
         with self._condition:

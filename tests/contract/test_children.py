@@ -69,47 +69,6 @@ def test_there_are_only_so_many_children_and_idle_ones_make_room(lab: Lab) -> No
     assert sorted(lab.store.children("payments")) == ["payments:0", "payments:late"]
 
 
-def test_the_parent_opens_with_too_many_of_its_active_children(lab: Lab) -> None:
-    parent, children = family(lab, 5, parent_trip_ratio=0.5)
-    for child in children[:2]:
-        child.calls("FF")
-    assert parent.state is State.CLOSED
-    answer = children[2].calls("FF")
-    assert answer.of_parent is not None
-    assert answer.of_parent.transition is not None
-    assert answer.of_parent.transition.reason == "3 of 5 active children are open"
-    assert parent.state is State.OPEN
-
-
-def test_children_that_nobody_uses_are_no_part_of_the_ratio(lab: Lab) -> None:
-    parent, children = family(lab, 5, parent_trip_ratio=0.5, window=20.0)
-    lab.clock.advance(21)
-    for child in children[:3]:
-        child.calls("S")
-    for child in children[:2]:
-        child.calls("FF")
-    assert parent.state is State.OPEN
-
-
-def test_a_single_child_does_not_open_its_parent(lab: Lab) -> None:
-    parent, (acme,) = family(lab, 1, parent_trip_ratio=0.1)
-    acme.calls("FF")
-    assert parent.state is State.CLOSED
-
-
-def test_a_parent_that_has_healed_opens_only_with_another_child(lab: Lab) -> None:
-    parent, children = family(lab, 3, parent_trip_ratio=0.5, ramp=0.0)
-    for child in children[:2]:
-        child.command(Verb.ISOLATE)
-    assert parent.state is State.OPEN
-    lab.clock.advance(1)
-    parent.command(Verb.RESET)
-    assert lab.store.roll_up(parent.spec).transition is None
-    lab.clock.advance(1)
-    children[2].calls("FF")
-    assert parent.state is State.OPEN
-
-
 def test_no_more_than_a_share_of_the_children_is_held_open(lab: Lab) -> None:
     parent, children = family(lab, 4, max_open_ratio=0.5)
     for child in children:

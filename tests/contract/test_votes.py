@@ -175,23 +175,6 @@ def test_a_trial_is_not_overdue_where_nothing_is_slow(lab: Lab) -> None:
     assert breaker.state is State.CLOSED
 
 
-def test_failures_that_a_proxy_has_answered_are_told_apart(lab: Lab) -> None:
-    breaker = lab.breaker()
-    breaker.calls("F", proxied=True)
-    breaker.calls("SF")
-    breaker.calls("F", voter=POISON, proxied=True)
-    snapshot = breaker.snapshot()
-    assert (snapshot.calls, snapshot.failures, snapshot.local_failures) == (4, 3, 2)
-    assert breaker.calls("F").snapshot.local_failures == 2, "kept as it was at the trip"
-    assert breaker.state is State.OPEN
-
-
-def test_an_overdue_call_may_turn_out_to_be_a_proxys_answer(lab: Lab) -> None:
-    breaker = lab.breaker(slow_call_duration=1.0)
-    breaker.calls("O", voter=POISON)
-    assert breaker.calls("F", voter=POISON, proxied=True).snapshot.local_failures == 1
-
-
 def test_voters_are_told_by_the_id_of_their_task() -> None:
     assert voter_of("a") == voter_of("a") != voter_of("b")
     assert [len(voter_of(task_id)) for task_id in ("a", "é" * 300, "")] == [8, 8, 0]

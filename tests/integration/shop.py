@@ -50,7 +50,6 @@ tolerant = resilience.breaker("tolerant", **{**QUICK, "consecutive_failures": No
 knocked = resilience.breaker("knocked", **QUICK)
 narrow = resilience.breaker("narrow", **QUICK, max_deferred=2)
 tenants = resilience.breaker("tenants", **QUICK)
-regions = resilience.breaker("regions", **QUICK, parent_trip_ratio=0.5)
 hosts = resilience.breaker("hosts", **{**QUICK, "open_duration": 30}, max_open_ratio=0.5, max_keys=2)
 blocking = resilience.breaker("blocking", **QUICK, max_deferred=2, overflow="block")
 
@@ -180,11 +179,6 @@ def bill(self, order: int, tenant: str = "acme") -> int:
     SIDE.rpush("runs:bill", self.request.id)
     call(f"tenants-{tenant}")
     return order
-
-
-@app.task(breaker="regions", breaker_key=lambda args, kwargs: args[0])
-def route(region: str) -> str:
-    return call(f"regions-{region}")
 
 
 @app.task(breaker="hosts", breaker_key="host", on_failure="raise")

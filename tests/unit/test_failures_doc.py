@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from resilient_tasks.testing import Clock, in_memory
@@ -46,18 +45,6 @@ def test_it_takes_three_tasks(namespace: dict[str, Any], clock: Clock) -> None:
     for state in ("CLOSED", "CLOSED", "OPEN"):
         fail(payments, ConnectionError())
         assert payments.snapshot().state == state
-
-
-def test_a_proxys_answers_are_told_apart(namespace: dict[str, Any], clock: Clock) -> None:
-    request = httpx.Request("GET", "http://geocoder")
-    unreachable = httpx.Response(503, text="upstream connect error or disconnect/reset before headers", request=request)
-    fail(namespace["geocoder"], httpx.HTTPStatusError("503", request=request, response=unreachable))
-    clock.settle()
-    assert (namespace["geocoder"].snapshot().local_failures, namespace["where_it_fails"]()) == (1, "on the way")
-    for _ in range(2):
-        fail(namespace["geocoder"], httpx.HTTPStatusError("503", request=request, response=httpx.Response(503)))
-    clock.settle()
-    assert (namespace["geocoder"].snapshot().failures, namespace["where_it_fails"]()) == (3, "in the service")
 
 
 def test_what_hangs_and_quick_attempts_are_declared_as_printed(namespace: dict[str, Any]) -> None:

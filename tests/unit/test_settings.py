@@ -191,13 +191,6 @@ def test_names_of_variables_know_neither_case_nor_punctuation(monkeypatch: pytes
     assert settings.unknown_overrides([name]) == []
 
 
-@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False)])
-def test_an_override_may_be_yes_or_no(monkeypatch: pytest.MonkeyPatch, text: str, *, value: bool) -> None:
-    monkeypatch.setenv(PAYMENTS + "SPLIT_LOCAL_ERRORS", text)
-    in_code = BreakerPolicy(split_local_errors=not value)
-    assert Settings.load().policy_for("payments", in_code).split_local_errors is value
-
-
 def test_other_breakers_keep_their_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PAYMENTS + "WINDOW", "5")
     policy = BreakerPolicy()

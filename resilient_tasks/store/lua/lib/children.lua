@@ -28,19 +28,6 @@ local function has_room_to_open()
   return redis.call('ZCARD', OPENED) + 1 <= rules.max_open_ratio * active
 end
 
--- Why the parent opens, or nil.
-local function open_parent()
-  local share, active, opened = rules.parent_trip_ratio, active_children(), redis.call('ZCARD', OPENED)
-  if share == 0 or opened <= math.max(1, share * active) then
-    return nil
-  end
-  local latest = tonumber(redis.call('ZRANGE', OPENED, -1, -1, 'WITHSCORES')[2])
-  if record.epoch ~= record.first_epoch and latest <= record.since then
-    return nil
-  end
-  return integer(opened) .. ' of ' .. integer(active) .. ' active children are open'
-end
-
 -- A state that says nothing any more ends by itself; what an operator has set stays.
 local function expire_child()
   if is_plain() then

@@ -216,10 +216,3 @@ local function command(verb, reason, actor)
     end
   end
 end
-
-local function roll_up()
-  local reason = record.state == 'CLOSED' and open_parent()
-  if reason then
-    open(reason, '')
-  end
-end
