@@ -219,7 +219,7 @@ class Breaker(Guarding):
     def shadow(self, reason: str = "", *, actor: str | None = None) -> Snapshot:
         """Admit all calls, count, and tell when the breaker would have opened, until :meth:`reset`.
 
-        ``snapshot().shadow_openings`` keeps when that was and how many calls would have waited.
+        ``snapshot().would_have_opened`` counts how often.
         """
         return self._command(Verb.SHADOW, reason, actor)
 

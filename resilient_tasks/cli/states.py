@@ -11,7 +11,7 @@ import click
 
 from resilient_tasks.cli.common import BreakerName, BreakerNames, expand, pass_runtime
 from resilient_tasks.cli.display import Row, is_rich, plain_lines, print_json, print_table, rich_console, rich_table
-from resilient_tasks.core.model import ADMITTING, ShadowOpening, Snapshot, State
+from resilient_tasks.core.model import ADMITTING, Snapshot, State
 from resilient_tasks.core.outage import Estimate
 from resilient_tasks.errors import StoreError
 from resilient_tasks.monitor.story import in_words
@@ -158,18 +158,10 @@ def _details(snapshot: Snapshot) -> Iterator[Row]:
         yield "in flight", f"{snapshot.in_flight} of {snapshot.concurrency_limit}{waiting}"
     yield "deferred", str(snapshot.deferred)
     yield "oldest deferred", moment(snapshot.oldest_deferred_at)
-    if snapshot.shadow_openings or snapshot.state is State.SHADOW:
-        yield from _spared(snapshot.shadow_openings)
+    if snapshot.would_have_opened or snapshot.state is State.SHADOW:
+        yield "would have opened", counted(snapshot.would_have_opened, "time")
 
 
 def _outlook(estimate: Estimate | None) -> Iterator[Row]:
     if estimate is not None:
         yield "outlook", in_words(estimate)
-
-
-def _spared(openings: Sequence[ShadowOpening]) -> Iterator[Row]:
-    waited = sum(opening.calls for opening in openings)
-    yield "would have opened", f"{counted(len(openings), 'time')}, {counted(waited, 'call')} would have waited"
-    for opening in openings:
-        lasted = duration(opening.until - opening.at)
-        yield f"  {moment(opening.at)}", f"for {lasted}, {counted(opening.calls, 'call')}"

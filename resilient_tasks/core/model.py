@@ -5,7 +5,7 @@ Times are seconds (``float``) on the store's clock, which for a shared store is 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -82,21 +82,6 @@ class Verb(str, Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class ShadowOpening:
-    """One opening that SHADOW has spared the tasks: a model, see ``core/shadow.py``.
-
-    Args:
-        at: when the breaker would have opened.
-        until: when it would have let trials through; while that is to come, ``calls`` still grows.
-        calls: calls counted in between: those that would have waited.
-    """
-
-    at: float
-    until: float
-    calls: int
-
-
-@dataclass(frozen=True, slots=True)
 class Snapshot:
     """A breaker as its store knows it at one instant.
 
@@ -122,7 +107,7 @@ class Snapshot:
     total_failures: int = 0  # failures ever counted, trials included
     ramp_since: float | None = None  # CLOSED out of HALF_OPEN: when; otherwise None
     would_open: bool = False  # SHADOW: it would be OPEN now
-    shadow_openings: tuple[ShadowOpening, ...] = ()  # what the last SHADOW has spared, the latest last
+    would_have_opened: int = 0  # how often it would have opened since it last entered SHADOW
     failed_checks: int = 0  # CLOSED, SHADOW: failed health checks in a row
     checked_at: float | None = None  # when the last health check began that the store gave leave for
     in_flight: int = 0  # calls that hold one of a limited number of slots, and slots kept for resumed tasks
@@ -162,8 +147,7 @@ class Snapshot:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all figures by name, the derived ones as well, for programs that read JSON."""
-        shadow_openings = [asdict(opening) for opening in self.shadow_openings]
-        return {**{name: getattr(self, name) for name in _FIGURES}, "shadow_openings": shadow_openings}
+        return {name: getattr(self, name) for name in _FIGURES}
 
 
 _FIGURES = (*(field.name for field in fields(Snapshot)), "failure_rate", "slow_rate", "retry_after", "next_probe_at")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from resilient_tasks.core.model import Snapshot, State
-from resilient_tasks.core.shadow import Opening, Openings
+from resilient_tasks.core.shadow import Openings
 from resilient_tasks.core.slots import Slots
 from resilient_tasks.core.window import Totals, Window
 from resilient_tasks.policy import ADAPTIVE, BreakerPolicy
@@ -179,10 +179,6 @@ class Record:
             last_success_at=here(snapshot.last_success_at),
             total_failures=snapshot.total_failures,
             ramp_since=here(snapshot.ramp_since),
-            would_open=snapshot.would_open,
-            shadow=tuple(
-                Opening(here(each.at) or now, here(each.until) or now, each.calls) for each in snapshot.shadow_openings
-            ),
             failed_checks=snapshot.failed_checks,
             checked_at=here(snapshot.checked_at),
             slots=Slots(learned=snapshot.concurrency_limit or 0, backed_off=True),
@@ -263,7 +259,7 @@ class Record:
             total_failures=self.total_failures,
             ramp_since=to_seconds(self.ramp_since),
             would_open=self.would_open and now < self.shadow[-1].until,
-            shadow_openings=tuple(each.seen() for each in self.shadow),
+            would_have_opened=len(self.shadow),
             failed_checks=self.failed_checks,
             checked_at=to_seconds(self.checked_at),
             in_flight=self.in_flight(now),

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from resilient_tasks.core.model import ShadowOpening
-
 MOST_OPENINGS = 20
 
 
@@ -32,10 +30,6 @@ class Opening(NamedTuple):
     def next_in_a_row(self, now: int, max_open_time: int) -> int:
         """Return how many in a row an opening at ``now`` is: each ``max_open_time`` in between takes one back."""
         return 1 + max(0, self.in_a_row - max(0, now - self.until) // max_open_time)
-
-    def seen(self) -> ShadowOpening:
-        """Return it as others see it, in seconds."""
-        return ShadowOpening(self.at / 1000, self.until / 1000, self.calls)
 
 
 Openings = tuple[Opening, ...]

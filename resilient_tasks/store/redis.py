@@ -16,7 +16,7 @@ import redis
 from redis.client import PubSub
 
 from resilient_tasks.core.children import IDLE_AFTER
-from resilient_tasks.core.model import Answer, Grant, Outcome, ShadowOpening, Snapshot, State, Transition, Verb
+from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, State, Transition, Verb
 from resilient_tasks.core.names import key_of
 from resilient_tasks.core.record import brief, to_ms, to_seconds
 from resilient_tasks.errors import ConfigurationError, StoreError
@@ -255,15 +255,15 @@ _TIMES = (
 )
 
 
-_OLD = ("local_failures", "crowded")
+_OLD = ("local_failures", "crowded", "shadow_openings")
 
 
 def _snapshot(fields: dict[str, Any]) -> Snapshot:
     times = {name: to_seconds(fields[name]) for name in _TIMES if name in fields}
-    openings = [ShadowOpening(at / 1000, until / 1000, calls) for at, until, calls, _ in fields["shadow_openings"]]
+    openings = len(fields["shadow_openings"])
     hot = tuple(fields.get("hot_children", ()))
     fields = {name: value for name, value in fields.items() if name not in _OLD}
-    others = {"state": State(fields["state"]), "shadow_openings": tuple(openings), "hot_children": hot}
+    others = {"state": State(fields["state"]), "would_have_opened": openings, "hot_children": hot}
     return Snapshot(**{**fields, **times, **others})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from resilient_tasks.core.model import ShadowOpening, State, Verb
+from resilient_tasks.core.model import State, Verb
 from tests.contract.lab import Lab, Subject
 
 STATES = {
@@ -59,44 +59,10 @@ def test_shadow_counts_admits_and_tells_once_that_it_would_have_opened(lab: Lab)
     assert (snapshot.state, snapshot.would_open, snapshot.calls) == (State.SHADOW, True, 10)
     assert breaker.ask().admitted
     assert breaker.calls("FFFFFFFF").transition is None
-    assert breaker.snapshot().calls == 18
+    assert (breaker.snapshot().calls, breaker.snapshot().would_have_opened) == (18, 1)
 
     breaker.command(Verb.RESET)
     assert not breaker.snapshot().would_open
-
-
-def test_shadow_keeps_when_it_would_have_opened_and_how_many_calls_would_have_waited(lab: Lab) -> None:
-    breaker = lab.breaker(max_open_duration=12.0)
-    breaker.command(Verb.SHADOW)
-    opened_at = lab.clock()
-    breaker.batch(("F", 5), ("S", 2))
-    breaker.calls("F")
-    lab.clock.advance(4.999)
-    spared = breaker.calls("IS").snapshot
-    assert spared.shadow_openings == (ShadowOpening(opened_at, opened_at + 5, 4),)
-    assert spared.would_open
-
-    lab.clock.advance(0.001)
-    assert not breaker.snapshot().would_open, "by now it would make trials"
-    healed = breaker.calls("FFFF")
-    assert (healed.transition, healed.snapshot.calls) == (None, 4), "it is taken to have healed, with an empty window"
-    again = breaker.calls("F")
-    assert again.transition is not None
-    assert again.snapshot.shadow_openings[1] == ShadowOpening(lab.clock(), lab.clock() + 10, 0), "the second in a row"
-
-    lab.clock.advance(10 + 24)
-    assert breaker.calls("FFFFF").snapshot.shadow_openings[2].until == lab.clock() + 5, "two have been taken back"
-
-
-def test_what_shadow_has_spared_is_kept_until_the_next_shadow(lab: Lab) -> None:
-    breaker = lab.breaker()
-    breaker.command(Verb.SHADOW)
-    for _ in range(25):
-        breaker.batch(("F", 6))
-        lab.clock.advance(400)
-    kept = breaker.command(Verb.RESET).snapshot.shadow_openings
-    assert [opening.calls for opening in kept] == [1] * 20, "the latest of them"
-    assert breaker.command(Verb.SHADOW).snapshot.shadow_openings == ()
 
 
 def test_trip_is_like_a_trip(lab: Lab) -> None:

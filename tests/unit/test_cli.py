@@ -79,17 +79,15 @@ def test_the_exit_code_of_show_tells_the_state(run: Run, payments: Breaker, cloc
     assert str(payments.state) in result.output
 
 
-def test_show_tells_what_shadow_has_spared(run: Run, payments: Breaker, clock: Clock) -> None:
+def test_show_counts_how_often_shadow_would_have_opened(run: Run, payments: Breaker, clock: Clock) -> None:
     assert "would have opened" not in run("show", "payments").output
     payments.shadow()
-    assert re.search(r"would have opened +0 times, 0 calls", run("show", "payments").output)
+    assert re.search(r"would have opened +0 times", run("show", "payments").output)
     for _ in range(5):
         with pytest.raises(ConnectionError):
             payments.call(_fail)
     clock.settle()
-    shown = run("show", "payments").output
-    assert re.search(r"would have opened +1 time, 2 calls would have waited", shown)
-    assert re.search(r"\n  \d{4}-\S+ +for 10 s, 2 calls\n", shown)
+    assert re.search(r"would have opened +1 time\n", run("show", "payments").output)
 
 
 def _fail() -> None:
