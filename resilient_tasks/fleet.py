@@ -16,7 +16,7 @@ from resilient_tasks.core.model import Answer, Grant, Snapshot, State, Transitio
 from resilient_tasks.core.record import OLDEST
 from resilient_tasks.errors import StoreError
 from resilient_tasks.monitor.story import Story
-from resilient_tasks.store.base import NO_WISH, Spec, Store, Wish
+from resilient_tasks.store.base import Spec, Store
 from resilient_tasks.store.failover import FailoverStore
 from resilient_tasks.store.history import History
 from resilient_tasks.store.leases import LEASE
@@ -120,10 +120,10 @@ class Fleet:
         self.view.follow()
         return standing
 
-    def acquire(self, spec: Spec, holder: str, *, lease: float = LEASE, wish: Wish = NO_WISH) -> Grant:
+    def acquire(self, spec: Spec, holder: str, *, lease: float = LEASE) -> Grant:
         """Ask the store for admission; a denial is remembered for a while. Never raises ``StoreError``."""
         asked = self.view.asking()
-        grant = self.store.acquire(spec, holder, lease=lease, jitter=random.random(), wish=wish)
+        grant = self.store.acquire(spec, holder, lease=lease, jitter=random.random())
         self.learn(grant, asked)
         if not grant.admitted and grant.snapshot.state is State.HALF_OPEN:
             self.view.standing(spec.name).deny()

@@ -154,8 +154,7 @@ def _details(snapshot: Snapshot) -> Iterator[Row]:
     yield "next probe", _next_probe(snapshot)
     yield "trials", str(snapshot.trials)
     if snapshot.concurrency_limit is not None:
-        waiting = ", tasks wait for a slot" if snapshot.crowded else ""
-        yield "in flight", f"{snapshot.in_flight} of {snapshot.concurrency_limit}{waiting}"
+        yield "in flight", f"{snapshot.in_flight} of {snapshot.concurrency_limit}"
     yield "deferred", str(snapshot.deferred)
     yield "oldest deferred", moment(snapshot.oldest_deferred_at)
     if snapshot.would_have_opened or snapshot.state is State.SHADOW:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from resilient_tasks.core.model import ADMITTING, Calls, Outcome, State, Transition, Verb
 from resilient_tasks.core.record import COUNTING, Record
 from resilient_tasks.core.shadow import Opening, with_calls, with_opening
-from resilient_tasks.core.slots import CROWDED_FOR
 from resilient_tasks.core.tripping import rate_trips, row_trips, trip_point, why, with_cause
 from resilient_tasks.core.window import Totals, Vote
 
@@ -55,19 +54,15 @@ class Decision:
         elif record.state is State.HALF_OPEN:
             self._expire()
 
-    def acquire(
-        self, holder: str, lease: int, task: str = "", *, waits: bool = False, has_room: bool = True
-    ) -> tuple[bool, bool]:
+    def acquire(self, holder: str, lease: int) -> tuple[bool, bool]:
         """Return whether ``holder`` is admitted, and whether with a permit; see :meth:`Store.acquire`."""
         self.advance()
         record, state = self.record, self.record.state
-        offered = has_room and record.offers_slot(holder, task, self.now)
+        offered = record.offers_slot(holder, self.now)
         granted = state is State.HALF_OPEN and offered and self._grant(holder, lease)
         admitted = granted or (state in ADMITTING and offered)
         if admitted and record.concurrency_limit(self.now) is not None:
-            record.slots.take(holder, lease, task, now=self.now)
-        elif not admitted and state is State.CLOSED:
-            self._turn_away(task, waits=waits)
+            record.slots.take(holder, lease, now=self.now)
         return admitted, granted
 
     def report(self, epoch: int, runs: Sequence[Calls], cause: str = "", retry_after: int | None = None) -> None:
@@ -107,17 +102,6 @@ class Decision:
             self._settle_trial(holder, outcome, cause, retry_after)
         if outcome is not Outcome.OVERDUE:
             record.slots.give_up(holder)
-
-    def keep_slots(self, tasks: Sequence[str], lease: int, most: int) -> int:
-        """Keep slots for the first of the waiting tasks; return for how many; see :meth:`Store.keep_slots`."""
-        limit, slots = self.record.concurrency_limit(self.now), self.record.slots
-        if limit is None:
-            return len(tasks)
-        was_crowded = slots.is_crowded(self.now)
-        kept = slots.keep(tasks, lease, now=self.now, limit=min(limit, most))
-        if was_crowded != slots.is_crowded(self.now):
-            self._announce()
-        return kept
 
     def begin_health_check(self, since: int) -> bool:
         """Return whether it is the caller who makes a health check: nobody has begun one since ``since``."""
@@ -300,15 +284,6 @@ class Decision:
             self._judge(cause, retry_after)
 
     # --- slots ----------------------------------------------------------------------------------
-
-    def _turn_away(self, task: str, *, waits: bool) -> None:
-        """Let nobody in beyond the limit; a task that waits makes a crowd."""
-        record, was_crowded = self.record, self.record.is_crowded(self.now)
-        record.slots.give_up(task)
-        if waits:
-            record.slots.crowded_until = self.now + CROWDED_FOR
-            if record.is_crowded(self.now) and not was_crowded:
-                self._announce()
 
     def _learn(self, outcome: Outcome, count: int) -> None:
         least, most = self.record.rules.least_in_flight, self.record.rules.most_in_flight

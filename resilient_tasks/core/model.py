@@ -110,9 +110,8 @@ class Snapshot:
     would_have_opened: int = 0  # how often it would have opened since it last entered SHADOW
     failed_checks: int = 0  # CLOSED, SHADOW: failed health checks in a row
     checked_at: float | None = None  # when the last health check began that the store gave leave for
-    in_flight: int = 0  # calls that hold one of a limited number of slots, and slots kept for resumed tasks
+    in_flight: int = 0  # calls that hold one of a limited number of slots
     concurrency_limit: int | None = None  # how many may at present; None: any number, and nobody counts them
-    crowded: bool = False  # tasks wait for a slot: nobody overtakes them
     deferred: int = 0
     oldest_deferred_at: float | None = None
     next_deadline_at: float | None = None  # earliest end of a deferred task's ``defer_for``

@@ -213,15 +213,10 @@ class Record:
         """Return the number of slots in use; nobody counts them where there is no limit."""
         return self.slots.in_flight(now) if self.rules.most_in_flight else 0
 
-    def is_crowded(self, now: int) -> bool:
-        """Return whether tasks wait for a slot."""
-        return self.rules.most_in_flight > 0 and self.slots.is_crowded(now)
-
-    def offers_slot(self, holder: str, task: str, now: int) -> bool:
-        """Return whether the limit of calls in flight, if there is one, lets ``holder`` in; see :class:`Slots`."""
+    def offers_slot(self, holder: str, now: int) -> bool:
+        """Return whether the limit of calls in flight, if there is one, lets ``holder`` in."""
         limit = self.concurrency_limit(now)
-        fresh = not task and self.state is State.CLOSED
-        return limit is None or self.slots.offers(holder, task, now=now, limit=limit, fresh=fresh)
+        return limit is None or self.slots.holds(holder, now) or self.slots.in_flight(now) < limit
 
     def is_ramping(self, now: int) -> bool:
         """Return whether the breaker is fresh from a recovery."""
@@ -264,7 +259,6 @@ class Record:
             checked_at=to_seconds(self.checked_at),
             in_flight=self.in_flight(now),
             concurrency_limit=self.concurrency_limit(now),
-            crowded=self.is_crowded(now),
             deferred=deferred,
             oldest_deferred_at=to_seconds(oldest_deferred_at),
             next_deadline_at=to_seconds(next_deadline_at),

@@ -1,8 +1,7 @@
 """Slots: leased rights to be one of the calls in flight, of which a breaker with a limit has only so many.
 
 A slot is taken for one call, renewed while it runs, and freed at its end; that of a dead process runs out. Tasks that
-find none wait in the deferred queue: then the breaker is *crowded*, and who comes fresh queues behind them. A slot
-that is free by then is *kept* for the task that is resumed to use it.
+find none wait in the deferred queue.
 
 The limit may be adaptive: every success adds one while at least half of it is used, every failure or overrun takes
 a tenth. After the first of these a limit's worth of successes adds one, or a small limit would mostly be exceeded.
@@ -13,50 +12,27 @@ together, a property test compares them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from resilient_tasks.core.model import Outcome
-
-CROWDED_FOR = 5000  # ms for which a breaker stays crowded unless somebody still sees tasks wait for a slot
 
 
 @dataclass(slots=True)
 class Slots:
     """The slots of one breaker, and its adaptive limit."""
 
-    leases: dict[str, int] = field(default_factory=dict)  # who holds a slot, or the task it is kept for -> lease's end
-    crowded_until: int = 0
+    leases: dict[str, int] = field(default_factory=dict)  # who holds a slot -> lease's end
     learned: int = 0  # the adaptive limit; 0 before anything was learned
     credit: int = 0  # successes since the adaptive limit last changed
     backed_off: bool = False  # it has been exceeded once
 
     def in_flight(self, now: int) -> int:
-        """Return the number of slots that are held or kept."""
+        """Return the number of slots that are held."""
         return sum(end > now for end in self.leases.values())
 
-    def is_crowded(self, now: int) -> bool:
-        """Return whether tasks wait for a slot."""
-        return self.crowded_until > now
-
-    def offers(self, holder: str, task: str, *, now: int, limit: int, fresh: bool) -> bool:
-        """Return whether ``holder`` may take a slot.
-
-        Args:
-            holder: who asks.
-            task: a resumed task, for which a slot may be kept; empty for any other.
-            now: the instant.
-            limit: of calls in flight.
-            fresh: it queues behind what waits.
-        """
-        if self.holds(holder, now) or self.holds(task, now):
-            return True
-        return self.in_flight(now) < limit and not (fresh and self.is_crowded(now))
-
-    def take(self, holder: str, lease: int, task: str, *, now: int) -> None:
-        """Give ``holder`` a slot, the one that was kept for ``task`` if there is one."""
+    def take(self, holder: str, lease: int, *, now: int) -> None:
+        """Give ``holder`` a slot."""
         end = max(self._end(holder), now + lease)
-        self.give_up(task)
         self.leases = {other: other_end for other, other_end in self.leases.items() if other_end > now}
         self.leases[holder] = end
 
@@ -64,15 +40,8 @@ class Slots:
         """Return whether ``holder`` has a slot."""
         return self._end(holder) > now
 
-    def keep(self, tasks: Sequence[str], lease: int, *, now: int, limit: int) -> int:
-        """Keep slots for the first of the waiting ``tasks``; return for how many. More of them make a crowd."""
-        kept = max(0, min(len(tasks), limit - self.in_flight(now)))
-        self.leases.update(dict.fromkeys(tasks[:kept], now + lease))
-        self.crowded_until = now + CROWDED_FOR if kept < len(tasks) else 0
-        return kept
-
     def give_up(self, holder: str) -> None:
-        """Free a slot, if it is held or kept."""
+        """Free a slot, if it is held."""
         self.leases.pop(holder, None)
 
     def _end(self, holder: str) -> int:

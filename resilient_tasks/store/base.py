@@ -61,25 +61,6 @@ class Evidence:
     causes: tuple[tuple[str, int], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What else there is to say of a call that asks for admission where calls in flight are limited.
-
-    Args:
-        task: id of a resumed task; a slot may be kept for it, and it has waited already.
-        waits: the call is a task that will wait for a slot if it gets none.
-        has_room: the process that asks has room for the call itself.
-    """
-
-    task: str = ""
-    waits: bool = False
-    has_room: bool = True
-
-
-#: A call that has nothing else to say.
-NO_WISH = Wish()
-
-
 class Store(Protocol):
     """Shared state of all breakers of one namespace.
 
@@ -89,25 +70,13 @@ class Store(Protocol):
     def read(self, specs: Sequence[Spec]) -> list[Snapshot]:
         """Read breakers in one round trip, changing nothing. A breaker never seen before is CLOSED."""
 
-    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0, wish: Wish = NO_WISH) -> Grant:
+    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0) -> Grant:
         """Ask to make one call.
 
         CLOSED, DISABLED and SHADOW admit without a permit. OPEN whose time is over becomes HALF_OPEN.
         HALF_OPEN grants at most ``trial_calls`` permits, to ``holder`` for ``lease`` seconds; asking
         again with a live permit renews it. Where calls in flight are limited, CLOSED and HALF_OPEN admit
         only with a slot, leased alike. A denial writes nothing that could lengthen anyone's lease.
-        """
-
-    def keep_slots(self, spec: Spec, tasks: Sequence[str], *, lease: float, most: int) -> int:
-        """Keep slots for waiting tasks that are about to be resumed; return for how many of them, in order.
-
-        If there are more than that, the breaker stays crowded: whoever comes fresh is refused.
-
-        Args:
-            spec: the breaker, which is CLOSED.
-            tasks: ids in the order in which they wait.
-            lease: seconds after which a slot that was kept is free again.
-            most: calls that may be in flight by the caller's knowledge.
         """
 
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, State, Verb
 from resilient_tasks.errors import StoreError
-from resilient_tasks.store.base import NO_WISH, Evidence, Spec, Store, Wish
+from resilient_tasks.store.base import Evidence, Spec, Store
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.store.local import LocalStore
 
@@ -72,19 +72,11 @@ class FailoverStore:
         """Read breakers; while the shared store is away, as this process's own breakers see them."""
         return self._decide([spec.name for spec in specs], lambda store: store.read(specs), list)
 
-    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0, wish: Wish = NO_WISH) -> Grant:
+    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0) -> Grant:
         """Ask to make one call; see :meth:`Store.acquire`."""
-
-        def ask(store: Store) -> Grant:
-            # While the shared store is away nothing is resumed, so nobody queues behind what waits.
-            said = wish if store is self._primary else replace(wish, waits=False)
-            return store.acquire(spec, holder, lease=lease, jitter=jitter, wish=said)
-
-        return self._decide([spec.name], ask, _snapshot_of)
-
-    def keep_slots(self, spec: Spec, tasks: Sequence[str], *, lease: float, most: int) -> int:
-        """Keep slots for tasks that are about to be resumed; see :meth:`Store.keep_slots`."""
-        return self._primary.keep_slots(spec, tasks, lease=lease, most=most)
+        return self._decide(
+            [spec.name], lambda store: store.acquire(spec, holder, lease=lease, jitter=jitter), _snapshot_of
+        )
 
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
         """Lengthen live permits. While the shared store is away nobody can tell that one is lost."""

@@ -19,7 +19,7 @@ from resilient_tasks.core.machine import Decision
 from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, Verb
 from resilient_tasks.core.names import key_of, parent_of
 from resilient_tasks.core.record import Record, brief, to_ms
-from resilient_tasks.store.base import NO_WISH, Evidence, Spec, Wish
+from resilient_tasks.store.base import Evidence, Spec
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.store.keys import check_key_part
 
@@ -61,21 +61,12 @@ class LocalStore:
                 replace(self._seen(spec, now).snapshot(now), hot_children=self._hot_children(spec)) for spec in specs
             ]
 
-    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0, wish: Wish = NO_WISH) -> Grant:
+    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0) -> Grant:
         """Ask to make one call; see :meth:`Store.acquire`."""
         with self._deciding(spec, jitter) as decision:
-            admitted, trial = decision.acquire(
-                holder, to_ms(lease), wish.task, waits=wish.waits, has_room=wish.has_room
-            )
+            admitted, trial = decision.acquire(holder, to_ms(lease))
             answer = self._told(decision)
         return Grant(admitted, trial, answer.snapshot, answer.transition)
-
-    def keep_slots(self, spec: Spec, tasks: Sequence[str], *, lease: float, most: int) -> int:
-        """Keep slots for waiting tasks that are about to be resumed; see :meth:`Store.keep_slots`."""
-        with self._deciding(spec, 0.0) as decision:
-            kept = decision.keep_slots(tasks, to_ms(lease), most)
-            self._told(decision)
-        return kept
 
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
         """Lengthen live permits and slots to ``lease`` seconds from now. False: it is no longer held."""

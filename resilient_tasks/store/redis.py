@@ -20,7 +20,7 @@ from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, State, 
 from resilient_tasks.core.names import key_of
 from resilient_tasks.core.record import brief, to_ms, to_seconds
 from resilient_tasks.errors import ConfigurationError, StoreError
-from resilient_tasks.store.base import NO_WISH, Evidence, Spec, Wish
+from resilient_tasks.store.base import Evidence, Spec
 from resilient_tasks.store.history import History, transition_of
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.ledger import Ledger
@@ -107,15 +107,10 @@ class RedisStore:
         calls = [(self._keys.breaker(spec.name), self._common(spec, 0.0)) for spec in specs]
         return [_snapshot(json.loads(reply)["snapshot"]) for reply in self._scripts.run_each("read", calls)]
 
-    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0, wish: Wish = NO_WISH) -> Grant:
+    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0) -> Grant:
         """Ask to make one call; see :meth:`Store.acquire`."""
-        said = wish.task, int(wish.waits), int(wish.has_room)
-        reply = self._decide("acquire", spec, jitter, holder, to_ms(lease), *said)
+        reply = self._decide("acquire", spec, jitter, holder, to_ms(lease), "", 0, 1)
         return Grant(reply["admitted"], reply["trial"], reply["snapshot"], reply["transition"])
-
-    def keep_slots(self, spec: Spec, tasks: Sequence[str], *, lease: float, most: int) -> int:
-        """Keep slots for waiting tasks that are about to be resumed; see :meth:`Store.keep_slots`."""
-        return int(self._decide("keep_slots", spec, 0.0, to_ms(lease), most, *tasks)["kept"])
 
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
         """Lengthen live permits and slots to ``lease`` seconds from now. False: it is no longer held."""

@@ -102,9 +102,9 @@ class Standing:
 
     @property
     def refuses(self) -> bool:
-        """Whether a call is refused without asking the store: not yet time, denied a moment ago, or others wait."""
+        """Whether a call is refused without asking the store: not yet time, or denied a moment ago."""
         if self.admits:
-            return self.snapshot.crowded
+            return False
         return self._clock() < max(self.deadline, self._denied_until())
 
     def deny(self) -> None:

@@ -204,7 +204,7 @@ class View:
 
     def look_for_room(self, snapshot: Snapshot) -> None:
         """Tell if tasks wait for a slot and there is one. Not after each denial: it might go on for ever."""
-        if snapshot.crowded and snapshot.has_room:
+        if snapshot.deferred and snapshot.concurrency_limit is not None and snapshot.has_room:
             self.on_room()
 
     # --- a process that follows -------------------------------------------------------------------
@@ -300,7 +300,6 @@ def _essence(snapshot: Snapshot) -> tuple[object, ...]:
         snapshot.open_until,
         snapshot.ramp_since,
         limited,
-        snapshot.crowded,
     )
 
 

@@ -17,7 +17,6 @@ from zlib import crc32
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Grant, Outcome, voter_of
 from resilient_tasks.core.names import parent_of
-from resilient_tasks.store.base import Wish
 from resilient_tasks.worker.overruns import OVERDUE, Overruns
 from resilient_tasks.worker.run import Admission, Pass, Report, limits_of
 from resilient_tasks.worker.ticket import Ticket
@@ -65,7 +64,7 @@ class Gate:
         if standing.admits_freely:
             return _ramps_out(standing, ticket, task_id)
         if standing.admits:
-            return standing.refuses and not ticket.has_waited_for(breaker.name)
+            return False
         return standing.refuses or self._leaves_trials_to_probes(breaker)
 
     def _leaves_trials_to_probes(self, breaker: Breaker) -> bool:
@@ -99,23 +98,22 @@ class Gate:
             counts = self._would_count(standing, request.ticket)
             return Pass(breaker.name, standing.epoch, counts=counts, for_child=for_child)
         grant = self._ask(breaker, request)
-        if not grant.admitted:
+        if grant is None or not grant.admitted:
             return None
         counts = not grant.trial and self._would_count(standing, request.ticket)
         return Pass(breaker.name, grant.snapshot.epoch, grant.trial, counts, grant.leased, for_child)
 
-    def _ask(self, breaker: Breaker, request: GatedRequest) -> Grant:
-        """Ask the store for a permit or a slot, and hold it."""
-        fleet, name, ticket = self._runtime.fleet, breaker.name, request.ticket
-        has_room = self._places.take(name, most=self._most_here(breaker))
-        task = request.id if ticket.has_waited_for(name) else ""
-        wish = Wish(task, waits=request.defers_when_refused(), has_room=has_room)
-        grant = fleet.acquire(breaker.spec, request.holder, wish=wish)
+    def _ask(self, breaker: Breaker, request: GatedRequest) -> Grant | None:
+        """Ask the store for a permit or a slot, and hold it; None: this worker runs as many as it may."""
+        fleet, name = self._runtime.fleet, breaker.name
+        if not self._places.take(name, most=self._most_here(breaker)):
+            return None
+        grant = fleet.acquire(breaker.spec, request.holder)
         if grant.leased:
             self._unaccepted.add(request)
             until = fleet.view.clock() + LONGEST_WAIT if grant.trial else math.inf
             fleet.reporter.hold(name, request.holder, until)
-        elif has_room:
+        else:
             self._places.leave(name)
         return grant
 

@@ -12,7 +12,7 @@ from resilient_tasks.core.model import Snapshot
 from resilient_tasks.core.pace import Pace, next_pace, refill_count
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.queues import Entry, Move
-from resilient_tasks.worker.selection import FirstFew, Selection, WhoeverFits
+from resilient_tasks.worker.selection import FirstFew, Selection
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
@@ -52,16 +52,17 @@ class Resumer:
             self.release(breaker, snapshot, FirstFew(count))
 
     def _refill(self, breaker: Breaker, snapshot: Snapshot) -> None:
-        """Resume as many tasks as slots are free, each with one that is kept for it."""
+        """Resume as many tasks as slots are free, less those that are on their way already."""
         ledger, policy = self._runtime.fleet.ledger, breaker.policy
-        pace = Pace() if policy.resume_rate is None else ledger.pace(breaker.name)
+        pace = ledger.pace(breaker.name)
         following, count = refill_count(pace, snapshot, policy, interval=self._runtime.settings.tick_interval)
         if following != pace:
             ledger.save_pace(breaker.name, following)
-        most = snapshot.in_flight + count
         if policy.max_concurrency_per_worker is not None:
-            most = min(most, policy.max_concurrency_per_worker * ledger.workers())
-        self.release(breaker, snapshot, WhoeverFits(self._runtime.fleet.store, breaker, snapshot, most))
+            count = min(count, policy.max_concurrency_per_worker * ledger.workers() - snapshot.in_flight)
+        count -= self._outstanding(breaker, pace)
+        if count > 0:
+            self.release(breaker, snapshot, FirstFew(count))
 
     def release_trials(self, breaker: Breaker, snapshot: Snapshot) -> None:
         """Resume as many tasks as there are permits; those that have never failed first."""

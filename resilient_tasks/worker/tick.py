@@ -106,7 +106,7 @@ class Tick:
             if held:
                 specs = [breaker.spec for breaker in limited]
                 for breaker, snapshot in zip(limited, self._runtime.fleet.store.read(specs), strict=True):
-                    if snapshot.state is State.CLOSED and snapshot.crowded and snapshot.has_room:
+                    if snapshot.state is State.CLOSED and snapshot.deferred and snapshot.has_room:
                         self._shielded(breaker.name, partial(self._resumer.resume, breaker, snapshot))
         return held
 

@@ -117,10 +117,6 @@ class Ticket:
         deadline = at + defer_for if defer_for else 0.0
         return replace(self, since=at, deadline=deadline, coalesced_as=coalesced_as)
 
-    def has_waited_for(self, breaker: str) -> bool:
-        """Whether the task has just been resumed from a breaker's deferred queue."""
-        return self.resumed > 0 and self.breaker == breaker
-
     def defer(self, at: float, cause: str = "") -> Ticket:
         """Return the ticket of the same task put aside; ``cause`` tells that, and why, it has failed."""
         return self._after(Step(at, "failed" if cause else "deferred", cause), resumed=0, died_at=0.0)

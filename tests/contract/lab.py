@@ -11,7 +11,7 @@ import redis
 
 from resilient_tasks.core.model import Answer, Calls, Grant, Outcome, Snapshot, State, Transition, Verb
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.store.base import Evidence, Spec, Store, Wish
+from resilient_tasks.store.base import Evidence, Spec, Store
 from resilient_tasks.store.history import History
 from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.store.redis import RedisStore
@@ -156,8 +156,8 @@ class Subject:
         encoded = tuple(Calls(OUTCOMES[letter], count) for letter, count in runs)
         return self._told(self.store.record(self.spec, Evidence(self.snapshot().epoch, encoded, **evidence)))
 
-    def ask(self, holder: str = "holder", *, lease: float = 10.0, **wish: Any) -> Grant:
-        grant = self.store.acquire(self.spec, holder, lease=lease, wish=Wish(**wish))
+    def ask(self, holder: str = "holder", *, lease: float = 10.0) -> Grant:
+        grant = self.store.acquire(self.spec, holder, lease=lease)
         self.transitions += [grant.transition] if grant.transition else []
         return grant
 
@@ -165,9 +165,6 @@ class Subject:
         admitted_in = self.snapshot().epoch if epoch is None else epoch
         told = Evidence(admitted_in, (), **evidence)
         return self._told(self.store.settle(self.spec, holder, OUTCOMES[letter], told))
-
-    def keep_slots(self, *tasks: str, lease: float = 10.0, most: int = 1000) -> int:
-        return self.store.keep_slots(self.spec, tasks, lease=lease, most=most)
 
     def trials(self, letters: str) -> State:
         """Make one trial after the other and return the state after the last."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from resilient_tasks.core.model import State, Verb
-from resilient_tasks.core.slots import CROWDED_FOR
 from tests.contract.lab import Lab, Subject
 
 
@@ -66,64 +65,6 @@ def test_asking_again_renews_and_takes_no_second_slot(lab: Lab) -> None:
     breaker = lab.breaker(max_concurrency=2)
     assert take(breaker, "aab") == [True, True, True]
     assert breaker.snapshot().in_flight == 2
-
-
-# --- who waits -------------------------------------------------------------------------------------------
-
-
-def test_who_comes_fresh_queues_behind_what_waits(lab: Lab) -> None:
-    breaker = lab.breaker(max_concurrency=1)
-    breaker.ask("a")
-    assert breaker.ask("b").snapshot.crowded is False, "nobody waits"
-    assert breaker.ask("b", waits=True).snapshot.crowded is True
-    breaker.settle("a", "S")
-    assert take(breaker, "c") == [False]
-    assert breaker.ask("d", task="resumed").admitted, "it has waited"
-
-
-def test_a_slot_is_kept_for_a_task_that_is_resumed(lab: Lab) -> None:
-    breaker = lab.breaker(max_concurrency=2)
-    assert breaker.keep_slots("task 1", "task 2", "task 3") == 2
-    assert breaker.snapshot().crowded
-    assert [breaker.ask(holder, task=task).admitted for holder, task in (("x", ""), ("y", "task 9"))] == [False, False]
-    assert breaker.ask("a", task="task 2").admitted
-    assert breaker.ask("b", task="task 1").admitted
-    assert breaker.snapshot().in_flight == 2
-
-
-def test_when_nothing_waits_any_more_the_crowd_is_over(lab: Lab) -> None:
-    breaker = lab.breaker(max_concurrency=2)
-    breaker.keep_slots("task 1", "task 2", "task 3")
-    crowded = breaker.snapshot()
-    for task in ("task 1", "task 2"):
-        breaker.ask(f"run of {task}", task=task)
-        breaker.settle(f"run of {task}", "S")
-    assert breaker.keep_slots("task 3") == 1
-    assert (breaker.snapshot().crowded, breaker.snapshot().version > crowded.version) == (False, True)
-    assert take(breaker, "a") == [True]
-
-
-def test_a_crowd_that_nobody_looks_after_is_forgotten(lab: Lab) -> None:
-    breaker = lab.breaker(max_concurrency=1)
-    breaker.keep_slots("task 1", "task 2", lease=1.0)
-    lab.clock.advance(CROWDED_FOR / 1000 - 0.001)
-    assert take(breaker, "a") == [False]
-    lab.clock.advance(0.001)
-    assert take(breaker, "a") == [True]
-
-
-def test_slots_are_kept_within_what_the_caller_knows(lab: Lab) -> None:
-    breaker = lab.breaker(max_concurrency_per_worker=3)
-    assert take(breaker, "ab") == [True, True], "counted, not limited: the worker knows how many it runs"
-    assert breaker.keep_slots("task 1", "task 2", most=3) == 1
-    assert breaker.keep_slots("task 2", most=3) == 0
-
-
-def test_a_worker_without_room_gives_up_the_slot_that_was_kept(lab: Lab) -> None:
-    breaker = lab.breaker(max_concurrency=1)
-    breaker.keep_slots("task 1")
-    answer = breaker.ask("a", task="task 1", waits=True, has_room=False)
-    assert (answer.admitted, answer.snapshot.crowded, answer.snapshot.in_flight) == (False, True, 0)
 
 
 # --- other states ------------------------------------------------------------------------------------------

@@ -56,8 +56,8 @@ def test_no_interleaving_breaks_a_promise(arguments: dict[str, Any]) -> None:
 class DenialsRenew(Decision):
     """Whoever is denied a permit lengthens those of the others."""
 
-    def acquire(self, holder: str, lease: int, task: str = "", **said: bool) -> tuple[bool, bool]:
-        admitted, trial = super().acquire(holder, lease, task, **said)
+    def acquire(self, holder: str, lease: int) -> tuple[bool, bool]:
+        admitted, trial = super().acquire(holder, lease)
         if not admitted:
             self.record.trials = dict.fromkeys(self.record.trials, self.now + lease)
         return admitted, trial

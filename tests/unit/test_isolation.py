@@ -16,13 +16,12 @@ from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.core.pace import Pace, refill_count
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.store.base import Spec, Store, Wish
 from resilient_tasks.testing import Clock
 from resilient_tasks.worker.gate import Gate, Places
 from resilient_tasks.worker.queues import Entry
 from resilient_tasks.worker.run import Admission, Pass, Run
 from resilient_tasks.worker.runtime import runtime_of
-from resilient_tasks.worker.selection import FirstFew, WhoeverFits
+from resilient_tasks.worker.selection import FirstFew
 from resilient_tasks.worker.ticket import Ticket
 from tests.support.doubles import Request, wait_until
 from tests.unit.test_breaker import Rig, Scope, every_way, scope
@@ -87,32 +86,23 @@ def _settle(rig: Rig, holder: str) -> None:
     rig.fleet.reporter.settle(rig.breaker.spec, holder, rig.breaker.standing.epoch, Verdict(Outcome.SUCCESS), wait=5)
 
 
-def test_nobody_overtakes_tasks_that_wait_for_a_slot(rig: Rig) -> None:
-    rig.fleet.acquire(rig.breaker.spec, "first")
-    rig.fleet.acquire(rig.breaker.spec, "second", wish=Wish(waits=True))
-    _settle(rig, "first")
-    asked = rig.store.calls["acquire"]
-    with pytest.raises(BreakerOpenError, match="at capacity"):
-        rig.breaker.call(rig.works)
-    assert rig.store.calls["acquire"] == asked, "the view knows"
-
-
 def test_while_the_store_is_away_each_process_keeps_the_limit_for_itself(rig: Rig) -> None:
     rig.store.away = True
     with rig.breaker.guard():
-        wish = Wish(waits=True)
-        assert not rig.fleet.acquire(rig.breaker.spec, "second", wish=wish).admitted
-    assert rig.breaker.call(rig.works) == "paid", "and nobody queues behind what cannot be resumed"
+        assert not rig.fleet.acquire(rig.breaker.spec, "second").admitted
+    assert rig.breaker.call(rig.works) == "paid"
 
 
 def test_free_slots_are_told_while_tasks_wait(rig: Rig) -> None:
     told: list[str] = []
-    rig.breaker.call(rig.works)
-    rig.fleet.view.on_room = lambda: told.append("room")
+    view = rig.fleet.view
+    view.on_room = lambda: told.append("room")
     rig.fleet.acquire(rig.breaker.spec, "first")
-    rig.fleet.acquire(rig.breaker.spec, "second", wish=Wish(waits=True))
-    assert told == []
+    view.look_for_room(replace(rig.breaker.snapshot(), deferred=1))
+    assert told == [], "no slot is free"
     _settle(rig, "first")
+    assert told == [], "no task waits"
+    view.look_for_room(replace(rig.breaker.snapshot(), deferred=1))
     assert told == ["room"]
 
 
@@ -134,14 +124,14 @@ def gate(app: Celery, clock: Clock) -> Gate:
     return Gate(runtime_of(app))
 
 
-def request(task_id: str, *breakers: Breaker, ticket: Ticket | None = None, waits: bool = True) -> Any:
+def request(task_id: str, *breakers: Breaker, ticket: Ticket | None = None) -> Any:
     return Request(
         id=task_id,
         name="shop.charge",
         ticket=ticket or Ticket(),
         holder=f"{task_id}:run",
         guards=breakers,
-        defers_when_refused=lambda: waits,
+        defers_when_refused=lambda: True,
     )
 
 
@@ -152,25 +142,6 @@ def test_a_worker_runs_no_more_than_it_may(gate: Gate, payments: Breaker) -> Non
     gate.settle(request("a", payments), first, Run(first, "a").report())
     resumed = Ticket(breaker="payments", resumed=payments.standing.epoch)
     assert gate.admit(request("b", payments, ticket=resumed)).passes
-
-
-def test_who_comes_fresh_is_refused_before_the_pool_while_others_wait(
-    gate: Gate, payments: Breaker, clock: Clock
-) -> None:
-    store = runtime_of(gate._runtime.app).fleet.store
-    for holder in ("x", "y"):
-        store.acquire(payments.spec, holder, lease=60.0)
-    assert gate.refusing([payments], Ticket(), "a") is None, "nobody waits yet"
-    gate.admit(request("a", payments))
-    assert gate.refusing([payments], Ticket(), "b") is payments
-    assert gate.refusing([payments], Ticket(breaker="payments", resumed=1), "c") is None
-    assert gate.refusing([payments], Ticket(breaker="accounts", resumed=1), "d") is payments
-
-
-def test_who_fails_at_once_does_not_make_others_wait(gate: Gate, payments: Breaker) -> None:
-    gate.admit(request("a", payments))
-    gate.admit(request("b", payments, waits=False))
-    assert not payments.snapshot().crowded
 
 
 def test_a_slot_of_one_breaker_is_given_back_if_another_refuses(
@@ -204,7 +175,7 @@ def test_places() -> None:
 
 # --- the tick ------------------------------------------------------------------------------------------
 
-FULL = Snapshot("payments", State.CLOSED, 1, 1, now=1000.0, since=900.0, in_flight=4, concurrency_limit=4, crowded=True)
+FULL = Snapshot("payments", State.CLOSED, 1, 1, now=1000.0, since=900.0, in_flight=4, concurrency_limit=4)
 
 
 @pytest.mark.parametrize(
@@ -236,36 +207,6 @@ def entries(*task_ids: str, failed: str = "") -> list[Entry]:
 
 def ids(chosen: Any) -> str:
     return "".join(entry.task_id for entry in chosen)
-
-
-class SlotsFor:
-    """A store with so many free slots."""
-
-    def __init__(self, free: int) -> None:
-        self.free = free
-
-    def keep_slots(self, _: Spec, tasks: list[str], *, lease: float, most: int) -> int:
-        assert (lease, most) == (5.0, 4)
-        kept = min(self.free, len(tasks))
-        self.free -= kept
-        return kept
-
-
-def whoever_fits(store: SlotsFor, snapshot: Snapshot) -> WhoeverFits:
-    typed: Any = store
-    breaker: Any = SimpleNamespace(spec=Spec("payments"))
-    selection: Store = typed
-    return WhoeverFits(selection, breaker, snapshot, most=4)
-
-
-def test_a_slot_is_kept_for_each_task_that_is_resumed() -> None:
-    store = SlotsFor(free=3)
-    selection = whoever_fits(store, replace(FULL, in_flight=2))
-    assert selection.page == 3, "two slots are free as far as is known, and does anybody go on waiting?"
-    assert ids(selection.choose(entries("a", "b"))) == "ab"
-    assert not selection.complete, "all of them fit: there may be more"
-    assert ids(selection.choose(entries("c", "d"))) == "c"
-    assert selection.complete
 
 
 def test_the_first_few_are_chosen_page_after_page() -> None:
