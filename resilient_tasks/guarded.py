@@ -206,9 +206,13 @@ class Guarded:
         verdict = _SUCCESS if value is NO_VALUE else judge_result(self.policy.classify, value)
         return _SLOW if verdict.outcome is Outcome.SUCCESS and seconds > self._slow_after else verdict
 
-    def report(self, epoch: int, verdict: Verdict, *, voter: str = "", each: bool = False) -> int:
+    def report(
+        self, epoch: int, verdict: Verdict, *, voter: str = "", each: bool = False, was_overdue: bool = False
+    ) -> int:
         """Report a call that was admitted in ``epoch`` without a permit; see :meth:`Reporter.report`."""
-        return self.fleet.reporter.report(self._standing, epoch, verdict, voter=voter, each=each)
+        return self.fleet.reporter.report(
+            self._standing, epoch, verdict, voter=voter, each=each, was_overdue=was_overdue
+        )
 
     def _count_success(self, epoch: int) -> None:
         """Report a plain success without a permit: the one path that has to be fast."""

@@ -34,7 +34,8 @@ ADMITTING = frozenset({State.CLOSED, State.DISABLED, State.SHADOW})
 class Outcome(str, Enum):
     """Outcome of one guarded call. ``SLOW`` succeeded, too late; ``IGNORED`` says nothing.
 
-    ``OVERDUE`` has passed ``slow_call_duration`` and still runs: it is counted as slow before it ends.
+    ``OVERDUE`` still runs and has passed another ``slow_call_duration``: it adds to the slow evidence, each time, and
+    is counted nowhere else.
     """
 
     SUCCESS = "SUCCESS"
@@ -56,12 +57,15 @@ class Calls(NamedTuple):
         each: each of them counts, as guards inside a task's body do. Whole runs of a task, its retries among them,
             have one vote in the window: a failure replaces a slow one, everything else that blames the dependency
             is not counted again.
+        was_overdue: the calls have been reported as OVERDUE before they ended: their ends say nothing more to the
+            slow evidence.
     """
 
     outcome: Outcome
     number: int = 1
     voter: str = ""
     each: bool = False
+    was_overdue: bool = False
 
 
 def voter_of(task_id: str | None) -> str:

@@ -96,7 +96,16 @@ class Reporter:
 
     # --- called by any thread, without I/O --------------------------------------------------------
 
-    def report(self, standing: Standing, epoch: int, verdict: Verdict, *, voter: str = "", each: bool = False) -> int:
+    def report(
+        self,
+        standing: Standing,
+        epoch: int,
+        verdict: Verdict,
+        *,
+        voter: str = "",
+        each: bool = False,
+        was_overdue: bool = False,
+    ) -> int:
         """Note the outcome of one call that needed no permit.
 
         Args:
@@ -105,6 +114,7 @@ class Reporter:
             verdict: on the call; IGNORED is not sent.
             voter: the task that made the call; see :class:`Calls`.
             each: the call counts whatever the task has voted; see :class:`Calls`.
+            was_overdue: it has been reported as OVERDUE while it ran.
 
         Returns:
             A ticket for :meth:`wait`; 0 if the outcome is in no hurry.
@@ -112,8 +122,8 @@ class Reporter:
         outcome, cause, retry_after = verdict
         if outcome is Outcome.IGNORED:
             return _NOTHING_URGENT
-        if outcome is not Outcome.SUCCESS:
-            standing.pending.append((epoch, Calls(outcome, 1, voter, each), cause, retry_after))
+        if outcome is not Outcome.SUCCESS or was_overdue:
+            standing.pending.append((epoch, Calls(outcome, 1, voter, each, was_overdue), cause, retry_after))
             return self.schedule(standing, urgent=True)
         standing.pending.append(epoch)
         if standing.success_may_open:
@@ -139,6 +149,7 @@ class Reporter:
         *,
         voter: str = "",
         each: bool = False,
+        was_overdue: bool = False,
         wait: float = 0.0,
     ) -> int:
         """Settle a call that holds a permit or a slot, at once but by the sending thread; neither is renewed any more.
@@ -150,13 +161,14 @@ class Reporter:
             verdict: on the call; IGNORED gives the permit back, OVERDUE leaves it to the call, which still runs.
             voter: the task that made the call; see :class:`Calls`.
             each: the call counts whatever the task has voted; see :class:`Calls`.
+            was_overdue: it has been reported as OVERDUE while it ran.
             wait: longest time in seconds to wait until the store has answered.
 
         Returns:
             A ticket for :meth:`wait`.
         """
         outcome, cause, retry_after = verdict
-        evidence = Evidence(epoch, (Calls(outcome, 1, voter, each),), cause, retry_after)
+        evidence = Evidence(epoch, (Calls(outcome, 1, voter, each, was_overdue),), cause, retry_after)
         if outcome is not Outcome.OVERDUE:
             self._leases.let_go(spec.name, holder)
         with self._condition:
