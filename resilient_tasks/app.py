@@ -162,7 +162,7 @@ class Resilience:
         names = self._breakers if name is None else [self._defined(name).name]
         fleet = self.fleet
         earliest = 0.0 if since is None else fleet.view.server_now() - _span(since)
-        return fleet.story.outages(fleet.with_children(names), since=earliest)
+        return fleet.history.outages(fleet.with_children(names), since=earliest)
 
     def estimate(self, name: str) -> Estimate | None:
         """Estimate when the tasks that wait for a breaker will be done; None if none waits.
@@ -172,7 +172,7 @@ class Resilience:
             StoreError: the store is away, or keeps no history.
         """
         snapshots = self.fleet.store.read_shared([self._defined(name).spec])
-        return self.fleet.story.estimates(snapshots).get(name)
+        return self.fleet.history.estimates(snapshots).get(name)
 
     def _defined(self, name: str) -> Breaker:
         parent = self._breakers.get(parent_of(name) or name) if isinstance(name, str) else None

@@ -15,7 +15,6 @@ from dataclasses import replace
 from resilient_tasks.core.model import Answer, Grant, Snapshot, State, Transition, Verb, voter_of
 from resilient_tasks.core.record import OLDEST
 from resilient_tasks.errors import StoreError
-from resilient_tasks.monitor.story import Story
 from resilient_tasks.store.base import Spec, Store
 from resilient_tasks.store.failover import FailoverStore
 from resilient_tasks.store.history import History
@@ -84,15 +83,6 @@ class Fleet:
         if self._history is None:
             raise StoreError(f"{self.store!r} keeps no history of breakers: that takes a shared store")
         return self._history
-
-    @property
-    def story(self) -> Story:
-        """The outages of the fleet's breakers, and when the present ones will be over.
-
-        Raises:
-            StoreError: the store is one in memory and keeps no history.
-        """
-        return Story(self.history)
 
     def with_children(self, names: Iterable[str]) -> list[str]:
         """Return the names of some breakers and of all their children.

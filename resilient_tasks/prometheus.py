@@ -57,7 +57,7 @@ def _read(runtime: Runtime) -> list[Subject]:
     """Read all breakers of an app from the store, and some of their children that are not plainly CLOSED."""
     snapshots = runtime.read(MOST_CHILDREN)
     totals = runtime.fleet.history.totals([each.name for each in snapshots])
-    estimates = runtime.fleet.story.estimates(snapshots)
+    estimates = runtime.fleet.history.estimates(snapshots)
     done_in = {name: estimate.done_in for name, estimate in estimates.items()}
     tasks, queue = _tasks_by_breaker(runtime), f"{runtime.settings.namespace}.deferred.{{}}".format
     return [

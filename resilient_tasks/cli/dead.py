@@ -11,7 +11,7 @@ import click
 from resilient_tasks.cli.common import BreakerName, asking_the_broker, note, pass_runtime
 from resilient_tasks.cli.display import Row, plain_lines, print_json, print_table, printable
 from resilient_tasks.errors import DeadLetterError
-from resilient_tasks.monitor.words import counted, moment
+from resilient_tasks.monitor.report import counted, moment
 from resilient_tasks.worker.dead_letters import DeadLetter, DeadLetters
 from resilient_tasks.worker.intake import UNDECODABLE
 from resilient_tasks.worker.runtime import Runtime

@@ -12,7 +12,7 @@ import click
 from resilient_tasks.cli.common import BreakerNames, asking_the_broker, expand, note, pass_runtime
 from resilient_tasks.cli.display import Row, print_json, print_table, printable
 from resilient_tasks.errors import BreakerOpenError
-from resilient_tasks.monitor.words import counted, moment
+from resilient_tasks.monitor.report import counted, moment
 from resilient_tasks.worker.deferred import Deferred, DeferredTask
 from resilient_tasks.worker.runtime import Runtime
 

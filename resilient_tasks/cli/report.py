@@ -11,8 +11,7 @@ import click
 from resilient_tasks.cli.common import BreakerName, pass_runtime
 from resilient_tasks.cli.display import Row, print_json, print_table, printable
 from resilient_tasks.core.outage import Estimate, Outage
-from resilient_tasks.monitor.story import rows_of
-from resilient_tasks.monitor.words import moment
+from resilient_tasks.monitor.report import moment, rows_of
 from resilient_tasks.worker.runtime import Runtime
 
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -50,9 +49,9 @@ def report(runtime: Runtime, name: str | None, *, since: float | None, form: str
     """
     names = runtime.fleet.with_children(runtime.breakers if name is None else [name])
     snapshots = runtime.fleet.store.read_shared([runtime.breaker(each).spec for each in names])
-    story, now = runtime.fleet.story, snapshots[0].now if snapshots else 0.0
-    outages = story.outages(names, since=0.0 if since is None else now - since)
-    estimates = story.estimates(snapshots)
+    history, now = runtime.fleet.history, snapshots[0].now if snapshots else 0.0
+    outages = history.outages(names, since=0.0 if since is None else now - since)
+    estimates = history.estimates(snapshots)
     if form == "json":
         print_json([_fields(outage, estimates.get(outage.breaker)) for outage in outages])
         return

@@ -14,8 +14,7 @@ from resilient_tasks.cli.display import Row, is_rich, plain_lines, print_json, p
 from resilient_tasks.core.model import ADMITTING, Snapshot, State
 from resilient_tasks.core.outage import Estimate
 from resilient_tasks.errors import StoreError
-from resilient_tasks.monitor.story import in_words
-from resilient_tasks.monitor.words import counted, duration, moment, share
+from resilient_tasks.monitor.report import counted, duration, in_words, moment, share
 from resilient_tasks.worker.runtime import Runtime
 
 REFUSES = 10
@@ -53,7 +52,7 @@ def show(runtime: Runtime, ctx: click.Context, name: str, *, as_json: bool) -> N
     FORCED_OPEN), 11 if it admits trials only (HALF_OPEN).
     """
     [snapshot] = _read(runtime, [name])
-    estimate = runtime.fleet.story.estimates([snapshot])[name] if snapshot.deferred else None
+    estimate = runtime.fleet.history.estimates([snapshot])[name] if snapshot.deferred else None
     if as_json:
         print_json({**snapshot.as_dict(), "estimate": estimate and asdict(estimate)})
     else:

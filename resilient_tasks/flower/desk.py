@@ -16,8 +16,7 @@ from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.errors import DeadLetterError, StoreError
 from resilient_tasks.flower.errands import Errands, NoAnswerError
 from resilient_tasks.flower.watch import Told, Watch
-from resilient_tasks.monitor.story import Row, rows_of
-from resilient_tasks.monitor.words import counted
+from resilient_tasks.monitor.report import Row, counted, rows_of
 from resilient_tasks.worker.dead_letters import DeadLetter, DeadLetters
 from resilient_tasks.worker.deferred import Deferred
 from resilient_tasks.worker.runtime import Runtime
@@ -76,7 +75,7 @@ class Desk:
         estimates: dict[str, Estimate] = {}
         outages: dict[str, Outage] = {}
         with suppress(StoreError):  # one that keeps no history
-            estimates = fleet.story.estimates(snapshots)
+            estimates = fleet.history.estimates(snapshots)
             outages = fleet.history.lasting(each.name for each in snapshots if each.state in HELD_OPEN)
         waiting = {name: asdict(estimate) for name, estimate in estimates.items()}
         lasting = {name: _told_of(outage) for name, outage in outages.items()}
@@ -125,10 +124,10 @@ class Desk:
         def look() -> list[tuple[Outage, list[Row]]]:
             fleet = self._runtime.fleet
             names = fleet.with_children(self.names if name is None else [name])
-            outages = fleet.story.outages(names)[:LISTED]
+            outages = fleet.history.outages(names)[:LISTED]
             lasting = {outage.breaker for outage in outages if outage.drained is None}
             snapshots = fleet.store.read_shared([self._runtime.breaker(each).spec for each in lasting])
-            estimates = fleet.story.estimates(snapshots)
+            estimates = fleet.history.estimates(snapshots)
             return [(outage, rows_of(outage, estimates.get(outage.breaker))) for outage in outages]
 
         return await self._store.run(look, patience=PATIENCE)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from resilient_tasks.monitor.deployment import Deployment, ServerFacts
-from resilient_tasks.monitor.words import counted, duration
+from resilient_tasks.monitor.report import counted, duration
 
 OLDEST_SERVER = (6, 2)
 #: A tick is missed when none has completed for so many seconds, however little there is to do.

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import redis
 
 from resilient_tasks.core.counts import Counts
-from resilient_tasks.core.model import State, Transition
-from resilient_tasks.core.outage import Deadlines, Outage, Speed
+from resilient_tasks.core.model import Snapshot, State, Transition
+from resilient_tasks.core.outage import Deadlines, Estimate, Outage, Speed, estimate, learned_rate
 from resilient_tasks.core.record import brief
 from resilient_tasks.store.keys import BreakerKeys, Keys
 from resilient_tasks.store.scripts import Call, Scripts
@@ -175,6 +175,18 @@ class History:
         for (name, _), reply in zip(places, replies, strict=True):
             samples[name] += [score / 1000 for _, score in reply]
         return samples
+
+    def estimates(self, snapshots: Sequence[Snapshot]) -> dict[str, Estimate]:
+        """Estimate when the waiting tasks of breakers will be done, by breaker; of those that have any."""
+        waiting = {snapshot.name: snapshot for snapshot in snapshots if snapshot.deferred}
+        if not waiting:
+            return {}
+        speeds, deadlines = self.speeds(waiting), self.deadlines(waiting)
+        outages: dict[str, list[Outage]] = {name: [] for name in waiting}
+        for outage in self.outages(waiting):
+            outages[outage.breaker].append(outage)
+        rates = {name: learned_rate(waiting[name], outages[name], speeds[name]) for name in waiting}
+        return {name: estimate(waiting[name], rates[name], deadlines[name]) for name in waiting}
 
     # --- writing ------------------------------------------------------------------------------------
 

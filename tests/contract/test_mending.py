@@ -10,7 +10,6 @@ import pytest
 
 from resilient_tasks.core.counts import LONGEST_WAIT, REFUSED, TRIALS
 from resilient_tasks.core.model import State, Verb
-from resilient_tasks.monitor.story import Story
 from resilient_tasks.store import mending
 from resilient_tasks.store.tallies import Tally
 from tests.contract.lab import Lab, Subject
@@ -51,7 +50,7 @@ def use(lab: Lab, breaker: Subject) -> None:
     lab.history.minutes(breaker.name)
     lab.history.totals([breaker.name])
     lab.history.outages([breaker.name])
-    Story(lab.history).estimates([breaker.snapshot()])
+    lab.history.estimates([breaker.snapshot()])
     breaker.command(Verb.TRIP)
     breaker.command(Verb.RESET)
     assert breaker.state is State.CLOSED

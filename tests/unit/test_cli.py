@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from resilient_tasks import Breaker, Resilience
 from resilient_tasks.cli import breakers
 from resilient_tasks.cli.display import plain_lines, print_table, printable, rich_table
-from resilient_tasks.monitor.words import duration
+from resilient_tasks.monitor.report import duration
 from resilient_tasks.store.local import LocalStore
 from resilient_tasks.testing import Clock
 from tests.support.doubles import FlakyStore

@@ -14,8 +14,7 @@ from resilient_tasks import ConfigurationError, Resilience
 from resilient_tasks.core.counts import Counts
 from resilient_tasks.core.model import Snapshot, State
 from resilient_tasks.core.outage import Deadlines, Estimate, Outage, Speed, estimate, learned_rate
-from resilient_tasks.monitor.story import in_words
-from resilient_tasks.monitor.words import moment
+from resilient_tasks.monitor.report import in_words, moment
 
 NOW = 1_789_000_000.0
 CLOSED = Snapshot("payments", State.CLOSED, 1, 1, now=NOW, since=NOW - 30, deferred=600, oldest_deferred_at=NOW - 120)
