@@ -17,8 +17,8 @@ from resilient_tasks.core.names import check_name, is_child, parent_of
 from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fleet import Fleet
+from resilient_tasks.monitor.background import BackgroundQueue
 from resilient_tasks.monitor.events import Announcer
-from resilient_tasks.monitor.mailer import Mailer
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.provenance import Provenance, read_provenance
 from resilient_tasks.settings import Settings
@@ -56,7 +56,7 @@ class Resilience:
         self.settings = Settings.load(**settings)
         self.announcer = Announcer(send=self._send_event)
         self.announcer.add_listener(lambda transition: tell_of_transition(self._app, transition))
-        self._mailer = Mailer("events")
+        self._background = BackgroundQueue("events")
         self._app: Celery | None = None
         self._breakers: dict[str, Breaker] = {}
         self._revision = time.time_ns() // 1_000_000
@@ -228,7 +228,7 @@ class Resilience:
                 with app.events.default_dispatcher() as dispatcher:
                     dispatcher.send(kind, **fields)
 
-            self._mailer.post(send)
+            self._background.submit(send)
 
 
 def _policy_in_code(name: str, policy: BreakerPolicy | None, fields: dict[str, Any]) -> BreakerPolicy:

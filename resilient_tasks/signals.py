@@ -20,8 +20,8 @@ from typing import Any
 from celery.utils.dispatch import Signal
 
 from resilient_tasks.core.model import Transition
+from resilient_tasks.monitor.background import BackgroundQueue
 from resilient_tasks.monitor.events import event_type
-from resilient_tasks.monitor.mailer import Mailer
 
 __all__ = [
     "breaker_closed",
@@ -71,13 +71,13 @@ _OF_EVENT = {
     )
 }
 
-_mailer = Mailer("signals", most_waiting=10_000)
+_background = BackgroundQueue("signals", most_waiting=10_000)
 
 
 def tell(signal: Signal, sender: Any, **fields: Any) -> None:
     """Have the receivers of a signal called soon, by another thread; costs nothing where there are none."""
     if signal.has_listeners(sender):
-        _mailer.post(partial(signal.send, sender=sender, **fields))
+        _background.submit(partial(signal.send, sender=sender, **fields))
 
 
 def tell_of_transition(sender: Any, transition: Transition) -> None:

@@ -10,7 +10,7 @@ from celery import bootsteps
 from celery.signals import worker_process_init, worker_process_shutdown, worker_shutdown
 from kombu import Consumer, Queue
 
-from resilient_tasks.monitor import mailer
+from resilient_tasks.monitor import background
 from resilient_tasks.worker import (
     inspection,  # noqa: F401 - registers ``celery inspect breakers``
     redis_channel,
@@ -122,4 +122,4 @@ def _tell_the_rest(**_: Any) -> None:
     runtime = find_runtime(seams.current_app())
     if runtime is not None and runtime.host.pid != os.getpid():
         runtime.fleet.close()
-        mailer.finish_all()
+        background.finish_all()

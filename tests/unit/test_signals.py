@@ -94,7 +94,7 @@ def test_signals_without_receivers_cost_no_thread(
     payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     posted: list[object] = []
-    monkeypatch.setattr(signals._mailer, "post", posted.append)
+    monkeypatch.setattr(signals._background, "submit", posted.append)
     payments.trip()
     assert posted == []
 
