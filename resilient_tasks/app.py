@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
+from functools import wraps
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +14,7 @@ from celery import Celery, Task
 from celery.signals import beat_init
 
 from resilient_tasks.breaker import Breaker
-from resilient_tasks.core.names import check_name, is_child, parent_of
+from resilient_tasks.core.names import check_name
 from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fleet import Fleet
@@ -30,13 +31,12 @@ from resilient_tasks.worker import beat
 from resilient_tasks.worker.bootsteps import ControlQueue, Membership
 from resilient_tasks.worker.dead_letters import DeadLetters
 from resilient_tasks.worker.deferred import Deferred
+from resilient_tasks.worker.options import check_sent
 from resilient_tasks.worker.producers import ProducersGate
-from resilient_tasks.worker.runtime import TICK_TASK, Runtime, runtime_of
-from resilient_tasks.worker.task import ResilientTask
+from resilient_tasks.worker.runtime import TICK_TASK, Runtime, find_breaker, runtime_of
+from resilient_tasks.worker.task import resilient
 
 logger = logging.getLogger("resilient_tasks")
-
-_DEFAULT_TASK = Celery.task_cls
 
 
 class Resilience:
@@ -75,9 +75,8 @@ class Resilience:
         self._app = app
         runtime = Runtime(app, self._breakers, connect=lambda: self.fleet, settings=lambda: self.settings)
         runtime.producers_gate = ProducersGate(runtime)
-        if app.task_cls == _DEFAULT_TASK:
-            app.task_cls = ResilientTask
-            app.__dict__.pop("Task", None)  # a class already made of the old one
+        _make_tasks_resilient(app)
+        _check_what_is_sent(app)
         app.steps["worker"].add(Membership)
         app.steps["consumer"].add(ControlQueue)
         _register_tick(runtime)
@@ -118,6 +117,14 @@ class Resilience:
             self._welcome(new)
         return known
 
+    def __getitem__(self, name: str) -> Breaker:
+        """Look up a breaker that is defined elsewhere, or a child of one: ``resilience["payments"]``; defines nothing.
+
+        Raises:
+            UnknownBreakerError: a ``ConfigurationError`` and a ``KeyError``; no breaker of this name is defined.
+        """
+        return find_breaker(self._breakers, name)
+
     def _welcome(self, breaker: Breaker) -> None:
         if self._fleet is not None:
             self._fleet.declare(breaker.spec)
@@ -156,10 +163,10 @@ class Resilience:
             since: only those that were not over so many seconds ago.
 
         Raises:
-            ConfigurationError: nobody defines that breaker, or ``since`` is no span of time.
+            ConfigurationError: that breaker is not defined, or ``since`` is no span of time.
             StoreError: the store is away, or keeps no history.
         """
-        names = self._breakers if name is None else [self._defined(name).name]
+        names = self._breakers if name is None else [self[name].name]
         fleet = self.fleet
         earliest = 0.0 if since is None else fleet.view.server_now() - _span(since)
         return fleet.history.outages(fleet.with_children(names), since=earliest)
@@ -168,18 +175,11 @@ class Resilience:
         """Estimate when the tasks that wait for a breaker will be done; None if none waits.
 
         Raises:
-            ConfigurationError: nobody defines that breaker.
+            ConfigurationError: that breaker is not defined.
             StoreError: the store is away, or keeps no history.
         """
-        snapshots = self.fleet.store.read_shared([self._defined(name).spec])
+        snapshots = self.fleet.store.read_shared([self[name].spec])
         return self.fleet.history.estimates(snapshots).get(name)
-
-    def _defined(self, name: str) -> Breaker:
-        parent = self._breakers.get(parent_of(name) or name) if isinstance(name, str) else None
-        if parent is not None and (parent.name == name or is_child(name)):
-            return parent if parent.name == name else parent.child_named(name)
-        known = ", ".join(sorted(self._breakers)) or "none"
-        raise ConfigurationError(f"breaker {name!r} is defined nowhere; defined: {known}")
 
     @property
     def dead_letters(self) -> DeadLetters:
@@ -229,6 +229,26 @@ class Resilience:
                     dispatcher.send(kind, **fields)
 
             self._background.submit(send)
+
+
+def _make_tasks_resilient(app: Celery) -> None:
+    """Derive our class from the app's own whenever Celery makes it: ``task_cls`` may be set later."""
+    create = app.create_task_cls
+    app.create_task_cls = lambda: resilient(create())
+    if "Task" in app.__dict__:  # made already, or set by the user
+        app.Task = resilient(app.Task)
+
+
+def _check_what_is_sent(app: Celery) -> None:
+    """Look at what any task is sent with, one of a class that is not ours included."""
+    send = app.send_task
+
+    @wraps(send)
+    def send_task(name: str, *args: Any, **options: Any) -> Any:
+        check_sent(options.get("task_type"), name, app, options)
+        return send(name, *args, **options)
+
+    app.send_task = send_task
 
 
 def _policy_in_code(name: str, policy: BreakerPolicy | None, fields: dict[str, Any]) -> BreakerPolicy:

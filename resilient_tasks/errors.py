@@ -4,6 +4,7 @@
 
     ResilienceError
     ├── ConfigurationError        a mistake in code or settings, found at definition or start-up
+    │   └── UnknownBreakerError   no breaker of this name is defined
     ├── BreakerOpenError          a breaker refused a call; carries breaker, state, retry_after
     ├── DeferralExpiredError      a task waited longer than its ``defer_for``
     ├── DeferredQueueFullError    no more tasks may be deferred: ``max_deferred``, or the memory limit
@@ -23,6 +24,12 @@ class ResilienceError(Exception):
 
 class ConfigurationError(ResilienceError, ValueError):
     """A definition or a setting is wrong. The message names the thing, the value and what is allowed."""
+
+
+class UnknownBreakerError(ConfigurationError, KeyError):
+    """No breaker of this name is defined; raised by ``resilience[name]`` and whatever else looks one up."""
+
+    __str__ = Exception.__str__  # KeyError's own quotes the message
 
 
 class StoreError(ResilienceError):

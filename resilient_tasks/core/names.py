@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from urllib.parse import quote, unquote
 
 from resilient_tasks.errors import ConfigurationError
@@ -24,6 +26,12 @@ def check_name(kind: str, name: str) -> str:
     if isinstance(name, str) and re.fullmatch(NAME_PATTERN, name, re.ASCII):
         return name
     raise ConfigurationError(f"{kind} name {name!r}: allowed is {NAME_RULE}")
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return a question for the end of a message about an unknown name; "" if none of the known is like it."""
+    near = get_close_matches(name, known, n=1) if isinstance(name, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 # --- children ---------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from resilient_tasks.core.names import parent_of
 from resilient_tasks.errors import ResilienceError
 from resilient_tasks.monitor.deployment import BreakerFacts, Deployment, TaskFacts, WorkerFacts
 from resilient_tasks.worker.inspection import library_version, resilience, rules_of
-from resilient_tasks.worker.options import DEFER
+from resilient_tasks.worker.options import DEFER, options_of
 
 if TYPE_CHECKING:
     from resilient_tasks.worker.runtime import Runtime
@@ -94,7 +94,7 @@ def _known(reply: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tasks(runtime: Runtime) -> list[TaskFacts]:
-    guarded = [task for task in runtime.app.tasks.values() if getattr(task, "options", None)]
+    guarded = [task for task in runtime.app.tasks.values() if options_of(task)]
     longest = runtime.app.conf.task_time_limit
     return [
         TaskFacts(

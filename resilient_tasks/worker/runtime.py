@@ -20,12 +20,13 @@ from celery import Celery, Task
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.call import Call
 from resilient_tasks.core.counts import CACHED_AGE, FALLBACK, OLDEST_ANSWER
-from resilient_tasks.core.names import is_child, parent_of
-from resilient_tasks.errors import ConfigurationError
+from resilient_tasks.core.names import did_you_mean, is_child, parent_of
+from resilient_tasks.errors import ConfigurationError, UnknownBreakerError
 from resilient_tasks.fallback import Served
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.settings import Settings
 from resilient_tasks.worker.broker import open_queues
+from resilient_tasks.worker.options import check_guarded
 from resilient_tasks.worker.queues import Queues
 from resilient_tasks.worker.task_key import found_by
 from resilient_tasks.worker.ticket import Ticket
@@ -59,6 +60,22 @@ def runtime_of(app: Celery) -> Runtime:
 def find_runtime(app: Celery) -> Runtime | None:
     """Return the runtime of an app; None if no ``Resilience`` was initialised with it."""
     return _runtimes.get(app)
+
+
+def find_breaker(breakers: Mapping[str, Breaker], name: str) -> Breaker:
+    """Return a breaker, or a child of one, by name; define nothing.
+
+    Raises:
+        UnknownBreakerError: it is not among them.
+    """
+    if isinstance(name, str):
+        if name in breakers:
+            return breakers[name]
+        parent = breakers.get(parent_of(name) or "")
+        if parent is not None and is_child(name):
+            return parent.child_named(name)
+    known = ", ".join(sorted(breakers)) or "none"
+    raise UnknownBreakerError(f"breaker {name!r} is defined nowhere; defined: {known}{did_you_mean(name, breakers)}")
 
 
 class Runtime:
@@ -102,15 +119,9 @@ class Runtime:
         """Return a breaker by name.
 
         Raises:
-            ConfigurationError: nobody defines it.
+            UnknownBreakerError: it is not defined.
         """
-        known = self.breakers.get(name)
-        if known is not None:
-            return known
-        parent = self.breakers.get(parent_of(name) or "")
-        if parent is not None:
-            return parent.child_named(name)
-        raise ConfigurationError(f"no breaker is named {name!r}; defined: {', '.join(sorted(self.breakers)) or 'none'}")
+        return find_breaker(self.breakers, name)
 
     def defines(self, name: str) -> bool:
         """Whether this app defines a breaker, or the parent of a child."""
@@ -218,23 +229,18 @@ class Runtime:
             if getattr(task, "breaker", None) is not None:
                 self._validate(task)
         for unused in self.settings.unknown_overrides(self.breakers):
-            logger.warning("settings override breaker %r, which nobody defines", unused)
+            logger.warning("settings override breaker %r, which is not defined", unused)
 
     def _validate(self, task: Any) -> None:
-        if getattr(task, "options", None) is None:
-            name = getattr(task.breaker, "name", task.breaker)
-            base = next(base for base in type(task).__mro__[1:] if base is not self.app.Task)
-            raise ConfigurationError(
-                f"task {task.name!r} names breaker {name!r} but its base {base.__name__} is no ResilientTask:"
-                " derive it from resilient_tasks.ResilientTask"
-            )
+        check_guarded(task, self.app)
         unknown = [name for name in task.options.breakers if name not in self.breakers]
         if not unknown:
             return
         if not self._is_another_apps(task):
             known = ", ".join(sorted(self.breakers)) or "none"
             raise ConfigurationError(
-                f"task {task.name!r} names breaker {unknown[0]!r}, which nobody defines; defined: {known}"
+                f"task {task.name!r} names breaker {unknown[0]!r}, which is not defined; defined: {known}"
+                f"{did_you_mean(unknown[0], self.breakers)}"
             )
         type(task).Strategy, type(task).Request = Task.Strategy, Task.Request
 

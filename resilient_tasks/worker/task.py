@@ -1,7 +1,8 @@
 """``ResilientTask``: the base class that makes ``breaker=`` and its companions work.
 
 A task class without ``breaker`` stays exactly as Celery made it. One with it gets our strategy and
-request class, and a ``__call__`` that decides what a refusal and a dependency failure lead to.
+request class, and a ``__call__`` that decides what a refusal and a dependency failure lead to. That happens when
+Celery binds the task to an app: only then is it named, configured and annotated.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import tenacity
-from celery import Task
+from celery import Celery, Task
 
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.worker.body import run_guarded
-from resilient_tasks.worker.options import DEFER, TaskOptions
+from resilient_tasks.worker.options import DEFER, TaskOptions, check_guarded, options_of
 from resilient_tasks.worker.producers import send_task
 
 if TYPE_CHECKING:
@@ -73,28 +74,44 @@ class ResilientTask(Task):  # type: ignore[misc]  # Celery is untyped
         """
         options.update(zip(_POSITIONAL_OPTIONS, others, strict=False))
         send = partial(super().apply_async, args, kwargs)
-        if self.options is None:
-            if on_open is not None:
-                raise ConfigurationError(f"task {self.name!r}: on_open={on_open!r}: it names no breaker")
-            return send(**options)
-        return send_task(self, send, args, kwargs, on_open, options)
+        check_guarded(self, self.app)
+        if options_of(self) is not None:
+            return send_task(self, send, args, kwargs, on_open, options)
+        if on_open is not None:
+            raise ConfigurationError(f"task {self.name!r}: on_open={on_open!r}: it names no breaker")
+        return send(**options)
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "on_failure" in cls.__dict__ and not callable(cls.on_failure):
-            cls.on_dependency_failure = cls.on_failure
-            del cls.on_failure
-        if cls.breaker is not None and cls.name:
-            _guard(cls)
+    @classmethod
+    def bind(cls, app: Celery) -> Celery:
+        """Bind the class to an app, as Celery does, and then read its options."""
+        bound = super().bind(app)
+        if not cls.__dict__.get("abstract"):
+            _guard(cls, cls.name or app.gen_task_name(cls.__name__, cls.__module__))
+        return bound
 
 
-def _guard(cls: type[ResilientTask]) -> None:
-    """Make a task class that names a breaker a guarded one."""
-    cls.options = TaskOptions.of(cls)
+def _guard(cls: type[ResilientTask], name: str) -> None:
+    """Make a task class that names a breaker a guarded one; a second time changes nothing."""
+    if not callable(cls.on_failure):  # our option; Celery's handler of that name is further up
+        cls.on_dependency_failure = cls.on_failure
+        cls.on_failure = next(own for base in cls.__mro__ if callable(own := base.__dict__.get("on_failure")))
+    if cls.breaker is None:
+        return
+    if not isinstance(cls.options, (TaskOptions, type(None))):
+        raise ConfigurationError(f"task {name!r}: options={cls.options!r:.100}: this name is taken in guarded tasks")
+    cls.options = TaskOptions.of(cls, name)
     for part, ours in _PARTS.items():
         if getattr(cls, part) not in (getattr(Task, part), ours):
-            raise ConfigurationError(f"task {cls.name!r}: {part}={getattr(cls, part)!r}: a guarded task needs {ours!r}")
+            raise ConfigurationError(f"task {name!r}: {part}={getattr(cls, part)!r}: a guarded task needs {ours!r}")
         setattr(cls, part, ours)
     if cls.__call__ not in (Task.__call__, run_guarded):
         cls.own_call = cls.__call__
     cls.__call__ = run_guarded
+
+
+def resilient(base: type[Task]) -> type[ResilientTask]:
+    """Return a task class of an app as a ``ResilientTask``: itself if it is one, else derived from it."""
+    if issubclass(base, ResilientTask):
+        return base
+    described = {"__module__": base.__module__, "__doc__": base.__doc__}
+    return type(base.__name__, (ResilientTask, base), {"abstract": True, **described})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -52,34 +53,9 @@ def test_a_breaker_may_be_defined_after_the_tasks_that_name_it(app: Celery) -> N
     resilience = Resilience(app)
     define(app, breaker="payments")
     app.finalize()
-    with pytest.raises(ConfigurationError, match=r"task 'charge' names breaker 'payments', which nobody defines"):
+    with pytest.raises(ConfigurationError, match=r"task 'charge' names breaker 'payments', which is not defined"):
         runtime_of(app).validate()
     resilience.breaker("payments")
-    runtime_of(app).validate()
-
-
-def test_a_task_class_of_the_users_stays_the_apps_default(app: Celery) -> None:
-    class Mine(Task):
-        abstract = True
-
-    app.task_cls = Mine
-    resilience = Resilience(app)
-    resilience.breaker("payments")
-    assert issubclass(app.Task, Mine)
-    assert not issubclass(app.Task, ResilientTask)
-    define(app, breaker="payments")
-    with pytest.raises(ConfigurationError, match=r"task 'charge' .* its base Mine is no ResilientTask: derive it from"):
-        runtime_of(app).validate()
-
-
-def test_a_task_class_that_is_ours_by_descent_needs_nothing_more(app: Celery) -> None:
-    class Mine(ResilientTask):
-        abstract = True
-
-    app.task_cls = Mine
-    Resilience(app).breaker("payments")
-    task = define(app, breaker="payments")
-    assert isinstance(task._get_current_object(), Mine)
     runtime_of(app).validate()
 
 
@@ -144,6 +120,19 @@ def test_a_wrong_definition_is_refused(arguments: tuple, fields: dict, message: 
     with pytest.raises(ConfigurationError, match=message):
         resilience.breaker(*arguments, **fields)
     assert not resilience.breakers
+
+
+def test_a_look_up_defines_nothing() -> None:
+    resilience = Resilience(store_url="redis://127.0.0.1:1/0")
+    payments = resilience.breaker("payments", open_duration=5)
+    assert resilience["payments"] is payments
+    assert resilience["payments:acme"] is payments.child("acme")
+    expected = "breaker 'paymnts' is defined nowhere; defined: payments; did you mean 'payments'?"
+    with pytest.raises(ConfigurationError, match=re.escape(expected)) as missed:
+        resilience["paymnts"]
+    assert isinstance(missed.value, KeyError)
+    assert str(missed.value) == expected
+    assert dict(resilience.breakers) == {"payments": payments}
 
 
 def test_breakers_cannot_be_added_behind_the_scenes() -> None:

@@ -17,11 +17,13 @@ from resilient_tasks.errors import (
     DeferredQueueFullError,
     ResilienceError,
     StoreError,
+    UnknownBreakerError,
 )
 
 ERRORS = [
     (ResilienceError("odd"), "odd"),
     (ConfigurationError("window=0: allowed is ..."), "window=0: allowed is ..."),
+    (UnknownBreakerError("breaker 'x' is defined nowhere"), "breaker 'x' is defined nowhere"),
     (StoreError("redis://store is away"), "redis://store is away"),
     (DeadLetterError("no dead letter has the id 'x'"), "no dead letter has the id 'x'"),
     (DeadLetterError("no dead letter has the id 'x'", {"mail": 2}), "no dead letter has the id 'x'"),
