@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from resilient_tasks.monitor.metrics import BreakerCollector, Subject
+from resilient_tasks.worker.options import options_of
 from resilient_tasks.worker.runtime import Runtime, runtime_of
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def _read(runtime: Runtime) -> list[Subject]:
 def _tasks_by_breaker(runtime: Runtime) -> dict[str, list[str]]:
     tasks: defaultdict[str, list[str]] = defaultdict(list)
     for name, task in sorted(runtime.app.tasks.items()):
-        options = getattr(task, "options", None)
+        options = options_of(task)
         for breaker in options.breakers if options is not None else ():
             tasks[breaker].append(name)
     return tasks
