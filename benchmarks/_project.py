@@ -154,17 +154,28 @@ def occupy(self: Any, seconds: float) -> None:
     SIDE.rpush(FINISHED, f"{self.request.id} {time.time()}")
 
 
-HANGS = 30.0  # seconds that a call to the hanging dependency takes
-WORKS = 0.05  # seconds that a healthy task takes
-sick = resilience.breaker(
-    "sick", slow_call_duration=1, minimum_calls=2, trial_calls=1, max_concurrency_per_worker=2
-)  # fmt: skip
+HANGS_FOR = "hangs for "  # and the name of a dependency: key on the broker's server, seconds that its calls hang
+WORKS = 0.01  # seconds that a healthy task takes, and a call to a dependency that does not hang
+LIMITED = int(os.environ.get("BENCH_PER_WORKER", "0")) or None
+sick = resilience.breaker("sick", slow_call_duration=1, max_concurrency_per_worker=LIMITED)
+ailing = resilience.breaker("ailing", slow_call_duration=1)
 
 
-@app.task(breaker=sick, time_limit=2)
-def hang() -> None:
-    """Call a dependency that hangs."""
-    time.sleep(HANGS)
+def ask(dependency: str) -> None:
+    """Call a dependency that hangs while a key says so."""
+    time.sleep(float(SIDE.get(HANGS_FOR + dependency) or WORKS))
+
+
+@app.task(breaker=sick)
+def ask_sick() -> None:
+    """Call one dependency."""
+    ask("sick")
+
+
+@app.task(breaker=ailing)
+def ask_ailing() -> None:
+    """Call another."""
+    ask("ailing")
 
 
 @app.task

@@ -63,8 +63,15 @@ class Rig:
         self._workers: list[Program] = []
         self._count = itertools.count(1)
 
-    def worker(self, *, concurrency: int = 2, own_queue: bool = False, env: Mapping[str, str] = NOTHING) -> Worker:
-        """Start a prefork worker and wait until it consumes; a queue of its own has its name."""
+    def worker(
+        self,
+        *,
+        concurrency: int = 2,
+        own_queue: bool = False,
+        env: Mapping[str, str] = NOTHING,
+        pool: str = "prefork",
+    ) -> Worker:
+        """Start a worker and wait until it consumes; a queue of its own has its name."""
         name = f"worker-{next(self._count)}"
         environment = {**self.environment, **env}
         worker = start_worker(
@@ -74,6 +81,7 @@ class Rig:
             env=environment,
             queues=[name] * own_queue,
             concurrency=concurrency,
+            pool=pool,
         )
         self._workers.append(worker)
         return worker.wait_until_ready()
@@ -82,10 +90,11 @@ class Rig:
         """Start beat; it is stopped with the workers."""
         self._workers.append(start_beat(MODULE, directory=self._directory, env=self.environment))
 
-    def stop_workers(self) -> None:
-        """Stop all workers, and beat."""
+    def stop_workers(self, *, at_once: bool = False) -> None:
+        """Stop all workers, and beat; ``at_once`` without waiting for what they run."""
         while self._workers:
-            self._workers.pop().stop()
+            program = self._workers.pop()
+            program.kill() if at_once else program.stop()
 
     def template(self, task: Any, count: int) -> str:
         """Keep ``count`` messages of a task under its name. No worker may run."""

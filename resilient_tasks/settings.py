@@ -56,6 +56,8 @@ class Settings(BaseSettings):
         tick_interval: seconds between two ticks.
         store_timeout: longest time in seconds that one command may keep the store's caller waiting.
         store_memory_limit: how much of a server's memory may be in use before nothing more is deferred.
+        late_after: seconds after which a guarded call is late, and its breaker suspect in its worker.
+        spare_slots: most pool slots that a worker adds while late calls hold all others; 0: none.
         gate_producers: publish tasks for a breaker that refuses straight into its deferred queue.
         breakers: overridden policy fields per breaker.
     """
@@ -78,6 +80,8 @@ class Settings(BaseSettings):
     store_memory_limit: Annotated[str, AfterValidator(_check_memory_limit)] = Field(
         "80%", description=MEMORY_LIMIT_RULE
     )
+    late_after: float = Field(0.5, ge=0.01, le=3600, description="a number of seconds from 0.01 to 3600")
+    spare_slots: int = Field(2, ge=0, le=64, description="a whole number from 0 to 64")
     gate_producers: bool = Field(False, description="true or false")
     breakers: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description=f"policy fields per breaker, as in {PREFIX}BREAKERS__PAYMENTS__WINDOW=60"

@@ -20,6 +20,8 @@ DROPPED = "dropped"
 COALESCED = "coalesced"
 REDELIVERED = "redelivered"
 CACHED_AGE = "cached_age_ms"
+SUSPECTED = "suspected"
+SPARE_SLOTS = "spare_slots"
 
 #: Prefixes of kinds that carry a name: of a fallback's source, of a failure's cause, of the state that was entered.
 FALLBACK, CAUSE, ENTERED = "fallback:", "cause:", "entered:"
@@ -50,6 +52,8 @@ class Counts:
         dropped: waiting tasks that somebody dropped.
         coalesced: waiting tasks that a later one with the same key has replaced.
         redelivered: tasks that the broker delivered again: some may have run twice.
+        suspected: how often it became suspect in a worker, because a call was late.
+        spare_slots: pool slots that workers have added because of its late calls.
         entered: transitions by the state that was entered.
     """
 
@@ -69,6 +73,8 @@ class Counts:
     dropped: int = 0
     coalesced: int = 0
     redelivered: int = 0
+    suspected: int = 0
+    spare_slots: int = 0
     entered: Mapping[State, int] = field(default_factory=dict)
 
     @classmethod
@@ -86,7 +92,7 @@ class Counts:
 
 _PLAIN = (
     TRIALS, REFUSED, DEFERRED, DEFERRED_AGAIN, RESUMED, FAILED, DEAD, EXPIRED, REVOKED, DROPPED, COALESCED,
-    REDELIVERED,
+    REDELIVERED, SUSPECTED, SPARE_SLOTS,
 )  # fmt: skip
 
 

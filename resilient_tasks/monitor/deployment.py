@@ -64,6 +64,7 @@ class WorkerFacts:
         control_queue: the queue from which it takes ticks; None: it takes none.
         clock_ahead: seconds by which its clock is ahead of the store's; None: it has not heard from the store.
         policies: by breaker, the rules that it declares.
+        can_grow: its pool can add a slot while calls hang.
     """
 
     name: str
@@ -71,6 +72,7 @@ class WorkerFacts:
     control_queue: str | None = None
     clock_ahead: float | None = None
     policies: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    can_grow: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,7 +179,7 @@ def _ticks(deployment: Deployment) -> Iterator[Finding]:
         yield _warning(
             f"beat sends no ticks, last seen: {_ago(sender)}; workers run them of their own accord",
             "breakers heal some seconds later than they could",
-            "start celery beat",
+            "start celery beat; with a scheduler that keeps its entries in a database add the entry by hand",
         )
     elif completed is not None and sender is not None:
         yield _well(f"the last has completed {_ago(completed)}, beat was seen {_ago(sender)}")
@@ -208,6 +208,17 @@ def _control_queue(deployment: Deployment) -> Iterator[Finding]:
                 f"worker {worker.name} does not consume {deployment.control_queue}: it {takes}",
                 "ticks that are sent do not reach it",
                 "give all processes one RESILIENT_TASKS_NAMESPACE",
+            )
+
+
+@_check("pools", needs=_workers_answer)
+def _pools(deployment: Deployment) -> Iterator[Finding]:
+    for worker in deployment.workers or ():
+        if not worker.can_grow:
+            yield _warning(
+                f"the pool of worker {worker.name} cannot add a slot",
+                "a guarded call that hangs there holds up all other tasks of that worker",
+                "use -P prefork, with -c 1 for one process, or threads",
             )
 
 

@@ -24,6 +24,10 @@ BREAKER_DISABLED = "breaker-disabled"
 BREAKER_SHADOWED = "breaker-shadowed"
 BREAKER_WOULD_OPEN = "breaker-would-open"
 
+BREAKER_SUSPECT = "breaker-suspect"
+SLOT_ADDED = "worker-slot-added"
+SLOT_REMOVED = "worker-slot-removed"
+
 QUEUE_BLOCKED = "queue-blocked"
 QUEUE_UNBLOCKED = "queue-unblocked"
 

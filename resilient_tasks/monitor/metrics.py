@@ -140,6 +140,8 @@ METRICS = (
     Metric(
         "redelivered_total", "Tasks that the broker delivered again: some may have run twice.", "counts.redelivered"
     ),
+    Metric("suspected_total", "How often it became suspect in a worker, because a call was late.", "counts.suspected"),
+    Metric("spare_slots_total", "Pool slots that workers have added because of its late calls.", "counts.spare_slots"),
     Metric("trials_total", "Calls that were made under a permit.", "counts.trials"),
     Metric("permits", "Permits in flight.", "snapshot.trials"),
     Metric("in_flight", "Calls that hold one of its slots; only of a breaker with max_concurrency.", _in_flight),

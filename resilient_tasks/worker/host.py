@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.worker import seams
+from resilient_tasks.worker.compensation import Compensation
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.gate import Gate
 from resilient_tasks.worker.heart import Heart
@@ -34,6 +35,7 @@ class Host:
         self.pid = os.getpid()
         self.takes_ticks = False
         self.gate = Gate(runtime)
+        self.compensation = Compensation(runtime)
         self.deferral = Deferral(runtime)
         self.overflow = Overflow(runtime, self)
         self.heart = Heart(runtime, self.gate, self.deferral, self.overflow)

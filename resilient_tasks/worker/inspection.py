@@ -13,6 +13,7 @@ from resilient_tasks.breaker import Breaker
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Spec
 from resilient_tasks.store.standing import Standing
+from resilient_tasks.worker import seams
 from resilient_tasks.worker.runtime import Runtime, find_runtime
 
 
@@ -37,6 +38,7 @@ def resilience(state: Any, **_: Any) -> dict[str, Any]:
         "version": library_version(),
         "control_queue": runtime.control_queue if runtime.host.takes_ticks else None,
         "clock_ahead": time.time() - runtime.fleet.view.server_now(),
+        "can_grow": seams.can_grow(state.consumer.pool),
         "policies": {spec.name: rules_of(spec) for spec in runtime.specs()},
     }
 

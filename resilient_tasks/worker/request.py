@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -138,6 +138,11 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         """
         if self.deferred or self.revoked():
             raise TaskRevokedError(self.id)
+        limiting = self.host.compensation.limiting(self.guards)
+        if limiting is not None and self.host.gate.refusing(self.guards, self.ticket, self.id) is None:
+            seams.task_ready(self)
+            self.make_way(limiting)
+            raise TaskRevokedError(self.id)
         admission = self.admission = self.host.gate.admit(self)
         refusal = admission.refusal
         if refusal is not None and self.defers_when_refused():
@@ -149,6 +154,8 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     def _submit(self, pool: Any, admission: Admission) -> Any:
         if self.delivery_info.get("redelivered") and not self.ticket.since:  # a deferred message may keep the mark
             runtime_of(self.app).fleet.reporter.tally(self.task.options.breakers[0], REDELIVERED)
+        if admission.passes:
+            self.host.compensation.begin(self, self._answering(admission))
         hard, soft = limits_of(self.task, self.time_limits)
         message = self.type, self.id, self.request_dict, self.body, self.content_type, self.content_encoding
         result = pool.apply_async(
@@ -165,8 +172,24 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         self._apply_result = ref(result) if result is not None else None
         return result
 
+    def _answering(self, admission: Admission) -> Sequence[Breaker]:
+        """Return the breakers that answer for the run: not the parent of one of its children."""
+        if len(self.guards) == 1:
+            return self.guards
+        return [breaker for breaker, one in zip(self.guards, admission.passes, strict=True) if not one.for_child]
+
     def on_accepted(self, pid: int, time_accepted: float) -> None:
-        """Handle the start of the run; the time of a trial counts from here."""
+        """Handle the start of the run; the time of a trial counts from here.
+
+        Raises:
+            TaskRevokedError: it was deferred instead, because its breaker became suspect while the run was queued.
+        """
+        limiting = self.host.compensation.accept(self)
+        if limiting is not None:
+            self.discard()
+            seams.task_ready(self)
+            self.make_way(limiting)
+            raise TaskRevokedError(self.id)
         super().on_accepted(pid, time_accepted)
         if self.admission is not None:
             self.host.gate.hold(self, self.admission)
@@ -215,6 +238,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     def _settle(self, report: Report) -> None:
         admission, self.admission = self.admission, None
         if admission is not None:
+            self.host.compensation.end(self)
             self.host.gate.settle(self, admission, report)
 
     def discard(self) -> None:
@@ -246,10 +270,18 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
 
     # --- aside ------------------------------------------------------------------------------------
 
-    def put_aside(self, breaker: str, reason: str, failed: TaskDeferred | None = None) -> None:
-        """Defer the message until a breaker admits; the verdict on this request is then final."""
+    def make_way(self, suspect: Breaker) -> None:
+        """Defer the message, because late calls of its breaker hold that breaker's share of this worker."""
+        self.put_aside(suspect.name, "its calls are late", wait=self.host.compensation.wait(suspect))
+
+    def put_aside(
+        self, breaker: str, reason: str, failed: TaskDeferred | None = None, *, wait: float | None = None
+    ) -> None:
+        """Defer the message until a breaker admits, ``wait`` seconds at least; the verdict on this request is final."""
         self.deferred = True
         ticket = self._next_ticket(breaker, reason, failed)
+        if wait is not None:
+            ticket = replace(ticket, not_before=self.host.now() + wait)
         try:
             self.host.deferral.defer_or_hold(self, ticket)
         except DeferredQueueFullError as full:

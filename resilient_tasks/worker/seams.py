@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -14,6 +16,8 @@ from celery import Celery
 from celery import current_app as _current_app
 from celery.app.trace import fast_trace_task, trace_task_ret
 from celery.app.utils import find_app
+from celery.bootsteps import RUN
+from celery.concurrency.thread import TaskPool as ThreadPool
 from celery.utils.time import maybe_iso8601
 from celery.worker import state as worker_state
 from celery.worker.request import Request
@@ -254,3 +258,130 @@ def _queue_by_routing(task_consumer: Any, channel: Any, exchange: object, routin
         routed = [name for name in channel._lookup(exchange, routing_key) if name in consumed]
         return str(routed[0]) if routed else str(consumed[0])
     return routing_key
+
+
+def pool_name(pool: Any) -> str:
+    """Return the name of a pool's kind as ``celery worker -P`` has it."""
+    return type(pool).__module__.rpartition(".")[2].replace("thread", "threads")
+
+
+def is_running(consumer: Any) -> bool:
+    """Whether a worker's consumer takes tasks: not before it has connected, nor once it is told to stop."""
+    return bool(consumer.blueprint.state == RUN and consumer.pool.active and not shutting_down())
+
+
+def queues_inside(pool: Any) -> bool:
+    """Whether a pool accepts any number of tasks and lets them wait inside for one of its threads."""
+    return isinstance(pool, ThreadPool)
+
+
+def can_grow(pool: Any) -> bool:
+    """Whether a running pool can be given one slot more."""
+    return queues_inside(pool) or hasattr(pool, "grow")
+
+
+def autoscale_maximum(consumer: Any) -> float:
+    """Return the size up to which ``--autoscale`` lets the pool grow by itself; 0 if it does not."""
+    autoscaler = getattr(consumer.controller, "autoscaler", None)
+    return 0 if autoscaler is None else float(autoscaler.max_concurrency)
+
+
+def add_slot(pool: Any) -> None:
+    """Give a running pool one slot more, which takes a task at once; call it in the consumer's event loop.
+
+    Raises:
+        OSError, MemoryError, RuntimeError, NotImplementedError: the pool cannot grow now.
+    """
+    if queues_inside(pool):
+        executor = pool.executor
+        with executor._shutdown_lock:
+            executor._max_workers += 1
+            executor._adjust_thread_count()
+        pool.limit += 1
+    elif discards_unaccepted(pool):
+        _fork_one_more(pool._pool)
+    else:
+        pool.grow(1)
+
+
+def _fork_one_more(pool: Any) -> None:
+    """``grow`` raises a number only, and the process is forked up to 5 s later; its semaphore lets two tasks in."""
+    pool._processes += 1
+    try:
+        pool.on_grow(1)
+        pool.maintain_pool()
+    except BaseException:
+        pool._processes -= 1
+        raise
+    if pool._putlock is not None:
+        pool._putlock.initial_value += 1
+        pool._putlock.release()
+
+
+def remove_slot(pool: Any) -> bool:
+    """Take one slot back from a running pool, in the consumer's event loop; False: all have something to do."""
+    if queues_inside(pool):
+        return _end_one_thread(pool)
+    if discards_unaccepted(pool):
+        return _end_one_process(pool._pool)
+    if pool.is_green and pool._pool.free_count() < 1:
+        return False
+    try:
+        pool.shrink(1)
+    except ValueError:  # all processes are busy
+        return False
+    return True
+
+
+def _end_one_process(pool: Any) -> bool:
+    """``shrink`` takes a process for idle to which a task was written that it has not accepted yet, and kills it."""
+    for process in list(pool._pool):
+        is_up = process.inqW_fd in pool._all_inqueues
+        if is_up and process.inqW_fd not in pool._busy_workers and not pool._worker_active(process):
+            pool._processes -= 1
+            if pool._putlock is not None:
+                pool._putlock.shrink()
+            process.terminate_controlled()
+            pool.on_shrink(1)
+            return True
+    return False
+
+
+def _end_one_thread(pool: Any) -> bool:
+    executor = pool.executor
+    if not executor._idle_semaphore.acquire(blocking=False):
+        return False
+    executor._max_workers -= 1
+    pool.limit -= 1
+    executor._work_queue.put(_LastItem(executor))
+    return True
+
+
+class _ThreadEndsError(BaseException):
+    """Ends a thread of an executor, which has no other way to have fewer."""
+
+
+class _LastItem:
+    """The last work item of one thread."""
+
+    def __init__(self, executor: Any) -> None:
+        self._executor = executor
+
+    def run(self, *_: Any) -> None:
+        self._executor._threads.discard(threading.current_thread())
+        raise _ThreadEndsError
+
+
+def _is_no_thread_that_ends(record: logging.LogRecord) -> bool:
+    return record.exc_info is None or record.exc_info[0] is not _ThreadEndsError
+
+
+logging.getLogger("concurrent.futures").addFilter(_is_no_thread_that_ends)
+
+
+def change_prefetch(consumer: Any, slots: int) -> None:
+    """Let a worker prefetch for so many slots more, or fewer, as Celery's ``pool_grow`` and ``pool_shrink`` do."""
+    if consumer.initial_prefetch_count:
+        consumer.initial_prefetch_count += slots * consumer.prefetch_multiplier
+        if consumer.qos is not None:
+            consumer._update_qos_eventually(slots)

@@ -32,7 +32,7 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
         self._task, self._app, self._consumer = task, app, consumer
         self._runtime = runtime_of(app)
         self._runtime.host.attach(consumer)
-        self._gate = self._runtime.host.gate
+        self._gate, self._compensation = self._runtime.host.gate, self._runtime.host.compensation
         self._go_on = default(task, app, consumer)
 
     def __call__(self, message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **kwargs: Any) -> Any:
@@ -41,17 +41,18 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
         ticket = Ticket.read(message.headers)
         if ticket.resumed and self._runtime.defines(ticket.breaker):  # strangers may write tickets, too
             self._gate.took_up(ticket)
-        refusing = self._refusing(message, ticket) if body is None and "args" not in message.payload else None
-        if refusing is not None:
+        guards = self._guards(message) if body is None and "args" not in message.payload else []
+        refusing = self._gate.refusing(guards, ticket, message.headers["id"]) if guards else None
+        limiting = self._compensation.limiting(guards) if refusing is None else None
+        if refusing is not None or limiting is not None:
             request = self._request(message, ack, reject)
-            if request.defers_when_refused() and not request.eta:
-                return self._defer(request, refusing)
+            if not request.eta and (limiting is not None or request.defers_when_refused()):
+                return self._defer(request, refusing, limiting)
         return self._go_on(message, body, ack, reject, callbacks, **kwargs)
 
-    def _refusing(self, message: Any, ticket: Ticket) -> Breaker | None:
+    def _guards(self, message: Any) -> list[Breaker]:
         args, kwargs, _ = message.payload
-        guards = self._runtime.guards_of(self._task, args, kwargs)
-        return self._gate.refusing(guards, ticket, message.headers["id"])
+        return self._runtime.guards_of(self._task, args, kwargs)
 
     def _request(self, message: Any, ack: Any, reject: Any) -> GatedRequest:
         return GatedRequest(
@@ -70,7 +71,7 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
         )
 
     @staticmethod
-    def _defer(request: GatedRequest, refusing: Breaker) -> None:
+    def _defer(request: GatedRequest, refusing: Breaker | None, limiting: Breaker | None) -> None:
         if request.revoked():  # or expired: Celery has settled it
             return
         request.send_event(
@@ -84,7 +85,10 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
             eta=None,
             expires=request.expires and request.expires.isoformat(),
         )
-        request.put_aside(refusing.name, str(refusing.refuse()))
+        if refusing is not None:
+            request.put_aside(refusing.name, str(refusing.refuse()))
+        elif limiting is not None:
+            request.make_way(limiting)
 
 
 def _check(message: Any, body: Any) -> None:

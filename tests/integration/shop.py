@@ -156,6 +156,11 @@ def dawdle(self) -> None:
 
 
 @app.task(breaker="tolerant")
+def linger() -> None:
+    wait_until_healthy("lingering")
+
+
+@app.task(breaker="tolerant")
 def antidote() -> str:
     return call("tolerant")
 

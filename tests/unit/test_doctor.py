@@ -64,6 +64,7 @@ def test_a_sound_deployment_is_well() -> None:
         ("workers", "error", "no worker answers", {"workers": ()}),
         ("control queue", "error", "from other.control", worker(control_queue="other.control")),
         ("control queue", "error", "it takes none", worker(control_queue=None)),
+        ("pools", "warning", "celery@two cannot add a slot", worker(can_grow=False)),
         ("versions", "error", "celery@two runs without", worker(version=None)),
         ("versions", "warning", "0.9, here it is 1.0", worker(version="0.9")),
         ("policies", "warning", "payments otherwise: window", worker(policies={"payments": {**RULES, "window": 1}})),
@@ -118,6 +119,6 @@ def test_what_cannot_be_found_out_is_unknown_and_no_error() -> None:
     levels = {finding.check: finding.level for finding in examine(nothing)}
     assert {check for check, level in levels.items() if level is Level.ERROR} == {"store", "broker"}
     assert {check for check, level in levels.items() if level is Level.UNKNOWN} == {
-        "maxmemory-policy", "persistence", "ticks", "workers", "control queue", "versions", "policies", "clocks",
-        "undefined breakers", "result_expires", "visibility_timeout",
+        "maxmemory-policy", "persistence", "ticks", "workers", "control queue", "pools", "versions", "policies",
+        "clocks", "undefined breakers", "result_expires", "visibility_timeout",
     }  # fmt: skip

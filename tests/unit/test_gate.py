@@ -15,6 +15,7 @@ from resilient_tasks.core.counts import REDELIVERED
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.store.standing import Standing
 from resilient_tasks.testing import Clock, force
+from resilient_tasks.worker.compensation import Compensation
 from resilient_tasks.worker.gate import Gate
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.run import Report
@@ -176,7 +177,7 @@ def test_a_message_that_the_broker_delivers_again_runs_and_is_counted(
     def charge() -> None: ...
 
     runtime = runtime_of(app)
-    runtime.host = SimpleNamespace(gate=gate)  # type: ignore[assignment]
+    runtime.host = SimpleNamespace(gate=gate, compensation=Compensation(runtime))  # type: ignore[assignment]
     counted: list[tuple[str, str]] = []
     monkeypatch.setattr(runtime.fleet.reporter, "tally", lambda *told: counted.append(told))
     message = SimpleNamespace(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import amqp
 import pytest
+from billiard.pool import Pool as BilliardPool
 from celery import Celery
 from celery.app.task import Context
 from celery.app.trace import fast_trace_task, trace_task_ret
@@ -19,14 +21,17 @@ from celery.concurrency.asynpool import AsynPool
 from celery.exceptions import Ignore, InvalidTaskError, TaskRevokedError
 from celery.worker import control, loops, state, strategy
 from celery.worker import worker as worker_module
+from celery.worker.autoscale import Autoscaler
+from celery.worker.autoscale import WorkerComponent as AutoscaleStep
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request, create_request_cls
 from kombu import Connection, Exchange, Producer, Queue
 from kombu import Consumer as MessageConsumer
+from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 from kombu.transport.pyamqp import Message as AMQPMessage
 
 from resilient_tasks.worker import seams
-from workers.processes import Server, start_valkey
+from workers.processes import Server, start_valkey, wait_until
 
 
 @pytest.fixture
@@ -500,3 +505,124 @@ def test_a_message_for_amqp_is_composed_without_asking_the_broker() -> None:
     assert composed.delivery_info == {"exchange": "to-here", "routing_key": "here"}
     assert (composed.properties["priority"], composed.properties["delivery_mode"]) == (3, 2)
     assert (composed.headers, composed.payload) == ({"id": "1"}, [[1], {}, {}])
+
+
+# --- pools that grow --------------------------------------------------------------------------------
+
+
+def test_a_forked_pool_grows_by_what_grow_and_maintain_pool_do() -> None:
+    grow, shrink = inspect.getsource(BilliardPool.grow), inspect.getsource(BilliardPool.shrink)
+    assert all(part in grow for part in ("self._processes += 1", "self._putlock.grow()", "self.on_grow(n)"))
+    parts = ("self._iterinactive()", "self._processes -= 1", "self._putlock.shrink()", "terminate_controlled()")
+    assert all(part in shrink for part in (*parts, "self.on_shrink(1)"))
+    assert "self._repopulate_pool(joined)" in inspect.getsource(BilliardPool._maintain_pool)
+    assert "self._processes - len(self._pool)" in inspect.getsource(BilliardPool._repopulate_pool)
+    up = inspect.getsource(AsynPool.on_process_alive)
+    assert "self._all_inqueues.add(proc.inqW_fd)" in up
+    assert "mark_worker_as_busy(ready_fd)" in inspect.getsource(AsynPool._create_write_handlers)
+    assert "self._mark_worker_as_available(inqW_fd)" in inspect.getsource(AsynPool.on_job_ready)
+
+
+def test_one_slot_more_lets_one_waiting_task_in() -> None:
+    semaphore = LaxBoundedSemaphore(1)
+    started: list[int] = []
+    for number in range(3):
+        semaphore.acquire(started.append, number)
+    forked: list[int] = []
+    pool: Any = SimpleNamespace(_processes=1, on_grow=forked.append, _putlock=semaphore)
+    pool.maintain_pool = lambda: forked.append(pool._processes)
+    seams._fork_one_more(pool)
+    assert (started, forked, pool._processes) == ([0, 1], [1, 2], 2)
+    semaphore.acquire(started.append, 3)
+    assert started == [0, 1]
+    semaphore.release()
+    assert started == [0, 1, 2]
+
+
+def test_a_pool_that_cannot_fork_stays_as_it_was() -> None:
+    def refuse() -> None:
+        raise OSError("out of memory")
+
+    semaphore = LaxBoundedSemaphore(1)
+    pool = SimpleNamespace(_processes=1, on_grow=lambda _: None, maintain_pool=refuse, _putlock=semaphore)
+    with pytest.raises(OSError, match="out of memory"):
+        seams._fork_one_more(pool)
+    assert (pool._processes, semaphore.initial_value) == (1, 1)
+
+
+def test_a_process_to_which_a_task_was_written_is_not_ended() -> None:
+    ended: list[int] = []
+
+    def process(fd: int) -> Any:
+        return SimpleNamespace(inqW_fd=fd, terminate_controlled=lambda: ended.append(fd))
+
+    running, written, starting, idle = map(process, range(4))
+    pool = SimpleNamespace(
+        _pool=[running, written, starting, idle],
+        _all_inqueues={0, 1, 3},
+        _busy_workers={1},
+        _worker_active=lambda worker: worker is running,
+        _processes=4,
+        _putlock=LaxBoundedSemaphore(4),
+        on_shrink=lambda _: None,
+    )
+    assert seams._end_one_process(pool)
+    assert (ended, pool._processes, pool._putlock.initial_value) == ([3], 3, 3)
+    pool._busy_workers.add(3)
+    assert not seams._end_one_process(pool)
+
+
+def test_a_pool_of_threads_grows_and_shrinks_at_once(app: Celery, caplog: pytest.LogCaptureFixture) -> None:
+    pool = thread.TaskPool(1, app=app)
+    assert seams.queues_inside(pool)
+    go_on, ran = threading.Event(), threading.Event()
+    first = pool.executor.submit(go_on.wait)
+    second = pool.executor.submit(ran.set)
+    seams.add_slot(pool)
+    assert ran.wait(10), "a thread of its own takes what waits"
+    second.result(10)
+    wait_until(lambda: pool.executor._idle_semaphore._value)
+    assert pool.num_processes == 2
+    assert seams.remove_slot(pool)
+    wait_until(lambda: len(pool.executor._threads) == 1)
+    assert not seams.remove_slot(pool), "the other one is busy"
+    go_on.set()
+    assert first.result(10)
+    assert pool.executor.submit(lambda: 5).result(10) == 5
+    assert pool.num_processes == 1
+    assert not caplog.records
+    pool.on_stop()
+
+
+def test_the_green_pool_grows_where_its_submitter_waits(app: Celery) -> None:
+    source = inspect.getsource(pytest.importorskip("celery.concurrency.gevent").TaskPool)
+    assert "self._pool = self.Pool(self.limit)" in source
+    assert all(part in source for part in ("def grow", "self._pool._semaphore.release()", "def shrink"))
+    assert seams.can_grow(SimpleNamespace(grow=None))
+    assert not seams.can_grow(solo.TaskPool(app=app))
+    assert seams.pool_name(solo.TaskPool(app=app)) == "solo"
+
+
+def test_the_prefetch_count_follows_the_pool() -> None:
+    source = inspect.getsource(Consumer._update_prefetch_count)
+    assert "self.initial_prefetch_count = (" in source
+    assert "self._update_qos_eventually(index)" in source
+    assert "consumer._update_prefetch_count(n)" in inspect.getsource(control.pool_grow)
+    qos: list[int] = []
+    consumer = SimpleNamespace(
+        initial_prefetch_count=8, prefetch_multiplier=4, qos=object(), _update_qos_eventually=qos.append
+    )
+    seams.change_prefetch(consumer, 1)
+    assert (consumer.initial_prefetch_count, qos) == (12, [1])
+    consumer.initial_prefetch_count = 0
+    seams.change_prefetch(consumer, 1)
+    assert (consumer.initial_prefetch_count, qos) == (0, [1]), "0 stands for no limit"
+
+
+def test_autoscale_says_how_far_it_goes(app: Celery) -> None:
+    assert "self.max_concurrency = max_concurrency" in inspect.getsource(Autoscaler.__init__)
+    assert "w.autoscaler = None" in inspect.getsource(AutoscaleStep.__init__)
+    consumer = SimpleNamespace(controller=SimpleNamespace(autoscaler=SimpleNamespace(max_concurrency=5)))
+    assert seams.autoscale_maximum(consumer) == 5
+    consumer.controller.autoscaler = None
+    assert seams.autoscale_maximum(consumer) == 0

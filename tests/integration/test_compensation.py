@@ -1,0 +1,126 @@
+"""A dependency that hangs leaves the other tasks of its worker alone: spare slots come, and go when it is back."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.integration.conftest import Shop
+from workers.processes import Worker
+
+CALLS, OTHERS = 12, 12
+ADDED, REMOVED = "spare slot added", "spare slot removed"
+
+
+def hang(shop: Shop, worker: Worker) -> list[Any]:
+    """Let calls hang after some that did not, until a spare slot was added; return the results of all calls."""
+    results = [shop.linger.delay() for _ in range(3)]
+    shop.wait_done(*results)
+    shop.set_health("lingering", "hang")
+    results += [shop.linger.delay() for _ in range(CALLS)]
+    shop.wait(lambda: ADDED in worker.output(), "a spare slot")
+    return results
+
+
+def others_run(shop: Shop) -> None:
+    """Tasks without a breaker run while the calls hang."""
+    before = int(shop.side.get("runs:ping") or 0)
+    for _ in range(OTHERS):
+        shop.ping.delay()
+    shop.wait(lambda: int(shop.side.get("runs:ping") or 0) == before + OTHERS, "the other tasks")
+    assert shop.side.get("health:lingering") == "hang"
+
+
+def recover(shop: Shop, worker: Worker, results: list[Any]) -> None:
+    """All calls end, and the pool has its size again."""
+    shop.set_health("lingering", "up")
+    shop.wait_done(*results)
+    shop.wait(lambda: worker.output().count(REMOVED) == worker.output().count(ADDED), "the spare slots to go")
+
+
+@pytest.mark.parametrize(
+    ("pool", "concurrency"), [("prefork", 1), ("prefork", 2), ("prefork", 4), ("threads", 2), ("gevent", 2)]
+)
+def test_other_tasks_run_while_all_slots_are_held_by_calls_that_hang(shop: Shop, pool: str, concurrency: int) -> None:
+    if pool == "gevent":
+        pytest.importorskip("gevent")
+    worker = shop.worker(pool=pool, concurrency=concurrency)
+    results = hang(shop, worker)
+    others_run(shop)
+    shop.wait(lambda: shop.waiting("tolerant") >= CALLS - concurrency - 2, "what is over to wait")
+    assert worker.output().count(ADDED) <= 2
+    recover(shop, worker, results)
+    if pool == "prefork":
+        shop.wait(lambda: len(psutil.Process(worker.pid).children()) == concurrency, "the spare process to end")
+
+
+def kill_a_pool_process(shop: Shop, worker: Worker) -> None:
+    os.kill(psutil.Process(worker.pid).children()[0].pid, signal.SIGKILL)
+
+
+def lose_the_connection(shop: Shop, worker: Worker) -> None:
+    shop.broker.client_kill_filter(_type="normal", skipme=True)
+    shop.wait(lambda: "Connection to broker lost" in worker.output(), "the worker to notice")
+
+
+def nothing(shop: Shop, worker: Worker) -> None:
+    """Nothing happens."""
+
+
+@pytest.mark.parametrize(
+    ("disturb", "arguments"),
+    [
+        (kill_a_pool_process, ()),
+        (lose_the_connection, ()),
+        (nothing, ("--autoscale=2,1",)),
+        (nothing, ("--max-tasks-per-child=1",)),
+        (nothing, ("--max-memory-per-child=1",)),
+    ],
+    ids=["killed", "reconnects", "autoscale", "max-tasks", "max-memory"],
+)
+def test_it_is_the_same_whatever_else_becomes_of_the_pool(
+    shop: Shop, disturb: Callable[[Shop, Worker], None], arguments: tuple[str, ...]
+) -> None:
+    worker = shop.worker(concurrency=2, arguments=arguments)
+    results = hang(shop, worker)
+    disturb(shop, worker)
+    others_run(shop)
+    shop.set_health("lingering", "up")
+    shop.wait(lambda: all(result.ready() for result in results), "all calls to end")
+    shop.wait(lambda: worker.output().count(REMOVED) == worker.output().count(ADDED), "the spare slots to go")
+    others_run_afterwards = [shop.ping.delay() for _ in range(OTHERS)]
+    shop.wait_done(*others_run_afterwards)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGQUIT], ids=["warm", "cold"])
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_shutdown_in_the_middle_of_it_loses_nothing(shop: Shop, pool: str, how: signal.Signals) -> None:
+    worker = shop.worker(pool=pool, concurrency=2)
+    results = hang(shop, worker)
+    others_run(shop)
+    worker.send_signal(how)
+    if how is signal.SIGTERM:
+        shop.wait(lambda: "Warm shutdown" in worker.output(), "the worker to hear")
+    shop.set_health("lingering", "up")
+    shop.wait(lambda: not worker.running, "the worker to end")
+    assert "Traceback" not in worker.output()
+    shop.worker(concurrency=2)
+    shop.wait_done(*results)
+
+
+def test_a_burst_in_healthy_times_adds_no_slot_and_makes_no_breaker_suspect(shop: Shop) -> None:
+    worker = shop.worker(concurrency=2)
+    results = [shop.linger.delay() for _ in range(600)]
+    shop.wait_done(*results)
+    assert "suspect" not in worker.output()
+    assert ADDED not in worker.output()
+
+
+def test_a_solo_pool_says_that_it_cannot_grow(shop: Shop) -> None:
+    worker = shop.worker(pool="solo")
+    shop.wait(lambda: "the solo pool cannot add a slot" in worker.output(), "the log line")
