@@ -20,7 +20,7 @@ import httpx
 import psutil
 
 from benchmarks._rig import verdict
-from resilient_tasks.flower.watch import INTEREST
+from resilient_tasks.flower.service import INTEREST
 from workers.processes import LOCALHOST, celery_command, free_port, start_program, start_valkey
 
 ROUNDS = 20

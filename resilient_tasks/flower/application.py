@@ -3,63 +3,85 @@
 from __future__ import annotations
 
 import logging
-from importlib import resources
+import math
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from tornado import web
 
-from resilient_tasks.flower import api, pages, seams
-from resilient_tasks.flower.desk import Desk
-from resilient_tasks.flower.receiver import SoundReceiver
+from resilient_tasks.flower import flower_internals
+from resilient_tasks.flower.handlers import Metrics, routes
+from resilient_tasks.flower.service import Service
+from resilient_tasks.monitor.log import Throttle
 from resilient_tasks.monitor.metrics import UP
 from resilient_tasks.prometheus import register
 from resilient_tasks.worker.runtime import find_runtime
 
 logger = logging.getLogger("resilient_tasks")
 
-_NAME = r"([^/]+)"
+_TEXTS = (
+    "name", "args", "kwargs", "result", "exception", "traceback", "eta", "expires", "queue", "exchange", "routing_key",
+    "root_id", "parent_id", "state", "sw_ident", "sw_ver", "sw_sys",
+)  # fmt: skip
+_NUMBERS = ("utcoffset", "pid", "retries", "runtime", "freq", "active", "processed")
+_LATEST = 1e12  # seconds or clock ticks; no calendar goes so far
+_MOST_LINES, _INTERVAL = 10, 60.0  # in the log
 
 
-class FlowerWithBreakers(seams.Flower):
-    """Flower as ``flower.command`` makes it, with what is ours; without, if the app has no ``Resilience``."""
+class FlowerWithBreakers(flower_internals.Flower):
+    """Flower as ``flower.command`` makes it, with pages, API and metrics of the app's breakers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        seams.events.EventReceiver = SoundReceiver
-        templates = kwargs["template_loader"] = seams.Templates(kwargs["template_path"])
+        flower_internals.events.EventReceiver = Receiver
+        templates = kwargs["template_loader"] = flower_internals.Templates(kwargs["template_path"])
         super().__init__(*args, **kwargs)
         self.executor.submit(templates.warm_up)
         runtime = find_runtime(self.capp)
         if runtime is None:
             raise SystemExit(f"app {self.capp.main!r} has no Resilience: name the app that has, as in celery -A proj")
-        desk = Desk(runtime)
-        self.io_loop.add_callback(desk.watch.start)
-        handlers = _handlers(desk)
-        if not _are_registered():
+        service = Service(runtime)
+        self.io_loop.add_callback(service.watch.start)
+        handlers = routes(service)
+        if not any(REGISTRY.restricted_registry([UP]).collect()):  # the user has registered them already
             registry = CollectorRegistry()
             register(self.capp, registry)
-            handlers.append(web.url(r"/metrics", pages.Metrics, {"registry": registry}))
-        self.add_handlers(".*", seams.prefixed(handlers, self.options))
+            handlers.append(web.url(r"/metrics", Metrics, {"registry": registry}))
+        self.add_handlers(".*", flower_internals.prefixed(handlers, self.options))
 
 
-def _are_registered() -> bool:
-    """Whether breakers are among Flower's own metrics already, because somebody has added them to its registry."""
-    return any(REGISTRY.restricted_registry([UP]).collect())
+class Receiver(flower_internals.EventReceiver):
+    """Celery's receiver, which logs and leaves out invalid events.
+
+    One of them would end the connection on which Flower listens, and events until the next one would be lost.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lines = Throttle(_MOST_LINES, _INTERVAL)
+
+    def _receive(self, body: Any, message: Any, **_: Any) -> None:
+        for event in body if isinstance(body, list) else [body]:
+            if _is_valid(event):
+                super()._receive(event, message)
+                continue
+            for count in self._lines.take_suppressed().values():
+                logger.warning("%d more invalid events", count)
+            if self._lines.admits(""):
+                logger.warning("an event is invalid: %.200r", event)
 
 
-def _handlers(desk: Desk) -> list[web.url]:
-    ours = {"desk": desk}
-    static = str(resources.files("resilient_tasks.flower") / "static")
-    return [
-        web.url(r"/breakers", pages.Breakers, ours, name="breakers"),
-        web.url(r"/breakers-static/(.+)", web.StaticFileHandler, {"path": static}, name="breakers-static"),
-        web.url(rf"/breakers/{_NAME}", pages.Breaker, ours),
-        web.url(rf"/breakers/{_NAME}/(history|deferred|dead)", pages.Part, ours),
-        web.url(r"/outages", pages.Outages, ours, name="outages"),
-        web.url(r"/broker", pages.Broker, ours),
-        web.url(r"/api/breakers", api.Breakers, ours),
-        web.url(rf"/api/breakers/{_NAME}", api.Breaker, ours),
-        web.url(rf"/api/breakers/{_NAME}/{_NAME}", api.Steering, ours),
-        web.url(rf"/api/breakers/{_NAME}/{_NAME}/{_NAME}", api.Tasks, ours),
-        web.url(r"/api/queues/length", pages.QueueLengths, ours),
-    ]
+def _is_valid(event: Any) -> bool:
+    """Whether Celery's memory of events, and Flower's pages, can read an event."""
+    if not isinstance(event, dict):
+        return False
+    needed = ("type", "hostname", "uuid") if str(event.get("type")).startswith("task-") else ("type", "hostname")
+    return (
+        all(isinstance(event.get(field), str) for field in needed)
+        and all(_is_number(event.get(field)) for field in ("timestamp", "clock"))
+        and all(isinstance(event.get(field), (str, type(None))) for field in _TEXTS)
+        and all(event.get(field) is None or _is_number(event[field]) for field in _NUMBERS)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and abs(value) < _LATEST

@@ -1,7 +1,8 @@
-"""What Flower's pages and its JSON API have in common: who may, what was asked, and what could not be done."""
+"""The pages and the JSON API, and Flower's own pages of queues and metrics with ours among them."""
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import json
 import logging
@@ -10,57 +11,96 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.client import responses
+from importlib import resources
 from typing import Any
 
+from prometheus_client import CollectorRegistry, generate_latest
 from tornado import web
 
+from resilient_tasks.core.model import Verb
 from resilient_tasks.errors import BreakerOpenError, DeadLetterError, StoreError
-from resilient_tasks.flower import seams
-from resilient_tasks.flower.desk import Desk
-from resilient_tasks.flower.errands import NoAnswerError
+from resilient_tasks.flower import flower_internals
+from resilient_tasks.flower.service import TASK_ACTIONS, NoAnswerError, Service
 
 logger = logging.getLogger("resilient_tasks")
 
-#: Fewest and most tasks per second that may be asked for.
-SLOWEST, FASTEST = 0.01, 100_000.0
+SLOWEST, FASTEST = 0.01, 100_000.0  # tasks per second that may be asked for
+RESUME = "resume"
+VERBS = {
+    Verb.TRIP: "Open it as if it had tripped: it heals by itself.",
+    Verb.ISOLATE: "Refuse all calls, probes too, until reset.",
+    Verb.DISABLE: "Admit all calls and count nothing, until reset.",
+    Verb.SHADOW: "Admit all calls, count, and report when it would have opened, until reset.",
+    Verb.RESET: "Close it, without evidence.",
+    RESUME: "Send the waiting tasks back to their queues now, without the workers' slow start.",
+}
 
-# nothing that somebody has written into a name, an argument or a reason runs as a script, whatever else fails
-_SAFE = "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
-
-
-class Page(seams.BaseHandler):
-    """A page in Flower's navigation, behind Flower's login."""
-
-    def initialize(self, desk: Desk) -> None:
-        """Remember who knows all about breakers."""
-        self.desk = desk
-
-    def set_default_headers(self) -> None:
-        """Let the browser run our own scripts only."""
-        super().set_default_headers()
-        self.set_header("Content-Security-Policy", _SAFE)
+# text that a user has written into a name, an argument or a reason runs as no script, whatever else fails
+_CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
 
 
-class Api(seams.BaseApiHandler):
-    """A part of the JSON API: under the rules of Flower's own, and none but people on our own pages may write."""
+class _Shared:
+    """What the pages and the API have in common; a mixin of Flower's handlers."""
 
-    def initialize(self, desk: Desk) -> None:
-        """Remember who knows all about breakers."""
-        self.desk = desk
+    service: Service
+
+    def initialize(self, service: Service) -> None:
+        self.service = service
+
+    def check_defined(self, name: str) -> None:
+        """Fail with the nearest name if there is no breaker of this one."""
+        if not self.service.defines(name):
+            near = difflib.get_close_matches(name, self.service.names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no breaker is named {name!r}{hint}")
+
+    async def one(self, name: str) -> dict[str, Any]:
+        """Return one breaker, and how new that is."""
+        self.check_defined(name)
+        look = await self.service.watch.look()
+        breaker = look.breakers.get(name)
+        if breaker is None and look.read_at is not None:
+            with self.errors_answered():
+                breaker = await self.service.read(name)
+        return {"breaker": breaker, **look.freshness()}
+
+    @contextmanager
+    def errors_answered(self) -> Iterator[None]:
+        """Turn what could not be done into an answer."""
+        try:
+            yield
+        except BreakerOpenError as error:
+            advice = "its tasks would be deferred again; reset it first"
+            raise web.HTTPError(HTTPStatus.CONFLICT, f"{error}: {advice}") from error
+        except DeadLetterError as error:
+            raise web.HTTPError(HTTPStatus.NOT_FOUND, str(error)) from error
+        except (StoreError, NoAnswerError) as error:
+            raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from error
+        except self.service.broker_errors as error:
+            logger.warning("the broker is unavailable: %s", error)
+            message = f"the broker is unavailable: {type(error).__name__}"  # its text may hold a password
+            raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, message) from error
+
+
+# --- the JSON API ---------------------------------------------------------------------------------------
+
+
+class _Api(_Shared, flower_internals.BaseApiHandler):
+    """Under the rules of Flower's own API; only requests from our own pages, or from no page, may write."""
 
     def prepare(self) -> None:
-        """Find out whether the user may do that."""
         super().prepare()
         if not self.current_user:
             raise web.HTTPError(HTTPStatus.UNAUTHORIZED, "log in first")
         if self.request.method == "POST":
-            if seams.is_foreign(self):
+            if flower_internals.is_foreign(self):
                 raise web.HTTPError(HTTPStatus.FORBIDDEN, "requests from other sites are refused")
-            if seams.is_read_only(self):
+            if flower_internals.is_read_only(self):
                 raise web.HTTPError(HTTPStatus.FORBIDDEN, "Flower is read-only")
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """Say what is wrong as JSON."""
         if status_code == HTTPStatus.UNAUTHORIZED and self.application.options.basic_auth:
             self.set_header("WWW-Authenticate", 'Basic realm="flower"')
         error = kwargs.get("exc_info", (None, None, None))[1]
@@ -68,24 +108,30 @@ class Api(seams.BaseApiHandler):
         self.finish({"error": said or responses.get(status_code, "error")})
 
     @property
-    def words(self) -> dict[str, Any]:
+    def sent(self) -> dict[str, Any]:
         """What was sent, as a form or as a JSON object."""
-        if self.request.headers.get("Content-Type", "").startswith("application/json"):
-            return _object(self.request.body)
-        return {name: seams.raw_argument(self, name) for name in self.request.arguments}
+        if not self.request.headers.get("Content-Type", "").startswith("application/json"):
+            return {name: flower_internals.raw_argument(self, name) for name in self.request.arguments}
+        try:
+            sent = json.loads(self.request.body or b"{}")
+        except (ValueError, RecursionError):
+            sent = None
+        if not isinstance(sent, dict):
+            raise web.HTTPError(HTTPStatus.BAD_REQUEST, "the body is no JSON object")
+        return sent
 
     @property
     def reason(self) -> str:
-        """Why, as somebody has put it."""
-        reason = self.words.get("reason") or ""
+        """The reason that the user has given."""
+        reason = self.sent.get("reason") or ""
         if not isinstance(reason, str):
             raise web.HTTPError(HTTPStatus.BAD_REQUEST, f"reason={reason!r}: allowed is a text")
         return reason
 
     @property
     def rate(self) -> float | None:
-        """Tasks per second; None if nobody has said."""
-        asked = self.words.get("rate")
+        """Tasks per second; None if not given."""
+        asked = self.sent.get("rate")
         if asked in (None, ""):
             return None
         try:
@@ -100,54 +146,180 @@ class Api(seams.BaseApiHandler):
     @property
     def task_ids(self) -> list[str]:
         """Which tasks: one ``id``, or several, divided by commas or as a JSON array."""
-        asked = self.words.get("id")
+        asked = self.sent.get("id")
         ids = asked.split(",") if isinstance(asked, str) else asked
         if not ids or not isinstance(ids, list) or not all(isinstance(each, str) and each for each in ids):
             raise web.HTTPError(HTTPStatus.BAD_REQUEST, f"id={asked!r}: allowed are ids of tasks")
         return ids
 
 
-def check_defined(desk: Desk, name: str) -> None:
-    """Fail with the nearest name if there is no breaker of this one."""
-    if not desk.defines(name):
-        near = difflib.get_close_matches(name, desk.names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no breaker is named {name!r}{hint}")
+class BreakersApi(_Api):
+    """``GET /api/breakers``."""
+
+    async def get(self) -> None:
+        look = await self.service.watch.look()
+        if look.read_at is None:
+            raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, look.problem or "the store does not answer")
+        self.set_header("Content-Type", "application/json; charset=UTF-8")
+        self.write(look.as_json())
 
 
-async def look_at(desk: Desk, name: str) -> dict[str, Any]:
-    """Return what a page and the API tell of one breaker, and how new that is."""
-    look = await desk.watch.look()
-    told = look.breakers.get(name)
-    if told is None and look.read_at is not None:
-        with failures_told(desk):
-            told = await desk.read(name)
-    return {"breaker": told, **look.freshness()}
+class BreakerApi(_Api):
+    """``GET /api/breakers/NAME``."""
+
+    async def get(self, name: str) -> None:
+        found = await self.one(name)
+        if found["breaker"] is None:
+            raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, found["problem"] or "the store does not answer")
+        self.write(found)
 
 
-@contextmanager
-def failures_told(desk: Desk) -> Iterator[None]:
-    """Turn what could not be done into an answer for whoever asked."""
-    try:
-        yield
-    except BreakerOpenError as error:
-        advice = "its tasks would be deferred again; reset it first"
-        raise web.HTTPError(HTTPStatus.CONFLICT, f"{error}: {advice}") from error
-    except DeadLetterError as error:
-        raise web.HTTPError(HTTPStatus.NOT_FOUND, str(error)) from error
-    except (StoreError, NoAnswerError) as error:
-        raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from error
-    except desk.broker_errors as error:
-        logger.warning("the broker is away: %s", error)
-        said = f"the broker is away: {type(error).__name__}"  # its text may hold more than everybody should see
-        raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, said) from error
+class VerbApi(_Api):
+    """``POST /api/breakers/NAME/VERB``."""
+
+    async def post(self, name: str, verb: str) -> None:
+        self.check_defined(name)
+        actor = flower_internals.user_of(self)
+        with self.errors_answered():
+            if verb == RESUME:
+                resumed = await self.service.resume(name, self.rate, actor)
+                if resumed is None:
+                    self.set_status(HTTPStatus.ACCEPTED)
+                self.write({"resumed": resumed})
+            elif verb in set(Verb):
+                self.write({"breaker": await self.service.command(name, Verb(verb), self.reason, actor)})
+            else:
+                allowed = ", ".join(map(str, VERBS))
+                raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no verb is {verb!r}; allowed are {allowed}")
 
 
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        sent = json.loads(body or b"{}")
-    except (ValueError, RecursionError):
-        sent = None
-    if isinstance(sent, dict):
-        return sent
-    raise web.HTTPError(HTTPStatus.BAD_REQUEST, "the body is no JSON object")
+class TasksApi(_Api):
+    """``POST /api/breakers/NAME/deferred/resume``, ``.../deferred/drop``, ``.../dead/replay`` and ``.../dead/drop``."""
+
+    async def post(self, name: str, kind: str, verb: str) -> None:
+        self.check_defined(name)
+        action = f"{kind}/{verb}"
+        if action not in TASK_ACTIONS:
+            raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no verb is {action}; allowed are {', '.join(TASK_ACTIONS)}")
+        with self.errors_answered():
+            actor = flower_internals.user_of(self)
+            self.write({"done": await self.service.act_on_tasks(name, action, self.task_ids, actor)})
+
+
+# --- pages ----------------------------------------------------------------------------------------------
+
+
+class _Page(_Shared, flower_internals.BaseHandler):
+    """A page in Flower's navigation, behind Flower's login."""
+
+    def set_default_headers(self) -> None:
+        super().set_default_headers()
+        self.set_header("Content-Security-Policy", _CONTENT_SECURITY_POLICY)
+
+    def show(self, template: str, **values: Any) -> None:
+        """Render one of our templates."""
+        may_act = flower_internals.api_is_open(self) and not flower_internals.is_read_only(self)
+        self.render(f"breakers/{template}", verbs=VERBS, may_act=may_act, **values)
+
+    @property
+    def wants_json(self) -> bool:
+        """Whether the page asks for its own data, as Flower's own pages do."""
+        return bool(flower_internals.raw_argument(self, "json"))
+
+
+class BreakersPage(_Page):
+    """``/breakers``."""
+
+    @web.authenticated
+    async def get(self) -> None:
+        if self.wants_json:
+            self.set_header("Content-Type", "application/json; charset=UTF-8")
+            self.write((await self.service.watch.look()).as_json())
+        else:
+            self.service.watch.expect_looks()  # the page is about to ask
+            self.show("list.html")
+
+
+class BreakerPage(_Page):
+    """``/breakers/NAME``."""
+
+    @web.authenticated
+    async def get(self, name: str) -> None:
+        if self.wants_json:
+            self.write(await self.one(name))
+        else:
+            self.check_defined(name)
+            self.show("one.html", name=name)
+
+
+class BreakerPart(_Page):
+    """``/breakers/NAME/history``, ``.../deferred`` and ``.../dead``: what a breaker's page loads when it is needed."""
+
+    @web.authenticated
+    async def get(self, name: str, part: str) -> None:
+        self.check_defined(name)
+        parts = {"history": self.service.history, "deferred": self.service.deferred, "dead": self.service.dead}
+        try:
+            with self.errors_answered():
+                self.write(await parts[part](name))
+        except web.HTTPError as error:
+            self.set_status(error.status_code)
+            self.write({"error": error.log_message})
+
+
+class OutagesPage(_Page):
+    """``/outages``, of all breakers; ``/outages?breaker=NAME``, of one."""
+
+    @web.authenticated
+    async def get(self) -> None:
+        name = flower_internals.raw_argument(self, "breaker") or None
+        if name is not None:
+            self.check_defined(name)
+        with self.errors_answered():
+            self.show("outages.html", name=name, outages=await self.service.outages(name))
+
+
+class _OurQueues(_Shared):
+    """Adds the deferred and dead-letter queues to those that Flower asks the broker about."""
+
+    def get_active_queue_names(self) -> list[str]:
+        theirs: list[str] = super().get_active_queue_names()  # type: ignore[misc]  # a mixin of Flower's handlers
+        return sorted({*theirs, *self.service.queues})
+
+
+class BrokerPage(_OurQueues, flower_internals.BrokerView):
+    """Flower's ``/broker``."""
+
+
+class QueueLengths(_OurQueues, flower_internals.GetQueueLengths):
+    """Flower's ``/api/queues/length``."""
+
+
+class Metrics(flower_internals.Metrics):
+    """Flower's ``/metrics``, with ours behind its own."""
+
+    def initialize(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+    async def get(self) -> None:
+        await super().get()
+        self.write(await asyncio.to_thread(generate_latest, self.registry))
+
+
+def routes(service: Service) -> list[web.url]:
+    """Return our handlers and their addresses."""
+    ours, name = {"service": service}, r"([^/]+)"
+    static = str(resources.files("resilient_tasks.flower") / "static")
+    return [
+        web.url(r"/breakers", BreakersPage, ours, name="breakers"),
+        web.url(r"/breakers-static/(.+)", web.StaticFileHandler, {"path": static}, name="breakers-static"),
+        web.url(rf"/breakers/{name}", BreakerPage, ours),
+        web.url(rf"/breakers/{name}/(history|deferred|dead)", BreakerPart, ours),
+        web.url(r"/outages", OutagesPage, ours, name="outages"),
+        web.url(r"/broker", BrokerPage, ours),
+        web.url(r"/api/breakers", BreakersApi, ours),
+        web.url(rf"/api/breakers/{name}", BreakerApi, ours),
+        web.url(rf"/api/breakers/{name}/{name}", VerbApi, ours),
+        web.url(rf"/api/breakers/{name}/{name}/{name}", TasksApi, ours),
+        web.url(r"/api/queues/length", QueueLengths, ours),
+    ]

@@ -5,7 +5,7 @@ It is the line for ``flowerconfig.py``, which Flower reads before it makes its a
 
 from __future__ import annotations
 
-from resilient_tasks.flower import seams
+from resilient_tasks.flower import flower_internals
 from resilient_tasks.flower.application import FlowerWithBreakers
 
-seams.command.Flower = FlowerWithBreakers
+flower_internals.command.Flower = FlowerWithBreakers

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from resilient_tasks.flower import desk
+from resilient_tasks.flower import service
 from resilient_tasks.worker.ticket import Ticket
 from tests.integration.conftest import MODULE, PATIENCE, Shop
 from tests.integration.test_bad_messages import message
@@ -271,11 +271,11 @@ def test_resuming_goes_on_at_the_rate_that_was_asked_for_last(shop: Shop, monkey
     put_aside(shop, "deferred", WAITING, *"abcd")
     with flower_site(shop.app, basic_auth=[":".join(ANN)]) as site:
         site.auth = ANN
-        monkeypatch.setattr(desk, "PATIENCE", 0.1)
+        monkeypatch.setattr(service, "TIMEOUT", 0.1)
         slow = site.post("/api/breakers/payments/resume", json={"rate": 0.01})
         assert (slow.status_code, slow.json()) == (202, {"resumed": None})
         shop.wait(lambda: shop.waiting("payments") == 3, "the first to be resumed")
-        monkeypatch.setattr(desk, "PATIENCE", PATIENCE)
+        monkeypatch.setattr(service, "TIMEOUT", PATIENCE)
         assert site.post("/api/breakers/payments/resume").json() == {"resumed": 3}
 
 

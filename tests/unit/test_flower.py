@@ -18,9 +18,8 @@ from prometheus_client import REGISTRY
 from resilient_tasks import Breaker, Resilience
 from resilient_tasks.core.names import child_name
 from resilient_tasks.errors import StoreError
-from resilient_tasks.flower.application import FlowerWithBreakers
-from resilient_tasks.flower.errands import Errands, NoAnswerError
-from resilient_tasks.flower.receiver import SoundReceiver
+from resilient_tasks.flower.application import FlowerWithBreakers, Receiver
+from resilient_tasks.flower.service import Executor, NoAnswerError
 from resilient_tasks.prometheus import register
 from resilient_tasks.store.local import LocalStore
 from resilient_tasks.testing import Clock
@@ -175,17 +174,17 @@ def test_a_store_that_was_never_there_is_no_empty_table(
 
 
 def test_who_asks_a_broker_that_still_owes_an_answer_hears_so_at_once() -> None:
-    errands, asked, answers = Errands("broker"), threading.Event(), threading.Event()
+    executor, asked, answers = Executor("broker"), threading.Event(), threading.Event()
 
     def ask() -> bool:
         asked.set()
         return answers.wait(60)
 
     async def both() -> None:
-        first = asyncio.ensure_future(errands.run(ask, patience=60))
+        first = asyncio.ensure_future(executor.submit(ask, timeout=60))
         await asyncio.to_thread(asked.wait)
         with pytest.raises(NoAnswerError, match="the broker has not answered for 0 s"):
-            await errands.run(ask, patience=0)
+            await executor.submit(ask, timeout=0)
         answers.set()
         assert await first
 
@@ -397,7 +396,7 @@ EVENT = {
 
 
 @pytest.mark.parametrize(
-    "nonsense",
+    "invalid",
     [
         None, 5, "text", {}, {"type": "task-deferred"}, {**EVENT, "type": 5}, {**EVENT, "hostname": ["h"]},
         {**EVENT, "uuid": {"a": 1}}, {**EVENT, "clock": "soon"}, {**EVENT, "clock": None},
@@ -405,12 +404,12 @@ EVENT = {
         {**EVENT, "name": [1]}, {**EVENT, "args": {}},
     ],
 )  # fmt: skip
-def test_flower_hears_no_events_that_make_no_sense(nonsense: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_flower_receives_no_invalid_events(invalid: Any, caplog: pytest.LogCaptureFixture) -> None:
     heard: list[dict[str, Any]] = []
     app = Celery("app", broker="memory://", set_as_current=False)
     with app.connection() as connection:
-        receiver = SoundReceiver(connection, handlers={"*": heard.append}, app=app)
-        for body in (nonsense, [dict(EVENT), nonsense, dict(EVENT)]):
+        receiver = Receiver(connection, handlers={"*": heard.append}, app=app)
+        for body in (invalid, [dict(EVENT), invalid, dict(EVENT)]):
             receiver._receive(body, None)
     assert [event["uuid"] for event in heard] == ["1", "1"]
-    assert caplog.text.count("an event makes no sense") == 2
+    assert caplog.text.count("an event is invalid") == 2

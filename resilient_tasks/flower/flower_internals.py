@@ -1,6 +1,6 @@
 """Every touch of something inside Flower, in one place.
 
-``tests/unit/test_flower_seams.py`` fails when one of them moves. Flower 2.1 and newer.
+``tests/unit/test_flower_internals.py`` fails when one of them moves. Flower 2.1 and newer.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ __all__ = [
     "user_of",
 ]
 
-#: Whoever acts where nobody has to log in.
-NOBODY = "flower"
+#: The user where no login is needed.
+ANONYMOUS = "flower"
 
 _OURS = "breakers/"
 _PAGES = ("list.html", "one.html", "outages.html")
@@ -63,7 +63,7 @@ class Templates(template.Loader):
         return name
 
     def warm_up(self) -> None:
-        """Compile our pages, so that who looks first need not wait for it."""
+        """Compile our pages, so that the first request need not wait for it."""
         for name in _PAGES:
             self.load(_OURS + name)
 
@@ -88,12 +88,12 @@ def prefixed(handlers: list[web.url], options: Any) -> list[web.url]:
 
 
 def is_read_only(handler: Any) -> bool:
-    """Whether this Flower lets nobody change anything."""
+    """Whether this Flower may change nothing."""
     return bool(handler.application.options.read_only)
 
 
 def api_is_open(handler: Any) -> bool:
-    """Whether requests that change something get anywhere: Flower has no such API unless people log in."""
+    """Whether requests may change something: Flower has no such API unless users log in."""
     try:
         BaseApiHandler.prepare(handler)
     except web.HTTPError:
@@ -102,7 +102,7 @@ def api_is_open(handler: Any) -> bool:
 
 
 def is_foreign(handler: Any) -> bool:
-    """Whether a page of somebody else makes this request in the user's name, as far as the browser says."""
+    """Whether a page of another site makes this request in the user's name, as far as the browser says."""
     site = handler.request.headers.get("Sec-Fetch-Site")
     if site is not None:
         return str(site) not in {"same-origin", "none"}
@@ -111,16 +111,16 @@ def is_foreign(handler: Any) -> bool:
 
 
 def user_of(handler: Any) -> str:
-    """Return who makes a request: the e-mail address or the name that somebody has logged in with."""
+    """Return the user who makes a request: the e-mail address or the name of the login."""
     if isinstance(handler.current_user, str):
         return handler.current_user
     if handler.application.options.basic_auth:
         credentials = handler.request.headers.get("Authorization", "").partition(" ")[2]
         try:
-            return b64decode(credentials).decode().partition(":")[0] or NOBODY
+            return b64decode(credentials).decode().partition(":")[0] or ANONYMOUS
         except (binascii.Error, UnicodeDecodeError):
-            return NOBODY
-    return NOBODY
+            return ANONYMOUS
+    return ANONYMOUS
 
 
 def raw_argument(handler: Any, name: str) -> str:

@@ -17,7 +17,7 @@ from flower.urls import handlers, settings
 from flower.views import BaseHandler
 from tornado import template, web
 
-from resilient_tasks.flower import seams
+from resilient_tasks.flower import flower_internals
 from resilient_tasks.flower.application import FlowerWithBreakers
 
 THEIRS = Path(flower.__file__).parent
@@ -32,14 +32,14 @@ def test_the_command_makes_whatever_flower_the_module_names(monkeypatch: pytest.
 
 
 def test_events_are_received_by_what_flowers_module_names() -> None:
-    assert "recv = EventReceiver(conn," in inspect.getsource(seams.events.Events.run)
+    assert "recv = EventReceiver(conn," in inspect.getsource(flower_internals.events.Events.run)
     received = inspect.getsource(EventReceiver._receive)
     assert "isinstance(body, list)" in received
     assert "callbacks=[self._receive]" in inspect.getsource(EventReceiver.get_consumers)
 
 
 def test_the_navigation_gets_one_item_at_the_end_of_its_first_list() -> None:
-    navigation = seams.Templates(settings["template_path"])._navigation()
+    navigation = flower_internals.Templates(settings["template_path"])._navigation()
     before, item, after = navigation.partition("reverse_url('breakers')")
     assert item
     assert before.count("</ul>") == 0
@@ -48,7 +48,7 @@ def test_the_navigation_gets_one_item_at_the_end_of_its_first_list() -> None:
 
 
 def test_our_templates_find_flowers() -> None:
-    templates = seams.Templates(settings["template_path"])
+    templates = flower_internals.Templates(settings["template_path"])
     for name in ("breakers/list.html", "breakers/one.html", "breakers/act.html"):
         assert isinstance(templates.load(name), template.Template)
     base = (THEIRS / "templates" / "base.html").read_text()
@@ -76,14 +76,14 @@ def test_the_classes_that_our_pages_wear_exist() -> None:
 
 def test_a_prefix_is_put_before_a_handler_with_its_name_and_arguments() -> None:
     handler = web.url(r"/breakers/([^/]+)", web.RequestHandler, {"desk": 1}, name="one")
-    [moved] = seams.prefixed([handler], SimpleNamespace(url_prefix="ops"))
+    [moved] = flower_internals.prefixed([handler], SimpleNamespace(url_prefix="ops"))
     assert moved.regex.pattern == r"/ops/breakers/([^/]+)$"
     assert (moved.kwargs, moved.name) == ({"desk": 1}, "one")
-    assert seams.prefixed([handler], SimpleNamespace(url_prefix=None)) == [handler]
+    assert flower_internals.prefixed([handler], SimpleNamespace(url_prefix=None)) == [handler]
 
 
 def test_flower_asks_for_queues_by_a_method() -> None:
-    for handler in (seams.BrokerView, seams.GetQueueLengths):
+    for handler in (flower_internals.BrokerView, flower_internals.GetQueueLengths):
         assert "self.get_active_queue_names()" in inspect.getsource(handler.get)
     assert callable(BaseHandler.get_active_queue_names)
     served = {handler.regex.pattern.rstrip("$") for handler in handlers if isinstance(handler, web.url)}
@@ -93,9 +93,9 @@ def test_flower_asks_for_queues_by_a_method() -> None:
 def test_the_api_is_closed_in_prepare() -> None:
     options = SimpleNamespace(basic_auth=None, auth=None)
     handler = SimpleNamespace(application=SimpleNamespace(options=options), unauthenticated_api=False)
-    assert not seams.api_is_open(handler)
+    assert not flower_internals.api_is_open(handler)
     options.basic_auth = ["ann:secret"]
-    assert seams.api_is_open(handler)
+    assert flower_internals.api_is_open(handler)
     assert issubclass(BaseApiHandler, BaseHandler)
 
 
@@ -115,7 +115,7 @@ def test_the_user_is_who_has_logged_in(current: object, header: str, user: str) 
         application=SimpleNamespace(options=SimpleNamespace(basic_auth=["ann:secret"])),
         request=SimpleNamespace(headers={"Authorization": header}),
     )
-    assert seams.user_of(handler) == user
+    assert flower_internals.user_of(handler) == user
 
 
 def test_without_a_login_flower_tells_no_user() -> None:

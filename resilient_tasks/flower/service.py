@@ -1,0 +1,405 @@
+"""What Flower's handlers read and do, without keeping Flower's event loop waiting for the store or the broker."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property, partial
+from typing import Any, TypeVar
+
+from resilient_tasks.core.model import HELD_OPEN, Snapshot, State, Verb
+from resilient_tasks.core.outage import Estimate, Outage
+from resilient_tasks.errors import DeadLetterError, StoreError
+from resilient_tasks.monitor.report import Row, counted, rows_of
+from resilient_tasks.worker.dead_letters import DeadLetter, DeadLetters
+from resilient_tasks.worker.deferred import Deferred
+from resilient_tasks.worker.runtime import Runtime
+
+T = TypeVar("T")
+Fields = dict[str, Any]
+
+logger = logging.getLogger("resilient_tasks")
+
+TIMEOUT = 5.0  # seconds for which a handler waits for something to be done
+READ_TIMEOUT = 2.0  # the same for the broker's tasks, which a page only shows
+LISTED = 100  # most tasks, outages or breakers on one page
+CHARTED = 3600.0  # seconds that a breaker's chart shows
+REFRESH = 1.0  # seconds between two reads of all breakers while somebody looks
+INTEREST = 10.0  # seconds after the last look for which that goes on
+
+_IDLE_FACTOR = 5  # reads are so many times rarer while nobody looks
+_FIRST_LOOK_TIMEOUT, _CHANGE_TIMEOUT, _NEVER_READ_TIMEOUT = 0.05, 1.0, 5.0  # seconds that a look waits for a new read
+_REFRESH_TIMEOUT = 10.0
+_RESUME_BATCH, _RESUME_INTERVAL = 500, 0.1  # tasks and seconds, so that others are served in between
+_QUEUE_SIZE = 1_000
+
+
+class NoAnswerError(Exception):
+    """Store or broker did not answer in time. What had begun may still come about."""
+
+
+class Executor:
+    """Runs functions one after the other in one daemon thread, which delays no exit.
+
+    Args:
+        name: of what the functions ask, for error messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._queue: queue.Queue[tuple[Future[Any], Callable[[], Any]]] = queue.Queue(_QUEUE_SIZE)
+        self._busy_since: float | None = None
+        threading.Thread(target=self._run, name=f"resilient-tasks-{name}", daemon=True).start()
+
+    async def submit(self, function: Callable[[], T], *, timeout: float) -> T:
+        """Return what ``function`` returns in the thread, or raise what it raises.
+
+        Raises:
+            NoAnswerError: it took longer than ``timeout`` seconds, or another function already has: then at once.
+        """
+        busy_since = self._busy_since
+        if busy_since is not None and (busy_for := time.monotonic() - busy_since) > timeout:
+            raise NoAnswerError(f"the {self._name} has not answered for {busy_for:.0f} s")
+        future: Future[T] = Future()
+        try:
+            self._queue.put_nowait((future, function))
+            return await asyncio.wait_for(asyncio.wrap_future(future), timeout)
+        except (queue.Full, asyncio.TimeoutError):
+            raise NoAnswerError(f"the {self._name} did not answer within {timeout:g} s") from None
+
+    def _run(self) -> None:
+        while True:
+            self._busy_since = None
+            future, function = self._queue.get()
+            self._busy_since = time.monotonic()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:  # noqa: BLE001 - the caller gets it
+                    future.set_exception(error)
+
+
+@dataclass(frozen=True)
+class Look:
+    """All breakers at one moment.
+
+    Args:
+        breakers: fields of each, by name.
+        read_at: when they were read, seconds since the epoch; None: never.
+        problem: why they could not be read since.
+    """
+
+    breakers: Mapping[str, Fields] = field(default_factory=dict)
+    read_at: float | None = None
+    problem: str = ""
+
+    def freshness(self) -> Fields:
+        """Return how new this is."""
+        age = None if self.read_at is None else max(0.0, time.time() - self.read_at)
+        return {"read_at": self.read_at, "age": age, "problem": self.problem}
+
+    def as_json(self) -> str:
+        """Return everything as a JSON object."""
+        return f'{json.dumps(self.freshness())[:-1]}, "breakers": {self.breakers_json}}}'
+
+    @cached_property
+    def breakers_json(self) -> str:
+        """All breakers as a JSON array; made once, because it is sent to many."""
+        return json.dumps(list(self.breakers.values()))
+
+
+class Watch:
+    """Reads all breakers, every second while somebody looks, so that a store that is unavailable delays no page."""
+
+    def __init__(self, read: Callable[[], Sequence[Fields]], store: Executor) -> None:
+        self._read = read
+        self._store = store
+        self._latest = Look()
+        self._looked_at = float("-inf")
+        self._reading: asyncio.Task[None] | None = None
+        self._timeout = _FIRST_LOOK_TIMEOUT
+        self._loop: asyncio.Task[None] | None = None
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the breakers that were not CLOSED when they were last read, or had deferred tasks."""
+        breakers = self._latest.breakers.values()
+        return [each["name"] for each in breakers if each["state"] != State.CLOSED or each["deferred"]]
+
+    def start(self) -> None:
+        """Read for as long as the event loop runs."""
+        self._loop = asyncio.ensure_future(self._read_regularly())
+
+    async def look(self) -> Look:
+        """Return what the store says; what it said before, if it does not answer at once."""
+        self.expect_looks()
+        if self._reading is not None:
+            timeout = _NEVER_READ_TIMEOUT if self._latest.read_at is None else self._timeout
+            await asyncio.wait({self._reading}, timeout=timeout)
+        return self._latest
+
+    def expect_looks(self) -> None:
+        """Read at once and often, if nobody has looked for a while."""
+        if not self._is_watched:
+            self._begin(_FIRST_LOOK_TIMEOUT)
+        self._looked_at = time.monotonic()
+
+    def refresh(self) -> None:
+        """Read at once: something has just been changed."""
+        self._begin(_CHANGE_TIMEOUT)
+
+    @property
+    def _is_watched(self) -> bool:
+        return time.monotonic() < self._looked_at + INTEREST
+
+    def _begin(self, timeout: float) -> None:
+        self._reading, self._timeout = asyncio.ensure_future(self._refresh()), timeout
+
+    async def _read_regularly(self) -> None:
+        for turn in itertools.count():
+            if self._is_watched or turn % _IDLE_FACTOR == 0:
+                await self._refresh()
+            await asyncio.sleep(REFRESH)
+
+    async def _refresh(self) -> None:
+        try:
+            self._latest = await self._store.submit(self._take, timeout=_REFRESH_TIMEOUT)
+        except (StoreError, NoAnswerError) as error:
+            self._latest = replace(self._latest, problem=str(error))
+        except Exception as error:  # the loop's top: pages go on with what was read before
+            logger.exception("Flower cannot read the breakers")
+            self._latest = replace(self._latest, problem=f"the breakers cannot be read: {type(error).__name__}")
+        if self._reading is asyncio.current_task():
+            self._reading = None
+
+    def _take(self) -> Look:
+        look = Look({each["name"]: each for each in self._read()}, time.time())
+        _ = look.breakers_json  # made here, and not in the event loop
+        return look
+
+
+class Service:
+    """One app's breakers and their tasks, read and changed for Flower's handlers."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._store = Executor("store")
+        self._broker = Executor("broker")
+        self._resuming: dict[str, asyncio.Task[int]] = {}
+        self.watch = Watch(lambda: self._fields(runtime.read()), self._store)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all breakers."""
+        return sorted(self._runtime.breakers)
+
+    @property
+    def queues(self) -> list[str]:
+        """Names of our queues on the broker: of all breakers, or of the active ones where there are many."""
+        few = len(self._runtime.breakers) <= LISTED
+        queues, names = self._runtime.queues, {*self.watch.active, *(self.names if few else ())}
+        return [*map(queues.deferred, names), *map(queues.dead, names)]
+
+    @property
+    def broker_errors(self) -> tuple[type[Exception], ...]:
+        """What a broker that is unavailable raises."""
+        return self._runtime.queues.errors
+
+    def defines(self, name: str) -> bool:
+        """Whether there is such a breaker, or the parent of such a child."""
+        return self._runtime.defines(name)
+
+    def _fields(self, snapshots: Sequence[Snapshot]) -> list[Fields]:
+        """Return the fields of breakers, with the outage under way and the estimate of when their tasks are done."""
+        estimates: dict[str, Estimate] = {}
+        outages: dict[str, Outage] = {}
+        with suppress(StoreError):  # one that keeps no history
+            history = self._runtime.fleet.history
+            estimates = history.estimates(snapshots)
+            outages = history.lasting(each.name for each in snapshots if each.state in HELD_OPEN)
+        lasting = {
+            name: {"opened": each.opened, "reason": each.reason, "actor": each.actor, "causes": each.causes}
+            for name, each in outages.items()
+        }
+        waiting = {name: asdict(estimate) for name, estimate in estimates.items()}
+        return [
+            {**each.as_dict(), "estimate": waiting.get(each.name), "outage": lasting.get(each.name)}
+            for each in snapshots
+        ]
+
+    # --- breakers -----------------------------------------------------------------------------------
+
+    async def read(self, name: str) -> Fields:
+        """Read one breaker; an idle child is in no look at all of them."""
+        spec = self._runtime.breaker(name).spec
+        read = partial(self._runtime.fleet.store.read_shared, [spec])
+        return await self._store.submit(lambda: self._fields(read())[0], timeout=TIMEOUT)
+
+    async def command(self, name: str, verb: Verb, reason: str, actor: str) -> Fields:
+        """Carry out an operator's verb and return the state that it led to."""
+        command = partial(self._runtime.fleet.command, self._runtime.breaker(name).spec, verb, reason, actor)
+        snapshot = await self._store.submit(command, timeout=TIMEOUT)
+        self.watch.refresh()
+        return snapshot.as_dict()
+
+    async def history(self, name: str) -> Fields:
+        """Return a breaker's log, the newest entry first, and what was counted in each minute of the last hour."""
+        fleet, spec = self._runtime.fleet, self._runtime.breaker(name).spec
+
+        def read() -> Fields:
+            [snapshot] = fleet.store.read_shared([spec])
+            minutes = fleet.history.minutes(name, since=snapshot.now - CHARTED)
+            return {
+                "now": snapshot.now,
+                "state": snapshot.state,
+                "transitions": [asdict(transition) for transition in fleet.history.transitions(name)],
+                "minutes": [{"at": each.at, "refused": each.counts.refused, **each.counts.calls} for each in minutes],
+            }
+
+        return await self._store.submit(read, timeout=TIMEOUT)
+
+    async def outages(self, name: str | None) -> list[tuple[Outage, list[Row]]]:
+        """Return the outages of one breaker or of all, and of their children, the newest first, with their report."""
+
+        def read() -> list[tuple[Outage, list[Row]]]:
+            fleet = self._runtime.fleet
+            names = fleet.with_children(self.names if name is None else [name])
+            outages = fleet.history.outages(names)[:LISTED]
+            lasting = {outage.breaker for outage in outages if outage.drained is None}
+            snapshots = fleet.store.read_shared([self._runtime.breaker(each).spec for each in lasting])
+            estimates = fleet.history.estimates(snapshots)
+            return [(outage, rows_of(outage, estimates.get(outage.breaker))) for outage in outages]
+
+        return await self._store.submit(read, timeout=TIMEOUT)
+
+    # --- tasks --------------------------------------------------------------------------------------
+
+    @cached_property
+    def _deferred(self) -> Deferred:
+        return Deferred(self._runtime)
+
+    @cached_property
+    def _dead(self) -> DeadLetters:
+        return DeadLetters(self._runtime)
+
+    async def deferred(self, name: str) -> Fields:
+        """Return how many tasks wait for a breaker, and those that wait longest."""
+
+        def read() -> Fields:
+            tasks = self._deferred.list(name, limit=LISTED)
+            return {"count": self._deferred.count(name), "tasks": [asdict(task) for task in tasks]}
+
+        return await self._broker.submit(read, timeout=READ_TIMEOUT)
+
+    async def dead(self, name: str) -> Fields:
+        """Return how many dead letters a breaker has, and the oldest."""
+
+        def read() -> Fields:
+            letters = self._dead.list(name, limit=LISTED)
+            return {"count": self._dead.count(name)[name], "tasks": [_public_fields(letter) for letter in letters]}
+
+        return await self._broker.submit(read, timeout=READ_TIMEOUT)
+
+    async def act_on_tasks(self, name: str, action: str, task_ids: Sequence[str], actor: str) -> list[str]:
+        """Resume or drop deferred tasks, replay or drop dead letters; return the ids of those that were there.
+
+        Args:
+            name: of the breaker.
+            action: one of :data:`TASK_ACTIONS`.
+            task_ids: which ones.
+            actor: the user.
+        """
+        what = TASK_ACTIONS[action]
+        if action.startswith("deferred/"):
+            act = self._deferred.resume_some if action == "deferred/resume" else self._deferred.drop
+            found = await self._broker.submit(lambda: act(name, frozenset(task_ids)), timeout=TIMEOUT)
+            await self._note({name: len(found)}, "task", what, actor)
+            return list(found)
+        replay_or_drop = self._dead.replay if action == "dead/replay" else self._dead.drop
+        try:
+            done = await self._broker.submit(lambda: replay_or_drop(*task_ids, breaker=name), timeout=TIMEOUT)
+        except DeadLetterError as error:
+            await self._note(error.done, "dead letter", what, actor)
+            raise
+        await self._note(done, "dead letter", what, actor)
+        return list(task_ids)
+
+    async def _note(self, done: Mapping[str, int], noun: str, what: str, actor: str) -> None:
+        """Log what a user has done to how many tasks of which breakers; without a store nothing is logged."""
+        for name, count in done.items():
+            if count and self.defines(name):
+                with suppress(StoreError, NoAnswerError):
+                    note = partial(self._runtime.fleet.history.note, name, f"{counted(count, noun)} {what}", actor)
+                    await self._store.submit(note, timeout=TIMEOUT)
+
+    async def resume(self, name: str, rate: float | None, actor: str) -> int | None:
+        """Resume what waits for a breaker now, without the workers' slow start; at this rate, if it goes on already.
+
+        Args:
+            name: of the breaker.
+            rate: tasks per second; None: as fast as it goes.
+            actor: the user.
+
+        Returns:
+            How many were resumed; None if that takes longer than :data:`TIMEOUT` and goes on.
+        """
+        former = self._resuming.get(name)
+        if former is not None:
+            former.cancel()
+        task = self._resuming[name] = asyncio.ensure_future(self._resume(name, rate, actor))
+        task.add_done_callback(lambda done: self._resumed(name, done))
+        done, _ = await asyncio.wait({task}, timeout=TIMEOUT)
+        return task.result() if done and not task.cancelled() else None
+
+    async def _resume(self, name: str, rate: float | None, actor: str) -> int:
+        resumed = 0
+        try:
+            async for batch in self._batches(name, rate):
+                resumed += batch
+        finally:
+            await self._note({name: resumed}, "task", "resumed", actor)
+        return resumed
+
+    async def _batches(self, name: str, rate: float | None) -> AsyncIterator[int]:
+        """Resume what waits at this moment; yield how many went with each batch."""
+        waiting = await self._broker.submit(lambda: self._deferred.count(name), timeout=READ_TIMEOUT)
+        asked, started = 0, time.monotonic()
+        while asked < waiting:
+            due = waiting if rate is None else 1 + int((time.monotonic() - started) * rate)
+            batch = min(due, waiting, asked + _RESUME_BATCH) - asked
+            asked += batch
+            if batch:
+                resume = partial(self._deferred.resume, name, limit=batch)
+                yield await self._broker.submit(resume, timeout=TIMEOUT)
+            await asyncio.sleep(0 if rate is None else _RESUME_INTERVAL)
+
+    def _resumed(self, name: str, done: asyncio.Task[int]) -> None:
+        if self._resuming.get(name) is done:
+            del self._resuming[name]
+        self.watch.refresh()
+        if not done.cancelled() and done.exception() is not None:
+            logger.warning("resuming the tasks of breaker %s ended: %s", name, done.exception())
+
+
+#: What can be done to tasks, and how the log puts it.
+TASK_ACTIONS = {
+    "deferred/resume": "resumed",
+    "deferred/drop": "dropped",
+    "dead/drop": "dropped",
+    "dead/replay": "replayed",
+}
+
+
+def _public_fields(letter: DeadLetter) -> Fields:
+    """Return the fields of a dead letter without its body and headers, which may hold secrets."""
+    shown = {each.name: getattr(letter, each.name) for each in fields(letter) if each.name not in ("headers", "body")}
+    return {**shown, "history": [step._asdict() for step in letter.history]}
