@@ -31,7 +31,7 @@ from resilient_tasks.worker import beat
 from resilient_tasks.worker.bootsteps import ControlQueue, Membership
 from resilient_tasks.worker.dead_letters import DeadLetters
 from resilient_tasks.worker.deferred import Deferred
-from resilient_tasks.worker.options import check_sent
+from resilient_tasks.worker.definitions import check_sent
 from resilient_tasks.worker.producers import ProducersGate
 from resilient_tasks.worker.runtime import TICK_TASK, Runtime, find_breaker, runtime_of
 from resilient_tasks.worker.task import resilient

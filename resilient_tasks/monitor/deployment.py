@@ -104,6 +104,8 @@ class Deployment:
         version: of the library in this process.
         control_queue: on which this app's ticks travel.
         tasks: that name a breaker.
+        mistakes: why workers do not start.
+        doubts: what may be a mistake in the definition of tasks, why it matters, and what to do.
         breakers: of this app.
         result_expires: seconds for which results, and what is known of chords, are kept; 0: for ever.
         prefetch_multiplier: Celery's setting.
@@ -123,6 +125,8 @@ class Deployment:
     version: str
     control_queue: str
     tasks: tuple[TaskFacts, ...] = ()
+    mistakes: tuple[str, ...] = ()
+    doubts: tuple[tuple[str, str, str], ...] = ()
     breakers: tuple[BreakerFacts, ...] = ()
     result_expires: float = 86400.0
     prefetch_multiplier: int = 4

@@ -279,6 +279,14 @@ def _orphans(deployment: Deployment) -> Iterator[Finding]:
         )
 
 
+@_check("definitions")
+def _definitions(deployment: Deployment) -> Iterator[Finding]:
+    for mistake in deployment.mistakes:
+        yield _error(mistake, "no worker starts with it", "correct the definition")
+    for doubt in deployment.doubts:
+        yield _warning(*doubt)
+
+
 @_check("acks_late")
 def _acks_late(deployment: Deployment) -> Iterator[Finding]:
     early = sorted(task.name for task in deployment.tasks if task.defers and not task.acks_late)

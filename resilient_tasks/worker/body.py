@@ -15,6 +15,7 @@ from celery import Task
 from celery.exceptions import MaxRetriesExceededError, Retry
 
 from resilient_tasks.call import Call
+from resilient_tasks.core.answer import unwrapped
 from resilient_tasks.core.blame import blamed_on
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.counts import FAILED
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from resilient_tasks.worker.task import ResilientTask
 
 _REFUSING = (State.OPEN, State.FORCED_OPEN)
+_BODY = "_resilient_tasks_body"  # of a request: the body that runs for it
 
 
 def run_guarded(task: ResilientTask, *args: Any, **kwargs: Any) -> Any:
@@ -48,6 +50,39 @@ def run_guarded(task: ResilientTask, *args: Any, **kwargs: Any) -> Any:
     if isinstance(run, Run) and run.begin(task.request.id):
         return _GatedBody(task, args, kwargs, run).run()
     return _UngatedBody(task, args, kwargs).run()
+
+
+class DeferredRetry(Retry):  # type: ignore[misc]  # Celery is untyped
+    """Ends a run that would have retried while its breaker is open: a ``Retry`` of which no message is published.
+
+    Args:
+        exc: the failure; it counts.
+        refusal: what the next run would meet with.
+    """
+
+    def __init__(self, exc: BaseException, refusal: BreakerOpenError) -> None:
+        super().__init__(exc=exc)
+        self.refusal = refusal
+
+
+def defer_retry(task: Any, exc: BaseException | None, *, same_message: bool) -> None:
+    """Have a run that asks for a retry put aside instead, if a breaker that it needs is open.
+
+    Args:
+        task: that asks for it.
+        exc: why; None without a failure.
+        same_message: whether the retry would be the same message again; a changed one is Celery's to send, unless
+            no retry is left.
+
+    Raises:
+        DeferredRetry: a breaker is open.
+    """
+    body = getattr(task.request, _BODY, None)
+    if body is None or exc is None or not same_message or task.options.on_open != DEFER:
+        return
+    refusal = body.refusal_behind(exc)
+    if refusal is not None:
+        raise DeferredRetry(exc, refusal)
 
 
 class _Body:
@@ -68,6 +103,8 @@ class _Body:
         """Run it and answer for it."""
         try:
             value = self.attempts()
+        except DeferredRetry as retry:
+            return self.answer(retry.refusal.breaker, partial(self.refused, retry.refusal))
         except Retry:
             raise  # Celery has sent the task off again: this run has no answer of its own
         except BreakerOpenError as refusal:
@@ -92,7 +129,7 @@ class _Body:
             self._verdicts[breaker.name] = breaker.judge(exc)
         return self._verdicts[breaker.name]
 
-    def culprit(self, exc: Exception) -> Breaker | None:
+    def culprit(self, exc: BaseException) -> Breaker | None:
         """Return the breaker whose dependency has failed the run: that of a guard inside, else the first to say so."""
         inside = blamed_on(exc)
         asked = self.breakers
@@ -160,6 +197,7 @@ class _GatedBody(_Body):
     def __init__(self, task: Any, args: Any, kwargs: Any, run: Run) -> None:
         self.gated = run
         super().__init__(task, args, kwargs)
+        setattr(task.request, _BODY, self)
 
     def _breakers(self) -> list[Breaker]:
         passes = self.gated.admission.passes
@@ -203,8 +241,8 @@ class _GatedBody(_Body):
         raise TaskDeferred(refusal.breaker, str(refusal), attempts, trace=trace) from refusal
 
     def failed(self, exc: Exception, culprit: Breaker) -> NoReturn:
-        """Defer the task, unless it has used up its attempts or Celery retries it."""
-        if self._has_retried(exc):
+        """Defer the task, unless it has used up its attempts, or its retries before the breaker opened."""
+        if self._has_retried(exc) and not self._is_open(culprit):
             raise exc
         name, cause = culprit.name, self.judge(culprit, exc).cause
         attempts = self.gated.admission.attempts_after_failure(name)
@@ -216,6 +254,20 @@ class _GatedBody(_Body):
             self.gated.exhausted_by, self.gated.exhausted_for = cause, name
         self.runtime.fleet.reporter.tally(name, FAILED)
         raise exc
+
+    def refusal_behind(self, exc: BaseException) -> BreakerOpenError | None:
+        """Return the refusal that has led to an exception, or would meet another run at once; None if there is none."""
+        for inner in unwrapped(exc):
+            if isinstance(inner, BreakerOpenError) and self.runtime.defines(inner.breaker):
+                return inner
+        culprit = self.culprit(exc)
+        self._verdicts.clear()  # another exception may end the run
+        return culprit.refuse() if culprit is not None and self._is_open(culprit) else None
+
+    def _is_open(self, culprit: Breaker) -> bool:
+        """Whether a breaker has opened since it admitted the run, or has admitted it as a trial."""
+        admitted = self.gated.admission.pass_of(culprit.name)
+        return (admitted is not None and admitted.trial) or culprit.state in (*_REFUSING, State.HALF_OPEN)
 
     def _refusal_since(self) -> BreakerOpenError | None:
         """Return the refusal of a breaker that has opened since the gate let this run through."""

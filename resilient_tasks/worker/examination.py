@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from resilient_tasks.core.names import parent_of
 from resilient_tasks.errors import ResilienceError
 from resilient_tasks.monitor.deployment import BreakerFacts, Deployment, TaskFacts, WorkerFacts
+from resilient_tasks.worker.definitions import doubts
 from resilient_tasks.worker.inspection import library_version, resilience, rules_of
 from resilient_tasks.worker.options import DEFER, options_of
 
@@ -37,6 +38,8 @@ def look_at(runtime: Runtime, *, patience: float) -> Deployment:
         version=library_version(),
         control_queue=runtime.control_queue,
         tasks=tuple(_tasks(runtime)),
+        mistakes=tuple(map(str, runtime.mistakes())),
+        doubts=tuple(doubts(runtime.app)),
         result_expires=runtime.result_ttl,
         prefetch_multiplier=conf.worker_prefetch_multiplier,
         tick_interval=runtime.settings.tick_interval,

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
-from functools import lru_cache
 from typing import Any
 
 import tenacity
-from celery import Task
 
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.errors import ConfigurationError
@@ -28,15 +25,6 @@ def _is_count(value: Any) -> bool:
 
 def _is_seconds(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= _LONGEST
-
-
-#: What a task may be given beside Celery's own options.
-OPTIONS = frozenset(
-    {
-        "breaker", "breaker_key", "fallback", "on_open", "on_failure", "max_attempts", "defer_for", "retrying",
-        "coalesce", "coalesce_key",
-    }
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,57 +102,6 @@ def options_of(task: Any) -> TaskOptions | None:
     """Return the options of a guarded task; None of any other, whatever attributes it has."""
     options = getattr(task, "options", None)
     return options if isinstance(options, TaskOptions) else None
-
-
-def check_guarded(task: Any, app: Any) -> None:
-    """Find out whether a task that names a breaker is guarded.
-
-    Raises:
-        ConfigurationError: it is not; the message names task, breaker and base class, and says what to write.
-    """
-    breaker = getattr(task, "breaker", None)
-    if breaker is None or options_of(task) is not None:
-        return
-    bases = [base for base in type(task).__mro__[1:] if base is not app.Task and base.__dict__.get("_app") is None]
-    base, others = bases[0], [each.__name__ for each in bases[0].__bases__ if each.__name__ != "Task"]
-    what = f"its base {base.__name__} is no ResilientTask"
-    if any(hasattr(each, "own_call") for each in bases):
-        type(task).bind(app)  # reads its options again: the class has been changed, or they were refused
-        if options_of(task) is not None:
-            return
-        what, advice = "in an attribute of the instance", "give it in the decorator, the class or task_annotations"
-    elif base.__module__.startswith("celery."):
-        advice = "leave base= out, and call Resilience(app) before the app's tasks are used"
-    else:
-        written = f"class {base.__name__}({', '.join(['ResilientTask', *others])})"
-        advice = f"derive it from resilient_tasks.ResilientTask: {written}"
-    raise ConfigurationError(
-        f"task {task.name!r} names breaker {getattr(breaker, 'name', breaker)!r} but {what}: {advice}"
-    )
-
-
-@lru_cache(maxsize=1024)
-def meant_option(name: str) -> str | None:
-    """Return the option of ours that a name is, or that somebody has misspelt; None for any other name."""
-    if name in OPTIONS:
-        return name
-    near = get_close_matches(name, OPTIONS, n=1, cutoff=0.8)
-    return near[0] if near and not hasattr(Task, name) else None
-
-
-def check_sent(task: Any, name: str, app: Any, options: Mapping[str, Any]) -> None:
-    """Refuse options of ours with which a task is sent, for they would travel as properties without any effect.
-
-    Raises:
-        ConfigurationError: one is among them, ``on_open`` also misspelt; or the task is not guarded and should be.
-    """
-    check_guarded(task, app)
-    for given in options:
-        on_open = meant_option(given) == "on_open"
-        if (on_open or given in OPTIONS) and given not in (options.get("stamped_headers") or ()):
-            taken = "on_open='fail' or 'fallback' is for apply_async of a task with breaker="
-            why = taken if on_open else "it belongs to the definition of the task"
-            raise ConfigurationError(f"task {name!r} is sent with {given}={options[given]!r:.100}: {why}")
 
 
 def _option(task: str, name: str, value: Any, accepts: Callable[[Any], bool], allowed: str) -> Any:

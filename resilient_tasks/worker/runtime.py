@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
@@ -26,7 +26,7 @@ from resilient_tasks.fallback import Served
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.settings import Settings
 from resilient_tasks.worker.broker import open_queues
-from resilient_tasks.worker.options import check_guarded
+from resilient_tasks.worker.definitions import check_guarded, doubts
 from resilient_tasks.worker.queues import Queues
 from resilient_tasks.worker.task_key import found_by
 from resilient_tasks.worker.ticket import Ticket
@@ -220,16 +220,26 @@ class Runtime:
         return [*snapshots, *(store.read_shared(hot) if hot else ())]
 
     def validate(self) -> None:
-        """Check at start-up what cannot be checked earlier.
+        """Check at start-up what cannot be checked earlier, and warn of what may be a mistake.
 
         Raises:
-            ConfigurationError: a task names a breaker that nobody defines, or is no ``ResilientTask``.
+            ConfigurationError: a task names a breaker that is not defined, or is no ``ResilientTask``.
         """
-        for task in self.app.tasks.values():
-            if getattr(task, "breaker", None) is not None:
-                self._validate(task)
+        for mistake in self.mistakes():
+            raise mistake
+        for doubt in doubts(self.app):
+            logger.warning("%s: %s; %s", *doubt)
         for unused in self.settings.unknown_overrides(self.breakers):
             logger.warning("settings override breaker %r, which is not defined", unused)
+
+    def mistakes(self) -> Iterator[ConfigurationError]:
+        """Yield why each task that names a breaker and is not guarded by it is not."""
+        for task in self.app.tasks.values():
+            if getattr(task, "breaker", None) is not None:
+                try:
+                    self._validate(task)
+                except ConfigurationError as mistake:
+                    yield mistake
 
     def _validate(self, task: Any) -> None:
         check_guarded(task, self.app)

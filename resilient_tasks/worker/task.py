@@ -7,6 +7,7 @@ Celery binds the task to an app: only then is it named, configured and annotated
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,9 @@ import tenacity
 from celery import Celery, Task
 
 from resilient_tasks.errors import ConfigurationError
-from resilient_tasks.worker.body import run_guarded
-from resilient_tasks.worker.options import DEFER, TaskOptions, check_guarded, options_of
+from resilient_tasks.worker.body import defer_retry, run_guarded
+from resilient_tasks.worker.definitions import check_guarded, warn_of_retry
+from resilient_tasks.worker.options import DEFER, TaskOptions, options_of
 from resilient_tasks.worker.producers import send_task
 
 if TYPE_CHECKING:
@@ -80,6 +82,30 @@ class ResilientTask(Task):  # type: ignore[misc]  # Celery is untyped
         if on_open is not None:
             raise ConfigurationError(f"task {self.name!r}: on_open={on_open!r}: it names no breaker")
         return send(**options)
+
+    def retry(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        exc: Any = None,
+        throw: bool = True,  # noqa: FBT001, FBT002 - Celery's signature
+        eta: Any = None,
+        countdown: float | None = None,
+        max_retries: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Retry, as Celery does; but a failure while the breaker is open waits in deferral, and uses no retry up.
+
+        Takes the arguments of Celery's ``Task.retry``, and returns and raises what that does.
+        """
+        if throw and options_of(self) is not None:
+            cls: Any = type(self)
+            warn_of_retry(cls)
+            limit = self.max_retries if max_retries is None else max_retries
+            is_last = limit is not None and self.request.retries >= limit
+            is_same = args is None and kwargs is None and not options
+            defer_retry(self, exc or sys.exc_info()[1], same_message=is_same or is_last)
+        return super().retry(args, kwargs, exc, throw, eta, countdown, max_retries, **options)
 
     @classmethod
     def bind(cls, app: Celery) -> Celery:

@@ -223,6 +223,42 @@ def insistent(self) -> int:
     return self.request.retries
 
 
+@app.task(bind=True, breaker="payments", max_retries=1, default_retry_delay=0)
+def persistent(self, how: str) -> list[Any]:
+    """Retry in one of the ways that Celery offers."""
+    SIDE.rpush("runs:persistent", self.request.id)
+    is_not_ready = False
+    try:
+        call("payments")
+    except DependencyDownError as exc:
+        if how == "with the exception":
+            raise self.retry(exc=exc) from exc
+        if how == "while it is handled":
+            self.retry(countdown=0)
+        if how == "with other arguments":
+            self.retry(args=("with the exception",), exc=exc)
+        if how != "for another reason":
+            raise
+        is_not_ready = True
+    if is_not_ready:
+        self.retry(exc=ValueError("not yet"))
+    return [how, self.request.retries]
+
+
+@app.task(bind=True, breaker="payments", autoretry_for=(Exception,), retry_backoff=True, max_retries=0)
+def doomed(self) -> int:
+    SIDE.rpush("runs:doomed", self.request.id)
+    call("payments")
+    return self.request.retries
+
+
+@app.task(bind=True, breaker="tolerant", autoretry_for=(Exception,), max_retries=0)
+def doomed_inside(self) -> int:
+    with payments.guard():
+        call("payments")
+    return self.request.retries
+
+
 @app.task(
     breaker="tolerant", retrying=tenacity.Retrying(stop=tenacity.stop_after_attempt(3), wait=tenacity.wait_none())
 )

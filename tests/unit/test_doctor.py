@@ -71,6 +71,8 @@ def test_a_sound_deployment_is_well() -> None:
         ("clocks", "warning", "celery@two is 1 min ahead of", worker(clock_ahead=60.0)),
         ("clocks", "warning", "this machine is 1 min behind", {"clock_ahead": -60.0}),
         ("undefined breakers", "warning", "2 tasks wait for breaker mail", {"orphans": {"mail": 2}}),
+        ("definitions", "error", "charge is not guarded", {"mistakes": ("charge is not guarded",)}),
+        ("definitions", "warning", "fallbak= is no", {"doubts": (("charge: fallbak= is no option", "why", "advice"),)}),
         ("acks_late", "warning", "charge may be deferred", {"tasks": (replace(TASK, acks_late=False),)}),
         ("result_expires", "error", "waited 12 s", {"result_expires": 10.0}),
         ("trial_timeout", "warning", "is 10 s", {"breakers": (replace(PAYMENTS, trial_timeout=10.0),)}),
