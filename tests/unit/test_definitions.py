@@ -56,9 +56,10 @@ def resilience(app: Celery) -> Resilience:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep from later apps what a test shares among all; there is no store."""
+    """Share tasks with no app of another test; there is no store."""
     monkeypatch.setenv("RESILIENT_TASKS_STORE_URL", "redis://127.0.0.1:1/0")
-    monkeypatch.setattr(_state, "_on_app_finalizers", set(_state._on_app_finalizers))
+    celerys_own = {each for each in _state._on_app_finalizers if each.__module__ == "celery.app.builtins"}
+    monkeypatch.setattr(_state, "_on_app_finalizers", celerys_own)
 
 
 def charge(order: int) -> int:
