@@ -33,6 +33,7 @@ from resilient_tasks.worker.dead_letters import DeadLetters
 from resilient_tasks.worker.deferred import Deferred
 from resilient_tasks.worker.definitions import check_sent
 from resilient_tasks.worker.producers import ProducersGate
+from resilient_tasks.worker.queues import own_queue
 from resilient_tasks.worker.runtime import TICK_TASK, Runtime, find_breaker, runtime_of
 from resilient_tasks.worker.task import resilient
 
@@ -275,20 +276,21 @@ def _span(since: float) -> float:
 
 
 class _TickTask(Task):  # type: ignore[misc]  # Celery is untyped
-    """Goes to the control queue, whoever sends it; Celery's own ``queue`` attribute is deprecated."""
+    """Goes straight to the control queue, past the app's routes and defaults; only workers declare that queue."""
 
     abstract = True
-    control_queue = ""
+    control_queue: Any = None
 
     def apply_async(self, *args: Any, **options: Any) -> Any:
-        return super().apply_async(*args, **{"queue": self.control_queue, **options})
+        direct = {"queue": self.control_queue, "exchange": "", "routing_key": "", "declare": []}
+        return super().apply_async(*args, **{**options, **direct})
 
 
 def _register_tick(runtime: Runtime) -> None:
     """Register the periodic task; it runs in the main process, the body is for whoever calls it by hand."""
-    options = {"base": _TickTask, "shared": False, "ignore_result": True, "control_queue": runtime.control_queue}
+    options = {"base": _TickTask, "shared": False, "ignore_result": True}
 
-    @runtime.app.task(name=TICK_TASK, **options)  # type: ignore[untyped-decorator]  # Celery is untyped
+    @runtime.app.task(name=TICK_TASK, control_queue=own_queue(runtime.control_queue), **options)  # type: ignore[untyped-decorator]  # Celery is untyped
     def tick() -> None:
         runtime.host.heart.want_tick()
 

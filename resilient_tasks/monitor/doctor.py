@@ -179,7 +179,7 @@ def _ticks(deployment: Deployment) -> Iterator[Finding]:
         yield _warning(
             f"beat sends no ticks, last seen: {_ago(sender)}; workers run them of their own accord",
             "breakers heal some seconds later than they could",
-            "start celery beat; with a scheduler that keeps its entries in a database add the entry by hand",
+            "start celery beat",
         )
     elif completed is not None and sender is not None:
         yield _well(f"the last has completed {_ago(completed)}, beat was seen {_ago(sender)}")

@@ -1,14 +1,20 @@
-"""The beat entry: sends a tick only while something is due, and is there however late a schedule is assigned."""
+"""The beat entry: sends a tick only while something is due, and is there however late a schedule is assigned.
+
+Celery's own schedulers keep the entry's :class:`TickSchedule` itself. Those that keep their entries in a database
+(django-celery-beat, redbeat) know plain intervals alone: there the class of the entries turns the interval of ours
+back into a ``TickSchedule``.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
-from celery.beat import PersistentScheduler, Scheduler
+from celery.beat import ScheduleEntry
 from celery.schedules import schedstate, schedule
 
 from resilient_tasks.errors import StoreError
@@ -20,8 +26,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("resilient_tasks")
 
-#: A tick that nobody has taken for this many intervals is not worth running any more.
+#: A tick that no worker has taken for this many intervals is not worth running any more.
 EXPIRY_INTERVALS = 3
+#: Seconds until an entry that is never due is asked again.
+_NEVER_DUE = 60.0
 
 
 class TickSchedule(schedule):  # type: ignore[misc]  # Celery is untyped
@@ -58,16 +66,17 @@ class TickSchedule(schedule):  # type: ignore[misc]  # Celery is untyped
 
 
 def _sign_of_life(runtime: Runtime) -> None:
-    """Tell the doctor that beat is alive, though it sends nothing while nothing is due."""
+    """Record for the doctor that beat is alive, though it sends nothing while nothing is due."""
     with suppress(StoreError):
         runtime.fleet.ledger.tick_sender_seen(runtime.tick_scope)
 
 
 def _piles_up(runtime: Runtime) -> bool:
-    """Whether ticks lie about that no worker takes: brokers do not throw away what has expired."""
+    """Whether ticks wait that no worker takes: brokers do not throw away what has expired."""
+    queues = runtime.queues
     try:
-        return runtime.queues.size(runtime.control_queue) >= EXPIRY_INTERVALS
-    except Exception as exc:  # noqa: BLE001 - beat itself tells of a broker that is away
+        return queues.size(runtime.control_queue) >= EXPIRY_INTERVALS
+    except queues.errors as exc:  # beat itself logs that the broker is away
         logger.debug("beat cannot count the ticks that wait: %s", type(exc).__name__)
         return False
 
@@ -90,10 +99,46 @@ def add_tick_entry(runtime: Runtime) -> None:
 
 
 def add_tick_to_scheduler(runtime: Runtime, scheduler: Any) -> None:
-    """Put the entry into a scheduler that is already built, if it is one of Celery's own.
-
-    A scheduler that keeps its entries in a database is left alone: the README tells how to add it there.
-    """
+    """Put the entry into a scheduler that is already built, in the terms of that scheduler."""
     add_tick_entry(runtime)
-    if type(scheduler) in (Scheduler, PersistentScheduler) and TICK_ENTRY not in scheduler.schedule:
-        scheduler.update_from_dict({TICK_ENTRY: tick_entry(runtime)})
+    entry = runtime.app.conf.beat_schedule[TICK_ENTRY]
+    if scheduler.Entry is not ScheduleEntry:
+        scheduler.Entry = _entry_class(runtime, scheduler.Entry)
+        scheduler.update_from_dict({TICK_ENTRY: _in_terms_of(scheduler, entry)})
+    elif TICK_ENTRY not in scheduler.schedule:
+        scheduler.update_from_dict({TICK_ENTRY: entry})
+
+
+def _in_terms_of(scheduler: Any, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return our entry for a database; one of the user's under our name is left as it is."""
+    if not isinstance(entry["schedule"], TickSchedule):
+        return entry
+    interval = math.ceil(entry["schedule"].seconds)  # django-celery-beat keeps whole seconds
+    options = dict(entry["options"])
+    if hasattr(scheduler.Entry, "_unpack_options"):  # django-celery-beat's, which drops what it does not know
+        options["expire_seconds"] = math.ceil(options.pop("expires"))
+    return {**entry, "schedule": schedule(timedelta(seconds=interval), app=scheduler.app), "options": options}
+
+
+def _entry_class(runtime: Runtime, base: Any) -> Any:
+    """Return the class of a database's entries in which ours asks whether anything is due."""
+
+    class Entry(base):  # type: ignore[misc]  # known at run time alone
+        schedule: Any
+        reported = False
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if self.name == TICK_ENTRY and isinstance(self.schedule, schedule):
+                self.schedule = TickSchedule(self.schedule.run_every, app=runtime.app)
+
+        def is_due(self) -> Any:
+            if self.task != TICK_TASK or self.name == TICK_ENTRY:
+                return super().is_due()
+            if not Entry.reported:
+                Entry.reported = True
+                what = "beat ignores the entry %r for %s, which the entry %r sends: delete it"
+                logger.warning(what, self.name, TICK_TASK, TICK_ENTRY)
+            return schedstate(is_due=False, next=_NEVER_DUE)
+
+    return Entry

@@ -8,7 +8,7 @@ from typing import Any
 
 from celery import bootsteps
 from celery.signals import worker_process_init, worker_process_shutdown, worker_shutdown
-from kombu import Consumer, Queue
+from kombu import Consumer
 
 from resilient_tasks.monitor import background
 from resilient_tasks.worker import (
@@ -18,6 +18,7 @@ from resilient_tasks.worker import (
 )
 from resilient_tasks.worker.host import Host
 from resilient_tasks.worker.intake import UNDECODABLE, Intake
+from resilient_tasks.worker.queues import declare, own_queue
 from resilient_tasks.worker.runtime import TICK_TASK, Runtime, find_runtime, runtime_of
 
 logger = logging.getLogger("resilient_tasks")
@@ -62,11 +63,12 @@ class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is 
         if seams.discards_unaccepted(consumer.pool):  # it has done so when the former connection was lost
             runtime.host.gate.take_back_discarded()
         runtime.host.compensation.start(consumer)
-        channel = consumer.connection.channel()
-        queue = Queue(runtime.control_queue, durable=True)
-        self._ticks = Consumer(channel, queues=[queue], on_message=_TickReceiver(runtime), prefetch_count=1)
-        self._ticks.consume()
-        runtime.host.takes_ticks = True
+        try:
+            self._ticks = _take_ticks(consumer.connection, runtime)
+        except consumer.connection.channel_errors as exc:
+            what = "no ticks can be taken from queue %s, this worker runs its own: %s"
+            logger.error(what, runtime.control_queue, exc)  # noqa: TRY400 - the broker's words say it all
+        runtime.host.takes_ticks = self._ticks is not None
 
     def stop(self, consumer: Any) -> None:
         """Take no more ticks."""
@@ -79,6 +81,15 @@ class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is 
             _quietly(lambda: ticks.channel and ticks.channel.close())
 
     shutdown = stop
+
+
+def _take_ticks(connection: Any, runtime: Runtime) -> Consumer:
+    queue = own_queue(runtime.control_queue)
+    declare(connection, queue)
+    receive = _TickReceiver(runtime)
+    ticks = Consumer(connection.channel(), [queue], auto_declare=False, on_message=receive, prefetch_count=1)
+    ticks.consume()
+    return ticks
 
 
 class _TickReceiver:

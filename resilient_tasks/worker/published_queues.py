@@ -12,12 +12,12 @@ from fractions import Fraction
 from typing import Any, ClassVar
 
 from celery import Celery
-from kombu import Producer, Queue
+from kombu import Producer
 from kombu.exceptions import OperationalError
 
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.worker import seams
-from resilient_tasks.worker.queues import Choose, Entry, Letter, Move, Queues, without_ticket
+from resilient_tasks.worker.queues import Choose, Entry, Letter, Move, Queues, declare, own_queue, without_ticket
 from resilient_tasks.worker.ticket import Ticket
 
 logger = logging.getLogger("resilient_tasks")
@@ -28,7 +28,6 @@ LONGEST_CONFIRM = 3.0
 MOST_REQUEUED = 10
 
 _DELIVERY_COUNT = "x-delivery-count"
-_EXISTS_OTHERWISE = 406  # AMQP's PRECONDITION_FAILED: there is such a queue, with other arguments than ours
 
 #: Headers of one delivery, or of a body that kombu has unpacked already.
 _HEADERS_NOT_COPIED = frozenset({_DELIVERY_COUNT, "compression"})
@@ -75,12 +74,7 @@ class PublishedQueues(Queues):
     def _declare(self, queue: str) -> None:
         if queue in self._declared:
             return
-        with self._passing_channel() as passing:
-            try:
-                Queue(queue, durable=True, queue_arguments=self._arguments)(passing).declare()
-            except self._connection.channel_errors as error:
-                if getattr(error, "reply_code", None) != _EXISTS_OTHERWISE:
-                    raise
+        declare(self._connection, own_queue(queue, self._arguments))
         self._declared.add(queue)
 
     def _publish(self, message: Any, queue: str, ticket: Ticket | None, expiration: int) -> bool:
@@ -249,9 +243,6 @@ class PublishedQueues(Queues):
     def size(self, *queues: str) -> int:
         """See :meth:`Queues.size`."""
         with self._exclusive():
-            for queue in queues:
-                if queue.startswith(f"{self.namespace}."):  # others have arguments that only their owners know
-                    self._declare(queue)
             return sum(self._size(queue) for queue in queues)
 
 

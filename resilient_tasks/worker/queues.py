@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from celery import Celery
+from kombu import Queue
 from kombu.exceptions import DecodeError, OperationalError
 
 from resilient_tasks.core.memory import Memory
@@ -26,6 +27,44 @@ from resilient_tasks.worker import seams
 from resilient_tasks.worker.ticket import Ticket
 
 logger = logging.getLogger("resilient_tasks")
+
+#: AMQP's ACCESS_REFUSED, and PRECONDITION_FAILED: there is such a queue, with other arguments than ours.
+_NO_RIGHTS, _EXISTS_OTHERWISE = 403, 406
+_reported: set[str] = set()  # queues that exist with other arguments
+
+
+def own_queue(name: str, arguments: Mapping[str, str] | None = None) -> Queue:
+    """Return one of our queues: durable, and reached by its name through the default exchange.
+
+    Whatever an app sets for its own queues does not touch it: no process looks our queues up by name.
+    """
+    return Queue(name, durable=True, queue_arguments=dict(arguments or {}))
+
+
+def declare(connection: Any, queue: Queue) -> None:
+    """Declare one of our queues; one that exists is used as it is, by users without the right to declare it, too."""
+    try:
+        with connection.channel() as passing:  # a broker ends the channel on which it refuses something
+            queue(passing).declare()
+    except connection.channel_errors as error:
+        code = getattr(error, "reply_code", None)
+        if code == _NO_RIGHTS and _exists(connection, queue.name):
+            return
+        if code != _EXISTS_OTHERWISE:
+            raise
+        if queue.name not in _reported:
+            _reported.add(queue.name)
+            what = "queue %s exists otherwise than declared here (%s) and is used as it is: once empty, delete it"
+            logger.error(what, queue.name, error)  # noqa: TRY400 - the broker's words say it all
+
+
+def _exists(connection: Any, queue: str) -> bool:
+    with connection.channel() as passing:
+        try:
+            passing.queue_declare(queue, passive=True)
+        except connection.channel_errors:
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +185,13 @@ class Queues(ABC):
         with contextlib.suppress(Exception):  # whatever a stranger wrote into it
             message.accept = self._accept
             entry = Entry(message, replace(Ticket.read(message.headers), breaker=breaker))
-            if entry.task_id and entry.task_name and not entry.ticket.origin.startswith(f"{self.namespace}."):
+            if entry.task_id and entry.task_name and not self._is_own(entry.ticket.origin, breaker):
                 return entry
         return None
+
+    def _is_own(self, queue: str, breaker: str) -> bool:
+        """Whether a queue is one of ours, to which what waits for a breaker can never go back."""
+        return queue in (f"{self.namespace}.control", self.deferred(breaker), self.dead(breaker))
 
     def _warn_of_stranger(self, breaker: str) -> None:
         logger.warning("moved something that is no task from %s to %s", self.deferred(breaker), self.dead(breaker))

@@ -121,12 +121,12 @@ def test_what_the_entry_says(app: Celery, resilience: Resilience, tmp_path: Path
     assert entry.schedule.run_every == timedelta(seconds=0.5)
 
 
-def test_a_scheduler_of_somebody_elses_is_left_alone(app: Celery, resilience: Resilience, tmp_path: Path) -> None:
-    class InDatabase(Scheduler):
+def test_a_scheduler_that_reads_no_schedule_has_it_too(app: Celery, resilience: Resilience, tmp_path: Path) -> None:
+    class InMemory(Scheduler):
         def setup_schedule(self) -> None:
             self.data: dict[str, Any] = {}
 
-    assert TICK_ENTRY not in entries_of(app, tmp_path, InDatabase)
+    assert TICK_ENTRY in entries_of(app, tmp_path, InMemory)
 
 
 def test_an_app_without_resilience_is_none_of_our_business(app: Celery, tmp_path: Path) -> None:
