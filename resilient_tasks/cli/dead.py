@@ -13,7 +13,7 @@ from resilient_tasks.cli.display import Row, plain_lines, print_json, print_tabl
 from resilient_tasks.errors import DeadLetterError
 from resilient_tasks.monitor.report import counted, moment
 from resilient_tasks.worker.dead_letters import DeadLetter, DeadLetters
-from resilient_tasks.worker.intake import UNDECODABLE
+from resilient_tasks.worker.decoding import UNDECODABLE
 from resilient_tasks.worker.runtime import Runtime
 
 

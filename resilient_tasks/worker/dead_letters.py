@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from celery import states
 
-from resilient_tasks.core.names import is_child, parent_of
+from resilient_tasks.core.names import parent_of
 from resilient_tasks.errors import DeadLetterError
 from resilient_tasks.worker import seams
-from resilient_tasks.worker.intake import UNDECODABLE
-from resilient_tasks.worker.queues import Entry, Letter, without_ticket
-from resilient_tasks.worker.ticket import Step, Ticket
+from resilient_tasks.worker.decoding import UNDECODABLE
+from resilient_tasks.worker.queues import Entry, Move, with_ticket
+from resilient_tasks.worker.results import ResultNotWrittenError, write_result
+from resilient_tasks.worker.ticket import Step
 
 if TYPE_CHECKING:
     from resilient_tasks.worker.runtime import Runtime
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("resilient_tasks")
 
 #: Does something to a letter of a breaker; returns what there is to complain about.
-_Act = Callable[[str, Letter], str | None]
+_Act = Callable[[str, Entry], str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,8 @@ class DeadLetters:
         """
         shown: dict[str, DeadLetter] = {}
 
-        def show(name: str, letter: Letter) -> None:
-            shown[task_id] = _describe(name, letter)
+        def show(_name: str, letter: Entry) -> None:
+            shown[task_id] = _describe(letter)
 
         self._each((task_id,), breaker, show)
         return shown[task_id]
@@ -141,16 +142,16 @@ class DeadLetters:
             return sum(1 for _ in letters)
 
     @contextmanager
-    def _letters(self, breaker: str) -> Iterator[Iterator[Letter]]:
+    def _letters(self, breaker: str) -> Iterator[Iterator[Entry]]:
         """Open the dead letters of a breaker; those of a child lie among its parent's."""
-        with self._queues.letters(breaker) as letters:
+        with self._queues.peek(self._queues.dead(breaker), parent_of(breaker) or breaker) as letters:
             is_parent = parent_of(breaker) is None
-            yield (letter for letter in letters if is_parent or _breaker_of(breaker, letter) == breaker)
+            yield (letter for letter in letters if is_parent or letter.ticket.breaker == breaker)
 
     def _oldest(self, breaker: str, limit: int) -> Iterator[DeadLetter]:
         with self._letters(breaker) as letters:
             for letter in itertools.islice(letters, limit):
-                yield _describe(breaker, letter)
+                yield _describe(letter)
 
     def _each(self, task_ids: tuple[str, ...], breaker: str | None, act: _Act) -> dict[str, int]:
         """Do something to the letter of each id; complain only after all the others are served."""
@@ -161,7 +162,7 @@ class DeadLetters:
                 for letter in _take(letters, wanted):
                     complaint = act(name, letter)
                     if complaint is None:
-                        done[_breaker_of(name, letter)] += 1
+                        done[letter.ticket.breaker] += 1
                     else:
                         complaints.append(complaint)
         asked = ", ".join(repr(name) for name in names) or "none"
@@ -172,42 +173,44 @@ class DeadLetters:
             raise DeadLetterError("; ".join(complaints), dict(done))
         return dict(done)
 
-    def _replay(self, breaker: str, letter: Letter) -> str | None:
-        entry = letter.entry
-        if entry is None or entry.unreadable():
+    def _replay(self, breaker: str, letter: Entry) -> str | None:
+        if letter.flaw or letter.unreadable():
             return f"dead letter {_id_of(letter)!r} cannot be replayed: it is {UNDECODABLE}"
-        if _is_over(entry):
-            return f"dead letter {entry.task_id!r} cannot be replayed: its expires is over"
-        self._set_result(entry, None, states.PENDING)
-        origin = self._runtime.origin(entry.ticket)
-        if not self._queues.revive(breaker, letter, origin):
-            complaint = f"dead letter {entry.task_id!r} is not replayed: it, or its queue {origin!r}, is there no more"
-            self._set_result(entry, DeadLetterError(complaint), states.FAILURE)
+        if _is_over(letter):
+            return f"dead letter {letter.task_id!r} cannot be replayed: its expires is over"
+        self._set_result(letter, None, states.PENDING)
+        origin = self._runtime.origin(letter.ticket)
+        if not self._move(breaker, Move(letter, origin)):
+            complaint = f"dead letter {letter.task_id!r} is not replayed: it, or its queue {origin!r}, is there no more"
+            self._set_result(letter, DeadLetterError(complaint), states.FAILURE)
             return complaint
         what = "Task %s[%s] is replayed to %s"
-        logger.info(what, entry.task_name, entry.task_id, origin, extra=entry.log_fields)
+        logger.info(what, letter.task_name, letter.task_id, origin, extra=letter.log_fields)
         return None
 
-    def _drop(self, breaker: str, letter: Letter) -> str | None:
-        if not self._queues.revive(breaker, letter, None):
+    def _drop(self, breaker: str, letter: Entry) -> str | None:
+        if not self._move(breaker, Move(letter, None)):
             return f"dead letter {_id_of(letter)!r} is there no more"
         logger.info("dead letter %s of breaker %r is dropped", _id_of(letter), breaker)
         return None
+
+    def _move(self, breaker: str, move: Move) -> bool:
+        """Move a letter, while its queue is open; False if it is no longer there, or there is no such queue."""
+        return [made.queue for made in self._queues.move(self._queues.dead(breaker), [move])] == [move.queue]
 
     def _set_result(self, entry: Entry, result: Any, state: str) -> None:
         """Let callers wait again, or no longer; a backend never replaces the SUCCESS of a copy replayed elsewhere."""
         if entry.message.headers.get("ignore_result"):
             return
         try:
-            self._runtime.app.backend.store_result(entry.task_id, result, state)
-        except Exception as exc:  # noqa: BLE001 - whatever a result backend raises: the task comes first
-            what = "the result of task %s could not be reset: %s"
-            logger.warning(what, entry.task_id, type(exc).__name__, extra=entry.log_fields)
+            write_result(self._runtime.app.backend.store_result, entry.task_id, result, state)
+        except ResultNotWrittenError as exc:  # the task comes first
+            logger.warning("the result of task %s could not be reset: %s", entry.task_id, exc, extra=entry.log_fields)
 
 
-def _take(letters: Iterator[Letter], wanted: Counter[str]) -> list[Letter]:
+def _take(letters: Iterator[Entry], wanted: Counter[str]) -> list[Entry]:
     """Return the oldest letters with the wanted ids, looking no further than needed; they are wanted no more."""
-    found: list[Letter] = []
+    found: list[Entry] = []
     while wanted.total() and (letter := next(letters, None)) is not None:
         task_id = _id_of(letter)
         if wanted[task_id]:
@@ -216,18 +219,8 @@ def _take(letters: Iterator[Letter], wanted: Counter[str]) -> list[Letter]:
     return found
 
 
-def _breaker_of(breaker: str, letter: Letter) -> str:
-    """Return the breaker that a letter had waited for, which may be a child of the one whose queue it lies in."""
-    parent, claimed = parent_of(breaker) or breaker, ""
-    if letter.entry is not None:  # an entry's ticket names the breaker whose queue it lies in
-        claimed = Ticket.read(letter.entry.message.headers).breaker
-    return claimed if is_child(claimed) and parent_of(claimed) == parent else parent
-
-
-def _id_of(letter: Letter) -> str:
-    if letter.entry is not None:
-        return letter.entry.task_id
-    return f"{UNDECODABLE}-{hashlib.sha256(letter.raw).hexdigest()[:16]}"
+def _id_of(letter: Entry) -> str:
+    return f"{UNDECODABLE}-{hashlib.sha256(letter.raw).hexdigest()[:16]}" if letter.flaw else letter.task_id
 
 
 def _is_over(entry: Entry) -> bool:
@@ -240,16 +233,15 @@ def _is_over(entry: Entry) -> bool:
     return moment is not None and moment < datetime.now(timezone.utc if moment.tzinfo else None)
 
 
-def _describe(breaker: str, letter: Letter) -> DeadLetter:
-    entry = letter.entry
-    ticket = entry.ticket if entry else Ticket()
-    headers = without_ticket(entry.message.headers) if entry else {}
+def _describe(letter: Entry) -> DeadLetter:
+    ticket = letter.ticket
+    headers = {} if letter.flaw else with_ticket(letter.message.headers, None)
     return DeadLetter(
         task_id=_id_of(letter),
-        task=entry.task_name if entry else "",
-        breaker=_breaker_of(breaker, letter),
+        task="" if letter.flaw else letter.task_name,
+        breaker=ticket.breaker,
         origin=ticket.origin,
-        reason=ticket.reason if entry else UNDECODABLE,
+        reason=UNDECODABLE if letter.flaw else ticket.reason,
         since=ticket.since or None,
         died_at=ticket.died_at or None,
         attempts=ticket.attempts,
@@ -257,12 +249,9 @@ def _describe(breaker: str, letter: Letter) -> DeadLetter:
         args=str(headers.get("argsrepr", "")),
         kwargs=str(headers.get("kwargsrepr", "")),
         headers=headers,
-        body=_body(letter),
+        body=letter.raw if letter.flaw else _body(letter.message.body),
     )
 
 
-def _body(letter: Letter) -> bytes:
-    if letter.entry is None:
-        return letter.raw
-    body = letter.entry.message.body
+def _body(body: str | bytes) -> bytes:
     return body.encode() if isinstance(body, str) else bytes(body)

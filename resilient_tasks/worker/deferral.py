@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from celery.states import PENDING
 
@@ -21,7 +22,7 @@ from resilient_tasks.errors import DeferredQueueFullError, StoreError
 from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED
 from resilient_tasks.monitor.log import Throttle
 from resilient_tasks.worker.broker import open_queues
-from resilient_tasks.worker.intake import UNDECODABLE
+from resilient_tasks.worker.decoding import UNDECODABLE
 from resilient_tasks.worker.memory import MemoryGuard
 from resilient_tasks.worker.patience import PatientWriter
 from resilient_tasks.worker.queues import Queues
@@ -36,14 +37,23 @@ logger = logging.getLogger("resilient_tasks")
 #: State of a task's result while its message waits.
 DEFERRED = "DEFERRED"
 
-#: Deferrals that failed on the broker and are held in memory until it is back.
+#: Messages that could not be moved and are held, unacknowledged, until they can.
 MOST_HELD = 10_000
+#: Seconds until a step that failed by a bug is tried again.
+RETRY_INTERVAL = 1.0
 #: Seconds that one deferral may wait for the store, and for the result backend.
 INDEX_PATIENCE = 0.1
 STATE_PATIENCE = 0.25
 #: Deferrals of one breaker that have a log line of their own, in so many seconds; the others are counted.
 MOST_LINES = 10
 LINES_INTERVAL = 10.0
+
+
+class Step(Protocol):
+    """What is tried until it succeeds."""
+
+    def __call__(self, *, limited: bool) -> None:
+        """Take the step; ``limited``: the limits of deferred queues apply."""
 
 
 class Deferral:
@@ -63,8 +73,11 @@ class Deferral:
         )
         self._index_writer = PatientWriter("index of deferred tasks", INDEX_PATIENCE, even_late=True)
         self._state_writer = PatientWriter("result backend", STATE_PATIENCE)
-        self._held: deque[tuple[GatedRequest, Ticket]] = deque()
+        self._held: deque[tuple[GatedRequest, Step]] = deque()
         self._retrying = threading.Lock()
+        self._broker_away = False
+        self._bug: type[Exception] | None = None
+        self._retry_at = float("-inf")
         self._lines = Throttle(MOST_LINES, LINES_INTERVAL)
 
     def defer(self, request: GatedRequest, ticket: Ticket, *, limited: bool = True) -> None:
@@ -84,8 +97,14 @@ class Deferral:
         else:
             self._defer(request, ticket, limited=limited)
 
+    @property
+    def errors(self) -> tuple[type[Exception], ...]:
+        """What the broker raises if it is away, or refuses something."""
+        return self._queues.errors
+
     def _dead_letter(self, request: GatedRequest, ticket: Ticket) -> None:
-        self._queues.defer(request.message, ticket, owned=not request.acknowledged, limit=None)
+        dead = self._queues.dead(ticket.breaker)
+        self._queues.put(request.message, dead, ticket, owned=not request.acknowledged)
         request.acknowledged = True
         self._runtime.fleet.reporter.tally(ticket.breaker, counts.DEAD)
         what = "Task %s[%s] is dead-lettered: %s"
@@ -99,17 +118,22 @@ class Deferral:
         info = {"breaker": ticket.breaker, "since": ticket.since, "reason": ticket.reason}
         self._write_state(request, DEFERRED, info)
         limit = self._runtime.breaker(ticket.breaker).policy.max_deferred if limited else None
+        queue = self._queues.deferred(ticket.breaker)
         try:
-            mine = self._queues.defer(request.message, ticket, owned=not request.acknowledged, limit=limit)
+            mine = self._queues.put(request.message, queue, ticket, owned=not request.acknowledged, limit=limit)
         except DeferredQueueFullError:
             self.forget(ticket.breaker, [request.id])
             raise
         request.acknowledged = True
-        if not mine:  # the broker has restored it: its other copy decides
-            self.forget(ticket.breaker, [request.id])
-        else:
-            self._claim(request, ticket)
-            self._tell(request, ticket)
+        try:
+            if mine:
+                self._claim(request, ticket)
+                self._tell(request, ticket)
+            else:  # the broker has restored it: its other copy decides
+                self.forget(ticket.breaker, [request.id])
+        except Exception:  # must not look like a deferral that failed: the message would be put once more
+            what = "Task %s[%s] is deferred, but not everything is told of it"
+            logger.exception(what, request.name, request.id, extra=request.log_fields)
 
     def _claim(self, request: GatedRequest, ticket: Ticket) -> None:
         """Have a task that has just begun to wait run instead of earlier ones, if it may stand for them."""
@@ -139,7 +163,7 @@ class Deferral:
         """
         ticket = Ticket(breaker=UNDECODABLE, origin=(message.delivery_info or {}).get("routing_key") or "")
         ticket = ticket.die(self._runtime.fleet.view.server_now(), reason)
-        self._queues.defer(message, ticket, owned=True, limit=None)
+        self._queues.put(message, self._queues.dead(UNDECODABLE), ticket, owned=True)
 
     def has_room(self, breaker: str) -> bool:
         """Whether one more task of a breaker may be deferred."""
@@ -155,39 +179,54 @@ class Deferral:
         """
         self._write_state(request, PENDING)
         request.send_event(TASK_RESUMED, exception="no room to defer", traceback=None)
-        self._queues.put_back(request.message, queue, ticket, owned=not request.acknowledged)
+        header = ticket if ticket.breaker else None
+        self._queues.put(request.message, queue, header, owned=not request.acknowledged, first=True)
         request.acknowledged = True
 
-    def defer_or_hold(self, request: GatedRequest, ticket: Ticket, *, limited: bool = True) -> None:
-        """Like :meth:`defer`, but keep the request and try again later if the broker cannot take it."""
-        if self._held and limited:  # the broker was away a moment ago: do not wait for it once per task
-            self._hold(request, ticket)
-            return
-        try:
-            self.defer(request, ticket, limited=limited)
-        except DeferredQueueFullError:
-            raise
-        except Exception as exc:  # noqa: BLE001 - any broker error: the message must not be lost
-            what = "Task %s[%s] cannot be deferred yet: %s"
-            logger.warning(what, request.name, request.id, type(exc).__name__, extra=request.log_fields)
-            self._hold(request, ticket)
+    def attempt(self, request: GatedRequest, step: Step) -> None:
+        """Take a step by which a request's message leaves this worker; hold the request if it fails, and try again.
 
-    def _hold(self, request: GatedRequest, ticket: Ticket) -> None:
+        Args:
+            request: whose message. It is where it was if the step raises.
+            step: what to do, given whether ``max_deferred`` and the memory limit apply (``limited``).
+        """
+        if self._broker_away:  # a moment ago: do not wait for it once per task
+            self._hold(request, step)
+        else:
+            self._try(request, step, limited=True)
+
+    def _try(self, request: GatedRequest, step: Step, *, limited: bool) -> None:
+        try:
+            step(limited=limited)
+        except Exception as exc:  # whatever it is, the message must neither be lost nor end the worker
+            self._hold(request, step)
+            self._broker_away = isinstance(exc, self.errors)
+            is_new_bug = not self._broker_away and self._bug is not type(exc)
+            if not self._broker_away:
+                self._bug, self._retry_at = type(exc), time.monotonic() + RETRY_INTERVAL
+            what = "Task %s[%s] cannot be deferred yet: %s"
+            fields = request.log_fields
+            logger.warning(what, request.name, request.id, type(exc).__name__, exc_info=is_new_bug, extra=fields)
+
+    def _hold(self, request: GatedRequest, step: Step) -> None:
         if len(self._held) == MOST_HELD:
             lost, _ = self._held.popleft()
             what = "Task %s[%s] is no longer held: %d others are"
             logger.error(what, lost.name, lost.id, MOST_HELD, extra=lost.log_fields)
-        self._held.append((request, ticket))
+        self._held.append((request, step))
 
-    def retry_held(self) -> None:
-        """Try once more to put aside what could not be; stop at the first failure."""
+    def retry_held(self, *, at_once: bool = False) -> None:
+        """Try once more what could not be done; stop at the first failure of the broker."""
         with self._retrying:
+            self._broker_away = False
+            if not at_once and time.monotonic() < self._retry_at:
+                return
             for _ in range(len(self._held)):
-                request, ticket = self._held.popleft()
-                held = len(self._held)
-                self.defer_or_hold(request, ticket, limited=False)  # it was let in before
-                if len(self._held) > held:
+                self._try(*self._held.popleft(), limited=False)  # it was let in before
+                if self._broker_away:
                     return
+            if not self._held:
+                self._bug = None
 
     def forget(self, breaker: str, task_ids: Sequence[str]) -> None:
         """Take tasks off the index, as far as the store can be reached."""
@@ -207,7 +246,7 @@ class Deferral:
 
     def close(self) -> None:
         """Give what is held one more chance and close the connection."""
-        self.retry_held()
+        self.retry_held(at_once=True)
         self.tell_suppressed(early=True)
         if self._held:
             logger.error("%d tasks could not be deferred before shutdown", len(self._held))

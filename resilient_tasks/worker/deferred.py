@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from resilient_tasks.core.model import ADMITTING
 from resilient_tasks.errors import BreakerOpenError
-from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks
+from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.events import EventsByHand
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.resume import Resumer
@@ -65,15 +66,9 @@ class Deferred:
 
     def list(self, breaker: str, *, limit: int = 100) -> tuple[DeferredTask, ...]:
         """Return those that wait longest, at most ``limit``."""
-        found: list[DeferredTask] = []
-
-        def look(entries: Sequence[Entry]) -> list[Move]:
-            found.extend(map(_describe, entries))
-            return []
-
-        for _ in self._tasks.sift_pages(breaker, look, enough=lambda: len(found) >= limit, page=min(limit, PAGE)):
-            continue
-        return tuple(found[:limit])
+        queues = self._tasks.queues
+        with queues.peek(queues.deferred(breaker), breaker) as entries:
+            return tuple(_describe(entry) for entry in itertools.islice(entries, limit) if not entry.flaw)
 
     def resume(self, breaker: str, *, limit: int | None = None, force: bool = False) -> int:
         """Send tasks back to the queues that they came from, now, those that wait longest first.
@@ -144,8 +139,8 @@ class Deferred:
         def enough() -> bool:
             return task_ids is not None and len(dropped) >= len(task_ids)
 
-        for moves in self._tasks.sift_pages(breaker, choose, enough=enough):
-            dropped.extend(move.entry.task_id for move in moves)
+        for moves in self._tasks.transfer_all(breaker, choose, enough=enough):
+            dropped.extend(move.entry.task_id for move in moves if not move.entry.flaw)
         return tuple(dropped)
 
 

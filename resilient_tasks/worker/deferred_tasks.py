@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from celery import states
-from celery.exceptions import TaskRevokedError
+from celery.exceptions import InvalidTaskError, NotRegistered, TaskRevokedError
+from kombu.exceptions import DecodeError
 
 from resilient_tasks import signals
 from resilient_tasks.core.counts import COALESCED, DEAD, DROPPED, EXPIRED, REVOKED
@@ -16,9 +17,11 @@ from resilient_tasks.monitor.events import TASK_IGNORED, TASK_RESUMED
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.broker import open_queues
 from resilient_tasks.worker.coalescing import SupersededError, superseded_among
+from resilient_tasks.worker.decoding import check_task, decode, payload_of, task_fields
 from resilient_tasks.worker.events import EventSender
-from resilient_tasks.worker.queues import Choose, Entry, Move, Queues
+from resilient_tasks.worker.queues import Entry, Move, Queues
 from resilient_tasks.worker.request import GatedRequest
+from resilient_tasks.worker.results import ResultNotWrittenError, write_result
 from resilient_tasks.worker.revokes import revoked_among
 
 if TYPE_CHECKING:
@@ -30,6 +33,11 @@ logger = logging.getLogger("resilient_tasks")
 CLAIM_OUTLIVES_TURN = 3600.0
 #: Waiting tasks that are looked at in one go.
 PAGE = 500
+#: Bytes of messages that are looked at in one go.
+PAGE_SIZE = 1_000_000
+
+#: Chooses what becomes of some waiting tasks; the others go on waiting.
+Choose = Callable[[Sequence[Entry]], Sequence[Move]]
 
 
 class DeferredTasks:
@@ -50,33 +58,45 @@ class DeferredTasks:
         """Return the number of messages that wait on the broker."""
         return self.queues.size(self.queues.deferred(breaker))
 
-    def sift(self, breaker: str, choose: Choose, *, start: int = 0, page: int = PAGE) -> list[Move]:
+    def transfer(self, breaker: str, choose: Choose, *, start: int = 0, page: int = PAGE) -> tuple[int, list[Move]]:
         """Offer the ``page`` oldest waiting tasks, but for the first ``start``, to ``choose`` and make its moves.
 
-        The index first: a resumed task may be deferred again before this returns.
+        What is no task goes to the dead letters, so that it holds up nothing.
+
+        Returns:
+            How many messages were looked at, and the moves that were made.
         """
-        ledger = self._runtime.fleet.ledger
-        planned: list[Move] = []
-
-        def plan(entries: Sequence[Entry]) -> Sequence[Move]:
-            planned.extend(choose(entries))
-            ledger.remove_deferred(breaker, [move.entry.task_id for move in planned])
-            return planned
-
+        ledger, queue = self._runtime.fleet.ledger, self.queues.deferred(breaker)
         made: list[Move] = []
-        try:
-            made = self.queues.sift(breaker, page, plan, start=start)
-        finally:
-            done = {id(move.entry): move for move in made}
-            for move in planned:
-                if id(move.entry) not in done:
-                    ticket = move.entry.ticket
-                    since = ticket.since or None
-                    ledger.add_deferred(breaker, move.entry.task_id, deadline=ticket.ends_at, since=since)
-                elif move.queue != done[id(move.entry)].queue:
-                    self._settle(move.entry, ResilienceError(f"the queue {move.queue} that it came from is gone"))
+        with self.queues.peek(queue, breaker, start=start) as entries:
+            offered = _page(entries, page)
+            planned = list(choose([entry for entry in offered if not entry.flaw]))
+            flawed = [self._dead_letter_flawed(entry) for entry in offered if entry.flaw]
+            ledger.remove_deferred(breaker, [move.entry.task_id for move in planned])  # they may come back at once
+            try:
+                for move in self.queues.move(queue, [*planned, *flawed]):
+                    made.append(move)  # noqa: PERF402 - what was made before one fails counts
+            finally:
+                self._note_unmade(planned, made)
         self._tell_resumed([move.entry for move in made if move.resumes])
-        return made
+        return len(offered), made
+
+    def _dead_letter_flawed(self, entry: Entry) -> Move:
+        breaker = entry.ticket.breaker
+        logger.warning("a message that waits for breaker %r is dead-lettered: %s", breaker, entry.flaw)
+        return Move(entry, self.queues.dead(breaker), entry.ticket)
+
+    def _note_unmade(self, planned: Sequence[Move], made: Sequence[Move]) -> None:
+        """Index again what was not moved, and end what has no queue to go back to."""
+        queues = {id(move.entry): move.queue for move in made}
+        for move in planned:
+            entry, ticket = move.entry, move.entry.ticket
+            if id(entry) not in queues:
+                self._runtime.fleet.ledger.add_deferred(
+                    ticket.breaker, entry.task_id, deadline=ticket.ends_at, since=ticket.since or None
+                )
+            elif queues[id(entry)] != move.queue:
+                self._settle(entry, ResilienceError(f"the queue {move.queue} that it came from is gone"))
 
     def _tell_resumed(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
@@ -84,19 +104,13 @@ class DeferredTasks:
             told = {"task_id": entry.task_id, "task": entry.task_name, "breaker": ticket.breaker, "since": ticket.since}
             signals.tell(signals.task_resumed, self._runtime.app, **told)
 
-    def sift_pages(
+    def transfer_all(
         self, breaker: str, choose: Choose, *, enough: Callable[[], bool], page: int = PAGE
     ) -> Iterator[list[Move]]:
-        """Go on with :meth:`sift` until that is ``enough`` or nothing is left; yield what each page has moved."""
+        """Go on with :meth:`transfer` until that is ``enough`` or nothing is left; yield what each page has moved."""
         start, offered = 0, PAGE  # a page may hold less: messages are of any size
-
-        def look(entries: Sequence[Entry]) -> Sequence[Move]:
-            nonlocal offered
-            offered = len(entries)
-            return choose(entries)
-
         while offered and not enough():
-            moves = self.sift(breaker, look, start=start, page=page)
+            offered, moves = self.transfer(breaker, choose, start=start, page=page)
             start, page = start + offered - len(moves), min(2 * page, PAGE)
             yield moves
 
@@ -150,11 +164,11 @@ class DeferredTasks:
         Returns:
             None if its result cannot be written now: it goes on waiting, and a later tick tries again.
         """
+        ticket = entry.ticket.die(self._runtime.fleet.view.server_now(), str(error))
         if not self._settle(entry, error):
             return None
         what = "Task %s[%s] is dead-lettered: %s"
         logger.warning(what, entry.task_name, entry.task_id, error, extra=entry.log_fields)
-        ticket = entry.ticket.die(self._runtime.fleet.view.server_now(), str(error))
         self._tally(ticket.breaker, DEAD)
         if isinstance(error, (DeferralExpiredError, TaskRevokedError)):
             self._tally(ticket.breaker, EXPIRED)
@@ -177,61 +191,61 @@ class DeferredTasks:
         self._runtime.fleet.reporter.tally(breaker, kind)
 
     def _settle(self, entry: Entry, error: Exception) -> bool:
-        """Write the result of a task that waits no longer; False if that is impossible now."""
+        """End a task that waits no longer; False if its result cannot be written now."""
         try:
-            if isinstance(error, SupersededError):
-                self._supersede(entry, error.latest)
-            elif isinstance(error, TaskRevokedError):
-                self._revoke(entry, str(error))
-            else:
-                self._fail(entry, error)
-        except Exception as exc:  # noqa: BLE001 - whatever a result backend raises
-            reason = type(exc).__name__
+            self._end(entry, error)
+        except ResultNotWrittenError as exc:
             what = "Task %s[%s] cannot end yet (%s): %s"
-            logger.warning(what, entry.task_name, entry.task_id, error, reason, extra=entry.log_fields)
+            logger.warning(what, entry.task_name, entry.task_id, error, exc, extra=entry.log_fields)
             return False
         self._withdraw(entry)
         return True
 
-    def _supersede(self, entry: Entry, latest: str) -> None:
-        request, info = self._request(entry), {"breaker": entry.ticket.breaker, "ran": latest}
-        if request is not None and not request.ignore_result:
-            request.task.backend.store_result(entry.task_id, info, states.IGNORED, request=request.context)
-        self._tell(entry, TASK_IGNORED, ran=latest)
-
-    def _fail(self, entry: Entry, error: Exception) -> None:
-        request = self._request(entry)
-        if request is not None:
+    def _end(self, entry: Entry, error: Exception) -> None:
+        request, backend = self._request(entry), self._runtime.app.backend
+        if isinstance(error, SupersededError):
+            if request is not None and not request.ignore_result:
+                info = {"breaker": entry.ticket.breaker, "ran": error.latest}
+                write = request.task.backend.store_result
+                write_result(write, entry.task_id, info, states.IGNORED, request=request.context)
+            self._tell(entry, TASK_IGNORED, ran=error.latest)
+        elif isinstance(error, TaskRevokedError):
+            # monitors take REVOKED for older news than DEFERRED, as long as the task has not left that state
+            self._tell(entry, TASK_RESUMED, exception=str(error), traceback=None)
+            if request is not None:
+                request.revoke(str(error), expired=str(error) == "expired")
+            else:
+                write_result(backend.mark_as_revoked, entry.task_id, str(error))
+        elif request is not None:
             request.fail(error)
         else:
-            self._runtime.app.backend.mark_as_failure(entry.task_id, error)
+            write_result(backend.mark_as_failure, entry.task_id, error)
             self._tell(entry, "task-failed", exception=repr(error), traceback=None)
-
-    def _revoke(self, entry: Entry, reason: str) -> None:
-        # monitors take REVOKED for older news than DEFERRED, as long as the task has not left that state
-        self._tell(entry, TASK_RESUMED, exception=reason, traceback=None)
-        request = self._request(entry)
-        if request is not None:
-            seams.announce_revoked(request, reason, expired=reason == "expired")
-        else:
-            self._runtime.app.backend.mark_as_revoked(entry.task_id, reason)
 
     def _request(self, entry: Entry) -> GatedRequest | None:
         """Return the request that a worker would make of a message; None if it could not."""
-        app = self._runtime.app
         try:
+            task = self._task(entry.task_name)
+            check_task(task_fields(entry.message), payload_of(entry.message))
+            parts = decode(seams.parts_of, entry.message)
             return GatedRequest(
                 entry.message,
-                app=app,
-                task=app.tasks[entry.task_name],
+                app=self._runtime.app,
+                task=task,
                 hostname=self._events.hostname,
                 eventer=self._events.dispatcher(entry.ticket.teller),
-                **seams.parts_of(entry.message),
+                **parts,
             )
-        except Exception as exc:  # noqa: BLE001 - whatever a stranger wrote into the message
+        except (NotRegistered, DecodeError, InvalidTaskError) as exc:
             what = "Task %s[%s] is no task of this app: %r"
             logger.warning(what, entry.task_name, entry.task_id, exc, extra=entry.log_fields)
             return None
+
+    def _task(self, name: str) -> Any:
+        task = self._runtime.app.tasks.get(name)
+        if task is None:
+            raise NotRegistered(name)
+        return task
 
     def _tell(self, entry: Entry, event: str, **fields: Any) -> None:
         self._events.send(event, entry.ticket.teller, uuid=entry.task_id, **fields)
@@ -240,6 +254,16 @@ class DeferredTasks:
         """Close connections."""
         self.queues.close()
         self._events.close()
+
+
+def _page(entries: Iterator[Entry], most: int) -> list[Entry]:
+    """Return the next messages, at most so many, and fewer of large ones."""
+    page: list[Entry] = []
+    size = 0
+    while len(page) < most and size < PAGE_SIZE and (entry := next(entries, None)) is not None:
+        page.append(entry)
+        size += len(entry.raw)
+    return page
 
 
 def ended(entry: Entry, now: float) -> DeferralExpiredError | TaskRevokedError | None:

@@ -13,6 +13,8 @@ from typing import Any
 
 from celery import Celery
 
+from resilient_tasks.worker import seams
+
 logger = logging.getLogger("resilient_tasks")
 
 
@@ -29,6 +31,7 @@ class EventSender(ABC):
         self._app = app
         self._connection: Any = None
         self._dispatchers: dict[str, Any] = {}
+        self._errors = seams.broker_errors(app.connection_for_write())
 
     @abstractmethod
     def dispatcher(self, teller: str) -> Any:
@@ -44,7 +47,7 @@ class EventSender(ABC):
             dispatcher = self.dispatcher(teller)
             if dispatcher is not None:
                 dispatcher.send(kind, **fields)
-        except Exception as exc:  # noqa: BLE001 - whatever the broker raises, the task comes first
+        except self._errors as exc:  # the task comes first
             logger.warning("event %s was not sent: %s", kind, type(exc).__name__)
             self.close()
 
@@ -62,7 +65,7 @@ class EventSender(ABC):
         connection, self._connection = self._connection, None
         dispatchers, self._dispatchers = self._dispatchers, {}
         for closing in (*dispatchers.values(), *filter(None, [connection])):
-            with suppress(Exception):
+            with suppress(*self._errors):
                 closing.close()
 
 

@@ -118,8 +118,9 @@ class Overflow:
             while items:
                 self._host.deferral.put_back(*items[-1])
                 items.pop()
-        except Exception as exc:  # noqa: BLE001 - any broker error: no message must be lost
+        except self._host.deferral.errors as exc:
             logger.warning("%d tasks cannot be put back yet: %s", len(items), type(exc).__name__)
+        finally:
             self._returning.extend(items)
 
     def _unblock_what_may_go_on(self) -> None:

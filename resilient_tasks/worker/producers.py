@@ -149,10 +149,12 @@ class ProducersGate:
                 self._defer(task, refusal, queue, body, sent)
         except DeferredQueueFullError:
             return False
-        except Exception as exc:  # noqa: BLE001 - whatever a broker raises: the gate of a worker sees to it
+        except Exception as exc:  # not deferred, for whatever reason: it is published, and a worker's gate sees to it
+            is_broker = self._opened is not None and isinstance(exc, self._opened[1].errors)
             self._opened = None
             what, task_id = "Task %s[%s] is published as usual: %r", sent["headers"]["id"]
-            logger.warning(what, task.name, task_id, exc, extra=about(task_id, task.name, refusal.breaker))
+            fields = about(task_id, task.name, refusal.breaker)
+            logger.warning(what, task.name, task_id, exc, exc_info=not is_broker, extra=fields)
             return False
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -17,7 +18,7 @@ from kombu.exceptions import OperationalError
 
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.worker import seams
-from resilient_tasks.worker.queues import Choose, Entry, Letter, Move, Queues, declare, own_queue, without_ticket
+from resilient_tasks.worker.queues import Entry, Move, Queues, declare, own_queue, with_ticket
 from resilient_tasks.worker.ticket import Ticket
 
 logger = logging.getLogger("resilient_tasks")
@@ -57,14 +58,15 @@ class PublishedQueues(Queues):
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
-        with self._lock:
-            try:
-                yield
-            except Exception:
-                self._declared.clear()
-                with contextlib.suppress(Exception):
-                    self._connection.collect()  # a farewell would wait for a broker that reads nothing more
-                raise
+        with self._lock, contextlib.ExitStack() as failed:
+            failed.callback(self._start_anew)
+            yield
+            failed.pop_all()
+
+    def _start_anew(self) -> None:
+        self._declared.clear()
+        with contextlib.suppress(*self.errors):
+            self._connection.collect()  # a farewell would wait for a broker that reads nothing more
 
     def _passing_channel(self) -> Any:
         """Return a channel for one question: a broker ends the channel on which it refuses something."""
@@ -77,10 +79,17 @@ class PublishedQueues(Queues):
         declare(self._connection, own_queue(queue, self._arguments))
         self._declared.add(queue)
 
-    def _publish(self, message: Any, queue: str, ticket: Ticket | None, expiration: int) -> bool:
-        """Publish straight to a queue, to be kept for ``expiration`` ms (0: for ever); False if there is none."""
-        headers = without_ticket(message.headers or {})
-        return self._send(message, queue, ticket.write(headers) if ticket else headers, expiration)
+    def _publish(self, message: Any, queue: str, ticket: Ticket | None) -> bool:
+        """Publish straight to a queue; False if there is none. In those of ours the broker must let nothing expire."""
+        headers = message.headers or {}
+        expiration = _expiration(message) or Ticket.read(headers).expiration
+        if not self.owns(queue):
+            ticket = replace(ticket, expiration=0) if ticket else None
+            return self._send(message, queue, with_ticket(headers, ticket), expiration)
+        self._declare(queue)
+        if not self._send(message, queue, with_ticket(headers, replace(ticket or Ticket(), expiration=expiration))):
+            raise OperationalError(f"queue {queue} was deleted a moment ago")
+        return True
 
     def _send(self, message: Any, queue: str, headers: Mapping[str, Any], expiration: int = 0) -> bool:
         headers = {name: value for name, value in headers.items() if name not in _HEADERS_NOT_COPIED}
@@ -104,64 +113,59 @@ class PublishedQueues(Queues):
     def _note_return(self, *_: Any) -> None:
         self._returned = True
 
-    def _publish_to_own(self, message: Any, queue: str, ticket: Ticket) -> None:
-        """Publish to a queue where the broker must let no message expire."""
-        self._declare(queue)
-        ticket = replace(ticket, expiration=_expiration(message) or ticket.expiration)
-        if not self._publish(message, queue, ticket, expiration=0):
-            raise OperationalError(f"queue {queue} was deleted a moment ago")
+    def put(
+        self, message: Any, queue: str, ticket: Ticket | None, *,
+        owned: bool, limit: int | None = None, first: bool = False,
+    ) -> bool:  # fmt: skip
+        """See :meth:`Queues.put`.
 
-    def defer(self, message: Any, ticket: Ticket, *, owned: bool, limit: int | None) -> bool:
-        """See :meth:`Queues.defer`."""
-        queue = self.place(ticket)
+        One that goes back to its queue, but has changed or has been put back so often that a quorum queue would soon
+        throw it away, is published anew and is then the last of its queue.
+        """
+        if owned and first and (ticket or Ticket()) == Ticket.read(message.headers) and not _requeued_often(message):
+            self._settle(message.requeue)
+            return True
         sent_to = message.delivery_info.get("exchange")
-        if sent_to:
+        if ticket and sent_to and self.owns(queue):
             ticket = replace(ticket, exchange=sent_to, routing_key=message.delivery_info.get("routing_key") or "")
         with self._exclusive():
-            self._declare(queue)
+            if self.owns(queue):
+                self._declare(queue)
             full = limit is not None and self._size(queue) >= limit
-            if not full:
-                self._publish_to_own(message, queue, ticket)
+            if not full and not self._publish(message, queue, ticket):
+                raise OperationalError(f"queue {queue} is gone")
         if full:
-            raise DeferredQueueFullError(ticket.breaker, limit)
+            raise DeferredQueueFullError(ticket.breaker if ticket else "", limit)
         if owned:
             self._settle(message.ack)
         return True
-
-    def put_back(self, message: Any, queue: str, ticket: Ticket, *, owned: bool) -> None:
-        """See :meth:`Queues.put_back`.
-
-        What has changed, or has been put back so often that a quorum queue would soon throw it away, is
-        published anew and is then the last of its queue.
-        """
-        headers = message.headers or {}
-        if owned and ticket == Ticket.read(headers) and not _requeued_often(message):
-            self._settle(message.requeue)
-            return
-        with self._exclusive():
-            if not self._publish(message, queue, ticket if ticket.breaker else None, _expiration(message)):
-                raise OperationalError(f"queue {queue} is gone")
-        if owned:
-            self._settle(message.ack)
 
     @staticmethod
     def _settle(settle: Callable[[], None]) -> None:
         """Acknowledge or requeue a delivery; where its channel is dead, the broker delivers it again anyway."""
         try:
             settle()
-        except Exception as exc:  # noqa: BLE001 - whatever a dead channel raises
-            logger.warning("a message could not be acknowledged or requeued: %s", type(exc).__name__)
+        except Exception:  # it must not look like a put that failed: the message would be put once more
+            logger.warning("a message could not be acknowledged or requeued", exc_info=True)
 
-    def sift(self, breaker: str, scan: int, choose: Choose, *, start: int = 0) -> list[Move]:
-        """See :meth:`Queues.sift`."""
-        queue = self.deferred(breaker)
+    @contextlib.contextmanager
+    def peek(self, queue: str, breaker: str, *, start: int = 0) -> Iterator[Iterator[Entry]]:
+        """See :meth:`Queues.peek`."""
+        held: list[Any] = []
         with self._exclusive():
             self._declare(queue)
-            messages = list(_bounded(lambda: self._get(queue), start + scan))
             try:
-                return [self._make(breaker, move) for move in choose(self._tasks(breaker, messages[start:]))]
+                yield itertools.islice(self._entries(queue, breaker, held), start, None)
             finally:
-                self._requeue(queue, messages)
+                self._requeue(queue, held)
+
+    def _entries(self, queue: str, breaker: str, held: list[Any]) -> Iterator[Entry]:
+        """Yield what lies in a queue; the broker holds it as unacknowledged."""
+        while (message := self.channel.basic_get(queue)) is not None:
+            message = self.channel.message_to_python(message)
+            held.append(message)
+            raw = message.body.encode() if isinstance(message.body, str) else bytes(message.body or b"")
+            yield self._entry(queue, breaker, message, raw)
 
     def _requeue(self, queue: str, messages: Sequence[Any]) -> None:
         for message in messages if self._emulated else reversed(messages):
@@ -175,63 +179,21 @@ class PublishedQueues(Queues):
         elif self._send(message, queue, message.headers):
             message.ack()
 
-    def _get(self, queue: str) -> Any:
-        message = self.channel.basic_get(queue)
-        return None if message is None else self.channel.message_to_python(message)
-
-    def _tasks(self, breaker: str, messages: Sequence[Any]) -> list[Entry]:
-        entries = {id(message): self._task_entry(breaker, message) for message in messages}
-        for message in messages:
-            if entries[id(message)] is None:
-                self._warn_of_stranger(breaker)
-                self._make(breaker, Move(Entry(message, Ticket()), self.dead(breaker)))
-        return [entry for entry in entries.values() if entry is not None]
-
-    def _make(self, breaker: str, move: Move) -> Move:
-        """Make a move; return it as it was made: what has no queue to go to any more is a dead letter."""
-        message, dead = move.entry.message, self.dead(breaker)
-        if move.queue == dead:
-            self._publish_to_own(message, dead, move.ticket or move.entry.ticket)
-        elif move.queue is not None and not self._send_home(move):
-            what = "Task %s is dead-lettered: its queue %s is gone"
-            logger.error(what, move.entry.task_id, move.queue, extra=move.entry.log_fields)
-            ticket = move.entry.ticket.die(time.time(), f"its queue {move.queue} is gone")
-            self._publish_to_own(message, dead, ticket)
-            move = replace(move, queue=dead)
-        message.ack()
-        return move
-
-    def _send_home(self, move: Move) -> bool:
-        """Publish to the queue that a task came from, as it was; False if there is no such queue."""
-        ticket = replace(move.ticket, expiration=0) if move.ticket else None
-        expiration = _expiration(move.entry.message) or move.entry.ticket.expiration
-        return self._publish(move.entry.message, str(move.queue), ticket, expiration)
-
-    @contextlib.contextmanager
-    def letters(self, breaker: str) -> Iterator[Iterator[Letter]]:
-        """See :meth:`Queues.letters`."""
-        held: list[Any] = []
-        with self._exclusive():
-            try:
-                yield self._letters(breaker, held)
-            finally:
-                self._requeue(self.dead(breaker), held)
-
-    def _letters(self, breaker: str, held: list[Any]) -> Iterator[Letter]:
-        queue = self.dead(breaker)
-        self._declare(queue)
-        while (message := self._get(queue)) is not None:
-            held.append(message)
-            raw = message.body.encode() if isinstance(message.body, str) else bytes(message.body or b"")
-            yield Letter(raw, self._task_entry(breaker, message), message)
-
-    def revive(self, breaker: str, letter: Letter, queue: str | None) -> bool:
-        """See :meth:`Queues.revive`."""
-        del breaker  # the letter itself knows where it lies
-        if queue is not None and letter.entry is not None and not self._send_home(Move(letter.entry, queue)):
-            return False
-        letter.message.ack()
-        return True
+    def move(self, queue: str, moves: Sequence[Move]) -> Iterator[Move]:
+        """See :meth:`Queues.move`."""
+        for move in moves:
+            message, dead = move.entry.message, self.dead(move.entry.ticket.breaker)
+            if move.queue is None or self._publish(message, move.queue, move.ticket):
+                message.ack()
+                yield move
+                continue
+            if queue != dead:
+                what = "Task %s is dead-lettered: its queue %s is gone"
+                logger.error(what, move.entry.task_id, move.queue, extra=move.entry.log_fields)
+                ticket = move.entry.ticket.die(time.time(), f"its queue {move.queue} is gone")
+                self._publish(message, dead, ticket)
+                message.ack()
+            yield replace(move, queue=dead)
 
     def _size(self, queue: str) -> int:
         with self._passing_channel() as passing:
@@ -261,11 +223,3 @@ def _uses_quorum_queues(app: Celery) -> bool:
     """Whether an app keeps tasks in quorum queues; what is deferred must be as safe."""
     kinds = [(queue.queue_arguments or {}).get("x-queue-type") for queue in app.amqp.queues.values()]
     return "quorum" in (*kinds, app.conf.task_default_queue_type)
-
-
-def _bounded(get: Callable[[], Any], most: int) -> Iterator[Any]:
-    for _ in range(most):
-        message = get()
-        if message is None:
-            return
-        yield message

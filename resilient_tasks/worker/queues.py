@@ -1,8 +1,7 @@
-"""Deferred and dead-letter queues on the broker: putting messages in, sifting them out.
+"""Deferred and dead-letter queues on the broker, by four primitives: put, peek, move and size.
 
-A message is in exactly one place. On Redis each operation is one conditional script; on any other
-transport it is publish, then acknowledge, so that a crash between the two leaves a second copy and
-never none.
+A message is in exactly one place. On Redis each move is one conditional script; on any other transport it is
+publish, then acknowledge, so that a crash between the two leaves a second copy and never none.
 """
 
 from __future__ import annotations
@@ -10,20 +9,21 @@ from __future__ import annotations
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from celery import Celery
 from kombu import Queue
-from kombu.exceptions import DecodeError, OperationalError
+from kombu.exceptions import DecodeError
 
 from resilient_tasks.core.memory import Memory
-from resilient_tasks.core.names import parent_of
+from resilient_tasks.core.names import is_child, parent_of
 from resilient_tasks.monitor.deployment import ServerFacts
 from resilient_tasks.monitor.log import about
 from resilient_tasks.worker import seams
+from resilient_tasks.worker.decoding import payload_of, task_fields
 from resilient_tasks.worker.ticket import Ticket
 
 logger = logging.getLogger("resilient_tasks")
@@ -69,10 +69,12 @@ def _exists(connection: Any, queue: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One waiting message."""
+    """One message in a deferred or dead-letter queue."""
 
-    message: Any  # kombu's Message
+    message: Any  # kombu's Message; None if none can be made of it
     ticket: Ticket
+    raw: bytes = b""  # as it lies there; on brokers that show only parts of a message, its body
+    flaw: str = ""  # why it is no task's message, or cannot go back
 
     @property
     def task_id(self) -> str:
@@ -92,17 +94,14 @@ class Entry:
     def unreadable(self) -> DecodeError | None:
         """Return the error of a message whose body no worker can decode."""
         try:
-            _ = self.message.payload
-        except Exception as exc:  # noqa: BLE001 - whatever garbage does to a decoder
-            return DecodeError(f"the message cannot be decoded: {type(exc).__name__}")  # its text may hold secrets
+            payload_of(self.message)
+        except DecodeError as exc:
+            return exc
         return None
 
     def _field(self, name: str) -> str:
-        headers, value = self.message.headers or {}, None
-        if name in headers:
-            value = headers[name]
-        elif isinstance(self.message.payload, dict):  # message protocol 1 has it there
-            value = self.message.payload.get(name)
+        headers = self.message.headers or {}
+        value = headers[name] if name in headers else task_fields(self.message).get(name)
         return value if isinstance(value, str) else ""
 
 
@@ -117,25 +116,7 @@ class Move:
     @property
     def resumes(self) -> bool:
         """Whether the message goes back to where it came from."""
-        return self.queue is not None and not (self.ticket and self.ticket.died_at)
-
-
-@dataclass(frozen=True, slots=True)
-class Letter:
-    """One message in a dead-letter queue.
-
-    Args:
-        raw: the message as it lies there; on brokers that show only parts of it, its body.
-        entry: what it says about its task; None if it is no task's message, or cannot be decoded.
-        message: kombu's Message as it is held open, on brokers that hold messages.
-    """
-
-    raw: bytes
-    entry: Entry | None
-    message: Any = None
-
-
-Choose = Callable[[Sequence[Entry]], Sequence[Move]]
+        return self.queue is not None and not self.entry.flaw and not (self.ticket and self.ticket.died_at)
 
 
 class Queues(ABC):
@@ -161,9 +142,10 @@ class Queues(ABC):
         """Name of a breaker's dead-letter queue; children share their parent's."""
         return f"{self.namespace}.dead.{parent_of(breaker) or breaker}"
 
-    def place(self, ticket: Ticket) -> str:
-        """Name of the queue for a message that is put aside with a ticket."""
-        return self.dead(ticket.breaker) if ticket.died_at else self.deferred(ticket.breaker)
+    def owns(self, queue: str) -> bool:
+        """Whether a queue is one of ours: nothing that waits goes back to one."""
+        ours = self.deferred(""), f"{self.namespace}.dead."
+        return queue.startswith(ours) or queue == f"{self.namespace}.control"
 
     @property
     def channel(self) -> Any:
@@ -173,75 +155,62 @@ class Queues(ABC):
     @property
     def errors(self) -> tuple[type[Exception], ...]:
         """What a broker that is away, or refuses something, raises."""
-        return *self._connection.connection_errors, *self._connection.channel_errors, OperationalError, OSError
+        return seams.broker_errors(self._connection)
 
     def close(self) -> None:
         """Close the connection; it reopens when used again."""
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(*self.errors):
             self._connection.close()
 
-    def _task_entry(self, breaker: str, message: Any) -> Entry | None:
-        """Return the entry of a task that lies in a breaker's queue; None for no task's, or one without a way back."""
-        with contextlib.suppress(Exception):  # whatever a stranger wrote into it
-            message.accept = self._accept
-            entry = Entry(message, replace(Ticket.read(message.headers), breaker=breaker))
-            if entry.task_id and entry.task_name and not self._is_own(entry.ticket.origin, breaker):
-                return entry
-        return None
-
-    def _is_own(self, queue: str, breaker: str) -> bool:
-        """Whether a queue is one of ours, to which what waits for a breaker can never go back."""
-        return queue in (f"{self.namespace}.control", self.deferred(breaker), self.dead(breaker))
-
-    def _warn_of_stranger(self, breaker: str) -> None:
-        logger.warning("moved something that is no task from %s to %s", self.deferred(breaker), self.dead(breaker))
+    def _entry(self, queue: str, breaker: str, message: Any, raw: bytes) -> Entry:
+        """Return what a message in one of a breaker's queues says about its task."""
+        message.accept = self._accept
+        ticket = Ticket.read(message.headers)
+        if queue == self.deferred(breaker) or not (is_child(ticket.breaker) and parent_of(ticket.breaker) == breaker):
+            ticket = replace(ticket, breaker=breaker)
+        try:
+            fields = task_fields(message)
+        except DecodeError as exc:
+            return Entry(message, ticket, raw, str(exc))
+        flaw = "" if all(isinstance(fields.get(name), str) and fields[name] for name in ("id", "task")) else "no task"
+        if ticket.origin in (self.deferred(breaker), self.dead(breaker), f"{self.namespace}.control"):
+            flaw = f"it comes from {ticket.origin}"
+        return Entry(message, ticket, raw, flaw)
 
     @abstractmethod
-    def defer(self, message: Any, ticket: Ticket, *, owned: bool, limit: int | None) -> bool:
-        """Put a delivered message aside, into the queue that its ticket says (:meth:`place`).
+    def put(
+        self, message: Any, queue: str, ticket: Ticket | None, *,
+        owned: bool, limit: int | None = None, first: bool = False,
+    ) -> bool:  # fmt: skip
+        """Put a delivered message into a queue.
 
         Args:
             message: the message as it was consumed.
-            ticket: what it shall say about itself while it waits.
+            queue: one of ours, or the one that it came from.
+            ticket: what it shall say about itself from now on; None: nothing.
             owned: the broker still holds it as unacknowledged; False under early acknowledgement.
             limit: most messages that the queue may hold; None: no bound.
+            first: it is the next to be taken, where that can be done, instead of the last.
 
         Returns:
             False if the message is no longer ours because the broker has restored it.
 
         Raises:
             DeferredQueueFullError: the queue holds ``limit`` messages.
+            Exception: one of :attr:`errors`; the message is where it was.
         """
 
     @abstractmethod
-    def put_back(self, message: Any, queue: str, ticket: Ticket, *, owned: bool) -> None:
-        """Put a delivered message back to the queue it came from, as the next to be taken where that can be done.
-
-        Args:
-            message: the message as it was consumed.
-            queue: where it came from.
-            ticket: what it shall say about itself from now on.
-            owned: the broker still holds it as unacknowledged.
-        """
+    def peek(self, queue: str, breaker: str, *, start: int = 0) -> AbstractContextManager[Iterator[Entry]]:
+        """Open one of a breaker's queues: its messages from number ``start`` on, oldest first, stay where they are."""
 
     @abstractmethod
-    def sift(self, breaker: str, scan: int, choose: Choose, *, start: int = 0) -> list[Move]:
-        """Offer the ``scan`` oldest waiting messages, but for the first ``start``, to ``choose``; make its moves.
+    def move(self, queue: str, moves: Sequence[Move]) -> Iterator[Move]:
+        """Move messages out of a queue that is open by :meth:`peek`; the others keep their places.
 
-        The others keep their places, but what is no task goes to the dead-letter queue, so that it is in
-        nobody's way. Returns the moves that were made.
-        """
-
-    @abstractmethod
-    def letters(self, breaker: str) -> AbstractContextManager[Iterator[Letter]]:
-        """Open the dead-letter queue of a breaker: everything in it, oldest first, and it stays there."""
-
-    @abstractmethod
-    def revive(self, breaker: str, letter: Letter, queue: str | None) -> bool:
-        """Move a letter, while its queue is open, to another queue without our header, or drop it.
-
-        Returns:
-            False if it is no longer there, or there is no such queue.
+        Yields:
+            The moves as they were made. What somebody else has moved is left out; what has no queue to go to any more
+            goes to the dead letters, or stays there.
         """
 
     @abstractmethod
@@ -261,8 +230,10 @@ class Queues(ABC):
         return None
 
 
-def without_ticket(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message's headers as they were before it was ever deferred."""
+def with_ticket(headers: Mapping[str, Any], ticket: Ticket | None) -> dict[str, Any]:
+    """Return a message's headers with a ticket; without one as they were before it was ever deferred."""
+    if ticket is not None:
+        return ticket.write(headers)
     headers = dict(headers)
     Ticket.take(headers)
     return headers

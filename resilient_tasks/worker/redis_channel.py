@@ -10,18 +10,20 @@ All that is overridden here is undocumented; ``tests/unit/test_seams.py`` fails 
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from enum import Enum, auto
 from importlib import resources
 from queue import Empty
 from time import monotonic, time
 from typing import Any, NoReturn, cast
 
+from kombu.exceptions import DecodeError
 from kombu.transport import redis, virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 from redis.exceptions import ResponseError
 
-from resilient_tasks.worker.intake import flaw_in_envelope
+from resilient_tasks.worker.decoding import decode, flaw_in_envelope
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -68,7 +70,7 @@ class TakingQoS(redis.QoS):
         """Put back what was delivered when the channel closes; the rest comes back after its visibility timeout."""
         try:
             super().restore_unacked_once(*args, **kwargs)
-        except Exception as exc:  # noqa: BLE001 - a half-closed connection fails in many ways, and would end the worker
+        except Exception as exc:  # noqa: BLE001 - kombu fails in many ways on a half-closed connection: no worker ends by it
             logger.warning("unacknowledged messages stay with the broker for now: %s", type(exc).__name__)
 
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
@@ -179,32 +181,42 @@ class TakingChannel(redis.Channel):
         return queue
 
     def _open(self, key: bytes, text: bytes) -> dict[str, Any] | None:
-        """Return the envelope in a text; None if there is none, and the text is kept apart."""
+        """Return the envelope in a text; None if there is none, and the text is dead-lettered."""
         envelope: Any = None
-        try:
-            envelope = loads(bytes_to_str(text))
-            flaw = flaw_in_envelope(envelope)
-            if flaw is None:
-                self.decode_body(envelope.get("body") or "", envelope["properties"].get("body_encoding"))
-        except Exception as exc:  # noqa: BLE001 - whatever garbage does to a decoder
-            flaw = type(exc).__name__
+        with ExitStack() as failed:
+            failed.callback(
+                lambda: self._lay(self._name(key), text, envelope, "rpush")
+            )  # whatever fails, nothing is lost
+            try:
+                envelope = decode(loads, text)
+                flaw = flaw_in_envelope(envelope)
+                if flaw is None:
+                    decode(self.decode_body, envelope["body"], envelope["properties"].get("body_encoding"))
+            except DecodeError as exc:
+                flaw = str(exc)
+            failed.pop_all()
         if flaw is None:
             return cast("dict[str, Any]", envelope)
-        logger.error("what lay in %s is kept apart in %s: %s", bytes_to_str(key), self.unreadable, flaw)
+        logger.error("what lay in %s is moved to %s: %s", bytes_to_str(key), self.unreadable, flaw)
         try:
-            self._keep_apart(text, envelope)
+            self._lay(self.unreadable, text, envelope, "lpush")
         except ResponseError as exc:
             logger.error("it cannot be kept: %s", exc)  # noqa: TRY400 - a full server, no mistake in the code
         return None
 
-    def _keep_apart(self, text: bytes, envelope: Any) -> None:
+    def _lay(self, queue: str, text: bytes, envelope: Any, push: str) -> None:
+        """Put a text that was taken into a queue."""
         with self.conn_or_acquire() as client:
-            client.lpush(self.unreadable, text)
+            getattr(client, push)(queue, text)
             properties = envelope.get("properties") if isinstance(envelope, dict) else None
             tag = properties.get("delivery_tag") if isinstance(properties, dict) else None
             if isinstance(tag, str):  # the script has noted it
                 client.hdel(self.unacked_key, tag)
                 client.zrem(self.unacked_index_key, tag)
+
+    def _name(self, key: bytes) -> str:
+        """Return the name of a list as clients of the channel know it, which add the prefix of all keys."""
+        return str(bytes_to_str(key)).removeprefix(self.global_keyprefix)
 
     def _reply(self, command: str) -> Any:
         try:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib import resources
 from typing import Any, ClassVar
 
 import redis
 from celery import Celery
+from kombu.exceptions import DecodeError
 
 from resilient_tasks.core.memory import Memory
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.monitor.deployment import ServerFacts
 from resilient_tasks.worker import seams
-from resilient_tasks.worker.queues import Choose, Entry, Letter, Move, Queues, without_ticket
+from resilient_tasks.worker.decoding import decode, flaw_in_envelope
+from resilient_tasks.worker.queues import Entry, Move, Queues, with_ticket
 from resilient_tasks.worker.ticket import Ticket
-
-logger = logging.getLogger("resilient_tasks")
 
 #: Messages that are fetched in one go.
 _PAGE = 500
@@ -30,6 +30,8 @@ _SCANS, _SCANNED = 20, 1000
 _SPECIAL, _ITSELF = re.compile(r"[]*?[^\\]"), r"\\\g<0>"
 #: Bytes of messages to read, and to move, at a time.
 _REPLY_SIZE = 1_000_000
+#: What the script that moves messages says of one whose queue is no list.
+_DEAD_LETTERED = 2
 
 
 class RedisQueues(Queues):
@@ -66,96 +68,73 @@ class RedisQueues(Queues):
     def _run(self, source: str, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
         return self._client.register_script(source)(keys=keys, args=args)
 
-    def defer(self, message: Any, ticket: Ticket, *, owned: bool, limit: int | None) -> bool:
-        """See :meth:`Queues.defer`."""
-        destination = seams.list_key(self.channel, self.place(ticket))
-        bound = "" if limit is None else str(limit)
-        answer = self._move_delivered(
-            message, destination, _with_ticket(message, ticket), owned=owned, push="LPUSH", bound=bound
-        )
-        if answer < 0:
-            raise DeferredQueueFullError(ticket.breaker, limit)
-        return bool(answer)
-
-    def put_back(self, message: Any, queue: str, ticket: Ticket, *, owned: bool) -> None:
-        """See :meth:`Queues.put_back`."""
-        raw = _with_ticket(message, ticket if ticket.breaker else None)
-        destination = seams.list_key(self.channel, queue, seams.message_priority(self.channel, raw))
-        self._move_delivered(message, destination, raw, owned=owned, push="RPUSH")
-
-    def _move_delivered(
-        self, message: Any, destination: str, raw: dict[str, Any], *, owned: bool, push: str, bound: str = ""
-    ) -> int:
+    def put(
+        self, message: Any, queue: str, ticket: Ticket | None, *,
+        owned: bool, limit: int | None = None, first: bool = False,
+    ) -> bool:  # fmt: skip
+        """See :meth:`Queues.put`."""
+        raw = self._sent(message, ticket)
         raw["properties"] = {**raw["properties"], "delivery_tag": seams.new_delivery_tag(self.channel)}
         tag = message.delivery_tag if owned and seams.emulates_acks(message.channel) else ""
-        keys = [*seams.unacked_keys(self.channel), destination]
+        keys = [*seams.unacked_keys(self.channel), self._key(queue, raw)]
+        bound, push = "" if limit is None else str(limit), "RPUSH" if first else "LPUSH"
         answer = int(self._run(self._defer_source, keys, [tag, seams.encode_message(raw), bound, push]))
-        if owned and answer >= 0:
+        if answer < 0:
+            raise DeferredQueueFullError(ticket.breaker if ticket else "", limit)
+        if owned:
             seams.forget_delivery(message)
-        return answer
+        return bool(answer)
 
-    def sift(self, breaker: str, scan: int, choose: Choose, *, start: int = 0) -> list[Move]:
-        """See :meth:`Queues.sift`."""
-        source = seams.list_key(self.channel, self.deferred(breaker))
-        waiting: list[bytes] = []
-        for reply in self._oldest(source, start, page=min(scan, _PAGE)):
-            waiting += reply
-            if len(waiting) >= scan or _size_of(waiting) >= _REPLY_SIZE:
-                break
-        texts: dict[int, str | bytes] = {}
-        entries: list[Entry] = []
-        for text in waiting[:scan]:
-            entry = self._entry(breaker, text)
-            if entry is None:
-                self._set_aside(breaker, text)
-            else:
-                entries.append(entry)
-                texts[id(entry.message)] = text
-        moves = choose(entries)
-        return self._make(breaker, [(texts[id(move.entry.message)], move) for move in moves]) if moves else []
+    @contextmanager
+    def peek(self, queue: str, breaker: str, *, start: int = 0) -> Iterator[Iterator[Entry]]:
+        """See :meth:`Queues.peek`."""
+        texts = itertools.chain.from_iterable(self._oldest(seams.list_key(self.channel, queue), start))
+        yield (self._decoded(queue, breaker, text) for text in texts)
 
-    def _entry(self, breaker: str, text: str | bytes) -> Entry | None:
+    def _decoded(self, queue: str, breaker: str, text: bytes) -> Entry:
         try:
-            message = self.channel.Message(seams.decode_message(text), channel=self.channel)
-            deliverable = {"exchange", "routing_key"} <= message.delivery_info.keys()  # or kombu stumbles
-            return self._task_entry(breaker, message) if deliverable else None
-        except Exception:  # noqa: BLE001 - whatever garbage does to a decoder
-            return None
+            envelope = decode(seams.decode_message, text)
+            flaw = flaw_in_envelope(envelope)
+            message = decode(self.channel.Message, envelope, self.channel) if flaw is None else None
+        except DecodeError as exc:
+            flaw, message = str(exc), None
+        if message is None:
+            return Entry(None, Ticket(breaker=breaker), text, flaw or "")
+        return self._entry(queue, breaker, message, text)
 
-    def _keys(self, breaker: str) -> list[str]:
-        """Return the first two keys of the script that moves messages."""
-        return [seams.list_key(self.channel, self.deferred(breaker)), seams.list_key(self.channel, self.dead(breaker))]
-
-    def _set_aside(self, breaker: str, text: str | bytes) -> None:
-        self._warn_of_stranger(breaker)
-        self._run(self._move_source, self._keys(breaker), [text, 2, text])
-
-    def _make(self, breaker: str, moves: Sequence[tuple[str | bytes, Move]]) -> list[Move]:
-        keys = self._keys(breaker)
+    def move(self, queue: str, moves: Sequence[Move]) -> Iterator[Move]:
+        """See :meth:`Queues.move`."""
+        if not moves:
+            return
+        dead = self.dead(moves[0].entry.ticket.breaker)
+        keys = [seams.list_key(self.channel, queue), seams.list_key(self.channel, dead)]
         args: list[str | bytes | int] = []
-        for text, move in moves:
-            raw = _with_ticket(move.entry.message, move.ticket)
-            index = 0
-            if move.queue == self.dead(breaker):
-                index = 2
-            elif move.queue is not None:
-                key = seams.list_key(self.channel, move.queue, seams.message_priority(self.channel, raw))
+        for move in moves:
+            index, arrives = 0, move.entry.raw
+            if move.queue is not None:
+                raw = None if move.entry.flaw else self._sent(move.entry.message, move.ticket)
+                key = self._key(move.queue, raw)
                 if key not in keys[1:]:
                     keys.append(key)
                 index = keys.index(key, 1) + 1
-            args += [text, index, seams.encode_message(raw)]
+                arrives = arrives if raw is None else seams.encode_message(raw).encode()
+            args += [move.entry.raw, index, arrives]
         moved = self._run(self._move_source, keys, args)
-        return [move for (_, move), done in zip(moves, moved, strict=True) if done]
+        for move, made in zip(moves, moved, strict=True):
+            if made:
+                yield replace(move, queue=dead) if made == _DEAD_LETTERED else move
 
-    @contextmanager
-    def letters(self, breaker: str) -> Iterator[Iterator[Letter]]:
-        """See :meth:`Queues.letters`."""
-        yield self._letters(breaker)
+    def _key(self, queue: str, raw: dict[str, Any] | None) -> str:
+        """Return the list that a message goes to; in queues of ours there is but one priority."""
+        priority = 0 if raw is None or self.owns(queue) else seams.message_priority(self.channel, raw)
+        return seams.list_key(self.channel, queue, priority)
 
-    def _letters(self, breaker: str) -> Iterator[Letter]:
-        key = seams.list_key(self.channel, self.dead(breaker))
-        for text in itertools.chain.from_iterable(self._oldest(key)):
-            yield Letter(text, self._entry(breaker, text))
+    @staticmethod
+    def _sent(message: Any, ticket: Ticket | None) -> dict[str, Any]:
+        """Return a message as it is sent, with a ticket or without any."""
+        raw: dict[str, Any] = message.serializable()
+        raw["headers"] = with_ticket(raw["headers"], ticket)
+        return raw
 
     def _oldest(self, key: str, start: int = 0, page: int = _PAGE) -> Iterator[list[bytes]]:
         """Read a list from its oldest message on, but for the first ``start``, reply by reply.
@@ -170,16 +149,6 @@ class RedisQueues(Queues):
                 return
             start += count
             count = max(1, min(page, _REPLY_SIZE * count // _size_of(reply)))
-
-    def revive(self, breaker: str, letter: Letter, queue: str | None) -> bool:
-        """See :meth:`Queues.revive`."""
-        dead = seams.list_key(self.channel, self.dead(breaker))
-        destination, raw, arrives = dead, letter.raw, 0
-        if queue is not None and letter.entry is not None:
-            message = _with_ticket(letter.entry.message, None)
-            destination = seams.list_key(self.channel, queue, seams.message_priority(self.channel, message))
-            raw, arrives = seams.encode_message(message).encode(), 3
-        return bool(self._run(self._move_source, [dead, dead, destination], [letter.raw, arrives, raw]) == [1])
 
     def size(self, *queues: str) -> int:
         """See :meth:`Queues.size`."""
@@ -218,9 +187,3 @@ class RedisQueues(Queues):
 
 def _size_of(texts: Sequence[bytes]) -> int:
     return sum(map(len, texts)) or 1
-
-
-def _with_ticket(message: Any, ticket: Ticket | None) -> dict[str, Any]:
-    raw: dict[str, Any] = message.serializable()
-    raw["headers"] = ticket.write(raw["headers"]) if ticket else without_ticket(raw["headers"])
-    return raw

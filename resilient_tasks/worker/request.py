@@ -11,14 +11,16 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 from weakref import ref
 
-from billiard.einfo import ExceptionWithTraceback
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from celery import signals, states
 from celery.exceptions import TaskRevokedError, Terminated, TimeLimitExceeded, WorkerLostError
 from celery.worker.request import Request
+from kombu.utils.encoding import safe_repr
 
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.counts import REDELIVERED
@@ -31,6 +33,8 @@ from resilient_tasks.policy import BLOCK
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.coalescing import coalesced_as
 from resilient_tasks.worker.options import DEFER
+from resilient_tasks.worker.patience import PatientWriter
+from resilient_tasks.worker.results import write_result
 from resilient_tasks.worker.run import NONSENSE, Admission, Packed, Report, TaskDeferred, limits_of, run_admitted
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import HEADER, Ticket
@@ -41,7 +45,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("resilient_tasks")
 
+#: Seconds that this process waits for the hooks of one task that has ended without a run.
+HOOKS_TIMEOUT = 1.0
+
 _arrivals = itertools.count()
+_hooks = PatientWriter("hooks of a task", HOOKS_TIMEOUT, even_late=True)
 
 
 class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
@@ -279,45 +287,89 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     ) -> None:
         """Defer the message until a breaker admits, ``wait`` seconds at least; the verdict on this request is final."""
         self.deferred = True
-        ticket = self._next_ticket(breaker, reason, failed)
-        if wait is not None:
-            ticket = replace(ticket, not_before=self.host.now() + wait)
+        ticket = cache(partial(self._next_ticket, breaker, reason, failed, wait))  # one, however often it is tried
+        self.host.deferral.attempt(self, partial(self._defer, ticket, has_failed=failed is not None))
+
+    def _defer(self, make: Callable[[], Ticket], *, has_failed: bool, limited: bool) -> None:
+        ticket = make()
         try:
-            self.host.deferral.defer_or_hold(self, ticket)
+            self.host.deferral.defer(self, ticket, limited=limited)
         except DeferredQueueFullError as full:
-            if runtime_of(self.app).breaker(breaker).policy.overflow == BLOCK:
-                self.host.overflow.put_back(self, ticket if failed else self.ticket, ticket.origin, breaker)
+            if runtime_of(self.app).breaker(ticket.breaker).policy.overflow == BLOCK:
+                returned = ticket if has_failed else self.ticket
+                self.host.overflow.put_back(self, returned, ticket.origin, ticket.breaker)
             else:
-                self._turn_away(full)
+                self.host.deferral.attempt(self, partial(self._turn_away, full))
 
     def withdraw(self) -> None:
         """Let the pool have nothing to do with it any more: its message goes back to its queue."""
         self.deferred = True
         seams.task_ready(self)
 
-    def _turn_away(self, full: DeferredQueueFullError) -> None:
-        try:
-            self.fail(full)
-        except Exception:
-            what = "Task %s[%s] has failed, and its result could not be written"
-            logger.exception(what, self.name, self.id, extra=self.log_fields)
+    def _turn_away(self, full: DeferredQueueFullError, *, limited: bool) -> None:  # noqa: ARG002 - it is not let in
+        self.fail(full)
         self.acknowledge()
 
     def fail(self, error: Exception) -> None:
-        """Give a task that never ran its FAILURE: result, error callbacks, chord, event."""
+        """Give a task that never ran its FAILURE, with all that Celery does about a hard time limit.
+
+        Raises:
+            ResultNotWrittenError: the result backend refuses; nothing else has been done.
+        """
         seams.task_ready(self)
-        self.task.backend.mark_as_failure(self.id, error, request=self.context, store_result=self.store_errors)
-        self.send_event("task-failed", exception=repr(error), traceback=None)
+        write_result(
+            self.task.backend.mark_as_failure, self.id, error, request=self.context,
+            store_result=self.store_errors, call_errbacks=False,
+        )  # fmt: skip
+        self.send_event("task-failed", exception=safe_repr(error), traceback=None)
+        _hooks.write(partial(self._call_hooks, error))
+
+    def revoke(self, reason: str, *, expired: bool) -> None:
+        """Give a task that never ran REVOKED, with all that Celery does about a revoke, or its ``expires``.
+
+        Raises:
+            ResultNotWrittenError: as above.
+        """
+        seams.task_ready(self)
+        write_result(
+            self.task.backend.mark_as_revoked, self.id, reason, request=self.context, store_result=self.store_errors
+        )
+        self.send_event("task-revoked", terminated=False, signum=None, expired=expired)
+        send = partial(signals.task_revoked.send, request=self.context, terminated=False, signum=None, expired=expired)
+        _hooks.write(partial(send, sender=self.task))
+
+    def _call_hooks(self, error: Exception) -> None:
+        try:
+            raise error  # noqa: TRY301 - Celery's hooks get an error that was raised
+        except Exception:  # noqa: BLE001 - it was our own
+            einfo = ExceptionInfo()
+        call = self.id, self.args, self.kwargs
+        if self.context.errbacks:
+            self._call_hook(seams.call_errbacks, self.task.backend, self.context, error)
+        self._call_hook(self.task.on_failure, error, *call, einfo)
+        self._call_hook(self.task.after_return, states.FAILURE, error, *call, None)
+        send = partial(signals.task_failure.send, task_id=self.id, exception=error, args=self.args, kwargs=self.kwargs)
+        self._call_hook(send, sender=self.task, traceback=error.__traceback__, einfo=einfo)
+
+    def _call_hook(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        try:
+            hook(*args, **kwargs)
+        except Exception:  # a user's code, which harms no other task
+            what = "Task %s[%s] has failed, and its %s as well"
+            logger.exception(what, self.name, self.id, getattr(hook, "__name__", "signal"), extra=self.log_fields)
 
     def _dead_letter(self, breaker: str, cause: str) -> None:
         """Keep the message of a task that is out of attempts; its FAILURE is Celery's to write."""
         self.dead = True
+        ticket = cache(partial(self._last_ticket, breaker, cause))
+        self.host.deferral.attempt(self, lambda limited: self.host.deferral.defer(self, ticket(), limited=limited))
+
+    def _last_ticket(self, breaker: str, cause: str) -> Ticket:
         limit, now = self.task.options.max_attempts, self.host.now()
         ticket = replace(
             self.ticket, breaker=breaker, origin=self.host.origin_of(self), attempts=limit, attempted_at=now
         )
-        ticket = ticket.die(now, f"out of attempts (max_attempts={limit}): {cause}", cause)
-        self.host.deferral.defer_or_hold(self, ticket)
+        return ticket.die(now, f"out of attempts (max_attempts={limit}): {cause}", cause)
 
     def acknowledge(self) -> None:
         """Acknowledge the message, unless it goes to the dead-letter queue."""
@@ -329,7 +381,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         if not self.dead:
             super().reject(requeue)
 
-    def _next_ticket(self, breaker: str, reason: str, failed: TaskDeferred | None) -> Ticket:
+    def _next_ticket(self, breaker: str, reason: str, failed: TaskDeferred | None, wait: float | None) -> Ticket:
         now = self.host.now()
         options = self.task.options
         trace = self._trace(breaker, reason) if failed is None else failed.trace
@@ -338,6 +390,8 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
             expires=self.expires_at(now), trace=self.ticket.trace or trace, teller=self._teller,
         )  # fmt: skip
         ticket = ticket.begin(now, options.defer_for, coalesced_as(self)).defer(now, failed.cause if failed else "")
+        if wait is not None:
+            return replace(ticket, not_before=now + wait)
         if failed is None or not failed.cause:
             return ticket
         delay = options.delay(runtime_of(self.app).breaker(breaker).policy, failed.attempts)

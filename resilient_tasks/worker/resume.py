@@ -96,7 +96,7 @@ class Resumer:
             ledger.resumed(breaker.name, len(chosen))  # before they can be taken up
             return [*ends, *self._tasks.resume(chosen, snapshot.epoch, why)]
 
-        pages = self._tasks.sift_pages(breaker.name, choose, enough=lambda: selection.complete, page=selection.page)
+        pages = self._tasks.transfer_all(breaker.name, choose, enough=lambda: selection.complete, page=selection.page)
         for moves in pages:
             gone = [move for move in moves if move.resumes]
             self._origins.setdefault(breaker.name, set()).update(str(move.queue) for move in gone)

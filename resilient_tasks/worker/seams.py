@@ -23,6 +23,7 @@ from celery.worker import state as worker_state
 from celery.worker.request import Request
 from celery.worker.strategy import hybrid_to_proto2
 from kombu import Producer
+from kombu.exceptions import OperationalError
 from kombu.message import Message
 from kombu.serialization import prepare_accept_content
 from kombu.transport.virtual import Channel as VirtualChannel
@@ -125,9 +126,18 @@ class _Composer(Producer):
         )
 
 
-def announce_revoked(request: Request, reason: str, *, expired: bool = False) -> None:
-    """Give a request the result, events and signals of a task that was revoked, or has expired, before it ran."""
-    request._announce_revoked(reason, False, None, expired)
+def broker_errors(connection: Any) -> tuple[type[Exception], ...]:
+    """Return what a broker that is away, or refuses something, raises.
+
+    kombu counts a ``KeyError`` as a lost connection to Redis, but it may be a bug of anybody's.
+    """
+    errors = *connection.connection_errors, *connection.channel_errors, OperationalError, OSError
+    return tuple(error for error in errors if error is not KeyError)
+
+
+def call_errbacks(backend: Any, context: Any, error: Exception) -> None:
+    """Call the error callbacks of a task as its result backend does when it writes a FAILURE."""
+    backend._call_task_errbacks(context, error, None)
 
 
 def no_retry() -> Retry:

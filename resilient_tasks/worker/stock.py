@@ -83,7 +83,7 @@ class Stocktaker:
                     moves.append(self._tasks.dead_letter(entry, error))
             return [move for move in moves if move is not None]
 
-        for _ in self._tasks.sift_pages(breaker.name, choose, enough=lambda: time.monotonic() >= give_up_at):
+        for _ in self._tasks.transfer_all(breaker.name, choose, enough=lambda: time.monotonic() >= give_up_at):
             continue
 
     def count(self, breaker: Breaker) -> None:
@@ -100,7 +100,7 @@ class Stocktaker:
             # not at once: a message may be on its way, because the index is written first
             fleet.ledger.clear_deferred(breaker.name)
         if waiting > snapshot.deferred:  # the index is written first and cleared first: some deferrals are missing
-            self._tasks.sift(breaker.name, lambda entries: self._index(breaker.name, entries))
+            self._tasks.transfer(breaker.name, lambda entries: self._index(breaker.name, entries))
 
     def send_home(self, unseen_for: float) -> None:
         """Resume the tasks of breakers that no worker defines any more; the gate decides by the current code."""
@@ -113,7 +113,7 @@ class Stocktaker:
     def _send_home(self, name: str) -> bool:
         """Resume all tasks that wait for a breaker; return whether none is left."""
         why = f"resumed, breaker {name!r} is defined nowhere any more"
-        while self._tasks.sift(name, partial(self._tasks.resume, epoch=0, why=why)):
+        while self._tasks.transfer(name, partial(self._tasks.resume, epoch=0, why=why))[1]:
             logger.warning("breaker %r is defined nowhere any more: its tasks are resumed", name)
         if self._tasks.count(name) > 0:
             return False

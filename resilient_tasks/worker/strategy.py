@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+import logging
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 from celery.exceptions import InvalidTaskError
-from celery.utils.saferepr import saferepr
 from celery.worker.strategy import default
 
+from resilient_tasks.worker.decoding import check_task
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
@@ -18,7 +17,10 @@ from resilient_tasks.worker.ticket import Ticket
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
 
-_SURROGATES = re.compile("[\ud800-\udfff]")
+logger = logging.getLogger("resilient_tasks")
+
+#: Seconds until a message is tried again that could not be handled.
+RETRY_INTERVAL = 1.0
 
 
 class gated:  # noqa: N801 - Celery knows strategies as functions
@@ -37,18 +39,33 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
 
     def __call__(self, message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **kwargs: Any) -> Any:
         """Handle one message that has just arrived."""
-        _check(message, body)
+        check_task(message.headers if body is None else body, message.payload)
+        try:
+            handled = self._take(message, body, ack, reject)
+        except InvalidTaskError:
+            raise  # Celery logs and rejects the message
+        except Exception:  # a bug of ours ends no worker: the message stays with the broker, and is tried again
+            logger.exception("a message for %s cannot be handled yet", self._task.name)
+            timer: Any = self._consumer.timer
+            timer.call_after(RETRY_INTERVAL, self, (message, body, ack, reject, callbacks), kwargs)
+            return None
+        return None if handled else self._go_on(message, body, ack, reject, callbacks, **kwargs)
+
+    def _take(self, message: Any, body: Any, ack: Any, reject: Any) -> bool:
+        """Defer a message that a breaker refuses; False if Celery's own strategy is to handle it."""
         ticket = Ticket.read(message.headers)
-        if ticket.resumed and self._runtime.defines(ticket.breaker):  # strangers may write tickets, too
+        if ticket.resumed and self._runtime.defines(ticket.breaker):  # others may write tickets, too
             self._gate.took_up(ticket)
         guards = self._guards(message) if body is None and "args" not in message.payload else []
         refusing = self._gate.refusing(guards, ticket, message.headers["id"]) if guards else None
         limiting = self._compensation.limiting(guards) if refusing is None else None
-        if refusing is not None or limiting is not None:
-            request = self._request(message, ack, reject)
-            if not request.eta and (limiting is not None or request.defers_when_refused()):
-                return self._defer(request, refusing, limiting)
-        return self._go_on(message, body, ack, reject, callbacks, **kwargs)
+        if refusing is None and limiting is None:
+            return False
+        request = self._request(message, ack, reject)
+        if request.eta or (limiting is None and not request.defers_when_refused()):
+            return False
+        self._defer(request, refusing, limiting)
+        return True
 
     def _guards(self, message: Any) -> list[Breaker]:
         args, kwargs, _ = message.payload
@@ -89,66 +106,3 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
             request.put_aside(refusing.name, str(refusing.refuse()))
         elif limiting is not None:
             request.make_way(limiting)
-
-
-def _check(message: Any, body: Any) -> None:
-    """Refuse a message over which Celery would stumble, and the whole worker with it.
-
-    Raises:
-        InvalidTaskError: something in it makes no sense; Celery then logs and rejects the message.
-        DecodeError: the payload cannot be read; Celery then logs and acknowledges it.
-    """
-    headers, payload = message.headers if body is None else body, message.payload
-    for name, accepts, allowed in _HEADERS:
-        value = headers.get(name)
-        if value is not None and not accepts(value):  # nobody without an id comes as far as this
-            raise InvalidTaskError(f"a task's {name} is {allowed}, not {saferepr(value, maxlen=100)}")
-    if body is None and not _is_call(payload):
-        raise InvalidTaskError(f"a task's payload is [args, kwargs, options], not {saferepr(payload, maxlen=100)}")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _is_id(value: Any) -> bool:
-    return _is_text(value) and (value.isascii() or _SURROGATES.search(value) is None)  # it becomes part of a key
-
-
-def _are_limits(value: Any) -> bool:
-    if not value:
-        return True
-    pair = isinstance(value, (list, tuple)) and len(value) == 2  # noqa: PLR2004 - a pair
-    return pair and all(isinstance(limit, (int, float, type(None))) for limit in value)
-
-
-def _is_name(value: Any) -> bool:
-    return not value or isinstance(value, str)
-
-
-def _are_stamps(value: Any) -> bool:
-    return not value or isinstance(value, dict)
-
-
-def _are_texts(value: Any) -> bool:
-    return not value or (isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value))
-
-
-_HEADERS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("id", _is_id, "text"),
-    ("shadow", _is_name, "text or None"),
-    ("eta", _is_text, "text or None"),
-    ("expires", _is_text, "text or None"),
-    ("timelimit", _are_limits, "two numbers or None"),
-    ("stamps", _are_stamps, "an object or None"),
-    ("stamped_headers", _are_texts, "a list of texts or None"),
-)
-
-
-def _is_call(payload: Any) -> bool:
-    if isinstance(payload, dict):
-        return "args" in payload  # of Celery 3
-    if not isinstance(payload, (list, tuple)) or len(payload) != 3:  # noqa: PLR2004 - the three below
-        return False
-    args, kwargs, options = payload
-    return isinstance(args, (list, tuple)) and isinstance(kwargs, dict) and isinstance(options, (dict, type(None)))

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field, Strict, TypeAdapter, ValidationError
 
 HEADER = "x-resilient-tasks"
 
 #: Latest steps that a ticket remembers.
 MOST_STEPS = 16
 
-_MOST = 1e17  # no time and no count of ours comes near
-_TEXT, _SECONDS, _COUNT, _HISTORY = "text", "seconds", "count", "history"
-_KINDS = {
-    "breaker": _TEXT, "origin": _TEXT, "reason": _TEXT, "exchange": _TEXT, "routing_key": _TEXT, "coalesced_as": _TEXT,
-    "trace": _TEXT, "teller": _TEXT,
-    "since": _SECONDS, "attempted_at": _SECONDS, "not_before": _SECONDS, "deadline": _SECONDS, "expires": _SECONDS,
-    "died_at": _SECONDS, "attempts": _COUNT, "resumed": _COUNT, "expiration": _COUNT, "history": _HISTORY,
-}  # fmt: skip
+_MOST = 10**17  # no time and no count of ours comes near
+_Text = Annotated[str, Strict()]
+_Seconds = Annotated[float, Field(ge=0, lt=_MOST, allow_inf_nan=False, strict=True)]
+_Count = Annotated[int, Field(ge=0, lt=_MOST, strict=True)]
 
 
 class Step(NamedTuple):
@@ -34,9 +32,9 @@ class Step(NamedTuple):
         cause: what the failure was, e.g. ``"ReadTimeout"``.
     """
 
-    at: float
-    what: str
-    cause: str = ""
+    at: _Seconds
+    what: _Text
+    cause: _Text = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,24 +62,24 @@ class Ticket:
         history: its latest steps, oldest first.
     """
 
-    breaker: str = ""
-    origin: str = ""
-    reason: str = ""
-    since: float = 0.0
-    attempts: int = 0
-    attempted_at: float = 0.0
-    not_before: float = 0.0
-    deadline: float = 0.0
-    expires: float = 0.0
-    died_at: float = 0.0
-    resumed: int = 0
-    exchange: str = ""
-    routing_key: str = ""
-    coalesced_as: str = ""
-    expiration: int = 0
-    trace: str = ""
-    teller: str = ""
-    history: tuple[Step, ...] = ()
+    breaker: _Text = ""
+    origin: _Text = ""
+    reason: _Text = ""
+    since: _Seconds = 0.0
+    attempts: _Count = 0
+    attempted_at: _Seconds = 0.0
+    not_before: _Seconds = 0.0
+    deadline: _Seconds = 0.0
+    expires: _Seconds = 0.0
+    died_at: _Seconds = 0.0
+    resumed: _Count = 0
+    exchange: _Text = ""
+    routing_key: _Text = ""
+    coalesced_as: _Text = ""
+    expiration: _Count = 0
+    trace: _Text = ""
+    teller: _Text = ""
+    history: Annotated[tuple[Step, ...], Field(max_length=MOST_STEPS)] = ()
 
     @classmethod
     def read(cls, headers: object) -> Ticket:
@@ -89,10 +87,10 @@ class Ticket:
         raw = headers.get(HEADER) if isinstance(headers, Mapping) else None
         if raw is None:  # nearly every message there is
             return _NO_TICKET
-        if not isinstance(raw, Mapping) or not all(_valid(kind, raw.get(name)) for name, kind in _KINDS.items()):
+        try:
+            return _DECODER.validate_python(raw)
+        except ValidationError:
             return _NO_TICKET
-        values = {name: raw[name] for name in _KINDS if raw.get(name) is not None}
-        return cls(**{**values, "history": tuple(Step(*step) for step in values.get("history", ()))})
 
     @classmethod
     def take(cls, headers: MutableMapping[str, Any]) -> Ticket:
@@ -103,7 +101,7 @@ class Ticket:
 
     def write(self, headers: Mapping[str, Any]) -> dict[str, Any]:
         """Return ``headers`` with this ticket in place of any other."""
-        return {**headers, HEADER: {name: value for name in _KINDS if (value := getattr(self, name))}}
+        return {**headers, HEADER: {name: value for name in _FIELDS if (value := getattr(self, name))}}
 
     @property
     def ends_at(self) -> float | None:
@@ -135,23 +133,5 @@ class Ticket:
 
 
 _NO_TICKET = Ticket()
-
-assert _KINDS.keys() == {item.name for item in fields(Ticket)}, "every field of Ticket needs a kind"  # noqa: S101
-
-
-def _valid(kind: str, value: object) -> bool:
-    if value is None:
-        return True
-    if kind == _TEXT:
-        return isinstance(value, str)
-    if kind == _HISTORY:
-        return isinstance(value, (list, tuple)) and len(value) <= MOST_STEPS and all(map(_is_step, value))
-    if isinstance(value, bool) or not isinstance(value, int if kind == _COUNT else (int, float)):
-        return False
-    return 0 <= value < _MOST  # neither NaN nor infinity is
-
-
-def _is_step(value: object) -> bool:
-    if not isinstance(value, (list, tuple)) or len(value) != len(Step._fields) or None in value:
-        return False
-    return all(map(_valid, (_SECONDS, _TEXT, _TEXT), value))
+_FIELDS = tuple(field.name for field in fields(Ticket))
+_DECODER = TypeAdapter(Ticket)

@@ -24,12 +24,12 @@ from resilient_tasks.worker.resume import Resumer
 #: By name: the method that a worker dies after.
 WINDOWS: dict[str, tuple[type, str]] = {
     "state written, message not moved": (Deferral, "_write_state"),
-    "message moved by script": (RedisQueues, "defer"),
+    "message moved by script": (RedisQueues, "put"),
     "message copied, not acknowledged": (PublishedQueues, "_publish"),
     "permit taken": (Fleet, "acquire"),
     "trial reported, not acknowledged": (GatedRequest, "_settle"),
     "resume promised, not made": (Resumer, "_still"),
-    "resumed by script": (RedisQueues, "_make"),
+    "resumed by script": (DeferredTasks, "_note_unmade"),
 }
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from kombu import Connection, Consumer, Queue
 
 from resilient_tasks.core.model import State
 from resilient_tasks.worker.broker import open_queues
-from resilient_tasks.worker.queues import Entry, Move, Queues
+from resilient_tasks.worker.queues import Move, Queues
 from resilient_tasks.worker.ticket import Ticket
 from tests.integration.conftest import Shop
 from workers.processes import Server
@@ -54,7 +54,7 @@ def copies(broker: redis.Redis) -> Counter[str]:
 def test_a_message_restored_just_before_its_deferral_gets_no_second_copy(shop: Shop) -> None:
     with a_delivered_message(shop) as (queues, message):
         message.channel.qos.restore_by_tag(message.delivery_tag)
-        assert not queues.defer(message, TICKET, owned=True, limit=None)
+        assert not queues.put(message, DEFERRED_PAYMENTS, TICKET, owned=True)
         assert list(copies(shop.broker).values()) == [1]
     assert shop.waiting("payments") == 0
     assert list(copies(shop.broker).values()) == [1]
@@ -120,8 +120,9 @@ def a_delivered_message(shop: Shop) -> Iterator[tuple[Queues, Any]]:
     queues.close()
 
 
-def _sent_back(entries: Sequence[Entry]) -> list[Move]:
-    return [Move(entry, "celery") for entry in entries]
+def _send_back(queues: Queues) -> list[Move]:
+    with queues.peek(DEFERRED_PAYMENTS, "payments") as entries:
+        return list(queues.move(DEFERRED_PAYMENTS, [Move(entry, "celery") for entry in entries]))
 
 
 TICKET = Ticket(breaker="payments", origin="celery")
@@ -130,13 +131,13 @@ TICKET = Ticket(breaker="payments", origin="celery")
 def test_a_message_that_may_not_be_pushed_stays_where_it_is(shop: Shop) -> None:
     with a_delivered_message(shop) as (queues, message):
         with _without_pushes(shop.broker), pytest.raises(redis.ResponseError):
-            queues.defer(message, TICKET, owned=True, limit=None)
+            queues.put(message, DEFERRED_PAYMENTS, TICKET, owned=True)
         assert (shop.broker.hlen("unacked"), shop.broker.zcard("unacked_index"), shop.waiting("payments")) == (1, 1, 0)
-        assert queues.defer(message, TICKET, owned=True, limit=None)
+        assert queues.put(message, DEFERRED_PAYMENTS, TICKET, owned=True)
         with _without_pushes(shop.broker), pytest.raises(redis.ResponseError):
-            queues.sift("payments", 10, _sent_back)
+            _send_back(queues)
         assert (shop.broker.llen("celery"), shop.waiting("payments")) == (0, 1)
-        assert len(queues.sift("payments", 10, _sent_back)) == 1
+        assert len(_send_back(queues)) == 1
         assert (shop.broker.llen("celery"), shop.waiting("payments")) == (1, 0)
 
 
@@ -151,9 +152,9 @@ def _without_pushes(broker: redis.Redis) -> Iterator[None]:
 
 def test_a_full_broker_still_lets_messages_be_deferred_and_resumed(shop: Shop) -> None:
     with a_delivered_message(shop) as (queues, message), _full(shop.broker):
-        assert queues.defer(message, TICKET, owned=True, limit=None)
+        assert queues.put(message, DEFERRED_PAYMENTS, TICKET, owned=True)
         assert (shop.broker.hlen("unacked"), shop.waiting("payments")) == (0, 1)
-        assert len(queues.sift("payments", 10, _sent_back)) == 1
+        assert len(_send_back(queues)) == 1
         assert (shop.broker.llen("celery"), shop.waiting("payments")) == (1, 0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,16 +232,14 @@ def test_no_message_is_looked_at_too_often(rabbitmq: RabbitMQ) -> None:
         Queue("often")(channel).declare()
         headers = {"id": "an-id", "task": "charge", "x-trace": "abc"}
         Producer(channel).publish([[], {}, {}], routing_key="often", headers=headers, priority=3)
-        queues.defer(Queue("often")(channel).get(), Ticket("payments", "often"), owned=True, limit=None)
+        deferred = queues.deferred("payments")
+        queues.put(Queue("often")(channel).get(), deferred, Ticket("payments", "often"), owned=True)
     assert queues.channel.basic_publish == queues.channel.basic_publish_confirm, "whatever the app's setting"
     found: list[Entry] = []
 
-    def look(entries: Sequence[Entry]) -> tuple[()]:
-        found.extend(entries)
-        return ()
-
     for _ in range(50):
-        queues.sift("payments", 10, look)
+        with queues.peek(deferred, "payments") as entries:
+            found.extend(entries)
     assert len(found) == 50
     assert found[-1].ticket == Ticket("payments", "often")
     assert found[-1].message.properties["priority"] == 3

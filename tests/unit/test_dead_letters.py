@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -178,14 +179,14 @@ def test_a_dead_task_is_held_unacknowledged_until_the_broker_takes_it(
         acknowledged.append("moved")
         return True
 
-    monkeypatch.setattr(deferral._queues, "defer", defer)
+    monkeypatch.setattr(deferral._queues, "put", defer)
     message = SimpleNamespace(
         headers={"id": "an-id", "task": "charge"}, body="[[], {}, {}]", payload=[[], {}, {}], delivery_info={},
         content_type="application/json", content_encoding="utf-8", properties={},
     )  # fmt: skip
     request = GatedRequest(message, app=app, task=app.tasks["charge"], on_ack=acknowledged.append)
     request.dead = True
-    deferral.defer_or_hold(request, TICKET)
+    deferral.attempt(request, partial(deferral.defer, request, TICKET))
     request.acknowledge()
     request.reject(requeue=True)
     assert (acknowledged, request.acknowledged) == ([], False)

@@ -136,13 +136,18 @@ def test_shutting_down_is_told_by_two_flags_that_hold_an_exit_code(
     assert seams.shutting_down()
 
 
-def test_announce_revoked_settles_a_request(app: Celery) -> None:
-    acknowledged = []
+def test_error_callbacks_are_called_as_the_backend_calls_them(app: Celery) -> None:
+    called: list[Any] = []
+
+    @app.task(name="note-failure", shared=False)
+    def note(request: Any, error: Any, traceback: Any) -> None:
+        called.append((request.id, error, traceback))
+
     request = request_of(app)
-    request._on_ack = lambda *args: acknowledged.append(args)
-    seams.announce_revoked(request, "no longer wanted")
-    assert app.AsyncResult("an-id").state == "REVOKED"
-    assert len(acknowledged) == 1
+    request._context.errbacks = [note.s()]
+    error = ValueError("no")
+    seams.call_errbacks(app.backend, request._context, error)
+    assert called == [("an-id", error, None)]
 
 
 @pytest.mark.parametrize("protocol", [1, 2])
@@ -156,16 +161,6 @@ def test_a_request_is_made_of_a_message_of_either_protocol(app: Celery, protocol
     request = Request(message, app=app, task=app.tasks["double"], **seams.parts_of(message))
     assert (request.id, request.args, request.kwargs) == ("an-id", [21], {})
     assert request._context.errbacks == ["an-errback"]
-
-
-def test_announce_revoked_tells_what_has_expired(app: Celery) -> None:
-    events: list[Any] = []
-    request = request_of(app)
-    request._eventer = SimpleNamespace(enabled=True, send=lambda kind, **fields: events.append((kind, fields)))
-    app.tasks["double"].send_events = True
-    seams.announce_revoked(request, "expired", expired=True)
-    assert [(kind, fields["expired"]) for kind, fields in events] == [("task-revoked", True)]
-    assert str(app.AsyncResult("an-id").result) == "expired"
 
 
 @pytest.mark.parametrize("accepted", [["json"], ["json", "pickle"]])

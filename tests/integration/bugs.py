@@ -1,0 +1,61 @@
+"""Steps that a message takes, and bugs of the library's own in them, for workers that import :mod:`buggy`."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from resilient_tasks.worker import deferred_tasks, stock, tick
+from resilient_tasks.worker.deferral import Deferral
+from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.gate import Gate
+from resilient_tasks.worker.host import Host
+from resilient_tasks.worker.queues import Entry, Queues
+from resilient_tasks.worker.redis_queues import RedisQueues
+from resilient_tasks.worker.request import GatedRequest
+from resilient_tasks.worker.resume import Resumer
+from resilient_tasks.worker.stock import Stocktaker
+from resilient_tasks.worker.ticket import Ticket
+
+#: Steps that a message takes on its way, by what happens to it then.
+DEFERRING: list[tuple[Any, str]] = [
+    (Ticket, "begin"), (Ticket, "write"), (Gate, "refusing"), (Host, "origin_of"), (GatedRequest, "_next_ticket"),
+    (Deferral, "defer"), (Deferral, "_tell"), (RedisQueues, "put"), (Ticket, "read"),
+]  # fmt: skip
+RESUMING: list[tuple[Any, str]] = [
+    (Ticket, "read"), (Ticket, "resume"), (Entry, "_field"), (Queues, "_entry"), (Resumer, "release"),
+    (DeferredTasks, "weed"), (DeferredTasks, "resume"), (RedisQueues, "move"), (deferred_tasks, "revoked_among"),
+]  # fmt: skip
+RECONCILING: list[tuple[Any, str]] = [(Stocktaker, "count"), (Stocktaker, "_index")]
+DEAD_LETTERING: list[tuple[Any, str]] = [
+    (DeferredTasks, "dead_letter"), (DeferredTasks, "_request"), (GatedRequest, "fail"), (Ticket, "die"),
+    (stock, "ended"), (deferred_tasks, "check_task"),
+]  # fmt: skip
+
+
+def step_name(owner: Any, name: str) -> str:
+    """Return the name of a step, of which ``bug:`` and ``hits:`` are keys."""
+    return f"{owner.__name__}.{name}"
+
+
+def install(side: Any) -> None:
+    """Have each step fail, in this process, while its key in Redis names an error."""
+    for owner, name in {*DEFERRING, *RESUMING, *RECONCILING, *DEAD_LETTERING}:
+        found = vars(owner)[name]
+        fails: Any = _fails_by_key(side, step_name(owner, name), getattr(found, "__func__", found))
+        setattr(owner, name, classmethod(fails) if isinstance(found, classmethod) else fails)
+    tick.STOCKTAKING = 1.0
+
+
+def _fails_by_key(side: Any, step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        error = side.get(f"bug:{step}")
+        if error is not None:
+            side.incr(f"hits:{step}")
+            raise getattr(builtins, error)("a bug")
+        return function(*args, **kwargs)
+
+    return run

@@ -1,0 +1,139 @@
+"""A bug of the library's own in any step of a message's way: a traceback, no lost message, and all finish after it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from resilient_tasks.worker.queues import Entry, Queues
+from resilient_tasks.worker.ticket import Ticket
+from tests.integration import bugs
+from tests.integration.bugs import step_name
+from tests.integration.conftest import Shop
+from tests.integration.test_faults import copies
+from workers.processes import Worker
+
+ERRORS = itertools.cycle(["KeyError", "TypeError", "AttributeError", "RuntimeError"])
+TASKS = 3
+
+
+@pytest.fixture
+def worker(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> Worker:
+    monkeypatch.setattr(shop, "module", "tests.integration.buggy")
+    return shop.worker(pool="threads")
+
+
+class Bug:
+    """A bug in one step of the workers, until it is mended."""
+
+    def __init__(self, shop: Shop, worker: Worker, step: str) -> None:
+        self.shop, self.worker, self.step = shop, worker, step
+        self.error = next(ERRORS)
+        self.logged = self._tracebacks()
+        shop.side.set(f"bug:{step}", self.error)
+
+    def _tracebacks(self) -> int:
+        return self.worker.output().count(f"\n{self.error}: ")
+
+    def strikes(self) -> None:
+        """Wait until it has struck again and again, with a traceback."""
+        self.shop.wait(lambda: int(self.shop.side.get(f"hits:{self.step}") or 0) >= 3, f"{self.step} to fail")
+        self.shop.wait(lambda: self._tracebacks() > self.logged, f"a traceback of {self.step}")
+        assert self.worker.running
+
+    def mend(self) -> None:
+        self.shop.side.delete(f"bug:{self.step}", f"hits:{self.step}")
+
+
+def ids(results: list[Any]) -> dict[str, int]:
+    return {result.id: 1 for result in results}
+
+
+def test_a_bug_in_deferring(shop: Shop, worker: Worker) -> None:
+    for owner, name in bugs.DEFERRING:
+        shop.open("payments")
+        bug = Bug(shop, worker, step_name(owner, name))
+        results = [shop.charge.delay(number) for number in range(TASKS)]
+        bug.strikes()
+        assert copies(shop.broker) == ids(results), bug.step
+        bug.mend()
+        shop.wait(lambda: shop.waiting("payments") == TASKS, f"all to wait after {bug.step}")
+        assert copies(shop.broker) == ids(results), bug.step
+        shop.close("payments")
+        shop.wait_done(*results)
+        assert not shop.broker.llen("resilient.dead.payments")
+
+
+def test_a_bug_in_resuming(shop: Shop, worker: Worker) -> None:
+    for owner, name in bugs.RESUMING:
+        shop.open("payments")
+        results = [shop.charge.delay(number) for number in range(TASKS)]
+        shop.wait(lambda: shop.waiting("payments") == TASKS, "all to wait")
+        bug = Bug(shop, worker, step_name(owner, name))
+        shop.close("payments")
+        bug.strikes()
+        assert copies(shop.broker) == ids(results), bug.step
+        bug.mend()
+        shop.wait_done(*results)
+        assert not shop.broker.llen("resilient.dead.payments")
+
+
+def test_a_bug_in_reconciling(shop: Shop, worker: Worker) -> None:
+    for owner, name in bugs.RECONCILING:
+        shop.open("payments")
+        results = [shop.charge.delay(number) for number in range(TASKS)]
+        shop.wait(lambda: shop.waiting("payments") == TASKS, "all to wait")
+        bug = Bug(shop, worker, step_name(owner, name))
+        shop.resilience.fleet.ledger.clear_deferred("payments")
+        bug.strikes()
+        assert copies(shop.broker) == ids(results), bug.step
+        bug.mend()
+        shop.close("payments")
+        shop.wait_done(*results)
+
+
+def test_a_bug_in_dead_lettering(shop: Shop, worker: Worker) -> None:
+    shop.open("payments")
+    for count, (owner, name) in enumerate(bugs.DEAD_LETTERING, 1):
+        bug = Bug(shop, worker, step_name(owner, name))
+        result = shop.urgent.delay()
+        bug.strikes()
+        assert copies(shop.broker) == ids([result]), bug.step
+        assert result.state == "DEFERRED"
+        bug.mend()
+        shop.wait_state(result, "FAILURE")
+        shop.wait(lambda: shop.broker.llen("resilient.dead.payments") == count, "the dead letter")  # noqa: B023
+
+
+@pytest.fixture
+def waiting(shop: Shop) -> Iterator[list[Any]]:
+    worker = shop.worker(pool="threads")
+    shop.open("payments")
+    results = [shop.charge.delay(number) for number in range(TASKS)]
+    shop.wait(lambda: shop.waiting("payments") == TASKS, "all to wait")
+    yield results
+    shop.close("payments")
+    shop.wait_done(*results)
+    assert worker.running
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Ticket, "read"), (Entry, "_field"), (Queues, "_entry")])
+def test_a_bug_in_looking(
+    shop: Shop, waiting: list[Any], owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        for look in (
+            shop.resilience.deferred.list, shop.resilience.deferred.drop,
+            lambda breaker: shop.resilience.deferred.resume(breaker, force=True),
+        ):  # fmt: skip
+            with pytest.raises(KeyError, match="a bug"):
+                look("payments")
+    assert copies(shop.broker) == ids(waiting)
+    assert len(shop.resilience.deferred.list("payments")) == TASKS

@@ -1,0 +1,143 @@
+"""A bug of the library's own in any step of looking at, resuming and ending waiting tasks moves no message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from celery import Celery
+from kombu import Producer, Queue
+
+from resilient_tasks import Breaker, Resilience
+from resilient_tasks.worker import deferred_tasks
+from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.published_queues import PublishedQueues
+from resilient_tasks.worker.queues import Entry, Queues
+from resilient_tasks.worker.ticket import Ticket
+from workers.processes import Server, start_valkey
+
+DEFERRED, DEAD, HOME = "resilient.deferred.payments", "resilient.dead.payments", "shop"
+TASKS = 5
+READING: list[tuple[Any, str]] = [
+    (Ticket, "read"),
+    (Queues, "_entry"),
+    (Entry, "_field"),
+    (PublishedQueues, "_entries"),
+]
+ENDING: list[tuple[Any, str]] = [
+    (DeferredTasks, "_settle"), (DeferredTasks, "_request"), (PublishedQueues, "move"), (PublishedQueues, "_publish"),
+    (Ticket, "write"), (deferred_tasks, "revoked_among"), (deferred_tasks, "superseded_among"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = start_valkey(tmp_path_factory.mktemp("store"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def resilience(app: Celery, server: Server) -> Iterator[Resilience]:
+    resilience = Resilience(app, store_url=server.url())
+    yield resilience
+    resilience.fleet.close()
+
+
+@pytest.fixture
+def app() -> Iterator[Celery]:
+    app = Celery("bugs", broker="memory://", backend="cache+memory://", set_as_current=False)
+
+    @app.task(name="bugs-charge", shared=False, breaker="payments")
+    def charge() -> None: ...
+
+    queues = [Queue(name) for name in (DEFERRED, DEAD, HOME)]
+    with app.connection_for_write() as connection:
+        for queue in queues:
+            queue(connection.default_channel).declare()
+        for _ in range(TASKS):
+            headers = Ticket("payments", HOME, since=1.0).write({"id": str(uuid4()), "task": "bugs-charge"})
+            Producer(connection).publish([[], {}, {}], routing_key=DEFERRED, headers=headers)
+        yield app
+        for queue in queues:
+            queue(connection.default_channel).purge()
+
+
+def sizes(resilience: Resilience) -> tuple[int, int]:
+    return resilience.deferred.count("payments"), resilience.dead_letters.count()["payments"]
+
+
+def strike(
+    monkeypatch: pytest.MonkeyPatch, step: tuple[Any, str], error: type[Exception], act: Callable[[], Any]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*step, fail)
+        with pytest.raises(error, match="a bug"):
+            act()
+
+
+@pytest.mark.parametrize("error", [KeyError, TypeError, AttributeError, RuntimeError])
+def test_a_bug_in_looking_moves_nothing(
+    resilience: Resilience, payments: Breaker, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    for step in READING:
+        strike(monkeypatch, step, error, lambda: resilience.deferred.list("payments"))
+        strike(monkeypatch, step, error, lambda: resilience.deferred.drop("payments"))
+        assert sizes(resilience) == (TASKS, 0)
+    assert len(resilience.deferred.list("payments")) == TASKS
+
+
+@pytest.mark.parametrize("error", [KeyError, TypeError, AttributeError, RuntimeError])
+def test_a_bug_in_resuming_or_ending_moves_nothing(
+    resilience: Resilience, payments: Breaker, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    for step in (*READING, *ENDING):
+        act: Any = resilience.deferred.drop if step in ENDING[:2] else resilience.deferred.resume
+        strike(monkeypatch, step, error, partial(act, "payments"))
+        assert sizes(resilience) == (TASKS, 0), step
+    assert resilience.deferred.resume("payments") == TASKS
+    assert sizes(resilience) == (0, 0)
+
+
+@pytest.mark.parametrize("step", READING)
+def test_a_bug_in_looking_at_dead_letters_moves_nothing(
+    resilience: Resilience, payments: Breaker, monkeypatch: pytest.MonkeyPatch, step: tuple[Any, str],
+    app: Celery,
+) -> None:  # fmt: skip
+    ticket = Ticket("payments", HOME).die(1.0, "made up")
+    with app.connection_for_write() as connection:
+        headers = ticket.write({"id": "an-id", "task": "bugs-charge"})
+        Producer(connection).publish([[], {}, {}], routing_key=DEAD, headers=headers)
+    for act in (resilience.dead_letters.list, lambda: resilience.dead_letters.replay("an-id")):
+        strike(monkeypatch, step, KeyError, act)
+    assert sizes(resilience) == (TASKS, 1)
+    assert resilience.dead_letters.replay("an-id") == {"payments": 1}
+
+
+def test_what_is_no_task_is_dead_lettered_and_looking_leaves_it(
+    app: Celery, resilience: Resilience, payments: Breaker
+) -> None:
+    with app.connection_for_write() as connection:
+        for headers in ({}, {"id": 5, "task": "bugs-charge"}, Ticket(origin=DEFERRED).write({"id": "a", "task": "b"})):
+            Producer(connection).publish(b"{", routing_key=DEFERRED, headers=headers, content_type="application/json")
+    assert len(resilience.deferred.list("payments")) == TASKS
+    assert sizes(resilience) == (TASKS + 3, 0)
+    assert resilience.deferred.resume("payments") == TASKS
+    assert sizes(resilience) == (0, 3)
+
+
+def test_tasks_may_come_from_any_queue_below_the_namespace(
+    app: Celery, resilience: Resilience, payments: Breaker
+) -> None:
+    with app.connection_for_write() as connection:
+        Queue("resilient.emails")(connection.default_channel).declare()
+        headers = Ticket("payments", "resilient.emails").write({"id": "an-id", "task": "bugs-charge"})
+        Producer(connection).publish([[], {}, {}], routing_key=DEFERRED, headers=headers)
+    assert resilience.deferred.resume("payments") == TASKS + 1
+    assert sizes(resilience) == (0, 0)
