@@ -8,16 +8,13 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 from resilient_tasks.checks import HEARTBEATS, LONGEST_SILENCE
-from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.model import Outcome, Snapshot, State, Verb
-from resilient_tasks.core.names import check_name
+from resilient_tasks.core.model import Snapshot, State, Verb
+from resilient_tasks.core.names import check_name, child_name
 from resilient_tasks.errors import ConfigurationError
-from resilient_tasks.family import Family
-from resilient_tasks.guard import Guarding
-from resilient_tasks.guarded import Guarded, Pass
+from resilient_tasks.guard import Guarded
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.probing import Probe
 from resilient_tasks.store.base import Spec
@@ -26,15 +23,17 @@ from resilient_tasks.store.standing import Standing
 if TYPE_CHECKING:
     from resilient_tasks.fleet import Fleet
 
-# ruff: noqa: SLF001  a child and its parent are breakers both
-
-#: Seconds for which a process goes by what it knows of a child that nobody tells it of.
+#: Seconds for which a process goes by its cached state of a CLOSED child, which nothing refreshes.
 REMEMBERED_FOR = 60.0
+#: Seconds between two searches for children that are no longer used; made when a new one is used.
+SWEEP_INTERVAL = 60.0
+#: Seconds for which a parent without room for more children is not asked again.
+FULL_FOR = 10.0
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class Breaker(Guarding):
+class Breaker(Guarded):
     """The circuit breaker of one dependency, shared by all processes that use its name.
 
     ``Resilience.breaker()`` makes it. Use it as a decorator, by :meth:`guard` or by :meth:`call`.
@@ -57,7 +56,8 @@ class Breaker(Guarding):
     ) -> None:
         super().__init__(Spec(check_name("breaker", name), policy or BreakerPolicy(), revision), fleet)
         self.registered_probe: Probe | None = None
-        self._family = Family(self, partial(Child, self))
+        self._children: dict[str, Child] = {}  # without a lock: each step leaves it right, and forks inherit it
+        self._full_until = self._swept_at = float("-inf")
 
     @property
     def probe_to_run(self) -> Probe | None:
@@ -82,19 +82,54 @@ class Breaker(Guarding):
         Raises:
             ConfigurationError: the key is neither, empty, or longer than 99 characters as percent-encoded UTF-8.
         """
-        return self._family.of_key(key)
+        name = child_name(self.name, key)
+        known = self._children.get(name)
+        if known is not None:
+            return known
+        fleet = self.fleet
+        if fleet.view.clock() < self._full_until:
+            return self
+        if not fleet.store.enroll(Child(self, name).spec):
+            self._full_until = fleet.view.clock() + FULL_FOR
+            return self
+        return self.child_named(name)
 
     def child_named(self, name: str) -> Breaker:
-        """Return the child of a name that somebody in the fleet has met."""
-        return self._family.named(name)
+        """Return the child of a name that a process of the fleet has used."""
+        known = self._children.get(name)
+        if known is None:
+            now = self.fleet.view.clock()
+            if now >= self._swept_at + SWEEP_INTERVAL:
+                self._swept_at = now
+                self._forget_idle_children()
+            known = self._children.setdefault(name, Child(self, name))
+        return known
+
+    def _forget_idle_children(self) -> None:
+        for name, child in list(self._children.items()):
+            if child.is_idle:
+                del self._children[name]
+                self.fleet.view.forget(name)
+                child.detach()
 
     def detach(self) -> None:
         """Forget the fleet and all children; the next use finds them anew."""
         super().detach()
-        self._family.detach()
+        self._children = {}
 
     def __repr__(self) -> str:
         return f"<Breaker {self.name!r}>"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse to be copied or pickled.
+
+        Raises:
+            ConfigurationError: always; it says what to do instead.
+        """
+        raise ConfigurationError(
+            f"breaker {self.name!r} cannot be copied or pickled: its state is shared by its name; use the same object,"
+            f" or pass the name and ask for it by resilience.breaker({self.name!r}) there"
+        )
 
     @property
     def accepting(self) -> bool:
@@ -240,9 +275,9 @@ class Child(Breaker):
     """
 
     def __init__(self, parent: Breaker, name: str) -> None:
-        Guarded.__init__(self, replace(parent.spec, name=name), parent._find_fleet)
+        Guarded.__init__(self, replace(parent.spec, name=name), parent._find_fleet)  # noqa: SLF001 - a breaker too
         self.parent = parent
-        self._examines = True  # a success is no concern of the fast path's: the parent has a say in each call
+        self._examines = True  # no call is plain: the parent has a say in each
 
     @property
     def registered_probe(self) -> Probe | None:  # type: ignore[override]  # the parent registers it
@@ -291,31 +326,6 @@ class Child(Breaker):
 
     def _is_current(self) -> bool:
         return super()._is_current() and (self._standing.age or 0.0) <= REMEMBERED_FOR
-
-    def _admit_by_view(self) -> Pass | None:
-        return super()._admit_by_view() if self._admitted_by_parent() else None
-
-    def _admitted_by_parent(self) -> Pass | None:
-        """Return what the parent admits without being asked for a permit; slots are the child's own."""
-        standing = self.parent.standing
-        return Pass(standing.epoch) if standing.admits else self.parent._admit_by_view()
-
-    def _ask_for_permit(self) -> Pass:
-        of_parent = self._admitted_by_parent() or self.parent._ask_for_permit()
-        try:
-            own = super()._admit_by_view() or super()._ask_for_permit()
-        except BaseException:
-            self._tell_parent(of_parent, Verdict(Outcome.IGNORED))
-            raise
-        return own._replace(of_parent=of_parent)
-
-    def _finished(self, admitted: Pass, verdict: Verdict) -> int:
-        own = super()._finished(admitted, verdict)
-        return max(own, self._tell_parent(admitted.of_parent, verdict))
-
-    def _tell_parent(self, admitted: Pass | None, verdict: Verdict) -> int:
-        """Tell the parent what its trial has found; other calls count for the child alone."""
-        return self.parent._finished(admitted, verdict) if admitted is not None and admitted.holder else 0
 
 
 def _nothing() -> None:

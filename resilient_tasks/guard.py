@@ -1,190 +1,831 @@
-"""Guarding calls: as a ``with`` block, as a function that is called, as a decorator, and for several breakers at once.
+"""Guarded calls: how one is admitted, what becomes of its outcome, and the ways to make one.
 
-No lock is held while the user's code runs, and the exception that it raises always reaches the caller.
+In CLOSED a guarded call costs no I/O: admission reads this process's cached state, the outcome goes to the reporter.
+Only when the breaker is not CLOSED, or limits the calls in flight, does a call ask the store, for a permit or a slot.
+
+Guards inside a guarded call, a task's run or a probe know it as their ``Scope``: they share its permits and slots, and
+what they report replaces what it would have reported for the same breaker. No lock is held while the user's code runs,
+and the exception that it raises always reaches the caller.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
+import math
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+import uuid
+from asyncio import _get_running_loop  # the loop or None; get_running_loop() raises
+from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from time import perf_counter
-from types import CoroutineType, TracebackType
-from typing import Any, TypeVar, cast
+from types import AsyncGeneratorType, CoroutineType, GeneratorType, TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
 
-from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.model import Outcome
-from resilient_tasks.errors import ConfigurationError
-from resilient_tasks.guarded import NO_VALUE, Guarded, Pass
+from resilient_tasks.core.blame import blame, blamed_on
+from resilient_tasks.core.classification import Verdict, dependency_errors, judge, judge_result
+from resilient_tasks.core.counts import REFUSED
+from resilient_tasks.core.model import Grant, Outcome, State
+from resilient_tasks.core.names import parent_of
+from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError, ConfigurationError
+from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.store.base import Spec
+from resilient_tasks.store.reports import Reporter
+from resilient_tasks.store.standing import Standing
+from resilient_tasks.store.view import View
 
-# ruff: noqa: SLF001  these are the ways to use Guarded, which keeps them from its users
+if TYPE_CHECKING:
+    from resilient_tasks.fleet import Fleet
 
+# ruff: noqa: SLF001  a guard and its breaker are one thing, which shows its users the public verbs
+
+REPORT_TIMEOUT = 0.25  # seconds a failed call may wait until its failure is counted, so that the next call sees it
+TRIAL_TIMEOUT = 1.0  # seconds a trial may wait until it is settled, for the same reason
+_POLL_INTERVAL = 0.001  # seconds between two looks of a coroutine at its report
+_NO_VALUE = object()
+_SUCCESS, _SLOW, _IGNORED = Verdict(Outcome.SUCCESS), Verdict(Outcome.SLOW), Verdict(Outcome.IGNORED)
+_FINISHED = frozenset({type(None), bool, int, float, str, bytes, list, tuple, dict, set})  # types with nothing to await
+_UNSTARTED = (
+    GeneratorType, AsyncGeneratorType, contextlib._GeneratorContextManager, contextlib._AsyncGeneratorContextManager
+)  # fmt: skip
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class Guard:
-    """One guarded call as a context manager; ``Breaker.guard()`` makes it. Not to be nested in itself."""
+class Pass(NamedTuple):
+    """What one breaker has granted to one call.
 
-    __slots__ = ("_admitted", "_breaker", "_epoch", "_is_plain", "_started", "_value")
+    Args:
+        breaker: its name.
+        epoch: its epoch at that moment; the outcome is reported for this epoch.
+        trial: the call is a trial: it holds a permit, or is part of a call that does.
+        counts: a dependency failure of this run that is attributed to the breaker would count as an attempt.
+        leased: the call itself holds a permit, or one of a limited number of slots.
+        for_child: it is the pass of a parent, for a call that counts for a child: only a trial counts.
+    """
 
-    def __init__(self, breaker: Guarded) -> None:
-        self._breaker = breaker
-        self._value: object = NO_VALUE
+    breaker: str
+    epoch: int = 0
+    trial: bool = False
+    counts: bool = False
+    leased: bool = False
+    for_child: bool = False
+
+
+# --- what is around a guard ---------------------------------------------------------------------------
+
+
+class Scope:
+    """A call in progress, as guards inside it see it.
+
+    Args:
+        passes: what it holds.
+    """
+
+    __slots__ = ("has_ended", "outer", "passes")
+
+    outer: Scope | None
+    passes: Mapping[str, Pass]  # by breaker
+
+    def __init__(self, passes: Iterable[Pass] = ()) -> None:
+        self.passes = {each.breaker: each for each in passes}
+        self.outer = None
+        self.has_ended = False
+
+    def found(self, breaker: str, verdict: Verdict) -> None:
+        """Take note of what a guard inside the trial of ``breaker`` has found."""
+
+    def replaced(self, breaker: str) -> None:
+        """Take note that a guard inside has reported for ``breaker``: the call as a whole need not."""
+
+
+class _Thread(threading.local):
+    """What a thread knows of the outermost of its calls, if it is a plain one.
+
+    A context variable costs as much as all the rest of such a call, and between its beginning and its end no coroutine
+    can come. ``plain`` holds its breaker, or :data:`_REPLACED` when a guard inside has reported in its stead.
+    """
+
+    def __init__(self) -> None:
+        self.plain: list[object] = [None]
+
+
+_thread = _Thread()
+_REPLACED = object()
+_current: ContextVar[Scope | None] = ContextVar("resilient_tasks_scope", default=None)
+_runs: list[Scope] = []  # of tasks, in this process
+
+
+@contextlib.contextmanager
+def within(scope: Scope, *, is_run: bool = False) -> Iterator[None]:
+    """Make what the block calls part of ``scope``.
+
+    Args:
+        scope: what is around it.
+        is_run: it is a task's run: threads that it starts without a context are part of it too.
+    """
+    token = _current.set(scope)
+    if is_run:
+        _runs.append(scope)
+    try:
+        yield
+    finally:
+        scope.has_ended = True
+        if is_run:
+            _runs.remove(scope)
+        _current.reset(token)
+
+
+def current_scope() -> Scope | None:
+    """Return the innermost call in progress around this one."""
+    return next(_live(_current.get()), None)
+
+
+def _scope_around(breaker: str) -> Scope | None:
+    """Return the innermost call in progress around a guard; in a thread without a context, the run that started it.
+
+    Where several runs share a process, it is one that holds a permit or slot of the breaker, if any does: a trial is
+    decided by what the dependency answers, to whichever of the trials.
+    """
+    scope, runs = current_scope(), list(_runs)
+    if scope is not None or not runs:
+        return scope
+    return runs[0] if len(runs) == 1 else next((run for run in runs if _shares(run, breaker)), None)
+
+
+def _live(scope: Scope | None) -> Iterator[Scope]:
+    """Yield a scope and those around it that have not ended: a coroutine may outlive the call that has started it."""
+    while scope is not None:
+        if not scope.has_ended:
+            yield scope
+        scope = scope.outer
+
+
+def _shares(scope: Scope, breaker: str) -> bool:
+    """Whether a call holds a permit or a slot, or is part of one that does."""
+    held = scope.passes.get(breaker)
+    return held is not None and (held.trial or held.leased)
+
+
+def _in_place_of(breaker: Guarded, scope: Scope) -> Guarded:
+    """Return the breaker that a guard inside ``scope`` reports for: in a child's call, that child for its parent."""
+    names = (name for around in _live(scope) for name in around.passes if parent_of(name) == breaker.name)
+    child = next(names, None)
+    return breaker if child is None else breaker.child_named(child)
+
+
+# --- one guarded call ---------------------------------------------------------------------------------
+
+_NO_PASSES: Mapping[str, Pass] = {}
+_NOTHING_FOUND: Mapping[str, Verdict] = {}
+
+
+class Guard(Scope):
+    """One guarded call as a context manager, for ``with`` and ``async with``. Not to be nested in itself.
+
+    A call is *plain* if it needs neither I/O nor a permit nor a clock and nothing is around it: all that it keeps is
+    the epoch.
+
+    Args:
+        breakers: all must admit it, and its outcome counts for each of them.
+    """
+
+    __slots__ = ("_breakers", "_epoch", "_found", "_holder", "_plain", "_replaced", "_started", "value")
+
+    _found: Mapping[str, Verdict]
+    _plain: list[object] | None  # what its thread knows of it, if it is plain and no part of a coroutine
+    _replaced: Collection[str]
+    value: object
+
+    def __init__(self, breakers: tuple[Guarded, ...]) -> None:
+        self._breakers = breakers
 
     def __enter__(self) -> None:
-        if not self._enters_freely():
-            self._begin(self._breaker._admit())
+        breaker = self._breakers[0]
+        if not breaker._is_plain():
+            self._begin(self._admit())
+        elif _get_running_loop() is None:
+            self._epoch = breaker._standing.epoch
+            self.passes = _NO_PASSES
+            self._plain = plain = _thread.plain
+            plain[0] = breaker
+        else:
+            self.be_plain(breaker._standing.epoch)
+            _current.set(self)
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._is_plain and exc is None:
-            self._breaker._count_success(self._epoch)
-        else:
-            self._breaker._wait(self._finish(exc))
+        breaker = self._breakers[0]
+        if self.passes is not _NO_PASSES or (plain := self._plain) is None:
+            if exc is not None or not self._ends_plainly():
+                breaker._wait(self.end(exc))
+            return
+        around = plain[0]
+        plain[0] = None
+        if exc is not None:
+            breaker._wait(breaker._count_failure(self._epoch, exc, is_replaced=around is not breaker))
+        elif around is breaker:
+            breaker._count_success(self._epoch)
 
     async def __aenter__(self) -> None:
-        if not self._enters_freely():
-            breaker = self._breaker
-            admitted = breaker._admit_by_view() if breaker._is_current() else None
-            self._begin(admitted or await self._admit_in_thread())
+        breaker = self._breakers[0]
+        if breaker._is_plain():
+            self._epoch = breaker._standing.epoch
+            self._plain = self.outer = None
+            self.passes = _NO_PASSES
+            self.has_ended = False
+            self._replaced = ()
+            _current.set(self)
+        elif _get_running_loop() is None:  # trio: its loop waits for the store
+            self._begin(self._admit())
+        else:
+            is_current = all(guard._is_current() for guard, _ in self._guards())
+            self._begin((self._admit_by_cache() if is_current else None) or await self._admit_in_thread())
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._is_plain and exc is None:
-            self._breaker._count_success(self._epoch)
-        else:
-            await self._breaker._wait_async(self._finish(exc))
+        breaker = self._breakers[0]
+        if exc is not None or not self._ends_plainly():
+            await breaker._wait_async(self.end(exc))
 
-    async def wait_for(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Await the guarded call itself, so that its value can be judged."""
-        async with self:
-            self._value = await coroutine
-        return self._value
-
-    async def _admit_in_thread(self) -> Pass:
-        """Ask the store without blocking the event loop."""
-        handing_over = _HandingOver(self._breaker)
-        asking = asyncio.ensure_future(asyncio.to_thread(handing_over.admit))
-        try:
-            return await asyncio.shield(asking)
-        except asyncio.CancelledError:
-            handing_over.give_up()
-            asking.add_done_callback(lambda asked: asked.cancelled() or asked.exception())  # nobody else looks at it
-            raise
-
-    def _enters_freely(self) -> bool:
-        """Admit a call that needs neither I/O nor a permit nor a clock; False: that is not enough."""
-        breaker = self._breaker
+    def _ends_plainly(self) -> bool:
+        """End a plain call that has succeeded."""
+        if self.passes is not _NO_PASSES or self._replaced:
+            return False
+        self.has_ended = True
+        if _current.get() is self:  # a generator may leave a block in another context than it has entered it in
+            _current.set(None)
+        breaker = self._breakers[0]
         standing = breaker._standing
-        self._epoch = standing.epoch
-        self._is_plain = standing.admits_plainly and not breaker._examines and not breaker._view.is_behind
-        return self._is_plain
+        standing.pending.append(self._epoch)
+        if not standing.scheduled:
+            breaker._reporter.schedule(standing)
+        return True
 
-    def _begin(self, admitted: Pass) -> None:
-        self._admitted = admitted
+    def be_plain(self, epoch: int) -> None:
+        """Stand for a call that was admitted plainly in ``epoch``."""
+        self._epoch = epoch
+        self._plain = self.outer = None
+        self.passes = _NO_PASSES
+        self.has_ended = False
+        self._replaced = ()
+
+    # --- admission --------------------------------------------------------------------------------
+
+    def _begin(self, passes: Mapping[str, Pass]) -> None:
+        self.passes, self.has_ended, self._replaced, self._found = passes, False, (), {}
+        self._plain, self.value = None, _NO_VALUE
         self._started = perf_counter()
+        _current.set(self)
 
-    def _finish(self, exc: BaseException | None) -> int:
-        breaker, admitted = self._breaker, Pass(self._epoch) if self._is_plain else self._admitted
+    def _guards(self) -> list[tuple[Guarded, Guarded]]:
+        """Return all breakers that must admit it: each with itself, or with the child that it is the parent of."""
+        guards: dict[str, tuple[Guarded, Guarded]] = {}
+        for breaker in self._breakers:
+            for guard in breaker.guards:
+                guards.setdefault(guard.name, (guard, breaker))
+        return list(guards.values())
+
+    def _admit_by_cache(self) -> dict[str, Pass] | None:
+        """Admit or refuse it by what this process knows; None: the store must be asked."""
+        self.outer = outer = _scope_around(self._breakers[0].name)
+        if outer is not None:
+            self._breakers = tuple(_in_place_of(breaker, outer) for breaker in self._breakers)
+        known = [guard._admit_by_cache(outer, for_child=guard is not breaker) for guard, breaker in self._guards()]
+        return None if None in known else {each.breaker: each for each in known if each is not None}
+
+    def _admit(self) -> Mapping[str, Pass]:
+        known = self._admit_by_cache()
+        if known is not None:
+            return known
+        self._holder = uuid.uuid4().hex
+        passes: dict[str, Pass] = {}
+        try:
+            for guard, breaker in self._guards():
+                for_child = guard is not breaker
+                known_here = guard._admit_by_cache(self.outer, for_child=for_child)
+                passes[guard.name] = known_here or guard._ask_for_admission(self._holder, for_child=for_child)
+        except BaseException:
+            self._give_back(passes)
+            raise
+        return passes
+
+    def _give_back(self, passes: Mapping[str, Pass]) -> None:
+        for guard, _ in self._guards():
+            held = passes.get(guard.name)
+            if held is not None and held.leased:
+                guard._reporter.settle(guard.spec, self._holder, held.epoch, _IGNORED)
+
+    async def _admit_in_thread(self) -> Mapping[str, Pass]:
+        """Ask the store without blocking the event loop; what it grants after a cancellation is given back."""
+        granted: list[Mapping[str, Pass]] = []
+        is_wanted = [True]
+
+        def give_back() -> None:
+            with contextlib.suppress(IndexError):  # one of two threads gives it back: pop() is atomic
+                self._give_back(granted.pop())
+
+        def ask() -> None:
+            granted.append(self._admit())
+            if not is_wanted:
+                give_back()
+
+        asking = asyncio.ensure_future(asyncio.to_thread(ask))
+        try:
+            await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            is_wanted.clear()
+            give_back()
+            asking.add_done_callback(lambda asked: asked.cancelled() or asked.exception())  # nothing else looks at it
+            raise
+        return granted.pop()
+
+    # --- outcome ----------------------------------------------------------------------------------
+
+    def replaced(self, breaker: str) -> None:
+        """Take note that a guard inside has reported; what counts for a child need not count for its parent."""
+        self._replaced = {*self._replaced, breaker, parent_of(breaker) or breaker}
+
+    def found(self, breaker: str, verdict: Verdict) -> None:
+        """Take note of what a guard inside the trial has found."""
+        known = self._found.get(breaker)
+        if known is None or known.outcome is not Outcome.FAILURE:
+            self._found = {**self._found, breaker: verdict}
+
+    def end(self, exc: BaseException | None) -> int:
+        """End the call and report on it; return a ticket to wait for, 0 if there is no hurry."""
+        if self.passes is _NO_PASSES:
+            return self._end_plainly(exc)
+        counted_for = None if exc is None else blamed_on(exc)
+        seconds = perf_counter() - self._started
+        if exc is None:
+            verdicts = {each.name: each.judge_success(seconds, self.value) for each in self._breakers}
+        else:
+            verdicts = {each.name: each.judge(exc, seconds) for each in self._breakers}
+            if len(verdicts) == 1 and verdicts[self._breakers[0].name].outcome is Outcome.FAILURE:
+                blame(exc, self._breakers[0].name)
+        return self._close(verdicts, counted_for)
+
+    def _end_plainly(self, exc: BaseException | None) -> int:
+        breaker = self._breakers[0]
+        self.has_ended = True
+        self.leave()
+        is_replaced = breaker.name in self._replaced
         if exc is not None:
-            return breaker._failed(admitted, exc)
-        return breaker._succeeded(admitted, perf_counter() - self._started, self._value)
+            return breaker._count_failure(self._epoch, exc, is_replaced=is_replaced)
+        if not is_replaced:
+            breaker._count_success(self._epoch)
+        return 0
 
+    def _close(self, verdicts: Mapping[str, Verdict], counted_for: str | None = None) -> int:
+        self.has_ended = True
+        self.leave()
+        return max(self._report(guard, verdicts[each.name], counted_for) for guard, each in self._guards())
 
-class _HandingOver:
-    """An admission on its way from a thread to a coroutine, which may be cancelled, or its loop closed, meanwhile."""
-
-    def __init__(self, breaker: Guarded) -> None:
-        self._breaker = breaker
-        self._lock = threading.Lock()
-        self._admitted: Pass | None = None
-        self._is_unwanted = False
-
-    def admit(self) -> Pass:
-        """Ask for admission, in the thread."""
-        admitted = self._breaker._admit()
-        with self._lock:
-            self._admitted = admitted
-        if self._is_unwanted:
-            self._give_back()
-        return admitted
+    def leave(self) -> None:
+        """Let what follows be no part of the call."""
+        if _current.get() is self:  # a generator may leave a block in another context than it has entered it in
+            _current.set(self.outer)
 
     def give_up(self) -> None:
-        """Have a permit or a slot freed, whether it has come already or not."""
-        self._is_unwanted = True
-        self._give_back()
+        """End a call that was not made after all."""
+        if self.passes is not _NO_PASSES:
+            self._breakers[0]._wait(self._close({breaker.name: _IGNORED for breaker in self._breakers}))
 
-    def _give_back(self) -> None:
-        with self._lock:
-            admitted, self._admitted = self._admitted, None
-        if admitted is not None:
-            self._breaker._finished(admitted, Verdict(Outcome.IGNORED))
+    def _report(self, guard: Guarded, verdict: Verdict, counted_for: str | None) -> int:
+        """Report to one breaker; ``counted_for`` is that for which a guard inside has counted the same exception."""
+        name, held = guard.name, self.passes[guard.name]
+        if held.trial:
+            verdict = verdict if verdict.outcome is Outcome.FAILURE else self._found.get(name, verdict)
+            if not held.leased:
+                trial = next((scope for scope in _live(self.outer) if _shares(scope, name)), None)
+                if trial is not None:
+                    trial.found(name, verdict)
+                return 0
+        elif held.for_child and not held.leased:
+            return 0
+        elif name in self._replaced and _needs_no_report(name, verdict, counted_for):
+            verdict = _IGNORED
+        for scope in _live(self.outer):
+            scope.replaced(name)
+        plain = _thread.plain
+        if isinstance(plain[0], Guarded) and plain[0].name in (name, parent_of(name)):
+            plain[0] = _REPLACED
+        return guard._settle(self._holder, held, verdict) if held.leased else guard._count(held.epoch, verdict)
+
+    def hand_over(self, result: Any, fn: Callable[..., Any]) -> Any:
+        """Return what stands for a result that the call has not come to yet.
+
+        Raises:
+            ConfigurationError: ``fn`` is a generator function, or makes a context manager of one.
+        """
+        breaker = self._breakers[0]
+        if type(result) is CoroutineType:  # nothing has happened yet: it is admitted when it is awaited
+            self.give_up()
+            return breaker._await(result)
+        if hasattr(type(result), "__await__"):
+            self.leave()
+            return _Awaitable(self, result)
+        if _is_generator_function(inspect.unwrap(fn)):
+            self.give_up()
+            raise ConfigurationError(
+                f"breaker {breaker.name!r} cannot guard {fn!r}, whose body runs after the call: use guard() around"
+                " the loop or block that runs it"
+            )
+        return _NO_VALUE
 
 
-class Guarding(Guarded):
-    """The part of a ``Breaker`` by which users guard their calls."""
+def _needs_no_report(name: str, verdict: Verdict, counted_for: str | None) -> bool:
+    """Whether a call in whose stead guards inside it have reported has nothing to add: no failure of its own.
+
+    Args:
+        name: of the breaker.
+        verdict: on the call.
+        counted_for: the breaker for which one of them has counted the exception that has ended the call.
+    """
+    return verdict.outcome is not Outcome.FAILURE or name in (counted_for, parent_of(counted_for or ""))
+
+
+class _Awaitable:
+    """What a guarded function has returned to be awaited, or entered by ``async with``: that is part of the call."""
+
+    def __init__(self, guard: Guard, inner: Any) -> None:
+        self._guard: Guard | None = guard
+        self._inner = inner
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._finish().__await__()
+
+    async def _finish(self) -> Any:
+        guard, self._guard = self._guard, None
+        if guard is None:  # it is awaited a second time
+            return await self._inner
+        _current.set(guard)
+        try:
+            guard.value = await self._inner
+        except BaseException as exc:
+            await guard.__aexit__(type(exc), exc, None)
+            raise
+        await guard.__aexit__(None, None, None)
+        return guard.value
+
+    async def __aenter__(self) -> Any:
+        guard = self._guard
+        if guard is not None:
+            _current.set(guard)
+        try:
+            return await self._inner.__aenter__()
+        except BaseException as exc:
+            await self._end(exc)
+            raise
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> Any:
+        try:
+            is_handled = await self._inner.__aexit__(kind, exc, traceback)
+        except BaseException as error:
+            await self._end(error)
+            raise
+        await self._end(exc)
+        return is_handled
+
+    async def _end(self, exc: BaseException | None) -> None:
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            await guard.__aexit__(None, exc, None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __del__(self) -> None:
+        if self._guard is not None:
+            self._guard.give_up()
+
+
+# --- a breaker's part ---------------------------------------------------------------------------------
+
+
+class Guarded:
+    """A dependency as this process calls it: the part of a ``Breaker`` that admits calls and reports outcomes.
+
+    It is made at import time, before the store's address is known, so it finds its fleet on first use.
+
+    Args:
+        spec: the breaker as this process declares it.
+        fleet: returns this process's ``Fleet``.
+    """
+
+    _view: View
+    _reporter: Reporter
+
+    def __init__(self, spec: Spec, fleet: Callable[[], Fleet]) -> None:
+        self.spec = spec
+        self._alone = (self,)
+        self._find_fleet = fleet
+        self._joined: Fleet | None = None
+        self._standing = _NOWHERE
+        # a success that is looked at does not take the fast path
+        self._examines = spec.policy.slow_call_duration is not None or spec.policy.classify is not dependency_errors
+        self._slow_after = math.inf if spec.policy.slow_call_duration is None else spec.policy.slow_call_duration
+
+    @property
+    def name(self) -> str:
+        """Name of the breaker."""
+        return self.spec.name
+
+    @property
+    def policy(self) -> BreakerPolicy:
+        """The policy as this process declares it."""
+        return self.spec.policy
+
+    @property
+    def guards(self) -> tuple[Guarded, ...]:
+        """The breakers that a call must pass: a child's parent, and the breaker itself."""
+        return (self,)
+
+    def child_named(self, name: str) -> Guarded:
+        """Return the child of a name that a process of the fleet has used."""
+        raise NotImplementedError
+
+    # --- membership -------------------------------------------------------------------------------
+
+    @property
+    def fleet(self) -> Fleet:
+        """This process's fleet; on first use the breaker's state is read from the store."""
+        if self._joined is None:
+            fleet = self._find_fleet()
+            self._view, self._reporter = fleet.view, fleet.reporter
+            self._standing = fleet.join(self.spec)
+            self._joined = fleet
+        return self._joined
+
+    def detach(self) -> None:
+        """Forget the fleet; the next use finds it anew."""
+        self._joined = None
+        self._standing = _NOWHERE
+
+    # --- state ------------------------------------------------------------------------------------
+
+    @property
+    def standing(self) -> Standing:
+        """The breaker as this process sees it."""
+        self.fleet.view.catch_up()
+        return self._standing
+
+    @property
+    def state(self) -> State:
+        """State of the breaker as this process sees it."""
+        return self.standing.snapshot.state
+
+    @property
+    def admits(self) -> bool:
+        """Whether calls are admitted without asking the store."""
+        return self.standing.admits
+
+    def refuse(self) -> BreakerOpenError:
+        """Return the error of a refusal, and count it; at capacity no call is kept from the dependency for good."""
+        standing = self.standing
+        if standing.admits and not standing.admits_freely:
+            return BreakerOpenError(self.name, AT_CAPACITY, standing.retry_after)
+        self.fleet.reporter.tally(self.name, REFUSED)
+        return BreakerOpenError(self.name, standing.snapshot.state.value, standing.retry_after)
+
+    # --- admission --------------------------------------------------------------------------------
+
+    def _is_plain(self) -> bool:
+        """Whether a call made now is plain; see :class:`Guard`."""
+        return (
+            self._standing.admits_plainly
+            and not self._examines
+            and not _runs
+            and _thread.plain[0] is None
+            and _current.get() is None
+            and (self._view.signal is None or not self._view.is_behind)
+        )
+
+    def _is_current(self) -> bool:
+        """Whether this process can answer without I/O."""
+        return self._joined is not None and not self._view.is_behind
+
+    def _admit_by_cache(self, outer: Scope | None, *, for_child: bool) -> Pass | None:
+        """Admit or refuse a call by what this process knows; None: the store must be asked.
+
+        Raises:
+            BreakerOpenError: it is refused.
+        """
+        standing, name = self.standing, self.name
+        shares = any(_shares(scope, name) for scope in _live(outer))
+        if standing.admits_freely or (standing.admits and (for_child or shares)):  # slots are the child's own
+            return Pass(name, standing.epoch, for_child=for_child)
+        if shares and any(scope.passes[name].trial for scope in _live(outer) if name in scope.passes):
+            return Pass(name, standing.epoch, trial=True, for_child=for_child)
+        if standing.refuses:
+            raise self.refuse()
+        return None
+
+    def _ask_for_admission(self, holder: str, *, for_child: bool) -> Pass:
+        grant = self.acquire(holder)
+        if not grant.admitted:
+            raise self.refuse()
+        if grant.leased:
+            self.hold(holder, self.policy.trial_timeout if grant.trial else math.inf)
+        return Pass(self.name, grant.snapshot.epoch, grant.trial, leased=grant.leased, for_child=for_child)
+
+    def acquire(self, holder: str) -> Grant:
+        """Ask the store for admission, in HALF_OPEN for a permit.
+
+        Args:
+            holder: who holds the permit; unique to the call.
+        """
+        return self.fleet.acquire(self.spec, holder)
+
+    def hold(self, holder: str, seconds: float) -> None:
+        """Renew a permit until it is settled, at most for so many seconds."""
+        fleet = self.fleet
+        fleet.reporter.hold(self.name, holder, fleet.view.clock() + seconds)
+
+    # --- outcomes ---------------------------------------------------------------------------------
+
+    def judge(self, exc: BaseException, seconds: float = 0.0) -> Verdict:
+        """Return what the exception that ended a call says about the dependency.
+
+        One that ended a guarded call of another dependency inside this one says nothing here. One that says nothing,
+        like a cancellation, ends a slow call all the same if it came too late.
+
+        Args:
+            exc: the exception.
+            seconds: how long the call has taken.
+        """
+        policy = self.policy
+        blamed = blamed_on(exc)
+        if blamed is not None and self.name not in (blamed, parent_of(blamed)):
+            return Verdict(Outcome.IGNORED, type(exc).__name__)
+        said = judge(policy.classify, policy.failures, policy.ignore, exc)
+        return _SLOW if said.outcome is Outcome.IGNORED and seconds > self._slow_after else said
+
+    def judge_success(self, seconds: float, value: object = _NO_VALUE) -> Verdict:
+        """Return what a call that returned says about the dependency; SLOW if it took too long.
+
+        Args:
+            seconds: that it took.
+            value: what it returned, for a ``classify`` of the user's; nothing for a ``with`` block.
+        """
+        verdict = _SUCCESS if value is _NO_VALUE else judge_result(self.policy.classify, value)
+        return _SLOW if verdict.outcome is Outcome.SUCCESS and seconds > self._slow_after else verdict
+
+    def report(
+        self, epoch: int, verdict: Verdict, *, voter: str = "", each: bool = False, was_overdue: bool = False
+    ) -> int:
+        """Report a call that was admitted in ``epoch`` without a permit; see :meth:`Reporter.report`."""
+        return self.fleet.reporter.report(
+            self._standing, epoch, verdict, voter=voter, each=each, was_overdue=was_overdue
+        )
+
+    def _count_success(self, epoch: int) -> None:
+        """Report the success of a plain call: the one path that has to be fast."""
+        standing = self._standing
+        standing.pending.append(epoch)
+        if not standing.scheduled:
+            self._reporter.schedule(standing)
+
+    def _count_failure(self, epoch: int, exc: BaseException, *, is_replaced: bool) -> int:
+        """Report a plain call that has raised ``exc``, or say nothing if a guard inside has counted that."""
+        counted_for, verdict = blamed_on(exc), self.judge(exc)
+        if verdict.outcome is Outcome.FAILURE:
+            blame(exc, self.name)
+        if is_replaced and _needs_no_report(self.name, verdict, counted_for):
+            return 0
+        return self._count(epoch, verdict)
+
+    def _count(self, epoch: int, verdict: Verdict) -> int:
+        return self.report(epoch, verdict, voter=self._voter(verdict), each=True)
+
+    def _settle(self, holder: str, held: Pass, verdict: Verdict) -> int:
+        return self._reporter.settle(self.spec, holder, held.epoch, verdict, voter=self._voter(verdict), each=True)
+
+    def _voter(self, verdict: Verdict) -> str:
+        return "" if verdict.outcome is Outcome.SUCCESS else self.fleet.voter()
+
+    def _wait(self, ticket: int) -> None:
+        self._reporter.wait(ticket, self._report_timeout)
+
+    async def _wait_async(self, ticket: int) -> None:
+        if _get_running_loop() is None:  # trio: the next call need not see the effect of this one
+            return
+        give_up_at = perf_counter() + self._report_timeout
+        # An event would have to cross over from the reporter's thread into each loop; failures are rare enough to poll.
+        while not self._reporter.is_served(ticket) and perf_counter() < give_up_at:  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_INTERVAL)
+
+    @property
+    def _report_timeout(self) -> float:
+        return REPORT_TIMEOUT if self._standing.admits else TRIAL_TIMEOUT
+
+    # --- ways to guard a call ---------------------------------------------------------------------
 
     def guard(self) -> Guard:
         """Return a context manager for one guarded call, for ``with`` and ``async with``.
 
-        Entering it raises :class:`BreakerOpenError` when the breaker refuses; the body does not run then.
+        Entering it raises :class:`BreakerOpenError` when the breaker refuses; the body does not run then. A time-out
+        belongs inside, so that it ends the call as a failure: one around the guard only cancels it.
         """
-        return Guard(self)
+        return Guard(self._alone)
 
-    def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Call ``fn`` under guard and return what it returns; for a coroutine function something to await.
+    def call(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Call ``fn`` under guard and return what it returns.
+
+        If that is awaitable, the call lasts until it has been awaited, or until the end of its ``async with`` block.
 
         Raises:
-            BreakerOpenError: the breaker refuses; ``fn`` does not run.
+            BreakerOpenError: the breaker refuses; ``fn`` does not run. For a coroutine function, when it is awaited.
+            ConfigurationError: ``fn`` is a generator function; its body would run outside the guard.
         """
-        standing = self._standing
-        if not standing.admits_plainly or self._examines or self._view.is_behind:
+        plain, standing = _thread.plain, self._standing
+        if (
+            not standing.admits_plainly
+            or self._examines
+            or _runs
+            or plain[0] is not None
+            or _current.get() is not None
+            or (self._view.signal is not None and self._view.is_behind)
+        ):
             return self._call_with_care(fn, args, kwargs)
         epoch = standing.epoch
+        plain[0] = self
         try:
             result = fn(*args, **kwargs)
         except BaseException as exc:
-            self._wait(self._failed(Pass(epoch), exc))
+            around, plain[0] = plain[0], None
+            self._wait(self._count_failure(epoch, exc, is_replaced=around is not self))
             raise
-        if type(result) is CoroutineType:
-            return self._await(result)
-        self._count_success(epoch)
+        around = plain[0]
+        plain[0] = None
+        if type(result) not in _FINISHED and _is_unfinished(result):
+            if type(result) is CoroutineType:
+                return cast("_T", self._await(cast("Coroutine[Any, Any, Any]", result)))
+            guard = Guard(self._alone)
+            guard.be_plain(epoch)
+            unfinished = guard.hand_over(result, fn)
+            if unfinished is not _NO_VALUE:
+                return cast("_T", unfinished)
+        if around is self:
+            standing.pending.append(epoch)
+            if not standing.scheduled:
+                self._reporter.schedule(standing)
         return result
 
-    def _call_with_care(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _call_with_care(self, fn: Callable[..., _T], args: Any, kwargs: Any) -> _T:
         if inspect.iscoroutinefunction(fn):
-            return self._await(fn(*args, **kwargs))
-        admitted = self._admit()
-        started = perf_counter()
+            return cast("_T", self._await(fn(*args, **kwargs)))
+        guard = Guard(self._alone)
+        guard._begin(guard._admit())
         try:
             result = fn(*args, **kwargs)
         except BaseException as exc:
-            self._wait(self._failed(admitted, exc))
+            self._wait(guard.end(exc))
             raise
-        if type(result) is CoroutineType:  # nothing has happened yet: it is admitted when it is awaited
-            self._wait(self._finished(admitted, Verdict(Outcome.IGNORED)))
-            return self._await(result)
-        self._wait(self._succeeded(admitted, perf_counter() - started, result))
+        if _is_unfinished(result):
+            unfinished = guard.hand_over(result, fn)
+            if unfinished is not _NO_VALUE:
+                return cast("_T", unfinished)
+        guard.value = result
+        self._wait(guard.end(None))
         return result
 
-    async def _await(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    async def _await(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        guard = Guard(self._alone)
+        if self._is_plain():
+            guard.be_plain(self._standing.epoch)
+            _current.set(guard)
+        else:
+            try:
+                await guard.__aenter__()
+            except BaseException:
+                coroutine.close()  # it has not even begun
+                raise
         try:
-            return await self.guard().wait_for(coroutine)
-        finally:
-            coroutine.close()  # it has not even begun if the breaker refused
+            guard.value = result = await coroutine
+        except BaseException as exc:
+            await self._wait_async(guard.end(exc))
+            raise
+        if not guard._ends_plainly():
+            await self._wait_async(guard.end(None))
+        return result
 
     def __call__(self, fn: _F) -> _F:
         """Decorate a function or a coroutine function: each call of it is a guarded call.
 
         Raises:
-            ConfigurationError: ``fn`` is a generator function; its body would run outside the guard.
+            ConfigurationError: ``fn`` is no such function; the message says what to write instead.
         """
-        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
-            raise ConfigurationError(f"breaker {self.name!r} cannot guard the generator {fn!r}: use guard() inside it")
+        self._check_decorated(fn)
         if inspect.iscoroutinefunction(fn):
 
             @functools.wraps(fn)
@@ -199,6 +840,22 @@ class Guarding(Guarded):
 
         return cast("_F", guarded)
 
+    def _check_decorated(self, fn: Any) -> None:
+        if _is_generator_function(fn):
+            instead = "a generator function: use guard() inside it"
+        elif isinstance(fn, (staticmethod, classmethod)):
+            kind = type(fn).__name__
+            instead = f"a {kind}: write @{kind} above the breaker, not below it"
+        elif isinstance(fn, type):
+            instead = f"a class: decorate its methods, or make one by call({fn.__name__})"
+        elif hasattr(fn, "apply_async"):
+            instead = f"a Celery task: write @app.task(breaker={self.name!r})"
+        elif not callable(fn):
+            instead = "not callable: allowed is a function or a coroutine function"
+        else:
+            return
+        raise ConfigurationError(f"breaker {self.name!r} cannot decorate {fn!r}, {instead}")
+
 
 def call_guarded(breakers: Sequence[Guarded], fn: Callable[[], Any]) -> Any:
     """Call ``fn`` under guard of several breakers and return what it returns; its outcome counts for each of them.
@@ -206,21 +863,30 @@ def call_guarded(breakers: Sequence[Guarded], fn: Callable[[], Any]) -> Any:
     Raises:
         BreakerOpenError: one of them refuses; ``fn`` does not run, and permits of the others are given back.
     """
-    passes: list[Pass] = []
+    guard = Guard(tuple(breakers))
+    guard._begin(guard._admit())
     try:
-        for breaker in breakers:
-            passes.append(breaker._admit())  # noqa: PERF401 - what was admitted before a refusal must be known
-        started = perf_counter()
-        value = fn()
+        guard.value = fn()
     except BaseException as exc:
-        _finish_all(zip(breakers, passes, strict=False), [breaker.judge(exc) for breaker in breakers])
+        breakers[0]._wait(guard.end(exc))
         raise
-    seconds = perf_counter() - started
-    _finish_all(zip(breakers, passes, strict=True), [breaker.judge_success(seconds, value) for breaker in breakers])
-    return value
+    breakers[0]._wait(guard.end(None))
+    return guard.value
 
 
-def _finish_all(admitted: Iterable[tuple[Guarded, Pass]], verdicts: Sequence[Verdict]) -> None:
-    tickets = [(breaker, breaker._finished(own, verdict)) for (breaker, own), verdict in zip(admitted, verdicts)]  # noqa: B905 - those that refused have no pass
-    for breaker, ticket in tickets:
-        breaker._wait(ticket)
+def _is_unfinished(result: object) -> bool:
+    return hasattr(type(result), "__await__") or isinstance(result, _UNSTARTED)
+
+
+def _is_generator_function(fn: Any) -> bool:
+    return inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)
+
+
+def _nowhere() -> Standing:
+    """Return a standing that admits nothing, for breakers that have not joined their fleet yet."""
+    standing = Standing(Spec("nowhere"), perf_counter)
+    standing.admits = standing.admits_freely = standing.admits_plainly = False
+    return standing
+
+
+_NOWHERE = _nowhere()

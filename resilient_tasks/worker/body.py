@@ -21,8 +21,7 @@ from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.counts import FAILED
 from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.errors import BreakerOpenError
-from resilient_tasks.guard import call_guarded
-from resilient_tasks.guarded import task_scope
+from resilient_tasks.guard import call_guarded, current_scope
 from resilient_tasks.monitor import tracing
 from resilient_tasks.provenance import write_provenance
 from resilient_tasks.worker.options import DEFER
@@ -46,7 +45,7 @@ def run_guarded(task: ResilientTask, *args: Any, **kwargs: Any) -> Any:
         TaskDeferred: the message must be put aside; only from a worker's pool.
         ConfigurationError: nobody defines the task's breaker.
     """
-    run = task_scope.get()
+    run = current_scope()
     if isinstance(run, Run) and run.begin(task.request.id):
         return _GatedBody(task, args, kwargs, run).run()
     return _UngatedBody(task, args, kwargs).run()

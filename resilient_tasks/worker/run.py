@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from billiard.einfo import ExceptionInfo
@@ -17,9 +16,10 @@ from celery.exceptions import Ignore
 
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome
+from resilient_tasks.core.names import parent_of
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.fallback import Served
-from resilient_tasks.guarded import task_scope
+from resilient_tasks.guard import Pass, Scope, within
 from resilient_tasks.monitor.log import about
 from resilient_tasks.worker import seams
 
@@ -35,26 +35,6 @@ def limits_of(task: Any, sent: Sequence[float | None] | None) -> tuple[float | N
     """Return the hard and the soft time limit of a run in seconds: those sent with its message, else its task's."""
     hard, soft = (*(sent or ()), None, None)[:2]
     return hard or task.time_limit, soft or task.soft_time_limit
-
-
-class Pass(NamedTuple):
-    """Leave that one breaker has given to one run.
-
-    Args:
-        breaker: its name.
-        epoch: its epoch at that moment; outcomes are reported for this epoch.
-        trial: the run holds a permit.
-        counts: a dependency failure of this run that is put to the breaker would count as an attempt.
-        leased: the run holds a permit, or one of a limited number of slots.
-        for_child: it is the pass of a parent, for a run that a child answers for: only a trial counts.
-    """
-
-    breaker: str
-    epoch: int = 0
-    trial: bool = False
-    counts: bool = False
-    leased: bool = False
-    for_child: bool = False
 
 
 class Admission(NamedTuple):
@@ -181,20 +161,32 @@ class TaskDeferred(Ignore):  # type: ignore[misc]  # Celery is untyped
         return f"deferred, waits for breaker {self.breaker!r}: {self.reason}"
 
 
-@dataclass(slots=True)
-class Run:
-    """One run of a guarded task in the pool, between its admission and its report."""
+class Run(Scope):
+    """One run of a guarded task in the pool, between its admission and its report.
 
-    admission: Admission
-    task_id: str
-    begun: bool = False
-    verdicts: Sequence[Verdict | None] = ()  # on the task as a whole, one for each pass
-    served: Served | None = None
-    served_for: str = ""  # the breaker whose refusal or failure the fallback answered
-    reported: set[str] = field(default_factory=set)  # breakers whose own guards have reported
-    exhausted_by: str = ""  # the failure that has used up the task's attempts
-    exhausted_for: str = ""  # the breaker that it is put to
-    within_trial: dict[str, Verdict] = field(default_factory=dict)  # the worst that guards inside trials have found
+    Attributes:
+        begun: the body has begun.
+        verdicts: on the task as a whole, one for each pass.
+        served: what a fallback has answered.
+        served_for: the breaker whose refusal or failure it has answered.
+        exhausted_by: the failure that has used up the task's attempts.
+        exhausted_for: the breaker that it is attributed to.
+    """
+
+    __slots__ = (
+        "_found", "_reported", "admission", "begun", "exhausted_by", "exhausted_for", "served", "served_for", "task_id",
+        "verdicts",
+    )  # fmt: skip
+
+    def __init__(self, admission: Admission, task_id: str) -> None:
+        super().__init__(admission.passes)
+        self.admission, self.task_id = admission, task_id
+        self.begun = False
+        self.verdicts: Sequence[Verdict | None] = ()
+        self.served: Served | None = None
+        self.served_for = self.exhausted_by = self.exhausted_for = ""
+        self._reported: set[str] = set()  # breakers whose own guards have reported
+        self._found: dict[str, Verdict] = {}  # the worst that guards inside trials have found
 
     def begin(self, task_id: str | None) -> bool:
         """Claim the run for the task body; False for calls of other tasks, or of itself, inside it."""
@@ -204,24 +196,14 @@ class Run:
         return True
 
     def replaced(self, breaker: str) -> None:
-        """A guard inside the body has reported for ``breaker``: the task as a whole need not."""
-        self.reported.add(breaker)
+        """A guard inside the body has reported; what counts for a child need not count for its parent."""
+        self._reported |= {breaker, parent_of(breaker) or breaker}
 
     def found(self, breaker: str, verdict: Verdict) -> None:
         """A guard inside the trial has come to a verdict, which replaces that on the task as a whole."""
-        worst = self.within_trial.get(breaker)
+        worst = self._found.get(breaker)
         if worst is None or worst.outcome is not Outcome.FAILURE:
-            self.within_trial[breaker] = verdict
-
-    def is_trial(self, breaker: str) -> bool:
-        """Whether the run holds a permit of ``breaker``, which covers all that it does inside."""
-        admitted = self.admission.pass_of(breaker)
-        return admitted is not None and admitted.trial
-
-    def holds_slot(self, breaker: str) -> bool:
-        """Whether the run is one of a limited number of calls in flight, which covers all that it does inside."""
-        admitted = self.admission.pass_of(breaker)
-        return admitted is not None and admitted.leased
+            self._found[breaker] = verdict
 
     def report(self) -> Report:
         """Return what the main process should know."""
@@ -232,21 +214,19 @@ class Run:
 
     def _verdict(self, admitted: Pass, verdict: Verdict | None) -> Verdict | None:
         if admitted.trial:
-            return self.within_trial.get(admitted.breaker, verdict)
-        return None if admitted.breaker in self.reported else verdict
+            return self._found.get(admitted.breaker, verdict)
+        return None if admitted.breaker in self._reported else verdict
 
 
 def run_admitted(admission: Packed, name: str, task_id: str, *args: Any) -> tuple[int, Any, float, Packed]:
     """Run a task in the pool with Celery's own tracer, and report on its dependency."""
     run = Run(Admission.unpack(admission), task_id)
     trace = seams.tracer(seams.current_app())
-    token = task_scope.set(run)
-    try:
-        failed, value, runtime = trace(name, task_id, *args)
-    except NONSENSE:
-        what = "Task %s[%s] has run, and its callbacks make no sense"
-        logger.exception(what, name, task_id, extra=about(task_id, name))
-        failed, value, runtime = 1, ExceptionInfo(internal=True), 0.0
-    finally:
-        task_scope.reset(token)
+    with within(run, is_run=True):
+        try:
+            failed, value, runtime = trace(name, task_id, *args)
+        except NONSENSE:
+            what = "Task %s[%s] has run, and its callbacks make no sense"
+            logger.exception(what, name, task_id, extra=about(task_id, name))
+            failed, value, runtime = 1, ExceptionInfo(internal=True), 0.0
     return failed, value, runtime, run.report().pack()

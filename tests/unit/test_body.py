@@ -15,9 +15,10 @@ from celery.exceptions import Ignore, Retry
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Outcome, Resilience, constant
 from resilient_tasks.core.classification import Verdict
+from resilient_tasks.guard import Pass
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker import seams
-from resilient_tasks.worker.run import Admission, Pass, Report, TaskDeferred, run_admitted
+from resilient_tasks.worker.run import Admission, Report, TaskDeferred, run_admitted
 
 TASK_ID = "d3f0"
 SUCCESS, FAILURE = Verdict(Outcome.SUCCESS), Verdict(Outcome.FAILURE, "ConnectionError")

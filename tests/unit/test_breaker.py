@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, State, Transition
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreError
 from resilient_tasks.fleet import Fleet
-from resilient_tasks.guarded import task_scope
+from resilient_tasks.guard import Pass, Scope, within
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.probing import Probe
 from resilient_tasks.store.standing import DENIAL_MEMORY
@@ -143,6 +144,11 @@ every_way = pytest.mark.parametrize(
         use_coroutine_of_a_plain_function,
     ],
 )
+
+
+def elsewhere(fn: Callable[..., Any], *args: Any) -> Any:
+    """Call a function as another thread of the same process would: with nothing around it."""
+    return contextvars.Context().run(fn, *args)
 
 
 # --- guarded calls, every way -------------------------------------------------------------------------
@@ -290,15 +296,18 @@ def test_a_breaker_joins_knowing_its_state(rig: Rig) -> None:
 
 def test_a_denial_is_not_asked_for_again_at_once(rig: Rig) -> None:
     rig.half_open()
-    with rig.breaker.guard(), rig.breaker.guard():
+    first, second = rig.breaker.guard(), rig.breaker.guard()
+    with first, contextlib.ExitStack() as stack:
+        elsewhere(second.__enter__)
+        stack.push(second)
         for _ in range(50):
             with pytest.raises(BreakerOpenError) as refused:
-                rig.breaker.call(rig.works)
+                elsewhere(rig.breaker.call, rig.works)
         assert refused.value.state == "HALF_OPEN"
         assert rig.store.calls["acquire"] == 3
         rig.clock.advance(DENIAL_MEMORY)
         with pytest.raises(BreakerOpenError):
-            rig.breaker.call(rig.works)
+            elsewhere(rig.breaker.call, rig.works)
         assert rig.store.calls["acquire"] == 4
     assert rig.breaker.state is State.CLOSED
 
@@ -313,13 +322,16 @@ def test_being_a_moment_early_is_no_denial_to_remember(rig: Rig) -> None:
 
 
 def test_a_permit_given_back_admits_one_more(rig: Rig) -> None:
+    def mistake() -> None:
+        with pytest.raises(BreakerOpenError):
+            elsewhere(rig.breaker.call, rig.works)
+        raise KeyError
+
     rig.half_open()
     with rig.breaker.guard():
-        with contextlib.suppress(KeyError), rig.breaker.guard():
-            with pytest.raises(BreakerOpenError):
-                rig.breaker.call(rig.works)
-            raise KeyError
-        assert rig.breaker.call(rig.works) == "paid"
+        with pytest.raises(KeyError):
+            elsewhere(rig.breaker.call, mistake)
+        assert elsewhere(rig.breaker.call, rig.works) == "paid"
 
 
 def test_a_call_from_before_the_trip_changes_nothing_afterwards(rig: Rig) -> None:
@@ -485,55 +497,47 @@ def test_a_cancelled_call_says_nothing(rig: Rig) -> None:
 # --- guards inside a task of the same breaker -----------------------------------------------------------
 
 
-class Scope:
-    def __init__(self, *, trial: bool = False, slot: bool = False) -> None:
-        self.trial, self.slot = trial, slot
+class Call(Scope):
+    """What is around a guard, and takes down what it is told."""
+
+    def __init__(self, held: Pass) -> None:
+        super().__init__([held])
         self.told: list[str] = []
         self.found_in_trial: list[Outcome] = []
 
     def replaced(self, breaker: str) -> None:
         self.told.append(breaker)
 
-    def is_trial(self, breaker: str) -> bool:
-        return self.trial and breaker == "payments"
-
-    def holds_slot(self, breaker: str) -> bool:
-        return self.slot and breaker == "payments"
-
     def found(self, breaker: str, verdict: Verdict) -> None:
         assert breaker == "payments"
         self.found_in_trial.append(verdict.outcome)
 
 
-@pytest.fixture
-def scope() -> Iterator[Scope]:
-    scope = Scope()
-    token = task_scope.set(scope)
-    yield scope
-    task_scope.reset(token)
-
-
 @every_way
-def test_a_guard_inside_a_task_answers_in_its_stead(rig: Rig, scope: Scope, use: Any) -> None:
-    use(rig, rig.works)
-    assert set(scope.told) == {"payments"}
-    scope.told.clear()
-    with pytest.raises(ConnectionResetError):
-        use(rig, rig.fails)
-    assert set(scope.told) == {"payments"}
+def test_a_guard_inside_a_task_answers_in_its_stead(rig: Rig, use: Any) -> None:
+    task = Call(Pass("payments"))
+    with within(task):
+        use(rig, rig.works)
+        assert set(task.told) == {"payments"}
+        task.told.clear()
+        with pytest.raises(ConnectionResetError):
+            use(rig, rig.fails)
+    assert set(task.told) == {"payments"}
     assert rig.figures() == (2, 1)
 
 
 @every_way
-def test_a_guard_inside_a_trial_needs_no_permit_of_its_own(rig: Rig, scope: Scope, use: Any) -> None:
-    scope.trial = True
+def test_a_guard_inside_a_trial_needs_no_permit_of_its_own(rig: Rig, use: Any) -> None:
+    task = Call(Pass("payments", trial=True, leased=True))
     rig.half_open()
     rig.breaker.acquire("the task")
     rig.breaker.acquire("another task")
-    for _ in range(3):
-        assert use(rig, rig.works) == "paid"
+    with within(task):
+        for _ in range(3):
+            assert use(rig, rig.works) == "paid"
     assert rig.store.calls["acquire"] == 2
-    assert scope.told == []
+    assert task.told == []
+    assert set(task.found_in_trial) - {Outcome.IGNORED} == {Outcome.SUCCESS}
     assert rig.breaker.snapshot().trials == 2
 
 

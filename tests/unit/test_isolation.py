@@ -15,18 +15,17 @@ from resilient_tasks import Breaker, BreakerOpenError, Resilience
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.core.pace import Pace, refill_count
+from resilient_tasks.guard import Pass, within
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.testing import Clock
 from resilient_tasks.worker.gate import Gate, Places
 from resilient_tasks.worker.queues import Entry
-from resilient_tasks.worker.run import Admission, Pass, Run
+from resilient_tasks.worker.run import Run
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.selection import FirstFew
 from resilient_tasks.worker.ticket import Ticket
 from tests.support.doubles import Request, wait_until
-from tests.unit.test_breaker import Rig, Scope, every_way, scope
-
-__all__ = ["scope"]
+from tests.unit.test_breaker import Call, Rig, elsewhere, every_way
 
 SCARCE = BreakerPolicy(max_concurrency=1, minimum_calls=100)
 
@@ -44,7 +43,7 @@ def rig() -> Iterator[Rig]:
 @every_way
 def test_a_call_beyond_the_limit_is_refused_and_does_not_run(rig: Rig, use: Any) -> None:
     with rig.breaker.guard(), pytest.raises(BreakerOpenError, match="breaker 'payments' is at capacity") as raised:
-        use(rig, rig.works)
+        elsewhere(use, rig, rig.works)
     assert raised.value.state == "AT_CAPACITY"
     assert rig.ran == 0
     assert use(rig, rig.works) == "paid"
@@ -61,12 +60,13 @@ def test_a_call_that_fails_counts_and_frees_its_slot(rig: Rig, use: Any) -> None
 
 
 @every_way
-def test_a_guard_inside_a_task_shares_its_slot(rig: Rig, scope: Scope, use: Any) -> None:
-    scope.slot = True
+def test_a_guard_inside_a_task_shares_its_slot(rig: Rig, use: Any) -> None:
+    task = Call(Pass("payments", leased=True))
     rig.breaker.acquire("the task")
-    assert use(rig, rig.works) == "paid"
+    with within(task):
+        assert use(rig, rig.works) == "paid"
     assert rig.store.calls["acquire"] == 1
-    assert set(scope.told) == {"payments"}
+    assert set(task.told) == {"payments"}
 
 
 def test_a_cancelled_call_frees_its_slot(rig: Rig) -> None:
@@ -154,13 +154,6 @@ def test_a_slot_of_one_breaker_is_given_back_if_another_refuses(
     assert refused.refused_by == "accounts"
     assert payments.snapshot().in_flight == 0
     assert gate.admit(request("b", payments)).passes
-
-
-def test_a_run_covers_the_guards_inside_it() -> None:
-    run = Run(Admission((Pass("payments", leased=True), Pass("accounts"))), "a")
-    assert run.holds_slot("payments")
-    assert not run.holds_slot("accounts")
-    assert not run.holds_slot("mail")
 
 
 def test_places() -> None:
