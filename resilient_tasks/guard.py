@@ -24,9 +24,16 @@ from time import perf_counter
 from types import AsyncGeneratorType, CoroutineType, GeneratorType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
 
-from resilient_tasks.core.blame import blame, blamed_on
-from resilient_tasks.core.classification import Verdict, dependency_errors, judge, judge_result
-from resilient_tasks.core.counts import REFUSED
+from resilient_tasks.core.classification import (
+    Verdict,
+    attribute_to,
+    attributed_to,
+    dependency_errors,
+    judge,
+    judge_result,
+    log_undecided,
+)
+from resilient_tasks.core.counts import REFUSED, UNDECIDED
 from resilient_tasks.core.model import Grant, Outcome, State
 from resilient_tasks.core.names import parent_of
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError, ConfigurationError
@@ -362,14 +369,14 @@ class Guard(Scope):
         """End the call and report on it; return a ticket to wait for, 0 if there is no hurry."""
         if self.passes is _NO_PASSES:
             return self._end_plainly(exc)
-        counted_for = None if exc is None else blamed_on(exc)
+        counted_for = None if exc is None else attributed_to(exc)
         seconds = perf_counter() - self._started
         if exc is None:
             verdicts = {each.name: each.judge_success(seconds, self.value) for each in self._breakers}
         else:
             verdicts = {each.name: each.judge(exc, seconds) for each in self._breakers}
             if len(verdicts) == 1 and verdicts[self._breakers[0].name].outcome is Outcome.FAILURE:
-                blame(exc, self._breakers[0].name)
+                attribute_to(exc, self._breakers[0].name)
         return self._close(verdicts, counted_for)
 
     def _end_plainly(self, exc: BaseException | None) -> int:
@@ -664,10 +671,13 @@ class Guarded:
             seconds: how long the call has taken.
         """
         policy = self.policy
-        blamed = blamed_on(exc)
-        if blamed is not None and self.name not in (blamed, parent_of(blamed)):
+        other = attributed_to(exc)
+        if other is not None and self.name not in (other, parent_of(other)):
             return Verdict(Outcome.IGNORED, type(exc).__name__)
         said = judge(policy.classify, policy.failures, policy.ignore, exc)
+        if said.undecided:
+            log_undecided(self.name, exc)
+            self.fleet.reporter.tally(self.name, UNDECIDED + said.cause)
         return _SLOW if said.outcome is Outcome.IGNORED and seconds > self._slow_after else said
 
     def judge_success(self, seconds: float, value: object = _NO_VALUE) -> Verdict:
@@ -697,9 +707,9 @@ class Guarded:
 
     def _count_failure(self, epoch: int, exc: BaseException, *, is_replaced: bool) -> int:
         """Report a plain call that has raised ``exc``, or say nothing if a guard inside has counted that."""
-        counted_for, verdict = blamed_on(exc), self.judge(exc)
+        counted_for, verdict = attributed_to(exc), self.judge(exc)
         if verdict.outcome is Outcome.FAILURE:
-            blame(exc, self.name)
+            attribute_to(exc, self.name)
         if is_replaced and _needs_no_report(self.name, verdict, counted_for):
             return 0
         return self._count(epoch, verdict)

@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
+from datetime import timezone
 from email.utils import parsedate_to_datetime
+from enum import Enum
 from itertools import islice
 from typing import Any
 
 _BEGINNING = 100  # bytes of a body
-_STATUS_ATTRIBUTES = ("status_code", "status", "http_status")
+_STATUS_ATTRIBUTES = (
+    "status_code",
+    "status",
+    "http_status",
+    "http_status_code",
+    "http_code",
+    "httpcode",
+    "errcode",
+    "code",
+)
+_ANSWERS = ("response", "resp", "meta")  # where clients keep the whole answer
+# Packages whose ``code`` is that of another protocol.
+_OTHER_CODES = frozenset({"aiormq", "aiosmtplib", "amqp", "clickhouse_connect", "clickhouse_driver", "pika", "pymongo"})
+_CODE_ATTRIBUTES = ("code", "type", "error_code", "error_type", "errorCode", "status", "grpc_status_code")
+_BODIES = ("response", "body", "error", "errors", "details")
+_CODE_KEYS = ("code", "Code", "type", "status", "reason", "error")
 # Where clients keep what they wrap, if not in ``args`` or ``__dict__``: class attributes and properties.
 _WRAPPING_ATTRIBUTES = ("reason", "orig", "original_exception", "inner_exception", "exceptions", "errors")
+_STATUS_LINE = re.compile(r"[1-5]\d\d( .*)?")
+_CODE = re.compile(r"[\w.:-]{2,100}")
 _UNWRAPPED_AT_MOST = 50  # exceptions looked at in one tree, and members of one list
 
 
 def status_of(exc: BaseException) -> int | None:
     """Return the HTTP status that ``exc`` reports, from its response or from itself."""
     response = attribute(exc, "response")
-    if isinstance(response, dict):  # botocore
+    if isinstance(response, dict) and "ResponseMetadata" in response:  # botocore
         return _as_status(_metadata(response).get("HTTPStatusCode"))
-    for source in (response, exc):
+    answers = [attribute(exc, name) for name in _ANSWERS]
+    responses = [held for held in exc.args if attribute(held, "status_code") is not None]
+    for source in (*answers, exc, *responses):
         for name in _STATUS_ATTRIBUTES:
+            if name == "code" and type(exc).__module__.partition(".")[0] in _OTHER_CODES:
+                continue
             status = _as_status(attribute(source, name))
             if status is not None:
                 return status
@@ -30,7 +54,37 @@ def status_of(exc: BaseException) -> int | None:
 
 
 def _as_status(value: object) -> int | None:
+    if isinstance(value, bytes):
+        value = value.decode("latin-1")
+    if isinstance(value, str):
+        value = int(value[:3]) if _STATUS_LINE.fullmatch(value) else None
     return int(value) if isinstance(value, int) and not isinstance(value, bool) and 100 <= value <= 599 else None
+
+
+def codes_of(exc: BaseException) -> Iterator[str]:
+    """Yield what may be an error code: words without blanks that ``exc`` or the body of its answer names so."""
+    for name in _CODE_ATTRIBUTES:
+        yield from _as_code(attribute(exc, name))
+    for name in _BODIES:
+        body = attribute(exc, name)
+        body = attribute(body, "data") if name == "response" and not isinstance(body, dict) else body
+        for part in islice(body, _UNWRAPPED_AT_MOST) if isinstance(body, (list, tuple)) else (body,):
+            yield from _codes_in(part)
+
+
+def _codes_in(body: object) -> Iterator[str]:
+    """Yield the codes of a decoded body, and of the error in it: ``{"error": {"type": "overloaded_error"}}``."""
+    inner = body
+    for _ in range(2):
+        for key in _CODE_KEYS:
+            yield from _as_code(inner.get(key) if isinstance(inner, dict) else attribute(inner, key))
+        inner = (inner.get("error") or inner.get("Error")) if isinstance(inner, dict) else None
+
+
+def _as_code(value: object) -> Iterator[str]:
+    text = value.name if isinstance(value, Enum) else value
+    if isinstance(text, str) and _CODE.fullmatch(text):
+        yield text
 
 
 def _metadata(response: dict[str, Any]) -> dict[str, Any]:
@@ -68,9 +122,9 @@ def texts_of(exc: BaseException) -> list[str]:
     """Return the beginnings of what the server has said, as far as that has been read: a body, gRPC's details."""
     # requests and httpx: their public ``content`` would read a stream from the network
     body = attribute(attribute(exc, "response"), "_content")
-    details = attribute(exc, "details")
+    details = answered(exc, "details")
     said = [body[:_BEGINNING].decode("latin-1")] if isinstance(body, bytes) else []
-    return [*said, str(details())] if callable(details) else said
+    return [*said, details] if isinstance(details, str) else said
 
 
 def _headers(exc: BaseException) -> Any:
@@ -92,7 +146,9 @@ def _header(headers: Any, name: str) -> str | None:
 
 def _timestamp(date: str | None) -> float | None:
     try:
-        return parsedate_to_datetime(date).timestamp() if date else None
+        moment = parsedate_to_datetime(date or "")
+        # RFC 9110, 5.6.7: a date without a zone, as asctime writes it, is UTC
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -136,3 +192,12 @@ def _wrapped_by(exc: BaseException) -> Iterator[BaseException]:
 def _exceptions_in(value: object) -> Iterator[BaseException]:
     values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
     return (one for one in islice(values, _UNWRAPPED_AT_MOST) if isinstance(one, BaseException))
+
+
+def answered(source: object, name: str) -> Any:
+    """Return what a method without arguments returns; None if there is none, or it raises."""
+    method = attribute(source, name)
+    try:
+        return method() if callable(method) else None
+    except Exception:  # noqa: BLE001  like a property
+        return None

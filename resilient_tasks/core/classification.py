@@ -1,8 +1,8 @@
 """What a finished call says about the dependency that was called.
 
-``dependency_errors`` is the default of ``BreakerPolicy.classify``: the dependency is to blame when it
-cannot be reached, does not answer in time, breaks the connection, or answers 5xx or 429. Everything
-else (other 4xx, programming errors, file errors, a task that retries or rejects itself) says nothing.
+``dependency_errors`` is the default of ``BreakerPolicy.classify``: the call has failed if the dependency cannot be
+reached, does not answer in time, breaks the connection, is overloaded, or answers 5xx or 429. Everything else (other
+4xx, programming errors, file errors, a task that retries or rejects itself) is not counted.
 
 ``judge`` puts a policy's ``classify``, ``failures`` and ``ignore`` together into one ``Verdict``;
 ``judge_result`` asks a user's ``classify`` about a value that was returned.
@@ -13,11 +13,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple, Union
 
-from resilient_tasks.core.answer import retry_after_of, status_of
-from resilient_tasks.core.blame import carried_by, is_control_flow, witness
+from resilient_tasks.core.answer import attribute, retry_after_of, status_of, unwrapped
+from resilient_tasks.core.client_errors import Saying, is_one_of, says
 from resilient_tasks.core.model import Outcome
+from resilient_tasks.errors import ResilienceError
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 Classify = Callable[[Any], Outcome]
 # Union, not "|": Callable[...] aliases do not support the operator on Python 3.10.
 Matcher = Union[type[BaseException], Callable[[BaseException], bool]]  # noqa: UP007
+
+_CONTROL_FLOW = {"asyncio": frozenset({"CancelledError"}), "celery": frozenset({"Ignore", "Reject", "Retry"})}
 
 
 class Verdict(NamedTuple):
@@ -34,19 +38,21 @@ class Verdict(NamedTuple):
         outcome: what is counted.
         cause: the exception's type or its HTTP status, never its text, which may hold secrets.
         retry_after: seconds the dependency asked to be left alone.
+        undecided: no rule knows the exception: it is not counted, and the user should say what it is.
     """
 
     outcome: Outcome
     cause: str = ""
     retry_after: float | None = None
+    undecided: bool = False
 
 
 def dependency_errors(exc: BaseException) -> Outcome:
     """Return FAILURE if ``exc`` is the dependency's fault, else IGNORED."""
     carried = carried_by(exc)
-    if carried is None or is_control_flow(carried):
+    if carried is None or _is_control_flow(carried):
         return Outcome.IGNORED
-    return witness(carried)[0]
+    return _root_cause(carried)[0] or Outcome.IGNORED
 
 
 def judge(
@@ -60,7 +66,7 @@ def judge(
     """Judge the exception that ended a guarded call, by a policy's three settings.
 
     ``ignore`` wins over ``failures``, which win over ``policy_classify``. A user's function that raises
-    is logged once and the call says nothing; nothing is raised from here.
+    is logged once and the call is not counted; nothing is raised from here.
 
     Args:
         policy_classify: ``BreakerPolicy.classify``.
@@ -70,18 +76,24 @@ def judge(
         clock: wall clock in seconds, for a ``Retry-After`` that is a date.
     """
     carried = carried_by(exc)
-    if carried is None or is_control_flow(carried):
+    if carried is None or _is_control_flow(carried):
         return Verdict(Outcome.IGNORED, type(exc).__name__)
-    outcome = _outcome(policy_classify, failures, ignore, carried)
-    speaker = witness(carried)[1]
+    by_rule, root = _root_cause(carried)
+    outcome = _by_policy(policy_classify, failures, ignore, carried, by_rule)
+    if outcome is None:
+        return Verdict(Outcome.IGNORED, _label(root), undecided=True)
     if outcome is not Outcome.FAILURE:
-        return Verdict(outcome, _label(speaker))
-    return Verdict(outcome, _label(speaker), retry_after_of(speaker, clock))
+        return Verdict(outcome, _label(root))
+    return Verdict(outcome, _label(root), retry_after_of(root, clock))
 
 
-def _outcome(
-    policy_classify: Classify, failures: Iterable[Matcher], ignore: Iterable[Matcher], exc: BaseException
-) -> Outcome:
+def _by_policy(
+    policy_classify: Classify,
+    failures: Iterable[Matcher],
+    ignore: Iterable[Matcher],
+    exc: BaseException,
+    by_rule: Outcome | None,
+) -> Outcome | None:
     asked: object = None
     try:
         for asked in ignore:
@@ -91,7 +103,7 @@ def _outcome(
             if _matches(asked, exc):
                 return Outcome.FAILURE
         asked = policy_classify
-        return Outcome(policy_classify(exc))
+        return by_rule if policy_classify is dependency_errors else Outcome(policy_classify(exc))
     except Exception as error:  # noqa: BLE001  a user's function may raise anything; it must not mask the task's own
         _log_once(asked, error)
         return Outcome.IGNORED
@@ -107,13 +119,13 @@ _logged: dict[int, object] = {}  # holds on to the functions, so that no other g
 def _log_once(function: object, error: Exception) -> None:
     if id(function) not in _logged:
         _logged[id(function)] = function
-        logger.error("%r failed; calls that it cannot classify say nothing", function, exc_info=error)
+        logger.error("%r failed; calls that it cannot classify are not counted", function, exc_info=error)
 
 
 def judge_result(classify: Classify, value: object) -> Verdict:
     """Ask a policy's own ``classify`` about the value that a call returned; by default every value is a SUCCESS.
 
-    A ``classify`` that raises, or has nothing to say about values, leaves it at that.
+    So it is for a ``classify`` that raises, or returns anything but an outcome.
     """
     if classify is dependency_errors:
         return _SUCCEEDED
@@ -128,6 +140,70 @@ def judge_result(classify: Classify, value: object) -> Verdict:
 
 
 _SUCCEEDED = Verdict(Outcome.SUCCESS)
+
+
+# --- what an exception wraps ----------------------------------------------------------------------------
+
+
+def carried_by(exc: BaseException) -> BaseException | None:
+    """Return the exception to judge: what a Celery ``Retry`` carries, otherwise ``exc`` itself."""
+    if not is_one_of(exc, {"celery": frozenset({"Retry"})}):
+        return exc
+    carried = attribute(exc, "exc")
+    # Retry keeps a picklable stand-in when it cannot keep the original, which Python still knows as the context.
+    for original in (exc.__cause__, exc.__context__):
+        if original is not None and carried is not None and _stands_for(carried, original):
+            return original
+    return carried if isinstance(carried, BaseException) else None
+
+
+def _stands_for(stand_in: object, original: BaseException) -> bool:
+    named = attribute(stand_in, "exc_cls_name")
+    return isinstance(original, type(stand_in)) or named == type(original).__name__
+
+
+def attribute_to(exc: BaseException, breaker: str) -> None:
+    """Note that a guard of ``breaker`` has counted ``exc`` as a failure: guards of others around it do not."""
+    with suppress(AttributeError):  # of a class that has no room for it
+        exc._resilient_tasks_breaker = breaker  # type: ignore[attr-defined]  # noqa: SLF001 - a note of our own
+
+
+def attributed_to(exc: BaseException) -> str | None:
+    """Return the breaker whose guard has counted ``exc``, or what it wraps, as a failure."""
+    carried = carried_by(exc)
+    noted = () if carried is None else unwrapped(carried, opens=_is_open)
+    return next((name for one in noted if (name := attribute(one, "_resilient_tasks_breaker")) is not None), None)
+
+
+def _is_control_flow(exc: BaseException) -> bool:
+    """Whether ``exc`` is Celery's, asyncio's, the interpreter's or our own way to end a call."""
+    ends_process = (GeneratorExit, KeyboardInterrupt, SystemExit)
+    if isinstance(exc, (ResilienceError, *ends_process)) or is_one_of(exc, _CONTROL_FLOW):
+        return True
+    is_group = attribute(exc, "exceptions") is not None
+    return not isinstance(exc, Exception) and not is_group and says(exc) is not Saying.FAILED
+
+
+def _root_cause(exc: BaseException) -> tuple[Outcome | None, BaseException]:
+    """Return what ``exc`` says, None if nothing decides, and the exception that says it: ``exc`` or a wrapped one."""
+    said: dict[Saying | None, BaseException] = {}
+    for one in unwrapped(exc, opens=_is_open):
+        said.setdefault(says(one), one)
+    for saying, outcome in _BY_WEIGHT:
+        if saying in said:
+            return outcome, said[saying]
+    return (Outcome.FAILURE, exc) if said.keys() == {Saying.RETRIED} else (None, exc)
+
+
+_BY_WEIGHT = (
+    (Saying.FAILED, Outcome.FAILURE),
+    (Saying.CLEARED, Outcome.IGNORED),
+    (Saying.PROBABLY_CLEARED, Outcome.IGNORED),
+)
+
+
+def _is_open(exc: BaseException) -> bool:
+    return says(exc) not in {Saying.FAILED, Saying.CLEARED}
 
 
 def _label(exc: BaseException) -> str:

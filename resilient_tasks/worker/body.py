@@ -16,8 +16,7 @@ from celery.exceptions import MaxRetriesExceededError, Retry
 
 from resilient_tasks.call import Call
 from resilient_tasks.core.answer import unwrapped
-from resilient_tasks.core.blame import blamed_on
-from resilient_tasks.core.classification import Verdict
+from resilient_tasks.core.classification import Verdict, attributed_to
 from resilient_tasks.core.counts import FAILED
 from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.errors import BreakerOpenError
@@ -130,7 +129,7 @@ class _Body:
 
     def culprit(self, exc: BaseException) -> Breaker | None:
         """Return the breaker whose dependency has failed the run: that of a guard inside, else the first to say so."""
-        inside = blamed_on(exc)
+        inside = attributed_to(exc)
         asked = self.breakers
         if inside is not None:
             asked = [self.runtime.breaker(inside)] if self.runtime.defines(inside) else []
