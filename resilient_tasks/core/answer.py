@@ -43,12 +43,12 @@ def status_of(exc: BaseException) -> int | None:
         return _as_status(_metadata(response).get("HTTPStatusCode"))
     answers = [attribute(exc, name) for name in _ANSWERS]
     responses = [held for held in exc.args if attribute(held, "status_code") is not None]
-    for source in (*answers, exc, *responses):
+    for source in [given for given in (*answers, exc, *responses) if given is not None]:
         for name in _STATUS_ATTRIBUTES:
-            if name == "code" and type(exc).__module__.partition(".")[0] in _OTHER_CODES:
+            if name == "code" and str(type(exc).__module__).partition(".")[0] in _OTHER_CODES:
                 continue
-            status = _as_status(attribute(source, name))
-            if status is not None:
+            value = attribute(source, name)
+            if value is not None and (status := _as_status(value)) is not None:
                 return status
     return None
 
@@ -74,11 +74,14 @@ def codes_of(exc: BaseException) -> Iterator[str]:
 
 def _codes_in(body: object) -> Iterator[str]:
     """Yield the codes of a decoded body, and of the error in it: ``{"error": {"type": "overloaded_error"}}``."""
-    inner = body
-    for _ in range(2):
+    if isinstance(body, dict):
+        for part in (body, body.get("error"), body.get("Error")):
+            if isinstance(part, dict):
+                for key in _CODE_KEYS:
+                    yield from _as_code(part.get(key))
+    elif body is not None:
         for key in _CODE_KEYS:
-            yield from _as_code(inner.get(key) if isinstance(inner, dict) else attribute(inner, key))
-        inner = (inner.get("error") or inner.get("Error")) if isinstance(inner, dict) else None
+            yield from _as_code(attribute(body, key))
 
 
 def _as_code(value: object) -> Iterator[str]:
@@ -169,14 +172,15 @@ def unwrapped(exc: BaseException, opens: Callable[[BaseException], bool] = lambd
 
     Args:
         exc: where to begin.
-        opens: whether to go on to what an exception wraps; asked after it was yielded.
+        opens: whether to go on to what an exception wraps; asked after it was yielded, if it wraps anything.
     """
     seen, waiting = {id(exc)}, deque([exc])
     while waiting:
         current = waiting.popleft()
         yield current
-        if opens(current):
-            for inner in _wrapped_by(current):
+        inside = [inner for inner in _wrapped_by(current) if id(inner) not in seen]
+        if inside and opens(current):
+            for inner in inside:
                 if id(inner) not in seen and len(seen) < _UNWRAPPED_AT_MOST:
                     seen.add(id(inner))
                     waiting.append(inner)

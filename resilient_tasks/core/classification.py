@@ -122,6 +122,21 @@ def _log_once(function: object, error: Exception) -> None:
         logger.error("%r failed; calls that it cannot classify are not counted", function, exc_info=error)
 
 
+_undecided: set[type] = set()
+
+
+def log_undecided(breaker: str, exc: BaseException) -> None:
+    """Log, once per type and process, that no rule knows an exception, and what to write."""
+    if type(exc) not in _undecided:
+        _undecided.add(type(exc))
+        name = type(exc).__qualname__
+        logger.warning(
+            "a call of breaker %r ended with %s.%s, which no rule knows and which is not counted: write failures=(%s,)"
+            " if it means that the dependency has failed, else ignore=(%s,)",
+            *(breaker, type(exc).__module__, name, name, name),
+        )
+
+
 def judge_result(classify: Classify, value: object) -> Verdict:
     """Ask a policy's own ``classify`` about the value that a call returned; by default every value is a SUCCESS.
 
@@ -169,10 +184,17 @@ def attribute_to(exc: BaseException, breaker: str) -> None:
 
 
 def attributed_to(exc: BaseException) -> str | None:
-    """Return the breaker whose guard has counted ``exc``, or what it wraps, as a failure."""
+    """Return the breaker whose guard has counted ``exc``, or what it was raised from or wraps, as a failure."""
     carried = carried_by(exc)
-    noted = () if carried is None else unwrapped(carried, opens=_is_open)
-    return next((name for one in noted if (name := attribute(one, "_resilient_tasks_breaker")) is not None), None)
+    if carried is None:
+        return None
+
+    def opens(one: BaseException) -> bool:
+        """One that decides for itself hides what it wraps, but not what it was explicitly raised from."""
+        return one.__cause__ is not None or _is_open(one)
+
+    noted = (attribute(one, "_resilient_tasks_breaker") for one in unwrapped(carried, opens=opens))
+    return next((name for name in noted if name is not None), None)
 
 
 def _is_control_flow(exc: BaseException) -> bool:

@@ -84,7 +84,7 @@ _FAILED_CLASSES: dict[str, frozenset[str]] = {
     "urllib": frozenset({"ContentTooShortError"}),
     "urllib3": frozenset({"ProtocolError"}),
 }
-# Importable under these names only where they are installed, or, as built into an extension, not at all.
+# Clients that are known wherever their files are, and those whose classes name a module that cannot be imported.
 _PACKAGES = frozenset(
     re.findall(
         r"\w+",
@@ -208,7 +208,9 @@ def _says_answer(exc: BaseException) -> Saying | None:
 
 def _is_throttled(exc: BaseException) -> bool:
     """Whether the class says so, beside a status of 4xx: GitHub's rate limit comes with 403."""
-    return any(_THROTTLED_NAME.search(_words(cls.__name__)) for cls in type(exc).__mro__ if _is_foreign(cls.__module__))
+    return any(
+        _THROTTLED_NAME.search(_words(cls.__name__)) for cls in type(exc).__mro__ if _is_foreign(str(cls.__module__))
+    )
 
 
 def _says_status(status: int | None) -> Saying | None:
@@ -291,7 +293,7 @@ def _says_database_text(exc: BaseException) -> Saying | None:
 
 
 def _says_redis(exc: BaseException) -> Saying | None:
-    return Saying.FAILED if _is_foreign(type(exc).__module__) and _REDIS_REFUSALS.match(text_of(exc)) else None
+    return Saying.FAILED if _is_foreign(str(type(exc).__module__)) and _REDIS_REFUSALS.match(text_of(exc)) else None
 
 
 def _says_curl(exc: BaseException) -> Saying | None:
@@ -321,7 +323,7 @@ def _says_mistake(exc: BaseException) -> Saying | None:
 
 
 def _says_class(exc: BaseException) -> Saying | None:
-    return next(filter(None, (_says_name(cls.__module__, cls.__name__) for cls in type(exc).__mro__)), None)
+    return next(filter(None, (_says_name(str(cls.__module__), cls.__name__) for cls in type(exc).__mro__)), None)
 
 
 @lru_cache(maxsize=4096)
@@ -342,7 +344,7 @@ _OVERLOADED_NAME = re.compile(_OVERLOADED)
 
 
 def _says_text(exc: BaseException) -> Saying | None:
-    if not _is_foreign(type(exc).__module__) or type(exc) in {Exception, RuntimeError}:
+    if not _is_foreign(str(type(exc).__module__)) or type(exc) in {Exception, RuntimeError}:
         return None
     text = text_of(exc)
     if _REFUSED_TEXT.search(text):
@@ -352,7 +354,7 @@ def _says_text(exc: BaseException) -> Saying | None:
 
 
 def _says_status_in_text(exc: BaseException) -> Saying | None:
-    if isinstance(exc, ValueError) or not _is_foreign(type(exc).__module__):
+    if isinstance(exc, ValueError) or not _is_foreign(str(type(exc).__module__)):
         return None
     found = _STATUS_IN_TEXT.search(text_of(exc))
     return _says_status(int(found[1] or found[2])) if found else None
@@ -393,12 +395,13 @@ def _has_class(exc: BaseException, name: str) -> bool:
 
 
 def _package(exc: BaseException) -> str:
-    return type(exc).__module__.partition(".")[0]
+    return str(type(exc).__module__).partition(".")[0]
 
 
 def is_one_of(exc: BaseException, names_by_package: dict[str, frozenset[str]]) -> bool:
     """Whether a class of ``exc`` has one of these names, in that package."""
-    return any(cls.__name__ in names_by_package.get(cls.__module__.partition(".")[0], ()) for cls in type(exc).__mro__)
+    classes = [(str(cls.__module__).partition(".")[0], cls.__name__) for cls in type(exc).__mro__]
+    return any(name in names_by_package.get(package, ()) for package, name in classes)
 
 
 @lru_cache(maxsize=1024)
@@ -413,9 +416,10 @@ def _is_foreign(module: str) -> bool:
     top = module.partition(".")[0]
     if top in sys.stdlib_module_names or top in _PACKAGES:
         return True
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        return False
-    places = [] if spec is None else [spec.origin or "", *(spec.submodule_search_locations or ())]
-    return any(re.search(r"[/\\](site|dist)-packages[/\\]", place) for place in places)
+    found = sys.modules.get(top)  # an exception that has crossed a process may be of a module that is not imported here
+    if found is None:
+        spec = importlib.util.find_spec(top) if top else None
+        places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+    else:
+        places = [attribute(found, "__file__"), *(attribute(found, "__path__") or ())]
+    return any(re.search(r"[/\\](site|dist)-packages[/\\]", str(place)) for place in places)

@@ -23,8 +23,9 @@ CACHED_AGE = "cached_age_ms"
 SUSPECTED = "suspected"
 SPARE_SLOTS = "spare_slots"
 
-#: Prefixes of kinds that carry a name: of a fallback's source, of a failure's cause, of the state that was entered.
-FALLBACK, CAUSE, ENTERED = "fallback:", "cause:", "entered:"
+#: Prefixes of kinds that carry a name: of a fallback's source, of a failure's cause, of the state that was entered, of
+#: an exception that no rule knows.
+FALLBACK, CAUSE, ENTERED, UNDECIDED = "fallback:", "cause:", "entered:", "undecided:"
 
 #: Kinds of which the highest value is kept and not the sum, ms.
 LONGEST_WAIT = "longest_wait"
@@ -55,6 +56,7 @@ class Counts:
         suspected: how often it became suspect in a worker, because a call was late.
         spare_slots: pool slots that workers have added because of its late calls.
         entered: transitions by the state that was entered.
+        undecided: exceptions that ended guarded calls and are not counted, because no rule knows them, by type.
     """
 
     calls: Mapping[Outcome, int] = field(default_factory=dict)
@@ -76,6 +78,7 @@ class Counts:
     suspected: int = 0
     spare_slots: int = 0
     entered: Mapping[State, int] = field(default_factory=dict)
+    undecided: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, counted: Mapping[str, int]) -> Counts:
@@ -86,6 +89,7 @@ class Counts:
             fallbacks=_named(counted, FALLBACK),
             cached_age=counted.get(CACHED_AGE, 0) / 1000,
             entered={State(name): count for name, count in _named(counted, ENTERED).items()},
+            undecided=_named(counted, UNDECIDED),
             **{kind: counted.get(kind, 0) for kind in _PLAIN},
         )
 

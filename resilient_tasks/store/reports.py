@@ -119,7 +119,7 @@ class Reporter:
         Returns:
             A ticket for :meth:`wait`; 0 if the outcome is in no hurry.
         """
-        outcome, cause, retry_after = verdict
+        outcome, cause, retry_after = verdict[:3]
         if outcome is Outcome.IGNORED:
             return _NOTHING_URGENT
         if outcome is not Outcome.SUCCESS or was_overdue:
@@ -167,7 +167,7 @@ class Reporter:
         Returns:
             A ticket for :meth:`wait`.
         """
-        outcome, cause, retry_after = verdict
+        outcome, cause, retry_after = verdict[:3]
         evidence = Evidence(epoch, (Calls(outcome, 1, voter, each, was_overdue),), cause, retry_after)
         if outcome is not Outcome.OVERDUE:
             self._leases.let_go(spec.name, holder)

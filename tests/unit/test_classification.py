@@ -12,6 +12,8 @@ import smtplib
 import socket
 import sqlite3
 import ssl
+import subprocess
+import time
 import urllib.error
 from datetime import datetime, timezone
 from email.message import Message
@@ -30,9 +32,16 @@ import redis
 import requests
 import sqlalchemy.exc
 from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import Ignore, Reject, Retry, WorkerShutdown
 
-from resilient_tasks.core.classification import dependency_errors, judge, judge_result
+from resilient_tasks.core.classification import (
+    attribute_to,
+    attributed_to,
+    dependency_errors,
+    judge,
+    judge_result,
+    log_undecided,
+)
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.errors import BreakerOpenError
 
@@ -212,6 +221,7 @@ SAYS_NOTHING = [
     Reject(),
     KeyboardInterrupt(),
     SystemExit(1),
+    WorkerShutdown(),
     GeneratorExit(),
     asyncio.CancelledError(),
 ]
@@ -255,10 +265,34 @@ def test_a_programming_error_is_one_wherever_it_came_from() -> None:
     assert dependency_errors(raised_from(KeyError("id"), ConnectionError())) is Outcome.IGNORED
 
 
-def test_an_error_while_handling_another_is_judged_alone() -> None:
+def test_an_error_while_handling_another_counts_as_that_one_unless_it_decides_itself() -> None:
+    for error, outcome in (
+        (RuntimeError("in the handler"), Outcome.FAILURE),
+        (foreign("payments.PaymentError"), Outcome.FAILURE),
+        (KeyError("in the handler"), Outcome.IGNORED),
+        (http_error(404), Outcome.IGNORED),
+    ):
+        error.__context__ = ConnectionError()
+        assert dependency_errors(error) is outcome
     error = RuntimeError("in the handler")
-    error.__context__ = ConnectionError()
+    error.__context__, error.__suppress_context__ = ConnectionError(), True  # as "from None" does
     assert dependency_errors(error) is Outcome.IGNORED
+
+
+def test_whatever_was_tried_several_times_decides() -> None:
+    exhausted = foreign("tenacity.RetryError")
+    assert dependency_errors(exhausted) is Outcome.FAILURE
+    for cause, outcome in (
+        (http_error(503), Outcome.FAILURE),
+        (http_error(404), Outcome.IGNORED),
+        (ValueError(), Outcome.IGNORED),
+        (DeclinedError(), Outcome.IGNORED),
+    ):
+        assert dependency_errors(raised_from(foreign("tenacity.RetryError"), cause)) is outcome
+
+
+def test_an_error_that_says_no_and_wraps_a_failure_is_a_failure() -> None:
+    assert dependency_errors(raised_from(foreign("hvac.exceptions.InvalidRequest"), TimeoutError())) is Outcome.FAILURE
 
 
 def test_chains_of_causes_end_somewhere() -> None:
@@ -294,6 +328,66 @@ def test_a_retry_that_cannot_pickle_its_exception_is_judged_by_the_original() ->
     assert judged(retry).retry_after == 7.0
 
 
+# --- what the user's own names say: nothing -----------------------------------------------------------
+
+
+class PaymentTimeoutError(Exception):
+    pass
+
+
+class ServiceUnavailableError(PaymentTimeoutError, requests.ConnectionError):
+    pass
+
+
+def test_a_users_own_class_is_not_judged_by_its_name_but_by_its_bases_and_attributes() -> None:
+    assert judged(PaymentTimeoutError()) == (Outcome.IGNORED, "PaymentTimeoutError", None, True)
+    assert judged(PaymentTimeoutError("connection refused")).outcome is Outcome.IGNORED
+    assert judged(ServiceUnavailableError()).outcome is Outcome.FAILURE
+    error: Any = PaymentTimeoutError()
+    error.status_code = "503 Service Unavailable"
+    assert judged(error).outcome is Outcome.FAILURE
+
+
+@pytest.mark.parametrize("exc", [PaymentTimeoutError(), RuntimeError("?"), subprocess.CalledProcessError(1, "x")])
+def test_what_nothing_decides_is_undecided_until_the_policy_says_what_it_is(exc: Exception) -> None:
+    assert judged(exc).undecided
+    for settings in ({"failures": (Exception,)}, {"ignore": (Exception,)}, {"policy_classify": lambda _: "IGNORED"}):
+        assert not judged(exc, **settings).undecided
+
+
+@pytest.mark.parametrize("exc", [KeyError(), ValueError(), FileNotFoundError(2, "x"), http_error(404), Ignore()])
+def test_mistakes_files_and_answers_are_decided(exc: Exception) -> None:
+    assert not judged(exc).undecided
+
+
+def test_what_is_undecided_is_logged_once_per_type(caplog: pytest.LogCaptureFixture) -> None:
+    class UndecidedError(Exception):
+        pass
+
+    for name in ("payments", "mail"):
+        log_undecided(name, UndecidedError("secret"))
+    (line,) = caplog.messages
+    assert "'payments'" in line
+    assert "failures=(" in line
+    assert "ignore=(" in line
+    assert "secret" not in line
+
+
+# --- which breaker's guard has counted it -----------------------------------------------------------------
+
+
+def test_an_exception_is_attributed_to_the_breaker_that_has_counted_it_however_it_is_wrapped() -> None:
+    inner = ConnectionError()
+    attribute_to(inner, "mail")
+    group = type("BaseExceptionGroup", (Exception,), {"exceptions": (inner,)})()
+    for outer in (inner, raised_from(RuntimeError(), inner), RuntimeError("failed", inner), group, Retry(exc=inner)):
+        assert attributed_to(outer) == "mail"
+    assert attributed_to(ConnectionError()) is None
+    later = http_error(503)  # of the fallback's own
+    later.__context__ = inner
+    assert attributed_to(later) is None
+
+
 # --- Retry-After and cause ----------------------------------------------------------------------------
 
 
@@ -305,6 +399,8 @@ def test_a_retry_that_cannot_pickle_its_exception_is_judged_by_the_original() ->
         ({"Retry_After": "-3"}, 0.0),
         ({"Retry_After": "Wed, 21 Oct 2065 07:28:30 GMT", "Date": "Wed, 21 Oct 2065 07:28:00 GMT"}, 30.0),
         ({"Retry_After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+        ({"Retry_After": "Wed Oct 21 07:28:30 2065", "Date": "Wed, 21 Oct 2065 07:28:00 GMT"}, 30.0),
+        ({"Retry_After": "Wed, 21 Oct 2065 07:28:30 -0000", "Date": "Wed, 21 Oct 2065 07:28:00 GMT"}, 30.0),
         ({"Retry_After": "soon"}, None),
         ({"Retry_After": "nan"}, None),
         ({"Retry_After": "inf"}, None),
@@ -313,6 +409,18 @@ def test_a_retry_that_cannot_pickle_its_exception_is_judged_by_the_original() ->
 )
 def test_retry_after_is_seconds_or_a_date(headers: dict[str, str], seconds: float | None) -> None:
     assert judged(http_error(503, **headers)).retry_after == seconds
+
+
+@pytest.mark.parametrize("text", ["Wed Oct 21 12:00:00 2065", "Wed, 21 Oct 2065 12:00:00 -0000"])
+def test_a_date_without_a_zone_is_utc(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        noon = datetime(2065, 10, 21, 12, 0, tzinfo=timezone.utc).timestamp()
+        assert judged(http_error(503, Retry_After=text), clock=lambda: noon - 90).retry_after == 90.0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_a_date_without_the_servers_own_counts_from_the_wall_clock() -> None:
