@@ -18,22 +18,22 @@ from click_didyoumean import DYMGroup
 from resilient_tasks.errors import ResilienceError, StoreError
 
 _PLACES = {
-    "list": "states:list_breakers",
-    "show": "states:show",
-    "watch": "states:watch",
-    "trip": "verbs:trip",
-    "isolate": "verbs:isolate",
-    "disable": "verbs:disable",
-    "shadow": "verbs:shadow",
-    "reset": "verbs:reset",
-    "deferred": "deferred:deferred",
-    "resume": "deferred:resume",
-    "drop": "deferred:drop",
-    "dead": "dead:dead",
-    "report": "report:report",
+    "list": "breakers:list_breakers",
+    "show": "breakers:show",
+    "watch": "breakers:watch",
+    "trip": "breakers:trip",
+    "isolate": "breakers:isolate",
+    "disable": "breakers:disable",
+    "shadow": "breakers:shadow",
+    "reset": "breakers:reset",
+    "deferred": "tasks:deferred",
+    "resume": "tasks:resume",
+    "drop": "tasks:drop",
+    "dead": "tasks:dead",
+    "report": "breakers:report",
     "doctor": "doctor:doctor",
-    "flower": "flower:flower",
-    "exporter": "exporter:exporter",
+    "flower": "services:flower",
+    "exporter": "services:exporter",
 }
 
 

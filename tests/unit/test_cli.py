@@ -119,7 +119,7 @@ def test_watch_goes_on_when_the_store_is_away(
     monkeypatch.setattr("time.sleep", sleep)
     result = run("watch", "--interval", "5")
     assert result.exit_code == 0
-    assert result.output.count("the store is away; last seen: 2") == 2
+    assert result.output.count("the store is unavailable; last read: 2") == 2
     assert result.output.count("FORCED_OPEN") == 3
 
 

@@ -1,7 +1,8 @@
-"""``list``, ``show`` and ``watch``: what the breakers are doing."""
+"""``list``, ``show``, ``watch``, the operator's verbs and ``report``: the breakers themselves."""
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,12 +10,22 @@ from dataclasses import asdict
 
 import click
 
+from resilient_tasks.breaker import this_user
 from resilient_tasks.cli.common import BreakerName, BreakerNames, expand, pass_runtime
-from resilient_tasks.cli.display import Row, is_rich, plain_lines, print_json, print_table, rich_console, rich_table
-from resilient_tasks.core.model import ADMITTING, Snapshot, State
-from resilient_tasks.core.outage import Estimate
+from resilient_tasks.cli.display import (
+    Row,
+    is_rich,
+    plain_lines,
+    print_json,
+    print_table,
+    printable,
+    rich_console,
+    rich_table,
+)
+from resilient_tasks.core.model import ADMITTING, Snapshot, State, Verb
+from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.errors import StoreError
-from resilient_tasks.monitor.report import counted, duration, in_words, moment, share
+from resilient_tasks.monitor.report import counted, duration, in_words, moment, rows_of, share
 from resilient_tasks.worker.runtime import Runtime
 
 REFUSES = 10
@@ -98,7 +109,7 @@ def _looks(runtime: Runtime, interval: float) -> Iterator[tuple[str, Sequence[Ro
             rows = [_row(snapshot) for snapshot in _in_order(runtime.read())]
             caption = known = moment(time.time())
         except StoreError:
-            caption = f"the store is away; last seen: {known}"
+            caption = f"the store is unavailable; last read: {known}"
         yield caption, rows
         time.sleep(interval)
 
@@ -163,3 +174,100 @@ def _details(snapshot: Snapshot) -> Iterator[Row]:
 def _outlook(estimate: Estimate | None) -> Iterator[Row]:
     if estimate is not None:
         yield "outlook", in_words(estimate)
+
+
+def _command(verb: Verb, does: str) -> click.Command:
+    @click.command(verb.value, help=does)
+    @click.argument("names", metavar="NAME...", nargs=-1, required=True, type=BreakerNames())
+    @click.option("--reason", default="", metavar="TEXT", help="Kept with the state.")
+    @pass_runtime
+    def carry_out(runtime: Runtime, names: tuple[str, ...], reason: str) -> None:
+        for name in expand(runtime, names):
+            snapshot = runtime.fleet.command(runtime.breaker(name).spec, verb, reason, this_user())
+            click.echo(f"{name} is {snapshot.state}")
+
+    return carry_out
+
+
+trip = _command(Verb.TRIP, "Open breakers as if they had tripped: they heal by themselves.")
+isolate = _command(Verb.ISOLATE, "Refuse all calls, probes too, until reset.")
+disable = _command(Verb.DISABLE, "Admit all calls and count nothing, until reset.")
+shadow = _command(Verb.SHADOW, "Admit all calls and report when a breaker would have opened.")
+reset = _command(Verb.RESET, "Close breakers, without evidence.")
+
+
+_UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+class _Span(click.ParamType):  # type: ignore[type-arg]  # older releases of click know no argument
+    """A span of time up to now, in seconds."""
+
+    name = "span"
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return ``"90min"`` as 5400.0."""
+        match = re.fullmatch(r"(\d{1,9})\s*(s|min|h|d|w)", str(value), re.ASCII)
+        if match is None:
+            self.fail(f"{value!r} is no span of time: allowed is a number with s, min, h, d or w, as 24h", param, ctx)
+        return float(match[1]) * _UNITS[match[2]]
+
+
+@click.command()
+@click.argument("name", type=BreakerName(), required=False)
+@click.option("--since", type=_Span(), help="Only outages that were not over by then, e.g. 24h, 90min, 7d.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["terminal", "markdown", "json"]),
+    default="terminal",
+    show_default=True,
+    help="How to print it.",
+)
+@pass_runtime
+def report(runtime: Runtime, name: str | None, *, since: float | None, form: str) -> None:
+    """Report outages, the newest first.
+
+    Their causes, the calls avoided, the tasks that waited, and how fast they drained.
+    """
+    names = runtime.fleet.with_children(runtime.breakers if name is None else [name])
+    snapshots = runtime.fleet.store.read_shared([runtime.breaker(each).spec for each in names])
+    history, now = runtime.fleet.history, snapshots[0].now if snapshots else 0.0
+    outages = history.outages(names, since=0.0 if since is None else now - since)
+    estimates = history.estimates(snapshots)
+    if form == "json":
+        print_json([_fields(outage, estimates.get(outage.breaker)) for outage in outages])
+        return
+    if not outages:
+        click.echo("no outage is remembered")
+    for outage in outages:
+        _PRINTERS[form](outage, rows_of(outage, estimates.get(outage.breaker)))
+
+
+def _fields(outage: Outage, estimate: Estimate | None) -> dict[str, object]:
+    lasts = outage.drained is None and estimate is not None
+    return {
+        **asdict(outage),
+        "failed_calls": outage.failed_calls,
+        "average_answer_age": outage.average_answer_age,
+        "drain_rate": outage.drain_rate,
+        "estimate": asdict(estimate) if lasts and estimate else None,
+    }
+
+
+def _print_terminal(outage: Outage, rows: Sequence[Row]) -> None:
+    print_table(("BREAKER", outage.breaker), rows)
+    click.echo()
+
+
+def _print_markdown(outage: Outage, rows: Sequence[Row]) -> None:
+    lines = [f"## Outage of {_escaped(outage.breaker)}, {moment(outage.opened)}", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {_escaped(value)} |" for name, value in rows]
+    click.echo("\n".join([*lines, ""]))
+
+
+def _escaped(text: str) -> str:
+    """Return text that is no markup in Markdown, whatever it contains."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", printable(text))
+
+
+_PRINTERS = {"terminal": _print_terminal, "markdown": _print_markdown}

@@ -1,9 +1,11 @@
-"""``exporter``: the breakers for Prometheus, where no Flower has them in its ``/metrics``."""
+"""``exporter`` and ``flower``: the breakers for Prometheus, and in Flower."""
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
+from importlib.util import find_spec
 
 import click
 
@@ -38,3 +40,17 @@ def exporter(runtime: Runtime, port: int, address: str) -> None:
         thread.join()
     except KeyboardInterrupt:
         sys.exit(0)
+
+
+@click.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def flower(ctx: click.Context, options: tuple[str, ...]) -> None:
+    """Start Flower with a page of breakers.
+
+    Takes Flower's own options.
+    """
+    if find_spec("flower") is None:
+        raise click.ClickException("Flower is not installed: pip install 'resilient-tasks[flower]'")
+    importlib.import_module("resilient_tasks.flower.install")  # only now: Flower is an extra, and takes long to import
+    ctx.invoke(importlib.import_module("flower.command").flower, tornado_argv=options)
