@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
@@ -258,7 +259,7 @@ class Runtime:
         """Whether a task is a copy of one of another app in this process: Celery shares tasks among all apps."""
         names = set(task.options.breakers)
         others = [other for other in list(_runtimes.values()) if other is not self and names <= other.breakers.keys()]
-        return any(_function(other.app.tasks.get(task.name)) is _function(task) for other in others)
+        return any(_function(_task_of(other.app, task.name)) is _function(task) for other in others)
 
 
 def _key_of(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
@@ -267,6 +268,12 @@ def _key_of(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object
     except Exception as exc:  # its text may hold a secret among the arguments
         trouble = f"breaker_key={task.breaker_key!r}: {type(exc).__name__} over the arguments of this call"
         raise ConfigurationError(f"task {task.name!r}: {trouble}") from exc
+
+
+def _task_of(app: Celery, name: str) -> Any:
+    with suppress(ConfigurationError):  # over a mistake in that app
+        return app.tasks.get(name)
+    return None
 
 
 def _function(task: Any) -> Any:

@@ -217,7 +217,7 @@ def test_a_base_given_to_the_decorator(app: Celery, resilience: Resilience) -> N
         ({"on_open": "fail"}, {"on_open": "fail", "on_failure": "raise"}),
         ({"max_attempts": 2, "defer_for": 5}, {"max_attempts": 2, "defer_for": 5}),
         ({"on_failure": "raise"}, {"on_failure": "raise"}),
-        ({"breaker_key": "order"}, {"breaker_key": "order"}),
+        ({"coalesce": "latest"}, {"coalesce": "latest"}),
     ],
 )
 @pytest.mark.parametrize("of_all", [True, False])
