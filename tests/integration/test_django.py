@@ -1,0 +1,232 @@
+"""A Django project through an outage: workers, beat with a database, a website, commands, and its own tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+from tests.integration.conftest import PATIENCE
+from workers.processes import (
+    Program,
+    accepts_connections,
+    free_port,
+    start_beat,
+    start_program,
+    start_valkey,
+    start_worker,
+    wait_until,
+)
+
+PROJECT = Path(__file__).parents[1] / "django_project"
+ROOT = Path(__file__).parents[2]
+
+
+class PaymentService:
+    """An HTTP service that answers with a status of the test's choice, and counts its calls."""
+
+    def __init__(self) -> None:
+        self.status = 200
+        self.calls: Counter[str] = Counter()
+        service = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                service.calls[self.path] += 1
+                self.send_response(service.status)
+                self.end_headers()
+
+            do_POST = do_GET  # noqa: N815 - the server looks for this name
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}/"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+STATES = "from django_celery_results.models import TaskResult as T; print(sorted(T.objects.values_list('status')))"
+
+
+class Project:
+    """A Django project in a directory, with the processes that a test starts."""
+
+    def __init__(self, root: Path, directory: Path, service: PaymentService) -> None:
+        self.root, self.directory, self.service = root, directory, service
+        self.server = start_valkey(directory / "valkey")
+        self.env = {
+            "BROKER_URL": self.server.url(0),
+            "PAYMENTS_URL": self.service.url,
+            "DIRECTORY": str(directory),
+            "DJANGO_SETTINGS_MODULE": "proj.settings",
+            "PYTHONPATH": f"{root}:{ROOT}",
+        }
+        self._programs: list[Program] = [self.server.program]
+        self.manage("migrate", "-v0", "--run-syncdb")
+
+    def manage(self, *arguments: str) -> str:
+        """Run a command of Django's and return what it writes."""
+        return self._run("-m", "django", *arguments)
+
+    def celery(self, *arguments: str) -> str:
+        """Run a command of Celery's and return what it writes."""
+        return self._run("-m", "celery", "-A", "proj", *arguments)
+
+    def _run(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=self.root, env={**os.environ, **self.env}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def python(self, code: str) -> str:
+        """Run code in Django's shell."""
+        return self.manage("shell", "-v0", "-c", code)
+
+    def worker(self) -> Program:
+        options: dict[str, Any] = {"directory": self.directory, "env": self.env, "cwd": self.root}
+        worker = start_worker("proj", name="worker", arguments=["--without-mingle"], **options)
+        self._programs.append(worker)
+        return worker.wait_until_ready()
+
+    def beat(self) -> Program:
+        beat = start_beat("proj", directory=self.directory, env=self.env, cwd=self.root)
+        self._programs.append(beat)
+        return beat
+
+    def website(self) -> Callable[..., tuple[int, Any]]:
+        port = free_port()
+        command = [sys.executable, "-m", "django", "runserver", "--noreload", f"127.0.0.1:{port}"]
+        site = start_program(command, name="site", directory=self.directory, env=self.env, cwd=self.root)
+        self._programs.append(site)
+        site.wait_ready(lambda: accepts_connections(port))
+
+        def ask(path: str, method: str = "GET") -> tuple[int, Any]:
+            request = Request(f"http://127.0.0.1:{port}/{path}", method=method)
+            try:
+                with urlopen(request, timeout=PATIENCE) as answer:
+                    return answer.status, json.load(answer)
+            except HTTPError as refused:
+                return refused.code, json.load(refused)
+
+        return ask
+
+    def close(self) -> None:
+        for program in reversed(self._programs):
+            program.stop()
+            print(f"--- {program.name}\n{program.output()}")
+
+
+@pytest.fixture
+def service() -> Iterator[PaymentService]:
+    service = PaymentService()
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def project(tmp_path: Path, service: PaymentService) -> Iterator[Project]:
+    project = Project(PROJECT, tmp_path, service)
+    yield project
+    project.close()
+
+
+@pytest.fixture
+def fresh_project(tmp_path: Path, service: PaymentService) -> Iterator[Project]:
+    """What ``startproject`` and ``startapp`` make, with the files that docs/django.md prints."""
+    root = tmp_path / "site"
+    root.mkdir()
+    for command in (["startproject", "proj", "."], ["startapp", "shop"]):
+        subprocess.run([sys.executable, "-m", "django", *command], cwd=root, check=True)
+    for name, text in re.findall(r"```python\n# (\S+)\n(.*?)```", (ROOT / "docs" / "django.md").read_text(), re.DOTALL):
+        (root / name).write_text(text.replace("https://pay.example/", service.url))
+    (root / "proj" / "__init__.py").write_text("from .celery import app as celery_app\n__all__ = ('celery_app',)\n")
+    (root / "proj" / "urls.py").write_text(
+        "from django.urls import path\nfrom shop import views\n"
+        "urlpatterns = [path('checkout', views.checkout), path('pay/<int:order_id>', views.pay)]\n"
+    )
+    with (root / "proj" / "settings.py").open("a") as settings:
+        settings.write("import os\nCELERY_BROKER_URL = CELERY_RESULT_BACKEND = os.environ['BROKER_URL']\n")
+        settings.write("INSTALLED_APPS.append('shop.apps.ShopConfig')\n")
+    project = Project(root, tmp_path, service)
+    yield project
+    project.close()
+
+
+def wait(condition: Callable[[], Any], what: str) -> None:
+    wait_until(condition, timeout=PATIENCE, what=what)
+
+
+def test_a_project_lives_through_an_outage(project: Project) -> None:
+    project.worker()
+    project.beat()
+    ask = project.website()
+    assert ask("checkout") == (200, {"pay": "now"})
+    assert ask("orders/0", "POST") == (202, {"number": 0})
+    assert ask("orders/1/now", "POST") == (202, {"number": 1})
+    assert ask("orders/1/price") == (200, {"price": "1.00"})
+    wait(lambda: len(project.service.calls) == 2, "both to be charged")
+
+    project.service.status = 500
+    for number in range(2, 40):
+        assert ask(f"orders/{number}", "POST")[0] == 202
+    wait(lambda: ask("checkout")[1] == {"pay": "later"}, "the website to see that it is open")
+    project.celery("breakers", "isolate", "payments", "prices", "--reason", "test")  # no trial comes between
+    wait(lambda: ask("checkout")[1] == {"pay": "later"}, "the website to see that it is isolated")
+    code, refused = ask("orders/40/now", "POST")
+    assert (code, refused) == (503, {"error": "breaker 'payments' is FORCED_OPEN"})
+    assert ask("orders/1/price") == (200, {"price": "1.00"})
+    assert ask("orders/2/price") == (200, {"price": "on request"})
+    wait(lambda: "DEFERRED" in project.python(STATES), "the database to say who waits")
+    assert "FAILURE" not in project.python(STATES)
+    called = sum(project.service.calls.values())
+    assert re.search(r"\d+ sent, payments is FORCED_OPEN, accepting: False", project.manage("charge_unpaid"))
+
+    project.service.status = 200
+    project.celery("breakers", "reset", "payments", "prices", "--reason", "test")
+    unpaid = "from shop.models import Order; print('unpaid', Order.objects.filter(paid=False).count())"
+    wait(lambda: "unpaid 0" in project.python(unpaid), "all to be paid")
+    wait(lambda: set(re.findall("[A-Z]{5,}", project.python(STATES))) == {"SUCCESS"}, "all to succeed")
+    assert called < 40 + 38, "no more than a few calls reached it"
+
+
+def test_the_projects_own_tests_need_no_server(project: Project) -> None:
+    project.env |= {"BROKER_URL": "redis://127.0.0.1:1/0"}
+    assert "Ran 3 tests" in project.manage("test", "shop")
+
+
+def test_a_fresh_project_with_one_line_more_lives_through_an_outage(fresh_project: Project) -> None:
+    assert "Ran 1 test" in fresh_project.manage("test", "shop")
+    assert "charge, price" in fresh_project.python("from shop.tasks import *; print('charge, price')")
+    fresh_project.worker()
+    fresh_project.beat()
+    service = fresh_project.service
+    service.status = 500
+    send = "from shop.tasks import charge; print(*[charge.delay(number).id for number in range(40)])"
+    ids = fresh_project.python(send).split()
+    look = (
+        "import sys; from collections import Counter; from proj.celery import app, resilience;"
+        f"print(resilience['payments'].state, dict(Counter(app.AsyncResult(id).state for id in {ids})))"
+    )
+    wait(lambda: "OPEN {'DEFERRED': 40}" in fresh_project.python(look), "all to wait")
+    assert len(service.calls) < 30, "most tasks never called it"
+    service.status = 200
+    wait(lambda: "CLOSED {'SUCCESS': 40}" in fresh_project.python(look), "all to succeed")
+    assert len(service.calls) == 40
