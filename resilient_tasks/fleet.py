@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from resilient_tasks.core.counts import TRIALS
 from resilient_tasks.core.model import Answer, Grant, Snapshot, State, Transition, Verb, voter_of
 from resilient_tasks.core.record import OLDEST
 from resilient_tasks.errors import StoreError
@@ -115,6 +116,8 @@ class Fleet:
         asked = self.view.asking()
         grant = self.store.acquire(spec, holder, lease=lease, jitter=random.random())
         self.learn(grant, asked)
+        if grant.trial:
+            self.reporter.tally(spec.name, TRIALS)
         if not grant.admitted and grant.snapshot.state is State.HALF_OPEN:
             self.view.standing(spec.name).deny()
         return grant

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +10,8 @@ from resilient_tasks.core.model import ADMITTING, Outcome, Snapshot
 
 #: A rate is learned from at least so many tasks, and seconds.
 _FEWEST_RESUMED, _SHORTEST_DRAIN = 10, 1.0
-#: Seconds after which what was resumed counts a third, as in ``lua/lib/history.lua``; and those between two tellings.
-LATELY, _TOLD_EACH = 10.0, 1.0
+_SLOW_START = 10.0  # seconds in which tasks return slowly at first, which says nothing
+_MINUTE = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +28,7 @@ class Outage:
         reason: why it opened.
         actor: who opened it; "" for the rules.
         openings: how many times it opened, failed trials among them.
-        counts: what was counted meanwhile, the calls that tripped it included.
+        counts: what was counted meanwhile, the calls that tripped it and the tasks that already waited included.
         longest_wait: of a task that was resumed, s.
         oldest_answer: age of the stalest answer of ``cached(...)``, s; None if there was none.
     """
@@ -88,26 +87,6 @@ class Outage:
 
 
 _TEXTS = frozenset({"reason", "actor"})
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """How fast tasks are resumed: a moving average, to which each second counts for less the longer it is ago.
-
-    Args:
-        rate: tasks per second, as if nothing had been resumed before ``since``.
-        at: when it was that, seconds since the epoch on the store's clock.
-        since: when the resuming began, likewise.
-    """
-
-    rate: float
-    at: float
-    since: float
-
-    def at_present(self, now: float) -> float:
-        """Return the speed in tasks per second, over the time since it began; less, the longer nothing is resumed."""
-        begun = now - self.since + _TOLD_EACH
-        return self.rate * math.exp((self.at - now) / LATELY) / -math.expm1(-begun / LATELY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,20 +155,19 @@ def _late(snapshot: Snapshot, start: float, rate: float, deadlines: Deadlines) -
     return round(deadlines.count * missed / len(deadlines.sample))
 
 
-def learned_rate(snapshot: Snapshot, outages: Sequence[Outage], speed: Speed | None) -> float | None:
+def learned_rate(snapshot: Snapshot, outages: Sequence[Outage], resumed: int) -> float | None:
     """Return the rate at which tasks are resumed, tasks/s; None if there is nothing to learn it from.
 
     Args:
         snapshot: the breaker now.
         outages: its latest ones, the newest first.
-        speed: at which its tasks were resumed of late, if any were.
+        resumed: tasks that were resumed for good in the present minute and the one before.
     """
     former = next((rate for outage in outages if (rate := outage.drain_rate) is not None), None)
-    if snapshot.state not in ADMITTING or speed is None or speed.since < snapshot.since:
+    admitted_for = snapshot.now - snapshot.since
+    if snapshot.state not in ADMITTING or admitted_for < _SLOW_START or resumed <= 0:
         return former
-    if snapshot.now - speed.since < LATELY:  # tasks return slowly at first, which says nothing
-        return former
-    return speed.at_present(snapshot.now) or former
+    return resumed / min(admitted_for, _MINUTE + snapshot.now % _MINUTE)
 
 
 def _rate(tasks: int, seconds: float) -> float | None:

@@ -26,18 +26,23 @@ class Batch:
 
     def add(self, call: Calls, count: int, cause: str, retry_after: float | None) -> None:
         """Append ``count`` calls like this one."""
+        if call.outcome is Outcome.FAILURE:
+            self.causes[cause] += count
         if self.runs and self.runs[-1]._replace(number=1) == call:
             count += self.runs.pop().number
         self.runs.append(call._replace(number=count))
         self.cause = cause or self.cause
-        if call.outcome is Outcome.FAILURE:
-            self.causes[cause] += count
         if retry_after is not None:
             self.retry_after = max(retry_after, self.retry_after or 0.0)
 
     def evidence(self) -> Evidence:
         """Return the batch as the store takes it."""
         return Evidence(self.epoch, tuple(self.runs), self.cause, self.retry_after, tuple(self.causes.items()))
+
+    @property
+    def may_open(self) -> bool:
+        """Whether there is anything but successes in it."""
+        return any(calls.outcome is not Outcome.SUCCESS for calls in self.runs)
 
     def counts(self) -> Iterable[tuple[str, int]]:
         """Yield what is in the batch by the kinds of :mod:`~resilient_tasks.core.counts`."""

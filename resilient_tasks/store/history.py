@@ -1,57 +1,67 @@
-"""``History``: what has become of the fleet's breakers so far, for people, pages and metrics.
+"""``History``: the past of the fleet's breakers, for people, pages and metrics.
 
-It lies in the shared store beside the breakers. Transitions and outcomes are written by the very scripts that
-decide, so nothing is there twice and nothing is missing; what workers count for themselves (refused, deferred,
-resumed, ...) arrives about a second later. Everything is bounded: see ``lua/lib/history.lua``.
+It lies in the shared store beside the breakers and decides nothing. The process that made a transition logs it; counts
+arrive from every process about once a second. Everything is bounded.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, starmap
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import redis
-
-from resilient_tasks.core.counts import Counts
-from resilient_tasks.core.model import Snapshot, State, Transition
-from resilient_tasks.core.outage import Deadlines, Estimate, Outage, Speed, estimate, learned_rate
-from resilient_tasks.core.record import brief
-from resilient_tasks.store.keys import BreakerKeys, Keys
-from resilient_tasks.store.scripts import Call, Scripts
-from resilient_tasks.store.server import Server, portions
+from resilient_tasks.core.counts import (
+    CAUSE,
+    DEFERRED,
+    DEFERRED_AGAIN,
+    ENTERED,
+    LONGEST_WAIT,
+    OLDEST_ANSWER,
+    RESUMED,
+    Counts,
+)
+from resilient_tasks.core.model import ADMITTING, Snapshot, State, Transition
+from resilient_tasks.core.names import parent_of
+from resilient_tasks.core.outage import Deadlines, Estimate, Outage, estimate, learned_rate
+from resilient_tasks.core.record import brief, to_ms
+from resilient_tasks.store.keys import Keys
+from resilient_tasks.store.scripts import Scripts
+from resilient_tasks.store.server import Command, Server
 
 if TYPE_CHECKING:
-    from resilient_tasks.store.mending import Mender
     from resilient_tasks.store.tallies import Tally
 
-T = TypeVar("T")
-
-_MINUTE = 60
-_MINUTES_KEPT = 120
+_MINUTE, _DAY = 60, 24 * 3600
+_DEFERRED_WHEN_EMPTY = "deferred_when_empty"  # how many tasks had been deferred when none waited for the last time
 _SAMPLE = 64  # deadlines that stand for all of a breaker's
+_LEARNED_FROM = 10  # outages
+_LATE = 5000  # ms; what is counted so late still belongs to an outage that has ended
 
 
 @dataclass(frozen=True, slots=True)
 class Minute:
-    """One minute of a breaker.
-
-    Args:
-        at: when it began, seconds since the epoch on the store's clock.
-        counts: what was counted in it.
-    """
+    """What was counted in the minute that began ``at``, seconds since the epoch on the store's clock."""
 
     at: float
     counts: Counts
 
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """How much is kept of one breaker: entries of the log, outages, minutes, and seconds after the last change."""
+
+    logged: int = 200
+    outages: int = 101
+    minutes: int = 120
+    seconds: int = 90 * _DAY
+
     @classmethod
-    def read(cls, text: str | bytes) -> Minute:
-        """Return what the store keeps as JSON."""
-        kept = json.loads(text)
-        return cls(kept["minute"] * _MINUTE, Counts.of(kept["counts"]))
+    def of(cls, name: str) -> _Bounds:
+        return cls(50, 21, 60, _DAY) if parent_of(name) else cls()
 
 
 class History:
@@ -62,14 +72,12 @@ class History:
     Args:
         server: connection to the shared store.
         keys: names of the namespace's keys.
-        mender: takes away what makes no sense.
-        scripts: those that run there.
+        scripts: for the store's time.
     """
 
-    def __init__(self, server: Server, keys: Keys, mender: Mender, scripts: Scripts) -> None:
+    def __init__(self, server: Server, keys: Keys, scripts: Scripts) -> None:
         self._server = server
         self._keys = keys
-        self._mender = mender
         self._scripts = scripts
 
     # --- reading ------------------------------------------------------------------------------------
@@ -77,20 +85,16 @@ class History:
     def transitions(self, name: str, *, limit: int = 200, since: float = 0.0) -> list[Transition]:
         """Return the log of a breaker, the newest entry first.
 
-        An entry whose ``state`` is its ``previous`` one is no change of state: SHADOW tells what would have
-        opened, and an actor what was done by hand to waiting tasks.
+        An entry whose ``state`` is its ``previous`` one is no change of state: what SHADOW would have opened,
+        and what an operator did to waiting tasks.
 
         Args:
             name: of the breaker.
             limit: most entries; 200 are kept for 90 days after the last, of a child 50 for a day.
             since: only later ones, seconds since the epoch on the store's clock.
         """
-        found = self._ask(
-            [name],
-            lambda pipeline, keys: pipeline.lrange(keys.log, 0, limit - 1),
-            lambda _, entries: [transition_of(json.loads(entry)) for entry in entries],
-        )
-        return [transition for transition in found[name] if transition.at > since]
+        [logged] = self._server.commands([("LRANGE", self._keys.log(name), 0, limit - 1)], _logged)
+        return [replace(each, name=name) for each in logged or () if each.at > since]
 
     def minutes(self, name: str, *, since: float = 0.0) -> list[Minute]:
         """Return what was counted in each minute of the last two hours, of a child the last hour, the oldest first.
@@ -101,131 +105,220 @@ class History:
             name: of the breaker.
             since: only minutes that began then or later, seconds since the epoch on the store's clock.
         """
-        found = self._ask(
-            [name],
-            lambda pipeline, keys: pipeline.hvals(keys.minutes),
-            lambda _, slots: _in_order(map(Minute.read, slots)),
-        )
-        return [minute for minute in found[name] if minute.at >= since]
+        now = int(self.now() // _MINUTE)
+        numbers = range(max(math.ceil(since / _MINUTE), now - _Bounds.of(name).minutes + 1), now + 1)
+        found = self._counts(self._keys.minute(name, number) for number in numbers)
+        return [Minute(number * _MINUTE, Counts.of(each)) for number, each in zip(numbers, found, strict=True) if each]
 
     def totals(self, names: Iterable[str]) -> dict[str, Counts]:
         """Return what was counted since ever, by breaker; in one round trip for up to 500 of them."""
-        return self._ask(
-            names,
-            lambda pipeline, keys: pipeline.hgetall(keys.totals),
-            lambda _, totals: Counts.of({kind: int(count) for kind, count in texts(totals).items()}),
-        )
+        known = list(names)
+        return dict(zip(known, map(Counts.of, self._counts(map(self._keys.counts, known))), strict=True))
 
-    def outages(self, names: Iterable[str], *, since: float = 0.0) -> list[Outage]:
-        """Return outages, also those that last, the newest first; in one round trip for up to 500 breakers.
+    def outages(self, names: Iterable[str], *, since: float = 0.0, limit: int = 1000) -> list[Outage]:
+        """Return outages, also those that last, the newest first.
 
         Args:
             names: of the breakers; the latest 101 outages of each are kept for 90 days after the last, of a child 21
                 for a day.
             since: only those that were not over by then, seconds since the epoch on the store's clock.
+            limit: most of each breaker.
         """
-        latest = self._latest(names)
-        former = self._ask(
-            latest,
-            lambda pipeline, keys: pipeline.lrange(keys.outages, 0, -1),
-            lambda name, filed: [Outage.of(name, json.loads(each)) for each in filed],
-        )
-        outages = chain.from_iterable([*latest.values(), *former.values()])
+        known = list(names)
+        found = self._server.commands([("LRANGE", self._keys.outages(name), 0, limit - 1) for name in known], _texts)
+        epochs = [(name, epoch) for name, some in zip(known, found, strict=True) for epoch in some or ()]
+        kept = self._server.commands([("HGETALL", self._keys.outage(*each)) for each in epochs], _outage)
+        outages = [replace(each, breaker=name) for (name, _), each in zip(epochs, kept, strict=True) if each]
         lately = [outage for outage in outages if outage.drained is None or outage.drained > since]
         return sorted(lately, key=lambda outage: -outage.opened)
 
-    def _latest(self, names: Iterable[str]) -> dict[str, list[Outage]]:
-        """Return the one outage of each breaker that has not been filed, if there is one."""
-        return self._ask(
-            names,
-            lambda pipeline, keys: pipeline.hgetall(keys.outage),
-            lambda name, fields: [Outage.of(name, texts(fields))] if fields else [],
-        )
-
     def lasting(self, names: Iterable[str]) -> dict[str, Outage]:
-        """Return the outages that are not over, by breaker; in one round trip for up to 500 breakers."""
-        return {name: outage[0] for name, outage in self._latest(names).items() if outage and outage[0].drained is None}
-
-    def speeds(self, names: Iterable[str]) -> dict[str, Speed | None]:
-        """Return how fast tasks were resumed of late, by breaker; None where none were. In one round trip."""
-        return self._ask(
-            names,
-            lambda pipeline, keys: pipeline.hmget(keys.totals, "speed", "speed_at", "speed_since"),
-            lambda _, kept: Speed(*(int(number) / 1000 for number in kept)) if all(kept) else None,
-        )
-
-    def deadlines(self, names: Iterable[str]) -> dict[str, Deadlines]:
-        """Return when the waits of tasks end, by breaker, each with a sample; in two round trips for up to 500."""
-        counts = self._ask(names, lambda pipeline, keys: pipeline.zcard(keys.deadlines), lambda _, count: int(count))
-        bounded = {name: count for name, count in counts.items() if count}
-        found = dict.fromkeys(counts, Deadlines())
-        for some in portions(bounded):
-            samples = self._server.run(partial(self._sample, counts={name: bounded[name] for name in some}))
-            found |= {name: Deadlines(bounded[name], sample) for name, sample in samples.items()}
-        return found
-
-    def _sample(self, client: redis.Redis, counts: Mapping[str, int]) -> dict[str, list[float]]:
-        """Return some of the deadlines of each breaker, of which there are so many, at equal distances."""
-        places = [(name, rank) for name, count in counts.items() for rank in _sampled(count)]
-        with client.pipeline(transaction=False) as pipeline:
-            for name, rank in places:
-                pipeline.zrange(self._keys.breaker(name).deadlines, rank, rank, withscores=True)
-            replies = pipeline.execute()
-        samples: dict[str, list[float]] = {name: [] for name in counts}
-        for (name, _), reply in zip(places, replies, strict=True):
-            samples[name] += [score / 1000 for _, score in reply]
-        return samples
+        """Return the outages that are not over, by breaker."""
+        return {outage.breaker: outage for outage in self.outages(names, limit=1) if outage.drained is None}
 
     def estimates(self, snapshots: Sequence[Snapshot]) -> dict[str, Estimate]:
         """Estimate when the waiting tasks of breakers will be done, by breaker; of those that have any."""
         waiting = {snapshot.name: snapshot for snapshot in snapshots if snapshot.deferred}
-        if not waiting:
-            return {}
-        speeds, deadlines = self.speeds(waiting), self.deadlines(waiting)
         outages: dict[str, list[Outage]] = {name: [] for name in waiting}
-        for outage in self.outages(waiting):
+        for outage in self.outages(waiting, limit=_LEARNED_FROM):
             outages[outage.breaker].append(outage)
-        rates = {name: learned_rate(waiting[name], outages[name], speeds[name]) for name in waiting}
+        minutes = [(name, int(each.now // _MINUTE) - ago) for name, each in waiting.items() for ago in (0, 1)]
+        resumed: Counter[str] = Counter()
+        for (name, _), counts in zip(minutes, self._counts(starmap(self._keys.minute, minutes)), strict=True):
+            resumed[name] += counts.get(RESUMED, 0) - counts.get(DEFERRED_AGAIN, 0)
+        deadlines = self.deadlines(waiting)
+        rates = {name: learned_rate(waiting[name], outages[name], resumed[name]) for name in waiting}
         return {name: estimate(waiting[name], rates[name], deadlines[name]) for name in waiting}
+
+    def deadlines(self, names: Iterable[str]) -> dict[str, Deadlines]:
+        """Return when the waits of tasks end, by breaker, each with a sample at equal distances."""
+        keys = {name: self._keys.breaker(name).deadlines for name in names}
+        sizes = self._server.commands([("ZCARD", key) for key in keys.values()])
+        counts = {name: size or 0 for name, size in zip(keys, sizes, strict=True)}
+        ranks = [(name, rank) for name, count in counts.items() for rank in _sampled(count)]
+        found = self._server.commands([("ZRANGE", keys[name], rank, rank, "WITHSCORES") for name, rank in ranks])
+        samples: dict[str, list[float]] = {name: [] for name in keys}
+        for (name, _), scores in zip(ranks, found, strict=True):
+            samples[name] += [float(score) / 1000 for score in scores[1::2]]
+        return {name: Deadlines(counts[name], tuple(sample)) for name, sample in samples.items()}
 
     # --- writing ------------------------------------------------------------------------------------
 
     def note(self, name: str, text: str, actor: str) -> None:
-        """Log what somebody has done by hand to the tasks of a breaker."""
-        self._scripts.run("note", self._keys.breaker(name), name, brief(text), brief(actor))
+        """Log what an operator has done to the tasks of a breaker."""
+        latest = next(iter(self.transitions(name, limit=1)), None)
+        state, epoch = (latest.state, latest.epoch) if latest else (State.CLOSED, 0)
+        self._server.commands(
+            self._logging(Transition(name, state, state, epoch, self.now(), brief(text), brief(actor), 0, 0, 0))
+        )
 
-    def tally(self, teller: str, number: int, tallies: Mapping[str, Tally]) -> None:
-        """Add what a process has counted, by breaker; once, however often it is told.
+    def follow(self, transition: Transition, window: float) -> None:
+        """Log a transition, and begin or end the breaker's outage; called by the process that made it.
 
         Args:
-            teller: name of the process.
-            number: of the batch; grows from one batch of a process to the next.
-            tallies: what was counted.
+            transition: which.
+            window: of the breaker's policy, s.
         """
-        calls: list[Call] = []
+        name, was_admitting, admits = transition.name, transition.previous in ADMITTING, transition.state in ADMITTING
+        commands = self._logging(transition)
+        if transition.state is not transition.previous:
+            commands += _adding(self._keys.counts(name), {ENTERED + transition.state: 1}, _Bounds.of(name).seconds)
+        latest = self._latest([name]).get(name)
+        is_lasting = latest is not None and latest.drained is None
+        if was_admitting and not admits and not is_lasting:
+            commands += self._beginning(transition, window)
+        elif latest is not None and is_lasting and transition.state is not transition.previous:
+            if was_admitting and not admits:  # its tasks still wait
+                commands.append(("HDEL", latest.key, "closed"))
+            if transition.state is State.OPEN or (was_admitting and not admits):
+                commands.append(("HINCRBY", latest.key, "openings", 1))
+        self._server.commands(commands)
+        if admits and not was_admitting:
+            self.close(name, transition.at)
+
+    def _beginning(self, transition: Transition, window: float) -> list[Command]:
+        """Return what begins an outage; what came before it in the same window belongs to it."""
+        name, bounds = transition.name, _Bounds.of(transition.name)
+        outages, key = self._keys.outages(name), self._keys.outage(name, str(transition.epoch))
+        [waiting, deferred, too_old] = self._server.commands([
+            ("ZCARD", self._keys.breaker(name).deferred),
+            ("HMGET", self._keys.counts(name), DEFERRED, _DEFERRED_WHEN_EMPTY),
+            ("LRANGE", outages, bounds.outages - 1, -1),
+        ])  # fmt: skip
+        total, when_empty = (int(count or 0) for count in deferred or (0, 0))
+        began = {
+            "opened": to_ms(transition.at), "reason": transition.reason, "actor": transition.actor, "openings": 1,
+            "FAILURE": transition.failures, "SLOW": transition.slow, **self._causes_of(transition, window),
+            DEFERRED: max(0, min(waiting or 0, total - when_empty)),
+        }  # fmt: skip
+        return [
+            ("HSET", key, *chain.from_iterable(began.items())),
+            ("EXPIRE", key, bounds.seconds),
+            ("LPUSH", outages, transition.epoch),
+            ("LTRIM", outages, 0, bounds.outages - 1),
+            ("EXPIRE", outages, bounds.seconds),
+            *(("DEL", self._keys.outage(name, epoch.decode())) for epoch in too_old or ()),
+        ]
+
+    def _causes_of(self, transition: Transition, window: float) -> dict[str, int]:
+        """Return what the failures were that opened a breaker, in all as many; minutes are as exact as it gets."""
+        minutes = min(math.ceil(window / _MINUTE), _Bounds.of(transition.name).minutes) + 1
+        latest = int(transition.at // _MINUTE)
+        counts: Counter[str] = Counter()
+        for minute in self._counts(self._keys.minute(transition.name, latest - ago) for ago in range(minutes)):
+            if counts.total() < transition.failures:
+                counts.update({kind: count for kind, count in minute.items() if kind.startswith(CAUSE)})
+        share, seen, causes = min(1.0, transition.failures / max(counts.total(), 1)), 0, {}
+        for kind, count in counts.items():
+            causes[kind] = round((seen + count) * share) - round(seen * share)
+            seen += count
+        return causes
+
+    def close(self, name: str, at: float | None = None) -> None:
+        """Note that a breaker admits calls since ``at``, or now, if its outage has not closed yet."""
+        latest = self._latest([name]).get(name)
+        if latest is not None and latest.closed is None:
+            at = self.now() if at is None else at
+            self._server.commands([("HSET", latest.key, "closed", to_ms(at))])
+            self.drain(name)
+
+    def drain(self, name: str) -> None:
+        """Note that no task waits for a breaker, if that is so: its outage is over if it has closed."""
+        counts = self._keys.counts(name)
+        deferred = ("ZCARD", self._keys.breaker(name).deferred), ("HGET", counts, DEFERRED)
+        [waiting, total] = self._server.commands(deferred)
+        if waiting:
+            return
+        commands: list[Command] = [("HSET", counts, _DEFERRED_WHEN_EMPTY, total)] if total else []
+        latest = self._latest([name]).get(name)
+        if latest is not None and latest.closed is not None and latest.drained is None:
+            commands.append(("HSETNX", latest.key, "drained", to_ms(self.now())))
+        self._server.commands(commands)
+
+    def tally(self, tallies: Mapping[str, Tally]) -> None:
+        """Add what a process has counted, by breaker."""
+        now, latest, commands = self.now(), self._latest(tallies), list[Command]()
         for name, tally in tallies.items():
-            keys = *self._keys.breaker(name), self._keys.tellers(name)
-            calls.append((keys, (teller, number, json.dumps(tally.counts), json.dumps(tally.peaks))))
-        self._mender.sound(tallies, lambda: self._scripts.run_each("tally", calls))
+            bounds, outage = _Bounds.of(name), latest.get(name)
+            kept = {kind: count for kind, count in tally.counts.items() if not kind.startswith(CAUSE)}
+            commands += _adding(self._keys.counts(name), kept, bounds.seconds)
+            minute = self._keys.minute(name, int(now // _MINUTE))
+            commands += _adding(minute, tally.counts, bounds.minutes * _MINUTE)
+            if outage is not None and (outage.drained is None or to_ms(now) - outage.drained < _LATE):
+                commands += _adding(outage.key, tally.counts, bounds.seconds)
+                peaks = {LONGEST_WAIT: outage.longest_wait, OLDEST_ANSWER: outage.oldest_answer}
+                higher = [(kind, each) for kind, each in tally.peaks.items() if each > (peaks[kind] or 0)]
+                commands += [("HSET", outage.key, *peak) for peak in higher]
+        self._server.commands(commands)
 
     # --- inside -------------------------------------------------------------------------------------
 
-    def _ask(
-        self,
-        names: Iterable[str],
-        question: Callable[[Any, BreakerKeys], object],
-        read: Callable[[str, Any], T],
-    ) -> dict[str, T]:
-        """Put a question about each breaker, 500 breakers in one round trip; return what is read of the answers."""
+    def now(self) -> float:
+        """Return the store's time in seconds."""
+        return int(self._scripts.run("time", [])) / 1000
 
-        def answers(some: Sequence[str]) -> dict[str, T]:
-            found = self._server.ask_each(some, lambda pipeline, name: question(pipeline, self._keys.breaker(name)))
-            return {name: read(name, answer) for name, answer in zip(some, found, strict=True)}
+    def _counts(self, keys: Iterable[str]) -> list[dict[str, int]]:
+        return [each or {} for each in self._server.commands([("HGETALL", key) for key in keys], _numbers)]
 
-        told: dict[str, T] = {}
-        for some in portions(names):
-            told |= self._mender.sound(some, partial(answers, some))
-        return told
+    def _latest(self, names: Iterable[str]) -> dict[str, _Latest]:
+        """Return the latest outage of each breaker that has had one."""
+        known = list(names)
+        epochs = self._server.commands([("LINDEX", self._keys.outages(name), 0) for name in known], _text)
+        keys = {name: self._keys.outage(name, epoch) for name, epoch in zip(known, epochs, strict=True) if epoch}
+        found = self._server.commands([("HMGET", key, "opened", *_Latest._fields[1:]) for key in keys.values()], _times)
+        return {
+            name: _Latest(key, *times)
+            for (name, key), (opened, *times) in zip(keys.items(), (each or [None] * 5 for each in found), strict=True)
+            if opened is not None  # else it has been forgotten meanwhile
+        }
+
+    def _logging(self, transition: Transition) -> list[Command]:
+        bounds, key = _Bounds.of(transition.name), self._keys.log(transition.name)
+        kept = {name: value for name, value in asdict(transition).items() if name not in {"name", "previous", "state"}}
+        entry = {**kept, "at": to_ms(transition.at), "from": transition.previous, "to": transition.state}
+        return [
+            ("LPUSH", key, json.dumps(entry)),
+            ("LTRIM", key, 0, bounds.logged - 1),
+            ("EXPIRE", key, bounds.seconds),
+        ]
+
+
+class _Latest(NamedTuple):
+    """The latest outage of a breaker; times and peaks in ms."""
+
+    key: str
+    closed: int | None
+    drained: int | None
+    longest_wait: int | None
+    oldest_answer: int | None
+
+
+def _adding(key: str, counts: Mapping[str, int], seconds: int) -> list[Command]:
+    added: list[Command] = [("HINCRBY", key, kind, count) for kind, count in counts.items() if count]
+    return [*added, ("EXPIRE", key, seconds)] if added else []
+
+
+# --- reading what is kept; what raises an error is deleted by ``Server.commands`` -----------------------
 
 
 def _sampled(count: int) -> list[int]:
@@ -234,21 +327,31 @@ def _sampled(count: int) -> list[int]:
     return [count * number // size - 1 for number in range(1, size + 1)]
 
 
-def texts(fields: Mapping[Any, Any]) -> dict[str, str]:
-    """Return a hash as text, whatever somebody has written into it."""
-    return {
-        field.decode(errors="surrogateescape"): value.decode(errors="surrogateescape")
-        for field, value in fields.items()
-    }
+def _text(value: bytes | None) -> str | None:
+    return value.decode() if value is not None else None
 
 
-def _in_order(minutes: Iterable[Minute]) -> list[Minute]:
-    kept = sorted(minutes, key=lambda minute: minute.at)
-    earliest = kept[-1].at - _MINUTES_KEPT * _MINUTE if kept else 0  # a slot stays until its place is needed
-    return [minute for minute in kept if minute.at > earliest]
+def _texts(values: Iterable[bytes]) -> list[str]:
+    return [value.decode() for value in values]
 
 
-def transition_of(fields: Mapping[str, Any]) -> Transition:
-    """Return a transition as the scripts write it."""
-    states = {name: State(fields[name]) for name in ("previous", "state")}
-    return Transition(**{**fields, **states, "at": fields["at"] / 1000})
+def _times(values: Iterable[bytes | None]) -> list[int | None]:
+    return [None if value is None else int(value) for value in values]
+
+
+def _numbers(fields: Mapping[bytes, bytes]) -> dict[str, int]:
+    counts = {kind.decode(): int(count) for kind, count in fields.items()}
+    Counts.of(counts)
+    return counts
+
+
+def _outage(fields: Mapping[bytes, bytes]) -> Outage | None:
+    return Outage.of("", {field.decode(): value.decode() for field, value in fields.items()}) if fields else None
+
+
+def _logged(entries: Iterable[bytes]) -> list[Transition]:
+    return [_transition(**json.loads(entry)) for entry in entries]
+
+
+def _transition(at: int, to: str, counts: object = None, **fields: Any) -> Transition:  # noqa: ARG001 - not of interest
+    return Transition(name="", previous=State(fields.pop("from")), state=State(to), at=at / 1000, **fields)

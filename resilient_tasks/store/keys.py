@@ -47,11 +47,6 @@ class BreakerKeys(NamedTuple):
     deadlines: str  # sorted set: task id -> end of its wait, ms
     stragglers: str  # sorted set: holder -> end of its lease, ms; of a trial that outlived its HALF_OPEN
     slots: str  # sorted set: holder, or the task it is kept for -> end of its lease, ms
-    log: str  # list: this and the next four as in ``lua/lib/history.lua``
-    minutes: str  # hash
-    totals: str  # hash
-    outage: str  # hash
-    outages: str  # list
     children: str  # of the breaker, or of its parent if it is a child; see lua/lib/state.lua
     opened: str
     hot: str
@@ -84,12 +79,24 @@ class Keys:
         return BreakerKeys(*[f"{tagged}{part}{end}" for part in _OF_ONE], *[f"{tagged}{part}" for part in _OF_FAMILY])
 
     def log(self, name: str) -> str:
-        """Return the list of a breaker's transitions as JSON, the newest first; ``transition.lua`` appends to it."""
+        """Return the list of a breaker's transitions as JSON, the newest first; ``History.follow`` appends to it."""
         return self.schema_2(name, "log")
 
     def counts(self, name: str) -> str:
         """Return the hash of what was counted about a breaker since ever, by kind; reporters add to it."""
         return self.schema_2(name, "counts")
+
+    def minute(self, name: str, number: int) -> str:
+        """Return the hash of what was counted about a breaker in one minute since the epoch, by kind."""
+        return self.schema_2(name, f"minute:{number}")
+
+    def outages(self, name: str) -> str:
+        """Return the list of the epochs in which a breaker's outages began, the latest first."""
+        return self.schema_2(name, "outages")
+
+    def outage(self, name: str, epoch: str) -> str:
+        """Return the hash of one outage: opened, closed, drained (ms), reason, actor, openings, and counts by kind."""
+        return self.schema_2(name, f"outage:{epoch}")
 
     def schema_2(self, name: str, part: str) -> str:
         """Return a key of the present schema: ``<namespace>:2:{payments}:part``, of a child ``...:part:key``."""
@@ -105,10 +112,6 @@ class Keys:
     def pace(self, name: str) -> str:
         """Return the hash that holds how fast deferred tasks are resumed."""
         return self._of_breaker(name, "pace")
-
-    def tellers(self, name: str) -> str:
-        """Return the sorted set that says which process has told up to which batch of counts."""
-        return self._of_breaker(name, "tellers")
 
     def claim(self, digest: str) -> str:
         """Return the text that holds the latest of the deferred tasks that are coalesced under a digest."""

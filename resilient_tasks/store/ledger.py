@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from resilient_tasks.core.memory import Memory
 from resilient_tasks.core.names import key_of
 from resilient_tasks.core.pace import Pace
-from resilient_tasks.core.record import to_ms, to_seconds
+from resilient_tasks.core.record import to_ms
 from resilient_tasks.errors import StoreError
 from resilient_tasks.monitor.deployment import ServerFacts
-from resilient_tasks.store.history import texts
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.scripts import Scripts
-from resilient_tasks.store.server import Server, portions
-
-if TYPE_CHECKING:
-    from resilient_tasks.store.mending import Mender
+from resilient_tasks.store.server import Command, Server, portions
 
 REVOKED_FOR = 7 * 24 * 3600.0  # s for which a revoke is remembered
 MOST_REVOKED = 50_000  # ids and stamps
@@ -53,15 +49,15 @@ class Ledger:
     Args:
         server: connection to the shared store.
         keys: names of the namespace's keys.
-        mender: takes away what makes no sense.
         scripts: those that run there.
+        drain: called with the name of a breaker for which the last task waits no longer.
     """
 
-    def __init__(self, server: Server, keys: Keys, mender: Mender, scripts: Scripts) -> None:
+    def __init__(self, server: Server, keys: Keys, scripts: Scripts, drain: Callable[[str], None]) -> None:
         self._server = server
         self._keys = keys
-        self._mender = mender
         self._scripts = scripts
+        self._drain = drain
 
     # --- deferred tasks -----------------------------------------------------------------------------
 
@@ -87,20 +83,22 @@ class Ledger:
     def remove_deferred(self, name: str, task_ids: Iterable[str]) -> None:
         """Forget deferred tasks that were resumed, dead-lettered or dropped."""
         keys = self._keys.breaker(name)
-        self._scripts.run_each("forget", [(keys, some) for some in portions(task_ids)])
+        commands: list[Command] = []
+        for some in portions(task_ids):
+            commands += [("ZREM", keys.deferred, *some), ("ZREM", keys.deadlines, *some)]
+        self._server.commands(commands)
+        self._drain(name)
 
     def clear_deferred(self, name: str) -> None:
         """Forget all deferred tasks of a breaker, because its deferred queue is known to be empty."""
-        self._scripts.run("forget", self._keys.breaker(name))
+        keys = self._keys.breaker(name)
+        self._server.commands([("DEL", keys.deferred, keys.deadlines)])
+        self._drain(name)
 
     def pace(self, name: str) -> Pace:
         """Return the resume pace of a breaker."""
-        key = self._keys.pace(name)
-
-        def read() -> Pace:
-            return pace_of(texts(self._server.run(lambda client: client.hgetall(key))))
-
-        return self._mender.sound([name], read)
+        [pace] = self._server.commands([("HGETALL", self._keys.pace(name))], _pace)
+        return pace or Pace()
 
     def save_pace(self, name: str, pace: Pace) -> None:
         """Keep ``pace``, but for ``outstanding``, which is only moved by the methods below."""
@@ -118,8 +116,13 @@ class Ledger:
 
     def revoke(self, names: Iterable[str]) -> None:
         """Remember what was revoked now, tasks by id and stamps by name: seven days, the latest 50,000 of them."""
+        now, key = self._now(), self._keys.revoked
         for some in portions(names):
-            self._scripts.run("revoke", [self._keys.revoked], to_ms(REVOKED_FOR), MOST_REVOKED, *some)
+            self._server.commands([
+                ("ZADD", key, *chain.from_iterable((now, name) for name in some)),
+                ("ZREMRANGEBYSCORE", key, "-inf", now - to_ms(REVOKED_FOR)),
+                ("ZREMRANGEBYRANK", key, 0, -1 - MOST_REVOKED),
+            ])  # fmt: skip
 
     def revoked(self, names: Sequence[str]) -> dict[str, float]:
         """Return those of ``names`` that were revoked, with the time of the latest revoke, in seconds."""
@@ -159,46 +162,57 @@ class Ledger:
 
     def tick_completed(self, scope: str = "") -> None:
         """Note that a tick has run to its end."""
-        self._scripts.run("note_tick", [self._keys.tick(scope)], "completed")
+        self._note_tick(scope, "completed")
 
     def tick_sender_seen(self, scope: str = "") -> None:
         """Note that whoever sends ticks, beat as a rule, is alive."""
-        self._scripts.run("note_tick", [self._keys.tick(scope)], "sender_seen")
+        self._note_tick(scope, "sender_seen")
 
     def last_tick_age(self, scope: str = "") -> float | None:
         """Seconds since a tick last ran to its end; None if never."""
-        return to_seconds(self._scripts.run("tick_age", [self._keys.tick(scope)], "completed"))
+        return self._tick_age(scope, "completed")
 
     def tick_sender_age(self, scope: str = "") -> float | None:
         """Seconds since whoever sends ticks was last seen alive; None if never."""
-        return to_seconds(self._scripts.run("tick_age", [self._keys.tick(scope)], "sender_seen"))
+        return self._tick_age(scope, "sender_seen")
+
+    def _note_tick(self, scope: str, what: str) -> None:
+        self._server.commands([("HSET", self._keys.tick(scope), what, self._now())])
+
+    def _tick_age(self, scope: str, what: str) -> float | None:
+        [noted] = self._server.commands([("HGET", self._keys.tick(scope), what)])
+        return None if noted is None else (self._now() - int(noted)) / 1000
 
     # --- who is who ---------------------------------------------------------------------------------
 
     def declare(self, names: Iterable[str]) -> None:
         """Note that a living worker defines these breakers."""
-        known = list(names)
-        if known:
-            self._scripts.run("declare", [self._keys.breakers], *known)
+        now = self._now()
+        self._server.commands([("ZADD", self._keys.breakers, now, name) for name in names])
 
     def attend(self, worker: str) -> None:
         """Note that a worker is alive."""
-        self._scripts.run("attend", [self._keys.workers], to_ms(LONGEST_ABSENCE), worker)
+        self._server.commands([("ZADD", self._keys.workers, self._now(), worker)])
 
     def workers(self) -> int:
         """Return the number of workers that have attended within the last half minute."""
-        return int(self._scripts.run("attend", [self._keys.workers], to_ms(LONGEST_ABSENCE), ""))
+        key, absent = self._keys.workers, self._now() - to_ms(LONGEST_ABSENCE)
+        [_, count] = self._server.commands([("ZREMRANGEBYSCORE", key, "-inf", absent), ("ZCARD", key)])
+        return count or 0
 
     def abandoned(self, *, unseen_for: float) -> list[str]:
         """Return breakers that workers used to define and none has declared for so many seconds."""
-        found = self._scripts.run("abandoned", [self._keys.breakers], to_ms(unseen_for))
-        return [name.decode() for name in found]
+        seen_before = self._now() - to_ms(unseen_for)
+        [found] = self._server.commands([("ZRANGEBYSCORE", self._keys.breakers, "-inf", seen_before)])
+        return [name.decode() for name in found or ()]
 
     def retire(self, names: Iterable[str]) -> None:
         """Forget that breakers were ever declared."""
-        gone = list(names)
-        if gone:
-            self._server.run(lambda client: client.zrem(self._keys.breakers, *gone))
+        self._server.commands([("ZREM", self._keys.breakers, name) for name in names])
+
+    def _now(self) -> int:
+        """Return the store's time in ms."""
+        return int(self._scripts.run("time", []))
 
     # --- memory ---------------------------------------------------------------------------------------
 
@@ -215,13 +229,8 @@ class Ledger:
         return ServerFacts.of("store", self._server.infos("default")[0], saves)
 
 
-def pace_of(fields: Mapping[str, str]) -> Pace:
-    """Return what is kept of a pace.
-
-    Raises:
-        ValueError: it makes no sense.
-    """
-    numbers = {name: float(value) for name, value in fields.items()}
+def _pace(fields: Mapping[bytes, bytes]) -> Pace:
+    numbers = {name.decode(): float(value) for name, value in fields.items()}
     decided_at = numbers.pop("decided_at", 0.0)
     pace = Pace(**{name: int(value) for name, value in numbers.items()}, decided_at=decided_at)
     if not (pace.batch >= 0 and pace.outstanding >= 0 and math.isfinite(decided_at)):

@@ -7,10 +7,10 @@ clock. Here is only what surrounds them: arguments in, answers out.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 from redis.client import PubSub
@@ -21,12 +21,13 @@ from resilient_tasks.core.names import key_of
 from resilient_tasks.core.record import brief, to_ms, to_seconds
 from resilient_tasks.errors import ConfigurationError, StoreError
 from resilient_tasks.store.base import Evidence, Spec
-from resilient_tasks.store.history import History, transition_of
+from resilient_tasks.store.history import History
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.ledger import Ledger
-from resilient_tasks.store.mending import Mender
 from resilient_tasks.store.scripts import Scripts
-from resilient_tasks.store.server import Argument, Server, portions
+from resilient_tasks.store.server import UNREADABLE, Argument, Server, is_unreadable, portions
+
+T = TypeVar("T")
 
 
 class RedisStore:
@@ -61,9 +62,8 @@ class RedisStore:
         self._keys = Keys(namespace)
         self._server = Server(url, timeout=timeout, cooldown=cooldown, **client_options)
         self._scripts = Scripts(self._server, clock)
-        self._mender = Mender(self._server, self._keys)
-        self.ledger = Ledger(self._server, self._keys, self._mender, self._scripts)
-        self.history = History(self._server, self._keys, self._mender, self._scripts)
+        self.history = History(self._server, self._keys, self._scripts)
+        self.ledger = Ledger(self._server, self._keys, self._scripts, self.history.drain)
 
     def __repr__(self) -> str:
         return f"RedisStore({self._server.address!r}, namespace={self._keys.namespace!r})"
@@ -100,7 +100,7 @@ class RedisStore:
         return [
             snapshot
             for some in portions(specs)
-            for snapshot in self._mender.sound([spec.name for spec in some], partial(self._look, some))
+            for snapshot in self._readable([spec.name for spec in some], partial(self._look, some))
         ]
 
     def _look(self, specs: Sequence[Spec]) -> list[Snapshot]:
@@ -151,7 +151,10 @@ class RedisStore:
 
     def cool(self, spec: Spec) -> bool:
         """Take a child off the hot ones; see :meth:`Store.cool`."""
-        return bool(self._scripts.run("cool", self._keys.breaker(spec.name), *self._common(spec, 0.0)))
+        is_cool = bool(self._scripts.run("cool", self._keys.breaker(spec.name), *self._common(spec, 0.0)))
+        if is_cool:
+            self.history.close(spec.name)  # its state may have ended by itself
+        return is_cool
 
     # --- health checks ------------------------------------------------------------------------------
 
@@ -205,7 +208,27 @@ class RedisStore:
             )
             return {**reply, "snapshot": _snapshot(reply["snapshot"]), "transition": _transition(reply)}
 
-        return self._mender.sound([spec.name], decide)
+        reply = self._readable([spec.name], decide)
+        if reply["transition"] is not None:
+            with suppress(StoreError):  # the transition has been made
+                self.history.follow(reply["transition"], spec.policy.window)
+        return reply
+
+    def _readable(self, names: Iterable[str], ask: Callable[[], T]) -> T:
+        """Return what ``ask`` finds; where a script or a reader fails on what is kept, that is deleted first."""
+        try:
+            return ask()
+        except StoreError as error:
+            if not is_unreadable(error.__cause__):
+                raise
+            trouble: Exception = error
+        except UNREADABLE as error:
+            trouble = error
+        for name in names:
+            keys = self._keys.breaker(name)
+            self._server.discard([keys.state, keys.window, keys.trials, keys.stragglers, keys.slots], trouble)
+            self.history.close(name)
+        return ask()
 
     def _common(self, spec: Spec, jitter: float) -> tuple[Argument, ...]:
         rules = json.dumps(spec.rules()._asdict())
@@ -264,7 +287,8 @@ def _snapshot(fields: dict[str, Any]) -> Snapshot:
 
 def _transition(reply: dict[str, Any]) -> Transition | None:
     fields = reply.get("transition")
-    return fields and transition_of(fields)
+    states = {name: State(fields[name]) for name in ("previous", "state")} if fields else {}
+    return fields and Transition(**{**fields, **states, "at": fields["at"] / 1000})
 
 
 def _published(data: bytes) -> Snapshot | None:

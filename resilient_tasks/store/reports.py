@@ -24,7 +24,8 @@ from itertools import chain
 from typing import NamedTuple
 
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.model import Answer, Calls, Outcome
+from resilient_tasks.core.counts import CAUSE
+from resilient_tasks.core.model import Answer, Calls, Outcome, State
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Evidence, Spec
 from resilient_tasks.store.batches import collect
@@ -42,6 +43,7 @@ BATCH_INTERVAL = 0.1  # seconds between two reports of successes of one breaker
 EXIT_PATIENCE = 0.9  # seconds that the end of the process may wait for the last reports
 _MOST_SETTLEMENTS = 10_000
 _NOTHING_URGENT = 0
+_ENDS = (Outcome.SUCCESS, Outcome.FAILURE, Outcome.SLOW)  # of calls, which count; OVERDUE counts when it has ended
 _TWICE = range(2)  # an outcome that is too late to be sent is tallied instead
 
 
@@ -296,7 +298,7 @@ class Reporter:
         if self._is_over(self._leases.due_at):
             self._safely(self._leases.renew)
         if self._is_over(self._tallies.due_at):
-            self._safely(self._tell)
+            self._safely(self._send_tallies)
 
     def _is_over(self, due_at: float | None) -> bool:
         return due_at is not None and due_at <= self._clock()
@@ -308,21 +310,28 @@ class Reporter:
         except Exception:
             logger.exception("outcomes of guarded calls could not be reported")
 
-    def _tell(self) -> None:
+    def _send_tallies(self) -> None:
         try:
-            self._tallies.tell()
+            self._tallies.send()
         except StoreError as error:
-            logger.debug("what was tallied waits for the store: %s", error)
+            logger.debug("what was counted waits for the store: %s", error)
 
     def _send(self, standing: Standing) -> None:
         batches, late = collect(standing)
-        for kind, count in chain.from_iterable(batch.counts() for batch in late):
-            self.tally(standing.name, kind, count)
+        for kind, count in chain.from_iterable(batch.counts() for batch in (*batches, *late)):
+            self._tallies.add(standing.name, kind, count)
+        if any(batch.may_open for batch in batches):  # so that no outage counts what came before it
+            self._send_tallies()
         for batch in batches:
             asked = self._view.asking()
             self._learn(self._store.record(standing.spec, batch.evidence(), jitter=random.random()), asked)
 
     def _settle(self, settlement: _Settlement) -> None:
+        outcome, evidence = settlement.outcome, settlement.evidence
+        if outcome in _ENDS and self._view.declare(settlement.spec).snapshot.state is not State.DISABLED:
+            self._tallies.add(settlement.spec.name, outcome.value)
+            if outcome is Outcome.FAILURE:
+                self._tallies.add(settlement.spec.name, CAUSE + evidence.cause)
         asked = self._view.asking()
         self._learn(self._store.settle(*settlement, jitter=random.random()), asked)
 

@@ -6,6 +6,7 @@ once, so that neither a worker with many threads nor a loop over many commands i
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +25,12 @@ from resilient_tasks.store.address import Address, Kind
 from resilient_tasks.store.forking import renew_after_fork
 
 T = TypeVar("T")
+logger = logging.getLogger("resilient_tasks")
 Argument = str | bytes | int | float
+Command = tuple[Any, ...]
+
+#: What readers raise over values that are not in the format that they expect.
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 _PER_ROUND_TRIP = 500
 _MOST_CONNECTIONS = 1_000
@@ -117,6 +123,32 @@ class Server:
 
         return [answer for some in portions(items) for answer in self.run(partial(put, some=some))]
 
+    def commands(self, commands: Sequence[Command], read: Callable[[Any], Any] = lambda reply: reply) -> list[Any]:
+        """Run commands, 500 in one round trip, and return what ``read`` makes of their replies.
+
+        A value of another type, or one that ``read`` cannot read, is logged and deleted; its place holds None.
+
+        Raises:
+            StoreError: see :meth:`run`.
+        """
+        replies = [reply for some in portions(commands) for reply in self.run(partial(_pipelined, commands=some))]
+        return [self._readable(command, reply, read) for command, reply in zip(commands, replies, strict=True)]
+
+    def _readable(self, command: Command, reply: Any, read: Callable[[Any], Any]) -> Any:
+        try:
+            if isinstance(reply, Exception):
+                raise reply
+            return read(reply)
+        except (*UNREADABLE, redis.ResponseError) as error:
+            self.discard([command[1]], error)
+            return None
+
+    def discard(self, keys: Sequence[str], error: Exception) -> None:
+        """Delete values that cannot be read, because they were edited by hand, and log it."""
+        for key in keys:
+            if self.run(partial(_pipelined, commands=[("DEL", key)]))[0]:
+                logger.warning("%s held a value that cannot be read, and is deleted: %.200r", key, error)
+
     def infos(self, section: str) -> list[dict[str, Any]]:
         """Return a section of INFO from the server; in a cluster, from each node that stores anything."""
 
@@ -187,6 +219,25 @@ class Server:
         self._last_failure = f"store {self.address} {trouble}: {text}"
         # An error that quotes the password must not be printed as the cause either.
         raise StoreError(self._last_failure) from (error if text == said else None)
+
+
+def is_unreadable(error: BaseException | None) -> bool:
+    """Whether a server or a script has failed over the type or the format of a value."""
+    return type(error) is redis.ResponseError and any(sign in str(error) for sign in _SIGNS)
+
+
+_SIGNS = ("WRONGTYPE", "is not a", "user_script", "script:")  # the last two of errors within a script
+
+
+def _pipelined(client: redis.Redis, commands: Sequence[Command]) -> list[Any]:
+    with client.pipeline(transaction=False) as pipeline:
+        for command in commands:
+            pipeline.execute_command(*command)
+        replies: list[Any] = pipeline.execute(raise_on_error=False)
+    for reply in replies:
+        if isinstance(reply, Exception) and not is_unreadable(reply):
+            raise reply
+    return replies
 
 
 def _trouble(error: Exception) -> str:

@@ -1,12 +1,9 @@
-"""``Tallies``: what this process counts for the history, added up here and told about once a second."""
+"""``Tallies``: what this process counts for the history, added up here and sent about once a second."""
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +13,10 @@ from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.store.history import History
 from resilient_tasks.store.keys import may_be_in_a_key
 
-TELLING = 1.0  # seconds from the first count to the next telling, and between two tries
+INTERVAL = 1.0  # seconds from the first count until it is sent, and between two tries
+MOST_NAMES = (
+    40  # causes, or sources of fallbacks, of one breaker; one too many counts as "other": they are other people's
+)
 
 
 @dataclass(slots=True)
@@ -26,16 +26,21 @@ class Tally:
     counts: Counter[str] = field(default_factory=Counter)
     peaks: dict[str, int] = field(default_factory=dict)
 
+    def merge(self, other: Tally) -> None:
+        """Add another one."""
+        self.counts.update(other.counts)
+        self.peaks.update({kind: max(value, self.peaks.get(kind, 0)) for kind, value in other.peaks.items()})
+
 
 class Tallies:
     """Counts of one process. However long the store is away, they take no more room than kinds of counts.
 
     Args:
-        history: what is told; None: nobody, and nothing is counted.
+        history: where counts are sent; None: nothing is counted.
         clock: monotonic clock in seconds.
 
     Attributes:
-        due_at: on the clock, when to tell; None while there is nothing to tell.
+        due_at: on the clock, when to send; None while there is nothing to send.
     """
 
     def __init__(self, history: History | None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -45,12 +50,10 @@ class Tallies:
         renew_after_fork(self)
 
     def after_fork(self) -> None:
-        """Start empty: what was counted before a fork is the parent's to tell."""
+        """Start empty: what was counted before a fork is the parent's to send."""
         self._lock = threading.Lock()
-        self._teller = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._counted: dict[str, Tally] = {}
-        self._untold: dict[str, Tally] = {}  # sent already, without an answer: sent again under the same number
-        self._number = 0
+        self._names: dict[str, set[str]] = {}  # kinds with a name, by breaker
         self.due_at: float | None = None
 
     def add(self, name: str, kind: str, count: int = 1, *, peak: tuple[str, float] | None = None) -> bool:
@@ -63,7 +66,7 @@ class Tallies:
             peak: kind and seconds of which an outage keeps the highest.
 
         Returns:
-            Whether this is the first count since the last telling: :attr:`due_at` is now set. What no breaker can
+            Whether this is the first count since they were sent: :attr:`due_at` is now set. What no breaker can
             be called, as in an error of a user's own making, is not counted.
         """
         if self._history is None:
@@ -74,37 +77,45 @@ class Tallies:
                 if not may_be_in_a_key(name):
                     return False
                 tally = self._counted[name] = Tally()
-            tally.counts[kind] += count
+            tally.counts[self._bounded(name, kind)] += count
             if peak is not None:
                 tally.peaks[peak[0]] = max(tally.peaks.get(peak[0], 0), round(peak[1] * 1000))
             begins = self.due_at is None
             if begins:
-                self.due_at = self._clock() + TELLING
+                self.due_at = self._clock() + INTERVAL
             return begins
 
+    def _bounded(self, name: str, kind: str) -> str:
+        prefix, separator, _ = kind.partition(":")
+        names = self._names.setdefault(name, set()) if separator else set()
+        if not separator or kind in names:
+            return kind
+        if len(names) >= MOST_NAMES:
+            return f"{prefix}:other"
+        names.add(kind)
+        return kind
+
     def hasten(self) -> None:
-        """Have it told as soon as possible, if there is anything to tell."""
+        """Have it sent as soon as possible, if there is anything to send."""
         if self.due_at is not None:
             self.due_at = self._clock()
 
-    def tell(self) -> None:
-        """Tell all that was counted; what the store does not confirm is told again, and counted once.
+    def send(self) -> None:
+        """Send all that was counted.
 
         Raises:
-            StoreError: the store is away; the next telling makes up for it.
+            StoreError: the store is away; what was not confirmed is sent again, and may then count twice.
         """
-        while self._history is not None and (batch := self._next_batch()):
-            try:
-                self._history.tally(self._teller, self._number, batch)
-            except StoreError:
-                self.due_at = self._clock() + TELLING
-                raise
-            self._untold = {}
-
-    def _next_batch(self) -> dict[str, Tally]:
         with self._lock:
-            if not self._untold:
-                self._untold, self._counted = self._counted, {}
-                self._number = max(self._number + 1, time.time_ns() // 1_000_000)
-                self.due_at = None
-            return self._untold
+            counted, self._counted, self.due_at = self._counted, {}, None
+        if self._history is None or not counted:
+            return
+        try:
+            self._history.tally(counted)
+        except StoreError:
+            with self._lock:
+                for name, tally in self._counted.items():
+                    tally.merge(counted.get(name, Tally()))
+                self._counted = {**counted, **self._counted}
+                self.due_at = self._clock() + INTERVAL
+            raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import replace
 from datetime import timedelta
@@ -13,7 +12,7 @@ import pytest
 from resilient_tasks import ConfigurationError, Resilience
 from resilient_tasks.core.counts import Counts
 from resilient_tasks.core.model import Snapshot, State
-from resilient_tasks.core.outage import Deadlines, Estimate, Outage, Speed, estimate, learned_rate
+from resilient_tasks.core.outage import Deadlines, Estimate, Outage, estimate, learned_rate
 from resilient_tasks.monitor.report import in_words, moment
 
 NOW = 1_789_000_000.0
@@ -36,22 +35,22 @@ def test_a_former_outage_tells_how_fast_it_drained() -> None:
 
 @pytest.mark.parametrize("snapshot", [OPEN, replace(OPEN, state=State.HALF_OPEN), CLOSED])
 def test_before_anything_is_resumed_the_rate_is_that_of_the_former_outage(snapshot: Snapshot) -> None:
-    lasting, of_before = replace(FORMER, closed=None, drained=None), Speed(50.0, NOW - 60, NOW - 90)
-    for speed in (None, of_before):
-        assert learned_rate(snapshot, [lasting, FORMER], speed) == 20.0
-        assert learned_rate(snapshot, [lasting], speed) is None
+    lasting = replace(FORMER, closed=None, drained=None)
+    assert learned_rate(snapshot, [lasting, FORMER], 0) == 20.0
+    assert learned_rate(snapshot, [lasting], 0) is None
 
 
-def test_while_it_drains_the_rate_is_that_of_the_last_seconds() -> None:
-    speed = Speed(50.0, NOW, NOW - 20)
-    assert learned_rate(CLOSED, [FORMER], speed) == pytest.approx(50 / (1 - math.exp(-2.1)))
-    assert learned_rate(replace(CLOSED, now=NOW + 30), [], speed) == pytest.approx(50 * math.exp(-3), rel=0.01)
+def test_while_it_drains_the_rate_is_that_of_the_last_minutes() -> None:
+    assert learned_rate(CLOSED, [FORMER], 1500) == 50.0  # it has admitted calls for 30 s
+    long_ago, of_the_minute = replace(CLOSED, since=NOW - 1000), NOW % 60
+    assert learned_rate(long_ago, [FORMER], 1500) == 1500 / (60 + of_the_minute)
+    assert learned_rate(OPEN, [FORMER], 1500) == 20.0
 
 
 def test_what_has_just_begun_says_nothing_yet() -> None:
-    speed = Speed(5.0, NOW - 1, NOW - 4)
-    assert learned_rate(CLOSED, [FORMER], speed) == 20.0
-    assert learned_rate(CLOSED, [], speed) is None
+    just_closed = replace(CLOSED, since=NOW - 4)
+    assert learned_rate(just_closed, [FORMER], 5) == 20.0
+    assert learned_rate(just_closed, [], 5) is None
 
 
 def test_the_end_is_the_next_trial_and_the_learned_rate() -> None:

@@ -1,4 +1,4 @@
-"""What a process counts for the history: added up, told about once a second, never lost and never twice."""
+"""What a process counts for the history: added up, and sent about once a second."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.counts import REFUSED, RESUMED
+from resilient_tasks.core.counts import CAUSE, REFUSED, RESUMED
 from resilient_tasks.core.model import Outcome, Verb
 from resilient_tasks.errors import BreakerOpenError, StoreError
 from resilient_tasks.fleet import Fleet
@@ -21,19 +21,19 @@ from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Spec
 from resilient_tasks.store.history import History
 from resilient_tasks.store.local import LocalStore
-from resilient_tasks.store.tallies import TELLING, Tallies, Tally
+from resilient_tasks.store.tallies import INTERVAL, Tallies, Tally
 
 
 @dataclass
 class Book:
     """A history that hears everything, also what it then seems not to have heard."""
 
-    told: list[tuple[str, int, Mapping[str, Tally]]] = field(default_factory=list)
+    told: list[Mapping[str, Tally]] = field(default_factory=list)
     away: bool = False
     heard: threading.Event = field(default_factory=threading.Event)
 
-    def tally(self, teller: str, number: int, tallies: Mapping[str, Tally]) -> None:
-        self.told.append((teller, number, tallies))
+    def tally(self, tallies: Mapping[str, Tally]) -> None:
+        self.told.append(tallies)
         self.heard.set()
         if self.away:
             raise StoreError("away")
@@ -47,35 +47,49 @@ def test_counts_and_peaks_are_added_up() -> None:
     book = Book()
     tallies = tallies_for(book)
     assert tallies.add("payments", REFUSED)
-    assert tallies.due_at == 100.0 + TELLING
+    assert tallies.due_at == 100.0 + INTERVAL
     assert not tallies.add("payments", RESUMED, 5, peak=("longest_wait", 2.5))
     assert not tallies.add("payments", RESUMED, 1, peak=("longest_wait", 1.5))
     assert not tallies.add("mail", REFUSED)
-    tallies.tell()
-    [(_, _, told)] = book.told
+    tallies.send()
+    [told] = book.told
     assert told == {
         "payments": Tally(Counter({REFUSED: 1, RESUMED: 6}), {"longest_wait": 2500}),
         "mail": Tally(Counter({REFUSED: 1})),
     }
     assert tallies.due_at is None
-    tallies.tell()
+    tallies.send()
     assert len(book.told) == 1
 
 
-def test_what_is_not_confirmed_is_told_again_under_the_same_number() -> None:
+def test_what_is_not_confirmed_is_sent_again_with_what_was_counted_since() -> None:
     book = Book(away=True)
     tallies = tallies_for(book)
-    tallies.add("payments", REFUSED)
+    tallies.add("payments", REFUSED, peak=("longest_wait", 2.5))
     with pytest.raises(StoreError):
-        tallies.tell()
-    assert tallies.due_at == 100.0 + TELLING
-    tallies.add("payments", REFUSED, 2)
+        tallies.send()
+    assert tallies.due_at == 100.0 + INTERVAL
+    tallies.add("payments", REFUSED, 2, peak=("longest_wait", 1.5))
+    tallies.add("mail", REFUSED)
     book.away = False
-    tallies.tell()
-    first, again, then = book.told
-    assert again == first
-    assert then[1] > first[1]
-    assert then[2] == {"payments": Tally(Counter({REFUSED: 2}))}
+    tallies.send()
+    assert book.told[-1] == {
+        "payments": Tally(Counter({REFUSED: 3}), {"longest_wait": 2500}),
+        "mail": Tally(Counter({REFUSED: 1})),
+    }
+
+
+def test_names_are_bounded() -> None:
+    book = Book()
+    tallies = tallies_for(book)
+    for number in range(100):
+        tallies.add("payments", f"{CAUSE}Error{number}")
+        tallies.add("payments", f"{CAUSE}Error0")
+        tallies.add("payments", REFUSED)
+    tallies.send()
+    counts = book.told[0]["payments"].counts
+    assert (counts[f"{CAUSE}Error0"], counts[f"{CAUSE}other"], counts[REFUSED]) == (101, 60, 100)
+    assert len(counts) == 42
 
 
 def test_without_a_history_nothing_is_counted() -> None:
@@ -88,8 +102,8 @@ def test_a_child_is_counted_like_any_breaker() -> None:
     book = Book()
     tallies = tallies_for(book)
     tallies.add("payments:acme%2Feu", REFUSED)
-    tallies.tell()
-    assert list(book.told[0][2]) == ["payments:acme%2Feu"]
+    tallies.send()
+    assert list(book.told[0]) == ["payments:acme%2Feu"]
 
 
 def test_what_no_breaker_can_be_called_is_not_counted() -> None:
@@ -105,7 +119,7 @@ def test_a_process_tells_by_itself_and_when_it_ends() -> None:
     assert book.heard.wait(60)
     fleet.reporter.tally("payments", RESUMED)
     fleet.close()
-    assert [told["payments"].counts for _, _, told in book.told] == [Counter({REFUSED: 1}), Counter({RESUMED: 1})]
+    assert [told["payments"].counts for told in book.told] == [Counter({REFUSED: 1}), Counter({RESUMED: 1})]
 
 
 def test_calls_that_end_too_late_for_a_decision_are_tallied() -> None:
@@ -120,8 +134,8 @@ def test_calls_that_end_too_late_for_a_decision_are_tallied() -> None:
     for _ in range(2):
         fleet.reporter.report(standing, former, Verdict(Outcome.FAILURE, "ReadTimeout"))
     fleet.close()
-    counted: Counter[str] = sum((told["payments"].counts for _, _, told in book.told), Counter())
-    assert counted == {"FAILURE": 2, "cause:ReadTimeout": 2}
+    counted: Counter[str] = sum((told["payments"].counts for told in book.told), Counter())
+    assert counted == {"SUCCESS": 1, "FAILURE": 2, "cause:ReadTimeout": 2}
 
 
 def test_a_refusal_is_counted_but_not_for_want_of_capacity() -> None:
@@ -135,4 +149,4 @@ def test_a_refusal_is_counted_but_not_for_want_of_capacity() -> None:
         with pytest.raises(BreakerOpenError, match="OPEN"):
             narrow.call(print)
     fleet.close()
-    assert [told["narrow"].counts for _, _, told in book.told] == [Counter({REFUSED: 2})]
+    assert [told["narrow"].counts for told in book.told] == [Counter({REFUSED: 2, Outcome.SUCCESS.value: 1})]

@@ -9,6 +9,5 @@ end
 redis.call('SREM', HOT, KEY)
 if redis.call('ZREM', OPENED, KEY) == 1 then -- its state has ended by itself
   redis.call('ZADD', CHILDREN, integer(now), KEY)
-  close_outage()
 end
 return 1

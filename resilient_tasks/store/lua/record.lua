@@ -7,6 +7,5 @@
 
 local evidence = cjson.decode(ARGV[5])
 load_breaker(true)
-local failures, before = record.state == 'DISABLED' and 0 or tally_calls(evidence), record.total_failures
 report(evidence.epoch, evidence.runs, evidence.cause, evidence.retry_after)
-return answer({}, failures - (record.total_failures - before))
+return answer()

@@ -8,10 +8,5 @@
 
 local evidence = cjson.decode(ARGV[7])
 load_breaker(true)
-if (trials[ARGV[5]] or stragglers[ARGV[5]] or now) > now then
-  tally_trial(ARGV[6], evidence.cause)
-elseif holds_slot(ARGV[5]) and record.state ~= 'DISABLED' then
-  tally_call(ARGV[6], evidence.cause)
-end
 settle(ARGV[5], ARGV[6], evidence)
 return answer()

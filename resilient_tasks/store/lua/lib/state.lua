@@ -1,7 +1,6 @@
 -- What the store keeps of one breaker: loading, the figures, the answer, saving.
 -- core/record.py in Lua: same functions, same arithmetic; change the two together.
 -- In front of every script that decides about a breaker; window.lua, slots.lua and children.lua complete it.
--- Needs history.lua
 --
 -- KEYS  1 state      hash         fields of core/record.py's Record, and the newest policy as JSON
 --       2 window     hash         slot -> "index calls failures slow latest proxied tasks" of one bucket, and votes:
@@ -11,11 +10,10 @@
 --       5 deadlines  sorted set   task id -> end of its wait, ms
 --       6 stragglers sorted set   like trials, of trials that outlived their HALF_OPEN
 --       7 slots      sorted set   holder of a slot, or the task it is kept for -> end of its lease, ms
---       8..12 see history.lua
 --       of this breaker if it may have children, of its parent if it is one:
---       13 children  sorted set   key -> when the child was last used, ms; +inf while it is held open
---       14 opened    sorted set   key -> since when the child is held open, ms
---       15 hot       set          keys of children that are not plainly CLOSED
+--       8 children   sorted set   key -> when the child was last used, ms; +inf while it is held open
+--       9 opened      sorted set   key -> since when the child is held open, ms
+--       10 hot       set          keys of children that are not plainly CLOSED
 -- ARGV  1 name       of the breaker
 --       2 channel    on which changes are published
 --       3 rules      JSON of core/record.py's Rules, as this caller declares them
@@ -23,8 +21,11 @@
 --
 -- A script that fails keeps what it wrote before: all reading comes first, save() writes last.
 
-local STATE, WINDOW, TRIALS, _, DEADLINES, STRAGGLERS, IN_FLIGHT = unpack(KEYS)
-local CHILDREN, OPENED, HOT = KEYS[13], KEYS[14], KEYS[15]
+local IS_CHILD = string.sub(KEYS[1], 1, -6) ~= string.sub(KEYS[8], 1, -9) -- ...state and ...children
+local ADMITTING = { CLOSED = true, SHADOW = true, DISABLED = true }
+local now = now_ms()
+local STATE, WINDOW, TRIALS, DEFERRED, DEADLINES, STRAGGLERS, IN_FLIGHT = unpack(KEYS)
+local CHILDREN, OPENED, HOT = KEYS[8], KEYS[9], KEYS[10]
 local NAME, CHANNEL, JITTER = ARGV[1], ARGV[2], tonumber(ARGV[4])
 local COUNTING = { CLOSED = true, SHADOW = true }
 local MOST_GROWTH_STEPS = 1000
@@ -35,9 +36,13 @@ local NUMBERS = {
   'ramp_since', 'would_open', 'failed_checks', 'checked_at', 'crowded_until', 'learned', 'credit', 'backed_off',
 }
 
+-- tostring() would round a millisecond timestamp.
+local function integer(number)
+  return string.format('%.0f', number)
+end
+
 local record, rules, window, trials, stragglers -- loaded below
 local transition -- what the caller is told, at most one
-local is_new = false -- nothing was kept of it
 local changed = false -- the version has grown: others should hear of it
 local dirty = false -- the state has to be written
 local touched = {} -- slots of the window that have to be written
@@ -109,7 +114,7 @@ local function load_breaker(creates)
   record = load_record()
   if not record then
     record = new_record(creates and now or 0)
-    is_new, dirty = true, true
+    dirty = true
   end
   rules = newest_rules()
   window = COUNTING[record.state] and load_window() or {}
@@ -223,15 +228,10 @@ local function save()
 end
 
 -- Write, publish, and return JSON: the snapshot, the transition if this caller made one, and `more`.
--- late: failures that came with what tripped the breaker, and after it
-local function answer(more, late)
+local function answer(more)
   local reply = more or {}
   reply.snapshot, reply.transition = snapshot(), transition
   save()
-  if is_new then -- its state may have ended by itself
-    close_outage()
-  end
-  save_history(transition, rules.window, late or 0)
   if changed then
     redis.call('PUBLISH', CHANNEL, cjson.encode(reply.snapshot))
   end

@@ -34,7 +34,6 @@ local function expire()
     if lease_end <= now then
       trials[holder] = nil
       count_trial('FAILURE')
-      tally_trial('FAILURE', 'permit expired')
     end
   end
   judge('permit expired')
