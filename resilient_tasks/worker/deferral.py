@@ -213,6 +213,8 @@ class Deferral:
             lost, _ = self._held.popleft()
             what = "Task %s[%s] is no longer held: %d others are"
             logger.error(what, lost.name, lost.id, MOST_HELD, extra=lost.log_fields)
+        elif not request.acknowledged:
+            self._runtime.host.consumer.qos.increment_eventually()  # as for a task with an ETA: it holds up no other
         self._held.append((request, step))
 
     def retry_held(self, *, at_once: bool = False) -> None:
@@ -222,7 +224,10 @@ class Deferral:
             if not at_once and time.monotonic() < self._retry_at:
                 return
             for _ in range(len(self._held)):
-                self._try(*self._held.popleft(), limited=False)  # it was let in before
+                request, step = self._held.popleft()
+                if not request.acknowledged:
+                    self._runtime.host.consumer.qos.decrement_eventually()
+                self._try(request, step, limited=False)  # it was let in before
                 if self._broker_away:
                     return
             if not self._held:

@@ -52,6 +52,9 @@ class DeferredTasks:
     def __init__(self, runtime: Runtime, events: EventSender, queues: Queues | None = None) -> None:
         self._runtime = runtime
         self._events = events
+        self._ended: set[str] = (
+            set()
+        )  # ids of tasks that have come to their end, and whose messages are yet to be moved
         self.queues = queues or open_queues(runtime.app, runtime.settings.namespace)
 
     def count(self, breaker: str) -> int:
@@ -89,6 +92,7 @@ class DeferredTasks:
     def _note_unmade(self, planned: Sequence[Move], made: Sequence[Move]) -> None:
         """Index again what was not moved, and end what has no queue to go back to."""
         queues = {id(move.entry): move.queue for move in made}
+        self._ended.difference_update(move.entry.task_id for move in planned if id(move.entry) in queues)
         for move in planned:
             entry, ticket = move.entry, move.entry.ticket
             if id(entry) not in queues:
@@ -192,12 +196,15 @@ class DeferredTasks:
 
     def _settle(self, entry: Entry, error: Exception) -> bool:
         """End a task that waits no longer; False if its result cannot be written now."""
+        if entry.task_id in self._ended:
+            return True
         try:
             self._end(entry, error)
         except ResultNotWrittenError as exc:
             what = "Task %s[%s] cannot end yet (%s): %s"
             logger.warning(what, entry.task_name, entry.task_id, error, exc, extra=entry.log_fields)
             return False
+        self._ended.add(entry.task_id)
         self._withdraw(entry)
         return True
 

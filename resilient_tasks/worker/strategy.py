@@ -46,10 +46,15 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
             raise  # Celery logs and rejects the message
         except Exception:  # a bug of ours ends no worker: the message stays with the broker, and is tried again
             logger.exception("a message for %s cannot be handled yet", self._task.name)
-            timer: Any = self._consumer.timer
-            timer.call_after(RETRY_INTERVAL, self, (message, body, ack, reject, callbacks), kwargs)
+            self._consumer.qos.increment_eventually()  # as for a task with an ETA: it holds up no other
+            again = message, body, ack, reject, callbacks
+            self._consumer.timer.call_after(RETRY_INTERVAL, self._try_again, again, kwargs)
             return None
         return None if handled else self._go_on(message, body, ack, reject, callbacks, **kwargs)
+
+    def _try_again(self, *args: Any, **kwargs: Any) -> None:
+        self._consumer.qos.decrement_eventually()
+        self(*args, **kwargs)
 
     def _take(self, message: Any, body: Any, ack: Any, reject: Any) -> bool:
         """Defer a message that a breaker refuses; False if Celery's own strategy is to handle it."""

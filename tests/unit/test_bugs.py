@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from uuid import uuid4
 
 import pytest
 from celery import Celery
+from celery.signals import task_revoked
 from kombu import Producer, Queue
 
 from resilient_tasks import Breaker, Resilience
@@ -17,7 +19,7 @@ from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.published_queues import PublishedQueues
 from resilient_tasks.worker.queues import Entry, Queues
 from resilient_tasks.worker.ticket import Ticket
-from workers.processes import Server, start_valkey
+from workers.processes import Server, start_valkey, wait_until
 
 DEFERRED, DEAD, HOME = "resilient.deferred.payments", "resilient.dead.payments", "shop"
 TASKS = 5
@@ -64,6 +66,13 @@ def app() -> Iterator[Celery]:
         yield app
         for queue in queues:
             queue(connection.default_channel).purge()
+
+
+@contextmanager
+def receiving(signal: Any, receiver: Callable[..., object]) -> Iterator[None]:
+    signal.connect(receiver)
+    yield
+    signal.disconnect(receiver)
 
 
 def sizes(resilience: Resilience) -> tuple[int, int]:
@@ -141,3 +150,16 @@ def test_tasks_may_come_from_any_queue_below_the_namespace(
         Producer(connection).publish([[], {}, {}], routing_key=DEFERRED, headers=headers)
     assert resilience.deferred.resume("payments") == TASKS + 1
     assert sizes(resilience) == (0, 0)
+
+
+def test_a_task_whose_message_cannot_be_moved_comes_to_its_end_once(
+    resilience: Resilience, payments: Breaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revoked: list[str] = []
+    deferred = resilience.deferred
+    with receiving(task_revoked, lambda request, **_: revoked.append(request.id)):
+        for _ in range(3):
+            strike(monkeypatch, (PublishedQueues, "move"), OSError, lambda: deferred.drop("payments"))
+        assert sizes(resilience) == (TASKS, 0)
+        assert len(deferred.drop("payments")) == TASKS
+        wait_until(lambda: len(revoked) == len(set(revoked)) == TASKS, what="the signals")

@@ -186,6 +186,10 @@ def test_a_dead_task_is_held_unacknowledged_until_the_broker_takes_it(
     )  # fmt: skip
     request = GatedRequest(message, app=app, task=app.tasks["charge"], on_ack=acknowledged.append)
     request.dead = True
+    prefetch = [0]
+    counts = {"increment_eventually": lambda: prefetch.append(1), "decrement_eventually": lambda: prefetch.append(-1)}
+    host: Any = SimpleNamespace(consumer=SimpleNamespace(qos=SimpleNamespace(**counts)))
+    runtime_of(app).host = host
     deferral.attempt(request, partial(deferral.defer, request, TICKET))
     request.acknowledge()
     request.reject(requeue=True)
@@ -193,3 +197,4 @@ def test_a_dead_task_is_held_unacknowledged_until_the_broker_takes_it(
     away.append(False)
     deferral.retry_held()
     assert (acknowledged, request.acknowledged) == (["moved"], True)
+    assert prefetch == [0, 1, -1], "what is held takes no place in the prefetch window"
