@@ -24,6 +24,7 @@ from time import perf_counter
 from types import AsyncGeneratorType, CoroutineType, GeneratorType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
 
+from resilient_tasks.core.answer import unwrapped
 from resilient_tasks.core.classification import (
     Verdict,
     attribute_to,
@@ -663,8 +664,8 @@ class Guarded:
     def judge(self, exc: BaseException, seconds: float = 0.0) -> Verdict:
         """Return what the exception that ended a call says about the dependency.
 
-        One that ended a guarded call of another dependency inside this one says nothing here. One that says nothing,
-        like a cancellation, ends a slow call all the same if it came too late.
+        One that ended a guarded call of another dependency inside this one says nothing here, nor does a refusal,
+        whatever it is wrapped in. Another one that says nothing, like a cancellation, is SLOW if it came too late.
 
         Args:
             exc: the exception.
@@ -672,7 +673,8 @@ class Guarded:
         """
         policy = self.policy
         other = attributed_to(exc)
-        if other is not None and self.name not in (other, parent_of(other)):
+        is_anothers = other is not None and self.name not in (other, parent_of(other))
+        if is_anothers or refusal_in(exc, in_groups=False) is not None:
             return Verdict(Outcome.IGNORED, type(exc).__name__)
         said = judge(policy.classify, policy.failures, policy.ignore, exc)
         if said.undecided:
@@ -865,6 +867,31 @@ class Guarded:
         else:
             return
         raise ConfigurationError(f"breaker {self.name!r} cannot decorate {fn!r}, {instead}")
+
+
+_MISTAKES_IN_CODE = (AttributeError, LookupError, NameError, TypeError)
+
+
+def refusal_in(exc: BaseException, *, in_groups: bool = True) -> BreakerOpenError | None:
+    """Return the refusal that ``exc`` is or wraps, unless it wraps a failure that a guard has counted before that.
+
+    A mistake in code, made while a refusal was handled, wraps none.
+
+    Args:
+        exc: what has ended a call.
+        in_groups: whether to look among the members of exception groups, of which others may be failures.
+    """
+
+    def opens(one: BaseException) -> bool:
+        is_group = any(cls.__name__ == "BaseExceptionGroup" for cls in type(one).__mro__)
+        return not isinstance(one, _MISTAKES_IN_CODE) and (in_groups or not is_group)
+
+    for one in unwrapped(exc, opens):
+        if isinstance(one, BreakerOpenError):
+            return one
+        if attributed_to(one) is not None:
+            return None
+    return None
 
 
 def call_guarded(breakers: Sequence[Guarded], fn: Callable[[], Any]) -> Any:

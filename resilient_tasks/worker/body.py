@@ -19,8 +19,8 @@ from resilient_tasks.core.answer import unwrapped
 from resilient_tasks.core.classification import Verdict, attributed_to
 from resilient_tasks.core.counts import FAILED
 from resilient_tasks.core.model import Outcome, State
-from resilient_tasks.errors import BreakerOpenError
-from resilient_tasks.guard import call_guarded, current_scope
+from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
+from resilient_tasks.guard import call_guarded, current_scope, refusal_in
 from resilient_tasks.monitor import tracing
 from resilient_tasks.provenance import write_provenance
 from resilient_tasks.worker.options import DEFER
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from resilient_tasks.worker.task import ResilientTask
 
 _REFUSING = (State.OPEN, State.FORCED_OPEN)
+_ADMITTING_TASKS = (AT_CAPACITY, State.HALF_OPEN)  # a breaker that has refused a guard may admit its task again at once
 _BODY = "_resilient_tasks_body"  # of a request: the body that runs for it
 
 
@@ -102,12 +103,13 @@ class _Body:
         try:
             value = self.attempts()
         except DeferredRetry as retry:
-            return self.answer(retry.refusal.breaker, partial(self.refused, retry.refusal))
+            return self.answer(retry.refusal.breaker, partial(self.refused, retry.refusal, retry.refusal))
         except Retry:
             raise  # Celery has sent the task off again: this run has no answer of its own
-        except BreakerOpenError as refusal:
-            return self.answer(refusal.breaker, partial(self.refused, refusal))
         except Exception as exc:
+            refusal = refusal_in(exc)
+            if refusal is not None:
+                return self.answer(refusal.breaker, partial(self.refused, refusal, exc))
             culprit = self.culprit(exc)
             if culprit is None:
                 raise
@@ -169,9 +171,9 @@ class _Body:
     def serve(self, served: Any, breaker: str) -> None:
         """Take note that a fallback has answered."""
 
-    def refused(self, refusal: BreakerOpenError) -> NoReturn:
-        """End a run that a breaker has refused, and no fallback has answered."""
-        raise refusal
+    def refused(self, _refusal: BreakerOpenError, exc: Exception) -> NoReturn:
+        """End a run that ``exc`` has ended, which is or wraps a refusal, and no fallback has answered."""
+        raise exc
 
     def failed(self, exc: Exception, _culprit: Breaker) -> NoReturn:
         """End a run that has failed through a dependency, and no fallback has answered."""
@@ -229,14 +231,14 @@ class _GatedBody(_Body):
         """Have the main process tell of it."""
         self.gated.served, self.gated.served_for = served, breaker
 
-    def refused(self, refusal: BreakerOpenError) -> NoReturn:
+    def refused(self, refusal: BreakerOpenError, exc: Exception) -> NoReturn:
         """Defer the task until the breaker that refused admits, if that is one of this app."""
         if self.options.on_open != DEFER or not self.runtime.defines(refusal.breaker):
             self.runtime.fleet.reporter.tally(refusal.breaker, FAILED)
-            raise refusal
+            raise exc
         trace = tracing.tell_deferral(refusal.breaker, str(refusal))
-        attempts = self.gated.admission.attempts
-        raise TaskDeferred(refusal.breaker, str(refusal), attempts, trace=trace) from refusal
+        attempts, is_inside = self.gated.admission.attempts, refusal.state in _ADMITTING_TASKS
+        raise TaskDeferred(refusal.breaker, str(refusal), attempts, trace=trace, backs_off=is_inside) from exc
 
     def failed(self, exc: Exception, culprit: Breaker) -> NoReturn:
         """Defer the task, unless it has used up its attempts, or its retries before the breaker opened."""

@@ -16,6 +16,7 @@ from resilient_tasks.checks import HEARTBEATS, HealthCheckError, Run, run_probe
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.errors import StoreError
+from resilient_tasks.guard import Pass, Scope, within
 from resilient_tasks.store.base import Evidence
 
 if TYPE_CHECKING:
@@ -156,8 +157,10 @@ class _Probing:
             return Finding(Outcome.FAILURE, f"probe: no answer within {self.probe.limit:g} s")
 
     def _run(self, run: Run) -> Finding:
+        permit = Pass(self.breaker.name, trial=True, leased=True)  # guards inside share it
         try:
-            run_probe(self.probe.function, run)
+            with within(Scope([permit])):
+                run_probe(self.probe.function, run)
         except HealthCheckError as error:  # one of the library's own: its text holds no secrets
             return Finding(Outcome.FAILURE, f"probe: {error}", self.breaker.judge(error).retry_after)
         except BaseException as error:  # noqa: BLE001 - a probe that raises anything has failed

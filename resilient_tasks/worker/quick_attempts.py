@@ -11,6 +11,7 @@ import tenacity
 from celery.exceptions import Ignore, Reject, Retry
 
 from resilient_tasks.errors import ResilienceError
+from resilient_tasks.guard import refusal_in
 from resilient_tasks.worker.run import limits_of
 
 if TYPE_CHECKING:
@@ -73,4 +74,5 @@ class _RetryErrors(tenacity.retry_base):
     def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
         outcome = retry_state.outcome
         error = outcome.exception() if outcome is not None else None
-        return not isinstance(error, _CONTROL_FLOW) and bool(self._otherwise(retry_state))
+        is_over = isinstance(error, _CONTROL_FLOW) or (error is not None and refusal_in(error) is not None)
+        return not is_over and bool(self._otherwise(retry_state))

@@ -222,7 +222,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
             exc = exc.exc
         if isinstance(exc, TaskDeferred):
             seams.task_ready(self)
-            return self.put_aside(exc.breaker, exc.reason, exc)
+            return self.put_aside(exc.breaker, exc.reason, exc, wait=self.ticket.back_off() if exc.backs_off else None)
         if not return_ok:
             deferred = self._deferred_by_time_out(exc)
             self._settle_death(exc)

@@ -147,10 +147,14 @@ class TaskDeferred(Ignore):  # type: ignore[misc]  # Celery is untyped
         attempts: dependency failures of this task that have counted, this one included.
         cause: what the failure of the task itself was, e.g. ``"ReadTimeout"``; "" if it was refused.
         trace: ``traceparent`` of the run; "" if nobody traces.
+        backs_off: the breaker admits the task, and refuses what its body does: each time it waits longer.
     """
 
-    def __init__(self, breaker: str, reason: str, attempts: int = 0, cause: str = "", trace: str = "") -> None:
+    def __init__(
+        self, breaker: str, reason: str, attempts: int = 0, cause: str = "", trace: str = "", *, backs_off: bool = False
+    ) -> None:
         super().__init__(breaker, reason, attempts, cause, trace)
+        self.backs_off = backs_off
         self.breaker = breaker
         self.reason = reason
         self.attempts = attempts

@@ -14,6 +14,8 @@ from pydantic import Field, Strict, TypeAdapter, ValidationError
 
 HEADER = "x-resilient-tasks"
 
+#: Seconds between the runs of a task whose body is refused: twice as many each time.
+SHORTEST_BACK_OFF, LONGEST_BACK_OFF = 0.5, 30.0
 #: Latest steps that a ticket remembers.
 MOST_STEPS = 16
 
@@ -118,6 +120,11 @@ class Ticket:
     def defer(self, at: float, cause: str = "") -> Ticket:
         """Return the ticket of the same task put aside; ``cause`` tells that, and why, it has failed."""
         return self._after(Step(at, "failed" if cause else "deferred", cause), resumed=0, died_at=0.0)
+
+    def back_off(self) -> float:
+        """Return for how many seconds to defer a task that is refused again and again, each time inside its body."""
+        deferrals = sum(step.what == "deferred" for step in self.history)
+        return float(min(SHORTEST_BACK_OFF * 2**deferrals, LONGEST_BACK_OFF))
 
     def resume(self, epoch: int, at: float) -> Ticket:
         """Return the ticket of the same task on its way back to the origin queue."""

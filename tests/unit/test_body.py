@@ -121,6 +121,79 @@ def test_a_refused_run_is_deferred_failed_or_served(app: Celery, payments: Break
     assert gated(task, refused) == (1, Report(source="constant", served_for="payments"))
 
 
+class WrapperError(ConnectionError):
+    """What users make of the errors that their clients raise."""
+
+    def __init__(self, original: Exception) -> None:
+        super().__init__("no answer")
+        self.original_exception = original
+
+
+def raised_from(refusal: Exception) -> Callable[[], None]:
+    def body() -> None:
+        raise RuntimeError("order not sent") from refusal
+
+    return body
+
+
+def raised_while_handling(refusal: Exception) -> Callable[[], None]:
+    def body() -> None:
+        try:
+            raise refusal
+        except BreakerOpenError:
+            raise RuntimeError("order not sent")  # noqa: B904
+
+    return body
+
+
+def raised_by_tenacity(refusal: Exception) -> Callable[[], None]:
+    again = tenacity.retry(stop=tenacity.stop_after_attempt(1))(failing(refusal))
+
+    def body() -> None:
+        again()
+
+    return body
+
+
+def kept_as_attribute(refusal: Exception) -> Callable[[], None]:
+    return failing(WrapperError(refusal))
+
+
+wrapped = pytest.mark.parametrize("wrap", [raised_from, raised_while_handling, raised_by_tenacity, kept_as_attribute])
+
+
+@wrapped
+def test_a_wrapped_refusal_is_a_refusal(app: Celery, payments: Breaker, clock: Clock, wrap: Any) -> None:
+    body = wrap(BreakerOpenError("payments"))
+    deferring = app.task(shared=False, breaker="payments", name="t")(body)
+    deferred, report = gated(deferring, admitted(counts=True))
+    assert (deferred.breaker, deferred.attempts, deferred.cause) == ("payments", 0, "")
+    assert [verdict.outcome for verdict in report.verdicts if verdict] == [Outcome.IGNORED]
+    serving = app.task(shared=False, breaker="payments", name="u", fallback=constant("n/a"))(body)
+    assert gated(serving, admitted())[0] == "n/a"
+    failing_ = app.task(shared=False, breaker="payments", name="v", on_open="fail")(body)
+    assert not isinstance(gated(failing_, admitted())[0], TaskDeferred)
+
+
+def test_a_mistake_made_while_a_refusal_was_handled_is_a_mistake(app: Celery, payments: Breaker, clock: Clock) -> None:
+    @app.task(shared=False, breaker="payments", name="t")
+    def stumbles() -> None:
+        try:
+            failing(BreakerOpenError("payments"))()
+        except BreakerOpenError:
+            raise KeyError("order")  # noqa: B904
+
+    assert isinstance(gated(stumbles, admitted())[0], KeyError)
+
+
+@pytest.mark.parametrize("state", ["AT_CAPACITY", "HALF_OPEN", "OPEN"])
+def test_a_task_backs_off_when_its_breaker_admits_it_and_refuses_its_body(
+    app: Celery, payments: Breaker, clock: Clock, state: str
+) -> None:
+    task = app.task(shared=False, breaker="payments", name="t")(failing(BreakerOpenError("payments", state, 0.0)))
+    assert gated(task, admitted())[0].backs_off is (state != "OPEN")
+
+
 def test_a_breaker_that_opened_on_the_way_refuses(app: Celery, payments: Breaker, clock: Clock) -> None:
     task = app.task(shared=False, breaker="payments", name="t")(failing(AssertionError("ran")))
     force(payments, "OPEN")

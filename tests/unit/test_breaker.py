@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import copy
 import functools
+import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import trio
+import trio.lowlevel
+from celery import Celery
 
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.classification import Verdict
@@ -494,6 +499,172 @@ def test_a_cancelled_call_says_nothing(rig: Rig) -> None:
     assert rig.figures() == (0, 0)
 
 
+def test_a_cancelled_call_is_slow_if_it_came_too_late() -> None:
+    rig = Rig(replace(POLICY, slow_call_duration=0.02))
+
+    async def hang(seconds: float) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(rig.breaker.call(asyncio.sleep, 60), seconds)
+
+    asyncio.run(hang(0.001))
+    assert rig.figures() == (0, 0)
+    for _ in range(4):
+        asyncio.run(hang(0.03))
+    assert rig.breaker.state is State.OPEN
+    rig.fleet.close()
+
+
+def test_a_cancelled_trial_gives_its_permit_back(rig: Rig) -> None:
+    async def main() -> None:
+        call = asyncio.create_task(rig.breaker.call(asyncio.sleep, 60))
+        await until(lambda: rig.breaker.snapshot().trials == 1)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    rig.half_open()
+    asyncio.run(main())
+    wait_until(lambda: rig.breaker.snapshot().trials == 0)
+    assert rig.breaker.state is State.HALF_OPEN
+
+
+# --- trio ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", ["guard", "decorator", "call"])
+def test_under_trio_the_users_own_error_comes_through(rig: Rig, use: str) -> None:
+    async def body() -> None:
+        await trio.lowlevel.checkpoint()
+        rig.fails()
+
+    async def main() -> None:
+        if use == "guard":
+            async with rig.breaker.guard():
+                await body()
+        await (rig.breaker(body)() if use == "decorator" else rig.breaker.call(body))
+
+    for _ in range(4):
+        with pytest.raises(ConnectionResetError):
+            trio.run(main)
+    assert rig.figures()[1] == 4
+    rig.clock.advance(5)
+    rig.breaker.snapshot()
+    with pytest.raises(ConnectionResetError):
+        trio.run(main)
+    wait_until(lambda: rig.breaker.snapshot().openings == 2)
+
+
+# --- what is awaited, entered or iterated later ---------------------------------------------------------
+
+
+class Response:
+    """Like aiohttp's: to be awaited, or entered."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.url = "http://pay.example"
+
+    def __await__(self) -> Iterator[Any]:
+        return self._get().__await__()
+
+    async def _get(self) -> str:
+        await asyncio.sleep(0)
+        if self.error:
+            raise self.error
+        return "paid"
+
+    async def __aenter__(self) -> str:
+        return await self._get()
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+
+def future_of(rig: Rig, fn: Callable[[], Any]) -> Any:
+    async def run() -> Any:
+        return fn()
+
+    return rig.breaker.call(lambda: asyncio.ensure_future(run()))
+
+
+def awaitable_of(rig: Rig, fn: Callable[[], Any]) -> Any:
+    return rig.breaker.call(lambda: Response(ConnectionResetError("no") if fn == rig.fails else None))
+
+
+@pytest.mark.parametrize("start", [future_of, awaitable_of])
+@pytest.mark.parametrize("state", ["CLOSED", "HALF_OPEN"])
+def test_what_is_awaited_is_part_of_the_call(rig: Rig, start: Any, state: str) -> None:
+    async def main(fn: Callable[[], Any]) -> Any:
+        return await start(rig, fn)
+
+    if state == "HALF_OPEN":
+        rig.half_open()
+    assert asyncio.run(main(rig.works)) == "paid"
+    with pytest.raises(ConnectionResetError):
+        asyncio.run(main(rig.fails))
+    assert rig.figures() == ((2, 1) if state == "CLOSED" else (0, 0))
+    assert rig.breaker.state is (State.CLOSED if state == "CLOSED" else State.OPEN)
+
+
+@pytest.mark.parametrize("error", [None, ConnectionResetError("no")])
+@pytest.mark.parametrize("fails_at", ["entering", "inside"])
+def test_a_block_that_is_entered_is_part_of_the_call(rig: Rig, error: Exception | None, fails_at: str) -> None:
+    async def main() -> None:
+        response = rig.breaker.call(Response, error if fails_at == "entering" else None)
+        assert response.url == "http://pay.example"
+        async with response as text:
+            assert text == "paid"
+            assert not rig.fleet.reporter.flush(5) or rig.breaker.snapshot().calls == 0, "it has not ended"
+            if error:
+                raise error
+
+    with pytest.raises(ConnectionResetError) if error else contextlib.nullcontext():
+        asyncio.run(main())
+    assert rig.figures() == (1, int(error is not None))
+
+
+def test_what_is_never_awaited_frees_its_permit(rig: Rig) -> None:
+    rig.half_open()
+    for _ in range(5):
+        rig.breaker.call(Response)
+    assert rig.figures() == (0, 0)
+    assert rig.breaker.snapshot().trials == 0
+
+
+@contextlib.contextmanager
+def _stream() -> Iterator[int]:
+    yield 1
+
+
+@contextlib.asynccontextmanager
+async def _astream() -> AsyncIterator[int]:
+    yield 1
+
+
+async def _apages() -> AsyncIterator[int]:
+    yield 1
+
+
+def _pages() -> Iterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize("fn", [_pages, _apages, _stream, _astream, functools.partial(_pages)])
+@pytest.mark.parametrize("state", ["CLOSED", "HALF_OPEN"])
+def test_what_runs_after_the_call_cannot_be_guarded_by_call(rig: Rig, fn: Any, state: str) -> None:
+    if state == "HALF_OPEN":
+        rig.half_open()
+    with pytest.raises(ConfigurationError, match=r"guard\(\)"):
+        rig.breaker.call(fn)
+    assert rig.figures() == (0, 0)
+    assert rig.breaker.snapshot().trials == 0
+
+
+def test_a_function_that_returns_a_generator_has_been_called(rig: Rig) -> None:
+    assert list(rig.breaker.call(lambda: (number for number in range(3)))) == [0, 1, 2]
+    assert rig.figures() == (1, 0)
+
+
 # --- guards inside a task of the same breaker -----------------------------------------------------------
 
 
@@ -587,6 +758,32 @@ def test_generators_cannot_be_guarded(rig: Rig) -> None:
 
     with pytest.raises(ConfigurationError, match="pages"):
         rig.breaker(pages)
+
+
+class _Client:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("target", "instead"),
+    [
+        (_Client, r"call\(_Client\)"),
+        (staticmethod(_noop), "@staticmethod above"),
+        (classmethod(lambda _cls: None), "@classmethod above"),
+        (property(lambda _self: None), "not callable"),
+        (Celery(set_as_current=False).task(_noop, name="charge"), r"@app.task\(breaker='payments'\)"),
+    ],
+)
+def test_what_cannot_be_decorated_is_told_with_what_to_write(rig: Rig, target: Any, instead: str) -> None:
+    with pytest.raises(ConfigurationError, match=instead):
+        rig.breaker(target)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_breaker_cannot_be_copied(rig: Rig, duplicate: Any) -> None:
+    for breaker in (rig.breaker, rig.breaker.child("acme")):
+        with pytest.raises(ConfigurationError, match=r"resilience.breaker\('payments"):
+            duplicate(breaker)
 
 
 def test_a_probe_is_registered_once(rig: Rig) -> None:

@@ -103,6 +103,13 @@ def test_trials_follow_each_other_until_the_breaker_closes(rounds: Rounds, payme
     assert (check.asked, rounds.woken) == (2, 2)
 
 
+def test_guards_inside_a_probe_share_its_permit(resilience: Resilience, rounds: Rounds) -> None:
+    single = resilience.breaker("single", trial_calls=1, open_jitter=0)
+    single.probe(lambda: single.call(lambda: single.call(int)))
+    rounds.half_open(single)
+    assert rounds.run(single) is State.CLOSED
+
+
 def test_a_slow_probe_is_a_success_all_the_same(rounds: Rounds, payments: Breaker) -> None:
     payments.probe(lambda: time.sleep(0.01))
     rounds.half_open(payments)

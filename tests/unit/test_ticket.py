@@ -107,3 +107,12 @@ def test_resuming_marks_the_epoch_and_keeps_the_rest() -> None:
     assert ticket.resume(7, at=2.0) == Ticket(
         breaker="payments", origin="celery", attempts=2, since=1.0, resumed=7, history=(Step(2.0, "resumed"),)
     )
+
+
+def test_a_task_that_is_refused_inside_its_body_waits_longer_each_time() -> None:
+    ticket, waits = Ticket(), []
+    for at in range(9):
+        waits.append(ticket.back_off())
+        ticket = ticket.defer(at).resume(1, at)
+    assert waits[:4] == [0.5, 1.0, 2.0, 4.0]
+    assert waits[6:] == [30.0, 30.0, 30.0]
