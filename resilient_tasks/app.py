@@ -14,12 +14,13 @@ from celery import Celery, Task
 from celery.signals import beat_init
 
 from resilient_tasks.breaker import Breaker
+from resilient_tasks.core.model import Transition
 from resilient_tasks.core.names import check_name
 from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fleet import Fleet
+from resilient_tasks.monitor import events
 from resilient_tasks.monitor.background import BackgroundQueue
-from resilient_tasks.monitor.events import Announcer
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.provenance import Provenance, read_provenance
 from resilient_tasks.settings import Settings
@@ -55,8 +56,6 @@ class Resilience:
 
     def __init__(self, app: Celery | None = None, **settings: Any) -> None:
         self.settings = Settings.load(**settings)
-        self.announcer = Announcer(send=self._send_event)
-        self.announcer.add_listener(lambda transition: tell_of_transition(self._app, transition))
         self._background = BackgroundQueue("events")
         self._app: Celery | None = None
         self._breakers: dict[str, Breaker] = {}
@@ -207,7 +206,7 @@ class Resilience:
 
     def _join(self, store: Store) -> Fleet:
         shared = (store.ledger, store.history) if isinstance(store, RedisStore) else ()
-        fleet = Fleet(store, *shared, announce=self.announcer, task_id=self._running_task)
+        fleet = Fleet(store, *shared, announce=self._announce, task_id=self._running_task)
         for breaker in self._breakers.values():
             fleet.declare(breaker.spec)
         return fleet
@@ -220,14 +219,15 @@ class Resilience:
         url, options = find_store(self.settings, self._app.conf if self._app else None)
         return RedisStore(url, namespace=self.settings.namespace, timeout=self.settings.store_timeout, **options)
 
-    def _send_event(self, kind: str, **fields: Any) -> None:
-        """Send a Celery event from whatever process this is, and wait for no broker."""
-        app = self._app
+    def _announce(self, transition: Transition) -> None:
+        """Log a transition, call the receivers of its signal and send its Celery event; wait for no broker."""
+        transition, app = events.log(transition), self._app
+        tell_of_transition(app, transition)
         if app is not None:
 
             def send() -> None:
                 with app.events.default_dispatcher() as dispatcher:
-                    dispatcher.send(kind, **fields)
+                    dispatcher.send(events.event_type(transition), **events.event_fields(transition))
 
             self._background.submit(send)
 

@@ -1,16 +1,13 @@
-"""Telling the world that a breaker has moved: one log line, in-process listeners, one Celery event.
+"""Names and fields of events: a transition's log line and Celery event, and what happens to tasks.
 
-The store tells exactly one process in the fleet that it made a transition, and that process calls its
-:class:`Announcer`. Everything here is best-effort: whatever goes wrong while telling, the transition
-has happened and no task may suffer for it.
+Exactly one process in the fleet makes a transition; it logs it, calls the receivers of its signal and sends its event.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from resilient_tasks.core.model import State, Transition
 
@@ -41,10 +38,6 @@ Flower, which sticks while the task runs; RETRY is a state that every monitor kn
 LONGEST_REASON = 500
 """Most characters of a reason or an actor that are passed on."""
 
-Listener = Callable[[Transition], object]
-Send = Callable[..., object]
-_ListenerT = TypeVar("_ListenerT", bound=Listener)
-
 _EVENT_OF_STATE = {
     State.OPEN: BREAKER_OPENED,
     State.HALF_OPEN: BREAKER_HALF_OPENED,
@@ -55,35 +48,22 @@ _EVENT_OF_STATE = {
 }
 
 
-class Announcer:
-    """Announces the transitions that this process made.
-
-    Args:
-        send: ``send(type, **fields)`` sends a Celery event; ``None``: there is nobody to send it.
-    """
-
-    def __init__(self, send: Send | None = None) -> None:
-        self.send = send
-        self._listeners: tuple[Listener, ...] = ()
-
-    def add_listener(self, listener: _ListenerT) -> _ListenerT:
-        """Call ``listener`` with every :class:`Transition` that this process makes; also a decorator.
-
-        A listener runs on the thread that made the transition and should return at once. One that raises
-        is logged and harms nobody.
-        """
-        self._listeners = (*self._listeners, listener)
-        return listener
-
-    def __call__(self, transition: Transition) -> None:
-        """Tell everybody about one transition. Raises nothing."""
-        transition = replace(transition, reason=clean(transition.reason), actor=clean(transition.actor))
-        event, fields = event_type(transition), event_fields(transition)
-        _log(event, fields, transition)
-        for listener in self._listeners:
-            _notify(listener, transition)
-        if self.send is not None:
-            _send(self.send, event, fields)
+def log(transition: Transition) -> Transition:
+    """Log a transition, with its event's fields on the record; return it with reason and actor fit for one line."""
+    transition = replace(transition, reason=clean(transition.reason), actor=clean(transition.actor))
+    logger.warning(
+        "breaker %s: %s -> %s%s%s (%d of %d calls failed, %d slow)",
+        transition.name,
+        transition.previous,
+        "would be OPEN" if transition.would_open else transition.state,
+        f" by {transition.actor}" if transition.actor else "",
+        f": {transition.reason}" if transition.reason else "",
+        transition.failures,
+        transition.calls,
+        transition.slow,
+        extra={"event": event_type(transition), "state": str(transition.state), **event_fields(transition)},
+    )
+    return transition
 
 
 def event_type(transition: Transition) -> str:
@@ -110,32 +90,3 @@ def clean(text: str) -> str:
     """Return ``text`` fit for a log line: reasons are typed by people and may hold anything."""
     printable = "".join(char if char.isprintable() else " " for char in text[: 2 * LONGEST_REASON])
     return " ".join(printable.split())[:LONGEST_REASON]
-
-
-def _log(event: str, fields: dict[str, Any], transition: Transition) -> None:
-    logger.warning(
-        "breaker %s: %s -> %s%s%s (%d of %d calls failed, %d slow)",
-        transition.name,
-        transition.previous,
-        "would be OPEN" if transition.would_open else transition.state,
-        f" by {transition.actor}" if transition.actor else "",
-        f": {transition.reason}" if transition.reason else "",
-        transition.failures,
-        transition.calls,
-        transition.slow,
-        extra={"event": event, "state": str(transition.state), **fields},
-    )
-
-
-def _notify(listener: Listener, transition: Transition) -> None:
-    try:
-        listener(transition)
-    except Exception:
-        logger.exception("listener %r failed on the transition of breaker %s", listener, transition.name)
-
-
-def _send(send: Send, event: str, fields: dict[str, Any]) -> None:
-    try:
-        send(event, **fields)
-    except Exception as error:  # noqa: BLE001  whatever a transport may raise
-        logger.warning("event %s of breaker %s was not sent: %r", event, fields["breaker"], error)

@@ -76,7 +76,7 @@ def rounds(app: Celery, payments: Breaker, clock: Clock) -> Rounds:
 @pytest.fixture
 def told(resilience: Resilience) -> list[Transition]:
     told: list[Transition] = []
-    resilience.announcer.add_listener(told.append)
+    resilience.fleet._announce = told.append
     return told
 
 

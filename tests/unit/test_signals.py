@@ -100,6 +100,6 @@ def test_signals_without_receivers_cost_no_thread(
 
 
 def test_without_an_app_there_is_no_sender(told: Told) -> None:
-    Resilience().announcer(Transition("payments", "CLOSED", "OPEN", 1, 1.0, "", "", 0, 0, 0))  # type: ignore[arg-type]
+    Resilience()._announce(Transition("payments", "CLOSED", "OPEN", 1, 1.0, "", "", 0, 0, 0))  # type: ignore[arg-type]
     wait_until(lambda: told)
     assert told[0][1]["sender"] is None
