@@ -17,7 +17,7 @@ class OutageTests(TestCase):
 
     def test_the_page_says_so(self) -> None:
         force(resilience["payments"], "OPEN")
-        self.assertEqual(self.client.get("/checkout").json(), {"pay": "later"})
+        self.assertEqual(self.client.get("/checkout").json(), {"pay": "later", "state": "OPEN"})
 
     def test_an_order_is_refused(self) -> None:
         force(resilience["payments"], "OPEN")

@@ -9,7 +9,8 @@ from shop.models import Order
 
 
 def checkout(request: HttpRequest) -> JsonResponse:
-    return JsonResponse({"pay": "now" if resilience["payments"].accepting else "later"})
+    payments = resilience["payments"]
+    return JsonResponse({"pay": "now" if payments.accepting else "later", "state": payments.state})
 
 
 @csrf_exempt
