@@ -677,9 +677,8 @@ class Guarded:
         if is_anothers or refusal_in(exc, in_groups=False) is not None:
             return Verdict(Outcome.IGNORED, type(exc).__name__)
         said = judge(policy.classify, policy.failures, policy.ignore, exc)
-        if said.undecided:
-            log_undecided(self.name, exc)
-            self.fleet.reporter.tally(self.name, UNDECIDED + said.cause)
+        if said.undecided and log_undecided(known := parent_of(self.name) or self.name, exc):
+            self.fleet.reporter.tally(known, UNDECIDED + said.cause)
         return _SLOW if said.outcome is Outcome.IGNORED and seconds > self._slow_after else said
 
     def judge_success(self, seconds: float, value: object = _NO_VALUE) -> Verdict:

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 
 import click
@@ -23,6 +24,7 @@ from resilient_tasks.cli.display import (
     rich_table,
 )
 from resilient_tasks.core.model import ADMITTING, Snapshot, State, Verb
+from resilient_tasks.core.names import parent_of
 from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.errors import StoreError
 from resilient_tasks.monitor.report import counted, duration, in_words, moment, rows_of, share
@@ -67,7 +69,8 @@ def show(runtime: Runtime, ctx: click.Context, name: str, *, as_json: bool) -> N
     if as_json:
         print_json({**snapshot.as_dict(), "estimate": estimate and asdict(estimate)})
     else:
-        click.echo("\n".join(plain_lines(("breaker", name), [*_details(snapshot), *_outlook(estimate)])))
+        details = [*_details(snapshot), *_outlook(estimate), *_undecided(runtime, name)]
+        click.echo("\n".join(plain_lines(("breaker", name), details)))
     ctx.exit(_exit_code(snapshot.state))
 
 
@@ -174,6 +177,15 @@ def _details(snapshot: Snapshot) -> Iterator[Row]:
 def _outlook(estimate: Estimate | None) -> Iterator[Row]:
     if estimate is not None:
         yield "outlook", in_words(estimate)
+
+
+def _undecided(runtime: Runtime, name: str) -> Iterator[Row]:
+    types: set[str] = set()
+    with suppress(StoreError):  # the state is shown without it
+        for minute in runtime.fleet.history.minutes(parent_of(name) or name):
+            types.update(minute.counts.undecided)
+    if types:
+        yield "not counted", f"{', '.join(sorted(types))}: no rule knows it, write failures= or ignore="
 
 
 def _command(verb: Verb, does: str) -> click.Command:

@@ -122,19 +122,22 @@ def _log_once(function: object, error: Exception) -> None:
         logger.error("%r failed; calls that it cannot classify are not counted", function, exc_info=error)
 
 
-_undecided: set[type] = set()
+_undecided: set[str] = set()
+_MOST_UNDECIDED = 100  # types that a process logs and counts; more are made up on the fly
 
 
-def log_undecided(breaker: str, exc: BaseException) -> None:
-    """Log, once per type and process, that no rule knows an exception, and what to write."""
-    if type(exc) not in _undecided:
-        _undecided.add(type(exc))
-        name = type(exc).__qualname__
+def log_undecided(breaker: str, exc: BaseException) -> bool:
+    """Log, once per type, that no rule knows an exception, and what to write; return whether to count it."""
+    kind = type(carried_by(exc) or exc)
+    name, full_name = kind.__name__, f"{kind.__module__}.{kind.__qualname__}"
+    if full_name not in _undecided and len(_undecided) < _MOST_UNDECIDED:
+        _undecided.add(full_name)
         logger.warning(
-            "a call of breaker %r ended with %s.%s, which no rule knows and which is not counted: write failures=(%s,)"
+            "a call of breaker %r ended with %s, which no rule knows and which is not counted: write failures=(%s,)"
             " if it means that the dependency has failed, else ignore=(%s,)",
-            *(breaker, type(exc).__module__, name, name, name),
+            *(breaker, full_name, name, name),
         )
+    return full_name in _undecided
 
 
 def judge_result(classify: Classify, value: object) -> Verdict:

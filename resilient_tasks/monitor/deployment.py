@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,7 @@ class WorkerFacts:
         clock_ahead: seconds by which its clock is ahead of the store's; None: it has not heard from the store.
         policies: by breaker, the rules that it declares.
         can_grow: its pool can add a slot while calls hang.
+        tick_scope: tells its ticks apart from those of workers that define other breakers.
     """
 
     name: str
@@ -73,6 +74,7 @@ class WorkerFacts:
     clock_ahead: float | None = None
     policies: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     can_grow: bool = True
+    tick_scope: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class BreakerFacts:
     trial_timeout: float
     rules: Mapping[str, object]
     oldest_wait: float | None = None
+    slow_call_duration: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,8 @@ class Deployment:
         mistakes: why workers do not start.
         doubts: what may be a mistake in the definition of tasks, why it matters, and what to do.
         breakers: of this app.
+        keeps_results: it has a result backend.
+        undecided: exceptions of the last hours that no rule knows, by breaker.
         result_expires: seconds for which results, and what is known of chords, are kept; 0: for ever.
         prefetch_multiplier: Celery's setting.
         store: the store's server.
@@ -115,7 +120,7 @@ class Deployment:
         broker_trouble: why the broker could not be asked.
         visibility_timeout: of a Redis broker, seconds; None: the broker has none.
         clock_ahead: seconds by which the clock of this process is ahead of the store's.
-        tick_age: seconds since a tick ran to its end; infinite if none ever did.
+        tick_age: seconds since a tick of this app's breakers ran to its end; infinite if none ever did.
         tick_sender_age: seconds since beat, or whoever sends ticks, was last seen alive; infinite if never.
         tick_interval: seconds between two ticks.
         orphans: tasks that wait for breakers that nobody defines, by breaker.
@@ -128,6 +133,8 @@ class Deployment:
     mistakes: tuple[str, ...] = ()
     doubts: tuple[tuple[str, str, str], ...] = ()
     breakers: tuple[BreakerFacts, ...] = ()
+    keeps_results: bool = True
+    undecided: Mapping[str, Sequence[str]] | None = None
     result_expires: float = 86400.0
     prefetch_multiplier: int = 4
     store: ServerFacts | None = None
@@ -141,3 +148,13 @@ class Deployment:
     tick_interval: float = 1.0
     orphans: Mapping[str, int] | None = None
     workers: tuple[WorkerFacts, ...] | None = None
+
+    @property
+    def answering(self) -> tuple[WorkerFacts, ...] | None:
+        """The workers that answer; None if there are none."""
+        return self.workers or None
+
+    @property
+    def answering_broker(self) -> bool | None:
+        """None if the broker does not answer."""
+        return None if self.broker_trouble else True

@@ -1,17 +1,17 @@
 """The doctor: what is wrong with a deployment, why it matters, and what to do.
 
-One small function per check, entered in :data:`CHECKS` by its title. Each looks at a :class:`Deployment` and
-yields what it finds; nothing, if all is well. What it needs to know for that is said beside its title.
+:data:`CHECKS` are the checks in their order, each with the facts that it needs; ``_RULES`` are what they may find in a
+:class:`Deployment`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from resilient_tasks.monitor.deployment import Deployment, ServerFacts
+from resilient_tasks.monitor.deployment import Deployment, ServerFacts, WorkerFacts
 from resilient_tasks.monitor.report import counted, duration
 
 OLDEST_SERVER = (6, 2)
@@ -51,296 +51,263 @@ class Finding:
     check: str = ""
 
 
-_Check = Callable[[Deployment], Iterator[Finding]]
+_ERROR, _WARNING = Level.ERROR, Level.WARNING
+# What is wrong: for each finding, what fills its texts.
+_Find = Callable[[Deployment], Iterable[tuple[object, ...]]]
 
-#: All checks by their titles.
-CHECKS: dict[str, _Check] = {}
+#: All checks by title, in their order, with what must be known of a ``Deployment`` for them: else something is unknown.
+CHECKS: dict[str, tuple[str, ...]] = {
+    "store": (),
+    "broker": (),
+    "maxmemory-policy": ("store",),
+    "maxmemory": ("store",),
+    "persistence": ("store",),
+    "ticks": ("tick_age",),
+    "workers": ("workers",),
+    "control queue": ("answering",),
+    "pools": ("answering",),
+    "versions": ("answering",),
+    "policies": ("answering",),
+    "clocks": ("clock_ahead", "answering"),
+    "undefined breakers": ("orphans",),
+    "definitions": (),
+    "undecided exceptions": ("undecided",),
+    "hanging calls": (),
+    "acks_late": (),
+    "results": (),
+    "result_expires": ("store",),
+    "trial_timeout": (),
+    "visibility_timeout": ("answering_broker",),
+    "prefetch": (),
+}
 
 
 def examine(deployment: Deployment) -> list[Finding]:
     """Return what all checks find, in their order; at least one finding for each."""
-    findings: list[Finding] = []
-    for title, check in CHECKS.items():
-        found = list(check(deployment)) or [Finding(Level.OK, "all is well")]
-        findings += [Finding(each.level, each.what, each.why, each.advice, title) for each in found]
-    return findings
+    return [finding for check in CHECKS for finding in _examine(check, deployment)]
 
 
-def _check(title: str, needs: Callable[[Deployment], bool] = lambda _: True) -> Callable[[_Check], _Check]:
-    """Enter a check under its title; where ``needs`` is not met, something could not be found out."""
-
-    def enter(check: _Check) -> _Check:
-        def complete(deployment: Deployment) -> Iterator[Finding]:
-            yield from check(deployment)
-            if not needs(deployment):
-                yield Finding(Level.UNKNOWN, "could not be found out")
-
-        CHECKS[title] = complete
-        return check
-
-    return enter
+def _examine(check: str, deployment: Deployment) -> list[Finding]:
+    found = [
+        Finding(level, what.format(*item), why.format(*item), advice.format(*item), check)
+        for title, level, find, what, why, advice in _RULES
+        if title == check
+        for item in find(deployment)
+    ]
+    if any(getattr(deployment, fact) is None for fact in CHECKS[check]):
+        found.append(Finding(Level.UNKNOWN, "could not be found out", check=check))
+    well = _WELL.get(check)
+    return found or [Finding(Level.OK, "all is well" if well is None else well(deployment), check=check)]
 
 
-def _known(fact: str) -> Callable[[Deployment], bool]:
-    return lambda deployment: getattr(deployment, fact) is not None
+_WELL: dict[str, Callable[[Deployment], str]] = {
+    "store": lambda deployment: _title(deployment.store),
+    "broker": lambda deployment: _title(deployment.broker),
+    "ticks": lambda deployment: (
+        f"the last has completed {_ago(deployment.tick_age)}, beat was seen {_ago(deployment.tick_sender_age)}"
+    ),
+    "workers": lambda deployment: f"{counted(len(deployment.workers or ()), 'worker')} answered",
+}
 
 
-def _broker_answers(deployment: Deployment) -> bool:
-    return not deployment.broker_trouble
+# --- what the rules look at ---------------------------------------------------------------------------
 
 
-def _workers_answer(deployment: Deployment) -> bool:
-    return bool(deployment.workers)
+def _title(server: ServerFacts | None) -> str:
+    return "all is well" if server is None else server.title
 
 
-def _well(what: str) -> Finding:
-    return Finding(Level.OK, what)
+def _servers(deployment: Deployment) -> list[ServerFacts]:
+    return [server for server in (deployment.store, deployment.broker) if server is not None]
 
 
-def _error(what: str, why: str, advice: str) -> Finding:
-    return Finding(Level.ERROR, what, why, advice)
-
-
-def _warning(what: str, why: str, advice: str) -> Finding:
-    return Finding(Level.WARNING, what, why, advice)
-
-
-# --- servers ----------------------------------------------------------------------------------------
-
-
-@_check("store")
-def _store(deployment: Deployment) -> Iterator[Finding]:
-    if deployment.store is None:
-        yield _error(
-            f"the store cannot be asked: {deployment.store_trouble}",
-            "each process decides for itself, and nothing is resumed",
-            "start it, or correct RESILIENT_TASKS_STORE_URL and the network between",
-        )
-    elif deployment.store.product == "redis" and deployment.store.version < OLDEST_SERVER:
-        yield _error(
-            f"the store is {deployment.store.title}",
-            "its scripts need commands that came with Redis 6.2",
-            "upgrade to Redis 6.2 or newer, or Valkey",
-        )
-    else:
-        yield _well(deployment.store.title)
-
-
-@_check("broker")
-def _broker(deployment: Deployment) -> Iterator[Finding]:
-    if deployment.broker_trouble:
-        yield _error(
-            f"the broker cannot be asked: {deployment.broker_trouble}",
-            "no task reaches a worker, and what waits there goes on waiting",
-            "start it, or correct broker_url and the network between",
-        )
-    elif deployment.broker is not None:
-        yield _well(deployment.broker.title)
-
-
-def _servers(deployment: Deployment) -> Iterator[ServerFacts]:
-    yield from (server for server in (deployment.store, deployment.broker) if server is not None)
-
-
-@_check("maxmemory-policy", needs=_known("store"))
-def _eviction(deployment: Deployment) -> Iterator[Finding]:
+def _evicting(deployment: Deployment, *, with_limit: bool) -> Iterator[tuple[object, ...]]:
     for server in _servers(deployment):
-        if server.policy and server.policy != "noeviction":
-            find = _error if server.maxmemory else _warning
-            yield find(
-                f"the {server.role} has maxmemory-policy {server.policy}",
-                "when its memory is full it throws away tasks, results and the breakers' states",
-                "set maxmemory-policy noeviction",
-            )
+        if server.policy not in {None, "", "noeviction"} and bool(server.maxmemory) is with_limit:
+            yield server.role, server.policy
 
 
-@_check("persistence", needs=_known("store"))
-def _persistence(deployment: Deployment) -> Iterator[Finding]:
-    for server in _servers(deployment):
-        if server.persistent is False:
-            holds = "tasks, also those that wait" if server.role == "broker" else "the breakers' states and history"
-            yield _warning(f"the {server.role} keeps nothing on disk", f"a restart loses {holds}", "set appendonly yes")
+def _is_late(age: float | None, deployment: Deployment) -> bool:
+    return age is not None and age > max(LONGEST_SILENCE, 10 * deployment.tick_interval)
 
 
-# --- ticks and workers ------------------------------------------------------------------------------
+def _no_beat(deployment: Deployment) -> Iterator[tuple[object, ...]]:
+    if _is_late(deployment.tick_sender_age, deployment) and not _is_late(deployment.tick_age, deployment):
+        yield (_ago(deployment.tick_sender_age),)
 
 
-@_check("ticks", needs=_known("tick_age"))
-def _ticks(deployment: Deployment) -> Iterator[Finding]:
-    completed, sender = deployment.tick_age, deployment.tick_sender_age
-    patience = max(LONGEST_SILENCE, 10 * deployment.tick_interval)
-    if completed is not None and completed > patience:
-        yield _error(
-            f"ticks do not complete, the last: {_ago(completed)}",
-            "without ticks no breaker heals and no task is resumed",
-            "start a worker, and celery beat",
-        )
-    elif sender is not None and sender > patience:
-        yield _warning(
-            f"beat sends no ticks, last seen: {_ago(sender)}; workers run them of their own accord",
-            "breakers heal some seconds later than they could",
-            "start celery beat",
-        )
-    elif completed is not None and sender is not None:
-        yield _well(f"the last has completed {_ago(completed)}, beat was seen {_ago(sender)}")
+def _ago(age: float | None) -> str:
+    return "never" if age is None or age == math.inf else f"{duration(age)} ago"
 
 
-def _ago(age: float) -> str:
-    return "never" if age == math.inf else f"{duration(age)} ago"
+def _with_library(deployment: Deployment) -> list[WorkerFacts]:
+    return [worker for worker in deployment.workers or () if worker.version is not None]
 
 
-@_check("workers", needs=_known("workers"))
-def _workers(deployment: Deployment) -> Iterator[Finding]:
-    if deployment.workers:
-        yield _well(f"{counted(len(deployment.workers), 'worker')} answered")
-    elif deployment.workers is not None:
-        yield _error(
-            "no worker answers", "tasks run nowhere", "start workers; one with a solo pool answers between tasks only"
-        )
-
-
-@_check("control queue", needs=_workers_answer)
-def _control_queue(deployment: Deployment) -> Iterator[Finding]:
-    for worker in deployment.workers or ():
-        if worker.version is not None and worker.control_queue != deployment.control_queue:
+def _elsewhere(deployment: Deployment) -> Iterator[tuple[object, ...]]:
+    for worker in _with_library(deployment):
+        if worker.control_queue != deployment.control_queue:
             takes = f"takes them from {worker.control_queue}" if worker.control_queue else "takes none"
-            yield _error(
-                f"worker {worker.name} does not consume {deployment.control_queue}: it {takes}",
-                "ticks that are sent do not reach it",
-                "give all processes one RESILIENT_TASKS_NAMESPACE",
-            )
+            yield worker.name, deployment.control_queue, takes
 
 
-@_check("pools", needs=_workers_answer)
-def _pools(deployment: Deployment) -> Iterator[Finding]:
-    for worker in deployment.workers or ():
-        if not worker.can_grow:
-            yield _warning(
-                f"the pool of worker {worker.name} cannot add a slot",
-                "a guarded call that hangs there holds up all other tasks of that worker",
-                "use -P prefork, with -c 1 for one process, or threads",
-            )
-
-
-@_check("versions", needs=_workers_answer)
-def _versions(deployment: Deployment) -> Iterator[Finding]:
-    for worker in deployment.workers or ():
-        if worker.version is None:
-            yield _error(
-                f"worker {worker.name} runs without the library, or with one too old to answer",
-                "it calls dependencies that are down, and fails tasks instead of deferring them",
-                "deploy the same code to all workers",
-            )
-        elif worker.version != deployment.version:
-            yield _warning(
-                f"worker {worker.name} has version {worker.version}, here it is {deployment.version}",
-                "versions may decide differently",
-                "finish the deploy",
-            )
-
-
-@_check("policies", needs=_workers_answer)
-def _policies(deployment: Deployment) -> Iterator[Finding]:
+def _other_policies(deployment: Deployment) -> Iterator[tuple[object, ...]]:
     for worker in deployment.workers or ():
         for breaker in deployment.breakers:
-            theirs = worker.policies.get(breaker.name)
-            if theirs is not None and dict(theirs) != dict(breaker.rules):
-                differ = sorted(name for name in breaker.rules if breaker.rules[name] != theirs.get(name))
-                yield _warning(
-                    f"worker {worker.name} declares breaker {breaker.name} otherwise: {', '.join(differ)}",
-                    "the newest declaration holds for all, whichever that is",
-                    "finish the deploy, and give all processes the same RESILIENT_TASKS_BREAKERS__ variables",
-                )
+            theirs = worker.policies.get(breaker.name, breaker.rules)
+            differ = sorted(name for name in breaker.rules if breaker.rules[name] != theirs.get(name))
+            if dict(theirs) != dict(breaker.rules):
+                yield worker.name, breaker.name, ", ".join(differ)
 
 
-@_check("clocks", needs=_known("clock_ahead"))
-def _clocks(deployment: Deployment) -> Iterator[Finding]:
+def _wrong_clocks(deployment: Deployment) -> Iterator[tuple[object, ...]]:
     clocks = {"this machine": deployment.clock_ahead}
     clocks |= {f"worker {worker.name}": worker.clock_ahead for worker in deployment.workers or ()}
     for whose, ahead in clocks.items():
         if ahead is not None and abs(ahead) > CLOCK_TOLERANCE:
-            yield _warning(
-                f"the clock of {whose} is {duration(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'} the store's",
-                "eta and expires mean another time there; breakers go by the store's clock and agree",
-                "run NTP or chrony on all machines",
-            )
+            yield whose, duration(abs(ahead)), "ahead of" if ahead > 0 else "behind"
 
 
-# --- tasks ------------------------------------------------------------------------------------------
+def _not_deployed(deployment: Deployment) -> Iterator[tuple[object, ...]]:
+    workers = _with_library(deployment)
+    known = {name for worker in workers for name in worker.policies}
+    for name in sorted({name for task in deployment.tasks for name in task.breakers} - known if workers else ()):
+        yield name, ", ".join(sorted(task.name for task in deployment.tasks if name in task.breakers))
 
 
-@_check("undefined breakers", needs=_known("orphans"))
-def _orphans(deployment: Deployment) -> Iterator[Finding]:
-    for breaker, count in (deployment.orphans or {}).items():
-        yield _warning(
-            f"{counted(count, 'task')} wait for breaker {breaker}, which nobody defines",
-            "workers resume them by themselves once nobody has defined it for ten minutes",
-            f"define the breaker again, or wait; 'inspect breakers' shows who knows {breaker}",
-        )
+def _may_hang(deployment: Deployment) -> Iterator[tuple[object, ...]]:
+    unbounded = {breaker.name for breaker in deployment.breakers if breaker.slow_call_duration is None}
+    tasks = [task for task in deployment.tasks if not task.time_limit and unbounded.issuperset(task.breakers)]
+    for name in sorted({name for task in tasks for name in task.breakers}):
+        yield ", ".join(sorted(task.name for task in tasks if name in task.breakers)), name
 
 
-@_check("definitions")
-def _definitions(deployment: Deployment) -> Iterator[Finding]:
-    for mistake in deployment.mistakes:
-        yield _error(mistake, "no worker starts with it", "correct the definition")
-    for doubt in deployment.doubts:
-        yield _warning(*doubt)
-
-
-@_check("acks_late")
-def _acks_late(deployment: Deployment) -> Iterator[Finding]:
-    early = sorted(task.name for task in deployment.tasks if task.defers and not task.acks_late)
-    if early:
-        yield _warning(
-            f"{', '.join(early)} may be deferred and have no acks_late",
-            "a task that has failed through its dependency is lost if its worker dies before it is put aside",
-            "set acks_late=True on tasks that may run twice, or task_acks_late=True",
-        )
-
-
-@_check("result_expires", needs=_known("store"))
-def _result_expires(deployment: Deployment) -> Iterator[Finding]:
+def _long_waits(deployment: Deployment) -> Iterator[tuple[object, ...]]:
     for breaker in deployment.breakers:
         if breaker.oldest_wait and 0 < deployment.result_expires <= breaker.oldest_wait:
-            yield _error(
-                f"tasks have waited {duration(breaker.oldest_wait)} for {breaker.name},"
-                f" longer than results are kept: {duration(deployment.result_expires)}",
-                "a chord whose first members are done never fires once its data has expired",
-                "set result_expires longer than the longest outage that you expect",
-            )
+            yield duration(breaker.oldest_wait), breaker.name, duration(deployment.result_expires)
 
 
-@_check("trial_timeout")
-def _trial_timeout(deployment: Deployment) -> Iterator[Finding]:
+def _short_trials(deployment: Deployment) -> Iterator[tuple[object, ...]]:
     timeouts = {breaker.name: breaker.trial_timeout for breaker in deployment.breakers}
     for task in deployment.tasks:
         for name in task.breakers:
             if task.time_limit and timeouts.get(name, task.time_limit) < task.time_limit:
-                yield _warning(
-                    f"{task.name} may run {duration(task.time_limit)}, trial_timeout of {name} is"
-                    f" {duration(timeouts[name])}",
-                    "guarded calls inside it, and trials of tasks without a limit, count as failed before it is over",
-                    f"set trial_timeout of {name} to {task.time_limit:g} or more, or lower the task's time limit",
-                )
+                yield task.name, duration(task.time_limit), name, duration(timeouts[name]), f"{task.time_limit:g}"
 
 
-@_check("visibility_timeout", needs=_broker_answers)
-def _visibility(deployment: Deployment) -> Iterator[Finding]:
+def _redelivered(deployment: Deployment) -> Iterator[tuple[object, ...]]:
     timeout = deployment.visibility_timeout
     for task in deployment.tasks:
         if timeout is not None and task.acks_late and task.time_limit and timeout <= task.time_limit:
-            yield _warning(
-                f"{task.name} may run {duration(task.time_limit)}, visibility_timeout is {duration(timeout)}",
-                "the broker delivers it a second time while it still runs",
-                "set visibility_timeout in broker_transport_options longer than any task runs",
-            )
+            yield task.name, duration(task.time_limit), duration(timeout)
 
 
-@_check("prefetch")
-def _prefetch(deployment: Deployment) -> Iterator[Finding]:
-    if deployment.tasks and deployment.prefetch_multiplier == 0:
-        yield _warning(
-            "worker_prefetch_multiplier is 0: one worker takes all that is queued",
-            "tasks wait in the memory of one worker while others are idle, and come back only when it dies",
-            "set worker_prefetch_multiplier to 1 for long tasks, or to 4",
-        )
+def _early(deployment: Deployment) -> Iterator[tuple[object, ...]]:
+    early = sorted(task.name for task in deployment.tasks if task.defers and not task.acks_late)
+    if early:
+        yield (", ".join(early),)
+
+
+def _outdated(deployment: Deployment) -> Iterator[tuple[object, ...]]:
+    store = deployment.store
+    if store is not None and store.product == "redis" and store.version < OLDEST_SERVER:
+        yield (store.title,)
+
+
+def _unkept(deployment: Deployment) -> Iterator[tuple[object, ...]]:
+    holds = {"broker": "tasks, also those that wait", "store": "the breakers' states and history"}
+    yield from ((server.role, holds[server.role]) for server in _servers(deployment) if server.persistent is False)
+
+
+# check, level, what to look for; then what is the case, why it matters, and what to do, filled in by each thing found.
+_RULES: tuple[tuple[str, Level, _Find, str, str, str], ...] = (
+    ("store", _ERROR, lambda d: [(d.store_trouble,)] if d.store is None else [], "the store cannot be asked: {0}",
+     "each process decides for itself, and nothing is resumed",
+     "start it, or correct RESILIENT_TASKS_STORE_URL and the network between"),
+    ("store", _ERROR, _outdated, "the store is {0}",
+     "its scripts need commands that came with Redis 6.2", "upgrade to Redis 6.2 or newer, or Valkey"),
+    ("broker", _ERROR, lambda d: [(d.broker_trouble,)] if d.broker_trouble else [],
+     "the broker cannot be asked: {0}",
+     "no task reaches a worker, and what waits there goes on waiting",
+     "start it, or correct broker_url and the network between"),
+    ("maxmemory-policy", _ERROR, lambda d: _evicting(d, with_limit=True), "the {0} has maxmemory-policy {1}",
+     "when its memory is full it throws away tasks, results and the breakers' states",
+     "set maxmemory-policy noeviction"),
+    ("maxmemory-policy", _WARNING, lambda d: _evicting(d, with_limit=False), "the {0} has maxmemory-policy {1}",
+     "when its memory is full it throws away tasks, results and the breakers' states",
+     "set maxmemory-policy noeviction"),
+    ("maxmemory", _WARNING, lambda d: [(server.role,) for server in _servers(d) if server.maxmemory == 0],
+     "the {0} has no maxmemory",
+     "waiting tasks may fill the machine until the system kills the server; with a limit, deferring stops before it",
+     "set maxmemory to less than the machine has"),
+    ("persistence", _WARNING, _unkept,
+     "the {0} keeps nothing on disk",
+     "a restart loses {1}", "set appendonly yes"),
+    ("ticks", _ERROR, lambda d: [(_ago(d.tick_age),)] if _is_late(d.tick_age, d) else [],
+     "ticks do not complete, the last: {0}",
+     "without ticks no breaker heals and no task is resumed", "start a worker, and celery beat"),
+    ("ticks", _WARNING, _no_beat,
+     "beat sends no ticks, last seen: {0}; workers run them of their own accord",
+     "breakers heal some seconds later than they could", "start celery beat"),
+    ("workers", _ERROR, lambda d: [()] if d.workers == () else [], "no worker answers",
+     "tasks run nowhere", "start workers; one with a solo pool answers between tasks only"),
+    ("control queue", _ERROR, _elsewhere, "worker {0} does not consume {1}: it {2}",
+     "ticks that are sent do not reach it", "give all processes one RESILIENT_TASKS_NAMESPACE"),
+    ("pools", _WARNING, lambda d: [(worker.name,) for worker in d.workers or () if not worker.can_grow],
+     "the pool of worker {0} cannot add a slot",
+     "a guarded call that hangs there holds up all other tasks of that worker",
+     "use -P prefork, with -c 1 for one process, or threads"),
+    ("versions", _ERROR, lambda d: [(worker.name,) for worker in d.workers or () if worker.version is None],
+     "worker {0} runs without the library, or with one too old to answer",
+     "it calls dependencies that are down, and fails tasks instead of deferring them",
+     "deploy the same code to all workers"),
+    ("versions", _WARNING,
+     lambda d: [(each.name, each.version, d.version) for each in _with_library(d) if each.version != d.version],
+     "worker {0} has version {1}, here it is {2}",
+     "versions may decide differently", "finish the deploy"),
+    ("policies", _WARNING, _other_policies, "worker {0} declares breaker {1} otherwise: {2}",
+     "the newest declaration holds for all, whichever that is",
+     "finish the deploy, and give all processes the same RESILIENT_TASKS_BREAKERS__ variables"),
+    ("clocks", _WARNING, _wrong_clocks, "the clock of {0} is {1} {2} the store's",
+     "eta and expires mean another time there; breakers go by the store's clock and agree",
+     "run NTP or chrony on all machines"),
+    ("undefined breakers", _WARNING,
+     lambda d: [(counted(count, "task"), breaker) for breaker, count in (d.orphans or {}).items()],
+     "{0} wait for breaker {1}, which nobody defines",
+     "workers resume them by themselves once nobody has defined it for ten minutes",
+     "define the breaker again, or wait; 'inspect breakers' shows who knows {1}"),
+    ("undefined breakers", _WARNING, _not_deployed,
+     "tasks name breaker {0}, which no worker defines that answers: {1}",
+     "the workers run other code: they know these tasks without that breaker, or not at all", "finish the deploy"),
+    ("definitions", _ERROR, lambda d: [(mistake,) for mistake in d.mistakes], "{0}",
+     "no worker starts with it", "correct the definition"),
+    ("definitions", _WARNING, lambda d: d.doubts, "{0}", "{1}", "{2}"),
+    ("undecided exceptions", _WARNING,
+     lambda d: [(breaker, ", ".join(types)) for breaker, types in (d.undecided or {}).items()],
+     "calls of {0} end with exceptions that no rule knows: {1}",
+     "they are not counted; if they mean that the dependency is down, its breaker stays CLOSED",
+     "give the breaker failures=({1},) for those that mean that it has failed, ignore=(...) for the others"),
+    ("hanging calls", _WARNING, _may_hang, "{0}: no time limit, and breaker {1} has no slow_call_duration",
+     "a call that hangs holds its slot and is not counted until it returns, if it ever does",
+     "set slow_call_duration on {1}, for example 2, time_limit on the tasks, and a time-out in the client"),
+    ("acks_late", _WARNING, _early, "{0} may be deferred and have no acks_late",
+     "a task that has failed through its dependency is lost if its worker dies before it is put aside",
+     "set acks_late=True on tasks that may run twice, or task_acks_late=True"),
+    ("results", _WARNING, lambda d: [()] if d.tasks and not d.keeps_results else [], "there is no result backend",
+     "callers cannot see that a task is DEFERRED, or why, and chords do not work",
+     "set result_backend, if callers look at their tasks"),
+    ("result_expires", _ERROR, _long_waits, "tasks have waited {0} for {1}, longer than results are kept: {2}",
+     "a chord whose first members are done never fires once its data has expired",
+     "set result_expires longer than the longest outage that you expect"),
+    ("trial_timeout", _WARNING, _short_trials, "{0} may run {1}, trial_timeout of {2} is {3}",
+     "guarded calls inside it, and trials of tasks without a limit, count as failed before it is over",
+     "set trial_timeout of {2} to {4} or more, or lower the task's time limit"),
+    ("visibility_timeout", _WARNING, _redelivered, "{0} may run {1}, visibility_timeout is {2}",
+     "the broker delivers it a second time while it still runs",
+     "set visibility_timeout in broker_transport_options longer than any task runs"),
+    ("prefetch", _WARNING, lambda d: [()] if d.tasks and d.prefetch_multiplier == 0 else [],
+     "worker_prefetch_multiplier is 0: one worker takes all that is queued",
+     "tasks wait in the memory of one worker while others are idle, and come back only when it dies",
+     "set worker_prefetch_multiplier to 1 for long tasks, or to 4"),
+)  # fmt: skip

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
+
+from celery.backends.base import DisabledBackend
 
 from resilient_tasks.core.names import parent_of
 from resilient_tasks.errors import ResilienceError
@@ -39,18 +41,19 @@ def look_at(runtime: Runtime, *, patience: float) -> Deployment:
         control_queue=runtime.control_queue,
         tasks=tuple(_tasks(runtime)),
         mistakes=tuple(map(str, runtime.mistakes())),
-        doubts=tuple(doubts(runtime.app)),
+        doubts=(*doubts(runtime.app), *_unused_overrides(runtime)),
+        keeps_results=not isinstance(runtime.app.backend, DisabledBackend),
         result_expires=runtime.result_ttl,
         prefetch_multiplier=conf.worker_prefetch_multiplier,
         tick_interval=runtime.settings.tick_interval,
         workers=workers,
         **broker,
-        **_look_at_store(runtime),
+        **_look_at_store(runtime, workers or ()),
         orphans=_orphans(runtime, workers),
     )
 
 
-def _look_at_store(runtime: Runtime) -> dict[str, Any]:
+def _look_at_store(runtime: Runtime, workers: tuple[WorkerFacts, ...]) -> dict[str, Any]:
     waits: dict[str, float] = {}
     found: dict[str, Any] = {}
     try:
@@ -61,16 +64,44 @@ def _look_at_store(runtime: Runtime) -> dict[str, Any]:
             if snapshot.oldest_deferred_at is not None:
                 name = parent_of(snapshot.name) or snapshot.name
                 waits[name] = max(snapshot.now - snapshot.oldest_deferred_at, waits.get(name, 0.0))
-        scope = runtime.tick_scope
-        ages = {"tick_age": ledger.last_tick_age(scope), "tick_sender_age": ledger.tick_sender_age(scope)}
-        found |= {name: math.inf if age is None else age for name, age in ages.items()}
+        # Code that defines other breakers than the workers do, as in a deploy, has another scope, and theirs counts.
+        theirs = {worker.tick_scope for worker in workers if worker.policies.keys() & runtime.breakers.keys()}
+        scopes = {runtime.tick_scope, *theirs}
+        found["tick_age"] = _youngest(map(ledger.last_tick_age, scopes))
+        found["tick_sender_age"] = _youngest(map(ledger.tick_sender_age, scopes))
+        found["undecided"] = _undecided(runtime)
     except ResilienceError as error:
         found = {"store_trouble": str(error)}
     found["breakers"] = tuple(
-        BreakerFacts(spec.name, spec.policy.trial_timeout, rules_of(spec), waits.get(spec.name))
+        BreakerFacts(
+            spec.name,
+            spec.policy.trial_timeout,
+            rules_of(spec),
+            waits.get(spec.name),
+            spec.policy.slow_call_duration,
+        )
         for spec in runtime.specs()
     )
     return found
+
+
+def _youngest(ages: Iterable[float | None]) -> float:
+    return min(math.inf if age is None else age for age in ages)
+
+
+def _undecided(runtime: Runtime) -> dict[str, list[str]]:
+    """Return the exceptions that no rule has known of late, by breaker."""
+    history = runtime.fleet.history
+    ever = [name for name, counts in history.totals(runtime.breakers).items() if counts.undecided]
+    lately = {name: {each for minute in history.minutes(name) for each in minute.counts.undecided} for name in ever}
+    return {name: sorted(types) for name, types in lately.items() if types}
+
+
+def _unused_overrides(runtime: Runtime) -> list[tuple[str, str, str]]:
+    """Return what settings say of breakers that are not defined."""
+    why, advice = "they have no effect", "correct the name in RESILIENT_TASKS_BREAKERS__, or define the breaker"
+    unused = runtime.settings.unknown_overrides(runtime.breakers)
+    return [(f"settings override breaker {name}, which is not defined", why, advice) for name in unused]
 
 
 def _look_at_broker(runtime: Runtime) -> dict[str, Any]:
@@ -98,7 +129,7 @@ def _known(reply: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tasks(runtime: Runtime) -> list[TaskFacts]:
     guarded = [task for task in runtime.app.tasks.values() if options_of(task)]
-    longest = runtime.app.conf.task_time_limit
+    longest = runtime.app.conf.task_time_limit or runtime.app.conf.task_soft_time_limit
     return [
         TaskFacts(
             name=task.name,

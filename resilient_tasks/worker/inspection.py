@@ -39,6 +39,7 @@ def resilience(state: Any, **_: Any) -> dict[str, Any]:
         "control_queue": runtime.control_queue if runtime.host.takes_ticks else None,
         "clock_ahead": time.time() - runtime.fleet.view.server_now(),
         "can_grow": seams.can_grow(state.consumer.pool),
+        "tick_scope": runtime.tick_scope,
         "policies": {spec.name: rules_of(spec) for spec in runtime.specs()},
     }
 

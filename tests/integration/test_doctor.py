@@ -91,6 +91,43 @@ def test_what_is_sound_and_what_is_broken(shop: Shop, monkeypatch: pytest.Monkey
     assert "beat was seen" in said(findings, "ticks", "ok")
 
 
+def test_code_that_defines_one_breaker_more_than_the_workers_finds_their_ticks(shop: Shop) -> None:
+    shop.worker()
+    shop.wait(lambda: shop.resilience.fleet.ledger.last_tick_age(runtime_of(shop.app).tick_scope) is not None, "a tick")
+    newer = Celery("newer", broker=shop.app.conf.broker_url, backend=shop.app.conf.result_backend, set_as_current=False)
+    resilience = Resilience(newer, tick_interval=0.25)
+    for name in [*shop.resilience.breakers, "stock", "guarded_in_a_web_process"]:
+        resilience.breaker(name)
+
+    @newer.task(name="restock", breaker="stock", shared=False)
+    def restock() -> None: ...
+
+    code, findings = examined(newer)
+    assert code == 0
+    assert "beat sends no ticks" in said(findings, "ticks", "warning")
+    found = said(findings, "undefined breakers", "warning")
+    assert found == "tasks name breaker stock, which no worker defines that answers: restock"
+    resilience.fleet.close()
+
+
+def test_exceptions_that_no_rule_knows_are_found(shop: Shop) -> None:
+    class DeclinedError(Exception):
+        pass
+
+    def call() -> None:
+        raise DeclinedError
+
+    payments = shop.resilience["payments"]
+    with pytest.raises(DeclinedError):
+        payments.call(call)
+    assert shop.resilience.fleet.reporter.flush(5.0)
+    found = said(examined(shop.app, timeout=0.2)[1], "undecided exceptions", "warning")
+    assert found == "calls of payments end with exceptions that no rule knows: DeclinedError"
+    context = CLIContext(app=shop.app, no_color=True, workdir=None)
+    shown = CliRunner().invoke(cli.breakers, ["show", "payments"], obj=context).stdout
+    assert re.search(r"not counted +DeclinedError: no rule knows it", shown)
+
+
 def sender_age(shop: Shop) -> float | None:
     return shop.resilience.fleet.ledger.tick_sender_age(runtime_of(shop.app).tick_scope)
 

@@ -18,6 +18,7 @@ STORE = ServerFacts("store", (7, 0, 15), "redis", "noeviction", maxmemory=10**9,
 BROKER = replace(STORE, role="broker")
 WORKER = WorkerFacts("celery@one", "1.0", "resilient.control", clock_ahead=0.1, policies={"payments": RULES})
 TASK = TaskFacts("charge", ("payments",), defers=True, acks_late=True, time_limit=30.0)
+UNBOUNDED = replace(TASK, time_limit=None)
 PAYMENTS = BreakerFacts("payments", trial_timeout=60.0, rules=RULES, oldest_wait=12.0)
 SOUND = Deployment(
     version="1.0",
@@ -27,6 +28,7 @@ SOUND = Deployment(
     store=STORE,
     broker=BROKER,
     visibility_timeout=3600.0,
+    undecided={},
     clock_ahead=0.1,
     tick_age=1.0,
     tick_sender_age=2.0,
@@ -56,6 +58,7 @@ def test_a_sound_deployment_is_well() -> None:
         ("broker", "error", "refused", {"broker": None, "broker_trouble": "refused"}),
         ("maxmemory-policy", "error", "allkeys-lru", {"broker": replace(BROKER, policy="allkeys-lru")}),
         ("maxmemory-policy", "warning", "volatile-lru", {"store": replace(STORE, policy="volatile-lru", maxmemory=0)}),
+        ("maxmemory", "warning", "the store has no", {"store": replace(STORE, maxmemory=0)}),
         ("persistence", "warning", "broker keeps nothing", {"broker": replace(BROKER, persistent=False)}),
         ("ticks", "error", "the last: 5 min ago", {"tick_age": 300.0}),
         ("ticks", "error", "the last: never", {"tick_age": math.inf}),
@@ -71,9 +74,18 @@ def test_a_sound_deployment_is_well() -> None:
         ("clocks", "warning", "celery@two is 1 min ahead of", worker(clock_ahead=60.0)),
         ("clocks", "warning", "this machine is 1 min behind", {"clock_ahead": -60.0}),
         ("undefined breakers", "warning", "2 tasks wait for breaker mail", {"orphans": {"mail": 2}}),
+        (
+            "undefined breakers",
+            "warning",
+            "name breaker payments, which no worker",
+            {"workers": (replace(WORKER, policies={}),)},
+        ),
         ("definitions", "error", "charge is not guarded", {"mistakes": ("charge is not guarded",)}),
         ("definitions", "warning", "fallbak= is no", {"doubts": (("charge: fallbak= is no option", "why", "advice"),)}),
+        ("undecided exceptions", "warning", "payments end with", {"undecided": {"payments": ["DeclinedError"]}}),
+        ("hanging calls", "warning", "charge: no time limit, and breaker payments", {"tasks": (UNBOUNDED,)}),
         ("acks_late", "warning", "charge may be deferred", {"tasks": (replace(TASK, acks_late=False),)}),
+        ("results", "warning", "no result backend", {"keeps_results": False}),
         ("result_expires", "error", "waited 12 s", {"result_expires": 10.0}),
         ("trial_timeout", "warning", "is 10 s", {"breakers": (replace(PAYMENTS, trial_timeout=10.0),)}),
         ("visibility_timeout", "warning", "is 20 s", {"visibility_timeout": 20.0}),
@@ -94,7 +106,8 @@ def test_a_check_finds_what_is_wrong(check: str, level: str, said: str, wrong: d
         {"store": replace(STORE, version=(8, 1), product="valkey")},
         {"result_expires": 0.0},
         {"tasks": (replace(TASK, defers=False, acks_late=False),)},
-        {"tasks": (replace(TASK, time_limit=None),)},
+        {"tasks": (UNBOUNDED,), "breakers": (replace(PAYMENTS, slow_call_duration=2.0),)},
+        {"breakers": (PAYMENTS, replace(PAYMENTS, name="stock"))},  # of guards in a web process: no worker need know it
         {"broker": None, "visibility_timeout": None},  # RabbitMQ
         {"tick_age": 15.0, "tick_sender_age": 50.0},
         {"tick_age": 90.0, "tick_sender_age": 90.0, "tick_interval": 10.0},
@@ -114,6 +127,11 @@ def test_the_docs_list_every_check() -> None:
     assert re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE) == list(CHECKS)
 
 
+def test_clocks_are_unknown_while_no_worker_can_be_asked() -> None:
+    levels = {finding.check: finding.level for finding in examine(replace(SOUND, workers=()))}
+    assert levels["clocks"] is Level.UNKNOWN
+
+
 def test_what_cannot_be_found_out_is_unknown_and_no_error() -> None:
     nothing = Deployment(
         version="1.0", control_queue="resilient.control", store_trouble="refused", broker_trouble="refused"
@@ -121,6 +139,6 @@ def test_what_cannot_be_found_out_is_unknown_and_no_error() -> None:
     levels = {finding.check: finding.level for finding in examine(nothing)}
     assert {check for check, level in levels.items() if level is Level.ERROR} == {"store", "broker"}
     assert {check for check, level in levels.items() if level is Level.UNKNOWN} == {
-        "maxmemory-policy", "persistence", "ticks", "workers", "control queue", "pools", "versions", "policies",
-        "clocks", "undefined breakers", "result_expires", "visibility_timeout",
+        "maxmemory-policy", "maxmemory", "persistence", "ticks", "workers", "control queue", "pools", "versions",
+        "policies", "clocks", "undefined breakers", "undecided exceptions", "result_expires", "visibility_timeout",
     }  # fmt: skip
