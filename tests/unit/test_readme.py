@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ def snippets(page: str) -> list[str]:
 
 
 [DEFINITIONS] = snippets("README.md")
-GUARDS, SENDERS = snippets("docs/guards.md")
+GUARDS, TIMEOUTS, SENDERS = snippets("docs/guards.md")
 [TESTING] = snippets("docs/testing.md")
 [OPERATIONS] = snippets("docs/operations.md")
 [TUNING] = snippets("docs/deciding.md")
@@ -73,6 +74,18 @@ def test_guards(namespace: dict[str, Any]) -> None:
     exec(GUARDS, namespace)
     namespace["payments"].registered_probe.function()
     assert asked == ["call", ((1,), {"key": "value"}), ("https://pay.example/health", 2)]
+
+
+def test_time_outs_inside_a_guard(namespace: dict[str, Any]) -> None:
+    async def ask() -> None:
+        raise TimeoutError
+
+    namespace.update(ask=ask, asyncio=asyncio)
+    exec(TIMEOUTS, namespace)
+    with pytest.raises(TimeoutError):
+        asyncio.run(namespace["ask_payments"]())
+    namespace["payments"].fleet.reporter.flush(5)
+    assert namespace["payments"].snapshot().failures == 1
 
 
 def test_senders(namespace: dict[str, Any]) -> None:
