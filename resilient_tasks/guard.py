@@ -35,7 +35,7 @@ from resilient_tasks.core.classification import (
     log_undecided,
 )
 from resilient_tasks.core.counts import REFUSED, UNDECIDED
-from resilient_tasks.core.model import Grant, Outcome, State
+from resilient_tasks.core.model import Grant, Outcome, State, voter_of
 from resilient_tasks.core.names import parent_of
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError, ConfigurationError
 from resilient_tasks.policy import BreakerPolicy
@@ -92,15 +92,17 @@ class Scope:
 
     Args:
         passes: what it holds.
+        task_id: of the task whose run it is; "" for another call.
     """
 
-    __slots__ = ("has_ended", "outer", "passes")
+    __slots__ = ("has_ended", "outer", "passes", "task_id")
 
     outer: Scope | None
     passes: Mapping[str, Pass]  # by breaker
 
-    def __init__(self, passes: Iterable[Pass] = ()) -> None:
+    def __init__(self, passes: Iterable[Pass] = (), task_id: str = "") -> None:
         self.passes = {each.breaker: each for each in passes}
+        self.task_id = task_id
         self.outer = None
         self.has_ended = False
 
@@ -129,21 +131,16 @@ _runs: list[Scope] = []  # of tasks, in this process
 
 
 @contextlib.contextmanager
-def within(scope: Scope, *, is_run: bool = False) -> Iterator[None]:
-    """Make what the block calls part of ``scope``.
-
-    Args:
-        scope: what is around it.
-        is_run: it is a task's run: threads that it starts without a context are part of it too.
-    """
+def within(scope: Scope) -> Iterator[None]:
+    """Make what the block calls part of ``scope``; if it is a task's run, threads without a context are, too."""
     token = _current.set(scope)
-    if is_run:
+    if scope.task_id:
         _runs.append(scope)
     try:
         yield
     finally:
         scope.has_ended = True
-        if is_run:
+        if scope.task_id:
             _runs.remove(scope)
         _current.reset(token)
 
@@ -153,16 +150,19 @@ def current_scope() -> Scope | None:
     return next(_live(_current.get()), None)
 
 
-def _scope_around(breaker: str) -> Scope | None:
+def _scope_around(breaker: Guarded) -> Scope | None:
     """Return the innermost call in progress around a guard; in a thread without a context, the run that started it.
 
     Where several runs share a process, it is one that holds a permit or slot of the breaker, if any does: a trial is
-    decided by what the dependency answers, to whichever of the trials.
+    decided by what the dependency answers, to whichever of the trials. A thread of another task is part of none.
     """
     scope, runs = current_scope(), list(_runs)
     if scope is not None or not runs:
         return scope
-    return runs[0] if len(runs) == 1 else next((run for run in runs if _shares(run, breaker)), None)
+    voter = breaker.fleet.voter()
+    if voter:
+        return next((run for run in runs if voter_of(run.task_id) == voter), None)
+    return runs[0] if len(runs) == 1 else next((run for run in runs if _shares(run, breaker.name)), None)
 
 
 def _live(scope: Scope | None) -> Iterator[Scope]:
@@ -189,7 +189,6 @@ def _in_place_of(breaker: Guarded, scope: Scope) -> Guarded:
 # --- one guarded call ---------------------------------------------------------------------------------
 
 _NO_PASSES: Mapping[str, Pass] = {}
-_NOTHING_FOUND: Mapping[str, Verdict] = {}
 
 
 class Guard(Scope):
@@ -213,13 +212,13 @@ class Guard(Scope):
         self._breakers = breakers
 
     def __enter__(self) -> None:
-        breaker = self._breakers[0]
-        if not breaker._is_plain():
+        breaker, plain = self._breakers[0], _thread.plain
+        if plain[0] is not None or not breaker._is_plain():
             self._begin(self._admit())
         elif _get_running_loop() is None:
             self._epoch = breaker._standing.epoch
             self.passes = _NO_PASSES
-            self._plain = plain = _thread.plain
+            self._plain = plain
             plain[0] = breaker
         else:
             self.be_plain(breaker._standing.epoch)
@@ -238,11 +237,14 @@ class Guard(Scope):
         if exc is not None:
             breaker._wait(breaker._count_failure(self._epoch, exc, is_replaced=around is not breaker))
         elif around is breaker:
-            breaker._count_success(self._epoch)
+            standing = breaker._standing
+            standing.pending.append(self._epoch)
+            if not standing.scheduled:
+                breaker._reporter.schedule(standing)
 
     async def __aenter__(self) -> None:
         breaker = self._breakers[0]
-        if breaker._is_plain():
+        if breaker._is_plain() and _thread.plain[0] is None:
             self._epoch = breaker._standing.epoch
             self._plain = self.outer = None
             self.passes = _NO_PASSES
@@ -266,9 +268,7 @@ class Guard(Scope):
         """End a plain call that has succeeded."""
         if self.passes is not _NO_PASSES or self._replaced:
             return False
-        self.has_ended = True
-        if _current.get() is self:  # a generator may leave a block in another context than it has entered it in
-            _current.set(None)
+        self.has_ended = True  # it stays in its context: taking it out costs as much as putting it in
         breaker = self._breakers[0]
         standing = breaker._standing
         standing.pending.append(self._epoch)
@@ -302,7 +302,7 @@ class Guard(Scope):
 
     def _admit_by_cache(self) -> dict[str, Pass] | None:
         """Admit or refuse it by what this process knows; None: the store must be asked."""
-        self.outer = outer = _scope_around(self._breakers[0].name)
+        self.outer = outer = _scope_around(self._breakers[0])
         if outer is not None:
             self._breakers = tuple(_in_place_of(breaker, outer) for breaker in self._breakers)
         known = [guard._admit_by_cache(outer, for_child=guard is not breaker) for guard, breaker in self._guards()]
@@ -608,13 +608,13 @@ class Guarded:
     # --- admission --------------------------------------------------------------------------------
 
     def _is_plain(self) -> bool:
-        """Whether a call made now is plain; see :class:`Guard`."""
+        """Whether a call made now is plain, if there is no plain one around it in this thread; see :class:`Guard`."""
+        scope = _current.get()
         return (
             self._standing.admits_plainly
             and not self._examines
             and not _runs
-            and _thread.plain[0] is None
-            and _current.get() is None
+            and (scope is None or (scope.has_ended and scope.outer is None))
             and (self._view.signal is None or not self._view.is_behind)
         )
 
@@ -759,11 +759,11 @@ class Guarded:
             ConfigurationError: ``fn`` is a generator function; its body would run outside the guard.
         """
         plain, standing = _thread.plain, self._standing
-        if (
-            not standing.admits_plainly
+        if (  # _is_plain(), without the price of a method
+            plain[0] is not None
+            or not standing.admits_plainly
             or self._examines
             or _runs
-            or plain[0] is not None
             or _current.get() is not None
             or (self._view.signal is not None and self._view.is_behind)
         ):
@@ -812,7 +812,7 @@ class Guarded:
 
     async def _await(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         guard = Guard(self._alone)
-        if self._is_plain():
+        if _thread.plain[0] is None and self._is_plain():
             guard.be_plain(self._standing.epoch)
             _current.set(guard)
         else:

@@ -178,13 +178,13 @@ class Run(Scope):
     """
 
     __slots__ = (
-        "_found", "_reported", "admission", "begun", "exhausted_by", "exhausted_for", "served", "served_for", "task_id",
+        "_found", "_reported", "admission", "begun", "exhausted_by", "exhausted_for", "served", "served_for",
         "verdicts",
     )  # fmt: skip
 
     def __init__(self, admission: Admission, task_id: str) -> None:
-        super().__init__(admission.passes)
-        self.admission, self.task_id = admission, task_id
+        super().__init__(admission.passes, task_id)
+        self.admission = admission
         self.begun = False
         self.verdicts: Sequence[Verdict | None] = ()
         self.served: Served | None = None
@@ -226,7 +226,7 @@ def run_admitted(admission: Packed, name: str, task_id: str, *args: Any) -> tupl
     """Run a task in the pool with Celery's own tracer, and report on its dependency."""
     run = Run(Admission.unpack(admission), task_id)
     trace = seams.tracer(seams.current_app())
-    with within(run, is_run=True):
+    with within(run):
         try:
             failed, value, runtime = trace(name, task_id, *args)
         except NONSENSE:

@@ -671,8 +671,8 @@ def test_a_function_that_returns_a_generator_has_been_called(rig: Rig) -> None:
 class Call(Scope):
     """What is around a guard, and takes down what it is told."""
 
-    def __init__(self, held: Pass) -> None:
-        super().__init__([held])
+    def __init__(self, held: Pass, task_id: str = "") -> None:
+        super().__init__([held], task_id)
         self.told: list[str] = []
         self.found_in_trial: list[Outcome] = []
 

@@ -202,8 +202,8 @@ elsewhere_in_the_run = pytest.mark.parametrize("run", [in_a_thread, in_a_bare_th
 def test_threads_of_a_run_are_part_of_its_trial(rig: Rig, run: Any) -> None:
     rig.half_open()
     rig.breaker.acquire("the task")
-    task = Call(Pass("payments", trial=True, leased=True))
-    with within(task, is_run=True):
+    task = Call(Pass("payments", trial=True, leased=True), "a")
+    with within(task):
         assert run(lambda: rig.breaker.call(rig.works)) == "paid"
     assert rig.store.calls["acquire"] == 1
     assert task.found_in_trial == [Outcome.SUCCESS]
@@ -213,17 +213,33 @@ def test_threads_of_a_run_are_part_of_its_trial(rig: Rig, run: Any) -> None:
 def test_threads_of_a_run_share_its_slot(rig: Rig, run: Any) -> None:
     narrow = Breaker("narrow", replace(POLICY, max_concurrency=1), fleet=lambda: rig.fleet)
     narrow.acquire("the task")
-    with within(Call(Pass("narrow", leased=True)), is_run=True):
+    with within(Call(Pass("narrow", leased=True), "a")):
         assert run(lambda: narrow.call(rig.works)) == "paid"
 
 
 def test_of_several_runs_a_thread_is_part_of_one_that_holds_a_permit(rig: Rig) -> None:
     rig.half_open()
     rig.breaker.acquire("the task")
-    trial = Call(Pass("payments", trial=True, leased=True))
-    with within(trial, is_run=True), within(Call(Pass("mail")), is_run=True):
+    trial = Call(Pass("payments", trial=True, leased=True), "a")
+    with within(trial), within(Call(Pass("mail"), "b")):
         assert in_a_thread(lambda: rig.breaker.call(rig.works)) == "paid"
     assert trial.found_in_trial == [Outcome.SUCCESS]
+
+
+def test_the_thread_of_another_task_is_part_of_no_run(rig: Rig) -> None:
+    running = threading.local()
+    rig.fleet._task_id = lambda: getattr(running, "task_id", None)
+
+    def another_task() -> str:
+        running.task_id = "b"
+        return rig.breaker.call(rig.works)
+
+    task = Call(Pass("payments"), "a")
+    with within(task):
+        assert in_a_bare_thread(another_task) == "paid"
+        assert task.told == []
+        assert in_a_bare_thread(lambda: rig.breaker.call(rig.works)) == "paid"
+        assert task.told == ["payments"]
 
 
 def test_a_call_under_several_breakers_is_around_guards_of_each(rig: Rig) -> None:
