@@ -8,22 +8,22 @@ import time
 from collections.abc import Mapping
 from functools import wraps
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery, Task
 from celery.signals import beat_init
 
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.model import Transition
-from resilient_tasks.core.names import check_name
+from resilient_tasks.core.names import check_name, did_you_mean
 from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.monitor import events
 from resilient_tasks.monitor.background import BackgroundQueue
-from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.policy import BreakerPolicy, PolicyFields
 from resilient_tasks.provenance import Provenance, read_provenance
-from resilient_tasks.settings import Settings
+from resilient_tasks.settings import Settings, SettingsFields
 from resilient_tasks.signals import tell_of_transition
 from resilient_tasks.store.base import Store
 from resilient_tasks.store.place import find_store
@@ -37,6 +37,9 @@ from resilient_tasks.worker.producers import ProducersGate
 from resilient_tasks.worker.queues import own_queue
 from resilient_tasks.worker.runtime import TICK_TASK, Runtime, find_breaker, runtime_of
 from resilient_tasks.worker.task import resilient
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # Python 3.11 has it in typing
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -54,7 +57,7 @@ class Resilience:
         ConfigurationError: a setting is unknown or out of range.
     """
 
-    def __init__(self, app: Celery | None = None, **settings: Any) -> None:
+    def __init__(self, app: Celery | None = None, **settings: Unpack[SettingsFields]) -> None:
         self.settings = Settings.load(**settings)
         self._background = BackgroundQueue("events")
         self._app: Celery | None = None
@@ -88,7 +91,7 @@ class Resilience:
         app.on_after_configure.connect(add_tick_entry, weak=False)
         app.on_after_finalize.connect(add_tick_entry, weak=False)
 
-    def breaker(self, name: str, policy: BreakerPolicy | None = None, **fields: Any) -> Breaker:
+    def breaker(self, name: str, policy: BreakerPolicy | None = None, **fields: Unpack[PolicyFields]) -> Breaker:
         """Define the breaker of one dependency.
 
         Args:
@@ -105,7 +108,7 @@ class Resilience:
         check_name("breaker", name)
         if policy is None and not fields and name in self._breakers:
             return self._breakers[name]
-        final = self.settings.policy_for(name, _policy_in_code(name, policy, fields))
+        final = self.settings.policy_for(name, _policy_in_code(name, policy, dict(fields)))
         new = Breaker(name, final, fleet=lambda: self.fleet, revision=self._revision)
         known = self._breakers.setdefault(name, new)
         if known.policy != new.policy:
@@ -261,8 +264,11 @@ def _policy_in_code(name: str, policy: BreakerPolicy | None, fields: dict[str, A
         )
     known = BreakerPolicy.__dataclass_fields__.keys()
     if fields.keys() - known:
-        unknown = ", ".join(sorted(fields.keys() - known))
-        raise ConfigurationError(f"breaker {name!r}: unknown policy field {unknown}; allowed are {', '.join(known)}")
+        unknown = sorted(fields.keys() - known)
+        raise ConfigurationError(
+            f"breaker {name!r}: unknown policy field {', '.join(unknown)}; allowed are {', '.join(known)}"
+            f"{did_you_mean(unknown[0], known)}"
+        )
     try:
         return policy or BreakerPolicy(**fields)
     except ConfigurationError as exc:

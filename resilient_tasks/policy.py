@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from resilient_tasks.core.classification import Classify, Matcher, dependency_errors
 from resilient_tasks.core.window import MOST_VOTERS
@@ -128,13 +128,15 @@ class BreakerPolicy:
     ramp: float = _setting(10.0, lambda v: _number(v) and 0 <= v <= _LONGEST, "0 or a positive number of seconds")
     max_concurrency: int | None = _setting(None, _is_number_of, _NUMBER_OF, optional=True)
     max_concurrency_per_worker: int | None = _setting(None, _is_number_of, _NUMBER_OF, optional=True)
-    concurrency: str = _setting(FIXED, lambda v: v in (FIXED, ADAPTIVE), "'fixed' or 'adaptive'")
+    concurrency: Literal["fixed", "adaptive"] = _setting(
+        FIXED, lambda v: v in (FIXED, ADAPTIVE), "'fixed' or 'adaptive'"
+    )
     min_concurrency: int = _setting(1, _is_number_of, _NUMBER_OF)
     resume_rate: float | None = _setting(
         None, _is_pace, "a positive number per second up to 1,000,000,000", optional=True
     )
     max_deferred: int | None = _setting(None, _is_count, _COUNT, optional=True)
-    overflow: str = _setting(FAIL, lambda v: v in (FAIL, BLOCK), "'fail' or 'block'")
+    overflow: Literal["fail", "block"] = _setting(FAIL, lambda v: v in (FAIL, BLOCK), "'fail' or 'block'")
     max_keys: int = _setting(10_000, _is_number_of, _NUMBER_OF)
     max_open_ratio: float | None = _setting(None, _is_rate, _RATE, optional=True)
     classify: Classify = _setting(dependency_errors, callable, "a callable")
@@ -193,3 +195,35 @@ class BreakerPolicy:
         if self.minimum_tasks is not None:
             return self.minimum_tasks
         return 1 if 1 in (self.minimum_calls, self.consecutive_failures) else 2
+
+
+class PolicyFields(TypedDict, total=False):
+    """The fields of a :class:`BreakerPolicy` as keyword arguments, for type checkers."""
+
+    failure_rate_threshold: float
+    slow_call_duration: float | None
+    slow_call_rate_threshold: float
+    consecutive_failures: int | None
+    minimum_calls: int
+    minimum_tasks: int | None
+    window: float
+    open_duration: float
+    open_multiplier: float
+    max_open_duration: float
+    open_jitter: float
+    trial_calls: int
+    trial_successes: int | None
+    trial_timeout: float
+    ramp: float
+    max_concurrency: int | None
+    max_concurrency_per_worker: int | None
+    concurrency: Literal["fixed", "adaptive"]
+    min_concurrency: int
+    resume_rate: float | None
+    max_deferred: int | None
+    overflow: Literal["fail", "block"]
+    max_keys: int
+    max_open_ratio: float | None
+    classify: Classify
+    failures: Matcher | Sequence[Matcher]
+    ignore: Matcher | Sequence[Matcher]

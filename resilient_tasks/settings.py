@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -212,3 +212,17 @@ def _value_of(text: str) -> object:
         with suppress(ValueError):
             return number(text)
     return text
+
+
+class SettingsFields(TypedDict, total=False):
+    """The fields of :class:`Settings` as keyword arguments, for type checkers; None: as the environment says."""
+
+    store_url: str | None
+    namespace: str | None
+    tick_interval: float | None
+    store_timeout: float | None
+    store_memory_limit: str | None
+    late_after: float | None
+    spare_slots: int | None
+    gate_producers: bool | None
+    breakers: dict[str, dict[str, Any]] | None

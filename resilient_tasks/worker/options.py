@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import tenacity
 
@@ -15,7 +15,9 @@ from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.worker.task_key import ALLOWED_KEYS, TaskKey, is_task_key
 
 LATEST = "latest"
-DEFER, FAIL, RAISE = "defer", "fail", "raise"
+DEFER: Final = "defer"
+FAIL: Final = "fail"
+RAISE: Final = "raise"
 _LONGEST = 100 * 365 * 24 * 3600.0  # seconds; what is meant to be longer is None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tenacity
 from celery import Celery, Task
@@ -44,18 +44,23 @@ class ResilientTask(Task):  # type: ignore[misc]  # Celery is untyped
     breaker: Breaker | str | Sequence[Breaker | str] | None = None
     breaker_key: TaskKey | None = None
     fallback: Any = None
-    on_open: str = DEFER
+    on_open: Literal["defer", "fail"] = DEFER
     on_dependency_failure: str | None = None
     max_attempts: int = 8
     defer_for: float | None = None
     retrying: tenacity.Retrying | None = None
-    coalesce: str | None = None
+    coalesce: Literal["latest"] | None = None
     coalesce_key: TaskKey | None = None
     options: TaskOptions | None = None
     own_call: Callable[..., Any] | None = None
 
     def apply_async(
-        self, args: Any = None, kwargs: Any = None, *others: Any, on_open: str | None = None, **options: Any
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        *others: Any,
+        on_open: Literal["fail", "fallback"] | None = None,
+        **options: Any,
     ) -> Any:
         """Send the task, as Celery does.
 

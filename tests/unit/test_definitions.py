@@ -200,7 +200,7 @@ def test_a_class_from_the_apps_own_base(app: Celery, resilience: Resilience) -> 
 def test_a_mistake_in_a_class_without_a_name_names_the_task(app: Celery, resilience: Resilience) -> None:
     class Charge(ResilientTask):
         breaker = "payments"
-        on_open = "explode"
+        on_open = "explode"  # type: ignore[assignment]  # what is tested
 
     with pytest.raises(ConfigurationError, match=r"task 'tests.*\.Charge': on_open='explode': allowed is"):
         app.register_task(Charge())
