@@ -62,6 +62,7 @@ class WorkerFacts:
         name: its host name.
         version: of its library; None: it has none, or an older one that does not answer.
         control_queue: the queue from which it takes ticks; None: it takes none.
+        refused: by queue of ours, why the broker refuses it.
         clock_ahead: seconds by which its clock is ahead of the store's; None: it has not heard from the store.
         policies: by breaker, the rules that it declares.
         can_grow: its pool can add a slot while calls hang.
@@ -71,6 +72,7 @@ class WorkerFacts:
     name: str
     version: str | None = None
     control_queue: str | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
     clock_ahead: float | None = None
     policies: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     can_grow: bool = True

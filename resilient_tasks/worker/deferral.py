@@ -23,6 +23,7 @@ from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED
 from resilient_tasks.monitor.log import Throttle
 from resilient_tasks.worker.broker import open_queues
 from resilient_tasks.worker.decoding import UNDECODABLE
+from resilient_tasks.worker.denials import Denials
 from resilient_tasks.worker.memory import MemoryGuard
 from resilient_tasks.worker.patience import PatientWriter
 from resilient_tasks.worker.queues import Queues
@@ -66,14 +67,15 @@ class Deferral:
 
     def __init__(self, runtime: Runtime, queues: Queues | None = None) -> None:
         self._runtime = runtime
-        self._queues = queues or open_queues(runtime.app, runtime.settings.namespace)
+        self.queues = queues or open_queues(runtime.app, runtime.settings.namespace)
         self._memory = MemoryGuard(
             MemoryLimit.parse(runtime.settings.store_memory_limit),
-            {"broker": self._queues.memory, "store": lambda: runtime.fleet.ledger.memory()},  # noqa: PLW0108 - it may change
+            {"broker": self.queues.memory, "store": lambda: runtime.fleet.ledger.memory()},  # noqa: PLW0108 - it may change
         )
         self._index_writer = PatientWriter("index of deferred tasks", INDEX_PATIENCE, even_late=True)
         self._state_writer = PatientWriter("result backend", STATE_PATIENCE)
         self._held: deque[tuple[GatedRequest, Step]] = deque()
+        self.denials = Denials(runtime, self)
         self._retrying = threading.Lock()
         self._broker_away = False
         self._bug: type[Exception] | None = None
@@ -100,11 +102,32 @@ class Deferral:
     @property
     def errors(self) -> tuple[type[Exception], ...]:
         """What the broker raises if it is away, or refuses something."""
-        return self._queues.errors
+        return self.queues.errors
+
+    def defer_if_permitted(self, request: GatedRequest, ticket: Ticket, again: Step, *, limited: bool) -> None:
+        """Like :meth:`defer`, but where the broker refuses the queue, hold the request apart from the prefetch window.
+
+        Args:
+            request: whose message.
+            ticket: what the message shall say about itself.
+            again: the step to take once the broker refuses the queue no more.
+            limited: as above.
+        """
+        name = ticket.breaker
+        queue = self.queues.dead(name) if ticket.died_at else self.queues.deferred(name)
+        if queue not in self.denials.reasons:
+            try:
+                self.defer(request, ticket, limited=limited)
+            except self.queues.refusals as exc:
+                self.forget(name, [request.id])
+                self.denials.add({queue: exc})
+            else:
+                return
+        self.denials.hold(request, ticket, queue, again)
 
     def _dead_letter(self, request: GatedRequest, ticket: Ticket) -> None:
-        dead = self._queues.dead(ticket.breaker)
-        self._queues.put(request.message, dead, ticket, owned=not request.acknowledged)
+        dead = self.queues.dead(ticket.breaker)
+        self.queues.put(request.message, dead, ticket, owned=not request.acknowledged)
         request.acknowledged = True
         self._runtime.fleet.reporter.tally(ticket.breaker, counts.DEAD)
         what = "Task %s[%s] is dead-lettered: %s"
@@ -118,9 +141,9 @@ class Deferral:
         info = {"breaker": ticket.breaker, "since": ticket.since, "reason": ticket.reason}
         self._write_state(request, DEFERRED, info)
         limit = self._runtime.breaker(ticket.breaker).policy.max_deferred if limited else None
-        queue = self._queues.deferred(ticket.breaker)
+        queue = self.queues.deferred(ticket.breaker)
         try:
-            mine = self._queues.put(request.message, queue, ticket, owned=not request.acknowledged, limit=limit)
+            mine = self.queues.put(request.message, queue, ticket, owned=not request.acknowledged, limit=limit)
         except DeferredQueueFullError:
             self.forget(ticket.breaker, [request.id])
             raise
@@ -163,12 +186,12 @@ class Deferral:
         """
         ticket = Ticket(breaker=UNDECODABLE, origin=(message.delivery_info or {}).get("routing_key") or "")
         ticket = ticket.die(self._runtime.fleet.view.server_now(), reason)
-        self._queues.put(message, self._queues.dead(UNDECODABLE), ticket, owned=True)
+        self.queues.put(message, self.queues.dead(UNDECODABLE), ticket, owned=True)
 
     def has_room(self, breaker: str) -> bool:
         """Whether one more task of a breaker may be deferred."""
         limit = self._runtime.breaker(breaker).policy.max_deferred
-        waiting = 0 if limit is None else self._queues.size(self._queues.deferred(breaker))
+        waiting = 0 if limit is None else self.queues.size(self.queues.deferred(breaker))
         return self._memory.exceeded() is None and (limit is None or waiting < limit)
 
     def put_back(self, request: GatedRequest, queue: str, ticket: Ticket) -> None:
@@ -180,7 +203,7 @@ class Deferral:
         self._write_state(request, PENDING)
         request.send_event(TASK_RESUMED, exception="no room to defer", traceback=None)
         header = ticket if ticket.breaker else None
-        self._queues.put(request.message, queue, header, owned=not request.acknowledged, first=True)
+        self.queues.put(request.message, queue, header, owned=not request.acknowledged, first=True)
         request.acknowledged = True
 
     def attempt(self, request: GatedRequest, step: Step) -> None:
@@ -255,4 +278,4 @@ class Deferral:
         self.tell_suppressed(early=True)
         if self._held:
             logger.error("%d tasks could not be deferred before shutdown", len(self._held))
-        self._queues.close()
+        self.queues.close()

@@ -113,6 +113,7 @@ class Heart:
     def _round(self) -> None:
         self._refill()
         self._deferral.retry_held()
+        self._deferral.denials.look()
         self._deferral.tell_suppressed()
         self._overflow.look()
         self._tell_store()

@@ -37,6 +37,7 @@ def resilience(state: Any, **_: Any) -> dict[str, Any]:
     return {
         "version": library_version(),
         "control_queue": runtime.control_queue if runtime.host.takes_ticks else None,
+        "refused": runtime.host.deferral.denials.reasons,
         "clock_ahead": time.time() - runtime.fleet.view.server_now(),
         "can_grow": seams.can_grow(state.consumer.pool),
         "tick_scope": runtime.tick_scope,

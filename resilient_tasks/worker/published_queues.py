@@ -79,6 +79,18 @@ class PublishedQueues(Queues):
         declare(self._connection, own_queue(queue, self._arguments))
         self._declared.add(queue)
 
+    def _check(self, queue: str) -> None:
+        """See :meth:`Queues.check`. Nothing is published to the queue itself, where it would wait behind others."""
+        with self._exclusive():
+            self._declare(queue)
+            if self._emulated:  # by kombu, which knows no rights
+                return
+            publish = Producer(self.channel, auto_declare=False).publish
+            publish("", exchange="", routing_key=f"{self.namespace}.nowhere", confirm_timeout=LONGEST_CONFIRM)
+            message = self.channel.basic_get(queue)
+            if message is not None:
+                self._return(self.channel.message_to_python(message), queue)
+
     def _publish(self, message: Any, queue: str, ticket: Ticket | None) -> bool:
         """Publish straight to a queue; False if there is none. In those of ours the broker must let nothing expire."""
         headers = message.headers or {}

@@ -157,6 +157,27 @@ class Queues(ABC):
         """What a broker that is away, or refuses something, raises."""
         return seams.broker_errors(self._connection)
 
+    @property
+    def refusals(self) -> tuple[type[Exception], ...]:
+        """What a broker raises that refuses a user something."""
+        return tuple(self._connection.channel_errors)
+
+    def check(self, queue: str) -> Exception | None:
+        """Try to put a message into one of our queues and to take one from it; it holds then what it held.
+
+        Returns:
+            One of :attr:`refusals`; None: nothing is refused.
+        """
+        try:
+            self._check(queue)
+        except self.refusals as error:
+            return error
+        return None
+
+    @abstractmethod
+    def _check(self, queue: str) -> None:
+        """See :meth:`check`."""
+
     def close(self) -> None:
         """Close the connection; it reopens when used again."""
         with contextlib.suppress(*self.errors):

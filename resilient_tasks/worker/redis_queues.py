@@ -26,6 +26,8 @@ from resilient_tasks.worker.ticket import Ticket
 _PAGE = 500
 #: Parts of the keyspace that are searched for deferred queues in one go, and keys in each.
 _SCANS, _SCANNED = 20, 1000
+#: Puts a message into a list and takes it back in one step.
+_CHECK = "redis.call('LPUSH', KEYS[1], ARGV[1]); return redis.call('LREM', KEYS[1], 1, ARGV[1])"
 #: What a pattern of Redis takes for more than itself.
 _SPECIAL, _ITSELF = re.compile(r"[]*?[^\\]"), r"\\\g<0>"
 #: Bytes of messages to read, and to move, at a time.
@@ -67,6 +69,15 @@ class RedisQueues(Queues):
 
     def _run(self, source: str, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
         return self._client.register_script(source)(keys=keys, args=args)
+
+    @property
+    def refusals(self) -> tuple[type[Exception], ...]:
+        """See :meth:`Queues.refusals`. One that is full, or read-only for a moment, refuses nobody."""
+        return (redis.exceptions.NoPermissionError,)
+
+    def _check(self, queue: str) -> None:
+        """See :meth:`Queues.check`."""
+        self._run(_CHECK, [seams.list_key(self.channel, queue)], ["resilient-tasks-check"])
 
     def put(
         self, message: Any, queue: str, ticket: Ticket | None, *,

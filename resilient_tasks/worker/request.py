@@ -293,7 +293,8 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     def _defer(self, make: Callable[[], Ticket], *, has_failed: bool, limited: bool) -> None:
         ticket = make()
         try:
-            self.host.deferral.defer(self, ticket, limited=limited)
+            again = partial(self._defer, make, has_failed=has_failed)
+            self.host.deferral.defer_if_permitted(self, ticket, again, limited=limited)
         except DeferredQueueFullError as full:
             if runtime_of(self.app).breaker(ticket.breaker).policy.overflow == BLOCK:
                 returned = ticket if has_failed else self.ticket
@@ -362,7 +363,10 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         """Keep the message of a task that is out of attempts; its FAILURE is Celery's to write."""
         self.dead = True
         ticket = cache(partial(self._last_ticket, breaker, cause))
-        self.host.deferral.attempt(self, lambda limited: self.host.deferral.defer(self, ticket(), limited=limited))
+        self.host.deferral.attempt(self, partial(self._move_to_dead_letters, ticket))
+
+    def _move_to_dead_letters(self, make: Callable[[], Ticket], *, limited: bool) -> None:
+        self.host.deferral.defer_if_permitted(self, make(), partial(self._move_to_dead_letters, make), limited=limited)
 
     def _last_ticket(self, breaker: str, cause: str) -> Ticket:
         limit, now = self.task.options.max_attempts, self.host.now()

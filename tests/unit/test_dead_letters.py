@@ -179,7 +179,7 @@ def test_a_dead_task_is_held_unacknowledged_until_the_broker_takes_it(
         acknowledged.append("moved")
         return True
 
-    monkeypatch.setattr(deferral._queues, "put", defer)
+    monkeypatch.setattr(deferral.queues, "put", defer)
     message = SimpleNamespace(
         headers={"id": "an-id", "task": "charge"}, body="[[], {}, {}]", payload=[[], {}, {}], delivery_info={},
         content_type="application/json", content_encoding="utf-8", properties={},

@@ -67,6 +67,7 @@ def test_a_sound_deployment_is_well() -> None:
         ("workers", "error", "no worker answers", {"workers": ()}),
         ("control queue", "error", "from other.control", worker(control_queue="other.control")),
         ("control queue", "error", "it takes none", worker(control_queue=None)),
+        ("rights", "error", "refuses worker celery@two the queue a.b: 403", worker(refused={"a.b": "403"})),
         ("pools", "warning", "celery@two cannot add a slot", worker(can_grow=False)),
         ("versions", "error", "celery@two runs without", worker(version=None)),
         ("versions", "warning", "0.9, here it is 1.0", worker(version="0.9")),
