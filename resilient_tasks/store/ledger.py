@@ -102,9 +102,8 @@ class Ledger:
 
     def save_pace(self, name: str, pace: Pace) -> None:
         """Keep ``pace``, but for ``outstanding``, which is only moved by the methods below."""
-        key = self._keys.pace(name)
-        fields = {name: getattr(pace, name) for name in ("batch", "failures_seen", "too_large", "decided_at")}
-        self._server.run(lambda client: client.hset(key, items=[item for field in fields.items() for item in field]))
+        fields = [(field, getattr(pace, field)) for field in ("batch", "failures_seen", "too_large", "decided_at")]
+        self._server.commands([("HSET", self._keys.pace(name), *chain.from_iterable(fields))])
 
     def resumed(self, name: str, count: int) -> None:
         """Add ``count`` to the resumed tasks that no worker has taken up yet."""
@@ -126,20 +125,19 @@ class Ledger:
 
     def revoked(self, names: Sequence[str]) -> dict[str, float]:
         """Return those of ``names`` that were revoked, with the time of the latest revoke, in seconds."""
-        scores = self._server.ask_each(names, lambda pipeline, name: pipeline.zscore(self._keys.revoked, name))
+        scores = self._server.commands([("ZSCORE", self._keys.revoked, name) for name in names])
         return {name: at / 1000 for name, at in zip(names, scores, strict=True) if at is not None}
 
     # --- coalescing ---------------------------------------------------------------------------------
 
     def claim(self, digest: str, task_id: str) -> None:
         """Note the latest of the deferred tasks that are coalesced under a digest."""
-        key = self._keys.claim(digest)
-        self._server.run(lambda client: client.set(key, task_id, px=to_ms(CLAIMED_FOR)))
+        self._server.commands([("SET", self._keys.claim(digest), task_id, "PX", to_ms(CLAIMED_FOR))])
 
     def claims(self, digests: Iterable[str]) -> dict[str, str]:
         """Return the latest task of each digest, as far as it is known."""
         wanted = list(digests)
-        found = self._server.ask_each(wanted, lambda pipeline, digest: pipeline.get(self._keys.claim(digest)))
+        found = self._server.commands([("GET", self._keys.claim(digest)) for digest in wanted])
         return {digest: task_id.decode() for digest, task_id in zip(wanted, found, strict=True) if task_id is not None}
 
     def withdraw(self, digest: str, task_id: str, *, keep_for: float = 0.0) -> None:

@@ -104,25 +104,6 @@ class Server:
         self._retry_at = None
         return result
 
-    def ask_each(self, items: Iterable[T], ask: Callable[[Any, T], object]) -> list[Any]:
-        """Put a question about each item, 500 in one round trip; return all answers in order.
-
-        Args:
-            items: what to ask about.
-            ask: makes one command of a pipeline, for one item.
-
-        Raises:
-            StoreError: see :meth:`run`.
-        """
-
-        def put(client: redis.Redis, some: Sequence[T]) -> list[Any]:
-            with client.pipeline(transaction=False) as pipeline:
-                for item in some:
-                    ask(pipeline, item)
-                return pipeline.execute()
-
-        return [answer for some in portions(items) for answer in self.run(partial(put, some=some))]
-
     def commands(self, commands: Sequence[Command], read: Callable[[Any], Any] = lambda reply: reply) -> list[Any]:
         """Run commands, 500 in one round trip, and return what ``read`` makes of their replies.
 
