@@ -18,13 +18,11 @@ import math
 import threading
 import uuid
 from asyncio import _get_running_loop  # the loop or None; get_running_loop() raises
-from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Collection, Coroutine, Generator, Mapping, Sequence
 from time import perf_counter
 from types import AsyncGeneratorType, CoroutineType, GeneratorType, TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
-from resilient_tasks.core.answer import unwrapped
 from resilient_tasks.core.classification import (
     Verdict,
     attribute_to,
@@ -33,12 +31,14 @@ from resilient_tasks.core.classification import (
     judge,
     judge_result,
     log_undecided,
+    refusal_in,
 )
 from resilient_tasks.core.counts import REFUSED, UNDECIDED
 from resilient_tasks.core.model import Grant, Outcome, State, voter_of
 from resilient_tasks.core.names import parent_of
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError, ConfigurationError
 from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.scope import Pass, Scope, current, current_scope, live, runs, shares
 from resilient_tasks.store.base import Spec
 from resilient_tasks.store.reports import Reporter
 from resilient_tasks.store.standing import Standing
@@ -64,53 +64,7 @@ _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class Pass(NamedTuple):
-    """What one breaker has granted to one call.
-
-    Args:
-        breaker: its name.
-        epoch: its epoch at that moment; the outcome is reported for this epoch.
-        trial: the call is a trial: it holds a permit, or is part of a call that does.
-        counts: a dependency failure of this run that is attributed to the breaker would count as an attempt.
-        leased: the call itself holds a permit, or one of a limited number of slots.
-        for_child: it is the pass of a parent, for a call that counts for a child: only a trial counts.
-    """
-
-    breaker: str
-    epoch: int = 0
-    trial: bool = False
-    counts: bool = False
-    leased: bool = False
-    for_child: bool = False
-
-
 # --- what is around a guard ---------------------------------------------------------------------------
-
-
-class Scope:
-    """A call in progress, as guards inside it see it.
-
-    Args:
-        passes: what it holds.
-        task_id: of the task whose run it is; "" for another call.
-    """
-
-    __slots__ = ("has_ended", "outer", "passes", "task_id")
-
-    outer: Scope | None
-    passes: Mapping[str, Pass]  # by breaker
-
-    def __init__(self, passes: Iterable[Pass] = (), task_id: str = "") -> None:
-        self.passes = {each.breaker: each for each in passes}
-        self.task_id = task_id
-        self.outer = None
-        self.has_ended = False
-
-    def found(self, breaker: str, verdict: Verdict) -> None:
-        """Take note of what a guard inside the trial of ``breaker`` has found."""
-
-    def replaced(self, breaker: str) -> None:
-        """Take note that a guard inside has reported for ``breaker``: the call as a whole need not."""
 
 
 class _Thread(threading.local):
@@ -126,28 +80,6 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 _REPLACED = object()
-_current: ContextVar[Scope | None] = ContextVar("resilient_tasks_scope", default=None)
-_runs: list[Scope] = []  # of tasks, in this process
-
-
-@contextlib.contextmanager
-def within(scope: Scope) -> Iterator[None]:
-    """Make what the block calls part of ``scope``; if it is a task's run, threads without a context are, too."""
-    token = _current.set(scope)
-    if scope.task_id:
-        _runs.append(scope)
-    try:
-        yield
-    finally:
-        scope.has_ended = True
-        if scope.task_id:
-            _runs.remove(scope)
-        _current.reset(token)
-
-
-def current_scope() -> Scope | None:
-    """Return the innermost call in progress around this one."""
-    return next(_live(_current.get()), None)
 
 
 def _scope_around(breaker: Guarded) -> Scope | None:
@@ -156,32 +88,18 @@ def _scope_around(breaker: Guarded) -> Scope | None:
     Where several runs share a process, it is one that holds a permit or slot of the breaker, if any does: a trial is
     decided by what the dependency answers, to whichever of the trials. A thread of another task is part of none.
     """
-    scope, runs = current_scope(), list(_runs)
-    if scope is not None or not runs:
+    scope, running = current_scope(), list(runs)
+    if scope is not None or not running:
         return scope
     voter = breaker.fleet.voter()
     if voter:
-        return next((run for run in runs if voter_of(run.task_id) == voter), None)
-    return runs[0] if len(runs) == 1 else next((run for run in runs if _shares(run, breaker.name)), None)
-
-
-def _live(scope: Scope | None) -> Iterator[Scope]:
-    """Yield a scope and those around it that have not ended: a coroutine may outlive the call that has started it."""
-    while scope is not None:
-        if not scope.has_ended:
-            yield scope
-        scope = scope.outer
-
-
-def _shares(scope: Scope, breaker: str) -> bool:
-    """Whether a call holds a permit or a slot, or is part of one that does."""
-    held = scope.passes.get(breaker)
-    return held is not None and (held.trial or held.leased)
+        return next((run for run in running if voter_of(run.task_id) == voter), None)
+    return running[0] if len(running) == 1 else next((run for run in running if shares(run, breaker.name)), None)
 
 
 def _in_place_of(breaker: Guarded, scope: Scope) -> Guarded:
     """Return the breaker that a guard inside ``scope`` reports for: in a child's call, that child for its parent."""
-    names = (name for around in _live(scope) for name in around.passes if parent_of(name) == breaker.name)
+    names = (name for around in live(scope) for name in around.passes if parent_of(name) == breaker.name)
     child = next(names, None)
     return breaker if child is None else breaker.child_named(child)
 
@@ -222,7 +140,7 @@ class Guard(Scope):
             plain[0] = breaker
         else:
             self.be_plain(breaker._standing.epoch)
-            _current.set(self)
+            current.set(self)
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -250,7 +168,7 @@ class Guard(Scope):
             self.passes = _NO_PASSES
             self.has_ended = False
             self._replaced = ()
-            _current.set(self)
+            current.set(self)
         elif _get_running_loop() is None:  # trio: its loop waits for the store
             self._begin(self._admit())
         else:
@@ -290,7 +208,7 @@ class Guard(Scope):
         self.passes, self.has_ended, self._replaced, self._found = passes, False, (), {}
         self._plain, self.value = None, _NO_VALUE
         self._started = perf_counter()
-        _current.set(self)
+        current.set(self)
 
     def _guards(self) -> list[tuple[Guarded, Guarded]]:
         """Return all breakers that must admit it: each with itself, or with the child that it is the parent of."""
@@ -369,7 +287,9 @@ class Guard(Scope):
     def end(self, exc: BaseException | None) -> int:
         """End the call and report on it; return a ticket to wait for, 0 if there is no hurry."""
         if self.passes is _NO_PASSES:
-            return self._end_plainly(exc)
+            self.has_ended, breaker = True, self._breakers[0]
+            is_replaced = breaker.name in self._replaced
+            return 0 if exc is None else breaker._count_failure(self._epoch, exc, is_replaced=is_replaced)
         counted_for = None if exc is None else attributed_to(exc)
         seconds = perf_counter() - self._started
         if exc is None:
@@ -380,17 +300,6 @@ class Guard(Scope):
                 attribute_to(exc, self._breakers[0].name)
         return self._close(verdicts, counted_for)
 
-    def _end_plainly(self, exc: BaseException | None) -> int:
-        breaker = self._breakers[0]
-        self.has_ended = True
-        self.leave()
-        is_replaced = breaker.name in self._replaced
-        if exc is not None:
-            return breaker._count_failure(self._epoch, exc, is_replaced=is_replaced)
-        if not is_replaced:
-            breaker._count_success(self._epoch)
-        return 0
-
     def _close(self, verdicts: Mapping[str, Verdict], counted_for: str | None = None) -> int:
         self.has_ended = True
         self.leave()
@@ -398,8 +307,8 @@ class Guard(Scope):
 
     def leave(self) -> None:
         """Let what follows be no part of the call."""
-        if _current.get() is self:  # a generator may leave a block in another context than it has entered it in
-            _current.set(self.outer)
+        if current.get() is self:  # a generator may leave a block in another context than it has entered it in
+            current.set(self.outer)
 
     def give_up(self) -> None:
         """End a call that was not made after all."""
@@ -412,7 +321,7 @@ class Guard(Scope):
         if held.trial:
             verdict = verdict if verdict.outcome is Outcome.FAILURE else self._found.get(name, verdict)
             if not held.leased:
-                trial = next((scope for scope in _live(self.outer) if _shares(scope, name)), None)
+                trial = next((scope for scope in live(self.outer) if shares(scope, name)), None)
                 if trial is not None:
                     trial.found(name, verdict)
                 return 0
@@ -420,7 +329,7 @@ class Guard(Scope):
             return 0
         elif name in self._replaced and _needs_no_report(name, verdict, counted_for):
             verdict = _IGNORED
-        for scope in _live(self.outer):
+        for scope in live(self.outer):
             scope.replaced(name)
         plain = _thread.plain
         if isinstance(plain[0], Guarded) and plain[0].name in (name, parent_of(name)):
@@ -474,7 +383,7 @@ class _Awaitable:
         guard, self._guard = self._guard, None
         if guard is None:  # it is awaited a second time
             return await self._inner
-        _current.set(guard)
+        current.set(guard)
         try:
             guard.value = await self._inner
         except BaseException as exc:
@@ -486,7 +395,7 @@ class _Awaitable:
     async def __aenter__(self) -> Any:
         guard = self._guard
         if guard is not None:
-            _current.set(guard)
+            current.set(guard)
         try:
             return await self._inner.__aenter__()
         except BaseException as exc:
@@ -609,11 +518,11 @@ class Guarded:
 
     def _is_plain(self) -> bool:
         """Whether a call made now is plain, if there is no plain one around it in this thread; see :class:`Guard`."""
-        scope = _current.get()
+        scope = current.get()
         return (
             self._standing.admits_plainly
             and not self._examines
-            and not _runs
+            and not runs
             and (scope is None or (scope.has_ended and scope.outer is None))
             and (self._view.signal is None or not self._view.is_behind)
         )
@@ -629,10 +538,10 @@ class Guarded:
             BreakerOpenError: it is refused.
         """
         standing, name = self.standing, self.name
-        shares = any(_shares(scope, name) for scope in _live(outer))
-        if standing.admits_freely or (standing.admits and (for_child or shares)):  # slots are the child's own
+        held = [scope.passes[name] for scope in live(outer) if shares(scope, name)]
+        if standing.admits_freely or (standing.admits and (for_child or held)):  # slots are the child's own
             return Pass(name, standing.epoch, for_child=for_child)
-        if shares and any(scope.passes[name].trial for scope in _live(outer) if name in scope.passes):
+        if any(each.trial and each.epoch >= standing.epoch for each in held):  # it has not opened again since
             return Pass(name, standing.epoch, trial=True, for_child=for_child)
         if standing.refuses:
             raise self.refuse()
@@ -699,13 +608,6 @@ class Guarded:
             self._standing, epoch, verdict, voter=voter, each=each, was_overdue=was_overdue
         )
 
-    def _count_success(self, epoch: int) -> None:
-        """Report the success of a plain call: the one path that has to be fast."""
-        standing = self._standing
-        standing.pending.append(epoch)
-        if not standing.scheduled:
-            self._reporter.schedule(standing)
-
     def _count_failure(self, epoch: int, exc: BaseException, *, is_replaced: bool) -> int:
         """Report a plain call that has raised ``exc``, or say nothing if a guard inside has counted that."""
         counted_for, verdict = attributed_to(exc), self.judge(exc)
@@ -763,8 +665,8 @@ class Guarded:
             plain[0] is not None
             or not standing.admits_plainly
             or self._examines
-            or _runs
-            or _current.get() is not None
+            or runs
+            or current.get() is not None
             or (self._view.signal is not None and self._view.is_behind)
         ):
             return self._call_with_care(fn, args, kwargs)
@@ -814,7 +716,7 @@ class Guarded:
         guard = Guard(self._alone)
         if _thread.plain[0] is None and self._is_plain():
             guard.be_plain(self._standing.epoch)
-            _current.set(guard)
+            current.set(guard)
         else:
             try:
                 await guard.__aenter__()
@@ -859,38 +761,13 @@ class Guarded:
             instead = f"a {kind}: write @{kind} above the breaker, not below it"
         elif isinstance(fn, type):
             instead = f"a class: decorate its methods, or make one by call({fn.__name__})"
-        elif hasattr(fn, "apply_async"):
+        elif hasattr(fn.__class__, "apply_async"):  # of what stands for a task, too
             instead = f"a Celery task: write @app.task(breaker={self.name!r})"
         elif not callable(fn):
             instead = "not callable: allowed is a function or a coroutine function"
         else:
             return
         raise ConfigurationError(f"breaker {self.name!r} cannot decorate {fn!r}, {instead}")
-
-
-_MISTAKES_IN_CODE = (AttributeError, LookupError, NameError, TypeError)
-
-
-def refusal_in(exc: BaseException, *, in_groups: bool = True) -> BreakerOpenError | None:
-    """Return the refusal that ``exc`` is or wraps, unless it wraps a failure that a guard has counted before that.
-
-    A mistake in code, made while a refusal was handled, wraps none.
-
-    Args:
-        exc: what has ended a call.
-        in_groups: whether to look among the members of exception groups, of which others may be failures.
-    """
-
-    def opens(one: BaseException) -> bool:
-        is_group = any(cls.__name__ == "BaseExceptionGroup" for cls in type(one).__mro__)
-        return not isinstance(one, _MISTAKES_IN_CODE) and (in_groups or not is_group)
-
-    for one in unwrapped(exc, opens):
-        if isinstance(one, BreakerOpenError):
-            return one
-        if attributed_to(one) is not None:
-            return None
-    return None
 
 
 def call_guarded(breakers: Sequence[Guarded], fn: Callable[[], Any]) -> Any:
@@ -900,13 +777,10 @@ def call_guarded(breakers: Sequence[Guarded], fn: Callable[[], Any]) -> Any:
         BreakerOpenError: one of them refuses; ``fn`` does not run, and permits of the others are given back.
     """
     guard = Guard(tuple(breakers))
-    guard._begin(guard._admit())
-    try:
+    with contextlib.ExitStack() as stack:
+        guard._begin(guard._admit())
+        stack.push(guard)
         guard.value = fn()
-    except BaseException as exc:
-        breakers[0]._wait(guard.end(exc))
-        raise
-    breakers[0]._wait(guard.end(None))
     return guard.value
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Union
 from resilient_tasks.core.answer import attribute, retry_after_of, status_of, unwrapped
 from resilient_tasks.core.client_errors import Saying, is_one_of, says
 from resilient_tasks.core.model import Outcome
-from resilient_tasks.errors import ResilienceError
+from resilient_tasks.errors import BreakerOpenError, ResilienceError
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ Classify = Callable[[Any], Outcome]
 # Union, not "|": Callable[...] aliases do not support the operator on Python 3.10.
 Matcher = Union[type[BaseException], Callable[[BaseException], bool]]  # noqa: UP007
 
+_MISTAKES = (AttributeError, LookupError, NameError, TypeError)
 _CONTROL_FLOW = {"asyncio": frozenset({"CancelledError"}), "celery": frozenset({"Ignore", "Reject", "Retry"})}
 
 
@@ -234,3 +235,25 @@ def _is_open(exc: BaseException) -> bool:
 def _label(exc: BaseException) -> str:
     status = status_of(exc)
     return f"HTTP {status}" if status is not None and status >= 400 else type(exc).__name__
+
+
+def refusal_in(exc: BaseException, *, in_groups: bool = True) -> BreakerOpenError | None:
+    """Return the refusal that ``exc`` is or wraps, unless it wraps a failure that a guard has counted before that.
+
+    A mistake in code, made while a refusal was handled, wraps none.
+
+    Args:
+        exc: what has ended a call.
+        in_groups: whether to look among the members of exception groups, of which others may be failures.
+    """
+
+    def opens(one: BaseException) -> bool:
+        is_group = any(cls.__name__ == "BaseExceptionGroup" for cls in type(one).__mro__)
+        return not isinstance(one, _MISTAKES) and (in_groups or not is_group)
+
+    for one in unwrapped(exc, opens):
+        if isinstance(one, BreakerOpenError):
+            return one
+        if attributed_to(one) is not None:
+            return None
+    return None

@@ -16,13 +16,14 @@ from celery.exceptions import MaxRetriesExceededError, Retry
 
 from resilient_tasks.call import Call
 from resilient_tasks.core.answer import unwrapped
-from resilient_tasks.core.classification import Verdict, attributed_to
+from resilient_tasks.core.classification import Verdict, attributed_to, refusal_in
 from resilient_tasks.core.counts import FAILED
 from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
-from resilient_tasks.guard import call_guarded, current_scope, refusal_in
+from resilient_tasks.guard import call_guarded
 from resilient_tasks.monitor import tracing
 from resilient_tasks.provenance import write_provenance
+from resilient_tasks.scope import current_scope
 from resilient_tasks.worker.options import DEFER
 from resilient_tasks.worker.quick_attempts import bounded, time_limit
 from resilient_tasks.worker.run import Run, TaskDeferred

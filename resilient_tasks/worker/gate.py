@@ -17,7 +17,7 @@ from zlib import crc32
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Grant, Outcome, voter_of
 from resilient_tasks.core.names import parent_of
-from resilient_tasks.guard import Pass
+from resilient_tasks.scope import Pass
 from resilient_tasks.worker.overruns import OVERDUE, Overruns
 from resilient_tasks.worker.run import Admission, Report, limits_of
 from resilient_tasks.worker.ticket import Ticket

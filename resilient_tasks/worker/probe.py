@@ -16,7 +16,7 @@ from resilient_tasks.checks import HEARTBEATS, HealthCheckError, Run, run_probe
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.errors import StoreError
-from resilient_tasks.guard import Pass, Scope, within
+from resilient_tasks.scope import Pass, Scope, within
 from resilient_tasks.store.base import Evidence
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class _Probing:
         """Run an active probe once, if it is our turn, and have the store count what it found."""
         if not self._is_our_turn(admitting):
             return
-        finding = self._find_out()
+        finding = self._find_out(admitting.epoch)
         evidence = Evidence(admitting.epoch, (), finding.cause, finding.retry_after)
         try:
             answer = self.fleet.store.report_health_check(
@@ -138,17 +138,17 @@ class _Probing:
         grant = self.fleet.acquire(self.breaker.spec, holder, lease=self.probe.limit + PATIENCE)
         if not grant.trial:
             return False
-        finding = self._find_out()
+        finding = self._find_out(grant.snapshot.epoch)
         told = self.breaker.spec, holder, grant.snapshot.epoch, Verdict(*finding)
         self.fleet.reporter.settle(*told, wait=PATIENCE)
         self.wake()
         return finding.outcome is Outcome.SUCCESS
 
-    def _find_out(self) -> Finding:
+    def _find_out(self, epoch: int) -> Finding:
         """Run the probe under its time limit; a run that overruns is abandoned."""
         findings: SimpleQueue[Finding] = SimpleQueue()
         run = Run(time.monotonic() + self.probe.limit, self._last_heartbeat)
-        if not self.lane.run(lambda: findings.put(self._run(run)), f"probing-{self.breaker.name}"):
+        if not self.lane.run(lambda: findings.put(self._run(run, epoch)), f"probing-{self.breaker.name}"):
             logger.error("%d probes of breaker %r hang; no more are started here", MOST_ABANDONED, self.breaker.name)
             return Finding(Outcome.FAILURE, f"probe: {MOST_ABANDONED} earlier ones hang")
         try:
@@ -156,8 +156,8 @@ class _Probing:
         except Empty:
             return Finding(Outcome.FAILURE, f"probe: no answer within {self.probe.limit:g} s")
 
-    def _run(self, run: Run) -> Finding:
-        permit = Pass(self.breaker.name, trial=True, leased=True)  # guards inside share it
+    def _run(self, run: Run, epoch: int) -> Finding:
+        permit = Pass(self.breaker.name, epoch, trial=True, leased=True)  # guards inside share it
         try:
             with within(Scope([permit])):
                 run_probe(self.probe.function, run)

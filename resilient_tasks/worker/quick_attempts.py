@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import tenacity
 from celery.exceptions import Ignore, Reject, Retry
 
+from resilient_tasks.core.classification import refusal_in
 from resilient_tasks.errors import ResilienceError
-from resilient_tasks.guard import refusal_in
 from resilient_tasks.worker.run import limits_of
 
 if TYPE_CHECKING:

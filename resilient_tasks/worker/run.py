@@ -19,8 +19,8 @@ from resilient_tasks.core.model import Outcome
 from resilient_tasks.core.names import parent_of
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.fallback import Served
-from resilient_tasks.guard import Pass, Scope, within
 from resilient_tasks.monitor.log import about
+from resilient_tasks.scope import Pass, Scope, within
 from resilient_tasks.worker import seams
 
 logger = logging.getLogger("resilient_tasks")

@@ -15,7 +15,7 @@ from celery.exceptions import Ignore, Retry
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Outcome, Resilience, constant
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.guard import Pass
+from resilient_tasks.scope import Pass
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.run import Admission, Report, TaskDeferred, run_admitted
@@ -24,8 +24,8 @@ TASK_ID = "d3f0"
 SUCCESS, FAILURE = Verdict(Outcome.SUCCESS), Verdict(Outcome.FAILURE, "ConnectionError")
 
 
-def admitted(*, attempts: int = 0, trial: bool = False, counts: bool = False) -> Admission:
-    return Admission((Pass("payments", trial=trial, counts=counts),), attempts=attempts)
+def admitted(*, attempts: int = 0, trial: bool = False, counts: bool = False, epoch: int = 0) -> Admission:
+    return Admission((Pass("payments", epoch, trial=trial, counts=counts),), attempts=attempts)
 
 
 @pytest.fixture
@@ -211,7 +211,8 @@ def test_a_guard_inside_a_trial_decides_it(app: Celery, payments: Breaker, clock
         return "swallowed"
 
     force(payments, "OPEN")
-    value, report = gated(swallows, admitted(trial=True))
+    clock.advance(1000)
+    value, report = gated(swallows, admitted(trial=True, epoch=payments.snapshot().epoch))
     assert value == "swallowed"
     assert report == Report((FAILURE,))
 

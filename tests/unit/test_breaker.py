@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import trio
@@ -23,9 +24,9 @@ from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, State, Transition
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreError
 from resilient_tasks.fleet import Fleet
-from resilient_tasks.guard import Pass, Scope, within
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.probing import Probe
+from resilient_tasks.scope import Pass, Scope, within
 from resilient_tasks.store.standing import DENIAL_MEMORY
 from tests.support.doubles import FlakyStore, ManualClock, wait_until
 
@@ -699,10 +700,10 @@ def test_a_guard_inside_a_task_answers_in_its_stead(rig: Rig, use: Any) -> None:
 
 @every_way
 def test_a_guard_inside_a_trial_needs_no_permit_of_its_own(rig: Rig, use: Any) -> None:
-    task = Call(Pass("payments", trial=True, leased=True))
     rig.half_open()
-    rig.breaker.acquire("the task")
+    epoch = rig.breaker.acquire("the task").snapshot.epoch
     rig.breaker.acquire("another task")
+    task = Call(Pass("payments", epoch, trial=True, leased=True))
     with within(task):
         for _ in range(3):
             assert use(rig, rig.works) == "paid"
@@ -758,6 +759,11 @@ def test_generators_cannot_be_guarded(rig: Rig) -> None:
 
     with pytest.raises(ConfigurationError, match="pages"):
         rig.breaker(pages)
+
+
+def test_a_double_of_a_function_can_be_decorated(rig: Rig) -> None:
+    assert rig.breaker(mock.MagicMock(return_value="paid"))() == "paid"
+    assert rig.breaker.call(mock.Mock(return_value=mock.MagicMock(name="response"))).status_code
 
 
 class _Client:

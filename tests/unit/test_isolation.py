@@ -15,8 +15,8 @@ from resilient_tasks import Breaker, BreakerOpenError, Resilience
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.core.pace import Pace, refill_count
-from resilient_tasks.guard import Pass, within
 from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.scope import Pass, within
 from resilient_tasks.testing import Clock
 from resilient_tasks.worker.gate import Gate, Places
 from resilient_tasks.worker.queues import Entry

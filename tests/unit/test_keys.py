@@ -12,7 +12,7 @@ from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Resil
 from resilient_tasks.breaker import REMEMBERED_FOR, Child
 from resilient_tasks.core.model import Verb
 from resilient_tasks.core.names import child_name, is_child, key_of, parent_of
-from resilient_tasks.guard import Pass
+from resilient_tasks.scope import Pass
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker.gate import Gate
 from resilient_tasks.worker.run import Admission

@@ -15,7 +15,8 @@ import pytest
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.errors import BreakerOpenError
-from resilient_tasks.guard import Pass, call_guarded, within
+from resilient_tasks.guard import call_guarded
+from resilient_tasks.scope import Pass, within
 from tests.unit.test_breaker import (
     POLICY,
     Call,
@@ -102,6 +103,14 @@ def test_all_share_one_slot(rig: Rig) -> None:
 
 
 def test_a_guard_inside_is_refused_when_the_breaker_has_opened_since(rig: Rig) -> None:
+    with rig.breaker.guard():
+        rig.breaker.trip()
+        with pytest.raises(BreakerOpenError):
+            rig.breaker.call(rig.works)
+
+
+def test_a_guard_inside_a_trial_is_refused_when_the_breaker_has_opened_again(rig: Rig) -> None:
+    rig.half_open()
     with rig.breaker.guard():
         rig.breaker.trip()
         with pytest.raises(BreakerOpenError):
@@ -202,7 +211,7 @@ elsewhere_in_the_run = pytest.mark.parametrize("run", [in_a_thread, in_a_bare_th
 def test_threads_of_a_run_are_part_of_its_trial(rig: Rig, run: Any) -> None:
     rig.half_open()
     rig.breaker.acquire("the task")
-    task = Call(Pass("payments", trial=True, leased=True), "a")
+    task = Call(Pass("payments", rig.breaker.snapshot().epoch, trial=True, leased=True), "a")
     with within(task):
         assert run(lambda: rig.breaker.call(rig.works)) == "paid"
     assert rig.store.calls["acquire"] == 1
@@ -220,7 +229,7 @@ def test_threads_of_a_run_share_its_slot(rig: Rig, run: Any) -> None:
 def test_of_several_runs_a_thread_is_part_of_one_that_holds_a_permit(rig: Rig) -> None:
     rig.half_open()
     rig.breaker.acquire("the task")
-    trial = Call(Pass("payments", trial=True, leased=True), "a")
+    trial = Call(Pass("payments", rig.breaker.snapshot().epoch, trial=True, leased=True), "a")
     with within(trial), within(Call(Pass("mail"), "b")):
         assert in_a_thread(lambda: rig.breaker.call(rig.works)) == "paid"
     assert trial.found_in_trial == [Outcome.SUCCESS]
