@@ -140,6 +140,7 @@ def test_what_cannot_be_found_out_is_unknown_and_no_error() -> None:
     levels = {finding.check: finding.level for finding in examine(nothing)}
     assert {check for check, level in levels.items() if level is Level.ERROR} == {"store", "broker"}
     assert {check for check, level in levels.items() if level is Level.UNKNOWN} == {
-        "maxmemory-policy", "maxmemory", "persistence", "ticks", "workers", "control queue", "pools", "versions",
-        "policies", "clocks", "undefined breakers", "undecided exceptions", "result_expires", "visibility_timeout",
+        "maxmemory-policy", "maxmemory", "persistence", "ticks", "workers", "control queue", "rights", "pools",
+        "versions", "policies", "clocks", "undefined breakers", "undecided exceptions", "result_expires",
+        "visibility_timeout",
     }  # fmt: skip
