@@ -7,6 +7,7 @@ clock. Here is only what surrounds them: arguments in, answers out.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
@@ -28,6 +29,8 @@ from resilient_tasks.store.scripts import Scripts
 from resilient_tasks.store.server import UNREADABLE, Argument, Server, is_unreadable, portions
 
 T = TypeVar("T")
+
+logger = logging.getLogger("resilient_tasks")
 
 
 class RedisStore:
@@ -92,6 +95,17 @@ class RedisStore:
             no_cluster = "Cluster mode is not enabled" in str(error)
             if no_cluster or isinstance(error.__cause__, redis.InvalidResponse):
                 raise ConfigurationError(str(error)) from None
+        else:
+            self._check_channel()
+
+    def _check_channel(self) -> None:
+        channel = self._keys.changes
+        try:
+            self._server.run(lambda client: client.publish(channel, ""))  # subscribers read nothing in it
+        except StoreError as error:
+            if isinstance(error.__cause__, redis.exceptions.NoPermissionError):
+                what = "the store's user may not use the channel %s: changes are found by polling (docs/permissions.md)"
+                logger.warning(what, channel)
 
     # --- decisions --------------------------------------------------------------------------------
 

@@ -194,8 +194,8 @@ class Deferral:
         waiting = 0 if limit is None else self.queues.size(self.queues.deferred(breaker))
         return self._memory.exceeded() is None and (limit is None or waiting < limit)
 
-    def put_back(self, request: GatedRequest, queue: str, ticket: Ticket) -> None:
-        """Put a request's message back to its queue, as the next to be taken where the broker can do that.
+    def put_back(self, request: GatedRequest, queue: str, ticket: Ticket, *, first: bool = True) -> None:
+        """Put a request's message back to its queue, the next to be taken where the broker can do that, or the last.
 
         Raises:
             Exception: whatever the broker raises; the message is where it was.
@@ -203,7 +203,7 @@ class Deferral:
         self._write_state(request, PENDING)
         request.send_event(TASK_RESUMED, exception="no room to defer", traceback=None)
         header = ticket if ticket.breaker else None
-        self.queues.put(request.message, queue, header, owned=not request.acknowledged, first=True)
+        self.queues.put(request.message, queue, header, owned=not request.acknowledged, first=first)
         request.acknowledged = True
 
     def attempt(self, request: GatedRequest, step: Step) -> None:

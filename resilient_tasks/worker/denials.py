@@ -1,7 +1,8 @@
 """``Denials``: queues of ours that the broker refuses a worker, and tasks that cannot be deferred for that reason.
 
 Such a task stays unacknowledged, beside the prefetch window, so that other tasks go on. It goes back to its queue once
-its breaker would admit it, or is deferred once the rights are there (``docs/permissions.md``).
+its breaker would admit it, or is deferred once the rights are there (``docs/permissions.md``). Where no window can be
+widened (quorum queues, ``worker_eta_task_limit``) it goes to the end of its queue a moment later.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _AT_ONCE = 100
 
 
 class _Held(NamedTuple):
-    """A task that cannot be deferred, and the prefetch window that was widened for it."""
+    """A task that cannot be deferred, and the prefetch window that was widened for it, if any could be."""
 
     request: GatedRequest
     ticket: Ticket
@@ -74,10 +75,10 @@ class Denials:
 
     def hold(self, request: GatedRequest, ticket: Ticket, queue: str, again: Step) -> None:
         """Keep a task that cannot be put into a queue, without a place in the prefetch window."""
-        window = request.host.consumer.qos
-        if window is not None:
-            window.increment_eventually()
-        self._held.append(_Held(request, ticket, queue, again, window))
+        consumer = request.host.consumer
+        window, before = consumer.qos, consumer.qos.value
+        is_widened = getattr(consumer, "qos_global", True) is not False and window.increment_eventually() > before
+        self._held.append(_Held(request, ticket, queue, again, window if is_widened or not before else None))
 
     def look(self) -> None:
         """Check rights, and let those held go that may; called by the maintenance thread, does little each time."""
@@ -90,7 +91,7 @@ class Denials:
             if held.queue not in self.reasons:
                 held.release()
                 self._deferral.attempt(held.request, held.again)
-            elif held.may_run:
+            elif held.may_run or (held.window is None and not held.ticket.died_at):
                 going.append(held)
             else:
                 self._held.append(held)
@@ -120,10 +121,11 @@ class Denials:
         for held in going:
             request, ticket = held.request, held.ticket
             has_failed = ticket.attempted_at > request.ticket.attempted_at
+            header = ticket if has_failed else request.ticket
             try:
-                self._deferral.put_back(request, ticket.origin, ticket if has_failed else request.ticket)
+                self._deferral.put_back(request, ticket.origin, header, first=held.window is not None)
             except self._deferral.errors as error:
-                logger.warning("Task %s[%s] cannot be put back yet: %s", request.name, request.id, error)
+                logger.debug("Task %s[%s] cannot be put back yet: %s", request.name, request.id, error)
                 self._held.append(held)
             else:
                 held.release()

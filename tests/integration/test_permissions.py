@@ -119,14 +119,15 @@ def test_the_rights_on_rabbitmq_are_enough(restricted: RabbitMQ, depot: Callable
 
 
 @pytest.mark.rabbitmq
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
 @pytest.mark.parametrize("control", ["with the control queue", "without it"])
 def test_without_rights_on_rabbitmq_other_tasks_go_on(
-    restricted: RabbitMQ, depot: Callable[..., Depot], control: str
+    restricted: RabbitMQ, depot: Callable[..., Depot], control: str, kind: str
 ) -> None:
     ours = r"|resilient\.control" if control == "with the control queue" else ""
     command = [OURS.sub(lambda _: ours, part) for part in documented("rabbitmqctl")]
     restricted.control(*command[1:])
-    least = depot(url_of(restricted))
+    least = depot(url_of(restricted), queue_arguments={"x-queue-type": kind})
     other_tasks_go_on(least, least.worker())
 
 
@@ -198,6 +199,17 @@ def test_the_rights_on_redis_are_enough(acl: Callable[..., None], server: Server
         assert "NOPERM" not in program.output()
         assert "permissions" not in program.output()
         assert errors_of(program) == []
+
+
+def test_a_store_without_channels_is_said_at_the_start(
+    acl: Callable[..., None], server: Server, depot: Callable[..., Depot]
+) -> None:
+    acl(without=("&resilient:*",))
+    least = on_redis(depot, server)
+    worker = least.worker()
+    [warning] = [line for line in worker.output().splitlines() if "channel" in line]
+    assert "may not use the channel resilient:changes" in warning
+    assert "Traceback" not in worker.output()
 
 
 def test_without_rights_on_a_redis_broker_other_tasks_go_on(
