@@ -180,9 +180,7 @@ class BreakerPolicy:
         """Most calls in flight in the fleet that anything counts; None: nobody counts them."""
         if self.max_concurrency is not None:
             return self.max_concurrency
-        if self.concurrency == ADAPTIVE:
-            return MOST_IN_FLIGHT
-        return None if self.max_concurrency_per_worker is None else _MOST_OF_A_KIND
+        return MOST_IN_FLIGHT if self.concurrency == ADAPTIVE else None
 
     @property
     def needed_successes(self) -> int:

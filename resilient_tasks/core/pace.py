@@ -59,7 +59,9 @@ def next_pace(
     return kept, max(0, count)
 
 
-def refill_count(pace: Pace, snapshot: Snapshot, policy: BreakerPolicy, *, interval: float) -> tuple[Pace, int]:
+def refill_count(
+    pace: Pace, snapshot: Snapshot, policy: BreakerPolicy, *, free: int, interval: float
+) -> tuple[Pace, int]:
     """Decide how many tasks to resume into free slots: as many as those, within ``resume_rate``.
 
     Call it whenever a slot has become free, for a breaker that limits calls in flight.
@@ -68,9 +70,9 @@ def refill_count(pace: Pace, snapshot: Snapshot, policy: BreakerPolicy, *, inter
         pace: what the previous tick kept.
         snapshot: the breaker now.
         policy: gives ``resume_rate``, the ceiling in tasks per second.
+        free: slots.
         interval: time between ticks, s.
     """
-    free = max(0, (snapshot.concurrency_limit or 0) - snapshot.in_flight)
     if policy.resume_rate is None:
         return pace, free
     due = _due(policy.resume_rate, max(pace.decided_at, snapshot.now - 2 * interval), snapshot.now)

@@ -63,6 +63,7 @@ class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is 
         if seams.discards_unaccepted(consumer.pool):  # it has done so when the former connection was lost
             runtime.host.gate.take_back_discarded()
         runtime.host.compensation.start(consumer)
+        runtime.host.holding.start(consumer)
         try:
             self._ticks = _take_ticks(consumer.connection, runtime)
         except consumer.connection.channel_errors as exc:

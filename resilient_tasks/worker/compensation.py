@@ -35,6 +35,8 @@ LINGER = 5.0
 REFUSED_FOR = 60.0
 #: Seconds over which the usual duration of a breaker's calls is learned.
 LEARNING = 300.0
+#: Calls after which quicker ones no longer count for more.
+FIRST_CALLS = 50
 #: Suspect breakers that are remembered; keyed breakers may be many, and some are never called again.
 MOST_SUSPECTS = 1000
 
@@ -59,7 +61,7 @@ class Compensation:
         self._lock = threading.Lock()
         self._calls: dict[object, _Call] = {}
         self._suspects: dict[str, float] = {}  # since when, monotonic
-        self._usual: dict[str, tuple[float, float]] = {}  # seconds that calls take, and when that was learned last
+        self._usual: dict[str, tuple[float, float, int]] = {}  # seconds that calls take, learned when, from how many
         self._consumer: Any = None
         self._timer: Any = None
         self._late_after = self._interval = runtime.settings.late_after
@@ -144,6 +146,11 @@ class Compensation:
         suspect_for = time.monotonic() - min(since, default=math.inf)
         return max(self._late_after, min(suspect_for, breaker.policy.open_duration))
 
+    def usual(self, name: str) -> float | None:
+        """Return how many seconds a breaker's calls usually take in this worker; None before any has returned."""
+        seconds, _, calls = self._usual.get(_family(name), (0.0, 0.0, 0))
+        return seconds if calls else None
+
     def is_suspect(self, name: str) -> bool:
         """Whether a breaker is suspect in this worker."""
         return name in self._suspects
@@ -177,13 +184,19 @@ class Compensation:
         ``late_after``; where calls usually take longer, twice as long as they do; never more than
         ``slow_call_duration``.
         """
-        usual, _ = self._usual.get(_family(breaker.name), (0.0, 0.0))
+        usual = self.usual(breaker.name) or 0.0
         return min(max(self._late_after, 2 * usual), breaker.policy.slow_call_duration or math.inf)
 
     def _learn(self, breaker: Breaker, seconds: float, now: float) -> None:
+        """Move what is usual towards one call by the share of :data:`LEARNING` since the last.
+
+        The first calls of a process are slow; quicker ones after them count for more. Slower ones may be an outage.
+        """
         family = _family(breaker.name)
-        usual, at = self._usual.get(family, (seconds, now))
-        self._usual[family] = usual + (seconds - usual) * min(1.0, (now - at) / LEARNING), now
+        usual, at, calls = self._usual.get(family, (seconds, now, 0))
+        calls = min(calls + 1, FIRST_CALLS)
+        weight = 1 / calls if seconds < usual and calls < FIRST_CALLS else min(1.0, (now - at) / LEARNING)
+        self._usual[family] = usual + (seconds - usual) * weight, now, calls
 
     # --- suspicion --------------------------------------------------------------------------------
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from zlib import crc32
 
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.model import Grant, Outcome, voter_of
+from resilient_tasks.core.model import Grant, Outcome, State, voter_of
 from resilient_tasks.core.names import parent_of
+from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
 from resilient_tasks.scope import Pass
 from resilient_tasks.worker.overruns import OVERDUE, Overruns
 from resilient_tasks.worker.run import Admission, Report, limits_of
@@ -44,7 +45,7 @@ class Gate:
         self._counting = threading.Lock()
         self._places = Places()
         self._overruns = Overruns()
-        self._unaccepted: set[GatedRequest] = set()  # with a permit or a slot, and no pool process yet
+        self._unaccepted: set[GatedRequest] = set()  # counted, or with a permit, and no pool process yet
 
     def refusing(self, breakers: Sequence[Breaker], ticket: Ticket, task_id: str) -> Breaker | None:
         """Return the first breaker that refuses a task by what is known here, so that it need not wait for a pool slot.
@@ -77,50 +78,65 @@ class Gate:
         guards, ticket = request.guards, request.ticket
         refusing = self.refusing(guards, ticket, request.id)
         if refusing is not None:
-            return self._refused(refusing, ticket)
+            return self._refused(refusing, ticket, refusing.refuse())
         passes: list[Pass] = []
         parents = {parent_of(breaker.name) for breaker in guards}
         for breaker in guards:
             admitted = self._pass(breaker, request, for_child=breaker.name in parents)
             if admitted is None:
                 self.settle(request, Admission(tuple(passes)), Report.of_all(_NOTHING_SAID, passes))
-                return self._refused(breaker, ticket)
+                return self._refused(breaker, ticket, self._denial(breaker))
             passes.append(admitted)
         return Admission(tuple(passes), attempts=ticket.attempts, trace=ticket.trace)
 
-    def _refused(self, breaker: Breaker, ticket: Ticket) -> Admission:
-        refusal = breaker.refuse()
+    @staticmethod
+    def _denial(breaker: Breaker) -> BreakerOpenError:
+        return BreakerOpenError(breaker.name, AT_CAPACITY, 0.0) if breaker.standing.admits_freely else breaker.refuse()
+
+    @staticmethod
+    def _refused(breaker: Breaker, ticket: Ticket, refusal: BreakerOpenError) -> Admission:
         return Admission((), breaker.name, refusal.state, refusal.retry_after, ticket.attempts, ticket.trace)
 
     def _pass(self, breaker: Breaker, request: GatedRequest, *, for_child: bool) -> Pass | None:
         """Return one breaker's pass; None if it denies a permit or a slot. A slot is the child's to give."""
         standing = breaker.standing
+        is_counted = not for_child and _is_counted(breaker)
+        if is_counted:
+            if not self._places.take(breaker.name, most=self._most_here(breaker)):
+                return None
+            self._unaccepted.add(request)
         if standing.admits_freely or (standing.admits and for_child):
             counts = self._would_count(standing, request.ticket)
             return Pass(breaker.name, standing.epoch, counts=counts, for_child=for_child)
         grant = self._ask(breaker, request)
-        if grant is None or not grant.admitted:
+        if not grant.admitted:
+            if is_counted:
+                self._places.leave(breaker.name)
             return None
         counts = not grant.trial and self._would_count(standing, request.ticket)
         return Pass(breaker.name, grant.snapshot.epoch, grant.trial, counts, grant.leased, for_child)
 
-    def _ask(self, breaker: Breaker, request: GatedRequest) -> Grant | None:
-        """Ask the store for a permit or a slot, and hold it; None: this worker runs as many as it may."""
+    def _ask(self, breaker: Breaker, request: GatedRequest) -> Grant:
+        """Ask the store for a permit or a slot, and hold it."""
         fleet, name = self._runtime.fleet, breaker.name
-        if not self._places.take(name, most=self._most_here(breaker)):
-            return None
         grant = fleet.acquire(breaker.spec, request.holder)
         if grant.leased:
             self._unaccepted.add(request)
             until = fleet.view.clock() + LONGEST_WAIT if grant.trial else math.inf
             fleet.reporter.hold(name, request.holder, until)
-        else:
-            self._places.leave(name)
         return grant
+
+    def full(self, guards: Sequence[Breaker]) -> Breaker | None:
+        """Return the first breaker of which this worker runs as many tasks as ``max_concurrency_per_worker`` allows."""
+        parents = {parent_of(breaker.name) for breaker in guards} if len(guards) > 1 else ()
+        limited = (each for each in guards if each.policy.max_concurrency_per_worker and each.name not in parents)
+        return next((each for each in limited if self._places.count(each.name) >= self._most_here(each)), None)
 
     def _most_here(self, breaker: Breaker) -> float:
         """Return how many runs of a breaker's tasks this worker may have in flight by itself."""
         policy, away = breaker.policy, self._runtime.fleet.store.away
+        if breaker.standing.snapshot.state in (State.DISABLED, State.SHADOW):
+            return math.inf
         of_the_fleet = policy.most_in_flight if away else None
         return min(of_the_fleet or math.inf, policy.max_concurrency_per_worker or math.inf)
 
@@ -178,8 +194,9 @@ class Gate:
         passes = zip(request.guards, admission.passes, report.verdicts, strict=False)  # of the first, if one refused
         for breaker, admitted, said in passes:
             verdict = self._overruns.end(request, breaker.name, said)
-            if admitted.leased:
+            if not admitted.for_child and _is_counted(breaker):
                 self._places.leave(breaker.name)
+            if admitted.leased:
                 self._tell(request, breaker, admitted, verdict or _NOTHING_SAID)
             elif verdict is not None and not admitted.for_child:
                 self._tell(request, breaker, admitted, verdict)
@@ -194,8 +211,13 @@ class Gate:
             breaker.report(admitted.epoch, verdict, voter=voter)
 
 
+def _is_counted(breaker: Breaker) -> bool:
+    """Whether the runs of a breaker's tasks are limited, in the fleet or here."""
+    return breaker.policy.max_concurrency_per_worker is not None or breaker.policy.most_in_flight is not None
+
+
 class Places:
-    """How many runs with a permit or a slot this worker has in flight, by breaker."""
+    """How many runs this worker has in flight, by breaker whose runs are limited."""
 
     def __init__(self) -> None:
         self._taken: Counter[str] = Counter()
@@ -207,6 +229,10 @@ class Places:
             is_free = self._taken[breaker] < most
             self._taken[breaker] += is_free
             return is_free
+
+    def count(self, breaker: str) -> int:
+        """Return how many there are."""
+        return self._taken.get(breaker, 0)
 
     def leave(self, breaker: str) -> None:
         """Count one run less."""

@@ -22,6 +22,7 @@ from resilient_tasks.worker.tick import STOCKTAKING, Tick, anything_due
 if TYPE_CHECKING:
     from resilient_tasks.worker.deferral import Deferral
     from resilient_tasks.worker.gate import Gate
+    from resilient_tasks.worker.holding import Holding
     from resilient_tasks.worker.overflow import Overflow
     from resilient_tasks.worker.runtime import Runtime
 
@@ -40,11 +41,12 @@ REFILL_AGAIN = 0.005
 class Heart:
     """Keeps time for one worker."""
 
-    def __init__(self, runtime: Runtime, gate: Gate, deferral: Deferral, overflow: Overflow) -> None:
+    def __init__(self, runtime: Runtime, gate: Gate, deferral: Deferral, overflow: Overflow, holding: Holding) -> None:
         self._runtime = runtime
         self._gate = gate
         self._deferral = deferral
         self._overflow = overflow
+        self._holding = holding
         self._woken = threading.Event()
         self._tick_wanted = False
         self._tick_missed = False  # it was to run one, and another worker was at a tick or filled slots
@@ -133,11 +135,16 @@ class Heart:
 
     def _refill(self) -> None:
         """Resume tasks into free slots, before anything else that may take time."""
-        if self._room_found and self._tick is not None:
+        if self._tick is not None and (self._room_found or self._holds_few()):
             self._room_found = False
             if not self._tick.refill():  # another worker is at it, and may have looked before the slot was free
                 self._stopping.wait(REFILL_AGAIN)
                 self.want_refill()
+
+    def _holds_few(self) -> bool:
+        """Whether tasks wait that are over their workers' own limits, and this one has nearly run those it holds."""
+        limited = (each for each in self._runtime.present() if each.policy.max_concurrency_per_worker is not None)
+        return any(each.standing.snapshot.deferred and self._holding.wants_more(each) for each in limited)
 
     def _tell_store(self) -> None:
         ledger = self._runtime.fleet.ledger

@@ -13,6 +13,7 @@ from resilient_tasks.worker.compensation import Compensation
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.gate import Gate
 from resilient_tasks.worker.heart import Heart
+from resilient_tasks.worker.holding import Holding
 from resilient_tasks.worker.overflow import Overflow
 
 if TYPE_CHECKING:
@@ -36,9 +37,10 @@ class Host:
         self.takes_ticks = False
         self.gate = Gate(runtime)
         self.compensation = Compensation(runtime)
+        self.holding = Holding(self.compensation)
         self.deferral = Deferral(runtime)
         self.overflow = Overflow(runtime, self)
-        self.heart = Heart(runtime, self.gate, self.deferral, self.overflow)
+        self.heart = Heart(runtime, self.gate, self.deferral, self.overflow, self.holding)
 
     def attach(self, consumer: Any) -> None:
         """Join the fleet with a consumer that has just connected to the broker, before it takes any task."""

@@ -59,6 +59,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         ticket: what the message said about former deferrals.
         admission: the gate's answer, until the outcome of the run is settled.
         deferred: the message has been put aside, or back to its queue.
+        held_since: when it was over its worker's own limit first, monotonic; 0: never.
         arrival: grows from one request to the next.
         dead: the message goes to the dead-letter queue, and is acknowledged by nobody but that move.
     """
@@ -67,6 +68,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     admission: Admission | None = None
     deferred = False
     dead = False
+    held_since = 0.0
 
     def __init__(self, message: Any, **kwargs: Any) -> None:
         super().__init__(message, **kwargs)
@@ -133,8 +135,12 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     @property
     def is_refused(self) -> bool:
         """Whether the gate would refuse it at once, and no fallback had to run."""
-        refusing = self.host.gate.refusing(self.guards, self.ticket, self.id)
-        return self.defers_when_refused() and refusing is not None
+        return self.defers_when_refused() and self.refusing is not None
+
+    @property
+    def refusing(self) -> Breaker | None:
+        """The breaker that would refuse it, by what is known here; None if it might be admitted."""
+        return self.host.gate.refusing(self.guards, self.ticket, self.id)
 
     # --- into the pool ----------------------------------------------------------------------------
 
@@ -147,10 +153,14 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         if self.deferred or self.revoked():
             raise TaskRevokedError(self.id)
         limiting = self.host.compensation.limiting(self.guards)
-        if limiting is not None and self.host.gate.refusing(self.guards, self.ticket, self.id) is None:
-            seams.task_ready(self)
-            self.make_way(limiting)
-            raise TaskRevokedError(self.id)
+        full = self.host.gate.full(self.guards)
+        if (limiting or full) and self.refusing is None:
+            if limiting is not None:
+                seams.task_ready(self)
+                self.make_way(limiting)
+                raise TaskRevokedError(self.id)
+            if full is not None and self.defers_when_refused() and self.host.holding.hold(self, full):
+                raise TaskRevokedError(self.id)
         admission = self.admission = self.host.gate.admit(self)
         refusal = admission.refusal
         if refusal is not None and self.defers_when_refused():
@@ -248,6 +258,8 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         if admission is not None:
             self.host.compensation.end(self)
             self.host.gate.settle(self, admission, report)
+            for breaker in self.guards:
+                self.host.holding.release(breaker.name)
 
     def discard(self) -> None:
         """Settle a run that has never begun; the broker delivers its message again."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from resilient_tasks.core.counts import LONGEST_WAIT, RESUMED
 from resilient_tasks.core.model import Snapshot
-from resilient_tasks.core.pace import Pace, next_pace, refill_count
+from resilient_tasks.core.pace import LARGEST_BATCH, Pace, next_pace, refill_count
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.selection import FirstFew, Selection
@@ -35,7 +35,7 @@ class Resumer:
 
     def resume(self, breaker: Breaker, snapshot: Snapshot) -> None:
         """Resume the next batch of a breaker that admits calls."""
-        if snapshot.concurrency_limit is not None:
+        if snapshot.concurrency_limit is not None or breaker.policy.max_concurrency_per_worker is not None:
             self._refill(breaker, snapshot)
             return
         ledger = self._runtime.fleet.ledger
@@ -55,11 +55,13 @@ class Resumer:
         """Resume as many tasks as slots are free, less those that are on their way already."""
         ledger, policy = self._runtime.fleet.ledger, breaker.policy
         pace = ledger.pace(breaker.name)
-        following, count = refill_count(pace, snapshot, policy, interval=self._runtime.settings.tick_interval)
+        free = LARGEST_BATCH if snapshot.concurrency_limit is None else snapshot.concurrency_limit - snapshot.in_flight
+        if policy.max_concurrency_per_worker is not None:
+            free = min(free, self._runtime.host.holding.room(breaker))
+        interval = self._runtime.settings.tick_interval
+        following, count = refill_count(pace, snapshot, policy, free=max(0, free), interval=interval)
         if following != pace:
             ledger.save_pace(breaker.name, following)
-        if policy.max_concurrency_per_worker is not None:
-            count = min(count, policy.max_concurrency_per_worker * ledger.workers() - snapshot.in_flight)
         count -= self._outstanding(breaker, pace)
         if count > 0:
             self.release(breaker, snapshot, FirstFew(count))

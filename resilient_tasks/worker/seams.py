@@ -395,3 +395,11 @@ def change_prefetch(consumer: Any, slots: int) -> None:
         consumer.initial_prefetch_count += slots * consumer.prefetch_multiplier
         if consumer.qos is not None:
             consumer._update_qos_eventually(slots)
+
+
+def submit(consumer: Any, request: Request) -> None:
+    """Hand a request to the pool, from any of a worker's threads: at once, or when the pool has a slot for it."""
+    if consumer.pool.is_green:  # a greenlet that has just run a task would wait for its own slot
+        consumer.timer.call_after(0, consumer.on_task_request, (request,))
+    else:
+        consumer.on_task_request(request)

@@ -101,7 +101,11 @@ class Tick:
         Raises:
             StoreError: the store is away.
         """
-        limited = [breaker for breaker in self._runtime.present() if not breaker.standing.admits_freely]
+        limited = [
+            breaker
+            for breaker in self._runtime.present()
+            if not breaker.standing.admits_freely or breaker.policy.max_concurrency_per_worker is not None
+        ]
         with self._lease() as held:
             if held:
                 specs = [breaker.spec for breaker in limited]

@@ -51,6 +51,7 @@ knocked = resilience.breaker("knocked", **QUICK)
 narrow = resilience.breaker("narrow", **QUICK, max_deferred=2)
 tenants = resilience.breaker("tenants", **QUICK)
 hosts = resilience.breaker("hosts", **{**QUICK, "open_duration": 30}, max_open_ratio=0.5, max_keys=2)
+alone = resilience.breaker("alone", **QUICK, max_concurrency_per_worker=1)
 blocking = resilience.breaker("blocking", **QUICK, max_deferred=2, overflow="block")
 
 
@@ -153,6 +154,12 @@ def fragile(self, *args, dependency: str) -> list:
 def dawdle(self) -> None:
     SIDE.rpush("runs:dawdle", time.time())
     wait_until_healthy("sluggish")
+
+
+@app.task(bind=True, breaker="alone")
+def one_by_one(self) -> None:
+    SIDE.rpush("runs:one_by_one", self.request.id)
+    wait_until_healthy("alone")
 
 
 @app.task(breaker="tolerant")

@@ -173,7 +173,7 @@ def test_a_refused_run_that_a_fallback_answers_holds_nothing(gate: Gate, payment
 def test_a_message_that_the_broker_delivers_again_runs_and_is_counted(
     app: Celery, gate: Gate, payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    @app.task(name="charge", breaker=payments, shared=False)
+    @app.task(name="delivered-again", breaker=payments, shared=False)
     def charge() -> None: ...
 
     runtime = runtime_of(app)
@@ -181,11 +181,11 @@ def test_a_message_that_the_broker_delivers_again_runs_and_is_counted(
     counted: list[tuple[str, str]] = []
     monkeypatch.setattr(runtime.fleet.reporter, "tally", lambda *told: counted.append(told))
     message = SimpleNamespace(
-        headers={"id": "an-id", "task": "charge"}, body="[[], {}, {}]", payload=[[], {}, {}], properties={},
+        headers={"id": "an-id", "task": "delivered-again"}, body="[[], {}, {}]", payload=[[], {}, {}], properties={},
         delivery_info={"redelivered": True}, content_type="application/json", content_encoding="utf-8",
     )  # fmt: skip
     submitted: list[str] = []
     pool = SimpleNamespace(apply_async=lambda *_, **options: submitted.append(options["correlation_id"]))
-    GatedRequest(message, app=app, task=app.tasks["charge"]).execute_using_pool(pool)
+    GatedRequest(message, app=app, task=app.tasks["delivered-again"]).execute_using_pool(pool)
     assert submitted == ["an-id"]
     assert counted == [("payments", REDELIVERED)]

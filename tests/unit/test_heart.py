@@ -38,7 +38,7 @@ def heart(ticks: Ticks) -> Heart:
     runtime.present.return_value = []
     runtime.settings.tick_interval = 1.0
     runtime.fleet.ledger.last_tick_age = ticks.last_tick_age
-    heart = Heart(runtime, mock.Mock(), mock.Mock(), mock.Mock())
+    heart = Heart(runtime, mock.Mock(), mock.Mock(), mock.Mock(), mock.Mock())
     heart._tick = ticks  # type: ignore[assignment]
     return heart
 

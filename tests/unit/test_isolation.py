@@ -186,10 +186,10 @@ def test_as_many_are_resumed_as_slots_are_free(
     in_flight: int, resume_rate: float | None, decided_at: float, count: int
 ) -> None:
     policy = BreakerPolicy(resume_rate=resume_rate)
-    snapshot = replace(FULL, in_flight=in_flight)
-    pace, resumed = refill_count(Pace(decided_at=decided_at), snapshot, policy, interval=1.0)
+    free = max(0, (FULL.concurrency_limit or 0) - in_flight)
+    pace, resumed = refill_count(Pace(decided_at=decided_at), FULL, policy, free=free, interval=1.0)
     assert resumed == count
-    assert pace.decided_at == (decided_at if resume_rate is None else snapshot.now)
+    assert pace.decided_at == (decided_at if resume_rate is None else FULL.now)
 
 
 def entries(*task_ids: str, failed: str = "") -> list[Entry]:
