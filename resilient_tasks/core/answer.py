@@ -67,7 +67,8 @@ def codes_of(exc: BaseException) -> Iterator[str]:
         yield from _as_code(attribute(exc, name))
     for name in _BODIES:
         body = attribute(exc, name)
-        body = attribute(body, "data") if name == "response" and not isinstance(body, dict) else body
+        if name == "response" and not isinstance(body, dict):  # slack_sdk's; a property may read from the network
+            body = (attribute(body, "__dict__") or {}).get("data")
         for part in islice(body, _UNWRAPPED_AT_MOST) if isinstance(body, (list, tuple)) else (body,):
             yield from _codes_in(part)
 

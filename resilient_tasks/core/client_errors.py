@@ -60,7 +60,7 @@ _CLEARED_NAME = re.compile(
     r"|credential|config|not exist|no such|unknown (?!host)|unsupported|not (supported|implemented|allowed)|validat"
     r"|conflict|already|duplicate|exists|integrity|constraint|programming|schema|syntax|arguments?\b|param|\bvalue\b"
     r"|decod|encod|pars(e|ing)|redirect|cancel|too (large|long|big)|wrong|missing|required|local protocol|by client"
-    r"|closed ok|query error|warning|mismatch|misuse|data error|lock\b|client error|content type|serializ"
+    r"|closed ok|query error|warning|mismatch|misuse|data error|lock\b|content type|serializ"
     r"|unexpected frame|command|\bstate\b|mandatory|read only|referral|critical|package|host key"
     r"|busy resource|max retries exceeded"
 )
@@ -76,11 +76,13 @@ _FAILED_CLASSES: dict[str, frozenset[str]] = {
     "http": frozenset({"BadStatusLine"}),
     "imaplib": frozenset({"abort"}),
     "kazoo": frozenset({"SessionExpiredError"}),
+    "pika": frozenset({"IncompatibleProtocolError"}),  # of a connection that is lost at its very beginning
     "neo4j": frozenset({"SessionExpired"}),
-    "redis": frozenset({"OutOfMemoryError", "ReadOnlyError"}),
+    "redis": frozenset({"InvalidResponse", "OutOfMemoryError", "ReadOnlyError"}),
     "requests": frozenset({"ChunkedEncodingError"}),
     "socket": frozenset({"gaierror", "herror"}),
     "websocket": frozenset({"WebSocketAddressException"}),
+    "websockets": frozenset({"InvalidMessage"}),
     "urllib": frozenset({"ContentTooShortError"}),
     "urllib3": frozenset({"ProtocolError"}),
 }
@@ -155,7 +157,7 @@ _REDIS_REFUSALS = re.compile(r"CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOREPLICAS
 # RFC 5321: 421 the service is not available, 451 a local error in processing, 452 insufficient storage; RFC 4954: 454 a
 # temporary failure of authentication. 450 is about a mailbox, 550 to 559 are for the sender to mend. What is greylisted
 # or over quota comes as 451 and 452, too: an enhanced status (RFC 3463) tells, if its subject is neither 3 nor 4.
-_SMTP_FAILURES = frozenset({"421", "451", "452", "454"})
+_SMTP_FAILURES = frozenset({"421", "451", "452", "454", "-1"})  # -1: what came was no reply
 _OF_THE_MESSAGE = re.compile(r"\s*[45]\.[12567]\.\d")
 _FTP_FAILURES = ("421", "425", "426", "451", "452")  # RFC 959, likewise; 450 is about a file
 _AMQP_FAILURES = frozenset({320, 506, 541})  # connection forced (a shutdown), resource error, internal error
@@ -166,14 +168,15 @@ _REFUSED_TEXT = re.compile(
     r"authentication failed|pg_hba|access denied|login failed|permission denied|does not exist|redirects", re.IGNORECASE
 )
 _STATUS_IN_TEXT = re.compile(
-    r"\bHTTP[ /:]*(\d{3})\b|\b(?:status|response|status code|response code|failed:|too many)[ :=]+(\d{3})\b",
+    r"\bHTTP[ /:]*(\d{3})\b|\b(?:status|response|status code|response code|failed:|error:|too many)[ :=]+(\d{3})\b",
     re.IGNORECASE,
 )
 _FAILED_TEXT = re.compile(
     r"(can.?t|could not|cannot|unable to|failed to) (connect|be connected|resolve|translate host|reach)"
     r"|connection (to .{1,80} |was |is |already |has been |attempt )?"
     r"(refused|reset|closed|lost|failed|dropped|aborted|broken|timed ?out)"
-    r"|closed the connection|connection failure|link failure|gone away|lost connection|no connection|not connected"
+    r"|closed (the )?connection|packet sequence|connection failure|link failure|gone away|empty response|-ERR EOF"
+    r"|lost connection|no connection|not connected"
     r"|\btime(d)?[ -]?out|connection not available|disconnected|too many (clients|connections)"
     r"|shutting down|starting up|temporarily unavailable|unreachable"
     r"|protocol banner|session not active|connect failed|socket is closed"
@@ -196,6 +199,8 @@ def says(exc: BaseException) -> Saying | None:
 
 def _says_answer(exc: BaseException) -> Saying | None:
     """Decide by the answer's status, and an error code in it: AWS throttles with 400, streams break off after 200."""
+    if exc.__cause__ is not None and _package(exc) == "aiohttp" and _has_class(exc.__cause__, "HttpProcessingError"):
+        return Saying.FAILED  # what the server has sent is no HTTP; the status of 400 is aiohttp's own
     said = _says_status(status_of(exc))
     if said is Saying.FAILED:
         return said
@@ -289,7 +294,8 @@ def _says_database_text(exc: BaseException) -> Saying | None:
         return Saying.CLEARED
     if _package(exc) in {"psycopg", "psycopg2"} and type(exc).__name__ == "OperationalError":
         return Saying.FAILED  # no state: the server was not reached
-    return Saying.FAILED if _fails_by_text(exc) else _says_class(exc) or Saying.PROBABLY_CLEARED
+    said = Saying.FAILED if _fails_by_text(exc) else _says_status_in_text(exc)
+    return said or _says_class(exc) or Saying.PROBABLY_CLEARED
 
 
 def _says_redis(exc: BaseException) -> Saying | None:
@@ -299,23 +305,26 @@ def _says_redis(exc: BaseException) -> Saying | None:
 def _says_curl(exc: BaseException) -> Saying | None:
     if _package(exc) != "pycurl":
         return None
-    return _decided(bool(exc.args) and exc.args[0] in _CURL_FAILURES)
+    return _says_status_in_text(exc) or _decided(bool(exc.args) and exc.args[0] in _CURL_FAILURES)
 
 
 def _says_system(exc: BaseException) -> Saying | None:
     """Decide by what the operating system reports."""
     if isinstance(exc, (ConnectionError, TimeoutError)):
         return Saying.FAILED
-    if isinstance(exc, EOFError) and not exc.args:
-        return Saying.FAILED  # ftplib's, paramiko's and pipes'; of a file or a terminal it has a text
-    if not isinstance(exc, OSError):
+    if isinstance(exc, EOFError):  # ftplib's, paramiko's and pipes' has no text; that of a file or a terminal has one
+        return Saying.FAILED if not exc.args or _fails_by_text(exc) else None
+    if not isinstance(exc, OSError) or (type(exc) is not OSError and exc.errno is None):
         return None
     if exc.errno in _NETWORK_ERRNOS:
         return Saying.FAILED
-    if type(exc) is not OSError or exc.errno is not None:
-        return None
-    # asyncio joins several refusals in a text; http.client has the status of a proxy's answer there
-    return Saying.FAILED if text_of(exc).startswith("Multiple exceptions: [Errno ") else _says_status_in_text(exc)
+    return _says_system_text(exc) if exc.errno is None else None
+
+
+def _says_system_text(exc: OSError) -> Saying | None:
+    """Decide by a text alone: asyncio joins several refusals in one, http.client has a proxy's status there."""
+    is_refused = text_of(exc).startswith("Multiple exceptions: [Errno ")
+    return Saying.FAILED if is_refused or _fails_by_text(exc) else _says_status_in_text(exc)
 
 
 def _says_mistake(exc: BaseException) -> Saying | None:
