@@ -680,9 +680,10 @@ class Guarded:
             raise
         around = plain[0]
         plain[0] = None
-        if type(result) not in _FINISHED and _is_unfinished(result):
-            if type(result) is CoroutineType:
-                return cast("_T", self._await(cast("Coroutine[Any, Any, Any]", result)))
+        kind = type(result)
+        if kind is CoroutineType:
+            return self._await(result)  # type: ignore[arg-type,return-value]  # a cast() is a call, too
+        if kind not in _FINISHED and _is_unfinished(result):
             guard = Guard(self._alone)
             guard.be_plain(epoch)
             unfinished = guard.hand_over(result, fn)
