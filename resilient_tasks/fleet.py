@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from resilient_tasks.core.counts import TRIALS
 from resilient_tasks.core.model import Answer, Grant, Snapshot, State, Transition, Verb, voter_of
-from resilient_tasks.core.record import OLDEST
+from resilient_tasks.core.rules import OLDEST
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Spec, Store
 from resilient_tasks.store.failover import FailoverStore
@@ -59,6 +59,7 @@ class Fleet:
         self._history = history
         self.view = View(self.store, clock)
         self.view.on_forgotten = self.store.forget
+        self.view.on_answer = self.learn
         self.reporter = Reporter(self.store, self.view, self.learn, clock, history)
         self._announce = announce
         self._task_id = task_id

@@ -493,7 +493,7 @@ class Guarded:
     @property
     def standing(self) -> Standing:
         """The breaker as this process sees it."""
-        self.fleet.view.catch_up()
+        self.fleet.view.catch_up(self._standing)
         return self._standing
 
     @property
@@ -520,16 +520,16 @@ class Guarded:
         """Whether a call made now is plain, if there is no plain one around it in this thread; see :class:`Guard`."""
         scope = current.get()
         return (
-            self._standing.admits_plainly
+            self._standing.admits_freely
             and not self._examines
             and not runs
             and (scope is None or (scope.has_ended and scope.outer is None))
-            and (self._view.signal is None or not self._view.is_behind)
+            and (self._standing.counts is None or not self._standing.is_behind)
         )
 
     def _is_current(self) -> bool:
         """Whether this process can answer without I/O."""
-        return self._joined is not None and not self._view.is_behind
+        return self._joined is not None and not self._standing.is_behind
 
     def _admit_by_cache(self, outer: Scope | None, *, for_child: bool) -> Pass | None:
         """Admit or refuse a call by what this process knows; None: the store must be asked.
@@ -663,11 +663,11 @@ class Guarded:
         plain, standing = _thread.plain, self._standing
         if (  # _is_plain(), without the price of a method
             plain[0] is not None
-            or not standing.admits_plainly
+            or not standing.admits_freely
             or self._examines
             or runs
             or current.get() is not None
-            or (self._view.signal is not None and self._view.is_behind)
+            or (standing.counts is not None and standing.is_behind)
         ):
             return self._call_with_care(fn, args, kwargs)
         epoch = standing.epoch
@@ -796,7 +796,7 @@ def _is_generator_function(fn: Any) -> bool:
 def _nowhere() -> Standing:
     """Return a standing that admits nothing, for breakers that have not joined their fleet yet."""
     standing = Standing(Spec("nowhere"), perf_counter)
-    standing.admits = standing.admits_freely = standing.admits_plainly = False
+    standing.admits = standing.admits_freely = False
     return standing
 
 

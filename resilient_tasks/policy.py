@@ -8,11 +8,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
 from resilient_tasks.core.classification import Classify, Matcher, dependency_errors
-from resilient_tasks.core.window import MOST_VOTERS
 from resilient_tasks.errors import ConfigurationError
 
 _RATE = "a number above 0 and up to 1"
-_SECONDS = "a positive number of seconds"
+_SECONDS = "a positive number of seconds up to 2,592,000 (30 days)"
 _COUNT = "an integer of 1 or more"
 _NUMBER_OF = "an integer from 1 to 1,000,000"
 
@@ -46,12 +45,13 @@ def _is_number_of(value: Any) -> bool:
 
 
 def _is_few(value: Any) -> bool:
-    return _is_count(value) and value <= MOST_VOTERS
+    return _is_count(value) and value <= _MOST_TASKS
 
 
 _LONGEST = 30 * 24 * 3600.0
 _MOST = 1_000_000_000
 _MOST_OF_A_KIND = 1_000_000
+_MOST_TASKS = 100  # fewer than a store remembers
 
 
 def _is_matchers(value: Any) -> bool:
@@ -113,11 +113,11 @@ class BreakerPolicy:
 
     failure_rate_threshold: float = _setting(0.5, _is_rate, _RATE)
     slow_call_duration: float | None = _setting(None, _is_seconds, _SECONDS, optional=True)
-    slow_call_rate_threshold: float = _setting(1.0, _is_rate, _RATE)
+    slow_call_rate_threshold: float = _setting(0.5, _is_rate, _RATE)
     consecutive_failures: int | None = _setting(None, _is_count, _COUNT, optional=True)
     minimum_calls: int = _setting(10, _is_count, _COUNT)
     minimum_tasks: int | None = _setting(None, _is_few, "an integer from 1 to 100", optional=True)
-    window: float = _setting(30.0, lambda v: _is_seconds(v) and v >= 0.1, "at least 0.1 seconds")
+    window: float = _setting(30.0, lambda v: _is_seconds(v) and v >= 0.1, "from 0.1 to 2,592,000 seconds (30 days)")
     open_duration: float = _setting(10.0, _is_seconds, _SECONDS)
     open_multiplier: float = _setting(2.0, lambda v: _number(v) and 1 <= v <= 100, "a number from 1 to 100")
     max_open_duration: float = _setting(300.0, _is_seconds, _SECONDS)
@@ -125,7 +125,7 @@ class BreakerPolicy:
     trial_calls: int = _setting(3, _is_count, _COUNT)
     trial_successes: int | None = _setting(None, _is_count, _COUNT, optional=True)
     trial_timeout: float = _setting(60.0, _is_seconds, _SECONDS)
-    ramp: float = _setting(10.0, lambda v: _number(v) and 0 <= v <= _LONGEST, "0 or a positive number of seconds")
+    ramp: float = _setting(10.0, lambda v: _number(v) and 0 <= v <= _LONGEST, "from 0 to 2,592,000 seconds (30 days)")
     max_concurrency: int | None = _setting(None, _is_number_of, _NUMBER_OF, optional=True)
     max_concurrency_per_worker: int | None = _setting(None, _is_number_of, _NUMBER_OF, optional=True)
     concurrency: Literal["fixed", "adaptive"] = _setting(

@@ -179,14 +179,15 @@ def _explain(error: ValidationError, given: Mapping[str, Any]) -> str:
         return f"{label} is not a setting; allowed are {', '.join(Settings.model_fields)}"
     value = first["input"]
     shown = hide_password(value) if isinstance(value, str) else value
+    if path[0] == "store_url" and "://" not in str(value):
+        shown = "***"  # nothing in it can be told from a password
     return f"{label}={shown!r}: allowed is {field.description}"
 
 
 def _explain_json() -> str:
     """Only the overrides are JSON, when they are given as one variable."""
-    variable = PREFIX + "BREAKERS"
-    value = next((value for name, value in os.environ.items() if name.upper() == variable), "")
-    return f"{variable}={value!r}: allowed is a JSON object of {Settings.model_fields['breakers'].description}"
+    variable = PREFIX + "BREAKERS"  # it is not quoted: what is no JSON may be anything, a password as well
+    return f"{variable} is no JSON: allowed is a JSON object of {Settings.model_fields['breakers'].description}"
 
 
 def _parse(breaker: str, name: str, value: Any) -> Any:

@@ -89,8 +89,8 @@ class Verb(str, Enum):
 class Snapshot:
     """A breaker as its store knows it at one instant.
 
-    ``calls``, ``failures``, ``slow`` and the rates describe the sliding window while the breaker
-    counts (CLOSED, SHADOW) and stay as they were at the trip while it is OPEN or HALF_OPEN.
+    ``evidence`` decides. ``calls``, ``failures``, ``slow`` and the rates are sums over about the last ``window``, for
+    people, and decide nothing. All stay as they were at the trip while the breaker does not count (OPEN, HALF_OPEN).
     """
 
     name: str
@@ -104,6 +104,8 @@ class Snapshot:
     calls: int = 0
     failures: int = 0
     slow: int = 0
+    evidence: float = 0.0  # of failures, 0.0 to 1.0 of what opens the breaker; stays as at the trip
+    slow_evidence: float = 0.0  # the same of slow calls
     openings: int = 0  # openings in a row, the exponent of the open time
     open_until: float | None = None  # OPEN: when trials may begin; None: not OPEN, or only by an operator
     trials: int = 0  # live permits
@@ -116,10 +118,11 @@ class Snapshot:
     checked_at: float | None = None  # when the last health check began that the store gave leave for
     in_flight: int = 0  # calls that hold one of a limited number of slots
     concurrency_limit: int | None = None  # how many may at present; None: any number, and nobody counts them
+    is_due: bool = False  # the rules ask for a change that nobody has made yet
     deferred: int = 0
     oldest_deferred_at: float | None = None
     next_deadline_at: float | None = None  # earliest end of a deferred task's ``defer_for``
-    hot_children: tuple[str, ...] = ()  # keys of children that are not plainly CLOSED; only in what ``read`` returns
+    active_children: int = 0  # children that are not plainly CLOSED, or that tasks wait for
 
     @property
     def failure_rate(self) -> float:

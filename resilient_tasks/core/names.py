@@ -10,6 +10,8 @@ from urllib.parse import quote, unquote
 from resilient_tasks.errors import ConfigurationError
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
+#: Names of dead-letter queues that belong to no breaker.
+RESERVED = frozenset({"undecodable"})
 NAME_RULE = "1 to 100 letters, digits, '_', '.' and '-', beginning with a letter or a digit"
 
 
@@ -23,6 +25,8 @@ def check_name(kind: str, name: str) -> str:
     Raises:
         ConfigurationError: it may not.
     """
+    if isinstance(name, str) and name in RESERVED:
+        raise ConfigurationError(f"{kind} name {name!r}: it is reserved; allowed is another one")
     if isinstance(name, str) and re.fullmatch(NAME_PATTERN, name, re.ASCII):
         return name
     raise ConfigurationError(f"{kind} name {name!r}: allowed is {NAME_RULE}")

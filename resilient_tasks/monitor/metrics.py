@@ -150,7 +150,7 @@ METRICS = (
     Metric(
         "hot_children",
         "Its children that are not plainly CLOSED; absent while there is none. The first 100 have series, too.",
-        lambda subject: len(subject.snapshot.hot_children) or None,
+        lambda subject: subject.snapshot.active_children or None,
     ),
     Metric(
         "info",

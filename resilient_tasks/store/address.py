@@ -189,6 +189,8 @@ def _read(url: str, scheme: Scheme) -> Address:
     options = parse_url(urlunsplit((scheme.redis_py, f"{user}@{server}", path, urlencode(query), "")))
     if scheme.kind is Kind.SENTINEL and not discovery.get("master_name"):
         raise ValueError("no master_name")
+    if scheme.redis_py != "unix" and path.strip("/") and not path.strip("/").isdecimal():
+        raise ValueError("a database is a number")
     if scheme.kind is Kind.CLUSTER and options.get("db"):
         raise ValueError("a cluster has but one database")
     secrets = {options.get("password"), discovery.get("sentinel_password"), *(part.password for part in parts)}

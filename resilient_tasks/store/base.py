@@ -1,20 +1,25 @@
-"""What every store can do. Each decision is one atomic step on the store's own clock.
+"""What every store can do.
 
-``RedisStore`` runs a Lua script per method, ``LocalStore`` runs ``core/machine.py``; one contract
-suite holds both to the same behaviour. Jitter is an argument (a share from 0.0 up to 1.0) so that
-no store needs a random source.
+A store has a few atomic primitives on its own clock: it counts, leases, and makes a change if the breaker is still as
+it was seen. :class:`RuledStore` is what the shared store and the one in memory have in common: what they answer is
+decided on by ``core/rules.py``, in one place. Jitter is an argument (a share from 0.0 up to 1.0) so that no store needs
+a random source.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Protocol
 
-from resilient_tasks.core.model import Answer, Calls, Grant, Outcome, Snapshot, Verb
+from resilient_tasks.core.model import ADMITTING, Answer, Calls, Grant, Outcome, Snapshot, State, Transition, Verb
 from resilient_tasks.core.names import parent_of
-from resilient_tasks.core.record import Rules
+from resilient_tasks.core.rules import Change, Rules, Seen, brief, command, decide, to_ms
 from resilient_tasks.policy import BreakerPolicy
+
+IDLE_AFTER = 3_600_000  # ms; a child that nobody has used for so long may be forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,10 @@ class Spec:
 
     def rules(self) -> Rules:
         """Return what decisions follow."""
-        return Rules.of(self.policy, self.revision, self.in_a_row)
+        return _rules(self.policy, self.revision, self.in_a_row)
+
+
+_rules = lru_cache(maxsize=10_000)(Rules.from_policy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +101,7 @@ class Store(Protocol):
         """
 
     def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:
-        """Do what time has made due: expired permits become failures, OPEN becomes HALF_OPEN."""
+        """Make the change that is due: OPEN becomes HALF_OPEN, trials or evidence decide."""
 
     def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
         """Carry out an operator's verb. A verb that leads to the present state makes no transition."""
@@ -106,8 +114,18 @@ class Store(Protocol):
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         """Return the names of the children of a breaker, those used longest ago first: all, or so many of them."""
 
+    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> list[str]:
+        """Return the names of children that are not plainly CLOSED, or that tasks wait for.
+
+        Args:
+            name: of the parent.
+            since: only those of which a transition was made then or later, on the store's clock.
+            start: pass over so many.
+            count: return so many at most.
+        """
+
     def cool(self, spec: Spec) -> bool:
-        """Take a child off the parent's hot ones, if it is plainly CLOSED and nothing waits for it."""
+        """Take a child off the active ones, if it is plainly CLOSED and nothing waits for it."""
 
     # --- health checks --------------------------------------------------------------------------
 
@@ -151,3 +169,81 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Close connections. The store may be used again and reconnects."""
+
+
+class RuledStore(ABC):
+    """A store's primitives, and what is decided on their answers."""
+
+    @abstractmethod
+    def _look(self, spec: Spec) -> Seen:
+        """Look at a breaker, which comes into being if it is unknown."""
+
+    @abstractmethod
+    def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls], check: tuple[Outcome, int] | None = None) -> Seen:
+        """Count calls, and a health check of which so many failures in a row open the breaker."""
+
+    @abstractmethod
+    def _lease(self, spec: Spec, holder: str, lease: int) -> tuple[Seen, bool]:
+        """Return whether ``holder`` has got what it takes to make a call."""
+
+    @abstractmethod
+    def _settle(self, spec: Spec, holder: str, epoch: int, outcome: Outcome) -> tuple[Seen, bool]:
+        """Give back what ``holder`` has; return whether it had a slot."""
+
+    @abstractmethod
+    def _change(self, spec: Spec, seen: Seen, change: Change) -> tuple[Seen, bool]:
+        """Make a change; return whether it was made, because the breaker was still as it was seen."""
+
+    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0) -> Grant:
+        """Ask to make one call; see :meth:`Store.acquire`."""
+        seen, granted = self._lease(spec, holder, to_ms(lease))
+        answer = self._decide(spec, seen, jitter=jitter)
+        if answer.snapshot.epoch != seen.epoch:  # it has just become HALF_OPEN, or OPEN
+            seen, granted = self._lease(spec, holder, to_ms(lease))
+            answer = Answer(seen.snapshot(), answer.transition)
+        state = answer.snapshot.state
+        admitted = granted and (state in ADMITTING or state is State.HALF_OPEN)
+        return Grant(admitted, admitted and state is State.HALF_OPEN, answer.snapshot, answer.transition)
+
+    def record(self, spec: Spec, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
+        """Count outcomes of calls that needed no permit; open the breaker if that trips it."""
+        return self._decide(spec, self._count(spec, evidence.epoch, evidence.runs), evidence, jitter)
+
+    def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
+        """Count the outcome of a call, and free its permit and its slot; see :meth:`Store.settle`."""
+        seen, had_slot = self._settle(spec, holder, evidence.epoch, outcome)
+        if had_slot and outcome is not Outcome.IGNORED:
+            seen = self._count(spec, evidence.epoch, evidence.runs or (Calls(outcome),))
+        return self._decide(spec, seen, evidence, jitter)
+
+    def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:
+        """Make the change that is due; see :meth:`Store.advance`."""
+        return self._decide(spec, self._look(spec), jitter=jitter)
+
+    def report_health_check(
+        self, spec: Spec, outcome: Outcome, evidence: Evidence, *, limit: int, jitter: float = 0.0
+    ) -> Answer:
+        """Count a health check made while CLOSED or SHADOW; ``limit`` failures in a row open the breaker."""
+        return self._decide(spec, self._count(spec, evidence.epoch, (), (outcome, limit)), evidence, jitter)
+
+    def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
+        """Carry out an operator's verb; see :meth:`Store.command`."""
+        seen = self._look(spec)
+        while change := command(seen, verb, brief(reason), brief(actor), jitter):
+            seen, made = self._change(spec, seen, change)
+            if made:
+                return Answer(seen.snapshot(), change.transition)
+        return Answer(seen.snapshot())
+
+    def _decide(self, spec: Spec, seen: Seen, evidence: Evidence | None = None, jitter: float = 0.0) -> Answer:
+        """Make the change that the rules ask for; of all callers that see the same, one makes it."""
+        cause, retry_after = ("", None) if evidence is None else (brief(evidence.cause), evidence.retry_after)
+        transition: Transition | None = None
+        while change := decide(seen, cause, None if retry_after is None else to_ms(retry_after), jitter):
+            version = seen.version
+            seen, made = self._change(spec, seen, change)
+            if made:
+                transition = change.transition
+            if made or seen.version == version:  # no room among max_open_ratio
+                break
+        return Answer(seen.snapshot(), transition)

@@ -113,6 +113,12 @@ class FailoverStore:
         """Return the names of the children of a breaker; see :meth:`Store.children`."""
         return self._primary.children(name, start=start, count=count)
 
+    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> list[str]:
+        """Return the names of children that are not plainly CLOSED; see :meth:`Store.active_children`."""
+        return self._decide(
+            [], lambda store: store.active_children(name, since=since, start=start, count=count), lambda _: ()
+        )
+
     def cool(self, spec: Spec) -> bool:
         """Take a child off the hot ones; see :meth:`Store.cool`."""
         return self._primary.cool(spec)

@@ -27,7 +27,7 @@ from resilient_tasks.core.counts import (
 from resilient_tasks.core.model import ADMITTING, Snapshot, State, Transition
 from resilient_tasks.core.names import parent_of
 from resilient_tasks.core.outage import Deadlines, Estimate, Outage, estimate, learned_rate
-from resilient_tasks.core.record import brief, to_ms
+from resilient_tasks.core.rules import brief, to_ms
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.scripts import Scripts
 from resilient_tasks.store.server import Command, Server

@@ -38,22 +38,18 @@ def check_key_part(kind: str, name: str) -> str:
 
 
 class BreakerKeys(NamedTuple):
-    """Keys of one breaker's state, in the order in which ``lua/lib/state.lua`` expects them."""
+    """Keys of one breaker, in the order in which ``lua/breaker.lua`` expects them; there it says what they hold."""
 
-    state: str  # hash
-    window: str  # hash: slot -> bucket
-    trials: str  # sorted set: holder -> end of its lease, ms
-    deferred: str  # sorted set: task id -> deferred at, ms
-    deadlines: str  # sorted set: task id -> end of its wait, ms
-    stragglers: str  # sorted set: holder -> end of its lease, ms; of a trial that outlived its HALF_OPEN
-    slots: str  # sorted set: holder, or the task it is kept for -> end of its lease, ms
-    children: str  # of the breaker, or of its parent if it is a child; see lua/lib/state.lua
-    opened: str
-    hot: str
-
-
-_FIRST_OF_FAMILY = BreakerKeys._fields.index("children")
-_OF_ONE, _OF_FAMILY = BreakerKeys._fields[:_FIRST_OF_FAMILY], BreakerKeys._fields[_FIRST_OF_FAMILY:]
+    state: str
+    failures: str
+    slow: str
+    deferred: str
+    deadlines: str
+    trials: str
+    slots: str
+    children: str  # of the breaker, or of its parent if it is a child
+    active: str
+    former: str
 
 
 class Keys:
@@ -61,22 +57,27 @@ class Keys:
 
     def __init__(self, namespace: str) -> None:
         self.namespace = check_key_part("namespace", namespace)
-        self.changes = f"{namespace}:changes"  # pub/sub channel
         self.breakers = f"{namespace}:breakers"  # sorted set: name -> last declared by a worker, ms
         self.workers = f"{namespace}:workers"  # sorted set: worker -> when it last attended, ms
         self.revoked = f"{namespace}:revoked"  # sorted set: task id or stamp -> revoked at, ms
 
     def breaker(self, name: str) -> BreakerKeys:
-        """Return the keys of a breaker's state.
+        """Return the keys of a breaker.
 
         Raises:
             ConfigurationError: the name cannot be part of a key.
         """
-        check_key_part("breaker", name)
-        family, key = parent_of(name) or name, key_of(name)
-        tagged = f"{self.namespace}:{{{family}}}:"
-        end = f":{key}" if key else ""
-        return BreakerKeys(*[f"{tagged}{part}{end}" for part in _OF_ONE], *[f"{tagged}{part}" for part in _OF_FAMILY])
+        own = {part: self.schema_2(name, part) for part in ("state", "failures", "slow", "trials", "slots")}
+        parent = parent_of(name) or name
+        return BreakerKeys(
+            **own,
+            # without a schema number: releases before and after it share the deferred queues
+            deferred=self._of_breaker(name, "deferred"),
+            deadlines=self._of_breaker(name, "deadlines"),
+            children=self.schema_2(parent, "children"),
+            active=self.schema_2(parent, "active"),
+            former=self._of_breaker(name, "state"),
+        )
 
     def log(self, name: str) -> str:
         """Return the list of a breaker's transitions as JSON, the newest first; ``History.follow`` appends to it."""
@@ -104,6 +105,10 @@ class Keys:
         parent, key = parent_of(name), key_of(name)
         tagged = f"{self.namespace}:{SCHEMA}:{{{parent or name}}}:{part}"
         return f"{tagged}:{key}" if parent else tagged
+
+    def changes(self, database: int) -> str:
+        """Return the channel of all transitions: Redis has one for all databases of a server."""
+        return f"{self.namespace}:{SCHEMA}:changes:{database}"
 
     def tick(self, scope: str) -> str:
         """Return the hash that holds the lease of the tick, and when one completed."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from resilient_tasks.core.memory import Memory
 from resilient_tasks.core.names import key_of
 from resilient_tasks.core.pace import Pace
-from resilient_tasks.core.record import to_ms
+from resilient_tasks.core.rules import to_ms
 from resilient_tasks.errors import StoreError
 from resilient_tasks.monitor.deployment import ServerFacts
 from resilient_tasks.store.keys import Keys
@@ -72,7 +72,7 @@ class Ledger:
         keys = self._keys.breaker(name)
         times = {task_id: ["" if at is None else to_ms(at) for at in wait] for task_id, wait in waits.items()}
         told = key_of(name), *chain.from_iterable((task_id, *at) for task_id, at in times.items())
-        self._scripts.run("defer", [keys.deferred, keys.deadlines, keys.hot], *told)
+        self._scripts.run("defer", [keys.deferred, keys.deadlines, keys.active], *told)
 
     def hasten(self, names: Iterable[str], task_ids: Iterable[str]) -> None:
         """Have the tick look at once at those of ``task_ids`` that wait for a breaker among ``names``."""

@@ -1,25 +1,37 @@
 """``LocalStore``: breakers of one process, without a server.
 
-It runs ``core/machine.py`` under one lock. It serves while the shared store cannot be reached, in
-users' tests, and as the reference that the contract suite compares the shared store with. All that
-it keeps is bounded.
+It has the primitives of the shared store's scripts over dicts, under one lock, and leaves what follows from them to
+the same rules. It serves while the shared store cannot be reached, and in users' tests. All that it keeps is bounded.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from resilient_tasks.core.children import Children
-from resilient_tasks.core.machine import Decision
-from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, Verb
+from resilient_tasks.core.model import HELD_OPEN, Calls, Outcome, Snapshot, State
 from resilient_tasks.core.names import key_of, parent_of
-from resilient_tasks.core.record import Record, brief, to_ms
-from resilient_tasks.store.base import Evidence, Spec
+from resilient_tasks.core.rules import (
+    COUNTING,
+    LONGEST_LEASE,
+    NO_EVIDENCE,
+    OLDEST,
+    UNIT,
+    Change,
+    Counter,
+    Kept,
+    Rules,
+    Seen,
+    learn,
+    to_ms,
+)  # fmt: skip
+from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.store.base import IDLE_AFTER, RuledStore, Spec
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.store.keys import check_key_part
 
@@ -27,7 +39,15 @@ _MOST_VALUES = 10_000
 _MOST_UNREAD_CHANGES = 1_000
 
 
-class LocalStore:
+@dataclass(slots=True)
+class _Children:
+    """Children of one breaker by key: when each was last used (for ever while it is held open), and the active ones."""
+
+    used_at: dict[str, float] = field(default_factory=dict)
+    active: dict[str, int] = field(default_factory=dict)  # -> last transition
+
+
+class LocalStore(RuledStore):
     """A store inside this process; safe to use from several threads.
 
     Args:
@@ -37,10 +57,10 @@ class LocalStore:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._lock = threading.RLock()
-        self._records: dict[str, Record] = {}
+        self._breakers: dict[str, Kept] = {}
         self._values: dict[tuple[str, str], tuple[bytes, int, int]] = {}  # -> value, written at, ends at
         self._listeners: list[queue.Queue[Snapshot]] = []
-        self._children: dict[str, Children] = {}
+        self._families: dict[str, _Children] = {}
         renew_after_fork(self)
 
     def __repr__(self) -> str:
@@ -51,68 +71,129 @@ class LocalStore:
         self._lock = threading.RLock()
         self._listeners = []
 
-    # --- decisions --------------------------------------------------------------------------------
+    # --- primitives: those of store/lua -------------------------------------------------------------
 
     def read(self, specs: Sequence[Spec]) -> list[Snapshot]:
         """Read breakers, changing nothing. A breaker never seen before is CLOSED."""
         with self._lock:
-            now = self._now()
-            return [
-                replace(self._seen(spec, now).snapshot(now), hot_children=self._hot_children(spec)) for spec in specs
-            ]
+            return [self._seen(spec).snapshot() for spec in specs]
 
-    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0) -> Grant:
-        """Ask to make one call; see :meth:`Store.acquire`."""
-        with self._deciding(spec, jitter) as decision:
-            admitted, trial = decision.acquire(holder, to_ms(lease))
-            answer = self._told(decision)
-        return Grant(admitted, trial, answer.snapshot, answer.transition)
+    def _look(self, spec: Spec) -> Seen:
+        with self._lock:
+            self._declare(spec)
+            return self._seen(spec)
+
+    def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls], check: tuple[Outcome, int] | None = None) -> Seen:
+        with self._lock:
+            kept, rules = self._declare(spec)
+            fields = kept.fields
+            is_current = epoch == fields["epoch"] or (epoch == 0 and fields["epoch"] == fields["first"])
+            if is_current and fields["state"] in COUNTING:
+                Counter(kept, rules, self._now()).count(runs)
+                if check is not None:
+                    failed = fields["failed_checks"] + 1 if check[0] is Outcome.FAILURE else 0
+                    fields.update(failed_checks=failed, check_limit=check[1])
+            self._use_child(spec.name)
+            return self._seen(spec)
+
+    def _lease(self, spec: Spec, holder: str, lease: int) -> tuple[Seen, bool]:
+        with self._lock:
+            kept, rules = self._declare(spec)
+            now, fields = self._now(), kept.fields
+            for leases in (kept.trials, kept.slots):
+                leases.update({each: min(end, now + LONGEST_LEASE) for each, end in leases.items()})
+            seen, lease_end = self._seen(spec), now + min(lease, LONGEST_LEASE)
+            limit, permit = seen.concurrency_limit, f"{seen.epoch}:{holder}"
+            granted = seen.state not in {State.OPEN, State.FORCED_OPEN}
+            if limit is not None and kept.slots.get(holder, 0) <= now:
+                granted = granted and _live(kept.slots, now) < limit
+            if granted and seen.state is State.HALF_OPEN:
+                used = fields["ok"] + fields["ko"] + sum(each.startswith(f"{seen.epoch}:") for each in kept.trials)
+                is_new = permit not in kept.trials and max(used, _live(kept.trials, now)) < rules.trial_calls
+                granted = is_new or kept.trials.get(permit, 0) > now
+                if granted:
+                    kept.trials[permit] = max(kept.trials.get(permit, 0), lease_end)
+            if granted and limit is not None:
+                kept.slots = {each: end for each, end in kept.slots.items() if end > now}
+                kept.slots[holder] = max(kept.slots.get(holder, 0), lease_end)
+            return self._seen(spec), granted
+
+    def _settle(self, spec: Spec, holder: str, epoch: int, outcome: Outcome) -> tuple[Seen, bool]:
+        with self._lock:
+            kept, rules = self._declare(spec)
+            now, fields, ended = self._now(), kept.fields, outcome is not Outcome.OVERDUE
+            permit, freed = f"{epoch}:{holder}", False
+            is_own = fields["state"] is State.HALF_OPEN and epoch == fields["epoch"]
+            if kept.trials.get(permit, 0) > now and is_own and (ended or rules.slow_counts):
+                lease_end = kept.trials.pop(permit)
+                if not ended:
+                    kept.trials[f"0:{holder}"] = lease_end
+                self._count_trial(fields, outcome, rules)
+                freed = outcome is Outcome.IGNORED
+            elif ended and not is_own:
+                freed = kept.trials.pop(permit, None) is not None
+            if ended:
+                freed |= kept.trials.pop(f"0:{holder}", None) is not None
+            had_slot = kept.slots.get(holder, 0) > now
+            if had_slot and rules.least_in_flight and outcome is not Outcome.IGNORED:
+                learn(fields, rules, _live(kept.slots, now), outcome)
+            if ended:
+                kept.slots.pop(holder, None)
+            if freed:
+                fields["version"] += 1
+                self._publish(spec)
+            return self._seen(spec), had_slot
+
+    def _count_trial(self, fields: dict[str, Any], outcome: Outcome, rules: Rules) -> None:
+        if outcome is Outcome.SUCCESS or (outcome is Outcome.SLOW and not rules.slow_counts):
+            fields["ok"] += 1
+        elif outcome is not Outcome.IGNORED:
+            fields["ko"] += 1
+            fields["total_failures"] += 1
+        if outcome in {Outcome.SUCCESS, Outcome.SLOW}:
+            fields["last_success_at"] = self._now()
+
+    def _change(self, spec: Spec, seen: Seen, change: Change) -> tuple[Seen, bool]:
+        with self._lock:
+            kept, rules = self._declare(spec)
+            now = self._now()
+            share = rules.max_open_ratio if change.opens_child and spec.parent else 0.0
+            if kept.fields["version"] != seen.version or not self._has_room(spec.name, share, now - rules.window):
+                return self._seen(spec), False
+            kept.fields.update(change.fields, state=State(change.fields.get("state", kept.fields["state"])))
+            kept.trials = {member: end for member, end in kept.trials.items() if end > now}
+            if change.forgets:
+                for tasks in kept.tasks.values():
+                    tasks.clear()
+            if spec.parent is not None:
+                self._note_child(spec.name, kept.fields["state"], now)
+            self._publish(spec)
+            return self._seen(spec), True
 
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
         """Lengthen live permits and slots to ``lease`` seconds from now. False: it is no longer held."""
         check_key_part("breaker", name)
         with self._lock:
-            now, record = self._now(), self._records.get(name)
-            return [record is not None and record.renew(h, lease=to_ms(lease), now=now) for h in holders]
+            kept, now = self._breakers.get(name) or Kept({}), self._now()
+            return [self._renew(kept, holder, now, min(to_ms(lease), LONGEST_LEASE)) for holder in holders]
 
-    def record(self, spec: Spec, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
-        """Count outcomes of calls that needed no permit; open the breaker if that trips it."""
-        with self._deciding(spec, jitter) as decision:
-            decision.report(evidence.epoch, evidence.runs, brief(evidence.cause), _retry_after(evidence))
-            return self._told(decision)
-
-    def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
-        """Count the outcome of a call, and free its permit and its slot. Without either it changes nothing."""
-        with self._deciding(spec, jitter) as decision:
-            told = brief(evidence.cause), _retry_after(evidence), evidence.runs
-            decision.settle(holder, evidence.epoch, outcome, *told)
-            return self._told(decision)
-
-    def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:
-        """Do what time has made due: expired permits become failures, OPEN becomes HALF_OPEN."""
-        with self._deciding(spec, jitter) as decision:
-            decision.advance()
-            return self._told(decision)
-
-    def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
-        """Carry out an operator's verb. A verb that leads to the present state makes no transition."""
-        with self._deciding(spec, jitter) as decision:
-            decision.command(verb, brief(reason), brief(actor))
-            return self._told(decision)
+    @staticmethod
+    def _renew(kept: Kept, holder: str, now: int, lease: int) -> bool:
+        permits = [member for member in kept.trials if member.partition(":")[2] == holder]
+        held = [(kept.slots, holder), *((kept.trials, permit) for permit in permits)]
+        live = [(leases, member) for leases, member in held if leases.get(member, 0) > now]
+        for leases, member in live:
+            leases[member] = max(leases[member], now + lease)
+        return bool(live)
 
     def begin_health_check(self, spec: Spec, *, since: float) -> bool:
         """Return whether it is the caller who makes a health check; False if somebody has begun one since."""
-        with self._deciding(spec, 0.0) as decision:
-            return decision.begin_health_check(to_ms(since))
-
-    def report_health_check(
-        self, spec: Spec, outcome: Outcome, evidence: Evidence, *, limit: int, jitter: float = 0.0
-    ) -> Answer:
-        """Count a health check made while CLOSED or SHADOW; ``limit`` failures in a row open the breaker."""
-        with self._deciding(spec, jitter) as decision:
-            told = brief(evidence.cause), _retry_after(evidence)
-            decision.report_health_check(evidence.epoch, outcome, limit, *told)
-            return self._told(decision)
+        with self._lock:
+            fields, now = self._declare(spec)[0].fields, self._now()
+            if to_ms(since) <= fields.get("checked_at", -1) <= now:
+                return False
+            fields["checked_at"] = now
+            return True
 
     def adopt(self, snapshot: Snapshot) -> None:
         """Go on from a state last seen in the shared store, with what was left of its open time.
@@ -123,22 +204,30 @@ class LocalStore:
         """
         with self._lock:
             if snapshot.epoch:
-                self._records[snapshot.name] = Record.continued(snapshot, self._now())
+                self._breakers[snapshot.name] = Kept(continued(snapshot, self._now()))
             else:
-                self._records.pop(snapshot.name, None)
+                self._breakers.pop(snapshot.name, None)
 
     def clear(self) -> None:
         """Forget all breakers; values stay."""
         with self._lock:
-            self._records.clear()
-            self._children.clear()
+            self._breakers.clear()
+            self._families.clear()
 
     # --- children -----------------------------------------------------------------------------------
 
     def enroll(self, spec: Spec) -> bool:
         """Return whether there is room for a child; see :meth:`Store.enroll`."""
         with self._lock:
-            return self._family(spec.name).enroll(key_of(spec.name), spec.policy.max_keys, self._now())
+            used_at, key, now = self._family(spec.name).used_at, key_of(spec.name), self._now()
+            if key not in used_at and len(used_at) >= spec.policy.max_keys:
+                idle = [each for each, at in used_at.items() if at <= now - IDLE_AFTER]
+                for each in idle:
+                    del used_at[each]
+                if not idle:
+                    return False
+            used_at[key] = max(used_at.get(key, 0), now)
+            return True
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         """Return the names of the children of a breaker; see :meth:`Store.children`."""
@@ -147,13 +236,35 @@ class LocalStore:
             keys = sorted(used_at, key=lambda key: (used_at[key], key))
             return [f"{name}:{key}" for key in keys[start : None if count is None else start + count]]
 
-    def cool(self, spec: Spec) -> bool:
-        """Take a child off the hot ones; see :meth:`Store.cool`."""
+    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> list[str]:
+        """Return the names of children that are not plainly CLOSED; see :meth:`Store.active_children`."""
         with self._lock:
-            return self._family(spec.name).cool(key_of(spec.name), self._seen(spec, self._now()), self._now())
+            active = sorted(self._family(name).active.items(), key=lambda item: item[::-1])
+            keys = [key for key, at in active if at >= to_ms(since)]
+            return [f"{name}:{key}" for key in keys[start : start + count]]
 
-    def _hot_children(self, spec: Spec) -> tuple[str, ...]:
-        return () if spec.parent else tuple(sorted(self._family(spec.name).hot))
+    def cool(self, spec: Spec) -> bool:
+        """Take a child off the active ones; see :meth:`Store.cool`."""
+        with self._lock:
+            is_plain = self._seen(spec).is_plain
+            if is_plain:
+                self._family(spec.name).active.pop(key_of(spec.name), None)
+            return is_plain
+
+    def _has_room(self, name: str, share: float, since: int) -> bool:
+        used_at = self._family(name).used_at.values()
+        held_open, active = sum(at == math.inf for at in used_at), sum(at > since for at in used_at)
+        return share == 0 or held_open + 1 <= share * active
+
+    def _use_child(self, name: str) -> None:
+        if parent_of(name) is not None:
+            used_at, key = self._family(name).used_at, key_of(name)
+            used_at[key] = max(used_at.get(key, 0), self._now())
+
+    def _note_child(self, name: str, state: State, now: int) -> None:
+        family, key = self._family(name), key_of(name)
+        family.used_at[key] = math.inf if state in HELD_OPEN else now
+        family.active[key] = now
 
     # --- small values -------------------------------------------------------------------------------
 
@@ -198,40 +309,64 @@ class LocalStore:
     def _now(self) -> int:
         return round(self._clock() * 1000)
 
-    @contextmanager
-    def _deciding(self, spec: Spec, jitter: float) -> Iterator[Decision]:
+    def _declare(self, spec: Spec) -> tuple[Kept, Rules]:
+        """Return a breaker, which comes into being if it is new, and the rules with the higher revision."""
         check_key_part("breaker", spec.name)
-        rules = spec.rules()
-        with self._lock:
-            now = self._now()
-            record = self._records.get(spec.name)
-            if record is None:
-                record = self._records[spec.name] = Record.created(spec.name, rules, now)
-            record.rules = record.rules.or_newer(rules)
-            family = self._family(spec.name)
-            is_child = parent_of(spec.name) is not None
-            yield Decision(record, now, jitter, not is_child or family.has_room_to_open(record, now))
-            if is_child:
-                family.note(key_of(spec.name), record, now)
+        kept, text = self._breakers.get(spec.name), spec.rules().text()
+        if kept is None:
+            kept = self._breakers[spec.name] = Kept(new(self._now()))
+        rules = spec.rules().or_newer(kept.fields["rules"])
+        if rules.text() != kept.fields["rules"]:
+            kept.fields.update(rules=text, failure_peak=0, slow_peak=0, row_peak=0)
+        return kept, rules
 
-    def _family(self, name: str) -> Children:
+    def _seen(self, spec: Spec) -> Seen:
+        check_key_part("breaker", spec.name)
+        kept, now = self._breakers.get(spec.name) or Kept(new(self._now(), epoch=0)), self._now()
+        fields = {**kept.fields, "active_children": len(self._family(spec.name).active)}
+        rules, waiting = spec.rules().or_newer(kept.fields["rules"]), (_live(kept.slots, now), 0, None, None)
+        return Seen(spec.name, now, rules, fields, dict(kept.trials), waiting)
+
+    def _family(self, name: str) -> _Children:
         """Return the children of a breaker, or of a child's parent."""
-        return self._children.setdefault(parent_of(name) or name, Children())
+        return self._families.setdefault(parent_of(name) or name, _Children())
 
-    def _seen(self, spec: Spec, now: int) -> Record:
-        """Return what is known of a breaker under its newest rules; nobody keeps this record."""
-        check_key_part("breaker", spec.name)
-        rules = spec.rules()
-        known = self._records.get(spec.name)
-        return replace(known, rules=known.rules.or_newer(rules)) if known else Record(spec.name, rules, since=now)
+    def _publish(self, spec: Spec) -> None:
+        for listener in self._listeners:
+            if not listener.full():
+                listener.put(self._seen(spec).snapshot())
 
-    def _told(self, decision: Decision) -> Answer:
-        snapshot = decision.record.snapshot(decision.now)
-        if decision.changed:
-            for listener in self._listeners:
-                if not listener.full():
-                    listener.put(snapshot)
-        return Answer(snapshot, decision.transition)
+
+def _live(leases: Mapping[str, int], now: int) -> int:
+    return sum(end > now for end in leases.values())
+
+
+def new(now: int, epoch: int | None = None) -> dict[str, Any]:
+    """Return the fields of a new breaker; epoch and version start from the clock."""
+    first = now if epoch is None else epoch
+    return {
+        "state": State.CLOSED, "epoch": first, "first": first, "version": first, "since": now, "rules": None,
+        "ok": 0, "ko": 0, "total_failures": 0, "learned": 0, "credit": 0, "backed_off": 0, **NO_EVIDENCE,
+    }  # fmt: skip
+
+
+def continued(snapshot: Snapshot, now: int) -> dict[str, Any]:
+    """Return the fields of a breaker that goes on from ``snapshot``, with its times moved to another clock."""
+
+    def here(at: float | None) -> int | str:
+        return "" if at is None else now + round((at - snapshot.now) * 1000)
+
+    figures = snapshot.calls, snapshot.failures, snapshot.slow, snapshot.evidence * UNIT, snapshot.slow_evidence * UNIT
+    return {
+        **new(now, snapshot.epoch), "first": -1, "state": snapshot.state, "version": snapshot.version,
+        "since": here(snapshot.since), "reason": snapshot.reason, "actor": snapshot.actor,
+        "openings": snapshot.openings, "open_until": here(snapshot.open_until),
+        "frozen": "" if snapshot.state in COUNTING else " ".join(str(round(each)) for each in figures),
+        "last_success_at": here(snapshot.last_success_at), "total_failures": snapshot.total_failures,
+        "ramp_since": here(snapshot.ramp_since), "checked_at": here(snapshot.checked_at) or 0,
+        "learned": snapshot.concurrency_limit or 0, "backed_off": 1,
+        "rules": Rules.from_policy(BreakerPolicy(), OLDEST).text(),
+    }  # fmt: skip
 
 
 def _next_or_none(listener: queue.Queue[Snapshot], timeout: float) -> Snapshot | None:
@@ -239,7 +374,3 @@ def _next_or_none(listener: queue.Queue[Snapshot], timeout: float) -> Snapshot |
         return listener.get(timeout=timeout)
     except queue.Empty:
         return None
-
-
-def _retry_after(evidence: Evidence) -> int | None:
-    return None if evidence.retry_after is None else to_ms(evidence.retry_after)

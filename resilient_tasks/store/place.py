@@ -61,7 +61,7 @@ def _url_in(conf: Any, setting: str) -> str:
 
 
 def _shown(url: str) -> str:
-    return repr(hide_password(url)) if url else "not set"
+    return repr(hide_password(url) if "://" in url else "***") if url else "not set"
 
 
 def _as_celery_reaches(url: str, transport_options: Mapping[str, Any] | None, use_ssl: object) -> StorePlace:

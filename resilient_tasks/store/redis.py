@@ -1,39 +1,35 @@
 """``RedisStore``: the breakers of a whole fleet, in one Redis or Valkey server or cluster.
 
-Each decision is one Lua script (``store/lua``), so it is atomic, made once, and on the server's
-clock. Here is only what surrounds them: arguments in, answers out.
+Lua scripts (``store/lua``) count, lease, and make a change if the breaker is still as it was seen, atomically and on
+the server's clock. What follows from their answers is decided by ``core/rules.py``, as for every store.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import redis
 from redis.client import PubSub
 
-from resilient_tasks.core.children import IDLE_AFTER
-from resilient_tasks.core.model import Answer, Grant, Outcome, Snapshot, State, Transition, Verb
+from resilient_tasks.core.model import Calls, Outcome, Snapshot
 from resilient_tasks.core.names import key_of
-from resilient_tasks.core.record import brief, to_ms, to_seconds
+from resilient_tasks.core.rules import OLDEST, Change, Seen, to_ms
 from resilient_tasks.errors import ConfigurationError, StoreError
-from resilient_tasks.store.base import Evidence, Spec
+from resilient_tasks.store.base import IDLE_AFTER, RuledStore, Spec
 from resilient_tasks.store.history import History
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.store.scripts import Scripts
 from resilient_tasks.store.server import UNREADABLE, Argument, Server, is_unreadable, portions
 
-T = TypeVar("T")
-
 logger = logging.getLogger("resilient_tasks")
 
 
-class RedisStore:
+class RedisStore(RuledStore):
     """A store on a server that many processes share; safe to use from several threads, and after a fork.
 
     Args:
@@ -64,6 +60,7 @@ class RedisStore:
     ) -> None:
         self._keys = Keys(namespace)
         self._server = Server(url, timeout=timeout, cooldown=cooldown, **client_options)
+        self._channel = self._keys.changes(self._server.database)
         self._scripts = Scripts(self._server, clock)
         self.history = History(self._server, self._keys, self._scripts)
         self.ledger = Ledger(self._server, self._keys, self._scripts, self.history.drain)
@@ -99,63 +96,80 @@ class RedisStore:
             self._check_channel()
 
     def _check_channel(self) -> None:
-        channel = self._keys.changes
         try:
-            self._server.run(lambda client: client.publish(channel, ""))  # subscribers read nothing in it
+            self._server.run(lambda client: client.publish(self._channel, ""))  # subscribers read nothing in it
         except StoreError as error:
             if isinstance(error.__cause__, redis.exceptions.NoPermissionError):
                 what = "the store's user may not use the channel %s: changes are found by polling (docs/permissions.md)"
-                logger.warning(what, channel)
+                logger.warning(what, self._channel)
 
-    # --- decisions --------------------------------------------------------------------------------
+    # --- primitives -------------------------------------------------------------------------------
 
     def read(self, specs: Sequence[Spec]) -> list[Snapshot]:
         """Read breakers in one round trip, changing nothing. A breaker never seen before is CLOSED."""
-        return [
-            snapshot
-            for some in portions(specs)
-            for snapshot in self._readable([spec.name for spec in some], partial(self._look, some))
-        ]
+        return [snapshot for some in portions(specs) for snapshot in self._read(some)]
 
-    def _look(self, specs: Sequence[Spec]) -> list[Snapshot]:
-        calls = [(self._keys.breaker(spec.name), self._common(spec, 0.0)) for spec in specs]
-        return [_snapshot(json.loads(reply)["snapshot"]) for reply in self._scripts.run_each("read", calls)]
+    def _read(self, specs: Sequence[Spec]) -> list[Snapshot]:
+        calls = [(self._keys.breaker(spec.name), (*self._common(spec), 0)) for spec in specs]
+        try:
+            replies = self._scripts.run_each("read", calls)
+            return [_seen(spec, reply).snapshot() for spec, reply in zip(specs, replies, strict=True)]
+        except StoreError as error:
+            if not is_unreadable(error.__cause__):
+                raise
+        except UNREADABLE:
+            pass
+        return [self._run("read", spec, 0).snapshot() for spec in specs]  # finds which it is
 
-    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0) -> Grant:
-        """Ask to make one call; see :meth:`Store.acquire`."""
-        reply = self._decide("acquire", spec, jitter, holder, to_ms(lease), "", 0, 1)
-        return Grant(reply["admitted"], reply["trial"], reply["snapshot"], reply["transition"])
+    def _look(self, spec: Spec) -> Seen:
+        return self._run("read", spec, 1)
+
+    def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls], check: tuple[Outcome, int] | None = None) -> Seen:
+        encoded = json.dumps([[run.outcome.value, *run[1:]] for run in runs])
+        return self._run("count", spec, epoch, encoded, *(("", 0) if check is None else (check[0].value, check[1])))
+
+    def _lease(self, spec: Spec, holder: str, lease: int) -> tuple[Seen, bool]:
+        seen = self._run("lease", spec, holder, lease)
+        return seen, seen.done > 0
+
+    def _settle(self, spec: Spec, holder: str, epoch: int, outcome: Outcome) -> tuple[Seen, bool]:
+        seen = self._run("settle", spec, holder, epoch, outcome.value)
+        return seen, seen.done > 0
+
+    def _change(self, spec: Spec, seen: Seen, change: Change) -> tuple[Seen, bool]:
+        share = seen.rules.max_open_ratio if change.opens_child and spec.parent else 0.0
+        written = [part for item in change.fields.items() for part in item]
+        after = self._run("transition", spec, seen.version, int(change.forgets), share, *written)
+        if after.done and change.transition is not None:
+            with suppress(StoreError):  # the transition has been made
+                self.history.follow(change.transition, spec.policy.window)
+        return after, after.done > 0
 
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
         """Lengthen live permits and slots to ``lease`` seconds from now. False: it is no longer held."""
         keys = self._keys.breaker(name)
-        renewed = self._scripts.run("renew", [keys.trials, keys.stragglers, keys.slots], to_ms(lease), *holders)
-        return [bool(one) for one in renewed]
+        return [bool(one) for one in self._scripts.run("renew", [keys.trials, keys.slots], to_ms(lease), *holders)]
 
-    def record(self, spec: Spec, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
-        """Count outcomes of calls that needed no permit; open the breaker if that trips it."""
-        return _answer(self._decide("record", spec, jitter, _evidence(evidence)))
-
-    def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
-        """Count the outcome of a call, and free its permit and its slot. Without either it changes nothing."""
-        told = holder, outcome.value, _evidence(evidence)
-        return _answer(self._decide("settle", spec, jitter, *told))
-
-    def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:
-        """Do what time has made due: expired permits become failures, OPEN becomes HALF_OPEN."""
-        return _answer(self._decide("advance", spec, jitter))
-
-    def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
-        """Carry out an operator's verb. A verb that leads to the present state makes no transition."""
-        told = verb.value, brief(reason), brief(actor)
-        return _answer(self._decide("command", spec, jitter, *told))
+    def begin_health_check(self, spec: Spec, *, since: float) -> bool:
+        """Return whether it is the caller who makes a health check; False if somebody has begun one since."""
+        keys = self._keys.breaker(spec.name)
+        return bool(self._scripts.run("begin_health_check", keys, *self._common(spec), to_ms(since)))
 
     # --- children -------------------------------------------------------------------------------
 
     def enroll(self, spec: Spec) -> bool:
         """Return whether there is room for a child; see :meth:`Store.enroll`."""
-        keys, told = self._keys.breaker(spec.name), (key_of(spec.name), spec.policy.max_keys, IDLE_AFTER)
-        return bool(self._scripts.run("enroll", [keys.children, keys.hot], *told))
+        index, key = self._keys.breaker(spec.name).children, key_of(spec.name)
+
+        def enroll(client: redis.Redis) -> bool:
+            now = to_ms(self.ping())
+            is_full = client.zscore(index, key) is None and client.zcard(index) >= spec.policy.max_keys
+            if is_full and not client.zremrangebyscore(index, "-inf", now - IDLE_AFTER):
+                return False
+            client.zadd(index, {key: now}, gt=True)
+            return True
+
+        return self._server.run(enroll)
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         """Return the names of the children of a breaker; see :meth:`Store.children`."""
@@ -163,26 +177,26 @@ class RedisStore:
         keys: list[Any] = self._server.run(lambda client: client.zrange(index, start, end))
         return [f"{name}:{key.decode()}" for key in keys]
 
+    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> list[str]:
+        """Return the names of children that are not plainly CLOSED; see :meth:`Store.active_children`."""
+        index = self._keys.breaker(name).active
+        keys: list[Any] = self._server.run(
+            lambda client: client.zrangebyscore(index, to_ms(since), "+inf", start=start, num=count)
+        )
+        return [f"{name}:{key.decode()}" for key in keys]
+
     def cool(self, spec: Spec) -> bool:
-        """Take a child off the hot ones; see :meth:`Store.cool`."""
-        is_cool = bool(self._scripts.run("cool", self._keys.breaker(spec.name), *self._common(spec, 0.0)))
-        if is_cool:
-            self.history.close(spec.name)  # its state may have ended by itself
-        return is_cool
-
-    # --- health checks ------------------------------------------------------------------------------
-
-    def begin_health_check(self, spec: Spec, *, since: float) -> bool:
-        """Return whether it is the caller who makes a health check; False if somebody has begun one since."""
-        keys = self._keys.breaker(spec.name)
-        return bool(self._scripts.run("begin_health_check", keys, *self._common(spec, 0.0), to_ms(since)))
-
-    def report_health_check(
-        self, spec: Spec, outcome: Outcome, evidence: Evidence, *, limit: int, jitter: float = 0.0
-    ) -> Answer:
-        """Count a health check made while CLOSED or SHADOW; ``limit`` failures in a row open the breaker."""
-        told = outcome.value, limit, _evidence(evidence)
-        return _answer(self._decide("report_health_check", spec, jitter, *told))
+        """Take a child off the active ones; see :meth:`Store.cool`."""
+        index, key = self._keys.breaker(spec.name).active, key_of(spec.name)
+        if not self._run("read", spec, 0).is_plain:
+            return False
+        self._server.run(lambda client: client.zrem(index, key))
+        seen = self._run("read", spec, 0)
+        if not seen.is_plain:  # something has happened in between
+            self._server.run(lambda client: client.zadd(index, {key: seen.now}))
+            return False
+        self.history.close(spec.name)  # its state may have ended by itself
+        return True
 
     # --- small values -------------------------------------------------------------------------------
 
@@ -215,43 +229,28 @@ class RedisStore:
 
     # --- inside ---------------------------------------------------------------------------------------
 
-    def _decide(self, script: str, spec: Spec, jitter: float, *args: Argument) -> dict[str, Any]:
-        def decide() -> dict[str, Any]:
-            reply = json.loads(
-                self._scripts.run(script, self._keys.breaker(spec.name), *self._common(spec, jitter), *args)
-            )
-            return {**reply, "snapshot": _snapshot(reply["snapshot"]), "transition": _transition(reply)}
-
-        reply = self._readable([spec.name], decide)
-        if reply["transition"] is not None:
-            with suppress(StoreError):  # the transition has been made
-                self.history.follow(reply["transition"], spec.policy.window)
-        return reply
-
-    def _readable(self, names: Iterable[str], ask: Callable[[], T]) -> T:
-        """Return what ``ask`` finds; where a script or a reader fails on what is kept, that is deleted first."""
+    def _run(self, script: str, spec: Spec, *args: Argument) -> _Answer:
+        """Run a script; what is kept and cannot be read is deleted, and the breaker is CLOSED."""
+        keys = self._keys.breaker(spec.name)
         try:
-            return ask()
+            return _seen(spec, self._scripts.run(script, keys, *self._common(spec), *args))
         except StoreError as error:
             if not is_unreadable(error.__cause__):
                 raise
             trouble: Exception = error
         except UNREADABLE as error:
             trouble = error
-        for name in names:
-            keys = self._keys.breaker(name)
-            self._server.discard([keys.state, keys.window, keys.trials, keys.stragglers, keys.slots], trouble)
-            self.history.close(name)
-        return ask()
+        self._server.discard([keys.state, keys.failures, keys.slow, keys.trials, keys.slots], trouble)
+        self.history.close(spec.name)
+        return _seen(spec, self._scripts.run(script, keys, *self._common(spec), *args))
 
-    def _common(self, spec: Spec, jitter: float) -> tuple[Argument, ...]:
-        rules = json.dumps(spec.rules()._asdict())
-        return (spec.name, self._keys.changes, rules, jitter)
+    def _common(self, spec: Spec) -> tuple[Argument, ...]:
+        return (spec.rules().text(), key_of(spec.name), self._channel, spec.name)
 
     def _subscribe(self, client: redis.Redis) -> PubSub:
         subscription: PubSub = client.pubsub()  # type: ignore[no-untyped-call]
         try:
-            subscription.subscribe(self._keys.changes)
+            subscription.subscribe(self._channel)
             subscription.parse_response()  # type: ignore[no-untyped-call] # the confirmation: nothing is missed from here
         except BaseException:
             subscription.close()
@@ -259,55 +258,36 @@ class RedisStore:
         return subscription
 
 
-def _answer(reply: dict[str, Any]) -> Answer:
-    return Answer(reply["snapshot"], reply["transition"])
+class _Answer(Seen):
+    """A breaker as a script has answered."""
+
+    done = 0
 
 
-def _evidence(evidence: Evidence) -> str:
-    fields: dict[str, Any] = {
-        "epoch": evidence.epoch,
-        "runs": [[c.outcome.value, c.number, c.voter, False, c.each] for c in evidence.runs],
-        "cause": brief(evidence.cause),
-        "causes": {brief(cause): count for cause, count in evidence.causes},
-    }
-    if evidence.retry_after is not None:
-        fields["retry_after"] = to_ms(evidence.retry_after)
-    return json.dumps(fields)
+def _seen(spec: Spec, reply: Sequence[Any]) -> _Answer:
+    now, state, permits, in_flight, deferred, oldest, deadline, active, done = reply
+    fields = _pairs(state)
+    trials = {member: int(float(end)) for member, end in _pairs(permits).items()}
+    waiting = int(in_flight), int(deferred), _instant(oldest), _instant(deadline)
+    rules = spec.rules().or_newer(fields.get("rules"))
+    answer = _Answer(spec.name, int(now), rules, {**fields, "active_children": active}, trials, waiting)
+    answer.done = int(done)
+    return answer
 
 
-_TIMES = (
-    "now",
-    "since",
-    "open_until",
-    "last_success_at",
-    "ramp_since",
-    "oldest_deferred_at",
-    "next_deadline_at",
-    "checked_at",
-)
+def _pairs(flat: Sequence[Any]) -> dict[str, str]:
+    texts = [part.decode(errors="surrogateescape") if isinstance(part, bytes) else str(part) for part in flat]
+    return dict(zip(texts[::2], texts[1::2], strict=True))
 
 
-_OLD = ("local_failures", "crowded", "shadow_openings")
-
-
-def _snapshot(fields: dict[str, Any]) -> Snapshot:
-    times = {name: to_seconds(fields[name]) for name in _TIMES if name in fields}
-    openings = len(fields["shadow_openings"])
-    hot = tuple(fields.get("hot_children", ()))
-    fields = {name: value for name, value in fields.items() if name not in _OLD}
-    others = {"state": State(fields["state"]), "would_have_opened": openings, "hot_children": hot}
-    return Snapshot(**{**fields, **times, **others})
-
-
-def _transition(reply: dict[str, Any]) -> Transition | None:
-    fields = reply.get("transition")
-    states = {name: State(fields[name]) for name in ("previous", "state")} if fields else {}
-    return fields and Transition(**{**fields, **states, "at": fields["at"] / 1000})
+def _instant(score: Any) -> int | None:
+    return int(float(score)) if score not in (b"", "") else None
 
 
 def _published(data: bytes) -> Snapshot | None:
     """Return the snapshot in a message; None for one that is not ours, which the next read makes up for."""
     try:
-        return _snapshot(json.loads(data))
+        name, _, reply = data.decode().partition("\n")
+        return _seen(Spec(name, revision=OLDEST), json.loads(reply)).snapshot()
     except (ValueError, KeyError, TypeError):
         return None

@@ -128,8 +128,6 @@ class Reporter:
             standing.pending.append((epoch, Calls(outcome, 1, voter, each, was_overdue), cause, retry_after))
             return self.schedule(standing, urgent=True)
         standing.pending.append(epoch)
-        if standing.success_may_open:
-            return self.schedule(standing, urgent=True)
         if not standing.scheduled:
             self.schedule(standing)
         return _NOTHING_URGENT

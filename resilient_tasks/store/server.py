@@ -74,6 +74,7 @@ class Server:
             **options,
         }
         self.address = str(self._address)
+        self.database = int(self._address.options.get("db") or 0)
         self._last_failure = ""
         self._retry_at: float | None = None
         self._lock = threading.Lock()

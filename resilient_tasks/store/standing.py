@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from resilient_tasks.core.model import ADMITTING, Calls, Snapshot, State
-from resilient_tasks.core.record import ramp_share
+from resilient_tasks.core.rules import ramp_share
 from resilient_tasks.store.base import Spec
 
 DENIAL_MEMORY = 1.0  # seconds for which a denied permit is not asked for again, unless something has moved
@@ -28,9 +28,8 @@ class Standing:
         known: the store has said something.
         admits: calls are admitted, where they are limited with a slot: CLOSED, DISABLED or SHADOW.
         admits_freely: and they need not even ask the store, because there is no limit.
-        success_may_open: nothing but calls is lacking for the breaker to open, so that a success may bring the last.
-        admits_plainly: calls are admitted freely, and a success is in no hurry.
         epoch: of ``snapshot``; the outcome of a call belongs to the epoch that admitted it.
+        counts: of changes, which another process writes; see :meth:`watch`.
         deadline: on the view's clock, when trials may begin: -inf at once, +inf only by an operator.
         pending: outcomes that the ``Reporter`` has not sent yet.
         scheduled: the ``Reporter`` knows that something is pending; it is to be sent at ``due_at``, or if ``urgent``
@@ -38,8 +37,8 @@ class Standing:
     """
 
     __slots__ = (
-        "_clock", "_denied", "_heard_at", "admits", "admits_freely", "admits_plainly", "deadline", "due_at", "epoch",
-        "known", "mark", "pending", "scheduled", "snapshot", "spec", "success_may_open", "urgent",
+        "_clock", "_denied", "_heard_at", "_place", "admits", "admits_freely", "counts", "deadline", "due_at", "epoch",
+        "known", "mark", "pending", "scheduled", "seen", "snapshot", "spec", "urgent",
     )  # fmt: skip
 
     def __init__(self, spec: Spec, clock: Callable[[], float]) -> None:
@@ -51,12 +50,28 @@ class Standing:
         self.scheduled = self.urgent = False
         self.due_at = -math.inf
         self._denied = _NEVER_DENIED
+        self.seen = 0  # that count when this copy was made
+        self.watch(None, 0)
         self.hear(Snapshot(spec.name, State.CLOSED, epoch=0, version=0, now=0.0, since=0.0), -math.inf)
 
     @property
     def name(self) -> str:
         """Name of the breaker."""
         return self.spec.name
+
+    def watch(self, counts: memoryview | None, place: int) -> None:
+        """Watch a count of changes that another process writes; None: this process receives them itself."""
+        self.counts, self._place = counts, place
+
+    @property
+    def count(self) -> int:
+        """How many changes have been counted."""
+        return 0 if self.counts is None else int(self.counts[self._place])
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the main process has received a change since this copy was made."""
+        return self.counts is not None and self.counts[self._place] != self.seen
 
     def hear(self, snapshot: Snapshot, now: float) -> None:
         """Take over what the store said at ``now`` on the view's clock."""
@@ -66,22 +81,11 @@ class Standing:
         self.epoch = snapshot.epoch  # before ``admits``: a call admitted by this news belongs to this epoch
         self.admits = snapshot.state in ADMITTING
         self.admits_freely = self.admits and not self._is_limited(snapshot)
-        self.success_may_open = self._lacks_calls_alone(snapshot)
-        self.admits_plainly = self.admits_freely and not self.success_may_open
 
     def _is_limited(self, snapshot: Snapshot) -> bool:
         if snapshot.epoch == 0:  # the store has said nothing yet
             return self.spec.policy.most_in_flight is not None
         return snapshot.concurrency_limit is not None
-
-    def _lacks_calls_alone(self, snapshot: Snapshot) -> bool:
-        """Whether so many calls have failed, or were slow, that any others open it once there are enough of them."""
-        policy = self.spec.policy
-        least = policy.minimum_calls
-        if snapshot.state is not State.CLOSED or snapshot.calls >= least:
-            return False
-        failed = snapshot.failures >= policy.failure_rate_threshold * least
-        return failed or snapshot.slow >= policy.slow_call_rate_threshold * least
 
     def _deadline(self, snapshot: Snapshot) -> float:
         if snapshot.state is State.FORCED_OPEN:

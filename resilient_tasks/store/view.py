@@ -3,11 +3,13 @@
 A ``Standing`` is one breaker in it. Guards and gates hold theirs directly, because they look at it on
 every call. The copy is kept fresh in one of two ways:
 
-* A process that *follows* (a worker's main process, a web process, a script) has one thread that hears
-  of changes and reads all states twice a second, which makes up for lost messages.
-* A *child* of a prefork pool neither subscribes nor polls. Its main process counts changes in memory that
-  was shared before the fork; the child rereads the store when that number has moved, and only then.
+* A process that *follows* (a worker's main process, a web process, a script) has one thread that receives
+  transitions and reads states twice a second, which makes up for lost messages: those of all breakers, and of
+  children those that have changed, at most 500 at a time.
+* A *child* of a prefork pool neither subscribes nor polls. Its main process counts changes, by breaker, in memory
+  that was shared before the fork; the child rereads a breaker that it is about to use when that count has moved.
 
+So what a call costs never depends on how many breakers and children there are, nor on how often others change.
 Locks and threads never cross a fork: the copy does, and each process goes on from what it inherited.
 """
 
@@ -18,45 +20,49 @@ import math
 import mmap
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from zlib import crc32
 
-from resilient_tasks.core.model import Snapshot
+from resilient_tasks.core.model import Answer, Snapshot
 from resilient_tasks.core.names import parent_of
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Spec, Store
-from resilient_tasks.store.following import POLL_INTERVAL, Follower
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.store.standing import Standing
 
 logger = logging.getLogger(__name__)
 
-MOST_AT_ONCE = 500  # hot children that are read with one refresh
+MOST_AT_ONCE = 500  # children that are read with one refresh
+POLL_INTERVAL = 0.5  # seconds between two reads of all states, and before a failed read is tried again
+_OVERLAP = 2.0  # seconds of changes that are looked at twice: clocks are read before and after a script
+_SHARED_COUNTS = 2**16  # of changes; breakers with the same checksum share one
 
 
 class View:
     """All breakers that this process declares, as it sees them.
 
     Args:
-        store: where states are read and changes heard; its errors leave the view as it is.
+        store: where states are read and transitions received; its errors leave the view as it is.
         clock: monotonic clock in seconds.
     """
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self.signal: memoryview | None = None  # in a child: the main process's count of changes
-        self.seen = 0  # that count when this copy was made
-        self.on_room: Callable[[], object] = _nobody_cares  # tasks wait for a slot, and there is one
-        self.on_forgotten: Callable[[str], object] = _nobody_cares  # a child is known here no longer
+        self.on_room: Callable[[], object] = _nothing  # tasks wait for a slot, and there is one
+        self.on_forgotten: Callable[[str], object] = _nothing  # a child is known here no longer
+        self.on_answer: Callable[[Answer], object] = _nothing  # a change was due, and was made by this process
         self._store = store
         self._standings: dict[str, Standing] = {}
-        self._hot: frozenset[str] = frozenset()
-        self._strangers: set[str] = set()  # children that others have told of, and nobody has used here
-        self._looked_at = ""  # the hot child that was read last, when there are too many to read all at once
+        self._active: dict[str, list[str]] = {}  # parent -> some of its active children
+        self._passed: dict[str, int] = {}  # parent -> how many active children were looked at before
+        self._unused: set[str] = set()  # children of which only others have reported
+        self._looked_at = 0.0  # the store's time of the last look at what has changed
         self._server_offset = time.time() - clock()
         self._marks = 0
-        self._shared: memoryview | None = None
+        self._shared: memoryview | None = None  # counts of changes; this process writes or watches them
+        self._is_child = False
         self._retry_at = -math.inf
         self._begin()
         renew_after_fork(self)
@@ -65,19 +71,28 @@ class View:
         """Make what cannot cross a fork."""
         self._lock = threading.Lock()
         self._rereading = threading.Lock()
-        self._follower = Follower(self._store, self)
+        self._thread: threading.Thread | None = None
+        self._stopped = threading.Event()
 
     # --- what is known --------------------------------------------------------------------------
 
     def declare(self, spec: Spec) -> Standing:
         """Add a breaker, or its new policy; without I/O. Return its standing, always the same object."""
         with self._lock:
-            standing = self._standings.get(spec.name)
-            if standing is None:
-                standing = self._standings[spec.name] = Standing(spec, self.clock)
+            standing = self._standings.get(spec.name) or self._new(spec)
             standing.spec = spec
-            self._strangers.discard(spec.name)
+            self._unused.discard(spec.name)
             return standing
+
+    def _new(self, spec: Spec) -> Standing:
+        standing = self._standings[spec.name] = Standing(spec, self.clock)
+        self._watch(standing)
+        return standing
+
+    def _watch(self, standing: Standing) -> None:
+        """Let a standing of a child process know where changes are counted."""
+        if self._is_child and self._shared is not None:
+            standing.watch(self._shared, crc32(standing.name.encode()) % len(self._shared))
 
     def standing(self, name: str) -> Standing:
         """Return the standing of a declared breaker, up to date as far as this process can know.
@@ -85,22 +100,23 @@ class View:
         Raises:
             KeyError: nobody declared it.
         """
-        self.catch_up()
-        return self._standings[name]
+        standing = self._standings[name]
+        self.catch_up(standing)
+        return standing
 
     def standings(self) -> list[Standing]:
         """Return all declared breakers."""
         return list(self._standings.values())
 
-    def hot_children(self) -> list[str]:
-        """Return the names of all children in the fleet that are not plainly CLOSED, as of the last refresh."""
-        return sorted(self._hot)
+    def active_children(self) -> list[str]:
+        """Return names of children in the fleet that are not plainly CLOSED, at most 500 of a parent, in turn."""
+        return sorted(name for names in list(self._active.values()) for name in names)
 
     def forget(self, name: str) -> None:
         """Let go of a child; declaring it again makes another standing."""
         with self._lock:
             self._standings.pop(name, None)
-            self._strangers.discard(name)
+            self._unused.discard(name)
         self.on_forgotten(name)
 
     def server_now(self) -> float:
@@ -121,28 +137,30 @@ class View:
         of its own, and a store that was restored from a backup has gone back in time.
 
         Args:
-            snapshot: what it said; ignored if nobody declared that breaker.
+            snapshot: what it said; of a breaker that is not declared here, pool processes are notified.
             asked: the mark of :meth:`asking` from before the question; None for an unasked message.
         """
         with self._lock:
-            standing = self._standings.get(snapshot.name) or self._met(snapshot.name)
-            if standing is None or not _is_news(standing, snapshot, asked):
+            standing = self._standings.get(snapshot.name)
+            if standing is None:
+                self._notify(snapshot.name)
+                return False
+            if not _is_news(standing, snapshot, asked):
                 return False
             differs = not standing.known or _essence(standing.snapshot) != _essence(snapshot)
             self._take(standing, snapshot)
-            if differs and self._shared is not None and self.signal is None:
-                self.seen += 1
-                self._shared[0] = self.seen
+            if differs:
+                standing.seen = self._notify(snapshot.name)
             return differs
 
-    def _met(self, name: str) -> Standing | None:
-        """Declare a child that somebody else has told of; pool processes learn of it through their main process."""
-        parent = self._standings.get(parent_of(name) or "")
-        if parent is None:
-            return None
-        standing = self._standings[name] = Standing(replace(parent.spec, name=name), self.clock)
-        self._strangers.add(name)
-        return standing
+    def _notify(self, name: str) -> int:
+        """Count a change for the pool processes; return how many there were."""
+        if self._shared is None:
+            return 0
+        place = crc32(name.encode()) % len(self._shared)
+        if not self._is_child:
+            self._shared[place] = (self._shared[place] + 1) % 2**32
+        return self._shared[place]
 
     def _take(self, standing: Standing, snapshot: Snapshot) -> None:
         now = self.clock()
@@ -153,42 +171,49 @@ class View:
         standing.known = True
 
     def refresh(self) -> None:
-        """Read all declared breakers in one round trip, and their hot children in another if there are any.
-
-        Children that are plainly CLOSED are not read: there may be thousands. Nor are those remembered that nobody
-        has used here: over the weeks there may be millions.
+        """Read all declared breakers in one round trip, and those children that have changed.
 
         Raises:
             StoreError: the store did not answer; the view is as it was.
         """
-        snapshots = self.look(*(standing.spec for standing in self.standings() if parent_of(standing.name) is None))
-        former = self._hot
-        self._hot = frozenset(f"{each.name}:{key}" for each in snapshots for key in each.hot_children)
-        names = self._next_in_turn(sorted(self._hot | former))
-        specs = [replace(self._standings[str(parent_of(name))].spec, name=name) for name in names]
-        self.look(*specs)
-        self._forget_strangers(self._hot | former)
+        looked_at = self.server_now() - _OVERLAP
+        snapshots = self.look(*(each.spec for each in self.standings() if parent_of(each.name) is None))
+        for snapshot in snapshots:
+            if snapshot.active_children or snapshot.name in self._active:
+                self._refresh_children(snapshot.name)
+        self._looked_at = looked_at
+        self._forget_unused()
 
-    def _forget_strangers(self, but: frozenset[str]) -> None:
+    def _refresh_children(self, parent: str) -> None:
+        """Look at children that have changed, and at the next of all active ones that are not known here."""
+        changed = self._store.active_children(parent, since=self._looked_at, count=MOST_AT_ONCE)
+        passed = self._passed.get(parent, 0)
+        active = self._store.active_children(parent, start=passed, count=MOST_AT_ONCE)
+        former, self._active[parent] = self._active.get(parent, []), active
+        self._passed[parent] = passed + len(active) if len(active) == MOST_AT_ONCE else 0
+        for name in changed:
+            if name not in self._standings:
+                self._notify(name)
+        known = self._standings
+        names = {name for name in changed if name in known} | {name for name in active if name not in known}
+        names |= {name for name in former if name in known and name not in active}
         with self._lock:
-            gone = self._strangers - but
-            self._strangers -= gone
+            for name in names - known.keys():
+                self._new(replace(known[parent].spec, name=name))
+                self._unused.add(name)
+        self.look(*(known[name].spec for name in sorted(names)[:MOST_AT_ONCE] if name in known))
+
+    def _forget_unused(self) -> None:
+        with self._lock:
+            gone = self._unused.difference(*self._active.values())
+            self._unused -= gone
             for name in gone:
                 del self._standings[name]
         for name in gone:
             self.on_forgotten(name)
 
-    def _next_in_turn(self, names: list[str]) -> list[str]:
-        """Return those to read now, of many some after the other."""
-        if len(names) <= MOST_AT_ONCE:
-            return names
-        start = bisect_right(names, self._looked_at)
-        chosen = (names[start:] + names[:start])[:MOST_AT_ONCE]
-        self._looked_at = chosen[-1]
-        return chosen
-
     def look(self, *specs: Spec) -> list[Snapshot]:
-        """Read some breakers in one round trip.
+        """Read some breakers in one round trip; make changes that are due and that nobody has made.
 
         Raises:
             StoreError: the store did not answer; the view is as it was.
@@ -197,9 +222,11 @@ class View:
             return []
         asked = self.asking()
         snapshots = self._store.read(specs)
-        for snapshot in snapshots:
+        for spec, snapshot in zip(specs, snapshots, strict=True):
             self.update(snapshot, asked)
             self.look_for_room(snapshot)
+            if snapshot.is_due:  # whoever counted has ended before it could decide
+                self.on_answer(self._store.advance(spec))
         return snapshots
 
     def look_for_room(self, snapshot: Snapshot) -> None:
@@ -212,55 +239,83 @@ class View:
     def follow(self) -> None:
         """Keep the view fresh from now on, in one daemon thread. Does nothing in a child, or twice."""
         with self._lock:
-            if self.signal is None:
-                self._follower.start()
+            is_alive = self._thread is not None and self._thread.is_alive() and not self._stopped.is_set()
+            if self._is_child or is_alive:
+                return
+            self._stopped = threading.Event()
+            thread = threading.Thread(target=self._follow, name="resilient-tasks-view", daemon=True)
+            with suppress(RuntimeError):  # the interpreter is shutting down: there is no future to follow
+                thread.start()
+                self._thread = thread
 
     def stop(self, timeout: float = 1.0) -> None:
         """Stop following, waiting at most ``timeout`` seconds for the thread."""
-        self._follower.stop(timeout)
+        self._stopped.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def _follow(self) -> None:
+        stopped = self._stopped
+        while not stopped.is_set():
+            try:
+                self._receive_changes(stopped)
+            except StoreError as error:
+                logger.debug("the view is stale: %s", error)
+            except Exception:
+                if not stopped.is_set():  # else the connection was closed under our feet
+                    logger.exception("the view could not be refreshed; trying again")
+            stopped.wait(POLL_INTERVAL)
+
+    def _receive_changes(self, stopped: threading.Event) -> None:
+        self.refresh()
+        read_at = time.monotonic()
+        for snapshot in self._store.changes(timeout=POLL_INTERVAL):
+            if snapshot is not None:
+                self.update(snapshot)
+            if stopped.is_set():
+                return
+            if time.monotonic() >= read_at + POLL_INTERVAL:
+                self.refresh()
+                read_at = time.monotonic()
 
     # --- a child of a prefork pool ----------------------------------------------------------------
 
     def share(self) -> None:
         """Allocate the memory that children will watch. Called in the main process, before it forks."""
         if self._shared is None:
-            self._shared = memoryview(mmap.mmap(-1, 8)).cast("Q")
-            self._shared[0] = self.seen
+            self._shared = memoryview(mmap.mmap(-1, 4 * _SHARED_COUNTS)).cast("I")
 
     def become_child(self) -> None:
         """Watch the main process instead of the store. Called in each child; needs :meth:`share` before the fork.
 
         Without shared memory the process follows for itself on first use.
         """
-        if self._shared is not None:
-            self.signal = self._shared
-        elif self._standings:
-            self.signal = _never_seen
-            self.seen = 0
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether the main process has heard of a change since this copy was made."""
-        return self.signal is not None and self.signal[0] != self.seen
-
-    def catch_up(self) -> None:
-        """Reread the store if :attr:`is_behind`."""
-        signal = self.signal
-        if signal is None or signal[0] == self.seen:
+        if self._shared is None:
+            for standing in self.standings():
+                standing.watch(_UNSHARED, 0)
             return
-        if signal is _never_seen:
-            self.signal = None
+        self._is_child = True
+        for standing in self.standings():
+            self._watch(standing)
+
+    def catch_up(self, standing: Standing) -> None:
+        """Reread a breaker that has changed, as far as the main process knows."""
+        if not standing.is_behind:
+            return
+        if not self._is_child:
+            for each in self.standings():
+                each.watch(None, 0)
             self.follow()
         elif self.clock() >= self._retry_at and self._rereading.acquire(blocking=False):
             try:
-                self._reread(signal)
+                self._reread(standing)
             finally:
                 self._rereading.release()
 
-    def _reread(self, signal: memoryview) -> None:
-        changes = signal[0]
+    def _reread(self, standing: Standing) -> None:
+        count = standing.count
         try:
-            self.refresh()
+            self.look(standing.spec)
         except StoreError as error:
             logger.debug("a change was announced but cannot be read: %s", error)
             self._retry_at = self.clock() + POLL_INTERVAL
@@ -269,18 +324,18 @@ class View:
         if getattr(self._store, "away", False):
             self._retry_at = self.clock() + POLL_INTERVAL
         else:
-            self.seen = changes
+            standing.seen = count
 
     def after_fork(self) -> None:
         """Go on in the child with what the parent knew."""
-        follows = self._follower.has_begun
+        follows = self._thread is not None
         self._begin()
-        if self.signal is None and (follows or self._shared is not None):
+        if not self._is_child and (follows or self._shared is not None):
             self.become_child()
 
 
-def _nobody_cares(*_: object) -> None:
-    """Do nothing with the news."""
+def _nothing(*_: object) -> None:
+    """Do nothing."""
 
 
 def _is_news(standing: Standing, snapshot: Snapshot, asked: int | None) -> bool:
@@ -303,5 +358,4 @@ def _essence(snapshot: Snapshot) -> tuple[object, ...]:
     )
 
 
-_never_seen = memoryview(bytearray(8)).cast("Q")  # differs from every count that a view has seen
-_never_seen[0] = 2**64 - 1
+_UNSHARED = memoryview(bytearray(b"\xff" * 4)).cast("I")  # differs from every count that a standing has seen

@@ -133,7 +133,7 @@ class Runtime:
 
         As this process's view knows them, up to half a second ago.
         """
-        children = filter(self.defines, self.fleet.view.hot_children())
+        children = filter(self.defines, self.fleet.view.active_children())
         return [*self.breakers.values(), *map(self.breaker, children)]
 
     def breakers_of(self, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Breaker]:
@@ -213,12 +213,13 @@ class Runtime:
         """
         specs, store = self.specs(), self.fleet.store
         snapshots = store.read_shared(specs)
-        hot = [
-            replace(spec, name=f"{spec.name}:{key}")
+        active = [
+            replace(spec, name=name)
             for spec, snapshot in zip(specs, snapshots, strict=True)
-            for key in sorted(snapshot.hot_children)[:most_children]
+            if snapshot.active_children
+            for name in store.active_children(spec.name, count=most_children or snapshot.active_children)
         ]
-        return [*snapshots, *(store.read_shared(hot) if hot else ())]
+        return [*snapshots, *(store.read_shared(sorted(active, key=lambda spec: spec.name)) if active else ())]
 
     def validate(self) -> None:
         """Check at start-up what cannot be checked earlier, and warn of what may be a mistake.

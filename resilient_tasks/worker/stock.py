@@ -52,7 +52,7 @@ class Stocktaker:
         return [self._runtime.breaker(name) for name in (*self._found()[:MOST_FOUND], *names)]
 
     def _found(self) -> list[str]:
-        looked_after = set(self._runtime.fleet.view.hot_children())
+        looked_after = set(self._runtime.fleet.view.active_children())
         found = [name for name in self._tasks.queues.found() if name not in looked_after]
         return [name for name in found if is_child(name) and self._runtime.defines(name)]
 

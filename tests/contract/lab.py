@@ -142,12 +142,13 @@ class Subject:
         epoch: int | None = None,
         voter: str = "",
         each: bool = False,
+        was_overdue: bool = False,
         **evidence: Any,
     ) -> Answer:
         """Report one outcome after the other, as calls admitted in the present epoch, or in ``epoch``."""
         for letter in letters:
             admitted_in = self.snapshot().epoch if epoch is None else epoch
-            runs = (Calls(OUTCOMES[letter], 1, voter, each),)
+            runs = (Calls(OUTCOMES[letter], 1, voter, each, was_overdue),)
             answer = self._told(self.store.record(self.spec, Evidence(admitted_in, runs, **evidence)))
         return answer
 

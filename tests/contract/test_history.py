@@ -276,7 +276,7 @@ def test_an_outage_is_remembered_from_the_first_refusal_to_the_last_waiting_task
     assert outage.drained == closed + 30
     assert lab.history.lasting(["payments"]) == {}
     assert (outage.openings, outage.actor) == (2, "")
-    assert "failure rate" in outage.reason
+    assert "evidence" in outage.reason
     assert outage.causes == [("ReadTimeout", 3), ("OSError", 1)]
     assert outage.failed_calls == 4
     assert (outage.counts.trials, outage.counts.refused, outage.counts.deferred, outage.counts.resumed) == (2, 4, 1, 2)

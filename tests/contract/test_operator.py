@@ -54,8 +54,8 @@ def test_shadow_counts_admits_and_tells_once_that_it_would_have_opened(lab: Lab)
         True,
         snapshot.epoch,
     )
-    assert (told.calls, told.failures) == (5, 5)
-    assert told.reason == "failure rate 100 % of 5 calls, last: ReadTimeout"
+    assert (told.calls, told.failures) == (10, 5)
+    assert told.reason == "evidence 5 of 5: of the last 10 calls 5 failed, last: ReadTimeout"
     assert (snapshot.state, snapshot.would_open, snapshot.calls) == (State.SHADOW, True, 10)
     assert breaker.ask().admitted
     assert breaker.calls("FFFFFFFF").transition is None

@@ -45,7 +45,7 @@ def test_ends_of_calls_open_the_breaker(lab: Lab) -> None:
         assert breaker.settle(holder, "F").snapshot.state is State.CLOSED
     epoch = breaker.snapshot().epoch
     assert breaker.settle("e", "F", cause="ReadTimeout").snapshot.state is State.OPEN
-    assert breaker.transitions[0].reason == "failure rate 100 % of 5 calls, last: ReadTimeout"
+    assert breaker.transitions[0].reason == "evidence 5 of 5: of the last 5 calls 5 failed, last: ReadTimeout"
     assert breaker.snapshot().epoch > epoch
 
 
@@ -132,10 +132,14 @@ def test_a_limit_that_is_hardly_used_stays(lab: Lab) -> None:
 def test_a_failure_or_an_overrun_takes_a_tenth(lab: Lab, letter: str) -> None:
     breaker = lab.breaker(concurrency="adaptive", min_concurrency=2, max_concurrency=21, minimum_calls=1000)
     rounds(breaker, 9, capacity=100)
-    limits = [breaker.calls(letter).snapshot.concurrency_limit for _ in range(30)]
+    limits = []
+    for _ in range(30):
+        breaker.ask("call")
+        limits.append(breaker.settle("call", letter).snapshot.concurrency_limit)
     assert limits[:4] == [18, 16, 14, 12], "from 21"
     assert limits[-1] == 2
-    assert breaker.calls("I").snapshot.concurrency_limit == 2
+    breaker.ask("call")
+    assert breaker.settle("call", "I").snapshot.concurrency_limit == 2
 
 
 def test_it_converges_to_what_the_dependency_can_bear(lab: Lab) -> None:

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import NamedTuple, TypeVar
 
 from resilient_tasks.core.model import State
-from resilient_tasks.core.record import Record
+from resilient_tasks.core.rules import Kept
 
 SECOND = 1000
 NOW = 1000  # ms: later than every epoch of a state
@@ -130,20 +130,28 @@ def _live(stragglers: Iterable[Permit]) -> tuple[Permit, ...]:
     return tuple(sorted(straggler for straggler in stragglers if straggler.left > 0))
 
 
-def frozen(record: Record, era: int, former: Iterable[Permit]) -> Breaker:
+def frozen(kept: Kept, era: int, former: Iterable[Permit], expired: int = 0) -> Breaker:
+    """Write down what a store keeps; permits that have run out are as good as failed trials, if the rules see them."""
     unattended = {permit.holder: permit.unattended for permit in former}
+    fields, permits, stragglers = kept.fields, [], []
+    for member, end in kept.trials.items():
+        epoch, _, holder = member.partition(":")
+        if epoch == str(fields["epoch"]) and end <= NOW and expired:
+            continue
+        if epoch == str(fields["epoch"]):
+            permits.append(Permit(holder, max(0, end - NOW) // SECOND, unattended.get(holder)))
+        else:
+            stragglers.append(Permit(holder, (end - NOW) // SECOND))
     return Breaker(
         era=era,
-        epoch=record.epoch - 1,
-        state=record.state,
-        open_for=None if record.open_until is None else max(0, record.open_until - NOW) // SECOND,
-        row=record.row,
-        successes=record.trial_successes,
-        failures=record.trial_failures,
-        permits=tuple(
-            Permit(holder, max(0, end - NOW) // SECOND, unattended.get(holder)) for holder, end in record.trials.items()
-        ),
-        stragglers=_live(Permit(holder, (end - NOW) // SECOND) for holder, end in record.stragglers.items()),
+        epoch=fields["epoch"] - 1,
+        state=fields["state"],
+        open_for=max(0, fields["open_until"] - NOW) // SECOND if fields.get("open_until") else None,
+        row=fields["row"],
+        successes=fields["ok"],
+        failures=fields["ko"] + expired,
+        permits=tuple(permits),
+        stragglers=_live(stragglers),
     )
 
 

@@ -1,6 +1,6 @@
 """Model of permits and epochs: two workers, a tick, an operator and a store that fails, over the real rules.
 
-Every decision is made by ``core/machine.py``; the contract suite holds the scripts of the shared store to it.
+Every decision is made by the store in memory; the contract suite holds the scripts of the shared store to it.
 Time passes in steps of a second.
 
 An *era* is what an epoch stands for: one stay in one state. It is never used again, so that a stale report is
@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from operator import methodcaller
 
-from resilient_tasks.core.machine import Decision
-from resilient_tasks.core.model import Calls, Outcome, State, Verb
-from resilient_tasks.core.record import Record, Rules
+from resilient_tasks.core.model import Answer, Calls, Grant, Outcome, State, Verb
+from resilient_tasks.core.rules import Kept
 from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.store.base import Evidence, Spec
+from resilient_tasks.store.local import LocalStore, continued, new
 from tests.model.explorer import Step, see
 from tests.model.fleet import (
     NOW,
@@ -43,7 +43,7 @@ LEASE = 2  # seconds
 TICKS = 2  # seconds in which a tick runs at least once
 NOBODY, NEVER = "nobody", -1
 
-Ask = Callable[[Decision], object]
+Ask = Callable[[LocalStore], Answer | Grant | None]
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Permits:
         trial_successes: of them that close the breaker; None: all.
         store_faults: what may befall the shared store, each once.
         operated: an operator takes part.
-        decision: the rules.
+        store: with the rules.
         holders: what the two workers ask for permits as.
     """
 
@@ -63,7 +63,7 @@ class Permits:
     trial_successes: int | None = None
     store_faults: frozenset[StoreFault] = frozenset()
     operated: bool = False
-    decision: type[Decision] = Decision
+    store: type[LocalStore] = LocalStore
     holders: tuple[str, str] = ("worker 0", "worker 1")
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class Permits:
             consecutive_failures=2, minimum_calls=1000, minimum_tasks=1, open_duration=1.0, open_multiplier=1.0,
             open_jitter=0.0, trial_calls=self.trial_calls, trial_successes=self.trial_successes,
         )  # fmt: skip
-        self.rules = Rules.of(policy, 0)
+        self.spec = Spec(NAME, policy)
 
     def start(self) -> World:
         return World(faults=self.store_faults)
@@ -84,12 +84,13 @@ class Permits:
     def _steps(self, world: World) -> Iterator[Step[World]]:
         for worker, call in enumerate(world.calls):
             yield from self._idle(worker, world) if call is None else self._busy(worker, world, call)
-        yield Step("tick", self._decide(world, methodcaller("advance"))._replace(without_tick=0))
+        yield Step("tick", self._decide(world, lambda store: store.advance(self.spec))._replace(without_tick=0))
         if self._may_time_pass(world):
             yield Step("a second passes", self._later(world))
         if self.operated:
             for verb in (Verb.TRIP, Verb.ISOLATE, Verb.RESET):
-                yield Step(f"operator: {verb}", self._decide(world, methodcaller("command", verb)), fault=True)
+                after = self._decide(world, partial(_command, spec=self.spec, verb=verb))
+                yield Step(f"operator: {verb}", after, fault=True)
         for fault in world.faults:
             yield Step(fault.value, self._store_fails(fault, world._replace(faults=world.faults - {fault})), fault=True)
         if world.local is not None:
@@ -104,15 +105,18 @@ class Permits:
             call = Call(breaker.era, breaker.epoch, trial=False, renews=False)
             yield Step(f"worker {worker} begins", with_call(world, worker, call))
             return
-        answers: list[tuple[bool, bool]] = []
-        after = self._decide(
-            world, lambda d: answers.append(d.acquire(self.holders[worker], LEASE * SECOND)), worker=worker
-        )  # fmt: skip
-        [(admitted, trial)] = answers
-        if admitted:
+        grants: list[Grant] = []
+
+        def ask(store: LocalStore) -> Grant:
+            grants.append(store.acquire(self.spec, self.holders[worker], lease=LEASE))
+            return grants[0]
+
+        after = self._decide(world, ask, worker=worker)
+        [grant] = grants
+        if grant.admitted:
             breaker = breaker_of(worker, after)
-            after = with_call(after, worker, Call(breaker.era, breaker.epoch, trial, renews=trial))
-        yield Step(f"worker {worker} asks and is {'admitted' if admitted else 'refused'}", after)
+            after = with_call(after, worker, Call(breaker.era, breaker.epoch, grant.trial, renews=grant.trial))
+        yield Step(f"worker {worker} asks and is {'admitted' if grant.admitted else 'refused'}", after)
 
     def _busy(self, worker: int, world: World, call: Call) -> Iterator[Step[World]]:
         if call.renews:
@@ -127,11 +131,11 @@ class Permits:
         yield Step(f"worker {worker} is killed", dead._replace(local=None) if worker == 1 else dead, fault=True)
 
     def _report(self, worker: int, world: World, call: Call, outcome: Outcome) -> World:
-        def tell(epoch: int, holder: str, decision: Decision) -> None:
-            if call.trial:
-                decision.settle(holder, epoch, outcome)
-            else:
-                decision.report(epoch, [Calls(outcome)])
+        def tell(epoch: int, holder: str, store: LocalStore) -> Answer:
+            evidence = Evidence(epoch, (Calls(outcome),))
+            return (
+                store.settle(self.spec, holder, outcome, evidence) if call.trial else store.record(self.spec, evidence)
+            )
 
         after = self._decide(world, partial(tell, call.epoch + 1, self.holders[worker]), worker=worker)
         if call.era != breaker_of(worker, world).era:
@@ -143,8 +147,8 @@ class Permits:
     def _renew(self, worker: int, world: World, call: Call) -> World:
         renewed: list[bool] = []
 
-        def renew(decision: Decision) -> None:
-            renewed.append(decision.record.renew(self.holders[worker], lease=LEASE * SECOND, now=NOW))
+        def renew(store: LocalStore) -> None:
+            renewed.extend(store.renew(NAME, [self.holders[worker]], lease=LEASE))
 
         after = self._decide(world, renew, worker=worker)
         return after if renewed == [True] else with_call(world, worker, call._replace(renews=False))
@@ -172,9 +176,9 @@ class Permits:
             return self._forgotten(world._replace(shared=world.replica or world.shared))
         if fault is StoreFault.EMPTIED:
             return self._forgotten(world._replace(shared=frozen(self._created(), next_era(world), ())))
-        known = self._thawed(world.shared).snapshot(NOW)
-        continued = frozen(Record.continued(known, NOW), world.shared.era, ())
-        return unrenewed(1, world._replace(local=continued))
+        [known] = self._store(world.shared).read([self.spec])
+        kept = Kept(continued(known, NOW))
+        return unrenewed(1, world._replace(local=frozen(kept, world.shared.era, ())))
 
     def _forgotten(self, world: World) -> World:
         """A trial whose permit the store has forgotten runs on, and nobody counts it."""
@@ -189,32 +193,37 @@ class Permits:
     def _decide(self, world: World, ask: Ask, *, worker: int = 0) -> World:
         """Let the rules decide on the breaker that a worker goes by; see that they keep what they promise."""
         breaker = breaker_of(worker, world)
-        record = self._thawed(breaker)
-        decision = self.decision(record, NOW)
-        ask(decision)
-        moved = record.epoch != breaker.epoch + 1
-        see(moved == (decision.transition is not None), "an epoch and no event, or an event and no epoch")
+        store = self._store(breaker)
+        answer = ask(store)
+        kept = store._breakers[NAME]
+        moved = kept.fields["epoch"] != breaker.epoch + 1
+        reported = answer is not None and answer.transition is not None
+        see(moved == reported, "an epoch and no event, or an event and no epoch")
         if moved:
-            see(record.epoch > world.told + 1, "two events for one epoch")
-            world = world._replace(told=record.epoch - 1)
-        after = frozen(record, next_era(world) if moved else breaker.era, breaker.permits)
+            see(kept.fields["epoch"] > world.told + 1, "two events for one epoch")
+            world = world._replace(told=kept.fields["epoch"] - 1)
+        expired = store._seen(self.spec).expired
+        after = frozen(kept, next_era(world) if moved else breaker.era, breaker.permits, expired)
         live = sum(permit.left > 0 for permit in after.permits + after.stragglers)
         see(live <= self.trial_calls, "more permits than allowed")
         return world._replace(local=after) if breaker is world.local else written(world, after)
 
-    def _created(self) -> Record:
-        return Record.created(NAME, self.rules, NOW)
+    def _created(self) -> Kept:
+        return Kept({**new(NOW), "rules": self.spec.rules().text()})
 
-    def _thawed(self, breaker: Breaker) -> Record:
-        """Return the record; its epochs begin at 1, because 0 means that none is known."""
-        record = self._created()
-        record.first_epoch = NEVER
-        record.epoch, record.state, record.row = breaker.epoch + 1, breaker.state, breaker.row
-        record.open_until = None if breaker.open_for is None else NOW + breaker.open_for * SECOND
-        record.trial_successes, record.trial_failures = breaker.successes, breaker.failures
-        record.trials = {permit.holder: NOW + permit.left * SECOND for permit in breaker.permits}
-        record.stragglers = {permit.holder: NOW + permit.left * SECOND for permit in breaker.stragglers}
-        return record
+    def _store(self, breaker: Breaker) -> LocalStore:
+        """Return a store that keeps the breaker; its epochs begin at 1, because 0 means that none is known."""
+        kept, epoch = self._created(), breaker.epoch + 1
+        kept.fields.update(
+            first=NEVER, epoch=epoch, state=breaker.state, row=breaker.row, ok=breaker.successes, ko=breaker.failures,
+            open_until="" if breaker.open_for is None else NOW + breaker.open_for * SECOND,
+            failure_at=NOW, failure_tasks=int(breaker.row > 0), failure_score=int(breaker.row > 0),
+        )  # fmt: skip
+        kept.trials = {f"{epoch}:{permit.holder}": NOW + permit.left * SECOND for permit in breaker.permits}
+        kept.trials.update({f"0:{permit.holder}": NOW + permit.left * SECOND for permit in breaker.stragglers})
+        store = self.store(lambda: NOW / SECOND)
+        store._breakers[NAME] = kept
+        return store
 
     # --- one state for all that are alike -----------------------------------------------------------------
 
@@ -249,3 +258,7 @@ class Permits:
             for number, straggler in enumerate(sorted(breaker.stragglers, key=lambda straggler: straggler.left))
         ]  # fmt: skip
         return breaker._replace(permits=tuple(permits), stragglers=tuple(sorted(stragglers)))
+
+
+def _command(store: LocalStore, spec: Spec, verb: Verb) -> Answer:
+    return store.command(spec, verb)

@@ -5,16 +5,19 @@ And the search does find what it is there for: with one rule of the protocol bro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from resilient_tasks.core.machine import Decision
-from resilient_tasks.core.model import Outcome, State
-from resilient_tasks.core.record import Record
+from resilient_tasks.core.model import Answer, Calls, Outcome, State
+from resilient_tasks.core.rules import Change, Kept, Seen
+from resilient_tasks.store.base import Evidence, Spec
+from resilient_tasks.store.local import LocalStore
 from tests.model.explorer import BrokenRule, Space
-from tests.model.fleet import SECOND, StoreFault, World
-from tests.model.permits import Permits
+from tests.model.fleet import NOW, SECOND, StoreFault, World
+from tests.model.permits import NAME, Permits
 
 EMPTIED = frozenset({StoreFault.EMPTIED})
 ROLLED_BACK = frozenset({StoreFault.ROLLED_BACK})
@@ -53,99 +56,102 @@ def test_no_interleaving_breaks_a_promise(arguments: dict[str, Any]) -> None:
 # --- broken rules -------------------------------------------------------------------------------------
 
 
-class DenialsRenew(Decision):
+class DenialsRenew(LocalStore):
     """Whoever is denied a permit lengthens those of the others."""
 
-    def acquire(self, holder: str, lease: int) -> tuple[bool, bool]:
-        admitted, trial = super().acquire(holder, lease)
-        if not admitted:
-            self.record.trials = dict.fromkeys(self.record.trials, self.now + lease)
-        return admitted, trial
+    def _lease(self, spec: Spec, holder: str, lease: int) -> tuple[Seen, bool]:
+        seen, granted = super()._lease(spec, holder, lease)
+        if not granted:
+            kept = self._breakers[NAME]
+            kept.trials = dict.fromkeys(kept.trials, NOW + lease)
+        return seen, granted
 
 
-class LeasesLastForEver(Decision):
-    def _expire(self) -> None:
-        pass
+class LeasesLastForEver(LocalStore):
+    def _seen(self, spec: Spec) -> Seen:
+        seen = super()._seen(spec)
+        seen.expired = 0
+        return seen
 
 
-class OnePermitTooMany(Decision):
-    def _grant(self, holder: str, lease: int) -> bool:
-        if not super()._grant(holder, lease):
-            self.record.trials[holder] = self.now + lease
-        return True
+class OnePermitTooMany(LocalStore):
+    def _lease(self, spec: Spec, holder: str, lease: int) -> tuple[Seen, bool]:
+        seen, granted = super()._lease(spec, holder, lease)
+        if not granted and seen.state is State.HALF_OPEN:
+            self._breakers[NAME].trials[f"{seen.epoch}:{holder}"] = NOW + lease
+        return seen, True
 
 
-class StragglersForgotten(Decision):
+class StragglersForgotten(LocalStore):
     """Trials that outlive their HALF_OPEN are not counted in the next."""
 
-    def _enter(self, state: State, reason: str, actor: str = "") -> None:
-        super()._enter(state, reason, actor)
-        self.record.stragglers = {}
+    def _change(self, spec: Spec, seen: Seen, change: Change) -> tuple[Seen, bool]:
+        after = super()._change(spec, seen, change)
+        self._breakers[NAME].trials = {}
+        return after
 
 
-class AnyEpoch(Decision):
+class AnyEpoch(LocalStore):
     """Reports count whatever epoch they belong to."""
 
-    def _is_current(self, epoch: int) -> bool:
-        return epoch >= 0
+    def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls], check: tuple[Outcome, int] | None = None) -> Seen:
+        return super()._count(spec, self._breakers[NAME].fields["epoch"] if epoch >= 0 else epoch, runs, check)
 
 
-class AnyTrial(Decision):
+class AnyTrial(LocalStore):
     """Trials of former epochs count."""
 
-    def settle(self, holder: str, epoch: int, outcome: Outcome, *told: Any) -> None:
-        if epoch >= 0:
-            self.record.trials.setdefault(holder, self.now + SECOND)
-        super().settle(holder, self.record.epoch, outcome, *told)
+    def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
+        epoch = self._breakers[NAME].fields["epoch"]
+        if evidence.epoch >= 0:
+            self._breakers[NAME].trials.setdefault(f"{epoch}:{holder}", NOW + SECOND)
+        return super().settle(spec, holder, outcome, replace(evidence, epoch=epoch), jitter=jitter)
 
 
-class CountedEpochs(Decision):
+class CountedEpochs(LocalStore):
     """The next epoch is the next number, which a store that has gone back in time gives a second time."""
 
-    def _enter(self, state: State, reason: str, actor: str = "") -> None:
-        following = self.record.epoch + 1
-        super()._enter(state, reason, actor)
-        self.record.epoch = following
+    def _change(self, spec: Spec, seen: Seen, change: Change) -> tuple[Seen, bool]:
+        fields = {**change.fields, "epoch": seen.epoch + 1} if "epoch" in change.fields else change.fields
+        return super()._change(spec, seen, change._replace(fields=fields))
 
 
-class SilentHealing(Decision):
+class SilentHealing(LocalStore):
     """Nobody is told that the breaker has closed."""
 
-    def _judge(self, cause: str, retry_after: int | None = None) -> None:
-        super()._judge(cause, retry_after)
-        if self.record.state is State.CLOSED:
-            self.transition = None
+    def _decide(self, spec: Spec, seen: Seen, evidence: Evidence | None = None, jitter: float = 0.0) -> Answer:
+        answer = super()._decide(spec, seen, evidence, jitter)
+        return replace(answer, transition=None) if answer.snapshot.state is State.CLOSED else answer
 
 
-class OpenForEver(Decision):
-    def advance(self) -> None:
-        if self.record.state is State.HALF_OPEN:
-            self._expire()
+class OpenForEver(LocalStore):
+    def _decide(self, spec: Spec, seen: Seen, evidence: Evidence | None = None, jitter: float = 0.0) -> Answer:
+        return Answer(seen.snapshot()) if seen.state is State.OPEN else super()._decide(spec, seen, evidence, jitter)
 
 
 class EpochsFromOne(Permits):
     """A store that has lost everything begins to count epochs anew."""
 
-    def _created(self) -> Record:
-        record = super()._created()
-        record.epoch = 1
-        return record
+    def _created(self) -> Kept:
+        kept = super()._created()
+        kept.fields["epoch"] = 1
+        return kept
 
 
 @pytest.mark.parametrize(
     ("arguments", "broken"),
     [
-        ({"decision": DenialsRenew}, "longer than its lease and two ticks"),
-        ({"decision": LeasesLastForEver}, "longer than its lease and two ticks"),
-        ({"decision": OnePermitTooMany}, "more permits than allowed"),
+        ({"store": DenialsRenew}, "longer than its lease and two ticks"),
+        ({"store": LeasesLastForEver}, "longer than its lease and two ticks"),
+        ({"store": OnePermitTooMany}, "more permits than allowed"),
         ({"holders": ("task", "task")}, "more trials in flight than allowed"),
-        ({"decision": StragglersForgotten, "operated": True}, "more trials in flight than allowed"),
-        ({"decision": AnyEpoch}, "a report of another epoch has an effect"),
-        ({"decision": AnyTrial}, "a report of another epoch has an effect"),
-        ({"decision": CountedEpochs, "store_faults": ROLLED_BACK}, "two events for one epoch"),
-        ({"decision": CountedEpochs, "store_faults": OUT_OF_REACH}, "two events for one epoch"),
-        ({"decision": SilentHealing}, "an epoch and no event"),
-        ({"decision": OpenForEver}, "CLOSED cannot be reached any more"),
+        ({"store": StragglersForgotten, "operated": True}, "more trials in flight than allowed"),
+        ({"store": AnyEpoch}, "a report of another epoch has an effect"),
+        ({"store": AnyTrial}, "a report of another epoch has an effect"),
+        ({"store": CountedEpochs, "store_faults": ROLLED_BACK}, "two events for one epoch"),
+        ({"store": CountedEpochs, "store_faults": OUT_OF_REACH}, "two events for one epoch"),
+        ({"store": SilentHealing}, "an epoch and no event"),
+        ({"store": OpenForEver}, "CLOSED cannot be reached any more"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -161,7 +167,7 @@ def test_epochs_that_begin_anew_are_found() -> None:
 
 def test_a_broken_rule_is_told_with_the_shortest_story_that_leads_to_it() -> None:
     with pytest.raises(BrokenRule) as found:
-        explore(decision=LeasesLastForEver)
+        explore(store=LeasesLastForEver)
     story = str(found.value).splitlines()
     assert story[1] == "worker 0 begins"
     assert story.count("a second passes") == 5  # of open time, lease and two ticks; the next is one too many

@@ -58,7 +58,7 @@ def test_what_was_decided_locally_is_forgotten_when_the_store_is_back(line: Line
     line.fail(3)
     line.shared.away = False
     assert line.state() is State.CLOSED
-    assert not line.store._local._records
+    assert not line.store._local._breakers
 
 
 def test_open_is_honoured_until_its_deadline_then_local_trials_heal(line: Line) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from resilient_tasks import BreakerPolicy, ConfigurationError, Resilience, cached
 from resilient_tasks.call import Call
-from resilient_tasks.core.record import Rules
+from resilient_tasks.core.rules import Rules
 from resilient_tasks.settings import PREFIX, Settings
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.local import LocalStore
@@ -59,7 +59,7 @@ def see_one_named(text: str, names: Iterable[str]) -> None:
 @given(some_of(POLICY_FIELDS))
 def test_a_policy(fields: dict[str, Any]) -> None:
     with clear_errors(fields):
-        rules = Rules.of(BreakerPolicy(**fields), 0)
+        rules = Rules.from_policy(BreakerPolicy(**fields), 0)
         assert 0 < rules.open_for(10**6, 10**15, 1.0) <= 2 * rules.max_open_time + 1
 
 
@@ -73,7 +73,7 @@ def test_a_breaker(fields: dict[str, Any]) -> None:
 def test_the_name_of_a_breaker(name: Any) -> None:
     with clear_errors([f"breaker name {name!r}"]):
         assert Resilience(namespace="fuzz").breaker(name).name == name
-        assert all(key.startswith("fuzz:{" + name + "}:") for key in Keys("fuzz").breaker(name))
+        assert all("{" + name + "}" in key for key in Keys("fuzz").breaker(name))
 
 
 @pytest.fixture(scope="module")

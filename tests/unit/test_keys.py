@@ -274,16 +274,14 @@ def test_a_child_that_others_have_opened_is_known_here(payments: Breaker, acme: 
     store.command(stranger.spec, Verb.RESET)
     store.cool(stranger.spec)
     view.refresh()
-    assert view.hot_children() == []
+    assert view.active_children() == []
     view.refresh()  # what has become of it was read once more
     assert "payments:stranger" not in {standing.name for standing in view.standings()}
     assert "payments:stranger" not in store._known
 
 
-def test_of_many_children_that_are_not_closed_the_first_can_be_read(
-    payments: Breaker, clock: Clock, app: Celery
-) -> None:
-    for key in "cab":
+def test_of_many_children_that_are_not_closed_some_can_be_read(payments: Breaker, clock: Clock, app: Celery) -> None:
+    for key in "abc":
         force(payments.child(key), "OPEN")
     names = [snapshot.name for snapshot in runtime_of(app).read(most_children=2)]
     assert names == ["payments", "payments:a", "payments:b"]

@@ -25,7 +25,7 @@ NOW = 1_789_000_000.0
 OPEN = Subject(
     Snapshot(
         'pay"ments\n', State.OPEN, 17, 17, now=NOW, since=NOW - 60, calls=10, failures=4, slow=1, open_until=NOW + 5,
-        trials=2, deferred=3, oldest_deferred_at=NOW - 30, in_flight=4, concurrency_limit=8, hot_children=("acme", "b"),
+        trials=2, deferred=3, oldest_deferred_at=NOW - 30, in_flight=4, concurrency_limit=8, active_children=2,
     ),
     Counts.of({
         "SUCCESS": 100, "FAILURE": 20, "trials": 5, "refused": 7, "deferred": 6, "deferred_again": 2, "resumed": 4,

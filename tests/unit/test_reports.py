@@ -132,7 +132,7 @@ def test_the_next_look_sees_what_a_failure_did(desk: Desk) -> None:
         desk.reporter.wait(desk.report(FAILURE, cause="HTTP 503"), 5)
     assert desk.standing.snapshot.state is State.OPEN
     assert [(told.state, told.reason) for told in desk.told] == [
-        (State.OPEN, "failure rate 100 % of 5 calls, last: HTTP 503")
+        (State.OPEN, "evidence 5 of 5: of the last 5 calls 5 failed, last: HTTP 503")
     ]
 
 

@@ -97,7 +97,7 @@ def test_the_password_does_not_show_in_the_repr() -> None:
         ("NAMESPACE", "größe", "letters, digits"),
         ("NAMESPACE", "x" * 101, "1 to 100"),
         ("STORE_URL", "http://store", "redis://"),
-        ("STORE_URL", "store", "redis://"),
+        ("STORE_URL", "***", "redis://"),
         ("BREAKERS", "[1]", "policy fields per breaker"),
         ("BREAKERS__PAYMENTS", "3", "policy fields per breaker"),
     ],
@@ -110,6 +110,14 @@ def test_a_bad_value_names_variable_value_and_what_is_allowed(
     assert f"RESILIENT_TASKS_{variable}" in message
     assert value in message
     assert allowed in message
+
+
+@pytest.mark.parametrize(("variable", "value"), [("STORE_URL", ":s3cret@store"), ("BREAKERS", "{s3cret")])
+def test_what_may_hold_a_password_is_not_quoted(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    environment(monkeypatch, **{variable: value})
+    message = refusal()
+    assert f"RESILIENT_TASKS_{variable}" in message
+    assert "s3cret" not in message
 
 
 def test_a_bad_argument_is_named_as_the_argument_it_is() -> None:
@@ -132,7 +140,7 @@ def test_a_password_in_a_bad_url_stays_hidden(monkeypatch: pytest.MonkeyPatch) -
 
 def test_broken_json_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     environment(monkeypatch, BREAKERS="{payments")
-    assert refusal().startswith("RESILIENT_TASKS_BREAKERS='{payments': allowed is a JSON object")
+    assert refusal().startswith("RESILIENT_TASKS_BREAKERS is no JSON: allowed is a JSON object")
 
 
 @pytest.mark.parametrize("variable", ["TICK_INTERVALL", "STORE_URL__HOST", "X", "tick_intervall"])

@@ -8,17 +8,17 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from zlib import crc32
 
 import pytest
 
 from resilient_tasks.core.model import Snapshot, State, Verb
 from resilient_tasks.errors import StoreError
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.store import following
+from resilient_tasks.store import view as view_module
 from resilient_tasks.store.base import Spec
-from resilient_tasks.store.following import POLL_INTERVAL
 from resilient_tasks.store.standing import DENIAL_MEMORY
-from resilient_tasks.store.view import View
+from resilient_tasks.store.view import POLL_INTERVAL, View
 from tests.support.doubles import FlakyStore, ManualClock, wait_until
 
 SPEC = Spec("payments", BreakerPolicy(ramp=10))
@@ -221,7 +221,7 @@ def test_a_lost_message_is_made_up_for(view: View, store: FlakyStore, monkeypatc
             threading.Event().wait(min(timeout, 0.01))
             yield None
 
-    monkeypatch.setattr(following, "POLL_INTERVAL", 0.05)
+    monkeypatch.setattr(view_module, "POLL_INTERVAL", 0.05)
     monkeypatch.setattr(store.inner, "changes", silence)
     view.follow()
     wait_until(lambda: store.calls["read"])
@@ -230,7 +230,7 @@ def test_a_lost_message_is_made_up_for(view: View, store: FlakyStore, monkeypatc
 
 
 def test_following_survives_an_outage(view: View, store: FlakyStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(following, "POLL_INTERVAL", 0.01)
+    monkeypatch.setattr(view_module, "POLL_INTERVAL", 0.01)
     store.away = True
     view.follow()
     wait_until(lambda: store.calls["read"] > 3)
@@ -242,7 +242,7 @@ def test_following_survives_an_outage(view: View, store: FlakyStore, monkeypatch
 def test_following_survives_a_mistake_in_the_store(
     view: View, store: FlakyStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(following, "POLL_INTERVAL", 0.01)
+    monkeypatch.setattr(view_module, "POLL_INTERVAL", 0.01)
     with monkeypatch.context() as broken:
         broken.setattr(store.inner, "read", lambda specs: 1 / 0)
         view.follow()
@@ -311,8 +311,16 @@ def become_child(view: View) -> None:
 
 def bump(view: View) -> None:
     """Do in the main process's stead what it does when it has heard of a change."""
-    assert view.signal is not None
-    view.signal[0] += 1
+    assert view._shared is not None
+    view._shared[place_of("payments", view)] += 1
+
+
+def place_of(name: str, view: View) -> int:
+    return crc32(name.encode()) % len(view._shared or ())
+
+
+def counted(view: View) -> int:
+    return 0 if view._shared is None else view._shared[place_of("payments", view)]
 
 
 def test_a_child_starts_with_what_its_parent_knew(view: View, store: FlakyStore) -> None:
@@ -331,11 +339,11 @@ def test_a_child_starts_with_what_its_parent_knew(view: View, store: FlakyStore)
 def test_the_main_process_counts_changes_not_figures(view: View, clock: ManualClock) -> None:
     view.share()
     view.update(snapshot(clock))
-    counted = view.seen
+    before = counted(view)
     view.update(snapshot(clock, calls=7))
-    assert view.seen == counted
+    assert counted(view) == before
     view.update(snapshot(clock, State.OPEN, epoch=6))
-    assert view.seen == counted + 1
+    assert counted(view) == before + 1
 
 
 def test_a_forked_child_hears_the_main_process_through_memory(
@@ -350,7 +358,9 @@ def test_a_forked_child_hears_the_main_process_through_memory(
         os.read(told, 1)
         store.inner.command(SPEC, Verb.ISOLATE)  # the child's copy of the "shared" store; the bump is the parent's
         store.calls.clear()
-        return f"{view.is_behind} {view.standing('payments').snapshot.state} {view.is_behind} {dict(store.calls)}"
+        standing = view._standings["payments"]
+        behind = standing.is_behind
+        return f"{behind} {view.standing('payments').snapshot.state} {standing.is_behind} {dict(store.calls)}"
 
     threading.Timer(
         0.05, lambda: (view.update(snapshot(clock, State.FORCED_OPEN, 10**13, 10**13)), os.write(tell, b"!"))
@@ -396,10 +406,9 @@ def test_a_child_never_follows_nor_counts(view: View, clock: ManualClock) -> Non
     before = len(followers())
     view.follow()
     assert len(followers()) == before
-    assert view.signal is not None
-    counted = view.signal[0]
+    before = counted(view)
     view.update(snapshot(clock, State.OPEN, epoch=9))
-    assert view.signal[0] == counted
+    assert counted(view) == before
     assert view.standing("payments").snapshot.state is State.OPEN
 
 
@@ -408,9 +417,10 @@ def test_a_fork_without_shared_memory_follows_for_itself(view: View) -> None:
 
     def look() -> str:
         before = len(followers())
-        behind = view.is_behind
-        view.catch_up()
-        return f"{before} {behind} {len(followers())} {view.is_behind}"
+        [standing] = view.standings()
+        behind = standing.is_behind
+        view.catch_up(standing)
+        return f"{before} {behind} {len(followers())} {standing.is_behind}"
 
     assert in_child(look) == "0 True 1 False"
 

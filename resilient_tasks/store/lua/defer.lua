@@ -3,7 +3,7 @@
 -- their wait (defer_for, expires), if any.
 -- KEYS  1 deferred    sorted set   task id -> first deferred at, ms
 --       2 deadlines   sorted set   task id -> end of its wait, ms
---       3 hot         set          keys of its parent's children that are not plainly CLOSED
+--       3 active      sorted set   keys of its parent's children that are not plainly CLOSED -> last transition, ms
 -- ARGV  1 key         of the child that they wait for; empty if it is none
 --       2.. triples of
 --         task_id
@@ -12,7 +12,7 @@
 
 local now = string.format('%.0f', now_ms())
 if ARGV[1] ~= '' then
-  redis.call('SADD', KEYS[3], ARGV[1])
+  redis.call('ZADD', KEYS[3], now, ARGV[1])
 end
 for i = 2, #ARGV, 3 do
   redis.call('ZADD', KEYS[1], 'NX', ARGV[i + 2] == '' and now or ARGV[i + 2], ARGV[i])

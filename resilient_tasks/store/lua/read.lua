@@ -1,9 +1,15 @@
--- read() -> JSON {snapshot, with hot_children}
--- A look at one breaker that writes nothing. An unknown one is CLOSED in epoch 0.
--- KEYS, ARGV: see state.lua
--- Needs rules.lua
+-- read(declares) -> answer; see breaker.lua
+-- Look at a breaker. An unknown one is CLOSED in epoch 0, or what an older release has left it in.
+-- KEYS, ARGV 1..4: see breaker.lua
+-- ARGV  5 declares   1: it comes into being if it is unknown; 0: nothing is written
+-- Needs breaker.lua
 
-load_breaker(false)
-local seen = snapshot()
-seen.hot_children = KEY and {} or redis.call('SMEMBERS', HOT)
-return cjson.encode({ snapshot = seen })
+if ARGV[5] == '0' and redis.call('EXISTS', STATE) == 0 then
+  begin('0')
+else
+  load_breaker()
+end
+if ARGV[5] == '1' then
+  save()
+end
+return answer()
