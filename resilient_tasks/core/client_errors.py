@@ -91,12 +91,17 @@ _PACKAGES = frozenset(
     re.findall(
         r"\w+",
         """
-    aiohttp aiokafka aiormq aiosmtplib amqp anthropic asyncpg asyncssh azure billiard boto3 botocore braintree
-    cassandra celery cimpl confluent_kafka consul discord docker elastic_transport elasticsearch eventlet gevent
-    google grpc httpcore httplib2 httpx httpx2 hvac influxdb influxdb_client kafka kazoo kombu kubernetes ldap ldap3
-    minio MySQLdb mysql nats neo4j openai opensearchpy oracledb paramiko pika praw prawcore psycopg psycopg2
-    psycopg_pool pycurl pymemcache pymongo pymssql pymysql pyodbc pysolr redis requests slack_sdk snowflake
-    sqlalchemy stripe telegram tornado tweepy twilio urllib3 valkey websocket websockets zeep zmq
+    aiohttp aiokafka aiomysql aiormq aiosmtplib amqp anthropic anyio asyncmy asyncpg asyncssh azure billiard boto3
+    botocore boxsdk braintree cassandra celery cimpl clickhouse_connect clickhouse_driver cohere confluent_kafka
+    consul couchbase discord django docker dropbox elastic_transport elasticsearch eventlet exchangelib
+    facebook_business firebase_admin geopy gevent google googleapiclient gql groq grpc h11 h2 httpcore httplib2
+    httpx httpx2 huggingface_hub hvac ibm_db imapclient influxdb influxdb_client jira jwt kafka kazoo kombu
+    kubernetes langchain_core ldap ldap3 litellm mariadb minio mistralai motor msal mysql MySQLdb nats neo4j
+    niquests openai opensearchpy oracledb paramiko paypalrestsdk peewee pg8000 pika praw prawcore psycopg psycopg2
+    psycopg_pool pycurl pyhive pymemcache pymongo pymssql pymysql pyodbc pysolr python_http_client qdrant_client
+    redis replicate requests sendgrid simple_salesforce slack_sdk snowflake sqlalchemy square stripe telegram
+    temporalio tenacity thrift tornado tortoise trino trio tweepy twilio twisted urllib3 valkey websocket websockets
+    zeep zenpy zmq
     """,
     )
 )
