@@ -25,7 +25,7 @@ def doctor(runtime: Runtime, ctx: click.Context, *, as_json: bool, timeout: floa
     It looks at store, broker, workers, beat and settings. The exit code is 1 if anything is in error; warnings leave
     it 0.
     """
-    findings = examine(look_at(runtime, patience=timeout))
+    findings = examine(look_at(runtime, timeout=timeout))
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:

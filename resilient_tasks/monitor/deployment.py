@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """One Redis or Valkey server, store or broker, as it tells of itself. None: it does not say.
+    """One Redis or Valkey server, store or broker, as it reports itself. None: unknown.
 
     Args:
         role: ``"store"`` or ``"broker"``.
@@ -34,12 +34,12 @@ class ServerFacts:
 
     @classmethod
     def of(cls, role: str, info: Mapping[str, Any], saves: object) -> ServerFacts:
-        """Return what a server tells.
+        """Return what a server reports.
 
         Args:
             role: ``"store"`` or ``"broker"``.
             info: its answer to INFO.
-            saves: its setting ``save``, when snapshots are written; None: it does not say.
+            saves: its setting ``save``, when snapshots are written; None: unknown.
         """
         product = "valkey" if "valkey_version" in info else "redis"
         version = str(info.get(f"{product}_version", ""))
@@ -63,7 +63,7 @@ class WorkerFacts:
         version: of its library; None: it has none, or an older one that does not answer.
         control_queue: the queue from which it takes ticks; None: it takes none.
         refused: by queue of ours, why the broker refuses it.
-        clock_ahead: seconds by which its clock is ahead of the store's; None: it has not heard from the store.
+        clock_ahead: seconds by which its clock is ahead of the store's; None: it has not read the store.
         policies: by breaker, the rules that it declares.
         can_grow: its pool can add a slot while calls hang.
         tick_scope: tells its ticks apart from those of workers that define other breakers.
@@ -123,7 +123,7 @@ class Deployment:
         visibility_timeout: of a Redis broker, seconds; None: the broker has none.
         clock_ahead: seconds by which the clock of this process is ahead of the store's.
         tick_age: seconds since a tick of this app's breakers ran to its end; infinite if none ever did.
-        tick_sender_age: seconds since beat, or whoever sends ticks, was last seen alive; infinite if never.
+        tick_sender_age: seconds since beat, or what else sends ticks, was last seen alive; infinite if never.
         tick_interval: seconds between two ticks.
         orphans: tasks that wait for breakers that nobody defines, by breaker.
         workers: that answer.

@@ -26,15 +26,15 @@ _VISIBILITY_TIMEOUT = 3600.0  # kombu's own
 UNSEEN = 60.0
 
 
-def look_at(runtime: Runtime, *, patience: float) -> Deployment:
-    """Find out all that the doctor wants to know; what does not answer is left out.
+def look_at(runtime: Runtime, *, timeout: float) -> Deployment:
+    """Find out all that the doctor needs; what does not answer is left out.
 
     Args:
         runtime: of the app.
-        patience: seconds for which the workers' answers are awaited.
+        timeout: seconds for which the workers' answers are awaited.
     """
     broker = _look_at_broker(runtime)
-    workers = None if broker["broker_trouble"] else _ask_workers(runtime, patience)
+    workers = None if broker["broker_trouble"] else _ask_workers(runtime, timeout)
     conf = runtime.app.conf
     return Deployment(
         version=library_version(),
@@ -115,11 +115,11 @@ def _look_at_broker(runtime: Runtime) -> dict[str, Any]:
     return {"broker": facts, "broker_trouble": "", "visibility_timeout": timeout}
 
 
-def _ask_workers(runtime: Runtime, patience: float) -> tuple[WorkerFacts, ...]:
-    """Return what each worker tells; one without the library answers that it knows no such command."""
-    replies = runtime.app.control.broadcast(resilience.__name__, reply=True, timeout=patience) or []
-    told = {name: reply for each in replies for name, reply in each.items()}
-    return tuple(WorkerFacts(name, **_known(told[name])) for name in sorted(told))
+def _ask_workers(runtime: Runtime, timeout: float) -> tuple[WorkerFacts, ...]:
+    """Return what each worker answers; one without the library answers that it knows no such command."""
+    replies = runtime.app.control.broadcast(resilience.__name__, reply=True, timeout=timeout) or []
+    answers = {name: reply for each in replies for name, reply in each.items()}
+    return tuple(WorkerFacts(name, **_known(answers[name])) for name in sorted(answers))
 
 
 def _known(reply: Mapping[str, Any]) -> dict[str, Any]:
