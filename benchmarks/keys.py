@@ -25,7 +25,7 @@ from workers.processes import Server, start_valkey
 
 KEYS = 10_000
 TICKS = 200
-STOCKTAKING = 0.1  # seconds, instead of ten: some of the ticks must take stock
+RECONCILE_INTERVAL = 0.1  # seconds, instead of ten: some of the ticks must take stock
 SLOWEST_TICK, MOST_PER_KEY, MOST_MEMORY = 0.010, 1024, 20e6  # seconds, bytes, bytes
 PER_FLUSH = 500
 
@@ -62,7 +62,7 @@ def bytes_per_key(client: redis.Redis) -> tuple[float, float]:
 
 def tick_times(app: Celery) -> list[float]:
     """Return the seconds that each of many ticks takes while nothing is due; the first one, which connects, aside."""
-    ticks.STOCKTAKING = STOCKTAKING
+    ticks.RECONCILE_INTERVAL = RECONCILE_INTERVAL
     worker = SimpleNamespace(hostname="benchmark", event_dispatcher=None)
     tick, times = ticks.Tick(runtime_of(app), worker, wake=lambda: None), []
     tick.run()

@@ -16,7 +16,7 @@ from resilient_tasks.worker import (
     redis_channel,
     seams,
 )
-from resilient_tasks.worker.decoding import UNDECODABLE, Intake
+from resilient_tasks.worker.decoding import UNDECODABLE
 from resilient_tasks.worker.host import Host
 from resilient_tasks.worker.queues import declare, own_queue
 from resilient_tasks.worker.runtime import TICK_TASK, Runtime, find_runtime, runtime_of
@@ -53,7 +53,7 @@ class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is 
     def __init__(self, consumer: Any, **kwargs: Any) -> None:
         super().__init__(consumer, **kwargs)
         host = runtime_of(consumer.app).host
-        seams.filter_messages(consumer, Intake(host.deferral.keep_apart, host.deferral.errors).takes)
+        seams.filter_messages(consumer, host.deferral.takes)
         self._ticks: Consumer | None = None
 
     def start(self, consumer: Any) -> None:

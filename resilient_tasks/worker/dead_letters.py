@@ -22,7 +22,7 @@ from resilient_tasks.errors import DeadLetterError
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.decoding import UNDECODABLE
 from resilient_tasks.worker.queues import Entry, Move, with_ticket
-from resilient_tasks.worker.results import ResultNotWrittenError, write_result
+from resilient_tasks.worker.request import ResultNotWrittenError, write_result
 from resilient_tasks.worker.ticket import Step
 
 if TYPE_CHECKING:

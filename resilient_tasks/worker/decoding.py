@@ -6,7 +6,6 @@ the breaker in whose deferred queue it was, where ``Resilience.dead_letters`` fi
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -14,8 +13,6 @@ from typing import Any, TypeVar
 from celery.exceptions import InvalidTaskError
 from celery.utils.saferepr import saferepr
 from kombu.exceptions import DecodeError
-
-logger = logging.getLogger("resilient_tasks")
 
 #: Stands where other queues' names have a breaker's.
 UNDECODABLE = "undecodable"
@@ -161,27 +158,3 @@ def _is_call(payload: Any) -> bool:
         return False
     args, kwargs, options = payload
     return isinstance(args, (list, tuple)) and isinstance(kwargs, dict) and isinstance(options, (dict, type(None)))
-
-
-class Intake:
-    """Stands before a worker's own handling of task messages, on any broker.
-
-    Args:
-        keep: dead-letters a message, given the reason.
-        errors: what the broker raises if it cannot.
-    """
-
-    def __init__(self, keep: Callable[[Any, str], None], errors: tuple[type[Exception], ...]) -> None:
-        self._keep, self._errors = keep, errors
-
-    def takes(self, message: Any) -> bool:
-        """Whether Celery can look up the message's task; what it cannot is dead-lettered."""
-        flaw = flaw_in_task(message)
-        if flaw is None:
-            return True
-        logger.error("a message on %s is dead-lettered: %s", message.delivery_info.get("routing_key"), flaw)
-        try:
-            self._keep(message, flaw)
-        except self._errors as exc:  # it delivers the message again
-            logger.warning("it could not be moved: %s", type(exc).__name__)
-        return False

@@ -21,11 +21,11 @@ from resilient_tasks.core.memory import MemoryLimit
 from resilient_tasks.errors import DeferredQueueFullError, StoreError
 from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED
 from resilient_tasks.monitor.log import Throttle
-from resilient_tasks.worker.broker import open_queues
-from resilient_tasks.worker.decoding import UNDECODABLE
+from resilient_tasks.worker.decoding import UNDECODABLE, flaw_in_task
 from resilient_tasks.worker.denials import Denials
 from resilient_tasks.worker.memory import MemoryGuard
 from resilient_tasks.worker.patience import PatientWriter
+from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Queues
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.ticket import Ticket
@@ -71,6 +71,7 @@ class Deferral:
         self._memory = MemoryGuard(
             MemoryLimit.parse(runtime.settings.store_memory_limit),
             {"broker": self.queues.memory, "store": lambda: runtime.fleet.ledger.memory()},  # noqa: PLW0108 - it may change
+            (*self.errors, StoreError),
         )
         self._index_writer = PatientWriter("index of deferred tasks", INDEX_PATIENCE, even_late=True)
         self._state_writer = PatientWriter("result backend", STATE_PATIENCE)
@@ -178,15 +179,19 @@ class Deferral:
         for breaker, count in self._lines.take_suppressed(early=early).items():
             logger.info("%d more tasks deferred for breaker %s", count, breaker, extra={"breaker": breaker})
 
-    def keep_apart(self, message: Any, reason: str) -> None:
-        """Move a delivered message that is no task's to the dead letters.
-
-        Raises:
-            Exception: whatever the broker raises; the message is where it was.
-        """
-        ticket = Ticket(breaker=UNDECODABLE, origin=(message.delivery_info or {}).get("routing_key") or "")
-        ticket = ticket.die(self._runtime.fleet.view.server_now(), reason)
-        self.queues.put(message, self.queues.dead(UNDECODABLE), ticket, owned=True)
+    def takes(self, message: Any) -> bool:
+        """Whether Celery can look up the task of a message that has arrived; what it cannot is dead-lettered."""
+        flaw = flaw_in_task(message)
+        if flaw is None:
+            return True
+        origin = (message.delivery_info or {}).get("routing_key") or ""
+        logger.error("a message on %s is dead-lettered: %s", origin, flaw)
+        ticket = Ticket(breaker=UNDECODABLE, origin=origin).die(self._runtime.fleet.view.server_now(), flaw)
+        try:
+            self.queues.put(message, self.queues.dead(UNDECODABLE), ticket, owned=True)
+        except self.errors as exc:  # the broker delivers it again
+            logger.warning("it could not be moved: %s", type(exc).__name__)
+        return False
 
     def has_room(self, breaker: str) -> bool:
         """Whether one more task of a breaker may be deferred."""
@@ -236,8 +241,8 @@ class Deferral:
             lost, _ = self._held.popleft()
             what = "Task %s[%s] is no longer held: %d others are"
             logger.error(what, lost.name, lost.id, MOST_HELD, extra=lost.log_fields)
-        elif not request.acknowledged:
-            self._runtime.host.consumer.qos.increment_eventually()  # as for a task with an ETA: it holds up no other
+        else:
+            request.leave_window()
         self._held.append((request, step))
 
     def retry_held(self, *, at_once: bool = False) -> None:
@@ -248,8 +253,7 @@ class Deferral:
                 return
             for _ in range(len(self._held)):
                 request, step = self._held.popleft()
-                if not request.acknowledged:
-                    self._runtime.host.consumer.qos.decrement_eventually()
+                request.enter_window()
                 self._try(request, step, limited=False)  # it was let in before
                 if self._broker_away:
                     return
@@ -262,7 +266,7 @@ class Deferral:
             self._runtime.fleet.ledger.remove_deferred(breaker, task_ids)
 
     def _index(self, task_id: str, ticket: Ticket) -> None:
-        """Best-effort: the tick's stocktaking finds a message that is missing here."""
+        """Best-effort: the tick, reconciling, finds a message that is missing here."""
         self._runtime.fleet.ledger.add_deferred(ticket.breaker, task_id, deadline=ticket.ends_at, since=ticket.since)
 
     def _write_state(self, request: GatedRequest, state: str, info: dict[str, Any] | None = None) -> None:

@@ -16,7 +16,6 @@ from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.events import EventsByHand
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.resume import Resumer
-from resilient_tasks.worker.selection import FirstFew, Selection, TheseOnly
 
 if TYPE_CHECKING:
     from resilient_tasks.worker.runtime import Runtime
@@ -89,7 +88,7 @@ class Deferred:
             StoreError: the store is away.
         """
         waiting = self.count(breaker)  # those that are deferred again meanwhile are not resumed again
-        return self._release(breaker, FirstFew(waiting if limit is None else min(limit, waiting)), force=force)
+        return len(self._release(breaker, waiting if limit is None else min(limit, waiting), force=force))
 
     def resume_some(self, breaker: str, task_ids: Collection[str], *, force: bool = False) -> tuple[str, ...]:
         """Send some tasks back to the queues that they came from, now; see :meth:`resume`.
@@ -105,16 +104,16 @@ class Deferred:
         Raises:
             BreakerOpenError, ConfigurationError, StoreError: as above.
         """
-        selection = TheseOnly(set(task_ids))
-        self._release(breaker, selection, force=force)
-        return tuple(task_id for task_id in task_ids if task_id not in selection.wanted)
+        wanted = set(task_ids)
+        resumed = self._release(breaker, len(wanted), only=wanted, force=force)
+        return tuple(task_id for task_id in task_ids if task_id in resumed)
 
-    def _release(self, breaker: str, selection: Selection, *, force: bool) -> int:
+    def _release(self, breaker: str, limit: int, *, only: Collection[str] | None = None, force: bool) -> Sequence[str]:
         known = self._runtime.breaker(breaker)
         [snapshot] = self._runtime.fleet.store.read_shared([known.spec])
         if snapshot.state not in ADMITTING and not force:
             raise BreakerOpenError(breaker, str(snapshot.state), snapshot.retry_after)
-        return Resumer(self._runtime, self._tasks).release(known, snapshot, selection, early=True)
+        return Resumer(self._runtime, self._tasks).release(known, snapshot, limit, only=only, early=True)
 
     def drop(self, breaker: str, task_ids: Collection[str] | None = None) -> tuple[str, ...]:
         """Drop tasks that shall never run; their results are REVOKED, callbacks and chords hear of it.

@@ -15,13 +15,12 @@ from resilient_tasks.core.counts import COALESCED, DEAD, DROPPED, EXPIRED, REVOK
 from resilient_tasks.errors import DeferralExpiredError, ResilienceError
 from resilient_tasks.monitor.events import TASK_IGNORED, TASK_RESUMED
 from resilient_tasks.worker import seams
-from resilient_tasks.worker.broker import open_queues
 from resilient_tasks.worker.coalescing import SupersededError, superseded_among
 from resilient_tasks.worker.decoding import check_task, decode, payload_of, task_fields
 from resilient_tasks.worker.events import EventSender
+from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Entry, Move, Queues
-from resilient_tasks.worker.request import GatedRequest
-from resilient_tasks.worker.results import ResultNotWrittenError, write_result
+from resilient_tasks.worker.request import GatedRequest, ResultNotWrittenError, write_result
 from resilient_tasks.worker.revokes import revoked_among
 
 if TYPE_CHECKING:
@@ -61,8 +60,8 @@ class DeferredTasks:
         """Return the number of messages that wait on the broker."""
         return self.queues.size(self.queues.deferred(breaker))
 
-    def transfer(self, breaker: str, choose: Choose, *, start: int = 0, page: int = PAGE) -> tuple[int, list[Move]]:
-        """Offer the ``page`` oldest waiting tasks, but for the first ``start``, to ``choose`` and make its moves.
+    def transfer(self, breaker: str, choose: Choose, *, start: int = 0) -> tuple[int, list[Move]]:
+        """Offer the oldest waiting tasks, but for the first ``start``, to ``choose`` and make its moves.
 
         What is no task goes to the dead letters, so that it holds up nothing.
 
@@ -72,7 +71,7 @@ class DeferredTasks:
         ledger, queue = self._runtime.fleet.ledger, self.queues.deferred(breaker)
         made: list[Move] = []
         with self.queues.peek(queue, breaker, start=start) as entries:
-            offered = _page(entries, page)
+            offered = _page(entries)
             planned = list(choose([entry for entry in offered if not entry.flaw]))
             flawed = [self._dead_letter_flawed(entry) for entry in offered if entry.flaw]
             ledger.remove_deferred(breaker, [move.entry.task_id for move in planned])  # they may come back at once
@@ -108,14 +107,12 @@ class DeferredTasks:
             told = {"task_id": entry.task_id, "task": entry.task_name, "breaker": ticket.breaker, "since": ticket.since}
             signals.tell(signals.task_resumed, self._runtime.app, **told)
 
-    def transfer_all(
-        self, breaker: str, choose: Choose, *, enough: Callable[[], bool], page: int = PAGE
-    ) -> Iterator[list[Move]]:
+    def transfer_all(self, breaker: str, choose: Choose, *, enough: Callable[[], bool]) -> Iterator[list[Move]]:
         """Go on with :meth:`transfer` until that is ``enough`` or nothing is left; yield what each page has moved."""
         start, offered = 0, PAGE  # a page may hold less: messages are of any size
         while offered and not enough():
-            offered, moves = self.transfer(breaker, choose, start=start, page=page)
-            start, page = start + offered - len(moves), min(2 * page, PAGE)
+            offered, moves = self.transfer(breaker, choose, start=start)
+            start += offered - len(moves)
             yield moves
 
     def weed(self, entries: Sequence[Entry]) -> tuple[list[Move], list[Entry]]:
@@ -263,11 +260,11 @@ class DeferredTasks:
         self._events.close()
 
 
-def _page(entries: Iterator[Entry], most: int) -> list[Entry]:
-    """Return the next messages, at most so many, and fewer of large ones."""
+def _page(entries: Iterator[Entry]) -> list[Entry]:
+    """Return the next messages, and fewer of large ones."""
     page: list[Entry] = []
     size = 0
-    while len(page) < most and size < PAGE_SIZE and (entry := next(entries, None)) is not None:
+    while len(page) < PAGE and size < PAGE_SIZE and (entry := next(entries, None)) is not None:
         page.append(entry)
         size += len(entry.raw)
     return page

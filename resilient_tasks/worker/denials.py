@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from resilient_tasks.worker.deferral import Deferral, Step
@@ -28,18 +28,13 @@ _AT_ONCE = 100
 
 
 class _Held(NamedTuple):
-    """A task that cannot be deferred, and the prefetch window that was widened for it, if any could be."""
+    """A task that cannot be deferred; ``beside``: it takes no place in the prefetch window."""
 
     request: GatedRequest
     ticket: Ticket
     queue: str
     again: Step
-    window: Any
-
-    def release(self) -> None:
-        """Narrow the window again, unless a new connection has brought a new one."""
-        if self.window is not None and self.window is self.request.host.consumer.qos:
-            self.window.decrement_eventually()
+    beside: bool
 
     @property
     def may_run(self) -> bool:
@@ -75,10 +70,7 @@ class Denials:
 
     def hold(self, request: GatedRequest, ticket: Ticket, queue: str, again: Step) -> None:
         """Keep a task that cannot be put into a queue, without a place in the prefetch window."""
-        consumer = request.host.consumer
-        window, before = consumer.qos, consumer.qos.value
-        is_widened = getattr(consumer, "qos_global", True) is not False and window.increment_eventually() > before
-        self._held.append(_Held(request, ticket, queue, again, window if is_widened or not before else None))
+        self._held.append(_Held(request, ticket, queue, again, request.leave_window()))
 
     def look(self) -> None:
         """Check rights, and let those held go that may; called by the maintenance thread, does little each time."""
@@ -89,9 +81,9 @@ class Denials:
         for _ in range(min(len(self._held), _AT_ONCE)):
             held = self._held.popleft()
             if held.queue not in self.reasons:
-                held.release()
+                held.request.enter_window()
                 self._deferral.attempt(held.request, held.again)
-            elif held.may_run or (held.window is None and not held.ticket.died_at):
+            elif held.may_run or (not held.beside and not held.ticket.died_at):
                 going.append(held)
             else:
                 self._held.append(held)
@@ -123,9 +115,9 @@ class Denials:
             has_failed = ticket.attempted_at > request.ticket.attempted_at
             header = ticket if has_failed else request.ticket
             try:
-                self._deferral.put_back(request, ticket.origin, header, first=held.window is not None)
+                self._deferral.put_back(request, ticket.origin, header, first=held.beside)
             except self._deferral.errors as error:
                 logger.debug("Task %s[%s] cannot be put back yet: %s", request.name, request.id, error)
                 self._held.append(held)
             else:
-                held.release()
+                held.request.enter_window()

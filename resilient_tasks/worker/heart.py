@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.errors import StoreError
 from resilient_tasks.worker.revokes import Hearing
-from resilient_tasks.worker.tick import STOCKTAKING, Tick, anything_due
+from resilient_tasks.worker.tick import RECONCILE_INTERVAL, Tick, anything_due
 
 if TYPE_CHECKING:
     from resilient_tasks.worker.deferral import Deferral
@@ -163,7 +163,7 @@ class Heart:
         """Whether no tick has completed for too long, whatever beat sends."""
         if not self._anything_due():
             self._due_since = None
-            return self._time_for_an_idle_look() and self._nobody_ticked_for(STOCKTAKING / 2)
+            return self._time_for_an_idle_look() and self._nobody_ticked_for(RECONCILE_INTERVAL / 2)
         now = time.monotonic()
         if self._due_since is None:
             self._due_since = now
@@ -185,5 +185,5 @@ class Heart:
         now = time.monotonic()
         if now < self._idle_look_at:
             return False
-        self._idle_look_at = now + STOCKTAKING
+        self._idle_look_at = now + RECONCILE_INTERVAL
         return True

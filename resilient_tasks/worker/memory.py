@@ -24,7 +24,8 @@ class MemoryGuard:
 
     Args:
         limit: of each server.
-        servers: by name, how to ask one; None or an exception: it does not say.
+        servers: by name, how to ask one; None or one of ``errors``: it does not say.
+        errors: what a server raises that is away, or tells nothing.
         clock: monotonic clock in seconds.
     """
 
@@ -32,10 +33,12 @@ class MemoryGuard:
         self,
         limit: MemoryLimit,
         servers: Mapping[str, Callable[[], Memory | None]],
+        errors: tuple[type[Exception], ...] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limit = limit
         self._servers = servers
+        self._errors = errors
         self._clock = clock
         self._look_at = float("-inf")
         self._asked = 0
@@ -52,7 +55,7 @@ class MemoryGuard:
     def _look(self) -> None:
         before, self._exceeded = self._exceeded, None
         for name, ask in self._servers.items():
-            memory = _ask(name, ask)
+            memory = self._ask(name, ask)
             limit = memory and self._limit.exceeded_by(memory)
             if memory and limit:
                 self._exceeded = limit
@@ -65,10 +68,9 @@ class MemoryGuard:
         if before is not None:
             logger.warning("tasks are deferred again: the servers are below their memory limit")
 
-
-def _ask(name: str, ask: Callable[[], Memory | None]) -> Memory | None:
-    try:
-        return ask()
-    except Exception as exc:  # noqa: BLE001 - a server that is away, or hides INFO, must not stop a deferral
-        logger.debug("the %s does not tell how much memory it uses: %s", name, type(exc).__name__)
-        return None
+    def _ask(self, name: str, ask: Callable[[], Memory | None]) -> Memory | None:
+        try:
+            return ask()
+        except self._errors as exc:
+            logger.debug("the %s does not tell how much memory it uses: %s", name, type(exc).__name__)
+            return None

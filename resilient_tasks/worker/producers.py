@@ -25,10 +25,10 @@ from resilient_tasks.monitor.log import about
 from resilient_tasks.provenance import write_provenance
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.worker import seams
-from resilient_tasks.worker.broker import open_queues
 from resilient_tasks.worker.coalescing import coalesced_as
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.options import DEFER, FAIL
+from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Queues
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.runtime import find_runtime, runtime_of

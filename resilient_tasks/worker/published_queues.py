@@ -19,6 +19,7 @@ from kombu.exceptions import OperationalError
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.queues import Entry, Move, Queues, declare, own_queue, with_ticket
+from resilient_tasks.worker.redis_queues import RedisQueues
 from resilient_tasks.worker.ticket import Ticket
 
 logger = logging.getLogger("resilient_tasks")
@@ -37,6 +38,13 @@ _NOT_COPIED = frozenset({
     "delivery_info", "delivery_tag", "body_encoding", "application_headers", "content_type", "content_encoding",
     "expiration",
 })  # fmt: skip
+
+
+def open_queues(app: Celery, namespace: str) -> Queues:
+    """Return the deferred and dead-letter queues of an app's broker."""
+    with app.connection_for_read() as unused:
+        is_redis = unused.transport.driver_type == "redis"
+    return (RedisQueues if is_redis else PublishedQueues)(app, namespace)
 
 
 class PublishedQueues(Queues):

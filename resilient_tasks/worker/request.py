@@ -34,7 +34,6 @@ from resilient_tasks.worker import seams
 from resilient_tasks.worker.coalescing import coalesced_as
 from resilient_tasks.worker.options import DEFER
 from resilient_tasks.worker.patience import PatientWriter
-from resilient_tasks.worker.results import write_result
 from resilient_tasks.worker.run import NONSENSE, Admission, Packed, Report, TaskDeferred, limits_of, run_admitted
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import HEADER, Ticket
@@ -50,6 +49,22 @@ HOOKS_TIMEOUT = 1.0
 
 _arrivals = itertools.count()
 _hooks = PatientWriter("hooks of a task", HOOKS_TIMEOUT, even_late=True)
+
+
+class ResultNotWrittenError(Exception):
+    """A result backend has raised something; the text names its class."""
+
+
+def write_result(write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Call a method of a result backend.
+
+    Raises:
+        ResultNotWrittenError: it raised something.
+    """
+    try:
+        write(*args, **kwargs)
+    except Exception as exc:
+        raise ResultNotWrittenError(type(exc).__name__) from exc
 
 
 class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
@@ -69,6 +84,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     deferred = False
     dead = False
     held_since = 0.0
+    _left: Any = None  # the prefetch window that was widened for it
 
     def __init__(self, message: Any, **kwargs: Any) -> None:
         super().__init__(message, **kwargs)
@@ -318,6 +334,30 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         """Let the pool have nothing to do with it any more: its message goes back to its queue."""
         self.deferred = True
         seams.task_ready(self)
+
+    def leave_window(self) -> bool:
+        """Let a message that is held take no place in the prefetch window, as Celery does for one with an ETA.
+
+        Returns:
+            False if the broker's window cannot be widened.
+        """
+        if self.acknowledged:
+            return True
+        consumer = self.host.consumer
+        window, before = consumer.qos, consumer.qos.value
+        is_fixed = getattr(consumer, "qos_global", True) is False and not seams.is_emulated(
+            consumer.task_consumer.channel
+        )
+        if before and (is_fixed or window.increment_eventually() <= before):
+            return False
+        self._left = window
+        return True
+
+    def enter_window(self) -> None:
+        """Undo :meth:`leave_window`, unless a new connection has brought a new window."""
+        window, self._left = self._left, None
+        if window is not None and window is self.host.consumer.qos:
+            window.decrement_eventually()
 
     def _turn_away(self, full: DeferredQueueFullError, *, limited: bool) -> None:  # noqa: ARG002 - it is not let in
         self.fail(full)

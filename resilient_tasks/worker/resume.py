@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from resilient_tasks.core.counts import LONGEST_WAIT, RESUMED
@@ -12,7 +12,6 @@ from resilient_tasks.core.model import Snapshot
 from resilient_tasks.core.pace import LARGEST_BATCH, Pace, next_pace, refill_count
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.queues import Entry, Move
-from resilient_tasks.worker.selection import FirstFew, Selection
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
@@ -49,7 +48,7 @@ class Resumer:
         )
         ledger.save_pace(breaker.name, following)
         if count > 0 and self._still(breaker, snapshot):
-            self.release(breaker, snapshot, FirstFew(count))
+            self.release(breaker, snapshot, count)
 
     def _refill(self, breaker: Breaker, snapshot: Snapshot) -> None:
         """Resume as many tasks as slots are free, less those that are on their way already."""
@@ -64,50 +63,58 @@ class Resumer:
             ledger.save_pace(breaker.name, following)
         count -= self._outstanding(breaker, pace)
         if count > 0:
-            self.release(breaker, snapshot, FirstFew(count))
+            self.release(breaker, snapshot, count)
 
     def release_trials(self, breaker: Breaker, snapshot: Snapshot) -> None:
         """Resume as many tasks as there are permits; those that have never failed first."""
         outstanding = self._outstanding(breaker, self._runtime.fleet.ledger.pace(breaker.name))
         free = breaker.policy.trial_calls - snapshot.trials - outstanding
         if free > 0:
-            self.release(breaker, snapshot, FirstFew(free, unfailed_first=True))
+            self.release(breaker, snapshot, free, unfailed_first=True)
 
-    def release(self, breaker: Breaker, snapshot: Snapshot, selection: Selection, *, early: bool = False) -> int:
-        """Resume tasks of a breaker.
+    def release(
+        self, breaker: Breaker, snapshot: Snapshot, limit: int, *,
+        only: Collection[str] | None = None, unfailed_first: bool = False, early: bool = False,
+    ) -> list[str]:  # fmt: skip
+        """Resume tasks of a breaker, those that wait longest first.
 
         Args:
             breaker: which one.
             snapshot: the breaker now.
-            selection: which tasks.
+            limit: most tasks.
+            only: ids of the tasks that may be resumed; None: all may.
+            unfailed_first: those of a page that have never failed come before the others.
             early: also those whose own wait after a failure is not over.
 
         Returns:
-            How many were resumed.
+            The ids of those that were resumed.
         """
-        ledger = self._runtime.fleet.ledger
-        going, resumed = 0, 0
+        ledger, left, going = self._runtime.fleet.ledger, limit, 0
         why = f"resumed, breaker {breaker.name!r} is {snapshot.state}"
 
         def choose(entries: Sequence[Entry]) -> list[Move]:
-            nonlocal going
-            due = [entry for entry in entries if early or self._is_due(breaker, entry, snapshot.now)]
-            ends, due = self._tasks.weed(due)
-            chosen = selection.choose(due)
+            nonlocal left, going
+            wanted = [entry for entry in entries if only is None or entry.task_id in only]
+            due = [entry for entry in wanted if early or self._is_due(breaker, entry, snapshot.now)]
+            ends, fit = self._tasks.weed(due)
+            if unfailed_first:
+                fit.sort(key=lambda entry: entry.ticket.attempted_at > 0)
+            chosen = fit[:left]
+            left -= len(chosen) if only is None else len(wanted)
             going += len(chosen)
             ledger.resumed(breaker.name, len(chosen))  # before they can be taken up
             return [*ends, *self._tasks.resume(chosen, snapshot.epoch, why)]
 
-        pages = self._tasks.transfer_all(breaker.name, choose, enough=lambda: selection.complete, page=selection.page)
-        for moves in pages:
+        resumed: list[str] = []
+        for moves in self._tasks.transfer_all(breaker.name, choose, enough=lambda: left <= 0):
             gone = [move for move in moves if move.resumes]
             self._origins.setdefault(breaker.name, set()).update(str(move.queue) for move in gone)
             self._tally(breaker, gone, snapshot.now)
-            resumed += len(gone)
-        if resumed < going:
-            ledger.taken_up(breaker.name, going - resumed)  # somebody else has moved them
+            resumed += [move.entry.task_id for move in gone]
+        if len(resumed) < going:
+            ledger.taken_up(breaker.name, going - len(resumed))  # another process has moved them
         if resumed:
-            logger.info("breaker %r is %s: %d tasks resumed", breaker.name, snapshot.state, resumed)
+            logger.info("breaker %r is %s: %d tasks resumed", breaker.name, snapshot.state, len(resumed))
         return resumed
 
     def _tally(self, breaker: Breaker, gone: Sequence[Move], now: float) -> None:

@@ -26,8 +26,8 @@ from resilient_tasks.errors import ConfigurationError, UnknownBreakerError
 from resilient_tasks.fallback import Served
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.settings import Settings
-from resilient_tasks.worker.broker import open_queues
 from resilient_tasks.worker.definitions import check_guarded, doubts
+from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Queues
 from resilient_tasks.worker.task_key import found_by
 from resilient_tasks.worker.ticket import Ticket

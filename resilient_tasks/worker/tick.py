@@ -22,8 +22,8 @@ from resilient_tasks.errors import StoreError
 from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks
 from resilient_tasks.worker.events import WorkersEvents
 from resilient_tasks.worker.probe import Prober
+from resilient_tasks.worker.reconcile import Reconciler
 from resilient_tasks.worker.resume import Resumer
-from resilient_tasks.worker.stock import Stocktaker
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
@@ -35,7 +35,7 @@ logger = logging.getLogger("resilient_tasks")
 LEASE_INTERVALS = 3
 SHORTEST_LEASE = 3.0
 #: Seconds between comparisons of the store's index with what really lies in the deferred queues.
-STOCKTAKING = 10.0
+RECONCILE_INTERVAL = 10.0
 #: A breaker that no worker has declared for this many seconds is gone: renamed or removed by a deploy.
 ABANDONED_AFTER = 600.0
 
@@ -65,9 +65,9 @@ class Tick:
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}"
         self._tasks = DeferredTasks(runtime, WorkersEvents(runtime.app, consumer))
         self._resumer = Resumer(runtime, self._tasks)
-        self._stocktaker = Stocktaker(runtime, self._tasks)
+        self._reconciler = Reconciler(runtime, self._tasks)
         self._prober = Prober(runtime, wake)
-        self._stock_taken_at = float("-inf")
+        self._reconciled_at = float("-inf")
         self._troubles: dict[str, type[Exception]] = {}
 
     def run(self, *, observed_for: float = 0.0) -> bool:
@@ -84,7 +84,7 @@ class Tick:
         with self._lease() as held:
             if not held:
                 return False
-            self._take_stock(observed_for)
+            self._reconcile(observed_for)
             breakers = self._runtime.present()
             snapshots = fleet.store.read([breaker.spec for breaker in breakers])
             for breaker, snapshot in zip(breakers, snapshots, strict=True):
@@ -123,7 +123,7 @@ class Tick:
         answer = fleet.store.advance(breaker.spec, jitter=random.random())
         fleet.learn(answer)
         snapshot = answer.snapshot
-        self._stocktaker.expire(breaker, snapshot)
+        self._reconciler.expire(breaker, snapshot)
         if breaker.probe_to_run is not None and breaker.probe_to_run.is_due(snapshot):
             self._prober.start(breaker, breaker.probe_to_run, snapshot)
         if snapshot.state is State.HALF_OPEN and breaker.probe_to_run is None:
@@ -131,16 +131,16 @@ class Tick:
         elif snapshot.state in ADMITTING and snapshot.deferred:
             self._resumer.resume(breaker, snapshot)
             if snapshot.deferred <= PAGE:  # the index nears its end: more may wait than it says
-                self._stocktaker.count(breaker)
+                self._reconciler.reconcile(breaker)
 
-    def _take_stock(self, observed_for: float) -> None:
-        if time.monotonic() - self._stock_taken_at < STOCKTAKING:
+    def _reconcile(self, observed_for: float) -> None:
+        if time.monotonic() - self._reconciled_at < RECONCILE_INTERVAL:
             return
-        self._stock_taken_at = time.monotonic()
-        for breaker in (*self._runtime.present(), *self._stocktaker.some_children()):
-            self._shielded(breaker.name, partial(self._stocktaker.count, breaker))
+        self._reconciled_at = time.monotonic()
+        for breaker in (*self._runtime.present(), *self._reconciler.some_children()):
+            self._shielded(breaker.name, partial(self._reconciler.reconcile, breaker))
         if observed_for >= ABANDONED_AFTER:
-            self._shielded("abandoned", partial(self._stocktaker.send_home, ABANDONED_AFTER))
+            self._shielded("abandoned", partial(self._reconciler.return_orphans, ABANDONED_AFTER))
 
     def _shielded(self, name: str, step: Callable[[], object]) -> None:
         """Run one step; what goes wrong with one breaker holds up no other, and is told once while it lasts."""

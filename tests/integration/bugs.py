@@ -7,16 +7,16 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from resilient_tasks.worker import deferred_tasks, stock, tick
+from resilient_tasks.worker import deferred_tasks, reconcile, tick
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.gate import Gate
 from resilient_tasks.worker.host import Host
 from resilient_tasks.worker.queues import Entry, Queues
+from resilient_tasks.worker.reconcile import Reconciler
 from resilient_tasks.worker.redis_queues import RedisQueues
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.resume import Resumer
-from resilient_tasks.worker.stock import Stocktaker
 from resilient_tasks.worker.ticket import Ticket
 
 #: Steps that a message takes on its way, by what happens to it then.
@@ -28,10 +28,10 @@ RESUMING: list[tuple[Any, str]] = [
     (Ticket, "read"), (Ticket, "resume"), (Entry, "_field"), (Queues, "_entry"), (Resumer, "release"),
     (DeferredTasks, "weed"), (DeferredTasks, "resume"), (RedisQueues, "move"), (deferred_tasks, "revoked_among"),
 ]  # fmt: skip
-RECONCILING: list[tuple[Any, str]] = [(Stocktaker, "count"), (Stocktaker, "_index")]
+RECONCILING: list[tuple[Any, str]] = [(Reconciler, "reconcile"), (Reconciler, "_index")]
 DEAD_LETTERING: list[tuple[Any, str]] = [
     (DeferredTasks, "dead_letter"), (DeferredTasks, "_request"), (GatedRequest, "fail"), (Ticket, "die"),
-    (stock, "ended"), (deferred_tasks, "check_task"),
+    (reconcile, "ended"), (deferred_tasks, "check_task"),
 ]  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def install(side: Any) -> None:
         found = vars(owner)[name]
         fails: Any = _fails_by_key(side, step_name(owner, name), getattr(found, "__func__", found))
         setattr(owner, name, classmethod(fails) if isinstance(found, classmethod) else fails)
-    tick.STOCKTAKING = 1.0
+    tick.RECONCILE_INTERVAL = 1.0
 
 
 def _fails_by_key(side: Any, step: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,7 +34,7 @@ from resilient_tasks import Resilience
 from resilient_tasks.worker import heart, tick
 
 resilience = Resilience(app, tick_interval=0.25)
-heart.DECLARING, heart.STOCKTAKING, tick.STOCKTAKING, tick.ABANDONED_AFTER = 0.5, 0.5, 0.5, 2.0
+heart.DECLARING, heart.RECONCILE_INTERVAL, tick.RECONCILE_INTERVAL, tick.ABANDONED_AFTER = 0.5, 0.5, 0.5, 2.0
 """
 
 BEFORE = f"""{WITH_THE_LIBRARY}

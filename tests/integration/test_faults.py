@@ -17,7 +17,7 @@ from celery.exceptions import WorkerLostError
 from kombu import Connection, Consumer, Queue
 
 from resilient_tasks.core.model import State
-from resilient_tasks.worker.broker import open_queues
+from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Move, Queues
 from resilient_tasks.worker.ticket import Ticket
 from tests.integration.conftest import Shop

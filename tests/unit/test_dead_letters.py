@@ -11,6 +11,7 @@ from uuid import uuid4
 import pytest
 from celery import Celery
 from kombu import Producer, Queue
+from kombu.common import QoS
 
 from resilient_tasks import Breaker, ConfigurationError, DeadLetter, DeadLetterError, Resilience
 from resilient_tasks.testing import Clock
@@ -30,7 +31,7 @@ def app() -> Iterator[Celery]:
     """An app on a broker that all apps of this process share, and leave empty."""
     app = Celery("letters", broker="memory://", backend="cache+memory://", set_as_current=False)
 
-    @app.task(name="charge", shared=False, breaker="payments")
+    @app.task(name="letters-charge", shared=False, breaker="payments")
     def charge(*args: object, **kwargs: object) -> None: ...
 
     yield app
@@ -49,7 +50,7 @@ def letters(resilience: Resilience, payments: Breaker) -> DeadLetters:
 def bury(app: Celery, ticket: Ticket | None = TICKET, *, body: Any = CALL, **headers: Any) -> str:
     """Put a message into the dead-letter queue; return its task's id."""
     content = {"content_type": "application/json", "content_encoding": "utf-8"} if isinstance(body, bytes) else {}
-    usual = {"id": str(uuid4()), "task": "charge", "argsrepr": "(1,)", "kwargsrepr": "{'two': 2}"}
+    usual = {"id": str(uuid4()), "task": "letters-charge", "argsrepr": "(1,)", "kwargsrepr": "{'two': 2}"}
     written = {**usual, **headers}
     with app.connection_for_write() as connection:
         Producer(connection).publish(
@@ -71,7 +72,7 @@ def test_a_letter_tells_everything(app: Celery, letters: DeadLetters) -> None:
     task_id = bury(app)
     shown = letters.show(task_id)
     assert isinstance(shown, DeadLetter)
-    assert (shown.task_id, shown.task, shown.breaker, shown.origin) == (task_id, "charge", "payments", "shop")
+    assert (shown.task_id, shown.task, shown.breaker, shown.origin) == (task_id, "letters-charge", "payments", "shop")
     assert (shown.reason, shown.since, shown.died_at, shown.attempts) == ("made up", 1.0, 2.0, 3)
     assert shown.history == (Step(2.0, "dead"),)
     assert (shown.args, shown.kwargs) == ("(1,)", "{'two': 2}")
@@ -181,20 +182,20 @@ def test_a_dead_task_is_held_unacknowledged_until_the_broker_takes_it(
 
     monkeypatch.setattr(deferral.queues, "put", defer)
     message = SimpleNamespace(
-        headers={"id": "an-id", "task": "charge"}, body="[[], {}, {}]", payload=[[], {}, {}], delivery_info={},
+        headers={"id": "an-id", "task": "letters-charge"}, body="[[], {}, {}]", payload=[[], {}, {}], delivery_info={},
         content_type="application/json", content_encoding="utf-8", properties={},
     )  # fmt: skip
-    request = GatedRequest(message, app=app, task=app.tasks["charge"], on_ack=acknowledged.append)
+    request = GatedRequest(message, app=app, task=app.tasks["letters-charge"], on_ack=acknowledged.append)
     request.dead = True
-    prefetch = [0]
-    counts = {"increment_eventually": lambda: prefetch.append(1), "decrement_eventually": lambda: prefetch.append(-1)}
-    host: Any = SimpleNamespace(consumer=SimpleNamespace(qos=SimpleNamespace(**counts)))
+    window = QoS(lambda **_: None, 4)
+    host: Any = SimpleNamespace(consumer=SimpleNamespace(qos=window, qos_global=None))
     runtime_of(app).host = host
     deferral.attempt(request, partial(deferral.defer, request, TICKET))
     request.acknowledge()
     request.reject(requeue=True)
     assert (acknowledged, request.acknowledged) == ([], False)
+    assert window.value == 5, "what is held takes no place in the prefetch window"
     away.append(False)
     deferral.retry_held()
     assert (acknowledged, request.acknowledged) == (["moved"], True)
-    assert prefetch == [0, 1, -1], "what is held takes no place in the prefetch window"
+    assert window.value == 4

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 
 from resilient_tasks.worker.heart import Heart
-from resilient_tasks.worker.tick import STOCKTAKING
+from resilient_tasks.worker.tick import RECONCILE_INTERVAL
 
 
 class Ticks:
@@ -70,7 +70,7 @@ def test_a_tick_that_met_another_is_not_run_again(heart: Heart, ticks: Ticks) ->
 
 
 def test_a_worker_looks_for_itself_when_nobody_ticks(heart: Heart, ticks: Ticks) -> None:
-    ticks.age = STOCKTAKING
+    ticks.age = RECONCILE_INTERVAL
     heart._round()
     heart._round()
     assert ticks.tried == 1

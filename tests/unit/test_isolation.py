@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +18,8 @@ from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.scope import Pass, within
 from resilient_tasks.testing import Clock
 from resilient_tasks.worker.gate import Gate, Places
-from resilient_tasks.worker.queues import Entry
 from resilient_tasks.worker.run import Run
 from resilient_tasks.worker.runtime import runtime_of
-from resilient_tasks.worker.selection import FirstFew
 from resilient_tasks.worker.ticket import Ticket
 from tests.support.doubles import Request, wait_until
 from tests.unit.test_breaker import Call, Rig, elsewhere, every_way
@@ -190,20 +187,3 @@ def test_as_many_are_resumed_as_slots_are_free(
     pace, resumed = refill_count(Pace(decided_at=decided_at), FULL, policy, free=free, interval=1.0)
     assert resumed == count
     assert pace.decided_at == (decided_at if resume_rate is None else FULL.now)
-
-
-def entries(*task_ids: str, failed: str = "") -> list[Entry]:
-    return [
-        Entry(SimpleNamespace(headers={"id": each}), Ticket(attempted_at=float(each in failed))) for each in task_ids
-    ]
-
-
-def ids(chosen: Any) -> str:
-    return "".join(entry.task_id for entry in chosen)
-
-
-def test_the_first_few_are_chosen_page_after_page() -> None:
-    selection = FirstFew(3, unfailed_first=True)
-    assert ids(selection.choose(entries("a", "b", failed="a"))) == "ba"
-    assert ids(selection.choose(entries("c", "d", "e"))) == "c"
-    assert selection.complete

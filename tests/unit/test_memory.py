@@ -72,7 +72,7 @@ class Server:
 
 def test_servers_are_asked_a_few_times_a_second() -> None:
     clock, server = ManualClock(), Server()
-    guard = MemoryGuard(MemoryLimit(share=0.8), {"broker": server.memory}, clock)
+    guard = MemoryGuard(MemoryLimit(share=0.8), {"broker": server.memory}, (ConnectionError,), clock)
     for _ in range(10):
         assert guard.exceeded() is None
     assert server.asked == 1
@@ -87,7 +87,7 @@ def test_servers_are_asked_a_few_times_a_second() -> None:
 
 def test_a_flood_makes_it_ask_more_often() -> None:
     server = Server()
-    guard = MemoryGuard(MemoryLimit(size=50), {"broker": server.memory}, ManualClock())
+    guard = MemoryGuard(MemoryLimit(size=50), {"broker": server.memory}, (ConnectionError,), ManualClock())
     guard.exceeded()
     server.used = 60
     answers = [guard.exceeded() for _ in range(LOOK_EVERY)]
@@ -99,7 +99,7 @@ def test_one_full_server_is_enough_and_one_that_says_nothing_does_no_harm(caplog
     clock, broker, store = ManualClock(), Server(), Server(used=95)
     broker.away = True
     servers = {"broker": broker.memory, "silent": lambda: None, "store": store.memory}
-    guard = MemoryGuard(MemoryLimit(share=0.8), servers, clock)
+    guard = MemoryGuard(MemoryLimit(share=0.8), servers, (ConnectionError,), clock)
     for _ in range(3):
         assert guard.exceeded() == 80
         clock.advance(LOOK_INTERVAL)

@@ -1,4 +1,4 @@
-"""Stocktaking: what must be found among the waiting tasks without anybody asking for it."""
+"""What a tick looks for among waiting tasks unasked: ends that are due, what the index misses, and orphans."""
 
 from __future__ import annotations
 
@@ -22,18 +22,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("resilient_tasks")
 
-#: Seconds that one tick may spend on failing the expired tasks of one breaker.
+#: Seconds that one tick may spend on ending the expired tasks of one breaker.
 EXPIRING = 1.0
-#: Children that are looked at with one stocktaking although nothing is known to wait for them.
-MOST_CHILDREN = 10
-#: Children that are looked at with one stocktaking because their queues were found on the broker.
-MOST_FOUND = 200
+#: Children that are looked at in one round although nothing is known to wait for them, and because of their queues.
+MOST_CHILDREN, MOST_FOUND = 10, 200
 #: Seconds that a message may take from the index to its queue.
 ON_ITS_WAY = 5.0
 
 
-class Stocktaker:
-    """Looks through the deferred queues for the ticks of one worker."""
+class Reconciler:
+    """Brings deferred queues and the store's index in line, for the ticks of one worker."""
 
     def __init__(self, runtime: Runtime, tasks: DeferredTasks) -> None:
         self._runtime = runtime
@@ -44,17 +42,18 @@ class Stocktaker:
     def some_children(self) -> list[Breaker]:
         """Return children whose waiting tasks may be indexed nowhere, because a store may have lost its data.
 
-        Those that nobody looks after, but whose queues the broker knows; and, round by round, a few of all there are.
+        Those that no worker attends to, but whose queues the broker knows; and, round by round, a few of all there are.
         """
         names = list(itertools.islice(self._children, MOST_CHILDREN))
         if len(names) < MOST_CHILDREN:
             self._children = self._all_children()
-        return [self._runtime.breaker(name) for name in (*self._found()[:MOST_FOUND], *names)]
-
-    def _found(self) -> list[str]:
-        looked_after = set(self._runtime.fleet.view.active_children())
-        found = [name for name in self._tasks.queues.found() if name not in looked_after]
-        return [name for name in found if is_child(name) and self._runtime.defines(name)]
+        attended = set(self._runtime.fleet.view.active_children())
+        found = [
+            name
+            for name in self._tasks.queues.found()
+            if name not in attended and is_child(name) and self._runtime.defines(name)
+        ]
+        return [self._runtime.breaker(name) for name in (*found[:MOST_FOUND], *names)]
 
     def _all_children(self) -> Iterator[str]:
         """Yield the names of those that this process knows, then of all others: a store may have lost its data."""
@@ -86,11 +85,8 @@ class Stocktaker:
         for _ in self._tasks.transfer_all(breaker.name, choose, enough=lambda: time.monotonic() >= give_up_at):
             continue
 
-    def count(self, breaker: Breaker) -> None:
-        """Bring the store's index in line with what really waits on the broker.
-
-        Deferrals while the store was away are missing in it, lost copies are still there.
-        """
+    def reconcile(self, breaker: Breaker) -> None:
+        """Index what waits on the broker: deferrals while the store was away are missing, lost copies still there."""
         fleet = self._runtime.fleet
         waiting = self._tasks.count(breaker.name)
         snapshot = fleet.store.read([breaker.spec])[0]
@@ -100,17 +96,22 @@ class Stocktaker:
             # not at once: a message may be on its way, because the index is written first
             fleet.ledger.clear_deferred(breaker.name)
         if waiting > snapshot.deferred:  # the index is written first and cleared first: some deferrals are missing
-            self._tasks.transfer(breaker.name, lambda entries: self._index(breaker.name, entries))
+            self._tasks.transfer(breaker.name, partial(self._index, breaker.name))
 
-    def send_home(self, unseen_for: float) -> None:
+    def _index(self, breaker: str, entries: Sequence[Entry]) -> list[Move]:
+        waits = {entry.task_id: Wait(entry.ticket.ends_at, entry.ticket.since or None) for entry in entries}
+        self._runtime.fleet.ledger.add_all_deferred(breaker, waits)
+        return []
+
+    def return_orphans(self, unseen_for: float) -> None:
         """Resume the tasks of breakers that no worker defines any more; the gate decides by the current code."""
-        ledger = self._runtime.fleet.ledger
-        for parent in ledger.abandoned(unseen_for=unseen_for):
-            names = *self._runtime.fleet.store.children(parent), parent
-            if not [name for name in names if not self._send_home(name)]:
-                ledger.retire([parent])
+        fleet = self._runtime.fleet
+        for parent in fleet.ledger.abandoned(unseen_for=unseen_for):
+            names = *fleet.store.children(parent), parent
+            if False not in [self._return_orphans_of(name) for name in names]:
+                fleet.ledger.retire([parent])
 
-    def _send_home(self, name: str) -> bool:
+    def _return_orphans_of(self, name: str) -> bool:
         """Resume all tasks that wait for a breaker; return whether none is left."""
         why = f"resumed, breaker {name!r} is defined nowhere any more"
         while self._tasks.transfer(name, partial(self._tasks.resume, epoch=0, why=why))[1]:
@@ -119,8 +120,3 @@ class Stocktaker:
             return False
         self._runtime.fleet.ledger.clear_deferred(name)
         return True
-
-    def _index(self, breaker: str, entries: Sequence[Entry]) -> list[Move]:
-        waits = {entry.task_id: Wait(entry.ticket.ends_at, entry.ticket.since or None) for entry in entries}
-        self._runtime.fleet.ledger.add_all_deferred(breaker, waits)
-        return []

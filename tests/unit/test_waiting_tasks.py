@@ -1,4 +1,4 @@
-"""A bug of the library's own in any step of looking at, resuming and ending waiting tasks moves no message."""
+"""What is done to waiting tasks, on a broker in memory: a bug of the library's own in any step moves no message."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from kombu import Producer, Queue
 from resilient_tasks import Breaker, Resilience
 from resilient_tasks.worker import deferred_tasks
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.events import EventsByHand
 from resilient_tasks.worker.published_queues import PublishedQueues
 from resilient_tasks.worker.queues import Entry, Queues
+from resilient_tasks.worker.resume import Resumer
+from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
 from workers.processes import Server, start_valkey, wait_until
 
@@ -66,6 +69,12 @@ def app() -> Iterator[Celery]:
         yield app
         for queue in queues:
             queue(connection.default_channel).purge()
+
+
+def defer(app: Celery, ticket: Ticket, task_id: str) -> None:
+    with app.connection_for_write() as connection:
+        headers = ticket.write({"id": task_id, "task": "bugs-charge"})
+        Producer(connection).publish([[], {}, {}], routing_key=DEFERRED, headers=headers)
 
 
 @contextmanager
@@ -163,3 +172,24 @@ def test_a_task_whose_message_cannot_be_moved_comes_to_its_end_once(
         assert sizes(resilience) == (TASKS, 0)
         assert len(deferred.drop("payments")) == TASKS
         wait_until(lambda: len(revoked) == len(set(revoked)) == TASKS, what="the signals")
+
+
+def test_trials_are_tasks_that_have_never_failed_if_there_are_any(
+    app: Celery, resilience: Resilience, payments: Breaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resilience.deferred.drop("payments")
+    for task_id in "abcde":
+        defer(app, Ticket("payments", HOME, attempted_at=float(task_id == "a")), task_id)
+    monkeypatch.setattr(deferred_tasks, "PAGE", 2)
+    runtime = runtime_of(app)
+    resumer = Resumer(runtime, DeferredTasks(runtime, EventsByHand(app), runtime.queues))
+    snapshot = payments.snapshot()
+    assert resumer.release(payments, snapshot, 3, unfailed_first=True) == ["b", "a", "c"]
+    assert sorted(resumer.release(payments, snapshot, 3, unfailed_first=True)) == ["d", "e"]
+
+
+def test_some_tasks_are_resumed_by_their_ids(app: Celery, resilience: Resilience, payments: Breaker) -> None:
+    for task_id in "abc":
+        defer(app, Ticket("payments", HOME, not_before=2e9), task_id)
+    assert resilience.deferred.resume_some("payments", ["c", "nobody", "a"]) == ("c", "a")
+    assert sizes(resilience) == (TASKS + 1, 0)
