@@ -15,7 +15,6 @@ from celery import Task
 from celery.exceptions import MaxRetriesExceededError, Retry
 
 from resilient_tasks.call import Call
-from resilient_tasks.core.answer import unwrapped
 from resilient_tasks.core.classification import Verdict, attributed_to, refusal_in
 from resilient_tasks.core.counts import FAILED
 from resilient_tasks.core.model import Outcome, State
@@ -62,7 +61,12 @@ class DeferredRetry(Retry):  # type: ignore[misc]  # Celery is untyped
 
     def __init__(self, exc: BaseException, refusal: BreakerOpenError) -> None:
         super().__init__(exc=exc)
-        self.refusal = refusal
+        self._refused = refusal.args  # its parts: an exception in an attribute would be part of the failure
+
+    @property
+    def refusal(self) -> BreakerOpenError:
+        """The refusal."""
+        return BreakerOpenError(*self._refused)
 
 
 def defer_retry(task: Any, exc: BaseException | None, *, same_message: bool) -> None:
@@ -104,13 +108,14 @@ class _Body:
         try:
             value = self.attempts()
         except DeferredRetry as retry:
-            return self.answer(retry.refusal.breaker, partial(self.refused, retry.refusal, retry.refusal))
+            refusal = retry.refusal
+            return self.answer(refusal.breaker, partial(self.refused, refusal, refusal))
         except Retry:
             raise  # Celery has sent the task off again: this run has no answer of its own
         except Exception as exc:
-            refusal = refusal_in(exc)
-            if refusal is not None:
-                return self.answer(refusal.breaker, partial(self.refused, refusal, exc))
+            found = refusal_in(exc)
+            if found is not None:
+                return self.answer(found.breaker, partial(self.refused, found, exc))
             culprit = self.culprit(exc)
             if culprit is None:
                 raise
@@ -258,9 +263,9 @@ class _GatedBody(_Body):
 
     def refusal_behind(self, exc: BaseException) -> BreakerOpenError | None:
         """Return the refusal that has led to an exception, or would meet another run at once; None if there is none."""
-        for inner in unwrapped(exc):
-            if isinstance(inner, BreakerOpenError) and self.runtime.defines(inner.breaker):
-                return inner
+        refusal = refusal_in(exc)
+        if refusal is not None and self.runtime.defines(refusal.breaker):
+            return refusal
         culprit = self.culprit(exc)
         self._verdicts.clear()  # another exception may end the run
         return culprit.refuse() if culprit is not None and self._is_open(culprit) else None
