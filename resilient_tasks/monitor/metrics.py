@@ -111,6 +111,12 @@ METRICS = (
     ),
     Metric("calls_total", "Guarded calls by outcome (success, failure, slow), trials included.", _calls, "outcome"),
     Metric(
+        "failure_evidence",
+        "How near it is to opening by failures, 0 to 1; while OPEN as at the trip.",
+        "snapshot.evidence",
+    ),
+    Metric("slow_evidence", "The same by slow calls and calls that hang.", "snapshot.slow_evidence"),
+    Metric(
         "failure_ratio", "Share of failures in its window, 0 to 1; while OPEN as at the trip.", "snapshot.failure_rate"
     ),
     Metric("slow_ratio", "Share of slow successes in its window, likewise.", "snapshot.slow_rate"),

@@ -24,7 +24,8 @@ DOC = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 NOW = 1_789_000_000.0
 OPEN = Subject(
     Snapshot(
-        'pay"ments\n', State.OPEN, 17, 17, now=NOW, since=NOW - 60, calls=10, failures=4, slow=1, open_until=NOW + 5,
+        'pay"ments\n', State.OPEN, 17, 17, now=NOW, since=NOW - 60, calls=10, failures=4, slow=1, evidence=0.7,
+        slow_evidence=0.2, open_until=NOW + 5,
         trials=2, deferred=3, oldest_deferred_at=NOW - 30, in_flight=4, concurrency_limit=8, active_children=2,
     ),
     Counts.of({
@@ -61,14 +62,15 @@ def test_a_reading_becomes_series_of_all_breakers() -> None:
     told = {
         name: value(values, name, breaker='pay"ments\n')
         for name in (
-            "state_timestamp_seconds", "next_trial_timestamp_seconds", "failure_ratio", "slow_ratio", "refused_total",
+            "state_timestamp_seconds", "next_trial_timestamp_seconds", "failure_evidence", "slow_evidence",
+            "failure_ratio", "slow_ratio", "refused_total",
             "deferred_tasks", "oldest_deferred_seconds", "done_in_seconds",
             "deferred_total", "deferred_again_total", "resumed_total",
             "failed_total", "dead_lettered_total", "expired_total", "revoked_total", "dropped_total",
             "redelivered_total", "trials_total", "permits", "in_flight", "concurrency_limit", "hot_children",
         )
     }  # fmt: skip
-    expected = (NOW - 60, NOW + 5, 0.4, 0.1, 7, 3, 30, 2280, 6, 2, 4, 11, 12, 13, 14, 15, 16, 5, 2, 4, 8, 2)
+    expected = (NOW - 60, NOW + 5, 0.7, 0.2, 0.4, 0.1, 7, 3, 30, 2280, 6, 2, 4, 11, 12, 13, 14, 15, 16, 5, 2, 4, 8, 2)
     assert tuple(told.values()) == expected
     assert value(values, "calls_total", breaker=name, outcome="success") == 100
     assert value(values, "calls_total", breaker=name, outcome="slow") == 0
