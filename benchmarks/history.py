@@ -14,9 +14,10 @@ from statistics import median
 
 import redis
 
+from resilient_tasks.core.counts import Tally
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.store.redis import RedisStore
-from resilient_tasks.store.tallies import INTERVAL, Tally
+from resilient_tasks.store.tallies import INTERVAL
 from workers.processes import start_valkey
 
 ROUNDS, BATCHES = 15, 200

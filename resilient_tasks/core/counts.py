@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -102,3 +103,16 @@ _PLAIN = (
 
 def _named(counted: Mapping[str, int], prefix: str) -> dict[str, int]:
     return {kind.removeprefix(prefix): count for kind, count in counted.items() if kind.startswith(prefix)}
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was counted about one breaker: sums and peaks by kind."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    peaks: dict[str, int] = field(default_factory=dict)
+
+    def merge(self, other: Tally) -> None:
+        """Add another one."""
+        self.counts.update(other.counts)
+        self.peaks.update({kind: max(value, self.peaks.get(kind, 0)) for kind, value in other.peaks.items()})

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, starmap
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from resilient_tasks.core.counts import (
     CAUSE,
@@ -23,6 +23,7 @@ from resilient_tasks.core.counts import (
     OLDEST_ANSWER,
     RESUMED,
     Counts,
+    Tally,
 )
 from resilient_tasks.core.model import ADMITTING, Snapshot, State, Transition
 from resilient_tasks.core.names import parent_of
@@ -31,9 +32,6 @@ from resilient_tasks.core.rules import brief, to_ms
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.scripts import Scripts
 from resilient_tasks.store.server import Command, Server
-
-if TYPE_CHECKING:
-    from resilient_tasks.store.tallies import Tally
 
 _MINUTE, _DAY = 60, 24 * 3600
 _DEFERRED_WHEN_EMPTY = "deferred_when_empty"  # how many tasks had been deferred when none waited for the last time

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
+from resilient_tasks.core.counts import Tally
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.forking import renew_after_fork
 from resilient_tasks.store.history import History
@@ -17,19 +16,6 @@ INTERVAL = 1.0  # seconds from the first count until it is sent, and between two
 MOST_NAMES = (
     40  # causes, or sources of fallbacks, of one breaker; one too many counts as "other": they are other people's
 )
-
-
-@dataclass(slots=True)
-class Tally:
-    """What was counted about one breaker: sums and peaks by kind."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    peaks: dict[str, int] = field(default_factory=dict)
-
-    def merge(self, other: Tally) -> None:
-        """Add another one."""
-        self.counts.update(other.counts)
-        self.peaks.update({kind: max(value, self.peaks.get(kind, 0)) for kind, value in other.peaks.items()})
 
 
 class Tallies:

@@ -22,6 +22,7 @@ from resilient_tasks.core.counts import (
     RESUMED,
     TRIALS,
     Counts,
+    Tally,
 )
 from resilient_tasks.core.model import Outcome, State, Verb
 from resilient_tasks.core.outage import Deadlines, Outage
@@ -29,7 +30,6 @@ from resilient_tasks.core.pace import Pace
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.store.ledger import Wait
-from resilient_tasks.store.tallies import Tally
 from tests.contract.lab import OUTCOMES, SHARED, Lab, Subject
 
 SUCCESS, FAILURE, SLOW = Outcome.SUCCESS, Outcome.FAILURE, Outcome.SLOW

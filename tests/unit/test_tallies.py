@@ -13,7 +13,7 @@ import pytest
 
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.counts import CAUSE, REFUSED, RESUMED
+from resilient_tasks.core.counts import CAUSE, REFUSED, RESUMED, Tally
 from resilient_tasks.core.model import Outcome, Verb
 from resilient_tasks.errors import BreakerOpenError, StoreError
 from resilient_tasks.fleet import Fleet
@@ -21,7 +21,7 @@ from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Spec
 from resilient_tasks.store.history import History
 from resilient_tasks.store.local import LocalStore
-from resilient_tasks.store.tallies import INTERVAL, Tallies, Tally
+from resilient_tasks.store.tallies import INTERVAL, Tallies
 
 
 @dataclass
