@@ -251,7 +251,7 @@ def outages(lab: Lab, *names: str, since: float = 0.0) -> list[Outage]:
 def test_an_outage_is_remembered_from_the_first_refusal_to_the_last_waiting_task(lab: Lab) -> None:
     breaker = lab.breaker(trial_calls=1)
     breaker.batch(("S", 2))
-    fail(lab, breaker, ReadTimeout=3)
+    fail(lab, breaker, ReadTimeout=5)
     opened = lab.clock()
     lab.ledger.add_deferred(breaker.name, "a")
     tally(lab, {DEFERRED: 1, REFUSED: 4})
@@ -277,8 +277,8 @@ def test_an_outage_is_remembered_from_the_first_refusal_to_the_last_waiting_task
     assert lab.history.lasting(["payments"]) == {}
     assert (outage.openings, outage.actor) == (2, "")
     assert "evidence" in outage.reason
-    assert outage.causes == [("ReadTimeout", 3), ("OSError", 1)]
-    assert outage.failed_calls == 4
+    assert outage.causes == [("ReadTimeout", 5), ("OSError", 1)]
+    assert outage.failed_calls == 6
     assert (outage.counts.trials, outage.counts.refused, outage.counts.deferred, outage.counts.resumed) == (2, 4, 1, 2)
     assert outage.longest_wait == 45
 
