@@ -19,6 +19,7 @@ import threading
 import uuid
 from asyncio import _get_running_loop  # the loop or None; get_running_loop() raises
 from collections.abc import Callable, Collection, Coroutine, Generator, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from types import AsyncGeneratorType, CoroutineType, GeneratorType, TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
@@ -38,8 +39,9 @@ from resilient_tasks.core.model import Grant, Outcome, State, voter_of
 from resilient_tasks.core.names import parent_of
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError, ConfigurationError
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.scope import Pass, Scope, current, current_scope, live, runs, shares
+from resilient_tasks.scope import Pass, Scope, current, current_scope, is_watched, live, runs, shares
 from resilient_tasks.store.base import Spec
+from resilient_tasks.store.overdue import Watch, overdue
 from resilient_tasks.store.reports import Reporter
 from resilient_tasks.store.standing import Standing
 from resilient_tasks.store.view import View
@@ -54,6 +56,7 @@ TRIAL_TIMEOUT = 1.0  # seconds a trial may wait until it is settled, for the sam
 _POLL_INTERVAL = 0.001  # seconds between two looks of a coroutine at its report
 _NO_VALUE = object()
 _SUCCESS, _SLOW, _IGNORED = Verdict(Outcome.SUCCESS), Verdict(Outcome.SLOW), Verdict(Outcome.IGNORED)
+_OVERDUE = Verdict(Outcome.OVERDUE)
 _FINISHED = frozenset({type(None), bool, int, float, str, bytes, list, tuple, dict, set})  # types with nothing to await
 _UNSTARTED = (
     GeneratorType, AsyncGeneratorType, contextlib._GeneratorContextManager, contextlib._AsyncGeneratorContextManager
@@ -119,11 +122,12 @@ class Guard(Scope):
         breakers: all must admit it, and its outcome counts for each of them.
     """
 
-    __slots__ = ("_breakers", "_epoch", "_found", "_holder", "_plain", "_replaced", "_started", "value")
+    __slots__ = ("_breakers", "_epoch", "_found", "_holder", "_plain", "_replaced", "_started", "_watches", "value")
 
     _found: Mapping[str, Verdict]
     _plain: list[object] | None  # what its thread knows of it, if it is plain and no part of a coroutine
     _replaced: Collection[str]
+    _watches: Mapping[str, Watch | None]
     value: object
 
     def __init__(self, breakers: tuple[Guarded, ...]) -> None:
@@ -207,8 +211,21 @@ class Guard(Scope):
     def _begin(self, passes: Mapping[str, Pass]) -> None:
         self.passes, self.has_ended, self._replaced, self._found = passes, False, (), {}
         self._plain, self.value = None, _NO_VALUE
+        self._watches = {
+            each.name: self._watch(each) for each in self._breakers if each.policy.slow_call_duration is not None
+        }
         self._started = perf_counter()
         current.set(self)
+
+    def _watch(self, breaker: Guarded) -> Watch | None:
+        """Have the call reported when it is overdue; None: a call around it is, or it is part of a trial."""
+        held = self.passes[breaker.name]
+        if is_watched(self.outer, breaker.name) or (held.trial and not held.leased):
+            return None
+        voter = breaker.fleet.voter()  # here: the watching thread is no task's
+        self.passes = {**self.passes, breaker.name: held._replace(watched=True)}
+        report = partial(self._send, breaker, held, _OVERDUE, voter)
+        return overdue.begin(breaker._slow_after, report, once=held.trial)  # a trial has one outcome
 
     def _guards(self) -> list[tuple[Guarded, Guarded]]:
         """Return all breakers that must admit it: each with itself, or with the child that it is the parent of."""
@@ -303,7 +320,13 @@ class Guard(Scope):
     def _close(self, verdicts: Mapping[str, Verdict], counted_for: str | None = None) -> int:
         self.has_ended = True
         self.leave()
-        return max(self._report(guard, verdicts[each.name], counted_for) for guard, each in self._guards())
+        late = {each.name for each in self._breakers if self._was_overdue(each)}
+        return max(self._report(guard, verdicts[each.name], counted_for, late) for guard, each in self._guards())
+
+    def _was_overdue(self, breaker: Guarded) -> bool:
+        """Watch the call no longer; return whether it has been reported as overdue, by itself or by what is around."""
+        watch = self._watches.get(breaker.name)
+        return perf_counter() - self._started > breaker._slow_after if watch is None else overdue.end(watch)
 
     def leave(self) -> None:
         """Let what follows be no part of the call."""
@@ -315,8 +338,15 @@ class Guard(Scope):
         if self.passes is not _NO_PASSES:
             self._breakers[0]._wait(self._close({breaker.name: _IGNORED for breaker in self._breakers}))
 
-    def _report(self, guard: Guarded, verdict: Verdict, counted_for: str | None) -> int:
-        """Report to one breaker; ``counted_for`` is that for which a guard inside has counted the same exception."""
+    def _report(self, guard: Guarded, verdict: Verdict, counted_for: str | None, late: Collection[str]) -> int:
+        """Report to one breaker.
+
+        Args:
+            guard: the breaker.
+            verdict: on the call.
+            counted_for: the breaker for which a guard inside has counted the same exception.
+            late: names of the breakers to which the call was reported as overdue.
+        """
         name, held = guard.name, self.passes[guard.name]
         if held.trial:
             verdict = verdict if verdict.outcome is Outcome.FAILURE else self._found.get(name, verdict)
@@ -334,7 +364,13 @@ class Guard(Scope):
         plain = _thread.plain
         if isinstance(plain[0], Guarded) and plain[0].name in (name, parent_of(name)):
             plain[0] = _REPLACED
-        return guard._settle(self._holder, held, verdict) if held.leased else guard._count(held.epoch, verdict)
+        return self._send(guard, held, verdict, guard._voter(verdict), was_overdue=name in late)
+
+    def _send(self, guard: Guarded, held: Pass, verdict: Verdict, voter: str, *, was_overdue: bool = False) -> int:
+        if not held.leased:
+            return guard.report(held.epoch, verdict, voter=voter, each=True, was_overdue=was_overdue)
+        settle = guard._reporter.settle
+        return settle(guard.spec, self._holder, held.epoch, verdict, voter=voter, each=True, was_overdue=was_overdue)
 
     def hand_over(self, result: Any, fn: Callable[..., Any]) -> Any:
         """Return what stands for a result that the call has not come to yet.
@@ -619,9 +655,6 @@ class Guarded:
 
     def _count(self, epoch: int, verdict: Verdict) -> int:
         return self.report(epoch, verdict, voter=self._voter(verdict), each=True)
-
-    def _settle(self, holder: str, held: Pass, verdict: Verdict) -> int:
-        return self._reporter.settle(self.spec, holder, held.epoch, verdict, voter=self._voter(verdict), each=True)
 
     def _voter(self, verdict: Verdict) -> str:
         return "" if verdict.outcome is Outcome.SUCCESS else self.fleet.voter()

@@ -20,6 +20,7 @@ class Pass(NamedTuple):
         counts: a dependency failure of this run that is attributed to the breaker would count as an attempt.
         leased: the call itself holds a permit, or one of a limited number of slots.
         for_child: it is the pass of a parent, for a call that counts for a child: only a trial counts.
+        watched: the call is reported when it is overdue; guards of the same breaker inside it need not be.
     """
 
     breaker: str
@@ -28,6 +29,7 @@ class Pass(NamedTuple):
     counts: bool = False
     leased: bool = False
     for_child: bool = False
+    watched: bool = False
 
 
 class Scope:
@@ -92,3 +94,8 @@ def shares(scope: Scope, breaker: str) -> bool:
     """Whether a call holds a permit or a slot, or is part of one that does."""
     held = scope.passes.get(breaker)
     return held is not None and (held.trial or held.leased)
+
+
+def is_watched(scope: Scope | None, breaker: str) -> bool:
+    """Whether a call in progress, or one around it, is reported when it is overdue."""
+    return any((held := around.passes.get(breaker)) is not None and held.watched for around in live(scope))

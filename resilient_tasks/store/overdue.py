@@ -1,7 +1,7 @@
-"""``Overdue``: tells of calls that have passed their time while they still run.
+"""``Overdue``: reports calls that have passed their time while they still run, again each time that they pass it.
 
-Whoever begins a call has it watched; one thread per process sleeps until the first may be overdue. It is woken
-for a call only when it would otherwise sleep too long, so that watching a quick call costs next to nothing.
+One thread per process sleeps until the first call may be overdue. It is woken for a call only when it would otherwise
+sleep too long, so that watching a quick call costs next to nothing.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ class Watch:
     """One call that is watched until it ends.
 
     Attributes:
-        told: it has been overdue, and that was told.
+        reports: how often it has been reported.
     """
 
-    __slots__ = ("overdue_at", "tell", "told")
+    __slots__ = ("at", "report", "reports", "seconds")
 
-    def __init__(self, overdue_at: float, tell: Callable[[], object]) -> None:
-        self.overdue_at = overdue_at
-        self.tell = tell
-        self.told = False
+    def __init__(self, at: float, seconds: float, report: Callable[[], object]) -> None:
+        self.at, self.seconds, self.report = at, seconds, report
+        self.reports = 0
 
 
 class Overdue:
@@ -50,35 +49,38 @@ class Overdue:
         """Start empty: the calls that the parent watches are not ours."""
         self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._watches: set[Watch] = set()
+        self._watches: dict[Watch, None] = {}
         self._wakes_at = math.inf
 
-    def begin(self, seconds: float, tell: Callable[[], object]) -> Watch:
+    def begin(self, seconds: float, report: Callable[[], object], *, once: bool = False) -> Watch:
         """Watch a call that begins now.
 
         Args:
-            seconds: after which it is overdue.
-            tell: called then, once, by the watching thread; it does no I/O.
+            seconds: after which it is overdue, and then again.
+            report: called each time by the watching thread; it does no I/O.
+            once: call it the first time only.
         """
-        watch = Watch(self._clock() + seconds, tell)
-        with self._condition:
-            self._watches.add(watch)
-            if watch.overdue_at < self._wakes_at:
-                self._wakes_at = watch.overdue_at
-                self._wake()
+        watch = Watch(self._clock() + seconds, math.inf if once else seconds, report)
+        self._watches[watch] = None
+        if watch.at < self._wakes_at:  # read without the lock: the thread sets it before it looks at what is watched
+            self._wake(watch.at)
         return watch
 
     def end(self, watch: Watch) -> bool:
-        """Watch a call no longer; return whether it was overdue, and has been told of."""
-        with self._condition:
-            self._watches.discard(watch)
-            return watch.told
+        """Watch a call no longer; return whether it has been reported."""
+        self._watches.pop(watch, None)
+        if watch.reports or self._clock() < watch.at:
+            return watch.reports > 0
+        with self._condition:  # the thread may be at it
+            return watch.reports > 0
 
-    def _wake(self) -> None:
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._run, name="resilient-tasks-overdue", daemon=True)
-            self._thread.start()
-        self._condition.notify_all()
+    def _wake(self, at: float) -> None:
+        with self._condition:
+            self._wakes_at = min(self._wakes_at, at)
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, name="resilient-tasks-overdue", daemon=True)
+                self._thread.start()
+            self._condition.notify_all()
 
     def _run(self) -> None:
         condition = self._condition
@@ -88,21 +90,27 @@ class Overdue:
                     condition.wait(None if self._wakes_at == math.inf else self._wakes_at - self._clock())
                 overdue = self._take_overdue()
             for watch in overdue:
-                _tell(watch)
+                _report(watch)
 
     def _take_overdue(self) -> list[Watch]:
+        self._wakes_at = math.inf
         now = self._clock()
-        overdue = [watch for watch in self._watches if watch.overdue_at <= now]
-        self._watches.difference_update(overdue)
+        watches = list(self._watches)
+        overdue = [watch for watch in watches if watch.at <= now and watch in self._watches]
         for watch in overdue:
-            watch.told = True
-        first = min((watch.overdue_at for watch in self._watches), default=math.inf)
-        self._wakes_at = max(first, now + _SHORTEST_SLEEP)
+            watch.reports += 1
+            watch.at = max(watch.at, now - watch.seconds) + watch.seconds  # a process that was frozen does not make up
+        if watches:
+            self._wakes_at = max(min(watch.at for watch in watches), now + _SHORTEST_SLEEP)
         return overdue
 
 
-def _tell(watch: Watch) -> None:
+def _report(watch: Watch) -> None:
     try:
-        watch.tell()
+        watch.report()
     except Exception:
-        logger.exception("an overdue call could not be told of")
+        logger.exception("an overdue call could not be reported")
+
+
+#: Of this process.
+overdue = Overdue()

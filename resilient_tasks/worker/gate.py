@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from resilient_tasks.worker.runtime import Runtime
 
 
-_NOTHING_SAID = Verdict(Outcome.IGNORED)
+_NOTHING_SAID, _SUCCESS, _SLOW = Verdict(Outcome.IGNORED), Verdict(Outcome.SUCCESS), Verdict(Outcome.SLOW)
 
 #: Seconds for which the permit of a trial that waits for its pool process is renewed.
 LONGEST_WAIT = 600.0
@@ -86,7 +86,7 @@ class Gate:
             if admitted is None:
                 self.settle(request, Admission(tuple(passes)), Report.of_all(_NOTHING_SAID, passes))
                 return self._refused(breaker, ticket, self._denial(breaker))
-            passes.append(admitted)
+            passes.append(admitted._replace(watched=self._watches(request, breaker, admitted)))
         return Admission(tuple(passes), attempts=ticket.attempts, trace=ticket.trace)
 
     @staticmethod
@@ -146,16 +146,20 @@ class Gate:
         for breaker, admitted in zip(request.guards, admission.passes, strict=False):  # refused: no passes, a fallback
             if admitted.trial:
                 breaker.hold(request.holder, _trial_limit(request, breaker))
-            if breaker.policy.slow_call_duration is not None:
-                self._watch(request, breaker, admitted, breaker.policy.slow_call_duration)
+            if admitted.watched and breaker.policy.slow_call_duration is not None:
+                report = partial(self._report_overdue, request, breaker, admitted)
+                seconds, once = breaker.policy.slow_call_duration, admitted.trial  # a trial has one outcome
+                self._overruns.begin(request, breaker.name, seconds, report, once=once)
 
-    def _watch(self, request: GatedRequest, breaker: Breaker, admitted: Pass, seconds: float) -> None:
-        """Count a run as slow when it passes its time, unless its quick attempts or its child breaker are counted."""
+    def _watches(self, request: GatedRequest, breaker: Breaker, admitted: Pass) -> bool:
+        """Whether a run is reported when it is overdue, unless its quick attempts, guards or child breaker are."""
+        if breaker.policy.slow_call_duration is None or (admitted.for_child and not admitted.leased):
+            return False
         has_attempts = request.task.options.retrying is not None and not admitted.trial
-        if not has_attempts and (admitted.leased or not admitted.for_child):
-            self._overruns.begin(
-                request, breaker.name, seconds, partial(self._tell, request, breaker, admitted, OVERDUE)
-            )
+        return not has_attempts and self._overruns.watches(request, breaker.name)
+
+    def _report_overdue(self, request: GatedRequest, breaker: Breaker, admitted: Pass) -> None:
+        self._tell(request, breaker, admitted, OVERDUE)
 
     def _would_count(self, standing: Standing, ticket: Ticket) -> bool:
         """Whether a failure now uses up an attempt: only if the dependency has served somebody since the last one.
@@ -193,22 +197,25 @@ class Gate:
         self._unaccepted.discard(request)
         passes = zip(request.guards, admission.passes, report.verdicts, strict=False)  # of the first, if one refused
         for breaker, admitted, said in passes:
-            verdict = self._overruns.end(request, breaker.name, said)
+            was_overdue = self._overruns.end(request, breaker.name, said)
+            verdict = _SLOW if was_overdue and said == _SUCCESS else said
             if not admitted.for_child and _is_counted(breaker):
                 self._places.leave(breaker.name)
             if admitted.leased:
-                self._tell(request, breaker, admitted, verdict or _NOTHING_SAID)
+                self._tell(request, breaker, admitted, verdict or _NOTHING_SAID, was_overdue=was_overdue)
             elif verdict is not None and not admitted.for_child:
-                self._tell(request, breaker, admitted, verdict)
+                self._tell(request, breaker, admitted, verdict, was_overdue=was_overdue)
 
-    def _tell(self, request: GatedRequest, breaker: Breaker, admitted: Pass, verdict: Verdict) -> None:
+    def _tell(
+        self, request: GatedRequest, breaker: Breaker, admitted: Pass, verdict: Verdict, *, was_overdue: bool = False
+    ) -> None:
         """Report on a run; one that holds a permit or a slot is settled."""
         voter = "" if verdict.outcome is Outcome.SUCCESS else voter_of(request.id)
         if admitted.leased:
             reporter = self._runtime.fleet.reporter
-            reporter.settle(breaker.spec, request.holder, admitted.epoch, verdict, voter=voter)
+            reporter.settle(breaker.spec, request.holder, admitted.epoch, verdict, voter=voter, was_overdue=was_overdue)
         else:
-            breaker.report(admitted.epoch, verdict, voter=voter)
+            breaker.report(admitted.epoch, verdict, voter=voter, was_overdue=was_overdue)
 
 
 def _is_counted(breaker: Breaker) -> bool:

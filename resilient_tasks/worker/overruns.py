@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.core.names import parent_of
-from resilient_tasks.store.overdue import Overdue, Watch
+from resilient_tasks.store.overdue import Watch, overdue
 
 if TYPE_CHECKING:
     from resilient_tasks.worker.request import GatedRequest
 
 OVERDUE = Verdict(Outcome.OVERDUE)
-_SLOW = Verdict(Outcome.SLOW)
 
 
 class Overruns:
@@ -24,24 +23,27 @@ class Overruns:
     """
 
     def __init__(self) -> None:
-        self._overdue = Overdue()
         self._watches: dict[tuple[GatedRequest, str], Watch] = {}
         self._guarded_inside: set[tuple[str, str]] = set()  # task, and breaker without its key: as many as the code has
 
-    def begin(self, request: GatedRequest, breaker: str, seconds: float, tell: Callable[[], object]) -> None:
-        """Watch a run that begins now; ``tell`` is called when it has taken so many seconds."""
-        if _guard_inside(request, breaker) not in self._guarded_inside:
-            self._watches[request, breaker] = self._overdue.begin(seconds, tell)
+    def watches(self, request: GatedRequest, breaker: str) -> bool:
+        """Whether a run would be watched, as far as is known of its task."""
+        return _guard_inside(request, breaker) not in self._guarded_inside
 
-    def end(self, request: GatedRequest, breaker: str, verdict: Verdict | None) -> Verdict | None:
-        """Return the verdict on a run that has ended: one that was overdue has been slow at best."""
+    def begin(
+        self, request: GatedRequest, breaker: str, seconds: float, report: Callable[[], object], *, once: bool
+    ) -> None:
+        """Watch a run that begins now; ``report`` is called each time that it has taken so many seconds more."""
+        self._watches[request, breaker] = overdue.begin(seconds, report, once=once)
+
+    def end(self, request: GatedRequest, breaker: str, verdict: Verdict | None) -> bool:
+        """Watch a run no longer; return whether it has been overdue. Without a verdict guards inside have reported."""
         watch = self._watches.pop((request, breaker), None)
         if watch is None:
-            return verdict
+            return False
         if verdict is None:
             self._guarded_inside.add(_guard_inside(request, breaker))
-        was_overdue = self._overdue.end(watch)
-        return _SLOW if was_overdue and verdict is not None and verdict.outcome is Outcome.SUCCESS else verdict
+        return overdue.end(watch)
 
 
 def _guard_inside(request: GatedRequest, breaker: str) -> tuple[str, str]:

@@ -51,6 +51,7 @@ knocked = resilience.breaker("knocked", **QUICK)
 narrow = resilience.breaker("narrow", **QUICK, max_deferred=2)
 tenants = resilience.breaker("tenants", **QUICK)
 hosts = resilience.breaker("hosts", **{**QUICK, "open_duration": 30}, max_open_ratio=0.5, max_keys=2)
+hanging = resilience.breaker("hanging", slow_call_duration=1)
 alone = resilience.breaker("alone", **QUICK, max_concurrency_per_worker=1)
 blocking = resilience.breaker("blocking", **QUICK, max_deferred=2, overflow="block")
 
@@ -154,6 +155,30 @@ def fragile(self, *args, dependency: str) -> list:
 def dawdle(self) -> None:
     SIDE.rpush("runs:dawdle", time.time())
     wait_until_healthy("sluggish")
+
+
+@app.task(breaker="hanging")
+def ask() -> None:
+    wait_until_healthy("hanging")
+
+
+@app.task(breaker="hanging")
+def ask_inside() -> None:
+    """The call alone is guarded, not what the task does besides."""
+    with hanging.guard():
+        wait_until_healthy("hanging")
+
+
+@app.task(breaker="hanging", time_limit=2.5, on_failure="raise")
+def ask_briefly() -> None:
+    wait_until_healthy("hanging")
+
+
+@app.task
+def ask_unguarded() -> None:
+    """A task without a breaker, in which a call is guarded."""
+    with hanging.guard():
+        wait_until_healthy("hanging")
 
 
 @app.task(bind=True, breaker="alone")

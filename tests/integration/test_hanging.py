@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from resilient_tasks.core.model import State
 from tests.integration.conftest import Shop
 
+SLOTS, LEAST = 4, 10  # pool slots; minimum_calls
+
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_calls_that_hang_open_the_breaker_while_they_run(shop: Shop, pool: str) -> None:
-    shop.worker(pool=pool, concurrency=4)
-    shop.set_health("sluggish", "hang")
-    results = [shop.dawdle.delay() for _ in range(6)]
-    shop.wait(lambda: shop.sluggish.snapshot().state is State.OPEN, "it to open")
-    snapshot = shop.sluggish.snapshot()
-    print(f"OPEN {snapshot.since - float(shop.runs('dawdle')[0]):.2f} s after the first call began to hang")
-    assert (snapshot.calls, snapshot.slow, snapshot.failures) == (4, 4, 0)
+@pytest.mark.parametrize("task", ["ask", "ask_inside", "ask_unguarded"])
+def test_calls_that_hang_open_the_breaker_while_they_run(shop: Shop, pool: str, task: str) -> None:
+    shop.worker(pool=pool, concurrency=SLOTS)
+    healthy = [getattr(shop, task).delay() for _ in range(20)]
+    shop.wait_done(*healthy)
+    shop.set_health("hanging", "hang")
+    hung_at = time.time()
+    results = [getattr(shop, task).delay() for _ in range(SLOTS)]
+    shop.wait(lambda: shop.hanging.snapshot().state is State.OPEN, "it to open")
+    snapshot = shop.hanging.snapshot()
+    assert snapshot.since - hung_at > LEAST / SLOTS - 1, "each call adds one a second, and is not counted twice"
     assert not any(result.ready() for result in results)
-    shop.set_health("sluggish", "up")
-    shop.wait(lambda: shop.waiting("sluggish") == 2, "the others to be deferred")
-    shop.wait(lambda: sum(result.ready() for result in results) == 4, "those that ran to end")
+    shop.set_health("hanging", "up")
+    shop.wait(lambda: all(result.ready() for result in results), "those that ran to end")
+
+
+def test_runs_that_their_time_limit_ends_count_for_as_long_as_they_ran(shop: Shop) -> None:
+    shop.worker(concurrency=2)
+    shop.set_health("hanging", "hang")
+    results = [shop.ask_briefly.delay() for _ in range(2)]
+    shop.wait(lambda: all(result.ready() for result in results), "both to be killed")
+    shop.wait(lambda: round(shop.hanging.snapshot().evidence * LEAST) == 2, "both failures to be counted")
+    assert round(shop.hanging.snapshot().slow_evidence * LEAST) == 4, "twice each"

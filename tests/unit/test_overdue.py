@@ -1,4 +1,4 @@
-"""Calls that pass their time are told of while they run, once; those that end in time never are."""
+"""Calls that pass their time are reported while they run, again each time; those that end in time never are."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def look(overdue: Overdue) -> None:
         overdue._condition.notify_all()
 
 
-def test_a_call_is_told_of_when_it_passes_its_time(overdue: Overdue, clock: ManualClock) -> None:
+def test_a_call_is_reported_each_time_that_it_passes_its_time(overdue: Overdue, clock: ManualClock) -> None:
     told: list[str] = []
     hangs = overdue.begin(5, lambda: told.append("hangs"))
     quick = overdue.begin(5, lambda: told.append("quick"))
@@ -38,12 +38,46 @@ def test_a_call_is_told_of_when_it_passes_its_time(overdue: Overdue, clock: Manu
     clock.advance(5)
     look(overdue)
     wait_until(lambda: told == ["hangs"])
+    clock.advance(5)
+    look(overdue)
+    wait_until(lambda: told == ["hangs"] * 2)
     assert overdue.end(hangs)
     assert not overdue.end(longer)
     clock.advance(100)
     look(overdue)
-    wait_until(lambda: overdue._wakes_at == float("inf") or not overdue._watches)
-    assert told == ["hangs"]
+    wait_until(lambda: overdue._wakes_at == float("inf"))
+    assert told == ["hangs"] * 2
+
+
+def test_a_process_that_was_frozen_makes_up_for_nothing(overdue: Overdue, clock: ManualClock) -> None:
+    told: list[str] = []
+    overdue.begin(1, lambda: told.append("hangs"))
+    clock.advance(100)
+    look(overdue)
+    wait_until(lambda: told)
+    clock.advance(0.9)
+    look(overdue)
+    clock.advance(0.2)
+    look(overdue)
+    wait_until(lambda: len(told) == 2)
+
+
+def test_no_call_is_overslept_however_many_threads_begin_some() -> None:
+    overdue, reported = Overdue(), threading.Semaphore(0)
+
+    def begin() -> None:
+        for number in range(300):
+            watch = overdue.begin(0.01, reported.release)
+            if number % 3:
+                overdue.end(watch)
+
+    threads = [threading.Thread(target=begin) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(reported.acquire(timeout=PATIENCE) for _ in range(8 * 100))
+    wait_until(lambda: all(watch.reports for watch in list(overdue._watches)))
 
 
 def test_a_call_that_may_be_overdue_first_is_not_overslept(overdue: Overdue, clock: ManualClock) -> None:
@@ -59,7 +93,7 @@ def test_by_the_real_clock() -> None:
     told = threading.Event()
     watch = Overdue().begin(0.01, told.set)
     assert told.wait(PATIENCE)
-    assert watch.told
+    assert watch.reports
 
 
 def test_a_teller_that_fails_keeps_nobody_else_from_being_told(
@@ -69,7 +103,7 @@ def test_a_teller_that_fails_keeps_nobody_else_from_being_told(
     overdue.begin(1, lambda: 1 / 0)
     clock.advance(1)
     look(overdue)
-    wait_until(lambda: "could not be told of" in caplog.text)
+    wait_until(lambda: "could not be reported" in caplog.text)
     overdue.begin(1, told.set)
     clock.advance(1)
     look(overdue)
