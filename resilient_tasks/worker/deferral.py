@@ -24,11 +24,11 @@ from resilient_tasks.monitor.log import Throttle
 from resilient_tasks.worker.decoding import UNDECODABLE, flaw_in_task
 from resilient_tasks.worker.denials import Denials
 from resilient_tasks.worker.memory import MemoryGuard
-from resilient_tasks.worker.patience import PatientWriter
 from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Queues
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.ticket import Ticket
+from resilient_tasks.worker.timed import TimedWriter
 
 if TYPE_CHECKING:
     from resilient_tasks.worker.runtime import Runtime
@@ -43,8 +43,8 @@ MOST_HELD = 10_000
 #: Seconds until a step that failed by a bug is tried again.
 RETRY_INTERVAL = 1.0
 #: Seconds that one deferral may wait for the store, and for the result backend.
-INDEX_PATIENCE = 0.1
-STATE_PATIENCE = 0.25
+INDEX_TIMEOUT = 0.1
+STATE_TIMEOUT = 0.25
 #: Deferrals of one breaker that have a log line of their own, in so many seconds; the others are counted.
 MOST_LINES = 10
 LINES_INTERVAL = 10.0
@@ -73,8 +73,8 @@ class Deferral:
             {"broker": self.queues.memory, "store": lambda: runtime.fleet.ledger.memory()},  # noqa: PLW0108 - it may change
             (*self.errors, StoreError),
         )
-        self._index_writer = PatientWriter("index of deferred tasks", INDEX_PATIENCE, even_late=True)
-        self._state_writer = PatientWriter("result backend", STATE_PATIENCE)
+        self._index_writer = TimedWriter("index of deferred tasks", INDEX_TIMEOUT, even_late=True, expected=StoreError)
+        self._state_writer = TimedWriter("result backend", STATE_TIMEOUT)
         self._held: deque[tuple[GatedRequest, Step]] = deque()
         self.denials = Denials(runtime, self)
         self._retrying = threading.Lock()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from resilient_tasks.core.model import ADMITTING
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
-from resilient_tasks.worker.events import EventsByHand
+from resilient_tasks.worker.events import Events
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.resume import Resumer
 
@@ -57,7 +57,7 @@ class Deferred:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._tasks = DeferredTasks(runtime, EventsByHand(runtime.app), runtime.queues)
+        self._tasks = DeferredTasks(runtime, Events(runtime.app), runtime.queues)
 
     def count(self, breaker: str) -> int:
         """Return the number of tasks that wait for a breaker."""

@@ -17,7 +17,7 @@ from resilient_tasks.monitor.events import TASK_IGNORED, TASK_RESUMED
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.coalescing import SupersededError, superseded_among
 from resilient_tasks.worker.decoding import check_task, decode, payload_of, task_fields
-from resilient_tasks.worker.events import EventSender
+from resilient_tasks.worker.events import Events
 from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Entry, Move, Queues
 from resilient_tasks.worker.request import GatedRequest, ResultNotWrittenError, write_result
@@ -48,7 +48,7 @@ class DeferredTasks:
         queues: the broker's queues; ``None``: on connections of its own.
     """
 
-    def __init__(self, runtime: Runtime, events: EventSender, queues: Queues | None = None) -> None:
+    def __init__(self, runtime: Runtime, events: Events, queues: Queues | None = None) -> None:
         self._runtime = runtime
         self._events = events
         self._ended: set[str] = (

@@ -33,10 +33,10 @@ from resilient_tasks.policy import BLOCK
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.coalescing import coalesced_as
 from resilient_tasks.worker.options import DEFER
-from resilient_tasks.worker.patience import PatientWriter
 from resilient_tasks.worker.run import NONSENSE, Admission, Packed, Report, TaskDeferred, limits_of, run_admitted
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import HEADER, Ticket
+from resilient_tasks.worker.timed import TimedWriter
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
@@ -48,7 +48,7 @@ logger = logging.getLogger("resilient_tasks")
 HOOKS_TIMEOUT = 1.0
 
 _arrivals = itertools.count()
-_hooks = PatientWriter("hooks of a task", HOOKS_TIMEOUT, even_late=True)
+_hooks = TimedWriter("hooks of a task", HOOKS_TIMEOUT, even_late=True)
 
 
 class ResultNotWrittenError(Exception):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from resilient_tasks.core.model import ADMITTING, Snapshot, State
 from resilient_tasks.errors import StoreError
 from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks
-from resilient_tasks.worker.events import WorkersEvents
+from resilient_tasks.worker.events import Events
 from resilient_tasks.worker.probe import Prober
 from resilient_tasks.worker.reconcile import Reconciler
 from resilient_tasks.worker.resume import Resumer
@@ -63,7 +63,7 @@ class Tick:
     def __init__(self, runtime: Runtime, consumer: Any, wake: Callable[[], None]) -> None:
         self._runtime = runtime
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}"
-        self._tasks = DeferredTasks(runtime, WorkersEvents(runtime.app, consumer))
+        self._tasks = DeferredTasks(runtime, Events(runtime.app, consumer))
         self._resumer = Resumer(runtime, self._tasks)
         self._reconciler = Reconciler(runtime, self._tasks)
         self._prober = Prober(runtime, wake)

@@ -41,47 +41,26 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Seconds are on the store's clock; 0 means "not set".
+    """What the header says. Seconds are on the store's clock; 0 means "not set"."""
 
-    Args:
-        breaker: the breaker the task waits, or waited, for.
-        origin: name of the queue it came from and goes back to.
-        reason: why it was deferred.
-        since: when it was first deferred.
-        attempts: dependency failures of its own that counted so far.
-        attempted_at: when it last failed.
-        not_before: earliest time to resume it.
-        deadline: end of its ``defer_for``.
-        expires: end of its ``expires``.
-        died_at: when it was dead-lettered.
-        resumed: epoch of the breaker in which it was last resumed; the ramp lets it pass.
-        exchange: the exchange it was sent to, where resuming it goes another way.
-        routing_key: what it was sent with, likewise.
-        coalesced_as: what it has in common with those of which only the latest runs.
-        expiration: AMQP's property of that name, ms: kept here, because the broker would drop a waiting message.
-        trace: ``traceparent`` of its first run, or of its first refusal, where somebody traces.
-        teller: name of the worker that has told monitors that it waits; "" if none has.
-        history: its latest steps, oldest first.
-    """
-
-    breaker: _Text = ""
-    origin: _Text = ""
-    reason: _Text = ""
-    since: _Seconds = 0.0
-    attempts: _Count = 0
-    attempted_at: _Seconds = 0.0
-    not_before: _Seconds = 0.0
-    deadline: _Seconds = 0.0
-    expires: _Seconds = 0.0
-    died_at: _Seconds = 0.0
-    resumed: _Count = 0
-    exchange: _Text = ""
-    routing_key: _Text = ""
-    coalesced_as: _Text = ""
-    expiration: _Count = 0
-    trace: _Text = ""
-    teller: _Text = ""
-    history: Annotated[tuple[Step, ...], Field(max_length=MOST_STEPS)] = ()
+    breaker: _Text = ""  # the one the task waits, or waited, for
+    origin: _Text = ""  # name of the queue it came from and goes back to
+    reason: _Text = ""  # why it was deferred, or dead-lettered
+    since: _Seconds = 0.0  # when it was first deferred
+    attempts: _Count = 0  # dependency failures of its own that counted so far
+    attempted_at: _Seconds = 0.0  # when it last failed
+    not_before: _Seconds = 0.0  # earliest time to resume it
+    deadline: _Seconds = 0.0  # end of its ``defer_for``
+    expires: _Seconds = 0.0  # end of its ``expires``
+    died_at: _Seconds = 0.0  # when it was dead-lettered
+    resumed: _Count = 0  # epoch of the breaker in which it was last resumed; the ramp lets it pass
+    exchange: _Text = ""  # what it was sent to, where resuming it goes another way
+    routing_key: _Text = ""  # what it was sent with, likewise
+    coalesced_as: _Text = ""  # what it has in common with those of which only the latest runs
+    expiration: _Count = 0  # AMQP's property, ms: kept here, because the broker would drop a waiting message
+    trace: _Text = ""  # ``traceparent`` of its first run, or of its first refusal, where somebody traces
+    teller: _Text = ""  # name of the worker that has reported its deferral to monitors; "" if none has
+    history: Annotated[tuple[Step, ...], Field(max_length=MOST_STEPS)] = ()  # its latest steps, oldest first
 
     @classmethod
     def read(cls, headers: object) -> Ticket:

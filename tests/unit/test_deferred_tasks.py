@@ -12,7 +12,7 @@ from celery.backends.cache import CacheBackend
 
 from resilient_tasks import Resilience
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
-from resilient_tasks.worker.events import EventsByHand
+from resilient_tasks.worker.events import Events
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
@@ -43,7 +43,7 @@ def app() -> Celery:
 
 @pytest.fixture
 def tasks(app: Celery) -> DeferredTasks:
-    return DeferredTasks(runtime_of(app), EventsByHand(app))
+    return DeferredTasks(runtime_of(app), Events(app))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from kombu import Producer, Queue
 from resilient_tasks import Breaker, Resilience
 from resilient_tasks.worker import deferred_tasks
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
-from resilient_tasks.worker.events import EventsByHand
+from resilient_tasks.worker.events import Events
 from resilient_tasks.worker.published_queues import PublishedQueues
 from resilient_tasks.worker.queues import Entry, Queues
 from resilient_tasks.worker.resume import Resumer
@@ -182,7 +182,7 @@ def test_trials_are_tasks_that_have_never_failed_if_there_are_any(
         defer(app, Ticket("payments", HOME, attempted_at=float(task_id == "a")), task_id)
     monkeypatch.setattr(deferred_tasks, "PAGE", 2)
     runtime = runtime_of(app)
-    resumer = Resumer(runtime, DeferredTasks(runtime, EventsByHand(app), runtime.queues))
+    resumer = Resumer(runtime, DeferredTasks(runtime, Events(app), runtime.queues))
     snapshot = payments.snapshot()
     assert resumer.release(payments, snapshot, 3, unfailed_first=True) == ["b", "a", "c"]
     assert sorted(resumer.release(payments, snapshot, 3, unfailed_first=True)) == ["d", "e"]
