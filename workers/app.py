@@ -41,17 +41,9 @@ app.conf.update(
 
 resilience = Resilience(app)
 
-# One call that hangs costs as much as hundreds that succeed, so a few in a row are enough here;
-# with fewer than that, or mixed with successes, the failure rate decides.
+# The README's policy, which is the default one, with a time from which a call counts as slow.
 payments = resilience.breaker(
-    "payments",
-    consecutive_failures=5,
-    failure_rate_threshold=0.5,
-    minimum_calls=10,
-    window=10,
-    open_duration=2,
-    max_open_duration=5,
-    ramp=5,
+    "payments", failure_rate_threshold=0.5, minimum_calls=10, window=30, open_duration=10, slow_call_duration=1
 )
-accounts = resilience.breaker("accounts", consecutive_failures=5, open_duration=2, max_open_duration=5, ramp=0)
-mail = resilience.breaker("mail")
+accounts = resilience.breaker("accounts", slow_call_duration=1)
+mail = resilience.breaker("mail", slow_call_duration=1)

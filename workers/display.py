@@ -25,7 +25,9 @@ class StreamStatus:
     finished: int
     deferred: int
     failed: int
-    reached_while_ill: int
+    rate: float  # finished per second
+    evidence: str
+    calls_while_failing: int
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class PlainLines:
 def _in_short(stream: StreamStatus) -> str:
     deferred = f", {stream.deferred} deferred" if stream.deferred else ""
     failed = f", {stream.failed} FAILED" if stream.failed else ""
-    return f"{stream.name} {stream.breaker} {stream.finished}/{stream.submitted}{deferred}{failed}"
+    evidence = f" (evidence {stream.evidence})" if stream.evidence else ""
+    finished = f"{stream.finished}/{stream.submitted} at {stream.rate:.0f}/s"
+    return f"{stream.name} {stream.breaker}{evidence} {finished}{deferred}{failed}"
 
 
 def status_table(status: Status) -> Table:
@@ -80,12 +84,13 @@ def status_table(status: Status) -> Table:
     table = Table(title=f"{status.elapsed:5.1f} s   {status.phase}", title_justify="left", expand=False)
     table.add_column("dependency")
     table.add_column("breaker")
-    for heading in ("submitted", "finished", "deferred", "failed", "calls while ill"):
+    for heading in ("evidence", "submitted", "finished", "per second", "deferred", "failed", "calls while failing"):
         table.add_column(heading, justify="right")
     for stream in status.streams:
         colour = "green" if stream.breaker == "CLOSED" else "yellow" if stream.breaker == "HALF_OPEN" else "red"
-        figures = (stream.submitted, stream.finished, stream.deferred, stream.failed, stream.reached_while_ill)
-        table.add_row(stream.name, f"[{colour}]{stream.breaker}[/]", *map(str, figures))
+        finished = (str(stream.submitted), str(stream.finished), f"{stream.rate:.0f}")
+        others = map(str, (stream.deferred, stream.failed, stream.calls_while_failing))
+        table.add_row(stream.name, f"[{colour}]{stream.breaker}[/]", stream.evidence, *finished, *others)
     return table
 
 

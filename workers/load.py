@@ -48,7 +48,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class Result:
-    """How one task ended; ``at`` is seconds since 1970, told by the worker."""
+    """How one task ended; ``at`` is seconds since 1970, as the worker reports it."""
 
     task_id: str
     state: str
@@ -70,7 +70,7 @@ class Load(threading.Thread):
         self._error: Exception | None = None
 
     def run(self) -> None:
-        """Send until told to finish."""
+        """Send until :meth:`finish`."""
         try:
             for due, stream, number in schedule(self._streams, start=time.monotonic()):
                 if self._finished.wait(max(0.0, due - time.monotonic())):
@@ -140,8 +140,15 @@ class Results:
         failed = Counter(submission.stream for submission, result in ended if result and result.state != SUCCESS)
         return finished, failed
 
+    def rates(self, submissions: Sequence[Submission], *, seconds: float) -> dict[str, float]:
+        """Return how many tasks per second have finished in the last ``seconds``, by stream."""
+        since = time.time() - seconds
+        ended = [(submission.stream, self.finished.get(submission.task_id)) for submission in submissions]
+        counts = Counter(stream for stream, result in ended if result and result.at >= since)
+        return {stream: counts[stream] / seconds for stream, _ in ended}
+
     def strays(self, submissions: Sequence[Submission], names: Iterable[str]) -> list[str]:
-        """Return ids of results of the named tasks that nobody submitted."""
+        """Return ids of results of the named tasks that were not submitted."""
         ours, wanted = {submission.task_id for submission in submissions}, set(names)
         pattern = self._backend.get_key_for_task("*")
         payloads = [self._backend.get(key) for key in self._backend.client.scan_iter(match=pattern, count=1000)]
@@ -158,7 +165,7 @@ def result_of(meta: Mapping[str, Any]) -> Result:
 
 @dataclass(frozen=True)
 class BreakerEvent:
-    """One transition, as its event told it."""
+    """One transition, as its event reports it."""
 
     at: float
     type: str
@@ -182,7 +189,7 @@ class EventLog(threading.Thread):
         self._receiver = app.events.Receiver(app.connection_for_read(), handlers={"*": self._note})
 
     def run(self) -> None:
-        """Listen until told to finish."""
+        """Listen until :meth:`finish`."""
         with self._receiver.connection:
             self._receiver.capture(wakeup=False)
 

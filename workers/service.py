@@ -104,14 +104,14 @@ class Tally:
     calls: Counter[str] = field(default_factory=Counter)  # by health at the time
     probes: Counter[str] = field(default_factory=Counter)
     served: Counter[str] = field(default_factory=Counter)  # by id: calls that were answered with 200
-    arrivals_while_ill: list[float] = field(default_factory=list)
+    arrivals_while_failing: list[float] = field(default_factory=list)
 
     @contextlib.contextmanager
     def call(self, request: Request, health: Health) -> Iterator[None]:
         """Count one call, as long as it lasts."""
         (self.probes if is_probe(request) else self.calls)[health.value] += 1
         if health is not Health.UP:
-            self.arrivals_while_ill.append(now())
+            self.arrivals_while_failing.append(now())
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
@@ -129,7 +129,7 @@ class Tally:
             "served": sum(self.served.values()),
             "unique": len(self.served),
             "repeated": {id_: count for id_, count in self.served.items() if count > 1},
-            "arrivals_while_ill": self.arrivals_while_ill,
+            "arrivals_while_failing": self.arrivals_while_failing,
         }
 
 
@@ -217,7 +217,7 @@ class Dependency:
             return Response(503, {"error": f"{self.name} has more calls than it can bear"})
         await asyncio.sleep(SLOW_SECONDS if health is Health.SLOW else self.latency)
         if health is Health.ERROR:
-            return Response(503, {"error": f"{self.name} is ill"})
+            return Response(503, {"error": f"{self.name} fails"})
         id_ = request.path.rpartition("/")[2]
         if not is_probe(request):
             self.tally.served[id_] += 1

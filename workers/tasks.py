@@ -9,33 +9,25 @@ from typing import Any
 import httpx
 
 from resilient_tasks import cached
-from workers.app import app, payments, setting
-
-TIMEOUT_SECONDS = 1.0
+from workers.app import app, setting
 
 
 @app.task(breaker="payments", acks_late=True)
 def charge(order_id: int) -> dict[str, Any]:
-    """Charge an order. Nobody may lose it: it waits while payments is down, and survives a dead worker."""
+    """Charge an order. It must not be lost: it waits while payments is down, and survives a dead worker."""
     return call("POST", f"{setting('PAYMENTS_URL')}/charges/{order_id}")
 
 
 @app.task(breaker="accounts", fallback=cached(max_age=3600), on_open="fail")
 def balance(account_id: int) -> dict[str, Any]:
-    """Look up a balance. Somebody is waiting for it: an old answer, or none, beats a late one."""
+    """Look up a balance. A person waits for it: the last answer is better than a late one."""
     return call("GET", f"{setting('ACCOUNTS_URL')}/{account_id}")
 
 
 @app.task(breaker="mail")
 def send_mail(number: int) -> dict[str, Any]:
-    """Send a mail: healthy work that must not notice what happens to the others."""
+    """Send a mail: healthy work on the same workers, which must keep its rate."""
     return call("POST", f"{setting('MAIL_URL')}/messages/{number}")
-
-
-@payments.probe
-def payments_health() -> None:
-    """Ask payments how it is, so that no customer's order has to find out."""
-    call("GET", f"{setting('PAYMENTS_URL')}/health")
 
 
 def call(method: str, url: str) -> dict[str, Any]:
@@ -48,5 +40,8 @@ def call(method: str, url: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _client(_process: int) -> httpx.Client:
-    """Return the process's client. Made at the first call, after the fork: connections cannot be shared."""
-    return httpx.Client(timeout=TIMEOUT_SECONDS)
+    """Return the process's client. Made at the first call, after the fork: connections cannot be shared.
+
+    It has no time-out, as many clients in production: the drill shows that a hang is noticed all the same.
+    """
+    return httpx.Client(timeout=None)

@@ -14,6 +14,8 @@ from typing import Any
 from workers.load import BreakerEvent, Result, Submission
 
 LEAST_MAIL_RATIO = 0.9
+BEGINNING_SECONDS = 12.0  # of the outage
+LATEST_OPENING_SECONDS = 6.0
 TICK_SLACK_SECONDS = 5.0
 
 
@@ -22,25 +24,33 @@ class Marks:
     """When the drill did what, seconds since 1970."""
 
     measured_from: float
-    ill_at: float
+    failed_at: float
     healed_at: float
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How many calls the rules of a breaker let through to a dead dependency.
+    """How many calls the rules of a breaker let through to a service that fails.
 
     Attributes:
-        calls_to_trip: failures in a row that open the breaker.
+        calls_to_open: failures, or calls that hang for a second, that open the breaker.
         trial_calls: trials per HALF_OPEN.
-        slots: processes that can be in a call when the breaker opens.
-        longest_open: seconds until the next trial, at most.
+        slots: calls that can be in flight when the breaker opens.
+        first_open: seconds until the first trials.
+        growth: factor of each further open time.
+        jitter: largest share by which an open time is lengthened.
     """
 
-    calls_to_trip: int
+    calls_to_open: int
     trial_calls: int
     slots: int
-    longest_open: float
+    first_open: float
+    growth: float
+    jitter: float
+
+    def longest_open(self, openings: int) -> float:
+        """Return the longest time in seconds that the last of so many openings takes."""
+        return self.first_open * self.growth ** max(0, openings - 1) * (1 + self.jitter)
 
 
 @dataclass(frozen=True)
@@ -50,13 +60,13 @@ class Recording:
     Attributes:
         submissions: every task that was sent.
         finished: results by task id.
-        strays: ids of results of our tasks that nobody submitted.
+        strays: ids of results of our tasks that were not submitted.
         stats: what the HTTP service counted, by dependency.
         transitions: of all breakers.
         deferred: ids of tasks that were deferred at least once.
         fallbacks: how many tasks were answered by which fallback.
         peak_deferred: most tasks in state DEFERRED at one time.
-        limits: of the breakers whose dependency fell ill.
+        limits: of the breakers whose service failed.
         marks: when that was.
     """
 
@@ -88,7 +98,11 @@ def judge(recording: Recording) -> list[Row]:
     return [
         _submitted(recording),
         *_fates(recording),
-        *(_calls_while_ill(recording, name) for name in recording.limits),
+        *(
+            row
+            for name in recording.limits
+            for row in (_noticed(recording, name), _calls_while_failing(recording, name))
+        ),
         _served_from_fallback(recording),
         _mail_throughput(recording),
         *_deferral(recording),
@@ -134,20 +148,32 @@ def _run_twice(recording: Recording) -> int:
     )
 
 
-def _calls_while_ill(recording: Recording, name: str) -> Row:
-    limits, reached = recording.limits[name], len(recording.stats[name]["arrivals_while_ill"])
-    trials = limits.trial_calls * _half_openings_while_ill(recording, name)
-    most = limits.calls_to_trip + limits.slots + trials
-    bound = f"<= {most}: {limits.calls_to_trip} to trip, {limits.slots} running, {trials} trials"
-    return Row(f"calls that reached ill {name}", str(reached), bound, ok=reached <= most)
+def _noticed(recording: Recording, name: str) -> Row:
+    """Judge how soon the breaker has opened, and after how many calls."""
+    what, failed_at = f"{name} noticed", recording.marks.failed_at
+    opened = [event.at for event in _transitions(recording, name, "breaker-opened") if event.at >= failed_at]
+    if not opened:
+        return Row(what, "never", f"<= {LATEST_OPENING_SECONDS:g} s", ok=False)
+    seconds = opened[0] - failed_at
+    calls = sum(at <= opened[0] for at in recording.stats[name]["arrivals_while_failing"])
+    figure = f"OPEN after {seconds:.1f} s and {calls} calls"
+    return Row(what, figure, f"<= {LATEST_OPENING_SECONDS:g} s", ok=seconds <= LATEST_OPENING_SECONDS)
 
 
-def _half_openings_while_ill(recording: Recording, name: str) -> int:
+def _calls_while_failing(recording: Recording, name: str) -> Row:
+    limits, reached = recording.limits[name], len(recording.stats[name]["arrivals_while_failing"])
     marks = recording.marks
-    return sum(
-        event.breaker == name and event.type == "breaker-half-opened" and marks.ill_at <= event.at <= marks.healed_at
-        for event in recording.transitions
+    half_openings = sum(
+        marks.failed_at <= event.at <= marks.healed_at for event in _transitions(recording, name, "breaker-half-opened")
     )
+    trials = limits.trial_calls * half_openings
+    most = limits.calls_to_open + limits.slots + trials
+    bound = f"<= {most}: {limits.calls_to_open} to open, {limits.slots} in flight, {trials} trials"
+    return Row(f"calls that reached {name} while it failed", str(reached), bound, ok=reached <= most)
+
+
+def _transitions(recording: Recording, name: str, kind: str) -> list[BreakerEvent]:
+    return [event for event in recording.transitions if event.breaker == name and event.type == kind]
 
 
 def _served_from_fallback(recording: Recording) -> Row:
@@ -157,11 +183,13 @@ def _served_from_fallback(recording: Recording) -> Row:
 
 
 def _mail_throughput(recording: Recording) -> Row:
+    """Judge mail by the worse of the outage's beginning, before the breakers have opened, and the whole of it."""
     marks = recording.marks
-    before = _finished_per_second(recording, "mail", marks.measured_from, marks.ill_at)
-    during = _finished_per_second(recording, "mail", marks.ill_at, marks.healed_at)
-    ratio = during / before if before else 0.0
-    figure = f"{before:.1f}/s before, {during:.1f}/s during ({ratio:.0%})"
+    before = _finished_per_second(recording, "mail", marks.measured_from, marks.failed_at)
+    beginning = _finished_per_second(recording, "mail", marks.failed_at, marks.failed_at + BEGINNING_SECONDS)
+    during = _finished_per_second(recording, "mail", marks.failed_at, marks.healed_at)
+    ratio = min(beginning, during) / before if before else 0.0
+    figure = f"{before:.1f}/s before, {beginning:.1f}/s in the first {BEGINNING_SECONDS:g} s, {during:.1f}/s in all"
     return Row("mail, which stays healthy", figure, f">= {LEAST_MAIL_RATIO:.0%}", ok=ratio >= LEAST_MAIL_RATIO)
 
 
@@ -178,7 +206,7 @@ def _deferral(recording: Recording) -> list[Row]:
     resumed = [seconds for seconds in ends if seconds > 0]
     if not resumed:
         return [peak, Row("deferred tasks finished after healing", "0", "> 0", ok=False)]
-    soonest = max(limits.longest_open for limits in recording.limits.values()) + TICK_SLACK_SECONDS
+    soonest = max(_longest_open(recording, name) for name in recording.limits) + TICK_SLACK_SECONDS
     return [
         peak,
         Row(
@@ -189,3 +217,8 @@ def _deferral(recording: Recording) -> list[Row]:
         ),
         Row("last deferred task finished", f"{max(resumed):.1f} s after healing"),
     ]
+
+
+def _longest_open(recording: Recording, name: str) -> float:
+    openings = sum(event.at <= recording.marks.healed_at for event in _transitions(recording, name, "breaker-opened"))
+    return recording.limits[name].longest_open(openings)

@@ -58,7 +58,7 @@ def test_answers_and_counts_while_up() -> None:
         assert (answer.status_code, answer.json()["id"]) == (200, "42")
         figures = await caller.stats()
         assert (figures["calls"], figures["served"], figures["unique"]) == ({"up": 1}, 1, 1)
-        assert figures["arrivals_while_ill"] == []
+        assert figures["arrivals_while_failing"] == []
 
     with_service(scenario)
 
@@ -78,7 +78,7 @@ def test_5xx_answers_503_and_serves_nothing() -> None:
         assert (await caller.charge(1)).status_code == 503
         figures = await caller.stats()
         assert (figures["calls"], figures["served"]) == ({"5xx": 1}, 0)
-        assert len(figures["arrivals_while_ill"]) == 1
+        assert len(figures["arrivals_while_failing"]) == 1
 
     with_service(scenario)
 

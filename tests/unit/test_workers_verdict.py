@@ -15,18 +15,18 @@ from workers.display import PlainLines, Status, StreamStatus
 from workers.load import BreakerEvent, Result, Stream, Submission, schedule
 from workers.verdict import Limits, Marks, Recording, judge, passed
 
-ILL_AT, HEALED_AT = 100.0, 120.0
+FAILED_AT, HEALED_AT = 100.0, 120.0
 
 
 def mail_tasks(*, during: float = 20.0) -> tuple[list[Submission], dict[str, Result]]:
     """Ten seconds at 20/s before the outage and 20 seconds at ``during``/s in it."""
-    times = [90 + n / 20 for n in range(200)] + [ILL_AT + n / during for n in range(int(20 * during))]
+    times = [90 + n / 20 for n in range(200)] + [FAILED_AT + n / during for n in range(int(20 * during))]
     submissions = [Submission(f"mail-{n}", "mail", n, at) for n, at in enumerate(times)]
     return submissions, {s.task_id: Result(s.task_id, "SUCCESS", {"id": str(s.key)}, s.at) for s in submissions}
 
 
 def figures(**changes: Any) -> dict[str, Any]:
-    return {"repeated": {}, "arrivals_while_ill": [], **changes}
+    return {"repeated": {}, "arrivals_while_failing": [], **changes}
 
 
 def recording(**changes: Any) -> Recording:
@@ -37,13 +37,16 @@ def recording(**changes: Any) -> Recording:
         submissions=submissions,
         finished=finished,
         strays=[],
-        stats={"payments": figures(arrivals_while_ill=[101.0] * 12), "mail": figures(), "accounts": figures()},
-        transitions=[BreakerEvent(103.0, "breaker-half-opened", "payments")],
+        stats={"payments": figures(arrivals_while_failing=[101.0] * 12), "mail": figures(), "accounts": figures()},
+        transitions=[
+            BreakerEvent(102.0, "breaker-opened", "payments"),
+            BreakerEvent(112.5, "breaker-half-opened", "payments"),
+        ],
         deferred=frozenset({"order"}),
         fallbacks=Counter(cached=30),
         peak_deferred=40,
-        limits={"payments": Limits(calls_to_trip=5, trial_calls=3, slots=4, longest_open=5.5)},
-        marks=Marks(measured_from=90.0, ill_at=ILL_AT, healed_at=HEALED_AT),
+        limits={"payments": Limits(calls_to_open=5, trial_calls=3, slots=4, first_open=5.0, growth=2.0, jitter=0.1)},
+        marks=Marks(measured_from=90.0, failed_at=FAILED_AT, healed_at=HEALED_AT),
     )
     return replace(good, **changes)
 
@@ -93,10 +96,16 @@ def test_an_order_executed_twice_is_seen_but_a_repeated_read_is_fine() -> None:
 
 
 def test_calls_to_a_dead_service_are_bounded_by_trip_slots_and_trials() -> None:
-    at_bound = {**recording().stats, "payments": figures(arrivals_while_ill=[101.0] * 12)}
-    over = {**recording().stats, "payments": figures(arrivals_while_ill=[101.0] * 13)}
+    at_bound = {**recording().stats, "payments": figures(arrivals_while_failing=[101.0] * 12)}
+    over = {**recording().stats, "payments": figures(arrivals_while_failing=[101.0] * 13)}
     assert failed_lines(recording(stats=at_bound)) == []
-    assert failed_lines(recording(stats=over)) == ["calls that reached ill payments"]
+    assert failed_lines(recording(stats=over)) == ["calls that reached payments while it failed"]
+
+
+@pytest.mark.parametrize("opened", [[], [BreakerEvent(106.5, "breaker-opened", "payments")]], ids=["never", "late"])
+def test_an_outage_that_is_noticed_late_or_never_fails(opened: list[BreakerEvent]) -> None:
+    half_opened = BreakerEvent(112.5, "breaker-half-opened", "payments")
+    assert failed_lines(recording(transitions=[*opened, half_opened])) == ["payments noticed"]
 
 
 def test_healthy_work_that_slows_down_fails() -> None:
@@ -117,14 +126,24 @@ def test_plain_lines_tell_each_phase_at_once_and_then_every_two_seconds() -> Non
     screen = io.StringIO()
     console = Console(file=screen, width=120)
     lines = PlainLines(console)
-    stream = StreamStatus("payments", "OPEN", submitted=9, finished=4, deferred=5, failed=0, reached_while_ill=2)
+    stream = StreamStatus(
+        "payments",
+        "OPEN",
+        submitted=9,
+        finished=4,
+        deferred=5,
+        failed=0,
+        rate=3.0,
+        evidence="10 of 10",
+        calls_while_failing=2,
+    )
     for elapsed, phase in ((0.1, "before"), (0.6, "before"), (1.1, "outage"), (2.2, "outage")):
         lines.show(Status(phase, elapsed, [stream]))
     assert screen.getvalue().splitlines() == [
         "  0.1 s  before",
-        "  0.1 s  payments OPEN 4/9, 5 deferred",
+        "  0.1 s  payments OPEN (evidence 10 of 10) 4/9 at 3/s, 5 deferred",
         "  1.1 s  outage",
-        "  2.2 s  payments OPEN 4/9, 5 deferred",
+        "  2.2 s  payments OPEN (evidence 10 of 10) 4/9 at 3/s, 5 deferred",
     ]
 
 
