@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -145,7 +145,7 @@ class Results:
         since = time.time() - seconds
         ended = [(submission.stream, self.finished.get(submission.task_id)) for submission in submissions]
         counts = Counter(stream for stream, result in ended if result and result.at >= since)
-        return {stream: counts[stream] / seconds for stream, _ in ended}
+        return defaultdict(float, {stream: count / seconds for stream, count in counts.items()})
 
     def strays(self, submissions: Sequence[Submission], names: Iterable[str]) -> list[str]:
         """Return ids of results of the named tasks that were not submitted."""
@@ -200,8 +200,8 @@ class EventLog(threading.Thread):
 
     def state_of(self, breaker: str) -> str:
         """Return a breaker's state after its latest event."""
-        latest = [event.type for event in self.transitions if event.breaker == breaker]
-        return _STATE_AFTER.get(latest[-1], latest[-1]) if latest else "CLOSED"
+        states = [_STATE_AFTER.get(event.type) for event in self.transitions if event.breaker == breaker]
+        return next((state for state in reversed(states) if state), "CLOSED")
 
     def _note(self, event: Mapping[str, Any]) -> None:
         kind = event["type"]
