@@ -27,13 +27,26 @@ from resilient_tasks.core.model import ADMITTING, Snapshot, State, Verb
 from resilient_tasks.core.names import parent_of
 from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.errors import StoreError
-from resilient_tasks.monitor.report import counted, duration, in_words, moment, rows_of, share
+from resilient_tasks.monitor.report import counted, duration, evidence_of, in_words, moment, rows_of, share
 from resilient_tasks.worker.runtime import Runtime
 
 REFUSES = 10
 TRIALS_ONLY = 11
 
-_COLUMNS = ("BREAKER", "STATE", "FOR", "CALLS", "FAILED", "SLOW", "DEFERRED", "OLDEST", "NEXT PROBE", "REASON", "BY")
+_COLUMNS = (
+    "BREAKER",
+    "STATE",
+    "FOR",
+    "EVIDENCE",
+    "CALLS",
+    "FAILED",
+    "SLOW",
+    "DEFERRED",
+    "OLDEST",
+    "NEXT PROBE",
+    "REASON",
+    "BY",
+)
 
 
 @click.command("list")
@@ -137,6 +150,7 @@ def _row(snapshot: Snapshot) -> Row:
         snapshot.name,
         str(snapshot.state),
         duration(snapshot.now - snapshot.since) if snapshot.epoch else "",
+        evidence_of(snapshot),
         str(snapshot.calls),
         share(snapshot.failure_rate, snapshot.calls),
         share(snapshot.slow_rate, snapshot.calls),
@@ -160,6 +174,7 @@ def _details(snapshot: Snapshot) -> Iterator[Row]:
     yield "since", moment(snapshot.since if snapshot.epoch else None)
     yield "reason", snapshot.reason
     yield "by", snapshot.actor
+    yield "evidence", evidence_of(snapshot)
     yield "calls", str(snapshot.calls)
     yield "failed", f"{snapshot.failures} {share(snapshot.failure_rate, snapshot.calls)}"
     yield "slow", f"{snapshot.slow} {share(snapshot.slow_rate, snapshot.calls)}"

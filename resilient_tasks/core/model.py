@@ -106,6 +106,7 @@ class Snapshot:
     slow: int = 0
     evidence: float = 0.0  # of failures, 0.0 to 1.0 of what opens the breaker; stays as at the trip
     slow_evidence: float = 0.0  # the same of slow calls
+    minimum_calls: int = 0  # how many calls of evidence open the breaker
     openings: int = 0  # openings in a row, the exponent of the open time
     open_until: float | None = None  # OPEN: when trials may begin; None: not OPEN, or only by an operator
     trials: int = 0  # live permits

@@ -479,6 +479,7 @@ class Seen:
             slow=slow,
             evidence=self.evidence("failure"),
             slow_evidence=self.evidence("slow"),
+            minimum_calls=self.rules.minimum_calls,
             openings=self.openings,
             open_until=to_seconds(self.open_until),
             trials=sum(end > self.now for end in self._trials.values()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timezone
 
+from resilient_tasks.core.model import Snapshot
 from resilient_tasks.core.outage import Estimate, Outage
 
 Row = tuple[str, str]
@@ -35,6 +36,12 @@ def moment(seconds: float | None) -> str:
 def share(part: float, of: int) -> str:
     """Return a rate as a percentage; "" where nothing was counted."""
     return f"{part:.0%}" if of else ""
+
+
+def evidence_of(snapshot: Snapshot) -> str:
+    """Return how near a breaker is to opening, by failures or by slow calls: ``7 of 10``; "" without evidence."""
+    score = round(max(snapshot.evidence, snapshot.slow_evidence) * snapshot.minimum_calls, 1)
+    return f"{score:g} of {snapshot.minimum_calls}" if score else ""
 
 
 def counted(count: int, noun: str) -> str:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -295,6 +296,20 @@ def test_a_states_cell_has_its_colour() -> None:
 
 
 # --- children ------------------------------------------------------------------------------------------
+
+
+def test_evidence_is_shown_before_it_opens_a_breaker(run: Run, resilience: Resilience, clock: Clock) -> None:
+    mail = resilience.breaker("mail", minimum_calls=10)
+    for _ in range(7):
+        with suppress(ConnectionError):
+            mail.call(refuse)
+    clock.advance(0)
+    assert re.search(r"^mail +CLOSED .*7 of 10", run("list").output, flags=re.MULTILINE)
+    assert re.search(r"^evidence +7 of 10$", run("show", "mail").output, flags=re.MULTILINE)
+
+
+def refuse() -> None:
+    raise ConnectionRefusedError
 
 
 def test_children_are_listed_when_there_is_something_to_tell(run: Run, payments: Breaker, clock: Clock) -> None:

@@ -13,7 +13,7 @@ from resilient_tasks import ConfigurationError, Resilience
 from resilient_tasks.core.counts import Counts
 from resilient_tasks.core.model import Snapshot, State
 from resilient_tasks.core.outage import Deadlines, Estimate, Outage, estimate, learned_rate
-from resilient_tasks.monitor.report import in_words, moment
+from resilient_tasks.monitor.report import evidence_of, in_words, moment
 
 NOW = 1_789_000_000.0
 CLOSED = Snapshot("payments", State.CLOSED, 1, 1, now=NOW, since=NOW - 30, deferred=600, oldest_deferred_at=NOW - 120)
@@ -112,6 +112,14 @@ def test_since_is_a_span_of_time(since: Any) -> None:
     resilience = Resilience(store_url="redis://localhost")
     with pytest.raises(ConfigurationError, match=re.escape(f"since={since!r}: allowed is a number of seconds")):
         resilience.outages(since=since)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "slow_evidence", "text"),
+    [(0.7, 0.2, "7 of 10"), (0.0, 0.2, "2 of 10"), (0.0333, 0.0, "0.3 of 10"), (0.0, 0.0, "")],
+)
+def test_evidence_is_that_of_failures_or_of_slow_calls(evidence: float, slow_evidence: float, text: str) -> None:
+    assert evidence_of(replace(CLOSED, evidence=evidence, slow_evidence=slow_evidence, minimum_calls=10)) == text
 
 
 def test_a_time_that_is_on_no_calendar_is_left_out() -> None:

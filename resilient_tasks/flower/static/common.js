@@ -77,9 +77,16 @@ export function share(rate, calls) {
     return calls ? `${Math.round(rate * 100)}%` : NOTHING;
 }
 
+// How near a breaker is to opening, by failures or by slow calls.
+export function evidence({evidence: failures, slow_evidence: slow, minimum_calls: needed}) {
+    const score = Math.round(Math.max(failures, slow) * needed * 10) / 10;
+    return score ? `${score} of ${needed}` : NOTHING;
+}
+
 export function figures(breaker) {
     const {now, since, epoch, outage, oldest_deferred_at: oldest, next_probe_at: probe, reason, actor} = breaker;
     return {
+        evidence: evidence(breaker),
         failed: share(breaker.failure_rate, breaker.calls),
         slow: share(breaker.slow_rate, breaker.calls),
         calls: breaker.calls.toLocaleString(),

@@ -4,8 +4,8 @@ import {NOTHING, ask, badge, byId, duration, el, figures, live, mayAct, pageUrl,
 const page = byId("breakers-page");
 const body = byId("breakers-table").tBodies[0];
 const TITLES = [...byId("breakers-table").tHead.rows[0].cells].map((cell) => cell.textContent);
-const COLUMNS = ["failed", "slow", "calls", "deferred", "oldest", "since", "reason", "probe", "recovery"];
-const NUMBERS = new Set(["failed", "slow", "calls", "deferred"]);
+const COLUMNS = ["evidence", "failed", "slow", "calls", "deferred", "oldest", "since", "reason", "probe", "recovery"];
+const NUMBERS = new Set(["evidence", "failed", "slow", "calls", "deferred"]);
 const rows = new Map();
 const title = document.title;
 let refresh = () => {};

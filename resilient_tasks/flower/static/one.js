@@ -28,7 +28,7 @@ function show({breaker}) {
         ["Since", breaker.epoch ? moment(outage?.opened ?? breaker.since) : NOTHING], ["Deferred", shown.deferred],
         ["Oldest wait", shown.oldest], ["Recovery", shown.recovery], ["Next probe", shown.probe],
         ["Latest", shown.reason], ["Causes", causes(outage)], ["Openings in a row", breaker.openings],
-        ["Calls", shown.calls], ["Failed", `${breaker.failures} · ${shown.failed}`],
+        ["Evidence", shown.evidence], ["Calls", shown.calls], ["Failed", `${breaker.failures} · ${shown.failed}`],
         ["Slow", `${breaker.slow} · ${shown.slow}`], ["Trials in flight", breaker.trials],
     ].map(([term, value]) => el("div", {}, el("dt", {}, term), el("dd", {}, String(value)))));
 }
