@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
+from celery import Celery
+from kombu import Producer, Queue
 
-from resilient_tasks.worker.queues import Entry, Queues
+from resilient_tasks import Resilience
+from resilient_tasks.worker.queues import Entry, Queues, own_queue
+from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
 from tests.integration import bugs
 from tests.integration.bugs import step_name
 from tests.integration.conftest import PATIENCE, Shop
 from tests.integration.test_faults import copies
+from tests.unit.test_waiting_tasks import ENDING, READING, strike
 from workers.processes import Worker
+from workers.rabbitmq import RabbitMQ
 
 ERRORS = itertools.cycle(["KeyError", "TypeError", "AttributeError", "RuntimeError"])
 TASKS = 3
@@ -138,3 +145,32 @@ def test_a_bug_in_looking(
                 look("payments")
     assert copies(shop.broker) == ids(waiting)
     assert len(shop.resilience.deferred.list("payments")) == TASKS
+
+
+@pytest.mark.rabbitmq
+def test_a_bug_beside_rabbitmq_moves_nothing(shop: Shop, rabbitmq: RabbitMQ, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = Celery("bugs", broker=rabbitmq.url, backend="cache+memory://", set_as_current=False)
+    resilience = Resilience(app, store_url=shop.server.url(), namespace="bugs")
+    resilience.breaker("payments")
+
+    @app.task(name="bugs-charge", shared=False, breaker="payments")
+    def charge() -> None: ...
+
+    queues = runtime_of(app).queues
+    place, home = queues.deferred("payments"), Queue("bugs-home")
+    with app.connection_for_write() as connection:
+        home(connection.default_channel).declare()
+        own_queue(place)(connection.default_channel).declare()
+        for number in range(TASKS):
+            headers = Ticket("payments", home.name, since=1.0).write({"id": f"{number}", "task": "bugs-charge"})
+            Producer(connection).publish([[], {}, {}], routing_key=place, headers=headers)
+    shop.wait(lambda: queues.size(place) == TASKS, "all to wait")
+    for step in (*READING, *ENDING):
+        act = resilience.deferred.drop if step in ENDING[:2] else resilience.deferred.resume
+        strike(monkeypatch, step, KeyError, partial(act, "payments"))
+        shop.wait(lambda: queues.size(place) == TASKS, f"all to be back after {step}")
+        assert queues.size(queues.dead("payments")) == 0
+    assert resilience.deferred.resume("payments") == TASKS
+    shop.wait(lambda: queues.size(home.name) == TASKS, "all to be home")
+    resilience.fleet.close()
+    queues.close()
