@@ -10,6 +10,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from celery.exceptions import TaskRevokedError
+
+from resilient_tasks.core.counts import DROPPED
 from resilient_tasks.core.model import ADMITTING
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
@@ -132,7 +135,7 @@ class Deferred:
 
         def choose(entries: Sequence[Entry]) -> list[Move]:
             doomed = [entry for entry in entries if task_ids is None or entry.task_id in task_ids]
-            moves = [self._tasks.drop(entry, "dropped") for entry in doomed]
+            moves = [self._tasks.end(entry, TaskRevokedError(DROPPED)) for entry in doomed]
             return [move for move in moves if move is not None]
 
         def enough() -> bool:

@@ -51,9 +51,7 @@ class DeferredTasks:
     def __init__(self, runtime: Runtime, events: Events, queues: Queues | None = None) -> None:
         self._runtime = runtime
         self._events = events
-        self._ended: set[str] = (
-            set()
-        )  # ids of tasks that have come to their end, and whose messages are yet to be moved
+        self._ended: set[tuple[str, float]] = set()  # of tasks that have ended, and whose messages are yet to be moved
         self.queues = queues or open_queues(runtime.app, runtime.settings.namespace)
 
     def count(self, breaker: str) -> int:
@@ -77,7 +75,8 @@ class DeferredTasks:
             ledger.remove_deferred(breaker, [move.entry.task_id for move in planned])  # they may come back at once
             try:
                 for move in self.queues.move(queue, [*planned, *flawed]):
-                    made.append(move)  # noqa: PERF402 - what was made before one fails counts
+                    made.append(move)
+                    self._ended.discard(_deferral_of(move.entry))
             finally:
                 self._note_unmade(planned, made)
         self._tell_resumed([move.entry for move in made if move.resumes])
@@ -91,7 +90,6 @@ class DeferredTasks:
     def _note_unmade(self, planned: Sequence[Move], made: Sequence[Move]) -> None:
         """Index again what was not moved, and end what has no queue to go back to."""
         queues = {id(move.entry): move.queue for move in made}
-        self._ended.difference_update(move.entry.task_id for move in planned if id(move.entry) in queues)
         for move in planned:
             entry, ticket = move.entry, move.entry.ticket
             if id(entry) not in queues:
@@ -100,6 +98,7 @@ class DeferredTasks:
                 )
             elif queues[id(entry)] != move.queue:
                 self._settle(entry, ResilienceError(f"the queue {move.queue} that it came from is gone"))
+                self._ended.discard(_deferral_of(entry))
 
     def _tell_resumed(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
@@ -115,27 +114,28 @@ class DeferredTasks:
             start += offered - len(moves)
             yield moves
 
-    def weed(self, entries: Sequence[Entry]) -> tuple[list[Move], list[Entry]]:
+    def ends(self, entries: Sequence[Entry], now: float) -> dict[str, Exception]:
+        """Return by id why tasks must wait no longer: they were revoked, or have waited for too long."""
+        revoked = revoked_among(entries, self._runtime.fleet.ledger)
+        errors = {entry.task_id: _expiry(entry, now) for entry in entries}
+        errors.update({task_id: TaskRevokedError(REVOKED) for task_id in revoked})
+        return {task_id: error for task_id, error in errors.items() if error is not None}
+
+    def remove_ended(self, entries: Sequence[Entry]) -> tuple[list[Move], list[Entry]]:
         """End those tasks that shall never run; return the moves that this takes, and the tasks that may run.
 
-        Revoked ones are dropped, those that a later one replaces are ignored, and those that have waited too long or
-        that nobody can read are dead-lettered. One whose result cannot be written now is neither ended nor may it run.
+        One whose result cannot be written now is neither ended nor may it run.
         """
-        ledger, now = self._runtime.fleet.ledger, self._runtime.fleet.view.server_now()
-        revoked = revoked_among(entries, ledger)
-        errors = {entry.task_id: error for entry in entries if (error := ended(entry, now) or entry.unreadable())}
-        superseded = superseded_among(entries, ledger, gone=revoked | errors.keys())
-
-        def end(entry: Entry) -> Move | None:
-            if entry.task_id in revoked:
-                return self.drop(entry, "revoked")
-            if entry.task_id in errors:
-                return self.dead_letter(entry, errors[entry.task_id])
-            return self._ignore(entry, superseded[entry.task_id])
-
-        doomed = revoked | errors.keys() | superseded.keys()
-        moves = [end(entry) for entry in entries if entry.task_id in doomed]
-        return [move for move in moves if move], [entry for entry in entries if entry.task_id not in doomed]
+        ledger = self._runtime.fleet.ledger
+        errors = self.ends(entries, self._runtime.fleet.view.server_now())
+        for entry in entries:
+            unreadable = None if entry.task_id in errors else entry.unreadable()
+            if unreadable is not None:
+                errors[entry.task_id] = unreadable
+        for task_id, latest in superseded_among(entries, ledger, gone=errors.keys()).items():
+            errors.setdefault(task_id, SupersededError(latest))
+        moves = [self.end(entry, errors[entry.task_id]) for entry in entries if entry.task_id in errors]
+        return [move for move in moves if move], [entry for entry in entries if entry.task_id not in errors]
 
     def resume(self, entries: Sequence[Entry], epoch: int, why: str) -> list[Move]:
         """Send tasks back to the queues that they came from."""
@@ -145,55 +145,40 @@ class DeferredTasks:
             self._tell(entry, TASK_RESUMED, exception=why, traceback=None)
         return [Move(entry, self._runtime.origin(entry.ticket), entry.ticket.resume(epoch, now)) for entry in entries]
 
-    def _ignore(self, entry: Entry, latest: str) -> Move | None:
-        """End a task with IGNORED, because a later one runs instead; None as below."""
-        if not self._settle(entry, SupersededError(latest)):
-            return None
-        what = "Task %s[%s] is ignored: %s runs instead"
-        logger.info(what, entry.task_name, entry.task_id, latest, extra=entry.log_fields)
-        self._tally(entry.ticket.breaker, COALESCED)
-        return Move(entry, None)
-
     def _withdraw(self, entry: Entry, *, keep_for: float = 0.0) -> None:
         """Let a task stand for earlier ones no longer: at once if it never runs, else when none can be left."""
         if entry.ticket.coalesced_as:
             self._runtime.fleet.ledger.withdraw(entry.ticket.coalesced_as, entry.task_id, keep_for=keep_for)
 
-    def dead_letter(self, entry: Entry, error: Exception) -> Move | None:
-        """End a task that must wait no longer, and keep its message in the dead-letter queue.
+    def end(self, entry: Entry, error: Exception) -> Move | None:
+        """End a task that must wait no longer.
+
+        One that was revoked, dropped or superseded leaves no message; any other goes to the dead letters.
 
         Returns:
             None if its result cannot be written now: it goes on waiting, and a later tick tries again.
         """
-        ticket = entry.ticket.die(self._runtime.fleet.view.server_now(), str(error))
+        breaker, kinds, move = entry.ticket.breaker, [DEAD], Move(entry, None)
+        if isinstance(error, SupersededError):
+            kinds = [COALESCED]
+        elif isinstance(error, TaskRevokedError) and str(error) != EXPIRED:
+            kinds = [DROPPED if str(error) == DROPPED else REVOKED]
+        else:
+            ticket = entry.ticket.die(self._runtime.fleet.view.server_now(), str(error))
+            move = Move(entry, self.queues.dead(breaker), ticket)
+            if isinstance(error, (DeferralExpiredError, TaskRevokedError)):
+                kinds.append(EXPIRED)
         if not self._settle(entry, error):
             return None
-        what = "Task %s[%s] is dead-lettered: %s"
-        logger.warning(what, entry.task_name, entry.task_id, error, extra=entry.log_fields)
-        self._tally(ticket.breaker, DEAD)
-        if isinstance(error, (DeferralExpiredError, TaskRevokedError)):
-            self._tally(ticket.breaker, EXPIRED)
-        return Move(entry, self.queues.dead(ticket.breaker), ticket)
-
-    def drop(self, entry: Entry, reason: str) -> Move | None:
-        """Give a task that shall never run REVOKED as its result, and drop its message.
-
-        Returns:
-            None if its result cannot be written now, as above.
-        """
-        if not self._settle(entry, TaskRevokedError(reason)):
-            return None
-        what = "Task %s[%s] was %s while it waited"
-        logger.info(what, entry.task_name, entry.task_id, reason, extra=entry.log_fields)
-        self._tally(entry.ticket.breaker, DROPPED if reason == DROPPED else REVOKED)
-        return Move(entry, None)
-
-    def _tally(self, breaker: str, kind: str) -> None:
-        self._runtime.fleet.reporter.tally(breaker, kind)
+        level, what = (logging.WARNING, "is dead-lettered") if move.queue else (logging.INFO, "never runs")
+        logger.log(level, "Task %s[%s] %s: %s", entry.task_name, entry.task_id, what, error, extra=entry.log_fields)
+        for kind in kinds:
+            self._runtime.fleet.reporter.tally(breaker, kind)
+        return move
 
     def _settle(self, entry: Entry, error: Exception) -> bool:
         """End a task that waits no longer; False if its result cannot be written now."""
-        if entry.task_id in self._ended:
+        if _deferral_of(entry) in self._ended:
             return True
         try:
             self._end(entry, error)
@@ -201,7 +186,7 @@ class DeferredTasks:
             what = "Task %s[%s] cannot end yet (%s): %s"
             logger.warning(what, entry.task_name, entry.task_id, error, exc, extra=entry.log_fields)
             return False
-        self._ended.add(entry.task_id)
+        self._ended.add(_deferral_of(entry))
         self._withdraw(entry)
         return True
 
@@ -217,7 +202,7 @@ class DeferredTasks:
             # monitors take REVOKED for older news than DEFERRED, as long as the task has not left that state
             self._tell(entry, TASK_RESUMED, exception=str(error), traceback=None)
             if request is not None:
-                request.revoke(str(error), expired=str(error) == "expired")
+                request.revoke(str(error), expired=str(error) == EXPIRED)
             else:
                 write_result(backend.mark_as_revoked, entry.task_id, str(error))
         elif request is not None:
@@ -260,6 +245,11 @@ class DeferredTasks:
         self._events.close()
 
 
+def _deferral_of(entry: Entry) -> tuple[str, float]:
+    """Return what tells one wait of a task from a later one: it may be replayed."""
+    return entry.task_id if not entry.flaw else "", entry.ticket.since
+
+
 def _page(entries: Iterator[Entry]) -> list[Entry]:
     """Return the next messages, and fewer of large ones."""
     page: list[Entry] = []
@@ -270,11 +260,11 @@ def _page(entries: Iterator[Entry]) -> list[Entry]:
     return page
 
 
-def ended(entry: Entry, now: float) -> DeferralExpiredError | TaskRevokedError | None:
+def _expiry(entry: Entry, now: float) -> DeferralExpiredError | TaskRevokedError | None:
     """Return the error of a task that has waited longer than its ``defer_for``, or past its ``expires``."""
     ticket = entry.ticket
     if ticket.ends_at is None or now < ticket.ends_at:
         return None
     if ticket.ends_at == ticket.expires:
-        return TaskRevokedError("expired")
+        return TaskRevokedError(EXPIRED)
     return DeferralExpiredError(ticket.breaker, now - ticket.since, ticket.deadline - ticket.since)

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 from resilient_tasks.core.model import Snapshot
 from resilient_tasks.core.names import is_child
 from resilient_tasks.store.ledger import Wait
-from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks, ended
+from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks
 from resilient_tasks.worker.queues import Entry, Move
-from resilient_tasks.worker.revokes import revoked_among
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
@@ -72,14 +71,9 @@ class Reconciler:
         give_up_at = time.monotonic() + EXPIRING
 
         def choose(entries: Sequence[Entry]) -> list[Move]:
-            moves: list[Move | None] = []
-            revoked = revoked_among(entries, self._runtime.fleet.ledger)
-            for entry in entries:
-                error = ended(entry, snapshot.now)
-                if entry.task_id in revoked:
-                    moves.append(self._tasks.drop(entry, "revoked"))
-                elif error is not None and time.monotonic() < give_up_at:
-                    moves.append(self._tasks.dead_letter(entry, error))
+            errors = self._tasks.ends(entries, snapshot.now)
+            due = (entry for entry in entries if entry.task_id in errors and time.monotonic() < give_up_at)
+            moves = [self._tasks.end(entry, errors[entry.task_id]) for entry in due]
             return [move for move in moves if move is not None]
 
         for _ in self._tasks.transfer_all(breaker.name, choose, enough=lambda: time.monotonic() >= give_up_at):

@@ -96,7 +96,7 @@ class Resumer:
             nonlocal left, going
             wanted = [entry for entry in entries if only is None or entry.task_id in only]
             due = [entry for entry in wanted if early or self._is_due(breaker, entry, snapshot.now)]
-            ends, fit = self._tasks.weed(due)
+            ends, fit = self._tasks.remove_ended(due)
             if unfailed_first:
                 fit.sort(key=lambda entry: entry.ticket.attempted_at > 0)
             chosen = fit[:left]

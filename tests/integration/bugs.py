@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from resilient_tasks.worker import deferred_tasks, reconcile, tick
+from resilient_tasks.worker import deferred_tasks, tick
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.gate import Gate
@@ -26,12 +26,13 @@ DEFERRING: list[tuple[Any, str]] = [
 ]  # fmt: skip
 RESUMING: list[tuple[Any, str]] = [
     (Ticket, "read"), (Ticket, "resume"), (Entry, "_field"), (Queues, "_entry"), (Resumer, "release"),
-    (DeferredTasks, "weed"), (DeferredTasks, "resume"), (RedisQueues, "move"), (deferred_tasks, "revoked_among"),
+    (DeferredTasks, "remove_ended"), (DeferredTasks, "resume"), (RedisQueues, "move"),
+    (deferred_tasks, "revoked_among"),
 ]  # fmt: skip
 RECONCILING: list[tuple[Any, str]] = [(Reconciler, "reconcile"), (Reconciler, "_index")]
 DEAD_LETTERING: list[tuple[Any, str]] = [
-    (DeferredTasks, "dead_letter"), (DeferredTasks, "_request"), (GatedRequest, "fail"), (Ticket, "die"),
-    (reconcile, "ended"), (deferred_tasks, "check_task"),
+    (DeferredTasks, "end"), (DeferredTasks, "_request"), (GatedRequest, "fail"), (Ticket, "die"),
+    (deferred_tasks, "_expiry"), (deferred_tasks, "check_task"),
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from celery import Celery
 from celery.backends.cache import CacheBackend
+from celery.exceptions import TaskRevokedError
 
 from resilient_tasks import Resilience
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
@@ -59,7 +60,7 @@ def entry() -> Entry:
 def test_a_revoked_task_waits_for_its_result_to_be_writable(app: Celery, tasks: DeferredTasks, entry: Entry) -> None:
     backend = app.tasks["waiting-charge"].backend
     backend.away = True
-    assert tasks.drop(entry, "revoked") is None
+    assert tasks.end(entry, TaskRevokedError("revoked")) is None
     backend.away = False
-    assert tasks.drop(entry, "revoked") == Move(entry, None)
+    assert tasks.end(entry, TaskRevokedError("revoked")) == Move(entry, None)
     assert backend.get_state("an-id") == "REVOKED"

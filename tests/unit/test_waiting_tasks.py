@@ -193,3 +193,20 @@ def test_some_tasks_are_resumed_by_their_ids(app: Celery, resilience: Resilience
         defer(app, Ticket("payments", HOME, not_before=2e9), task_id)
     assert resilience.deferred.resume_some("payments", ["c", "nobody", "a"]) == ("c", "a")
     assert sizes(resilience) == (TASKS + 1, 0)
+
+
+def test_a_task_that_is_deferred_afresh_comes_to_its_end_afresh(
+    app: Celery, resilience: Resilience, payments: Breaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deferred = resilience.deferred
+    deferred.drop("payments")
+    defer(app, Ticket("payments", HOME, since=1.0), "again")
+    with monkeypatch.context() as patch:
+        patch.setattr(PublishedQueues, "move", lambda *_: iter(()))  # another process has moved it
+        assert deferred.drop("payments") == ()
+    with app.connection_for_write() as connection:
+        Queue(DEFERRED)(connection.default_channel).purge()
+    app.backend.store_result("again", None, "PENDING")
+    defer(app, Ticket("payments", HOME, since=2.0), "again")
+    assert deferred.drop("payments") == ("again",)
+    assert app.AsyncResult("again").state == "REVOKED"
