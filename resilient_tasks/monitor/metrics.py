@@ -117,9 +117,9 @@ METRICS = (
     ),
     Metric("slow_evidence", "The same by slow calls and calls that hang.", "snapshot.slow_evidence"),
     Metric(
-        "failure_ratio", "Share of failures in its window, 0 to 1; while OPEN as at the trip.", "snapshot.failure_rate"
+        "failure_ratio", "Share of failures over about its window, 0 to 1; while OPEN as at the trip.", "snapshot.failure_rate"
     ),
-    Metric("slow_ratio", "Share of slow successes in its window, likewise.", "snapshot.slow_rate"),
+    Metric("slow_ratio", "Share of slow successes over about its window, likewise.", "snapshot.slow_rate"),
     Metric("refused_total", "Calls that it refused, of tasks and of guards.", "counts.refused"),
     Metric("deferred_tasks", "Tasks that wait for it now.", "snapshot.deferred"),
     Metric("oldest_deferred_seconds", "How long the oldest of them has waited; 0 if none waits.", _oldest),
@@ -128,7 +128,7 @@ METRICS = (
         "When the last of them will be resumed, at the learned rate; absent while that is unknown.",
         "done_in",
     ),
-    Metric("deferred_total", "Tasks that were put aside for the first time.", "counts.deferred"),
+    Metric("deferred_total", "Tasks that were deferred for the first time.", "counts.deferred"),
     Metric("deferred_again_total", "Deferrals of tasks that had been resumed before.", "counts.deferred_again"),
     Metric("resumed_total", "Tasks that were sent back to their queues.", "counts.resumed"),
     Metric(
@@ -155,7 +155,7 @@ METRICS = (
     Metric("transitions_total", "Transitions by the state that was entered.", _transitions, "state"),
     Metric(
         "hot_children",
-        "Its children that are not plainly CLOSED; absent while there is none. The first 100 have series, too.",
+        "Its children that are not CLOSED or that tasks wait for; absent while there is none. The first 100 have series, too.",
         lambda subject: subject.snapshot.active_children or None,
     ),
     Metric(
@@ -198,7 +198,7 @@ class BreakerCollector(Collector):
         yield from (metric.family(()) for metric in METRICS)
 
     def collect(self) -> Iterator[Family]:
-        """Yield all families as the store knows them now; of a store that is away only those of the scrape."""
+        """Yield all families as the store knows them now; while it is unavailable only those of the scrape."""
         began, subjects = time.monotonic(), None
         try:
             subjects = self._read()
