@@ -1,4 +1,4 @@
-"""``Resilience``: the composition root. It knows everybody; nobody below knows it."""
+"""``Resilience``: the composition root. It imports all layers; no layer below imports it."""
 
 from __future__ import annotations
 
@@ -112,10 +112,10 @@ class Resilience:
         new = Breaker(name, final, fleet=lambda: self.fleet, revision=self._revision)
         known = self._breakers.setdefault(name, new)
         if known.policy != new.policy:
-            told = ", ".join(
+            differences = ", ".join(
                 f"{field}={one!r} and {field}={other!r}" for field, one, other in known.policy.differences(new.policy)
             )
-            raise ConfigurationError(f"breaker {name!r} is defined twice with different policies: {told}")
+            raise ConfigurationError(f"breaker {name!r} is defined twice with different policies: {differences}")
         if known is new:
             self._welcome(new)
         return known
@@ -151,23 +151,23 @@ class Resilience:
             former.close()
 
     def provenance(self, task_id: str) -> Provenance | None:
-        """Tell where the result of a task came from, if a fallback served it.
+        """Return where the result of a task came from; None if no fallback served it.
 
         Raises:
-            StoreError: the store is away.
+            StoreError: the store is unavailable.
         """
         return read_provenance(self.fleet.store, task_id)
 
     def outages(self, name: str | None = None, *, since: float | None = None) -> list[Outage]:
-        """Return what is remembered of outages, also of those that last, the newest first.
+        """Return the stored outages, those under way included, the newest first.
 
         Args:
-            name: of a breaker, its children's come with it; ``None``: of all that are defined.
-            since: only those that were not over so many seconds ago.
+            name: of this breaker and its children; ``None``: of all breakers.
+            since: only those that were not over this many seconds ago.
 
         Raises:
             ConfigurationError: that breaker is not defined, or ``since`` is no span of time.
-            StoreError: the store is away, or keeps no history.
+            StoreError: the store is unavailable, or keeps no history.
         """
         names = self._breakers if name is None else [self[name].name]
         fleet = self.fleet
@@ -179,14 +179,14 @@ class Resilience:
 
         Raises:
             ConfigurationError: that breaker is not defined.
-            StoreError: the store is away, or keeps no history.
+            StoreError: the store is unavailable, or keeps no history.
         """
         snapshots = self.fleet.store.read_shared([self[name].spec])
         return self.fleet.history.estimates(snapshots).get(name)
 
     @property
     def dead_letters(self) -> DeadLetters:
-        """The tasks that have failed for good, or expired, while they waited for a breaker.
+        """The tasks that have failed for good or expired while they waited for a breaker: list, replay or drop them.
 
         Raises:
             ConfigurationError: there is no app, and so no broker.
@@ -195,7 +195,7 @@ class Resilience:
 
     @property
     def deferred(self) -> Deferred:
-        """The tasks that wait for a breaker, for whoever wants to list, resume or drop them by hand.
+        """The tasks that wait for a breaker: list, resume or drop them by hand.
 
         Raises:
             ConfigurationError: there is no app, and so no broker.
@@ -204,7 +204,7 @@ class Resilience:
 
     def _runtime(self, wanted: str) -> Runtime:
         if self._app is None:
-            raise ConfigurationError(f"{wanted} lie on the app's broker: call init_app(app) first")
+            raise ConfigurationError(f"{wanted} are on the app's broker: call init_app(app) first")
         return runtime_of(self._app)
 
     def _join(self, store: Store) -> Fleet:
@@ -244,7 +244,7 @@ def _make_tasks_resilient(app: Celery) -> None:
 
 
 def _check_what_is_sent(app: Celery) -> None:
-    """Look at what any task is sent with, one of a class that is not ours included."""
+    """Check the options that any task is sent with, those of other classes than ours included."""
     send = app.send_task
 
     @wraps(send)
@@ -293,7 +293,7 @@ class _TickTask(Task):  # type: ignore[misc]  # Celery is untyped
 
 
 def _register_tick(runtime: Runtime) -> None:
-    """Register the periodic task; it runs in the main process, the body is for whoever calls it by hand."""
+    """Register the periodic task; it runs in the main process, the body is for calls by hand."""
     options = {"base": _TickTask, "shared": False, "ignore_result": True}
 
     @runtime.app.task(name=TICK_TASK, control_queue=own_queue(runtime.control_queue), **options)  # type: ignore[untyped-decorator]  # Celery is untyped

@@ -1,4 +1,4 @@
-"""``Breaker``: what users hold in their hands. It guards calls, registers a probe, and carries an operator's verbs."""
+"""``Breaker``: the object that users work with. It guards calls, registers a probe, and has the operator commands."""
 
 from __future__ import annotations
 
@@ -133,10 +133,10 @@ class Breaker(Guarded):
 
     @property
     def accepting(self) -> bool:
-        """Whether a task sent now may run, as this process sees it, without I/O.
+        """Whether a task sent now may run, by the cached state, without I/O.
 
-        False while the breaker refuses everything; True again as soon as the next task may be a trial, which a
-        breaker with a probe leaves to the workers' probing.
+        False while the breaker refuses everything; True again as soon as the next task may be a trial, which with a
+        probe the workers decide.
         """
         standing = self.standing
         probes = self.probe_to_run is not None and not self.fleet.store.away
@@ -188,10 +188,10 @@ class Breaker(Guarded):
         failures_before_open: int | None = None,
         successes_before_close: int | None = None,
     ) -> Any:
-        """Register the health check that stands in for a trial: ``@payments.probe``, ``@payments.probe(timeout=5)``.
+        """Register the health check that replaces trials: ``@payments.probe``, ``@payments.probe(timeout=5)``.
 
-        It succeeds by returning in time, however long ``slow_call_duration`` is, and fails by raising anything
-        at all. ``resilient_tasks.checks`` has some to choose from: ``payments.probe(http_check(url), timeout=5)``.
+        It succeeds if it returns in time, whatever ``slow_call_duration`` is, and fails if it raises any
+        exception. ``resilient_tasks.checks`` has some to choose from: ``payments.probe(http_check(url), timeout=5)``.
 
         Args:
             fn: a function or coroutine function without arguments.
@@ -230,17 +230,17 @@ class Breaker(Guarded):
         return fn
 
     def heartbeat(self) -> None:
-        """Report in for the dependency: it is well, says whoever calls this, to a ``heartbeat(ttl)`` probe.
+        """Report that the dependency is well, for a ``heartbeat(ttl)`` probe.
 
         Raises:
-            StoreError: the store is away; nobody has heard it.
+            StoreError: the store is unavailable; the heartbeat is lost.
         """
         self.fleet.store.put(HEARTBEATS, self.name, b"", ttl=LONGEST_SILENCE)
 
-    # --- the operator's verbs ---------------------------------------------------------------------
+    # --- operator commands ------------------------------------------------------------------------
 
     def trip(self, reason: str = "", *, actor: str | None = None) -> Snapshot:
-        """Open the breaker as if it had tripped. Raises ``StoreError`` if the store is away, like all verbs."""
+        """Open the breaker as if it had tripped. Like all commands it raises ``StoreError`` without a store."""
         return self._command(Verb.TRIP, reason, actor)
 
     def isolate(self, reason: str = "", *, actor: str | None = None) -> Snapshot:
@@ -252,14 +252,14 @@ class Breaker(Guarded):
         return self._command(Verb.DISABLE, reason, actor)
 
     def shadow(self, reason: str = "", *, actor: str | None = None) -> Snapshot:
-        """Admit all calls, count, and tell when the breaker would have opened, until :meth:`reset`.
+        """Admit all calls, count, and report when the breaker would have opened, until :meth:`reset`.
 
         ``snapshot().would_have_opened`` counts how often.
         """
         return self._command(Verb.SHADOW, reason, actor)
 
     def reset(self, reason: str = "", *, actor: str | None = None) -> Snapshot:
-        """Close the breaker, with an empty window."""
+        """Close the breaker, without evidence."""
         return self._command(Verb.RESET, reason, actor)
 
     def _command(self, verb: Verb, reason: str, actor: str | None) -> Snapshot:
@@ -277,7 +277,7 @@ class Child(Breaker):
     def __init__(self, parent: Breaker, name: str) -> None:
         Guarded.__init__(self, replace(parent.spec, name=name), parent._find_fleet)  # noqa: SLF001 - a breaker too
         self.parent = parent
-        self._examines = True  # no call is plain: the parent has a say in each
+        self._examines = True  # every call is examined: the parent must admit it, too
 
     @property
     def registered_probe(self) -> Probe | None:  # type: ignore[override]  # the parent registers it
@@ -311,7 +311,7 @@ class Child(Breaker):
 
     @property
     def standing(self) -> Standing:
-        """The breaker as this process sees it; read anew from time to time: nobody follows a child that is CLOSED."""
+        """The cached state; read anew from time to time, because changes of a CLOSED child are not followed."""
         standing = super().standing
         if (standing.age or 0.0) > REMEMBERED_FOR:
             self.fleet.view.look(self.spec)
@@ -319,7 +319,7 @@ class Child(Breaker):
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody has used it here for a while, and nothing is known of it but that it is CLOSED."""
+        """Whether it was not used here for a while, and is known as nothing but CLOSED."""
         standing = self._standing
         is_plain = standing.snapshot.state is State.CLOSED and not standing.pending
         return self._joined is None or (is_plain and (standing.age or 0.0) > REMEMBERED_FOR)
@@ -334,7 +334,7 @@ def _nothing() -> None:
 
 @functools.lru_cache(maxsize=1)
 def this_user() -> str:
-    """Return who carries out an operator's verb here, as ``user@host``."""
+    """Return who runs an operator command here, as ``user@host``."""
     try:
         user = getpass.getuser()
     except (KeyError, ImportError, OSError):  # a container's user may have no name

@@ -33,10 +33,10 @@ class UnknownBreakerError(ConfigurationError, KeyError):
 
 
 class StoreError(ResilienceError):
-    """The shared store is away, too slow, or not a Redis-compatible server."""
+    """The shared store is unavailable, too slow, or not a Redis-compatible server."""
 
 
-#: Stands where others have a state: the breaker is CLOSED, and as many calls are in flight as may be.
+#: In place of a state: the breaker is CLOSED, and its limit of calls in flight is reached.
 AT_CAPACITY = "AT_CAPACITY"
 
 
@@ -46,9 +46,9 @@ class BreakerOpenError(ResilienceError):
     Args:
         breaker: name of the breaker.
         state: state in which it refused, ``"OPEN"``, ``"HALF_OPEN"``, ``"FORCED_OPEN"`` or, during
-            the ramp after a recovery, ``"CLOSED"``; ``"AT_CAPACITY"`` when as many calls are in flight as may be.
+            the ramp after a recovery, ``"CLOSED"``; ``"AT_CAPACITY"`` when its limit of calls in flight is reached.
         retry_after: seconds until the breaker may admit calls again; ``None`` when only an operator
-            can tell.
+            can end the refusal.
     """
 
     def __init__(self, breaker: str, state: str = "OPEN", retry_after: float | None = None) -> None:

@@ -162,8 +162,8 @@ class Function:
             _encode(value)
         except Exception as error:
             expected = isinstance(error, ResilienceError)  # its own breaker refused: no traceback per task
-            told = call.task_name, call.task_id, self.name, error
-            logger.warning("Task %s[%s]: fallback %s: %r", *told, exc_info=not expected, extra=call.log_fields)
+            fields = call.task_name, call.task_id, self.name, error
+            logger.warning("Task %s[%s]: fallback %s: %r", *fields, exc_info=not expected, extra=call.log_fields)
             return None
         return Served(value, self.name)
 
@@ -182,7 +182,7 @@ def cached(max_age: float, key: str | CacheKey | None = None) -> Cached:
 
     Args:
         max_age: seconds for which a value is good enough.
-        key: what tells calls apart; default all arguments. The name of a parameter, or a callable
+        key: what identifies a call; default all arguments. The name of a parameter, or a callable
             ``(args, kwargs) -> str``.
     """
     return Cached(max_age, key)

@@ -1,4 +1,4 @@
-"""``BreakerPolicy``: the immutable settings of one breaker, checked when they are written down."""
+"""``BreakerPolicy``: the immutable settings of one breaker, checked when it is created."""
 
 from __future__ import annotations
 
@@ -71,24 +71,26 @@ class BreakerPolicy:
     """When a breaker opens, for how long, and how it heals. Durations are seconds.
 
     Args:
-        failure_rate_threshold: share of failures in the window that opens the breaker (inclusive).
-        slow_call_duration: what takes longer is SLOW, a task as soon as it passes this time, a guarded call when it
-            returns; ``None``: nothing is slow.
-        slow_call_rate_threshold: share of slow calls in the window that opens it (inclusive).
-        consecutive_failures: failures in a row that open it, whatever the rate; ``None``: off.
-        minimum_calls: calls the window must hold before a rate counts.
-        minimum_tasks: different tasks that must have failed (or been slow) in the window before it opens. A task has
-            one vote per window, however often it is run; a call outside any task is a voter of its own.
-            ``None``: 2; or 1 where ``minimum_calls`` or ``consecutive_failures`` is 1, which asks for just that.
-        window: length of the sliding window; ten aligned buckets, so a call may live 1.1 times as long.
+        failure_rate_threshold: share ``t`` of failures from which on they add up: a failure adds 1 to the score of
+            failures, a success takes ``t / (1 - t)`` away, never below 0.
+        slow_call_duration: a call that takes longer is SLOW. It adds 1 to the score of slow calls as soon as it
+            passes this time, and 1 more for each further such time; ``None``: no call is slow.
+        slow_call_rate_threshold: the same share for slow calls.
+        consecutive_failures: failures in a row that open the breaker, whatever the scores; ``None``: off.
+        minimum_calls: the score, of failures or of slow calls, that opens it.
+        minimum_tasks: different tasks that must have added to the score before it opens. All runs of a task add once;
+            a call outside any task counts as a task of its own.
+            ``None``: 2; or 1 where ``minimum_calls`` or ``consecutive_failures`` is 1.
+        window: a score is forgotten when nothing has added to it for so long; calls and rates are summed over about
+            this time.
         open_duration: first open time.
         open_multiplier: growth of the open time with every opening in a row.
-        max_open_duration: cap of the open time and of ``Retry-After``; also the time spent CLOSED
-            that takes back one opening.
+        max_open_duration: longest open time, also if the server's ``Retry-After`` is longer. After this long in
+            CLOSED the next outage starts one step lower.
         open_jitter: random lengthening of the open time, as a share of it.
-        trial_calls: permits that may live at once in HALF_OPEN.
+        trial_calls: trials at once in HALF_OPEN.
         trial_successes: successful trials that close the breaker; ``None``: ``trial_calls``.
-        trial_timeout: longest time a trial without a time limit of its own may take.
+        trial_timeout: a trial that takes longer counts as failed; a task's time limit wins.
         ramp: time after a recovery in which the share of admitted tasks grows from 10 % to all; 0: none.
         max_concurrency: most calls in flight at once in the whole fleet; ``None``: any number. Tasks beyond it
             wait in the deferred queue. With ``concurrency="adaptive"`` the upper bound of the limit, by default 1,000.
@@ -98,14 +100,16 @@ class BreakerPolicy:
         min_concurrency: lower bound of an adaptive limit.
         resume_rate: ceiling for resumed tasks per second.
         max_deferred: most messages the deferred queue may hold; ``None``: unbounded.
-        overflow: what becomes of a task for which there is no room: ``"fail"`` with
+        overflow: what happens to a task for which there is no room: ``"fail"`` with
             :class:`DeferredQueueFullError`, or ``"block"``: it stays on its queue, which the worker no longer consumes.
-        max_keys: most children, one per key of ``breaker_key``; calls of keys beyond it count for the parent itself.
-        max_open_ratio: largest share of the active children that the rules hold open at once; ``None``: all.
+        max_keys: most children, one per key of ``breaker_key``. When full, a key unused for an hour is evicted; if
+            there is none, new keys use the parent.
+        max_open_ratio: largest share of the active children that is held open at once, except those an operator opened;
+            ``None``: all.
         classify: ``(exception or returned value) -> Outcome``; the default is :func:`dependency_errors`,
-            for which every value is a SUCCESS. It is not asked about ``with`` blocks that end well.
-        failures: exception types or predicates that are failures whatever ``classify`` says.
-        ignore: exception types or predicates that say nothing; they win over ``failures``.
+            for which every value is a SUCCESS. It is not called for ``with`` blocks that end without an exception.
+        failures: exception types or predicates that always count as failures, regardless of ``classify``.
+        ignore: exception types or predicates that are never counted; they win over ``failures``.
 
     Raises:
         ConfigurationError: a value is out of range; the message names field, value and what is allowed.
@@ -177,7 +181,7 @@ class BreakerPolicy:
 
     @property
     def most_in_flight(self) -> int | None:
-        """Most calls in flight in the fleet that anything counts; None: nobody counts them."""
+        """Most calls in flight in the fleet that are counted; None: they are not counted."""
         if self.max_concurrency is not None:
             return self.max_concurrency
         return MOST_IN_FLIGHT if self.concurrency == ADAPTIVE else None

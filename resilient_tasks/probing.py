@@ -1,6 +1,6 @@
 """``Probe``: a breaker's health check, and when it is due.
 
-In HALF_OPEN it stands in for trials with real tasks. An *active* one also runs while the breaker admits
+In HALF_OPEN it replaces trials with real tasks. An *active* one also runs while the breaker admits
 tasks, so that it may open before any of them has to fail.
 """
 
@@ -29,7 +29,7 @@ _CHECKED_WHILE = frozenset({State.CLOSED, State.SHADOW})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What :meth:`Breaker.probe` registered; there the arguments are explained.
+    """What :meth:`Breaker.probe` registered; its arguments are explained there.
 
     Raises:
         ConfigurationError: a value is out of range; the message names breaker, argument, value and what is allowed.
@@ -70,7 +70,7 @@ class Probe:
         return len(needed) == 1
 
     def of_child(self, name: str) -> Probe:
-        """Return the probe of one child. It stands in for trials: many that are well are not checked all the time."""
+        """Return the probe of one child. It only replaces trials: healthy children may be many, and are not checked."""
         function = partial(self.function, unquote(key_of(name)))
         return replace(self, breaker=name, function=function, active=False, failures_before_open=None)
 
@@ -92,13 +92,13 @@ class Probe:
         return self.failures_before_open or FAILURES_BEFORE_OPEN
 
     def is_due(self, snapshot: Snapshot) -> bool:
-        """Whether somebody should run it now, while tasks are admitted or, spaced by the interval, in HALF_OPEN."""
+        """Whether it should run now, while tasks are admitted or, spaced by the interval, in HALF_OPEN."""
         checked_at = -math.inf if snapshot.checked_at is None else snapshot.checked_at
         if snapshot.state is State.HALF_OPEN:
             return checked_at < self.turn_began(snapshot)
         if not self.active or snapshot.state not in _CHECKED_WHILE:
             return False
-        # A breaker that nobody has used yet must come into being before time can pass for it.
+        # A breaker that was never used must be created before its interval can begin.
         return snapshot.epoch == 0 or max(checked_at, snapshot.since) < self.turn_began(snapshot)
 
     def turn_began(self, snapshot: Snapshot) -> float:

@@ -7,7 +7,7 @@ has a ``/metrics`` of its own adds them with one line::
 
     register(app)
 
-One process is enough: everything is read from the shared store, so several would export the same. Needs the extra
+One process is enough: everything is read from the shared store, so several export the same values. Needs the extra
 ``resilient_tasks[metrics]``.
 """
 
@@ -55,7 +55,7 @@ def register(app: Celery, registry: CollectorRegistry = REGISTRY) -> BreakerColl
 
 
 def _read(runtime: Runtime) -> list[Subject]:
-    """Read all breakers of an app from the store, and some of their children that are not plainly CLOSED."""
+    """Read all breakers of an app from the store, and their first active children."""
     snapshots = runtime.read(MOST_CHILDREN)
     totals = runtime.fleet.history.totals([each.name for each in snapshots])
     estimates = runtime.fleet.history.estimates(snapshots)

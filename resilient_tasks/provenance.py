@@ -43,7 +43,7 @@ def read_provenance(store: Store, task_id: str) -> Provenance | None:
     """Return where the result of ``task_id`` came from; None: from the task itself, or not known (any more).
 
     Raises:
-        StoreError: the store is away.
+        StoreError: the store is unavailable.
     """
     found = store.get(_PROVENANCE, task_id)
     if found is None:

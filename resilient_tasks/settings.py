@@ -1,12 +1,12 @@
 """Settings from the environment: ``RESILIENT_TASKS_STORE_URL``, ``RESILIENT_TASKS_TICK_INTERVAL``, ...
 
-``Settings.load()`` reads them once, at start-up, and finds every mistake there and then: an unknown
+``Settings.load()`` reads them once, at start-up, and rejects every mistake: an unknown
 variable, a value out of range, a policy field that does not exist. ``__`` nests, so that an operator
 can override one field of one breaker without touching code::
 
     RESILIENT_TASKS_BREAKERS__PAYMENTS__FAILURE_RATE_THRESHOLD=0.3
 
-Names of variables know neither case nor punctuation: ``PAY_API`` is the override of a breaker
+Names of variables ignore case and punctuation: ``PAY_API`` is the override of a breaker
 ``pay_api``, ``pay-api`` or ``Pay.API``; with two of those in one app it is ambiguous and an error.
 """
 
@@ -180,7 +180,7 @@ def _explain(error: ValidationError, given: Mapping[str, Any]) -> str:
     value = first["input"]
     shown = hide_password(value) if isinstance(value, str) else value
     if path[0] == "store_url" and "://" not in str(value):
-        shown = "***"  # nothing in it can be told from a password
+        shown = "***"  # any part of it may be a password
     return f"{label}={shown!r}: allowed is {field.description}"
 
 

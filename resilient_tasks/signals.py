@@ -1,15 +1,15 @@
-"""Signals in Celery's own style: what breakers and the tasks that wait for them do, told to your own code.
+"""Signals in Celery's own style: they call your code when a breaker changes or a task is deferred or resumed.
 
     from resilient_tasks.signals import breaker_opened
 
     @breaker_opened.connect
-    def page_somebody(sender, breaker, transition, **kwargs):
+    def page_on_call(sender, breaker, transition, **kwargs):
         ...
 
-The sender is the app. Each transition is told once in the whole fleet, in the process that made it: a worker, one of
+The sender is the app. Each transition is sent once in the whole fleet, in the process that made it: a worker, one of
 its pool processes, a web process, ``celery breakers trip``. So connect receivers where all of them import, beside the
 app. Receivers run one after the other in a thread of their own, never in a worker's event loop, and one that raises is
-logged and harms nobody. What they leave undone for too long is dropped, and the log says how much.
+logged and affects nothing else. Calls beyond 10,000 that wait are dropped, and the log says how many.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ breaker_closed = Signal(name="breaker_closed", providing_args=_OF_TRANSITIONS)
 breaker_forced_open = Signal(name="breaker_forced_open", providing_args=_OF_TRANSITIONS)
 #: An operator has disabled it.
 breaker_disabled = Signal(name="breaker_disabled", providing_args=_OF_TRANSITIONS)
-#: An operator lets it admit all calls and tell when it would have opened.
+#: An operator lets it admit all calls and report when it would have opened.
 breaker_shadowed = Signal(name="breaker_shadowed", providing_args=_OF_TRANSITIONS)
 #: It would have opened, were it not in SHADOW.
 breaker_would_open = Signal(name="breaker_would_open", providing_args=_OF_TRANSITIONS)
 
-#: A task was put aside: ``task_id``, ``task`` (its name), ``breaker``, ``since`` (seconds), ``reason``.
+#: A task was deferred: ``task_id``, ``task`` (its name), ``breaker``, ``since`` (seconds), ``reason``.
 task_deferred = Signal(name="task_deferred", providing_args=_OF_TASKS | {"reason"})
-#: A task went back to the queue that it came from; ``since`` tells how long it has waited.
+#: A task went back to the queue that it came from; ``since``: seconds since the epoch when it was deferred first.
 task_resumed = Signal(name="task_resumed", providing_args=_OF_TASKS)
 
 _OF_EVENT = {
@@ -81,5 +81,5 @@ def tell(signal: Signal, sender: Any, **fields: Any) -> None:
 
 
 def tell_of_transition(sender: Any, transition: Transition) -> None:
-    """Send the signal that tells of a transition."""
+    """Send the signal of a transition."""
     tell(_OF_EVENT[event_type(transition)], sender, breaker=transition.name, transition=transition)

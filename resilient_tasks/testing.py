@@ -16,7 +16,7 @@
         clock.advance(payments.snapshot().retry_after)
         assert payments.state == "HALF_OPEN"
 
-Inside the block every breaker begins CLOSED, and what one test does to it no other test sees.
+Inside the block every breaker begins CLOSED, and changes of one test are not visible in others.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.store.local import LocalStore
 
 _BEGINNING = 1_000_000.0
-_PATIENCE = 5.0  # seconds for outcomes of calls to be counted; they are on their way to a store in memory
-_LOOK_UP = 0.02  # seconds
+_TIMEOUT = 5.0  # seconds for outcomes of calls to reach the store in memory
+_POLL_INTERVAL = 0.02  # seconds
 
 _VERB_TO = {
     "CLOSED": Verb.RESET,
@@ -55,7 +55,7 @@ class Clock:
         return self._now
 
     def advance(self, seconds: float) -> None:
-        """Let ``seconds`` pass and happen what they make due, as the periodic tick would see to it.
+        """Let ``seconds`` pass, and make the transitions that become due, as the periodic tick would.
 
         Raises:
             ValueError: ``seconds`` is negative.
@@ -71,14 +71,14 @@ class Clock:
 
     def settle(self) -> None:
         """Wait until the outcomes of all calls so far are counted; a success is otherwise counted a moment later."""
-        self._resilience.fleet.reporter.flush(_PATIENCE)
+        self._resilience.fleet.reporter.flush(_TIMEOUT)
 
 
 class _StoreInMemory(LocalStore):
-    """Looks up often, so that leaving it does not cost every test half a second."""
+    """Polls often, so that leaving it does not cost every test half a second."""
 
     def changes(self, *, timeout: float) -> Iterator[Snapshot | None]:
-        return super().changes(timeout=min(timeout, _LOOK_UP))
+        return super().changes(timeout=min(timeout, _POLL_INTERVAL))
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def in_memory(resilience: Resilience) -> Iterator[Clock]:
     """Keep the breakers of ``resilience`` in this process's memory for as long as the block lasts.
 
     Yields:
-        The clock that they go by. Afterwards they are back in the store that they came from.
+        Their clock. Afterwards the breakers use their former store again.
     """
     outside = resilience._fleet  # noqa: SLF001  asking for ``resilience.fleet`` would connect to the store
     clock = Clock(resilience)

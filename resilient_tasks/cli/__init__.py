@@ -1,9 +1,9 @@
-"""``celery -A proj breakers ...``: breakers seen and steered from a terminal.
+"""``celery -A proj breakers ...``: breakers shown and controlled from a terminal.
 
 Celery imports this module for each of its own commands too, so it knows only where ours are.
 
 Exit codes: 0 done; 1 refused or impossible; 2 wrong usage, e.g. an unknown breaker; 69 the store, or the broker, is
-away. ``show`` also tells the state by 10 and 11, see there.
+away. ``show`` also returns 10 and 11, see there.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _PLACES = {
 
 
 class Unavailable(click.ClickException):
-    """The store, or the broker, is away."""
+    """The store, or the broker, is unavailable."""
 
     exit_code = os.EX_UNAVAILABLE
 
 
 class _Commands(DYMGroup):  # type: ignore[misc]  # click_didyoumean is untyped
-    """Imports a command when it is asked for, and has no traceback for what is nobody's bug."""
+    """Imports a command on first use, and prints one line instead of a traceback for expected errors."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(_PLACES)
@@ -64,4 +64,4 @@ class _Commands(DYMGroup):  # type: ignore[misc]  # click_didyoumean is untyped
 
 @click.group(cls=_Commands)
 def breakers() -> None:
-    """See and steer circuit breakers, and the tasks that wait for them."""
+    """Show and control circuit breakers, and the tasks that wait for them."""

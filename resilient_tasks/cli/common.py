@@ -1,4 +1,4 @@
-"""What all commands share: the app's runtime, names of breakers, and a broker that may be away."""
+"""What all commands share: the app's runtime, names of breakers, and an unavailable broker."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases 
     name = "breaker"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the name; fail with the nearest one if nobody defines it."""
+        """Return the name; fail with the nearest one if it is not defined."""
         runtime = runtime_in(ctx or click.get_current_context())
         parent, key = parent_of(value), key_of(value)
         if parent is not None and parent in runtime.breakers and key and not is_child(value):
@@ -83,25 +83,25 @@ class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases 
         return value
 
     def child(self, parent: str, key: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the name of the child for a key as somebody has typed it."""
+        """Return the name of the child for a key as typed."""
         if key == ALL_KEYS:
-            self.fail(f"'{parent}:{ALL_KEYS}' stands for all children of {parent}: name one breaker", param, ctx)
+            self.fail(f"'{parent}:{ALL_KEYS}' means all children of {parent}: name one breaker", param, ctx)
         try:
             return child_name(parent, key)
         except ConfigurationError as error:
             self.fail(printable(str(error)), param, ctx)
 
     def unknown(self, message: str, param: click.Parameter | None, ctx: click.Context | None) -> None:
-        """Do what is to be done about a name that nobody defines."""
+        """Handle a name that is not defined."""
         self.fail(message, param, ctx)
 
     def shell_complete(self, ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Return the names that begin so; none if the app cannot be found, because completion must not fail."""
+        """Return the names that begin so; none if the app cannot be found: completion must not fail."""
         try:
             app = seams.app_named(ctx.find_root().params["app"])
             seams.import_task_modules(app)
             runtime = find_runtime(app)
-        except Exception:  # noqa: BLE001 - whatever importing somebody's app raises
+        except Exception:  # noqa: BLE001 - importing the user's app may raise anything
             return []
         names = sorted(runtime.breakers) if runtime else []
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
@@ -134,8 +134,8 @@ def expand(runtime: Runtime, names: Iterable[str]) -> list[str]:
 
 @contextmanager
 def asking_the_broker(runtime: Runtime) -> Iterator[None]:
-    """Turn what a broker that is away raises into one line and an exit code."""
+    """Turn an error of an unavailable broker into one line and an exit code."""
     try:
         yield
     except runtime.queues.errors as error:
-        raise Unavailable(f"the broker is away: {type(error).__name__}: {printable(str(error))}") from error
+        raise Unavailable(f"the broker is unavailable: {type(error).__name__}: {printable(str(error))}") from error

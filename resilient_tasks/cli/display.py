@@ -1,4 +1,4 @@
-"""Tables, and text that was written by strangers, on a terminal or in a pipe."""
+"""Tables, and text from untrusted sources, on a terminal or in a pipe."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _WHOLE, _LEAST = 2, 8
 
 
 def printable(text: str) -> str:
-    """Return text with all characters written out that could steer a terminal, escape and newline among them."""
+    """Return text with all control characters, escape and newline among them, written out."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
@@ -49,12 +49,12 @@ def print_table(columns: Row, rows: Sequence[Row]) -> None:
 
 
 def is_rich() -> bool:
-    """Whether somebody looks at a terminal, and rich is installed."""
+    """Whether the output is a terminal, and rich is installed."""
     return sys.stdout.isatty() and find_spec("rich") is not None
 
 
 def rich_console() -> Console:
-    """Return the terminal, without colours for who wants none."""
+    """Return the terminal, without colours if they are switched off."""
     from rich.console import Console  # noqa: PLC0415 - rich is an extra, and takes long to import
 
     return Console(no_color=click.get_current_context().obj.no_color or None)
@@ -71,7 +71,7 @@ def plain_lines(columns: Row, rows: Sequence[Row]) -> Iterator[str]:
 def rich_table(columns: Row, rows: Sequence[Row]) -> Table:
     """Return a table whose cells are never taken for markup.
 
-    On a narrow terminal columns that nobody fills are left out, and words stay whole in the first columns.
+    On a narrow terminal empty columns are left out, and words stay whole in the first columns.
     """
     from rich import box  # noqa: PLC0415 - as above
     from rich.table import Table  # noqa: PLC0415

@@ -36,5 +36,5 @@ def doctor(runtime: Runtime, ctx: click.Context, *, as_json: bool, timeout: floa
 
 def _print_advice(findings: Sequence[Finding]) -> None:
     for finding in findings:
-        told = f"{finding.level}: {finding.what}", f"  why: {finding.why}", f"  do:  {finding.advice}"
-        click.echo("\n".join(["", *map(printable, told)]))
+        lines = f"{finding.level}: {finding.what}", f"  why: {finding.why}", f"  do:  {finding.advice}"
+        click.echo("\n".join(["", *map(printable, lines)]))

@@ -1,4 +1,4 @@
-"""``list``, ``show``, ``watch``, the operator's verbs and ``report``: the breakers themselves."""
+"""``list``, ``show``, ``watch``, the operator commands and ``report``: the breakers themselves."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def list_breakers(runtime: Runtime, names: tuple[str, ...], *, as_json: bool) ->
 def show(runtime: Runtime, ctx: click.Context, name: str, *, as_json: bool) -> None:
     """Show one breaker.
 
-    The exit code tells its state: 0 if it admits calls (CLOSED, DISABLED, SHADOW), 10 if it refuses them (OPEN,
+    The exit code gives its state: 0 if it admits calls (CLOSED, DISABLED, SHADOW), 10 if it refuses them (OPEN,
     FORCED_OPEN), 11 if it admits trials only (HALF_OPEN).
     """
     [snapshot] = _read(runtime, [name])
@@ -91,7 +91,7 @@ def show(runtime: Runtime, ctx: click.Context, name: str, *, as_json: bool) -> N
 @click.option("--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds.")
 @pass_runtime
 def watch(runtime: Runtime, *, interval: float) -> None:
-    """Show all breakers, again and again, until interrupted."""
+    """Show all breakers, live, until interrupted."""
     try:
         if is_rich():
             _watch_live(runtime, interval)
@@ -117,7 +117,7 @@ def _watch_live(runtime: Runtime, interval: float) -> None:
 
 
 def _looks(runtime: Runtime, interval: float) -> Iterator[tuple[str, Sequence[Row]]]:
-    """Yield a caption and rows every so many seconds; what was last known while the store is away."""
+    """Yield a caption and rows every so many seconds; the last state while the store is unavailable."""
     rows: list[Row] = []
     known = "never"
     while True:
@@ -206,7 +206,7 @@ def _undecided(runtime: Runtime, name: str) -> Iterator[Row]:
 def _command(verb: Verb, does: str) -> click.Command:
     @click.command(verb.value, help=does)
     @click.argument("names", metavar="NAME...", nargs=-1, required=True, type=BreakerNames())
-    @click.option("--reason", default="", metavar="TEXT", help="Kept with the state.")
+    @click.option("--reason", default="", metavar="TEXT", help="Stored with the state.")
     @pass_runtime
     def carry_out(runtime: Runtime, names: tuple[str, ...], reason: str) -> None:
         for name in expand(runtime, names):

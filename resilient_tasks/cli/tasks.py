@@ -32,7 +32,7 @@ _RESUME_INTERVAL = 0.1
 def deferred(runtime: Runtime, name: str, *, limit: int, ids_only: bool, as_json: bool) -> None:
     """List the tasks that wait for a breaker, the oldest first.
 
-    NAME:* stands for all its children.
+    NAME:* means all its children.
     """
     with asking_the_broker(runtime):
         waiting = Deferred(runtime)
@@ -60,9 +60,9 @@ def _row(task: DeferredTask) -> Row:
 @click.option("--force", is_flag=True, help="Even though the breaker refuses.")
 @pass_runtime
 def resume(runtime: Runtime, name: str, *, rate: float | None, force: bool) -> None:
-    """Resume now what waits for a breaker.
+    """Resume the tasks that wait for a breaker now.
 
-    Faster or slower than the workers do. NAME:* stands for all its children. While the breaker refuses, its workers
+    Faster or slower than the workers do. NAME:* means all its children. While the breaker refuses, its workers
     would only defer the tasks again, so that takes --force.
     """
     if rate is not None and not math.isfinite(rate):
@@ -76,7 +76,7 @@ def resume(runtime: Runtime, name: str, *, rate: float | None, force: bool) -> N
 
 
 def _resume(runtime: Runtime, waiting: Deferred, name: str, rate: float | None, *, force: bool) -> str | None:
-    """Resume what waits for one breaker; return the error if it refuses."""
+    """Resume the tasks that wait for one breaker; return the error if it refuses."""
     resumed = 0
     try:
         for count in _batches(waiting, name, rate, force=force):
@@ -95,7 +95,7 @@ def _resume(runtime: Runtime, waiting: Deferred, name: str, rate: float | None, 
 
 
 def _batches(waiting: Deferred, name: str, rate: float | None, *, force: bool) -> Iterator[int]:
-    """Resume what waits at this moment, at a steady rate; yield how many went with each batch."""
+    """Resume the tasks that wait at this moment, at a steady rate; yield the size of each batch."""
     if rate is None:
         yield waiting.resume(name, force=force)
         return
@@ -110,13 +110,13 @@ def _batches(waiting: Deferred, name: str, rate: float | None, *, force: bool) -
 
 @click.command()
 @click.argument("name", type=BreakerNames())
-@click.option("--id", "task_ids", metavar="ID", multiple=True, help="Only this task; may be said several times.")
+@click.option("--id", "task_ids", metavar="ID", multiple=True, help="Only this task; may be given several times.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @pass_runtime
 def drop(runtime: Runtime, name: str, *, task_ids: tuple[str, ...], yes: bool) -> None:
     """Drop tasks that wait for a breaker.
 
-    All of them or some: they never run, and their results are REVOKED. NAME:* stands for all its children.
+    All of them or some: they never run, and their results are REVOKED. NAME:* means all its children.
     """
     with asking_the_broker(runtime):
         waiting = Deferred(runtime)
@@ -153,7 +153,7 @@ _ids = click.argument("task_ids", metavar="ID...", nargs=-1, required=True)
 
 @click.group()
 def dead() -> None:
-    """See, replay and drop dead letters.
+    """Show, replay and drop dead letters.
 
     They are tasks that failed for good, or expired, while they waited.
     """
@@ -219,7 +219,7 @@ def drop_dead(runtime: Runtime, task_ids: tuple[str, ...], breaker: str | None, 
 
 
 def _carry_out(runtime: Runtime, what: str, act: Callable[[DeadLetters], dict[str, int]]) -> None:
-    """Replay or drop dead letters; print and log how many, also if it was not all."""
+    """Replay or drop dead letters; print and log how many, also if some failed."""
     try:
         with asking_the_broker(runtime):
             done = act(DeadLetters(runtime))

@@ -1,4 +1,4 @@
-"""Every touch of something inside Flower, in one place.
+"""Every use of Flower's internals, in one place.
 
 ``tests/unit/test_flower_internals.py`` fails when one of them moves. Flower 2.1 and newer.
 """
@@ -59,7 +59,7 @@ class Templates(template.Loader):
     """Flower's templates, with one more item in the navigation, and ours below ``breakers/``."""
 
     def resolve_path(self, name: str, parent_path: str | None = None) -> str:  # noqa: ARG002 - all names are absolute
-        """Return a template's name: ours extend Flower's, which lie in no folder."""
+        """Return a template's name: ours extend Flower's, which are in no folder."""
         return name
 
     def warm_up(self) -> None:

@@ -57,7 +57,7 @@ class _Shared:
             raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no breaker is named {name!r}{hint}")
 
     async def one(self, name: str) -> dict[str, Any]:
-        """Return one breaker, and how new that is."""
+        """Return one breaker, and the age of that state."""
         self.check_defined(name)
         look = await self.service.watch.look()
         breaker = look.breakers.get(name)
@@ -68,7 +68,7 @@ class _Shared:
 
     @contextmanager
     def errors_answered(self) -> Iterator[None]:
-        """Turn what could not be done into an answer."""
+        """Turn an expected error into an answer."""
         try:
             yield
         except BreakerOpenError as error:
@@ -122,7 +122,7 @@ class _Api(_Shared, flower_internals.BaseApiHandler):
 
     @property
     def reason(self) -> str:
-        """The reason that the user has given."""
+        """The reason that the user gives."""
         reason = self.sent.get("reason") or ""
         if not isinstance(reason, str):
             raise web.HTTPError(HTTPStatus.BAD_REQUEST, f"reason={reason!r}: allowed is a text")
@@ -145,7 +145,7 @@ class _Api(_Shared, flower_internals.BaseApiHandler):
 
     @property
     def task_ids(self) -> list[str]:
-        """Which tasks: one ``id``, or several, divided by commas or as a JSON array."""
+        """Which tasks: one ``id``, or several, separated by commas or as a JSON array."""
         asked = self.sent.get("id")
         ids = asked.split(",") if isinstance(asked, str) else asked
         if not ids or not isinstance(ids, list) or not all(isinstance(each, str) and each for each in ids):
@@ -190,7 +190,7 @@ class VerbApi(_Api):
                 self.write({"breaker": await self.service.command(name, Verb(verb), self.reason, actor)})
             else:
                 allowed = ", ".join(map(str, VERBS))
-                raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no verb is {verb!r}; allowed are {allowed}")
+                raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no command is {verb!r}; allowed are {allowed}")
 
 
 class TasksApi(_Api):
@@ -200,7 +200,7 @@ class TasksApi(_Api):
         self.check_defined(name)
         action = f"{kind}/{verb}"
         if action not in TASK_ACTIONS:
-            raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no verb is {action}; allowed are {', '.join(TASK_ACTIONS)}")
+            raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no command is {action}; allowed are {', '.join(TASK_ACTIONS)}")
         with self.errors_answered():
             actor = flower_internals.user_of(self)
             self.write({"done": await self.service.act_on_tasks(name, action, self.task_ids, actor)})

@@ -33,10 +33,10 @@ TIMEOUT = 5.0  # seconds for which a handler waits for something to be done
 READ_TIMEOUT = 2.0  # the same for the broker's tasks, which a page only shows
 LISTED = 100  # most tasks, outages or breakers on one page
 CHARTED = 3600.0  # seconds that a breaker's chart shows
-REFRESH = 1.0  # seconds between two reads of all breakers while somebody looks
+REFRESH = 1.0  # seconds between two reads of all breakers while a page is open
 INTEREST = 10.0  # seconds after the last look for which that goes on
 
-_IDLE_FACTOR = 5  # reads are so many times rarer while nobody looks
+_IDLE_FACTOR = 5  # reads are so many times rarer while no page is open
 _FIRST_LOOK_TIMEOUT, _CHANGE_TIMEOUT, _NEVER_READ_TIMEOUT = 0.05, 1.0, 5.0  # seconds that a look waits for a new read
 _REFRESH_TIMEOUT = 10.0
 _RESUME_BATCH, _RESUME_INTERVAL = 500, 0.1  # tasks and seconds, so that others are served in between
@@ -44,7 +44,7 @@ _QUEUE_SIZE = 1_000
 
 
 class NoAnswerError(Exception):
-    """Store or broker did not answer in time. What had begun may still come about."""
+    """Store or broker did not answer in time. A change that had begun may still be made."""
 
 
 class Executor:
@@ -118,7 +118,7 @@ class Look:
 
 
 class Watch:
-    """Reads all breakers, every second while somebody looks, so that a store that is unavailable delays no page."""
+    """Reads all breakers, every second while a page is open, so that an unavailable store delays no page."""
 
     def __init__(self, read: Callable[[], Sequence[Fields]], store: Executor) -> None:
         self._read = read
@@ -140,7 +140,7 @@ class Watch:
         self._loop = asyncio.ensure_future(self._read_regularly())
 
     async def look(self) -> Look:
-        """Return what the store says; what it said before, if it does not answer at once."""
+        """Return the state in the store; the last one read, if the store does not answer at once."""
         self.expect_looks()
         if self._reading is not None:
             timeout = _NEVER_READ_TIMEOUT if self._latest.read_at is None else self._timeout
@@ -148,7 +148,7 @@ class Watch:
         return self._latest
 
     def expect_looks(self) -> None:
-        """Read at once and often, if nobody has looked for a while."""
+        """Read at once and often, if no page was open for a while."""
         if not self._is_watched:
             self._begin(_FIRST_LOOK_TIMEOUT)
         self._looked_at = time.monotonic()
@@ -245,7 +245,7 @@ class Service:
         return await self._store.submit(lambda: self._fields(read())[0], timeout=TIMEOUT)
 
     async def command(self, name: str, verb: Verb, reason: str, actor: str) -> Fields:
-        """Carry out an operator's verb and return the state that it led to."""
+        """Run an operator command and return the state after it."""
         command = partial(self._runtime.fleet.command, self._runtime.breaker(name).spec, verb, reason, actor)
         snapshot = await self._store.submit(command, timeout=TIMEOUT)
         self.watch.refresh()
@@ -342,7 +342,7 @@ class Service:
                     await self._store.submit(note, timeout=TIMEOUT)
 
     async def resume(self, name: str, rate: float | None, actor: str) -> int | None:
-        """Resume what waits for a breaker now, without the workers' slow start; at this rate, if it goes on already.
+        """Resume the tasks of a breaker now, without the workers' slow start; change the rate if that is under way.
 
         Args:
             name: of the breaker.
@@ -370,7 +370,7 @@ class Service:
         return resumed
 
     async def _batches(self, name: str, rate: float | None) -> AsyncIterator[int]:
-        """Resume what waits at this moment; yield how many went with each batch."""
+        """Resume the tasks that wait at this moment; yield the size of each batch."""
         waiting = await self._broker.submit(lambda: self._deferred.count(name), timeout=READ_TIMEOUT)
         asked, started = 0, time.monotonic()
         while asked < waiting:
@@ -390,7 +390,7 @@ class Service:
             logger.warning("resuming the tasks of breaker %s ended: %s", name, done.exception())
 
 
-#: What can be done to tasks, and how the log puts it.
+#: What can be done to tasks, and its name in the log.
 TASK_ACTIONS = {
     "deferred/resume": "resumed",
     "deferred/drop": "dropped",

@@ -1,4 +1,4 @@
-"""``BackgroundQueue``: runs what is worth sending, but not worth waiting for."""
+"""``BackgroundQueue``: sends events and signals without delaying the caller."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ EXIT_TIMEOUT = 2.0  # seconds that the end of the process may wait for what is l
 
 
 class BackgroundQueue:
-    """Runs actions one after the other in a daemon thread, best-effort: what is too much is dropped.
+    """Runs actions one after the other in a daemon thread, best-effort: actions beyond its size are dropped.
 
     Args:
-        what: what it sends, in one word for the log.
+        what: what it sends, a plural noun for the log.
         most_waiting: actions that may wait.
     """
 

@@ -1,4 +1,4 @@
-"""``Deployment``: a deployment as it was found, for the doctor to judge. Facts alone, no I/O."""
+"""``Deployment``: the facts about a deployment that the doctor checks. No I/O."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class WorkerFacts:
         name: its host name.
         version: of its library; None: it has none, or an older one that does not answer.
         control_queue: the queue from which it takes ticks; None: it takes none.
-        refused: by queue of ours, why the broker refuses it.
+        refused: the library's queues that the broker refuses, and why.
         clock_ahead: seconds by which its clock is ahead of the store's; None: it has not read the store.
         policies: by breaker, the rules that it declares.
         can_grow: its pool can add a slot while calls hang.
-        tick_scope: tells its ticks apart from those of workers that define other breakers.
+        tick_scope: distinguishes its ticks from those of workers that define other breakers.
     """
 
     name: str
@@ -103,7 +103,7 @@ class BreakerFacts:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """Everything that the doctor looks at. None: it could not be found out.
+    """Everything that the doctor checks. None: unknown.
 
     Args:
         version: of the library in this process.
@@ -117,15 +117,15 @@ class Deployment:
         result_expires: seconds for which results, and what is known of chords, are kept; 0: for ever.
         prefetch_multiplier: Celery's setting.
         store: the store's server.
-        store_trouble: why the store could not be asked.
+        store_trouble: why the store does not answer.
         broker: the broker's server; None also for a broker that is no Redis.
-        broker_trouble: why the broker could not be asked.
+        broker_trouble: why the broker does not answer.
         visibility_timeout: of a Redis broker, seconds; None: the broker has none.
         clock_ahead: seconds by which the clock of this process is ahead of the store's.
         tick_age: seconds since a tick of this app's breakers ran to its end; infinite if none ever did.
         tick_sender_age: seconds since beat, or what else sends ticks, was last seen alive; infinite if never.
         tick_interval: seconds between two ticks.
-        orphans: tasks that wait for breakers that nobody defines, by breaker.
+        orphans: tasks that wait for breakers that no process defines, by breaker.
         workers: that answer.
     """
 

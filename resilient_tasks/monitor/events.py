@@ -33,7 +33,7 @@ TASK_FALLBACK = "task-fallback"
 TASK_IGNORED = "task-ignored"
 TASK_RESUMED = "task-retried"
 """Sent just before a message goes back to its queue. A ``task-resumed`` would become a state RESUMED in
-Flower, which sticks while the task runs; RETRY is a state that every monitor knows how to leave."""
+Flower, which stays while the task runs; every monitor replaces RETRY by the next state."""
 
 LONGEST_REASON = 500
 """Most characters of a reason or an actor that are passed on."""
@@ -67,7 +67,7 @@ def log(transition: Transition) -> Transition:
 
 
 def event_type(transition: Transition) -> str:
-    """Return the type of the Celery event that tells of ``transition``."""
+    """Return the type of the Celery event of ``transition``."""
     return BREAKER_WOULD_OPEN if transition.would_open else _EVENT_OF_STATE[transition.state]
 
 

@@ -1,4 +1,4 @@
-"""Log lines that machines can read, too, and a bound on those that come by the thousand."""
+"""Structured fields of log lines, and a limit on lines that repeat."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def about(task_id: str, task: str, breaker: str = "") -> dict[str, str]:
     Args:
         task_id: id of the task.
         task: its name.
-        breaker: the breaker that it waits for; "" if that is beside the point.
+        breaker: the breaker that it waits for; "" if none.
     """
     fields = {"task_id": task_id, "task": task}
     return {**fields, "breaker": breaker} if breaker else fields

@@ -117,7 +117,9 @@ METRICS = (
     ),
     Metric("slow_evidence", "The same by slow calls and calls that hang.", "snapshot.slow_evidence"),
     Metric(
-        "failure_ratio", "Share of failures over about its window, 0 to 1; while OPEN as at the trip.", "snapshot.failure_rate"
+        "failure_ratio",
+        "Share of failures over about its window, 0 to 1; while OPEN as at the trip.",
+        "snapshot.failure_rate",
     ),
     Metric("slow_ratio", "Share of slow successes over about its window, likewise.", "snapshot.slow_rate"),
     Metric("refused_total", "Calls that it refused, of tasks and of guards.", "counts.refused"),
@@ -155,7 +157,7 @@ METRICS = (
     Metric("transitions_total", "Transitions by the state that was entered.", _transitions, "state"),
     Metric(
         "hot_children",
-        "Its children that are not CLOSED or that tasks wait for; absent while there is none. The first 100 have series, too.",
+        "Its children that are not CLOSED, or that tasks wait for; absent if none. The first 100 have series, too.",
         lambda subject: subject.snapshot.active_children or None,
     ),
     Metric(

@@ -27,7 +27,7 @@ def duration(seconds: float | None) -> str:
 
 
 def moment(seconds: float | None) -> str:
-    """Return a time in seconds since the epoch as ISO 8601, in local time; "" for None, or what is on no calendar."""
+    """Return a time in seconds since the epoch as ISO 8601, in local time; "" for None, or beyond the calendar."""
     if seconds is None or not 0 <= seconds < _END_OF_CALENDAR:
         return ""
     return datetime.fromtimestamp(seconds, timezone.utc).astimezone().isoformat(timespec="seconds")

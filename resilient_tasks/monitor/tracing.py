@@ -1,7 +1,7 @@
 """OpenTelemetry traces, where opentelemetry-api is installed (extra ``otel``): spans know their breakers and deferrals.
 
-A deferred message keeps its headers, so whatever resumes it stays in the trace of its sender. What is added here is the
-way from a resumed run back to the first one, or to the first refusal: a link, kept meanwhile as a W3C ``traceparent``.
+A deferred message keeps its headers, so its resumed run is in the trace of its sender. Added here is a link from the
+resumed run to the first run, or to the first refusal. A W3C ``traceparent`` in the message's header keeps it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from resilient_tasks.core.model import State
 
-with suppress(ImportError):  # then nobody traces, and all this does nothing
+with suppress(ImportError):  # without it the functions below do nothing
     from opentelemetry import propagate, trace
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -30,7 +30,7 @@ _IS_INSTALLED = "trace" in globals()
 
 
 class Traced(Protocol):
-    """A breaker, as far as spans tell of it."""
+    """What a span needs of a breaker."""
 
     @property
     def name(self) -> str:
@@ -38,7 +38,7 @@ class Traced(Protocol):
 
     @property
     def state(self) -> State:
-        """Its state, as this process sees it."""
+        """Its cached state."""
 
 
 def tell_run(breakers: Sequence[Traced], first: str) -> None:
@@ -61,10 +61,10 @@ def tell_run(breakers: Sequence[Traced], first: str) -> None:
 
 
 def tell_deferral(breaker: str, reason: str) -> str:
-    """Tell the current span, a run's, that its task is put aside.
+    """Add to the current span, a run's, that its task is deferred.
 
     Returns:
-        The span's ``traceparent``; "" if nobody traces.
+        The span's ``traceparent``; "" if there is no span.
     """
     span = _current_span()
     if span is None:
@@ -74,16 +74,16 @@ def tell_deferral(breaker: str, reason: str) -> str:
 
 
 def tell_refusal(task: str, headers: Mapping[str, Any], breaker: Traced, reason: str) -> str:
-    """Make a span of a task that is put aside without a run, in the trace of its sender.
+    """Make a span of a task that is deferred without a run, in the trace of its sender.
 
     Args:
         task: name of the task.
         headers: of its message.
         breaker: the breaker that has refused.
-        reason: why it has refused, for people.
+        reason: why it has refused, as text.
 
     Returns:
-        The span's ``traceparent``; "" if nobody traces.
+        The span's ``traceparent``; "" if it is not recorded.
     """
     if not _IS_INSTALLED:
         return NOWHERE
@@ -98,7 +98,7 @@ def tell_refusal(task: str, headers: Mapping[str, Any], breaker: Traced, reason:
 
 
 def _current_span() -> Any:
-    """Return the span that this run is part of; None if nobody traces it."""
+    """Return the span of this run; None if it is not traced."""
     if not _IS_INSTALLED:
         return None
     span = trace.get_current_span()

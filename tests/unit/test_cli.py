@@ -223,7 +223,7 @@ def test_a_broker_that_is_away_is_one_line_and_an_exit_code(
     app.conf.broker_url = "redis://:hunter2@127.0.0.1:1/0"
     result = run(*command)
     assert result.exit_code == 69
-    assert result.output.startswith("Error: the broker is away: ")
+    assert result.output.startswith("Error: the broker is unavailable: ")
     assert len(result.output.splitlines()) == 1
     assert "hunter2" not in result.output
 
@@ -351,4 +351,4 @@ def test_where_one_breaker_is_wanted_a_wildcard_is_none(
 ) -> None:
     result = run(*command, "payments:*")
     assert result.exit_code == 2
-    assert "'payments:*' stands for all children of payments: name one breaker" in result.output
+    assert "'payments:*' means all children of payments: name one breaker" in result.output

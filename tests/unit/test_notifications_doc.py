@@ -34,8 +34,8 @@ def told() -> Iterator[list[Any]]:
     }
     exec(RECEIVERS, namespace)
     yield told
-    signals.breaker_opened.disconnect(namespace["page_somebody"])
-    signals.task_deferred.disconnect(namespace["tell_the_customer"])
+    signals.breaker_opened.disconnect(namespace["page_on_call"])
+    signals.task_deferred.disconnect(namespace["notify_the_customer"])
 
 
 def test_its_receivers_are_called(told: list[Any]) -> None:
