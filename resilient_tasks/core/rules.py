@@ -576,7 +576,7 @@ def decide(seen: Seen, cause: str = "", retry_after: int | None = None, jitter: 
     if reason and not seen.is_opened_in_shadow:
         return seen.would_open(reason)
     if seen.is_opened_in_shadow and seen.is_calm:
-        return seen.quietly(would_open=0, row=0, row_peak=0, failure_peak=0, slow_peak=0)
+        return seen.quietly(**NO_EVIDENCE)._replace(forgets=True)
     return None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any
 
@@ -17,7 +17,7 @@ from redis.client import PubSub
 
 from resilient_tasks.core.model import Calls, Outcome, Snapshot
 from resilient_tasks.core.names import key_of
-from resilient_tasks.core.rules import OLDEST, Change, Seen, to_ms
+from resilient_tasks.core.rules import KINDS, OLDEST, PARTS, Change, Seen, to_ms
 from resilient_tasks.errors import ConfigurationError, StoreError
 from resilient_tasks.store.base import IDLE_AFTER, RuledStore, Spec
 from resilient_tasks.store.history import History
@@ -138,7 +138,7 @@ class RedisStore(RuledStore):
 
     def _change(self, spec: Spec, seen: Seen, change: Change) -> tuple[Seen, bool]:
         share = seen.rules.max_open_ratio if change.opens_child and spec.parent else 0.0
-        written = [part for item in change.fields.items() for part in item]
+        written = [part for item in _packed(change.fields).items() for part in item]
         after = self._run("transition", spec, seen.version, int(change.forgets), share, *written)
         if after.done and change.transition is not None:
             with suppress(StoreError):  # the transition has been made
@@ -264,10 +264,13 @@ class _Answer(Seen):
     done = 0
 
 
-def _seen(spec: Spec, reply: Sequence[Any]) -> _Answer:
-    now, state, permits, in_flight, deferred, oldest, deadline, active, done = reply
-    fields = _pairs(state)
-    trials = {member: int(float(end)) for member, end in _pairs(permits).items()}
+def _seen(spec: Spec, reply: str | bytes) -> _Answer:
+    """Return what a script has answered; see ``lua/lib/breaker.lua``."""
+    text = reply.decode(errors="surrogateescape") if isinstance(reply, bytes) else reply
+    now, fields, permits, in_flight, deferred, oldest, deadline, active, done = json.loads(text)
+    for kind in KINDS:
+        fields.update(zip([f"{kind}_{part}" for part in PARTS], fields.pop(kind, "").split(), strict=False))
+    trials = dict(zip(permits[::2], [int(float(end)) for end in permits[1::2]], strict=True)) if permits else {}
     waiting = int(in_flight), int(deferred), _instant(oldest), _instant(deadline)
     rules = spec.rules().or_newer(fields.get("rules"))
     answer = _Answer(spec.name, int(now), rules, {**fields, "active_children": active}, trials, waiting)
@@ -275,19 +278,23 @@ def _seen(spec: Spec, reply: Sequence[Any]) -> _Answer:
     return answer
 
 
-def _pairs(flat: Sequence[Any]) -> dict[str, str]:
-    texts = [part.decode(errors="surrogateescape") if isinstance(part, bytes) else str(part) for part in flat]
-    return dict(zip(texts[::2], texts[1::2], strict=True))
+def _packed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields with the parts of each score in one, as the scripts keep them."""
+    packed = dict(fields)
+    for kind in KINDS:
+        if f"{kind}_score" in packed:
+            packed[kind] = " ".join(str(packed.pop(f"{kind}_{part}")) for part in PARTS)
+    return packed
 
 
 def _instant(score: Any) -> int | None:
-    return int(float(score)) if score not in (b"", "") else None
+    return int(float(score)) if score else None
 
 
 def _published(data: bytes) -> Snapshot | None:
     """Return the snapshot in a message; None for one that is not ours, which the next read makes up for."""
     try:
-        name, _, reply = data.decode().partition("\n")
-        return _seen(Spec(name, revision=OLDEST), json.loads(reply)).snapshot()
+        name, _, reply = data.decode(errors="surrogateescape").partition("\n")
+        return _seen(Spec(name, revision=OLDEST), reply).snapshot()
     except (ValueError, KeyError, TypeError):
         return None

@@ -9,7 +9,7 @@
 -- Needs breaker.lua
 
 local UNIT, MOST_TASKS, BUCKETS = 1000000, 1000, 5
-local PARTS = { 'score', 'tasks', 'calls', 'bad', 'at', 'peak' }
+local NUMBERS = '(%d+) (%d+) (%d+) (%d+) (%d+) (%d+)'
 
 local function clear(score)
   score.score, score.tasks, score.calls, score.bad = 0, 0, 0, 0
@@ -17,21 +17,25 @@ local function clear(score)
 end
 
 local function load_score(kind, key, take)
-  local score = { kind = kind, key = key, take = take }
-  for _, part in ipairs(PARTS) do
-    score[part] = field(kind .. '_' .. part)
+  local score, tasks, calls, bad, at, peak = string.match(state[kind] or '0 0 0 0 0 0', NUMBERS)
+  local loaded = {
+    kind = kind, key = key, take = take, score = tonumber(score), tasks = tonumber(tasks), calls = tonumber(calls),
+    bad = tonumber(bad), at = tonumber(at), peak = tonumber(peak),
+  }
+  if math.abs(now - at) >= rules.window then
+    loaded.peak = 0
+    if loaded.tasks > 0 then
+      clear(loaded)
+    end
   end
-  if score.score > 0 and math.abs(now - score.at) >= rules.window then
-    clear(score)
-  end
-  score.peak = math.abs(now - score.at) < rules.window and score.peak or 0
-  return score
+  return loaded
 end
 
 local function save_score(score)
-  for _, part in ipairs(PARTS) do
-    put(score.kind .. '_' .. part, score[part])
-  end
+  local packed = string.format(
+    '%.0f %.0f %.0f %.0f %.0f %.0f', score.score, score.tasks, score.calls, score.bad, score.at, score.peak
+  )
+  put(score.kind, packed)
 end
 
 -- Return how many the run adds to a score. Whole runs of a task add once while it is above 0.

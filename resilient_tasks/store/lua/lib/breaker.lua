@@ -14,8 +14,8 @@
 --       2 key        of a child; empty for a breaker that is none
 --       3 channel    on which changes are published
 --       4 name       of the breaker
--- answer: {now, state as a flat array, trials as a flat array, live slots, deferred, oldest, earliest deadline,
--- active children, done}
+-- answer: JSON {now, state, trials as a flat array, live slots, deferred, oldest, earliest deadline, active children,
+-- done}; all that may be large as text, with all its digits
 
 local STATE, FAILURES, SLOW, DEFERRED, DEADLINES, TRIALS, SLOTS, CHILDREN, ACTIVE, FORMER = unpack(KEYS)
 local KEY, CHANNEL, NAME = ARGV[2], ARGV[3], ARGV[4]
@@ -65,8 +65,9 @@ local function load_rules()
     return
   end
   put('rules', ARGV[1])
-  for _, peak in ipairs({ 'failure_peak', 'slow_peak', 'row_peak' }) do -- it says nothing under other rules
-    put(peak, 0)
+  put('row_peak', 0) -- a peak says nothing under other rules
+  for _, kind in ipairs({ 'failure', 'slow' }) do
+    put(kind, (string.gsub(state[kind] or '0 0 0 0 0 0', '%d+$', '0')))
   end
 end
 
@@ -115,21 +116,17 @@ local function save()
 end
 
 local function answer(done)
-  local fields, deferred = {}, redis.call('ZCARD', DEFERRED)
-  for name, value in pairs(state) do
-    fields[#fields + 1] = name
-    fields[#fields + 1] = value
-  end
+  local deferred = redis.call('ZCARD', DEFERRED)
   local oldest = deferred > 0 and redis.call('ZRANGE', DEFERRED, 0, 0, 'WITHSCORES') or {}
   local deadline = deferred > 0 and redis.call('ZRANGE', DEADLINES, 0, 0, 'WITHSCORES') or {}
-  return {
-    integer(now), fields, redis.call('ZRANGE', TRIALS, 0, -1, 'WITHSCORES'),
+  return cjson.encode({
+    integer(now), state, redis.call('ZRANGE', TRIALS, 0, -1, 'WITHSCORES'),
     rules.most_in_flight > 0 and live(SLOTS) or 0, deferred, oldest[2] or '', deadline[2] or '',
     KEY == '' and redis.call('ZCARD', ACTIVE) or 0, done or 0,
-  }
+  })
 end
 
 -- A user without rights on channels is denied this alone: every process polls as well.
 local function publish()
-  redis.pcall('PUBLISH', CHANNEL, NAME .. '\n' .. cjson.encode(answer()))
+  redis.pcall('PUBLISH', CHANNEL, NAME .. '\n' .. answer())
 end
