@@ -382,7 +382,7 @@ class Seen:
             calls, failures, slow, _, _ = self._frozen()
             return calls, failures, slow
         latest = self.now // bucket_width(self.rules.window)
-        buckets = [[int(part) for part in text.split()] for text in self._buckets() if text]
+        buckets = [[int(part) for part in text.split()] for text in self._buckets() if text.count(" ") == 3]  # noqa: PLR2004
         live = [sums for index, *sums in buckets if latest - BUCKETS < index <= latest]
         calls, failures, slow = (sum(column) for column in zip(*live, strict=True)) if live else (0, 0, 0)
         return calls, failures, slow

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any
@@ -258,6 +259,10 @@ class RedisStore(RuledStore):
         return subscription
 
 
+_TEXTS = frozenset({"state", "reason", "actor", "rules"})  # the other fields are numbers
+_NUMBERS = re.compile(r"(-?\d{1,18}( \d{1,18})*)?")
+
+
 class _Answer(Seen):
     """A breaker as a script has answered."""
 
@@ -268,6 +273,9 @@ def _seen(spec: Spec, reply: str | bytes) -> _Answer:
     """Return what a script has answered; see ``lua/lib/breaker.lua``."""
     text = reply.decode(errors="surrogateescape") if isinstance(reply, bytes) else reply
     now, fields, permits, in_flight, deferred, oldest, deadline, active, done = json.loads(text)
+    for name, value in fields.items():
+        if name not in _TEXTS and not _NUMBERS.fullmatch(value):
+            raise ValueError(f"{name}={value}")
     for kind in KINDS:
         fields.update(zip([f"{kind}_{part}" for part in PARTS], fields.pop(kind, "").split(), strict=False))
     trials = dict(zip(permits[::2], [int(float(end)) for end in permits[1::2]], strict=True)) if permits else {}
