@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("resilient_tasks")
 
-#: Does something to a letter of a breaker; returns what there is to complain about.
-_Act = Callable[[str, Entry], str | None]
-
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
@@ -98,13 +95,9 @@ class DeadLetters:
         Raises:
             DeadLetterError: there is none of that id.
         """
-        shown: dict[str, DeadLetter] = {}
-
-        def show(_name: str, letter: Entry) -> None:
-            shown[task_id] = _describe(letter)
-
-        self._each((task_id,), breaker, show)
-        return shown[task_id]
+        shown: list[DeadLetter] = []
+        self._each((task_id,), breaker, lambda letter: shown.append(_describe(letter)))
+        return shown[0]
 
     def replay(self, *task_ids: str, breaker: str | None = None) -> dict[str, int]:
         """Send tasks again as they were first published, straight to the queues that they came from.
@@ -148,64 +141,62 @@ class DeadLetters:
             is_parent = parent_of(breaker) is None
             yield (letter for letter in letters if is_parent or letter.ticket.breaker == breaker)
 
-    def _oldest(self, breaker: str, limit: int) -> Iterator[DeadLetter]:
+    def _oldest(self, breaker: str, limit: int) -> tuple[DeadLetter, ...]:
         with self._letters(breaker) as letters:
-            for letter in itertools.islice(letters, limit):
-                yield _describe(letter)
+            return tuple(map(_describe, itertools.islice(letters, limit)))
 
-    def _each(self, task_ids: tuple[str, ...], breaker: str | None, act: _Act) -> dict[str, int]:
+    def _each(self, task_ids: tuple[str, ...], breaker: str | None, act: Callable[[Entry], object]) -> dict[str, int]:
         """Do something to the letter of each id; complain only after all the others are served."""
         names, wanted, done = self._names(breaker), Counter(task_ids), Counter[str]()
         complaints: list[str] = []
         for name in names:
             with self._letters(name) as letters:
                 for letter in _take(letters, wanted):
-                    complaint = act(name, letter)
-                    if complaint is None:
+                    try:
+                        act(letter)
                         done[letter.ticket.breaker] += 1
-                    else:
-                        complaints.append(complaint)
+                    except DeadLetterError as error:  # noqa: PERF203 - the others are served
+                        complaints.append(str(error))
         asked = ", ".join(repr(name) for name in names) or "none"
-        complaints += (
-            f"no dead letter has the id {missing!r}; breakers asked: {asked}" for missing in wanted.elements()
-        )
+        complaints += [f"no dead letter has the id {each!r}; breakers asked: {asked}" for each in wanted.elements()]
         if complaints:
             raise DeadLetterError("; ".join(complaints), dict(done))
         return dict(done)
 
-    def _replay(self, breaker: str, letter: Entry) -> str | None:
+    def _replay(self, letter: Entry) -> None:
         if letter.flaw or letter.unreadable():
-            return f"dead letter {_id_of(letter)!r} cannot be replayed: it is {UNDECODABLE}"
+            raise DeadLetterError(f"dead letter {_id_of(letter)!r} cannot be replayed: it is {UNDECODABLE}")
         if _is_over(letter):
-            return f"dead letter {letter.task_id!r} cannot be replayed: its expires is over"
+            raise DeadLetterError(f"dead letter {letter.task_id!r} cannot be replayed: its expires is over")
         self._set_result(letter, None, states.PENDING)
         origin = self._runtime.origin(letter.ticket)
-        if not self._move(breaker, Move(letter, origin)):
-            complaint = f"dead letter {letter.task_id!r} is not replayed: it, or its queue {origin!r}, is there no more"
-            self._set_result(letter, DeadLetterError(complaint), states.FAILURE)
-            return complaint
+        if not self._move(Move(letter, origin)):
+            gone = f"dead letter {letter.task_id!r} is not replayed: it, or its queue {origin!r}, is there no more"
+            error = DeadLetterError(gone)
+            self._set_result(letter, error, states.FAILURE)
+            raise error
         what = "Task %s[%s] is replayed to %s"
         logger.info(what, letter.task_name, letter.task_id, origin, extra=letter.log_fields)
-        return None
 
-    def _drop(self, breaker: str, letter: Entry) -> str | None:
-        if not self._move(breaker, Move(letter, None)):
-            return f"dead letter {_id_of(letter)!r} is there no more"
-        logger.info("dead letter %s of breaker %r is dropped", _id_of(letter), breaker)
-        return None
+    def _drop(self, letter: Entry) -> None:
+        if not self._move(Move(letter, None)):
+            raise DeadLetterError(f"dead letter {_id_of(letter)!r} is there no more")
+        logger.info("dead letter %s of breaker %r is dropped", _id_of(letter), letter.ticket.breaker)
 
-    def _move(self, breaker: str, move: Move) -> bool:
+    def _move(self, move: Move) -> bool:
         """Move a letter, while its queue is open; False if it is no longer there, or there is no such queue."""
-        return [made.queue for made in self._queues.move(self._queues.dead(breaker), [move])] == [move.queue]
+        dead = self._queues.dead(move.entry.ticket.breaker)
+        return [made.queue for made in self._queues.move(dead, [move])] == [move.queue]
 
-    def _set_result(self, entry: Entry, result: Any, state: str) -> None:
+    def _set_result(self, letter: Entry, result: Any, state: str) -> None:
         """Let callers wait again, or no longer; a backend never replaces the SUCCESS of a copy replayed elsewhere."""
-        if entry.message.headers.get("ignore_result"):
+        if letter.message.headers.get("ignore_result"):
             return
         try:
-            write_result(self._runtime.app.backend.store_result, entry.task_id, result, state)
+            write_result(self._runtime.app.backend.store_result, letter.task_id, result, state)
         except ResultNotWrittenError as exc:  # the task comes first
-            logger.warning("the result of task %s could not be reset: %s", entry.task_id, exc, extra=entry.log_fields)
+            what = "the result of task %s could not be reset: %s"
+            logger.warning(what, letter.task_id, exc, extra=letter.log_fields)
 
 
 def _take(letters: Iterator[Entry], wanted: Counter[str]) -> list[Entry]:
