@@ -393,8 +393,8 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
 
     def _call_hooks(self, error: Exception) -> None:
         try:
-            raise error  # noqa: TRY301 - Celery's hooks get an error that was raised
-        except Exception:  # noqa: BLE001 - it was our own
+            raise error  # Celery's hooks get an error that was raised
+        except type(error):
             einfo = ExceptionInfo()
         call = self.id, self.args, self.kwargs
         if self.context.errbacks:
