@@ -72,7 +72,7 @@ class BreakerPolicy:
 
     Args:
         failure_rate_threshold: share ``t`` of failures from which on they add up: a failure adds 1 to the score of
-            failures, a success takes ``t / (1 - t)`` away, never below 0.
+            failures, a success subtracts ``t / (1 - t)``, never below 0.
         slow_call_duration: a call that takes longer is SLOW. It adds 1 to the score of slow calls as soon as it
             passes this time, and 1 more for each further such time; ``None``: no call is slow.
         slow_call_rate_threshold: the same share for slow calls.

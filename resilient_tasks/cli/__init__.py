@@ -3,7 +3,7 @@
 Celery imports this module for each of its own commands too, so it knows only where ours are.
 
 Exit codes: 0 done; 1 refused or impossible; 2 wrong usage, e.g. an unknown breaker; 69 the store, or the broker, is
-away. ``show`` also returns 10 and 11, see there.
+unavailable. ``show`` also returns 10 and 11, see there.
 """
 
 from __future__ import annotations

@@ -211,6 +211,6 @@ class BreakerCollector(Collector):
         self._is_up = subjects is not None
         ended = time.monotonic()
         health = (float(self._is_up), ended - self._answered_at, ended - began)
-        yield from (GaugeMetricFamily(*told, value) for told, value in zip(HEALTH.items(), health, strict=True))
+        yield from (GaugeMetricFamily(*metric, value) for metric, value in zip(HEALTH.items(), health, strict=True))
         if subjects is not None:
             yield from (metric.family(subjects) for metric in METRICS)
