@@ -125,7 +125,9 @@ class Rules(NamedTuple):
         Raises:
             ValueError, TypeError, KeyError: the stored text is invalid.
         """
-        fields: dict[str, Any] = json.loads(stored) if stored else {"revision": OLDEST}
+        if not stored or stored == self.text():
+            return self
+        fields: dict[str, Any] = json.loads(stored)
         if fields["revision"] <= self.revision:
             return self
         # stored by another release: what it does not know is as declared here
@@ -357,7 +359,7 @@ class Seen:
         self.state = State(fields.get("state") or State.CLOSED)
         self.epoch, self.version, self.since = number("epoch"), number("version"), number("since") or now
         self.open_until, self.ramp_since = self._instant("open_until"), self._instant("ramp_since")
-        self.ok, self.ko = number("ok"), number("ko")
+        self.ok, self.ko, self.checked_at = number("ok"), number("ko"), number("checked_at")
         own = f"{self.epoch}:"
         self.expired = sum(end <= now for member, end in trials.items() if member.startswith(own))
         if self.state is State.OPEN and self.open_until is None:
@@ -489,7 +491,7 @@ class Seen:
             would_open=self.is_opened_in_shadow,
             would_have_opened=self._number("would_have_opened"),
             failed_checks=self._number("failed_checks"),
-            checked_at=to_seconds(self._instant("checked_at")),
+            checked_at=to_seconds(self.checked_at or None),
             in_flight=in_flight if self.rules.most_in_flight else 0,
             concurrency_limit=self.concurrency_limit,
             active_children=self._number("active_children"),

@@ -220,6 +220,15 @@ class RuledStore(ABC):
         """Make the change that is due; see :meth:`Store.advance`."""
         return self._decide(spec, self._look(spec), jitter=jitter)
 
+    def begin_health_check(self, spec: Spec, *, since: float) -> bool:
+        """Return whether it is the caller who makes a health check; see :meth:`Store.begin_health_check`."""
+        seen = self._look(spec)
+        while not to_ms(since) <= seen.checked_at <= seen.now:  # later than now: on a clock that was ahead
+            seen, made = self._change(spec, seen, seen.quietly(checked_at=seen.now))
+            if made:
+                return True
+        return False
+
     def report_health_check(
         self, spec: Spec, outcome: Outcome, evidence: Evidence, *, limit: int, jitter: float = 0.0
     ) -> Answer:

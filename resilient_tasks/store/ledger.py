@@ -26,6 +26,7 @@ from resilient_tasks.store.server import Command, Server, portions
 REVOKED_FOR = 7 * 24 * 3600.0  # s for which a revoke is remembered
 MOST_REVOKED = 50_000  # ids and stamps
 CLAIMED_FOR = 7 * 24 * 3600.0  # s for which it is remembered which task is the latest of its kind
+_SKEW = 1.0  # s by which two answers of one server may differ
 LONGEST_ABSENCE = 30.0  # s after which a worker that has not attended is no longer alive
 
 
@@ -179,7 +180,8 @@ class Ledger:
 
     def _tick_age(self, scope: str, what: str) -> float | None:
         [noted] = self._server.commands([("HGET", self._keys.tick(scope), what)])
-        return None if noted is None else (self._now() - int(noted)) / 1000
+        age = None if noted is None else (self._now() - int(noted)) / 1000
+        return age if age is None or age >= -_SKEW else None  # noted on a clock that was ahead
 
     # --- who is who ---------------------------------------------------------------------------------
 

@@ -186,15 +186,6 @@ class LocalStore(RuledStore):
             leases[member] = max(leases[member], now + lease)
         return bool(live)
 
-    def begin_health_check(self, spec: Spec, *, since: float) -> bool:
-        """Return whether it is the caller who makes a health check; False if somebody has begun one since."""
-        with self._lock:
-            fields, now = self._declare(spec)[0].fields, self._now()
-            if to_ms(since) <= fields.get("checked_at", -1) <= now:
-                return False
-            fields["checked_at"] = now
-            return True
-
     def adopt(self, snapshot: Snapshot) -> None:
         """Go on from a state last seen in the shared store, with what was left of its open time.
 

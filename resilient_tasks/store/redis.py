@@ -151,11 +151,6 @@ class RedisStore(RuledStore):
         keys = self._keys.breaker(name)
         return [bool(one) for one in self._scripts.run("renew", [keys.trials, keys.slots], to_ms(lease), *holders)]
 
-    def begin_health_check(self, spec: Spec, *, since: float) -> bool:
-        """Return whether it is the caller who makes a health check; False if somebody has begun one since."""
-        keys = self._keys.breaker(spec.name)
-        return bool(self._scripts.run("begin_health_check", keys, *self._common(spec), to_ms(since)))
-
     # --- children -------------------------------------------------------------------------------
 
     def enroll(self, spec: Spec) -> bool:

@@ -69,6 +69,18 @@ def test_a_health_check_of_a_clock_ahead_keeps_nobody_from_the_next(lab: Lab) ->
     assert not lab.store.begin_health_check(breaker.spec, since=lab.clock() - 5)
 
 
+@SHARED
+def test_ticks_of_a_clock_ahead_hold_up_no_other(lab: Lab) -> None:
+    lab.clock.advance(HOUR)
+    lab.ledger.tick_completed()
+    with lab.ledger.tick_lease("dead", ttl=5) as held:
+        assert held
+        lab.clock.advance(-HOUR)
+        assert lab.ledger.last_tick_age() is None
+        with lab.ledger.tick_lease("other", ttl=5) as taken:
+            assert taken
+
+
 # --- values that cannot be read ---------------------------------------------------------------------------
 
 FIELDS = ("state", "epoch", "version", "since", "rules", "failure", "slow", "bucket_0", "open_until", "row", "ok")

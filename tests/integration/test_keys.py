@@ -27,7 +27,7 @@ def test_the_outage_of_one_tenant_defers_its_tasks_alone_and_outlives_the_worker
     shop.wait_done(*healthy)
     assert suffering[0].info["breaker"] == "tenants:acme"
     assert shop.waiting("tenants") == 0
-    assert shop.tenants.snapshot().hot_children == ("acme",)
+    assert shop.tenants.snapshot().active_children == 1
 
     with pytest.raises(ConfigurationError, match="key '' of breaker 'tenants'"):
         shop.bill.delay(1, tenant="").get(timeout=60)

@@ -104,4 +104,4 @@ def call_all_the_time(store_url: str, address: str, seed: int) -> None:
 
 
 def _holds_permit(guard: Any) -> bool:
-    return not guard._is_plain and bool(guard._admitted.holder)
+    return any(held.leased for held in guard.passes.values())

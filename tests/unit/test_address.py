@@ -96,6 +96,7 @@ def test_nodes_of_a_cluster() -> None:
         ("host", "rediss://"),
         ("redis://:hush@host:port", "host:port/number"),
         ("redis://:hush@one:1,two:2", "host:port/number"),
+        ("redis://:hush@host/notadb", "host:port/number"),
         ("sentinel://:hush@one:26379", "master_name=name"),
         ("redis+cluster://:hush@one/1", "host:port,host:port"),
     ],

@@ -709,7 +709,9 @@ def test_names(name: str, rig: Rig) -> None:
     assert Breaker(name, fleet=lambda: rig.fleet).name == name
 
 
-@pytest.mark.parametrize("name", ["", " pay", "-pay", ".pay", "pay:acme", "pay/eu", "pä", "pay\n", "a" * 101, "{pay}"])
+@pytest.mark.parametrize(
+    "name", ["", " pay", "-pay", ".pay", "pay:acme", "pay/eu", "pä", "pay\n", "a" * 101, "{pay}", "undecodable"]
+)
 def test_other_names_are_refused_by_name(name: str, rig: Rig) -> None:
     with pytest.raises(ConfigurationError) as raised:
         Breaker(name, fleet=lambda: rig.fleet)

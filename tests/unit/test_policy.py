@@ -36,6 +36,7 @@ def test_policies_of_equal_settings_are_equal() -> None:
         ("consecutive_failures", 2.5),
         ("minimum_calls", 0),
         ("window", 0.05),
+        ("window", 1e9),
         ("window", math.inf),
         ("open_duration", -1),
         ("open_multiplier", 0.9),

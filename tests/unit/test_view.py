@@ -429,3 +429,60 @@ def test_locks_held_at_the_fork_do_not_block_the_child(view: View, clock: Manual
     view.share()
     with view._lock:
         assert in_child(lambda: view.update(snapshot(clock, State.OPEN))) == "True"
+
+
+# --- many children ------------------------------------------------------------------------------------
+
+
+def flap(view: View, clock: ManualClock, names: list[str], epoch: int) -> None:
+    for name in names:
+        view.update(replace(snapshot(clock, State.OPEN, epoch, epoch), name=name))
+
+
+def test_what_becomes_of_others_costs_a_child_process_nothing(
+    view: View, store: FlakyStore, clock: ManualClock
+) -> None:
+    view.share()
+    view.refresh()
+    others = [f"payments:{number}" for number in range(10_000)]
+    elsewhere = [name for name in others if place_of(name, view) != place_of("payments", view)]
+    counts = view._shared
+    become_child(view)
+    store.calls.clear()
+    main = View(store, clock)
+    main._shared = counts
+    for epoch in (6, 7):
+        flap(main, clock, elsewhere, epoch)
+        for _ in range(100):
+            view.standing("payments")
+    assert store.calls == {}
+    flap(main, clock, ["payments"], 8)
+    view.standing("payments")
+    assert store.calls == {"read": 1}
+
+
+def test_a_refresh_reads_at_most_so_many_children_and_only_what_has_changed(
+    view: View, store: FlakyStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    reading = store.inner.read
+
+    def counted_read(specs: list[Spec]) -> list[Snapshot]:
+        read.append(len(specs))
+        return reading(specs)
+
+    monkeypatch.setattr(store.inner, "read", counted_read)
+    for number in range(1_200):
+        store.inner.command(replace(SPEC, name=f"payments:{number:04}"), Verb.TRIP)
+    for _ in range(6):
+        clock.advance(POLL_INTERVAL)
+        view.refresh()
+    assert max(read) <= 500
+    clock.advance(10)
+    view.refresh()
+    read.clear()
+    store.inner.command(replace(SPEC, name=view.active_children()[0]), Verb.ISOLATE)
+    known = len(view.standings())
+    view.refresh()
+    assert len(view.standings()) <= known + 500
+    assert read[0] == 1, "the parent"

@@ -115,18 +115,21 @@ local function save()
   end
 end
 
-local function answer(done)
-  local deferred = redis.call('ZCARD', DEFERRED)
+local function answer(done, with_rules)
+  local kept, deferred = state.rules, redis.call('ZCARD', DEFERRED)
   local oldest = deferred > 0 and redis.call('ZRANGE', DEFERRED, 0, 0, 'WITHSCORES') or {}
   local deadline = deferred > 0 and redis.call('ZRANGE', DEADLINES, 0, 0, 'WITHSCORES') or {}
-  return cjson.encode({
+  state.rules = (with_rules or kept ~= ARGV[1]) and kept or nil -- the caller knows its own
+  local encoded = cjson.encode({
     integer(now), state, redis.call('ZRANGE', TRIALS, 0, -1, 'WITHSCORES'),
     rules.most_in_flight > 0 and live(SLOTS) or 0, deferred, oldest[2] or '', deadline[2] or '',
     KEY == '' and redis.call('ZCARD', ACTIVE) or 0, done or 0,
   })
+  state.rules = kept
+  return encoded
 end
 
 -- A user without rights on channels is denied this alone: every process polls as well.
 local function publish()
-  redis.pcall('PUBLISH', CHANNEL, NAME .. '\n' .. answer())
+  redis.pcall('PUBLISH', CHANNEL, NAME .. '\n' .. answer(0, true))
 end
