@@ -21,6 +21,7 @@ from rich.console import Console
 
 from resilient_tasks import Breaker
 from resilient_tasks.errors import StoreError
+from resilient_tasks.monitor import report
 from workers.app import accounts, app, payments, resilience
 from workers.display import Show, Status, StreamStatus, display, verdict_table
 from workers.load import BreakerEvent, EventLog, Load, Results, Stream
@@ -153,13 +154,10 @@ def source_of(task_id: str) -> str | None:
 
 def evidence_of(name: str) -> str:
     """Return how near a breaker is to opening, e.g. ``"7 of 10"``."""
-    breaker = resilience.breakers[name]
     try:
-        snapshot = breaker.snapshot()
+        return report.evidence_of(resilience[name].snapshot())
     except StoreError:
         return ""
-    score = max(snapshot.evidence, snapshot.slow_evidence) * breaker.policy.minimum_calls
-    return f"{score:.0f} of {breaker.policy.minimum_calls}"
 
 
 def limits_of(breaker: Breaker) -> Limits:
