@@ -117,7 +117,8 @@ class Denials:
             try:
                 self._deferral.put_back(request, ticket.origin, header, first=held.beside)
             except self._deferral.errors as error:
-                logger.debug("Task %s[%s] cannot be put back yet: %s", request.name, request.id, error)
+                what = "Task %s[%s] cannot be put back yet: %s"
+                logger.debug(what, request.name, request.id, error, extra=request.log_fields)
                 self._held.append(held)
             else:
                 held.request.enter_window()

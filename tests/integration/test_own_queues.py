@@ -43,8 +43,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def fresh(rabbitmq: RabbitMQ, server: Server) -> RabbitMQ:
     """A RabbitMQ that has none of our queues, and an empty store."""
     redis.Redis.from_url(server.url(0)).flushall()
+    names = rabbitmq.control("list_queues", "name").split()
     with Connection(rabbitmq.url) as connection:
-        for queue in OURS:
+        for queue in (name for name in names if name.startswith("resilient.")):
             connection.default_channel.queue_delete(queue)
     return rabbitmq
 
