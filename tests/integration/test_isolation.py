@@ -50,13 +50,12 @@ def start(depot: Depot, **options: Any) -> Program:
 
 
 def test_tasks_beyond_the_limit_wait_outside_and_come_back_in_order(depot: Depot, broker: str) -> None:
-    start(depot, pool="prefork" if broker.startswith("redis") else "threads", concurrency=4)
+    worker = start(depot, pool="prefork" if broker.startswith("redis") else "threads", concurrency=4)
     client = depot.client()
     results = [client.send_task("occupy", (order,)) for order in range(16)]
-    waiting = wait_until(
-        lambda: [each for each in results if each.state == "DEFERRED"], timeout=PATIENCE, what="some to wait"
-    )
-    assert len(waiting) > LIMIT
+    reason = "deferred: breaker 'scarce' is at capacity"
+    wait_until(lambda: reason in worker.output(), timeout=PATIENCE, what="some to wait")
+    wait_until(lambda: any(each.state == "DEFERRED" for each in results), timeout=PATIENCE, what="the state of one")
     assert client.send_task("ping").get(timeout=PATIENCE) == "pong"
     wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
     assert most_in_flight(depot) == LIMIT
