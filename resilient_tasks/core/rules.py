@@ -158,8 +158,6 @@ def _taken_by_success(threshold: float) -> int:
 
 KINDS = "failure", "slow"
 PARTS = "score", "tasks", "calls", "bad", "at", "peak"
-KINDS = "failure", "slow"
-PARTS = "score", "tasks", "calls", "bad", "at", "peak"
 NO_EVIDENCE: dict[str, int | str] = {
     **{f"{kind}_{part}": 0 for kind in KINDS for part in PARTS},
     **{f"bucket_{number}": "" for number in range(BUCKETS)},
