@@ -6,7 +6,9 @@ import os
 import signal
 from collections.abc import Iterator
 
+import celery.app.builtins  # noqa: F401 - its tasks join every app: now, not when the first test finalizes one
 import pytest
+from celery import _state
 from celery._state import _set_task_join_will_block
 from hypothesis import settings
 
@@ -23,6 +25,13 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in list(os.environ):
         if variable.upper().startswith("RESILIENT_TASKS_"):
             monkeypatch.delenv(variable)
+
+
+@pytest.fixture(autouse=True)
+def _shared_tasks_of_one_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task of any app is shared with every other one of its process unless it says otherwise: not here."""
+    celerys_own = {each for each in _state._on_app_finalizers if each.__module__ == "celery.app.builtins"}
+    monkeypatch.setattr(_state, "_on_app_finalizers", celerys_own)
 
 
 @pytest.fixture(autouse=True)

@@ -65,8 +65,8 @@ class Holding:
         limit, usual = breaker.policy.max_concurrency_per_worker, self._compensation.usual(breaker.name)
         if limit is None:
             return 0
-        most = HELD_AT_FIRST * limit if usual is None else limit * HOLD_FOR / max(usual, 0.001)
-        return min(MOST_HELD, int(most)) - len(self._held.get(breaker.name, ()))
+        most = HELD_AT_FIRST * limit if usual is None else max(limit, int(limit * HOLD_FOR / max(usual, 0.001)))
+        return min(MOST_HELD, most) - len(self._held.get(breaker.name, ()))
 
     def wants_more(self, breaker: Breaker) -> bool:
         """Whether so few tasks of a breaker are held that deferred ones should be resumed."""

@@ -155,9 +155,18 @@ def test_what_a_release_without_schema_numbers_has_left_goes_on(lab: Lab, state:
 
 
 @SHARED
+def test_half_open_of_a_release_without_schema_numbers_is_open_until_now(lab: Lab) -> None:
+    breaker = lab.breaker()
+    command(lab, "HSET", keys_of(lab, breaker).former, "state", "HALF_OPEN", "openings", "2", "epoch", "7")
+    looked_at = breaker.snapshot()
+    assert (looked_at.state in {State.OPEN, State.HALF_OPEN}, looked_at.openings) == (True, 2)
+    assert breaker.ask().trial
+
+
+@SHARED
 def test_other_states_of_a_release_without_schema_numbers_begin_anew(lab: Lab) -> None:
     breaker = lab.breaker()
-    command(lab, "HSET", keys_of(lab, breaker).former, "state", "HALF_OPEN", "epoch", "7")
+    command(lab, "HSET", keys_of(lab, breaker).former, "state", "CLOSED", "epoch", "7")
     assert (breaker.snapshot().state, breaker.snapshot().epoch) == (State.CLOSED, 0)
     command(lab, "SET", keys_of(lab, lab.breaker("mail")).former, "BANANA")
     assert lab.breaker("mail").calls("S").snapshot.state is State.CLOSED

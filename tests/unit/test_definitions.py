@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tenacity
-from celery import Celery, Task, _state, shared_task
+from celery import Celery, Task, shared_task
 from celery.canvas import chain
 
 from resilient_tasks import ConfigurationError, Resilience, ResilientTask, constant
@@ -55,11 +55,8 @@ def resilience(app: Celery) -> Resilience:
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Share tasks with no app of another test; there is no store."""
+def no_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESILIENT_TASKS_STORE_URL", "redis://127.0.0.1:1/0")
-    celerys_own = {each for each in _state._on_app_finalizers if each.__module__ == "celery.app.builtins"}
-    monkeypatch.setattr(_state, "_on_app_finalizers", celerys_own)
 
 
 def charge(order: int) -> int:

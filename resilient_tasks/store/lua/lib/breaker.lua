@@ -39,9 +39,12 @@ local function put(name, value)
 end
 
 -- A breaker that is not known yet. What an operator has set under a release without schema numbers stays set, and
--- OPEN stays OPEN.
+-- an outage goes on; the trials of that release are not this one's, so HALF_OPEN is OPEN until now.
 local function begin(epoch)
   local kept = redis.pcall('HMGET', FORMER, 'state', 'since', 'reason', 'actor', 'openings', 'open_until')
+  if kept[1] == 'HALF_OPEN' then
+    kept[1], kept[6] = 'OPEN', now
+  end
   if not TAKEN_OVER[kept[1]] or (kept[1] == 'OPEN' and not tonumber(kept[6])) then
     kept = { 'CLOSED' }
   end
