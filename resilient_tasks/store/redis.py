@@ -158,8 +158,12 @@ class RedisStore(RuledStore):
         index, key = self._keys.breaker(spec.name).children, key_of(spec.name)
 
         def enroll(client: redis.Redis) -> bool:
+            with client.pipeline(transaction=False) as pipeline:
+                pipeline.zscore(index, key)
+                pipeline.zcard(index)
+                score, size = pipeline.execute()
             now = to_ms(self.ping())
-            is_full = client.zscore(index, key) is None and client.zcard(index) >= spec.policy.max_keys
+            is_full = score is None and size >= spec.policy.max_keys
             if is_full and not client.zremrangebyscore(index, "-inf", now - IDLE_AFTER):
                 return False
             client.zadd(index, {key: now}, gt=True)

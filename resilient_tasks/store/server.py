@@ -40,10 +40,10 @@ _AWAY = (
 )  # fmt: skip
 
 
-def portions(items: Iterable[T]) -> list[list[T]]:
-    """Return the items in portions that one round trip, or one script, can take."""
+def portions(items: Iterable[T], size: int = _PER_ROUND_TRIP) -> list[list[T]]:
+    """Return the items in portions, by default such that one round trip, or one script, can take."""
     waiting = list(items)
-    return [waiting[start : start + _PER_ROUND_TRIP] for start in range(0, len(waiting), _PER_ROUND_TRIP)]
+    return [waiting[start : start + size] for start in range(0, len(waiting), size)]
 
 
 class Server:

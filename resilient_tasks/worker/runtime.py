@@ -133,8 +133,11 @@ class Runtime:
 
         As this process's view knows them, up to half a second ago.
         """
-        children = filter(self.defines, self.fleet.view.active_children())
-        return [*self.breakers.values(), *map(self.breaker, children)]
+        return [*self.breakers.values(), *self.active_children()]
+
+    def active_children(self) -> list[Breaker]:
+        """Return the children that anybody need look at."""
+        return list(map(self.breaker, filter(self.defines, self.fleet.view.active_children())))
 
     def breakers_of(self, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Breaker]:
         """Return the breakers that answer for one call of a task, in the task's order.

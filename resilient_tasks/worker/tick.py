@@ -6,12 +6,14 @@ One idempotent function under a lease in the store: however many beats and worke
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import socket
 import threading
 import time
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.core.model import ADMITTING, Snapshot, State
 from resilient_tasks.errors import StoreError
+from resilient_tasks.store.server import portions
 from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks
 from resilient_tasks.worker.events import Events
 from resilient_tasks.worker.probe import Prober
@@ -36,6 +39,8 @@ LEASE_INTERVALS = 3
 SHORTEST_LEASE = 3.0
 #: Seconds between comparisons of the store's index with what really lies in the deferred queues.
 RECONCILE_INTERVAL = 10.0
+#: Share of a tick's interval that it spends on children at most, and how many it reads at once.
+CHILDREN_SHARE, CHILDREN_AT_ONCE = 0.25, 20
 #: A breaker that no worker has declared for this many seconds is gone: renamed or removed by a deploy.
 ABANDONED_AFTER = 600.0
 
@@ -67,7 +72,9 @@ class Tick:
         self._resumer = Resumer(runtime, self._tasks)
         self._reconciler = Reconciler(runtime, self._tasks)
         self._prober = Prober(runtime, wake)
-        self._reconciled_at = float("-inf")
+        self._reconciled_at = -math.inf
+        self._reconciled: dict[str, float] = {}  # active children -> when, by the monotonic clock
+        self._last_child = ""  # the one that was served last
         self._troubles: dict[str, type[Exception]] = {}
 
     def run(self, *, observed_for: float = 0.0) -> bool:
@@ -85,13 +92,8 @@ class Tick:
             if not held:
                 return False
             self._reconcile(observed_for)
-            breakers = self._runtime.present()
-            snapshots = fleet.store.read([breaker.spec for breaker in breakers])
-            for breaker, snapshot in zip(breakers, snapshots, strict=True):
-                if anything_due(breaker, snapshot, snapshot.now):
-                    self._shielded(breaker.name, partial(self._serve, breaker))
-                elif breaker.spec.parent is not None and snapshot.state is State.CLOSED:
-                    fleet.store.cool(breaker.spec)
+            self._serve_due(list(self._runtime.breakers.values()))
+            self._serve_children()
             fleet.ledger.tick_completed(scope)
         return True
 
@@ -118,6 +120,31 @@ class Tick:
         ttl = max(SHORTEST_LEASE, LEASE_INTERVALS * self._runtime.settings.tick_interval)
         return self._runtime.fleet.ledger.tick_lease(self._holder, ttl=ttl, scope=self._runtime.tick_scope)
 
+    def _serve_children(self) -> None:
+        """Serve as many children as there is time for, and the others in the next ticks: there may be thousands."""
+        give_up_at = time.monotonic() + CHILDREN_SHARE * self._runtime.settings.tick_interval
+        children = sorted(self._runtime.active_children(), key=lambda child: child.name)
+        first = bisect_right(children, self._last_child, key=lambda child: child.name)
+        for some in portions([*children[first:], *children[:first]], CHILDREN_AT_ONCE):
+            for child in some:
+                if self._reconciled.get(child.name, -math.inf) < time.monotonic() - RECONCILE_INTERVAL:
+                    self._reconciled[child.name] = time.monotonic()
+                    self._shielded(child.name, partial(self._reconciler.reconcile, child))
+            self._serve_due(some)
+            self._last_child = some[-1].name
+            if time.monotonic() > give_up_at:
+                return
+        self._reconciled = {child.name: self._reconciled[child.name] for child in children}
+
+    def _serve_due(self, breakers: Sequence[Breaker]) -> None:
+        store = self._runtime.fleet.store
+        snapshots = store.read([breaker.spec for breaker in breakers])
+        for breaker, snapshot in zip(breakers, snapshots, strict=True):
+            if anything_due(breaker, snapshot, snapshot.now):
+                self._shielded(breaker.name, partial(self._serve, breaker))
+            elif breaker.spec.parent is not None and snapshot.state is State.CLOSED:
+                store.cool(breaker.spec)
+
     def _serve(self, breaker: Breaker) -> None:
         fleet = self._runtime.fleet
         answer = fleet.store.advance(breaker.spec, jitter=random.random())
@@ -137,7 +164,7 @@ class Tick:
         if time.monotonic() - self._reconciled_at < RECONCILE_INTERVAL:
             return
         self._reconciled_at = time.monotonic()
-        for breaker in (*self._runtime.present(), *self._reconciler.some_children()):
+        for breaker in (*self._runtime.breakers.values(), *self._reconciler.some_children()):
             self._shielded(breaker.name, partial(self._reconciler.reconcile, breaker))
         if observed_for >= ABANDONED_AFTER:
             self._shielded("abandoned", partial(self._reconciler.return_orphans, ABANDONED_AFTER))

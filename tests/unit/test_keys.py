@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from resilient_tasks.core.model import Verb
 from resilient_tasks.core.names import child_name, is_child, key_of, parent_of
 from resilient_tasks.scope import Pass
 from resilient_tasks.testing import Clock, force
+from resilient_tasks.worker import tick
 from resilient_tasks.worker.gate import Gate
+from resilient_tasks.worker.reconcile import Reconciler
 from resilient_tasks.worker.run import Admission
-from resilient_tasks.worker.runtime import runtime_of
+from resilient_tasks.worker.runtime import Runtime, runtime_of
 from resilient_tasks.worker.ticket import Ticket
 from tests.unit.test_body import FAILURE, gated
 from tests.unit.test_gate import request
@@ -285,3 +288,25 @@ def test_of_many_children_that_are_not_closed_some_can_be_read(payments: Breaker
         force(payments.child(key), "OPEN")
     names = [snapshot.name for snapshot in runtime_of(app).read(most_children=2)]
     assert names == ["payments", "payments:a", "payments:b"]
+
+
+def test_a_tick_serves_as_many_children_as_it_has_time_for_and_the_next_one_the_others(
+    payments: Breaker, clock: Clock, app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[str] = []
+    children = [payments.child(number) for number in range(3 * tick.CHILDREN_AT_ONCE)]
+    monkeypatch.setattr(tick, "CHILDREN_SHARE", 0)
+    monkeypatch.setattr(tick.Tick, "_serve", lambda _, breaker: served.append(breaker.name))
+    monkeypatch.setattr(Reconciler, "reconcile", lambda *_: None)
+    monkeypatch.setattr(Runtime, "active_children", lambda _: children)
+    for child in children:
+        child.trip()
+    clock.advance(payments.policy.max_open_duration)
+    clock.settle()
+    ticks = tick.Tick(runtime_of(app), SimpleNamespace(hostname="here", event_dispatcher=None), wake=lambda: None)
+    for count in (1, 2, 3):
+        ticks._serve_children()
+        assert len(served) == len(set(served)) == count * tick.CHILDREN_AT_ONCE
+    ticks._serve_children()
+    assert served[-tick.CHILDREN_AT_ONCE :] == served[: tick.CHILDREN_AT_ONCE]
+    ticks.close()
