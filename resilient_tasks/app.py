@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery, Task
 from celery.signals import beat_init
 
-from resilient_tasks.breaker import Breaker
+from resilient_tasks.breaker import Breaker, breaker_of
 from resilient_tasks.core.model import Transition
 from resilient_tasks.core.names import check_name, did_you_mean
 from resilient_tasks.core.outage import Estimate, Outage
+from resilient_tasks.dependency import Dependency
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.monitor import events
@@ -62,6 +63,7 @@ class Resilience:
         self._background = BackgroundQueue("events")
         self._app: Celery | None = None
         self._breakers: dict[str, Breaker] = {}
+        self._dependencies: dict[str, Dependency] = {}
         self._revision = time.time_ns() // 1_000_000
         self._fleet: Fleet | None = None
         self._connecting = threading.Lock()
@@ -76,7 +78,7 @@ class Resilience:
     def init_app(self, app: Celery) -> None:
         """Make the tasks of ``app`` resilient and its workers members of the fleet."""
         self._app = app
-        runtime = Runtime(app, self._breakers, connect=lambda: self.fleet, settings=lambda: self.settings)
+        runtime = Runtime(app, self._dependencies, connect=lambda: self.fleet, settings=lambda: self.settings)
         runtime.producers_gate = ProducersGate(runtime)
         _make_tasks_resilient(app)
         _check_what_is_sent(app)
@@ -117,7 +119,9 @@ class Resilience:
             )
             raise ConfigurationError(f"breaker {name!r} is defined twice with different policies: {differences}")
         if known is new:
-            self._welcome(new)
+            dependency = self._dependencies[name] = new._dependency  # noqa: SLF001 - the breaker's own part
+            if self._fleet is not None:
+                self._fleet.declare(dependency.spec)
         return known
 
     def __getitem__(self, name: str) -> Breaker:
@@ -126,11 +130,7 @@ class Resilience:
         Raises:
             UnknownBreakerError: a ``ConfigurationError`` and a ``KeyError``; no breaker of this name is defined.
         """
-        return find_breaker(self._breakers, name)
-
-    def _welcome(self, breaker: Breaker) -> None:
-        if self._fleet is not None:
-            self._fleet.declare(breaker.spec)
+        return breaker_of(find_breaker(self._dependencies, name))
 
     @property
     def fleet(self) -> Fleet:
@@ -145,10 +145,13 @@ class Resilience:
         """Use another store from now on, e.g. one in memory for tests."""
         with self._connecting:
             former, self._fleet = self._fleet, self._join(store)
-        for breaker in self._breakers.values():
-            breaker.detach()
+        self._detach()
         if former is not None:
             former.close()
+
+    def _detach(self) -> None:
+        for dependency in self._dependencies.values():
+            dependency.detach()
 
     def provenance(self, task_id: str) -> Provenance | None:
         """Return where the result of a task came from; None if no fallback served it.
@@ -181,7 +184,7 @@ class Resilience:
             ConfigurationError: that breaker is not defined.
             StoreError: the store is unavailable, or keeps no history.
         """
-        snapshots = self.fleet.store.read_shared([self[name].spec])
+        snapshots = self.fleet.store.read_shared([find_breaker(self._dependencies, name).spec])
         return self.fleet.history.estimates(snapshots).get(name)
 
     @property
@@ -210,8 +213,8 @@ class Resilience:
     def _join(self, store: Store) -> Fleet:
         shared = (store.ledger, store.history) if isinstance(store, RedisStore) else ()
         fleet = Fleet(store, *shared, announce=self._announce, task_id=self._running_task)
-        for breaker in self._breakers.values():
-            fleet.declare(breaker.spec)
+        for dependency in self._dependencies.values():
+            fleet.declare(dependency.spec)
         return fleet
 
     def _running_task(self) -> str | None:

@@ -52,10 +52,10 @@ class Scope:
         self.has_ended = False
 
     def found(self, breaker: str, verdict: Verdict) -> None:
-        """Take note of what a guard inside the trial of ``breaker`` has found."""
+        """Note the verdict of a guard inside the trial of ``breaker``."""
 
     def replaced(self, breaker: str) -> None:
-        """Take note that a guard inside has reported for ``breaker``: the call as a whole need not."""
+        """Note that a guard inside has reported for ``breaker``: the call as a whole need not."""
 
 
 current: ContextVar[Scope | None] = ContextVar("resilient_tasks_scope", default=None)
@@ -94,8 +94,3 @@ def shares(scope: Scope, breaker: str) -> bool:
     """Whether a call holds a permit or a slot, or is part of one that does."""
     held = scope.passes.get(breaker)
     return held is not None and (held.trial or held.leased)
-
-
-def is_watched(scope: Scope | None, breaker: str) -> bool:
-    """Whether a call in progress, or one around it, is reported when it is overdue."""
-    return any((held := around.passes.get(breaker)) is not None and held.watched for around in live(scope))

@@ -96,8 +96,7 @@ def in_memory(resilience: Resilience) -> Iterator[Clock]:
         yield clock
     finally:
         resilience._fleet = outside  # noqa: SLF001
-        for breaker in resilience.breakers.values():
-            breaker.detach()
+        resilience._detach()  # noqa: SLF001
         inside.close()
 
 

@@ -29,7 +29,7 @@ from resilient_tasks.worker.run import Run, TaskDeferred
 from resilient_tasks.worker.runtime import runtime_of
 
 if TYPE_CHECKING:
-    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.dependency import Dependency
     from resilient_tasks.worker.task import ResilientTask
 
 _REFUSING = (State.OPEN, State.FORCED_OPEN)
@@ -99,7 +99,7 @@ class _Body:
         self.breakers = self._breakers()
         self._verdicts: dict[str, Verdict] = {}  # on the exception that has ended the run, by breaker
 
-    def _breakers(self) -> list[Breaker]:
+    def _breakers(self) -> list[Dependency]:
         """Return the breakers that answer for this call."""
         return self.runtime.breakers_of(self.task, self.args, self.kwargs)
 
@@ -129,13 +129,13 @@ class _Body:
         """What a fallback answers for."""
         return Call(self.task.name, self.task.run, self.args, self.kwargs, self.task.request.id or "")
 
-    def judge(self, breaker: Breaker, exc: BaseException) -> Verdict:
+    def judge(self, breaker: Dependency, exc: BaseException) -> Verdict:
         """Tell what the exception that has ended the run says about a dependency; a user's function is asked once."""
         if breaker.name not in self._verdicts:
             self._verdicts[breaker.name] = breaker.judge(exc)
         return self._verdicts[breaker.name]
 
-    def culprit(self, exc: BaseException) -> Breaker | None:
+    def culprit(self, exc: BaseException) -> Dependency | None:
         """Return the breaker whose dependency has failed the run: that of a guard inside, else the first to say so."""
         inside = attributed_to(exc)
         asked = self.breakers
@@ -152,9 +152,7 @@ class _Body:
 
     def attempt(self) -> Any:
         """Call the body once."""
-        if len(self.breakers) == 1:
-            return self.breakers[0].call(self.function, *self.args, **self.kwargs)
-        return call_guarded(self.breakers, partial(self.function, *self.args, **self.kwargs))
+        return call_guarded(self.breakers, self.function, self.args, self.kwargs)
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -181,7 +179,7 @@ class _Body:
         """End a run that ``exc`` has ended, which is or wraps a refusal, and no fallback has answered."""
         raise exc
 
-    def failed(self, exc: Exception, _culprit: Breaker) -> NoReturn:
+    def failed(self, exc: Exception, _culprit: Dependency) -> NoReturn:
         """End a run that has failed through a dependency, and no fallback has answered."""
         raise exc
 
@@ -205,7 +203,7 @@ class _GatedBody(_Body):
         super().__init__(task, args, kwargs)
         setattr(task.request, _BODY, self)
 
-    def _breakers(self) -> list[Breaker]:
+    def _breakers(self) -> list[Dependency]:
         passes = self.gated.admission.passes
         self.guards = [self.runtime.breaker(admitted.breaker) for admitted in passes]
         answerable = [guard for guard, admitted in zip(self.guards, passes, strict=True) if not admitted.for_child]
@@ -246,7 +244,7 @@ class _GatedBody(_Body):
         attempts, is_inside = self.gated.admission.attempts, refusal.state in _ADMITTING_TASKS
         raise TaskDeferred(refusal.breaker, str(refusal), attempts, trace=trace, backs_off=is_inside) from exc
 
-    def failed(self, exc: Exception, culprit: Breaker) -> NoReturn:
+    def failed(self, exc: Exception, culprit: Dependency) -> NoReturn:
         """Defer the task, unless it has used up its attempts, or its retries before the breaker opened."""
         if self._has_retried(exc) and not self._is_open(culprit):
             raise exc
@@ -270,7 +268,7 @@ class _GatedBody(_Body):
         self._verdicts.clear()  # another exception may end the run
         return culprit.refuse() if culprit is not None and self._is_open(culprit) else None
 
-    def _is_open(self, culprit: Breaker) -> bool:
+    def _is_open(self, culprit: Dependency) -> bool:
         """Whether a breaker has opened since it admitted the run, or has admitted it as a trial."""
         admitted = self.gated.admission.pass_of(culprit.name)
         return (admitted is not None and admitted.trial) or culprit.state in (*_REFUSING, State.HALF_OPEN)

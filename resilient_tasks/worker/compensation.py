@@ -22,7 +22,7 @@ from resilient_tasks.monitor.events import BREAKER_SUSPECT, SLOT_ADDED, SLOT_REM
 from resilient_tasks.worker import seams
 
 if TYPE_CHECKING:
-    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.dependency import Dependency
     from resilient_tasks.worker.runtime import Runtime
 
 logger = logging.getLogger("resilient_tasks")
@@ -48,7 +48,7 @@ class _Call:
 
     __slots__ = ("breakers", "started")
 
-    def __init__(self, breakers: Sequence[Breaker]) -> None:
+    def __init__(self, breakers: Sequence[Dependency]) -> None:
         self.breakers = breakers
         self.started: float | None = None
 
@@ -101,11 +101,11 @@ class Compensation:
 
     # --- calls ------------------------------------------------------------------------------------
 
-    def begin(self, key: object, breakers: Sequence[Breaker]) -> None:
+    def begin(self, key: object, breakers: Sequence[Dependency]) -> None:
         """Note that a run was submitted to the pool; ``key`` stands for it."""
         self._calls[key] = _Call(breakers)
 
-    def accept(self, key: object) -> Breaker | None:
+    def accept(self, key: object) -> Dependency | None:
         """Note that a run starts; the breaker that is over its share, if the pool has queued it until now."""
         call = self._calls.get(key)
         if call is None:
@@ -130,7 +130,7 @@ class Compensation:
             if breaker.name in self._suspects and now - call.started <= self._limit(breaker):
                 self._clear(breaker, now)
 
-    def limiting(self, guards: Sequence[Breaker]) -> Breaker | None:
+    def limiting(self, guards: Sequence[Dependency]) -> Dependency | None:
         """Return the suspect breaker that has its share of the slots already; None if a task may run."""
         if not self._suspects:
             return None
@@ -139,7 +139,7 @@ class Compensation:
         answering = (breaker for breaker in guards if breaker.name not in parents)
         return next((breaker for breaker in answering if self._is_over(breaker, running)), None)
 
-    def wait(self, breaker: Breaker) -> float:
+    def wait(self, breaker: Dependency) -> float:
         """Return for how many seconds a task over a breaker's share is deferred: as long as it is suspect already."""
         family = _family(breaker.name)
         since = (at for name, at in list(self._suspects.items()) if _family(name) == family)
@@ -155,7 +155,7 @@ class Compensation:
         """Whether a breaker is suspect in this worker."""
         return name in self._suspects
 
-    def _is_over(self, breaker: Breaker, running: Sequence[_Call]) -> bool:
+    def _is_over(self, breaker: Dependency, running: Sequence[_Call]) -> bool:
         """Whether a breaker may have no more calls in flight here.
 
         All suspect breakers share the slots but one, so that several cannot take them all. One with no call in
@@ -178,7 +178,7 @@ class Compensation:
         """Pool slots without the spare ones."""
         return int(self._consumer.pool.num_processes) - self.spare_slots
 
-    def _limit(self, breaker: Breaker) -> float:
+    def _limit(self, breaker: Dependency) -> float:
         """Seconds after which a call is late.
 
         ``late_after``; where calls usually take longer, twice as long as they do; never more than
@@ -187,7 +187,7 @@ class Compensation:
         usual = self.usual(breaker.name) or 0.0
         return min(max(self._late_after, 2 * usual), breaker.policy.slow_call_duration or math.inf)
 
-    def _learn(self, breaker: Breaker, seconds: float, now: float) -> None:
+    def _learn(self, breaker: Dependency, seconds: float, now: float) -> None:
         """Move what is usual towards one call by the share of :data:`LEARNING` since the last.
 
         The first calls of a process are slow; quicker ones after them count for more. Slower ones may be an outage.
@@ -234,7 +234,7 @@ class Compensation:
         self._runtime.fleet.reporter.tally(name, SUSPECTED)
         self._send(BREAKER_SUSPECT, breaker=name)
 
-    def _clear(self, breaker: Breaker, now: float) -> None:
+    def _clear(self, breaker: Dependency, now: float) -> None:
         """A call has returned in time: the breaker is suspect no longer, unless others of its calls still hang."""
         limit = self._limit(breaker)
         calls = list(self._calls.values())

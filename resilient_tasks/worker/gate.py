@@ -24,7 +24,7 @@ from resilient_tasks.worker.run import Admission, Report, limits_of
 from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
-    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.dependency import Dependency
     from resilient_tasks.store.standing import Standing
     from resilient_tasks.worker.request import GatedRequest
     from resilient_tasks.worker.runtime import Runtime
@@ -47,7 +47,7 @@ class Gate:
         self._overruns = Overruns()
         self._unaccepted: set[GatedRequest] = set()  # counted, or with a permit, and no pool process yet
 
-    def refusing(self, breakers: Sequence[Breaker], ticket: Ticket, task_id: str) -> Breaker | None:
+    def refusing(self, breakers: Sequence[Dependency], ticket: Ticket, task_id: str) -> Dependency | None:
         """Return the first breaker that refuses a task by what is known here, so that it need not wait for a pool slot.
 
         None: all admit it, or must be asked for a permit.
@@ -57,19 +57,19 @@ class Gate:
                 return breaker
         return None
 
-    def refuses_all(self, breaker: Breaker) -> bool:
+    def refuses_all(self, breaker: Dependency) -> bool:
         """Whether no task of a breaker would be admitted at present, not even as a trial."""
         standing = breaker.standing
         return standing.refuses or (not standing.admits and self._leaves_trials_to_probes(breaker))
 
-    def _refuses(self, standing: Standing, breaker: Breaker, ticket: Ticket, task_id: str) -> bool:
+    def _refuses(self, standing: Standing, breaker: Dependency, ticket: Ticket, task_id: str) -> bool:
         if standing.admits_freely:
             return _ramps_out(standing, ticket, task_id)
         if standing.admits:
             return False
         return standing.refuses or self._leaves_trials_to_probes(breaker)
 
-    def _leaves_trials_to_probes(self, breaker: Breaker) -> bool:
+    def _leaves_trials_to_probes(self, breaker: Dependency) -> bool:
         """A probe keeps tasks from being trials, but while the store is away no tick can run it."""
         return breaker.probe_to_run is not None and not self._runtime.fleet.store.away
 
@@ -90,14 +90,14 @@ class Gate:
         return Admission(tuple(passes), attempts=ticket.attempts, trace=ticket.trace)
 
     @staticmethod
-    def _denial(breaker: Breaker) -> BreakerOpenError:
+    def _denial(breaker: Dependency) -> BreakerOpenError:
         return BreakerOpenError(breaker.name, AT_CAPACITY, 0.0) if breaker.standing.admits_freely else breaker.refuse()
 
     @staticmethod
-    def _refused(breaker: Breaker, ticket: Ticket, refusal: BreakerOpenError) -> Admission:
+    def _refused(breaker: Dependency, ticket: Ticket, refusal: BreakerOpenError) -> Admission:
         return Admission((), breaker.name, refusal.state, refusal.retry_after, ticket.attempts, ticket.trace)
 
-    def _pass(self, breaker: Breaker, request: GatedRequest, *, for_child: bool) -> Pass | None:
+    def _pass(self, breaker: Dependency, request: GatedRequest, *, for_child: bool) -> Pass | None:
         """Return one breaker's pass; None if it denies a permit or a slot. A slot is the child's to give."""
         standing = breaker.standing
         is_counted = not for_child and _is_counted(breaker)
@@ -116,7 +116,7 @@ class Gate:
         counts = not grant.trial and self._would_count(standing, request.ticket)
         return Pass(breaker.name, grant.snapshot.epoch, grant.trial, counts, grant.leased, for_child)
 
-    def _ask(self, breaker: Breaker, request: GatedRequest) -> Grant:
+    def _ask(self, breaker: Dependency, request: GatedRequest) -> Grant:
         """Ask the store for a permit or a slot, and hold it."""
         fleet, name = self._runtime.fleet, breaker.name
         grant = fleet.acquire(breaker.spec, request.holder)
@@ -126,13 +126,13 @@ class Gate:
             fleet.reporter.hold(name, request.holder, until)
         return grant
 
-    def full(self, guards: Sequence[Breaker]) -> Breaker | None:
+    def full(self, guards: Sequence[Dependency]) -> Dependency | None:
         """Return the first breaker of which this worker runs as many tasks as ``max_concurrency_per_worker`` allows."""
         parents = {parent_of(breaker.name) for breaker in guards} if len(guards) > 1 else ()
         limited = (each for each in guards if each.policy.max_concurrency_per_worker and each.name not in parents)
         return next((each for each in limited if self._places.count(each.name) >= self._most_here(each)), None)
 
-    def _most_here(self, breaker: Breaker) -> float:
+    def _most_here(self, breaker: Dependency) -> float:
         """Return how many runs of a breaker's tasks this worker may have in flight by itself."""
         policy, away = breaker.policy, self._runtime.fleet.store.away
         if breaker.standing.snapshot.state in (State.DISABLED, State.SHADOW):
@@ -151,14 +151,14 @@ class Gate:
                 seconds, once = breaker.policy.slow_call_duration, admitted.trial  # a trial has one outcome
                 self._overruns.begin(request, breaker.name, seconds, report, once=once)
 
-    def _watches(self, request: GatedRequest, breaker: Breaker, admitted: Pass) -> bool:
+    def _watches(self, request: GatedRequest, breaker: Dependency, admitted: Pass) -> bool:
         """Whether a run is reported when it is overdue, unless its quick attempts, guards or child breaker are."""
         if breaker.policy.slow_call_duration is None or (admitted.for_child and not admitted.leased):
             return False
         has_attempts = request.task.options.retrying is not None and not admitted.trial
         return not has_attempts and self._overruns.watches(request, breaker.name)
 
-    def _report_overdue(self, request: GatedRequest, breaker: Breaker, admitted: Pass) -> None:
+    def _report_overdue(self, request: GatedRequest, breaker: Dependency, admitted: Pass) -> None:
         self._tell(request, breaker, admitted, OVERDUE)
 
     def _would_count(self, standing: Standing, ticket: Ticket) -> bool:
@@ -207,7 +207,7 @@ class Gate:
                 self._tell(request, breaker, admitted, verdict, was_overdue=was_overdue)
 
     def _tell(
-        self, request: GatedRequest, breaker: Breaker, admitted: Pass, verdict: Verdict, *, was_overdue: bool = False
+        self, request: GatedRequest, breaker: Dependency, admitted: Pass, verdict: Verdict, *, was_overdue: bool = False
     ) -> None:
         """Report on a run; one that holds a permit or a slot is settled."""
         voter = "" if verdict.outcome is Outcome.SUCCESS else voter_of(request.id)
@@ -218,7 +218,7 @@ class Gate:
             breaker.report(admitted.epoch, verdict, voter=voter, was_overdue=was_overdue)
 
 
-def _is_counted(breaker: Breaker) -> bool:
+def _is_counted(breaker: Dependency) -> bool:
     """Whether the runs of a breaker's tasks are limited, in the fleet or here."""
     return breaker.policy.max_concurrency_per_worker is not None or breaker.policy.most_in_flight is not None
 
@@ -260,7 +260,7 @@ def _ramps_out(standing: Standing, ticket: Ticket, task_id: str) -> bool:
     return crc32(f"{standing.epoch}:{task_id}".encode()) >= share * 2**32
 
 
-def _trial_limit(request: GatedRequest, breaker: Breaker) -> float:
+def _trial_limit(request: GatedRequest, breaker: Dependency) -> float:
     """Longest time in seconds for which a trial's permit is renewed."""
     hard, soft = limits_of(request.task, request.time_limits)
     return float(hard or soft or breaker.policy.trial_timeout)

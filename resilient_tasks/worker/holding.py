@@ -15,7 +15,7 @@ from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
 from resilient_tasks.worker import seams
 
 if TYPE_CHECKING:
-    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.dependency import Dependency
     from resilient_tasks.worker.compensation import Compensation
     from resilient_tasks.worker.request import GatedRequest
 
@@ -43,7 +43,7 @@ class Holding:
         self._held.clear()
         self._consumer, self._is_looking = consumer, False
 
-    def hold(self, request: GatedRequest, breaker: Breaker) -> bool:
+    def hold(self, request: GatedRequest, breaker: Dependency) -> bool:
         """Keep a request until one of a breaker's runs ends; False: there are enough."""
         has_waited = time.monotonic() - request.held_since if request.held_since else 0.0
         if has_waited > 2 * HOLD_FOR or (not has_waited and self.room(breaker) < 1):
@@ -60,7 +60,7 @@ class Holding:
             self._consumer.timer.call_after(LOOK_INTERVAL, self._look)
         return True
 
-    def room(self, breaker: Breaker) -> int:
+    def room(self, breaker: Dependency) -> int:
         """Return how many more tasks of a breaker are held at most; 0 if it has no limit of this kind."""
         limit, usual = breaker.policy.max_concurrency_per_worker, self._compensation.usual(breaker.name)
         if limit is None:
@@ -68,7 +68,7 @@ class Holding:
         most = HELD_AT_FIRST * limit if usual is None else max(limit, int(limit * HOLD_FOR / max(usual, 0.001)))
         return min(MOST_HELD, most) - len(self._held.get(breaker.name, ()))
 
-    def wants_more(self, breaker: Breaker) -> bool:
+    def wants_more(self, breaker: Dependency) -> bool:
         """Whether so few tasks of a breaker are held that deferred ones should be resumed."""
         return self.room(breaker) > len(self._held.get(breaker.name, ()))
 

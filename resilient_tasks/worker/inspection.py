@@ -9,7 +9,7 @@ from typing import Any
 
 from celery.worker.control import inspect_command
 
-from resilient_tasks.breaker import Breaker
+from resilient_tasks.dependency import Dependency
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Spec
 from resilient_tasks.store.standing import Standing
@@ -55,7 +55,7 @@ def rules_of(spec: Spec) -> dict[str, Any]:
     return {name: value for name, value in spec.rules()._asdict().items() if name != "revision"}
 
 
-def _epochs_in_store(runtime: Runtime, present: Sequence[Breaker]) -> dict[str, int]:
+def _epochs_in_store(runtime: Runtime, present: Sequence[Dependency]) -> dict[str, int]:
     """Return the epoch of each breaker that the store knows now; nothing while it is away."""
     specs = [breaker.spec for breaker in present]
     try:

@@ -20,7 +20,7 @@ from resilient_tasks.scope import Pass, Scope, within
 from resilient_tasks.store.base import Evidence
 
 if TYPE_CHECKING:
-    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.dependency import Dependency
     from resilient_tasks.fleet import Fleet
     from resilient_tasks.probing import Probe
     from resilient_tasks.worker.runtime import Runtime
@@ -56,7 +56,7 @@ class Prober:
         self._wake = wake
         self._lanes: dict[str, _Lane] = {}
 
-    def start(self, breaker: Breaker, probe: Probe, snapshot: Snapshot) -> None:
+    def start(self, breaker: Dependency, probe: Probe, snapshot: Snapshot) -> None:
         """Begin to run the probe of a breaker for which it is due, unless that is under way."""
         lane = self._lanes.setdefault(breaker.name, _Lane())
         if lane.is_busy():
@@ -97,7 +97,7 @@ class _Probing:
     """What the thread does that watches the runs of one breaker's probe."""
 
     fleet: Fleet
-    breaker: Breaker
+    breaker: Dependency
     probe: Probe
     lane: _Lane
     wake: Callable[[], None]

@@ -15,13 +15,13 @@ from resilient_tasks.errors import ResilienceError
 from resilient_tasks.worker.run import limits_of
 
 if TYPE_CHECKING:
-    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.dependency import Dependency
 
 _CONTROL_FLOW = (Ignore, Reject, Retry, ResilienceError)
 _GLANCE = 0.1  # seconds between two looks at the breakers during a wait
 
 
-def bounded(retrying: tenacity.Retrying, breakers: Sequence[Breaker], limit: float | None) -> tenacity.Retrying:
+def bounded(retrying: tenacity.Retrying, breakers: Sequence[Dependency], limit: float | None) -> tenacity.Retrying:
     """Return a task's ``retrying`` within bounds: no attempt after a breaker opened, no wait past the time limit.
 
     Args:
@@ -43,11 +43,11 @@ def time_limit(task: Any) -> float | None:
     return min((float(limit) for limit in limits_of(task, task.request.timelimit) if limit), default=None)
 
 
-def _all_admit(breakers: Sequence[Breaker]) -> bool:
-    return all(guard.admits for breaker in breakers for guard in breaker.guards)
+def _all_admit(breakers: Sequence[Dependency]) -> bool:
+    return all(guard.standing.admits for breaker in breakers for guard in breaker.guards)
 
 
-def _sleep(breakers: Sequence[Breaker], seconds: float) -> None:
+def _sleep(breakers: Sequence[Dependency], seconds: float) -> None:
     """Wait for the next attempt; no longer than the breakers admit it, which will then refuse it."""
     end = time.monotonic() + seconds
     while _all_admit(breakers) and (left := end - time.monotonic()) > 0:
@@ -57,7 +57,7 @@ def _sleep(breakers: Sequence[Breaker], seconds: float) -> None:
 class _StopWhenOpen(tenacity.stop.stop_base):
     """Ends quick attempts when the user's own condition does, or as soon as a breaker no longer admits."""
 
-    def __init__(self, breakers: Sequence[Breaker], otherwise: Any) -> None:
+    def __init__(self, breakers: Sequence[Dependency], otherwise: Any) -> None:
         self._breakers = breakers
         self._otherwise = otherwise
 

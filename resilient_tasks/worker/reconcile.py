@@ -16,7 +16,7 @@ from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks
 from resilient_tasks.worker.queues import Entry, Move
 
 if TYPE_CHECKING:
-    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.dependency import Dependency
     from resilient_tasks.worker.runtime import Runtime
 
 logger = logging.getLogger("resilient_tasks")
@@ -38,7 +38,7 @@ class Reconciler:
         self._children = self._all_children()
         self._empty_since: dict[str, float] = {}  # breakers for which tasks are indexed, and none waits
 
-    def some_children(self) -> list[Breaker]:
+    def some_children(self) -> list[Dependency]:
         """Return children whose waiting tasks may be indexed nowhere, because a store may have lost its data.
 
         Those that no worker attends to, but whose queues the broker knows; and, round by round, a few of all there are.
@@ -64,7 +64,7 @@ class Reconciler:
                 if len(names) < PAGE:
                     break
 
-    def expire(self, breaker: Breaker, snapshot: Snapshot) -> None:
+    def expire(self, breaker: Dependency, snapshot: Snapshot) -> None:
         """Dead-letter tasks whose ``defer_for`` or ``expires`` is over, drop those that were revoked."""
         if snapshot.next_deadline_at is None or snapshot.next_deadline_at > snapshot.now:
             return
@@ -79,7 +79,7 @@ class Reconciler:
         for _ in self._tasks.transfer_all(breaker.name, choose, enough=lambda: time.monotonic() >= give_up_at):
             continue
 
-    def reconcile(self, breaker: Breaker) -> None:
+    def reconcile(self, breaker: Dependency) -> None:
         """Index what waits on the broker: deferrals while the store was away are missing, lost copies still there."""
         fleet = self._runtime.fleet
         waiting = self._tasks.count(breaker.name)

@@ -39,7 +39,7 @@ from resilient_tasks.worker.ticket import HEADER, Ticket
 from resilient_tasks.worker.timed import TimedWriter
 
 if TYPE_CHECKING:
-    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.dependency import Dependency
     from resilient_tasks.worker.host import Host
 
 logger = logging.getLogger("resilient_tasks")
@@ -120,7 +120,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         return runtime_of(self.app).host
 
     @cached_property
-    def guards(self) -> list[Breaker]:
+    def guards(self) -> list[Dependency]:
         """The breakers that must admit the run; none if its key makes no sense, as the run itself will say."""
         return runtime_of(self.app).guards_of(self.task, self.args, self.kwargs)
 
@@ -154,7 +154,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         return self.defers_when_refused() and self.refusing is not None
 
     @property
-    def refusing(self) -> Breaker | None:
+    def refusing(self) -> Dependency | None:
         """The breaker that would refuse it, by what is known here; None if it might be admitted."""
         return self.host.gate.refusing(self.guards, self.ticket, self.id)
 
@@ -206,7 +206,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         self._apply_result = ref(result) if result is not None else None
         return result
 
-    def _answering(self, admission: Admission) -> Sequence[Breaker]:
+    def _answering(self, admission: Admission) -> Sequence[Dependency]:
         """Return the breakers that answer for the run: not the parent of one of its children."""
         if len(self.guards) == 1:
             return self.guards
@@ -306,7 +306,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
 
     # --- aside ------------------------------------------------------------------------------------
 
-    def make_way(self, suspect: Breaker) -> None:
+    def make_way(self, suspect: Dependency) -> None:
         """Defer the message, because late calls of its breaker hold that breaker's share of this worker."""
         self.put_aside(suspect.name, "its calls are late", wait=self.host.compensation.wait(suspect))
 

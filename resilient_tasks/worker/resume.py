@@ -14,7 +14,7 @@ from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.queues import Entry, Move
 
 if TYPE_CHECKING:
-    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.dependency import Dependency
     from resilient_tasks.worker.runtime import Runtime
 
 logger = logging.getLogger("resilient_tasks")
@@ -32,7 +32,7 @@ class Resumer:
         self._origins: dict[str, set[str]] = {}  # breaker -> queues that its tasks were resumed to
         self._untouched: dict[str, tuple[int, float]] = {}  # breaker -> outstanding tasks, and since when
 
-    def resume(self, breaker: Breaker, snapshot: Snapshot) -> None:
+    def resume(self, breaker: Dependency, snapshot: Snapshot) -> None:
         """Resume the next batch of a breaker that admits calls."""
         if snapshot.concurrency_limit is not None or breaker.policy.max_concurrency_per_worker is not None:
             self._refill(breaker, snapshot)
@@ -50,7 +50,7 @@ class Resumer:
         if count > 0 and self._still(breaker, snapshot):
             self.release(breaker, snapshot, count)
 
-    def _refill(self, breaker: Breaker, snapshot: Snapshot) -> None:
+    def _refill(self, breaker: Dependency, snapshot: Snapshot) -> None:
         """Resume as many tasks as slots are free, less those that are on their way already."""
         ledger, policy = self._runtime.fleet.ledger, breaker.policy
         pace = ledger.pace(breaker.name)
@@ -65,7 +65,7 @@ class Resumer:
         if count > 0:
             self.release(breaker, snapshot, count)
 
-    def release_trials(self, breaker: Breaker, snapshot: Snapshot) -> None:
+    def release_trials(self, breaker: Dependency, snapshot: Snapshot) -> None:
         """Resume as many tasks as there are permits; those that have never failed first."""
         outstanding = self._outstanding(breaker, self._runtime.fleet.ledger.pace(breaker.name))
         free = breaker.policy.trial_calls - snapshot.trials - outstanding
@@ -73,7 +73,7 @@ class Resumer:
             self.release(breaker, snapshot, free, unfailed_first=True)
 
     def release(
-        self, breaker: Breaker, snapshot: Snapshot, limit: int, *,
+        self, breaker: Dependency, snapshot: Snapshot, limit: int, *,
         only: Collection[str] | None = None, unfailed_first: bool = False, early: bool = False,
     ) -> list[str]:  # fmt: skip
         """Resume tasks of a breaker, those that wait longest first.
@@ -117,21 +117,21 @@ class Resumer:
             logger.info("breaker %r is %s: %d tasks resumed", breaker.name, snapshot.state, len(resumed))
         return resumed
 
-    def _tally(self, breaker: Breaker, gone: Sequence[Move], now: float) -> None:
+    def _tally(self, breaker: Dependency, gone: Sequence[Move], now: float) -> None:
         if gone:
             wait = max((now - move.entry.ticket.since for move in gone if move.entry.ticket.since), default=0.0)
             self._runtime.fleet.reporter.tally(breaker.name, RESUMED, len(gone), peak=(LONGEST_WAIT, wait))
 
     @staticmethod
-    def _is_due(breaker: Breaker, entry: Entry, now: float) -> bool:
+    def _is_due(breaker: Dependency, entry: Entry, now: float) -> bool:
         """Whether a task has waited long enough; a wait longer than any of ours is of another clock."""
         return not 0 < entry.ticket.not_before - now <= breaker.policy.max_open_duration
 
-    def _still(self, breaker: Breaker, snapshot: Snapshot) -> bool:
+    def _still(self, breaker: Dependency, snapshot: Snapshot) -> bool:
         """Resuming stops in the tick in which the breaker leaves the state that allowed it."""
         return bool(self._runtime.fleet.store.read([breaker.spec])[0].epoch == snapshot.epoch)
 
-    def _outstanding(self, breaker: Breaker, pace: Pace) -> int:
+    def _outstanding(self, breaker: Dependency, pace: Pace) -> int:
         """Resumed tasks that no worker has taken up: never more than lie in the queues that they went to."""
         if not pace.outstanding:
             return 0

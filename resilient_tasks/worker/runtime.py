@@ -18,10 +18,10 @@ from weakref import WeakKeyDictionary
 
 from celery import Celery, Task
 
-from resilient_tasks.breaker import Breaker
 from resilient_tasks.call import Call
 from resilient_tasks.core.counts import CACHED_AGE, FALLBACK, OLDEST_ANSWER
 from resilient_tasks.core.names import did_you_mean, is_child, parent_of
+from resilient_tasks.dependency import Dependency
 from resilient_tasks.errors import ConfigurationError, UnknownBreakerError
 from resilient_tasks.fallback import Served
 from resilient_tasks.fleet import Fleet
@@ -63,7 +63,7 @@ def find_runtime(app: Celery) -> Runtime | None:
     return _runtimes.get(app)
 
 
-def find_breaker(breakers: Mapping[str, Breaker], name: str) -> Breaker:
+def find_breaker(breakers: Mapping[str, Dependency], name: str) -> Dependency:
     """Return a breaker, or a child of one, by name; define nothing.
 
     Raises:
@@ -95,13 +95,13 @@ class Runtime:
     def __init__(
         self,
         app: Celery,
-        breakers: Mapping[str, Breaker],
+        breakers: Mapping[str, Dependency],
         connect: Callable[[], Fleet],
         settings: Callable[[], Settings],
     ) -> None:
         self.app = app
         self.breakers = breakers
-        self._found: dict[tuple[str, ...], list[Breaker]] = {}
+        self._found: dict[tuple[str, ...], list[Dependency]] = {}
         self._connect = connect
         self._settings = settings
         _runtimes[app] = self
@@ -116,7 +116,7 @@ class Runtime:
         """The settings in force."""
         return self._settings()
 
-    def breaker(self, name: str) -> Breaker:
+    def breaker(self, name: str) -> Dependency:
         """Return a breaker by name.
 
         Raises:
@@ -128,18 +128,18 @@ class Runtime:
         """Whether this app defines a breaker, or the parent of a child."""
         return name in self.breakers or (is_child(name) and parent_of(name) in self.breakers)
 
-    def present(self) -> list[Breaker]:
+    def present(self) -> list[Dependency]:
         """Return all breakers that anybody need look at: not children that are plainly CLOSED, and wait for nobody.
 
         As this process's view knows them, up to half a second ago.
         """
         return [*self.breakers.values(), *self.active_children()]
 
-    def active_children(self) -> list[Breaker]:
+    def active_children(self) -> list[Dependency]:
         """Return the children that anybody need look at."""
         return list(map(self.breaker, filter(self.defines, self.fleet.view.active_children())))
 
-    def breakers_of(self, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Breaker]:
+    def breakers_of(self, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Dependency]:
         """Return the breakers that answer for one call of a task, in the task's order.
 
         Raises:
@@ -150,7 +150,7 @@ class Runtime:
             return breakers
         return [breakers[0].child(_key_of(task, args, kwargs)), *breakers[1:]]
 
-    def guards_of(self, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Breaker]:
+    def guards_of(self, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Dependency]:
         """Return the breakers that must admit a call, parents before their children; none if its key makes no sense."""
         try:
             breakers = self.breakers_of(task, args, kwargs)
@@ -160,7 +160,7 @@ class Runtime:
             return breakers
         return [guard for breaker in breakers for guard in breaker.guards]
 
-    def _named(self, names: tuple[str, ...]) -> list[Breaker]:
+    def _named(self, names: tuple[str, ...]) -> list[Dependency]:
         """Return the breakers of some names, found once: this is asked for every run."""
         found = self._found.get(names)
         if found is None:

@@ -15,7 +15,7 @@ from resilient_tasks.worker.runtime import runtime_of
 from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
-    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.dependency import Dependency
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -72,7 +72,7 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
         self._defer(request, refusing, limiting)
         return True
 
-    def _guards(self, message: Any) -> list[Breaker]:
+    def _guards(self, message: Any) -> list[Dependency]:
         args, kwargs, _ = message.payload
         return self._runtime.guards_of(self._task, args, kwargs)
 
@@ -93,7 +93,7 @@ class gated:  # noqa: N801 - Celery knows strategies as functions
         )
 
     @staticmethod
-    def _defer(request: GatedRequest, refusing: Breaker | None, limiting: Breaker | None) -> None:
+    def _defer(request: GatedRequest, refusing: Dependency | None, limiting: Dependency | None) -> None:
         if request.revoked():  # or expired: Celery has settled it
             return
         request.send_event(

@@ -29,7 +29,7 @@ from resilient_tasks.worker.reconcile import Reconciler
 from resilient_tasks.worker.resume import Resumer
 
 if TYPE_CHECKING:
-    from resilient_tasks.breaker import Breaker
+    from resilient_tasks.dependency import Dependency
     from resilient_tasks.worker.runtime import Runtime
 
 logger = logging.getLogger("resilient_tasks")
@@ -45,7 +45,7 @@ CHILDREN_SHARE, CHILDREN_AT_ONCE = 0.25, 20
 ABANDONED_AFTER = 600.0
 
 
-def anything_due(breaker: Breaker, snapshot: Snapshot, now: float) -> bool:
+def anything_due(breaker: Dependency, snapshot: Snapshot, now: float) -> bool:
     """Whether a tick would have something to do for a breaker at ``now`` on the store's clock."""
     if snapshot.next_deadline_at is not None and snapshot.next_deadline_at <= now:
         return True
@@ -136,7 +136,7 @@ class Tick:
                 return
         self._reconciled = {child.name: self._reconciled[child.name] for child in children}
 
-    def _serve_due(self, breakers: Sequence[Breaker]) -> None:
+    def _serve_due(self, breakers: Sequence[Dependency]) -> None:
         store = self._runtime.fleet.store
         snapshots = store.read([breaker.spec for breaker in breakers])
         for breaker, snapshot in zip(breakers, snapshots, strict=True):
@@ -145,7 +145,7 @@ class Tick:
             elif breaker.spec.parent is not None and snapshot.state is State.CLOSED:
                 store.cool(breaker.spec)
 
-    def _serve(self, breaker: Breaker) -> None:
+    def _serve(self, breaker: Dependency) -> None:
         fleet = self._runtime.fleet
         answer = fleet.store.advance(breaker.spec, jitter=random.random())
         fleet.learn(answer)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors", "policy", "core"},
     {"store", "call", "fallback", "provenance", "monitor", "settings", "checks", "probing", "signals", "grpc_call"},
-    {"fleet", "scope", "guard", "breaker"},
+    {"fleet", "scope", "dependency", "guard", "breaker"},
     {"worker"},
     {"app", "prometheus"},
     {"__init__"},

@@ -21,7 +21,7 @@ from celery import Celery
 
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.model import Outcome, State, Transition
+from resilient_tasks.core.model import Grant, Outcome, State, Transition
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreError
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.policy import BreakerPolicy
@@ -43,6 +43,9 @@ class Rig:
         self.fleet = Fleet(self.store, announce=self.told.append, clock=self.clock)
         self.breaker = Breaker("payments", policy, fleet=lambda: self.fleet)
         self.ran = 0
+
+    def acquire(self, holder: str) -> Grant:
+        return self.fleet.acquire(self.breaker._dependency.spec, holder)
 
     def works(self) -> str:
         self.ran += 1
@@ -689,8 +692,8 @@ def test_a_guard_inside_a_task_answers_in_its_stead(rig: Rig, use: Any) -> None:
 @every_way
 def test_a_guard_inside_a_trial_needs_no_permit_of_its_own(rig: Rig, use: Any) -> None:
     rig.half_open()
-    epoch = rig.breaker.acquire("the task").snapshot.epoch
-    rig.breaker.acquire("another task")
+    epoch = rig.acquire("the task").snapshot.epoch
+    rig.acquire("another task")
     task = Call(Pass("payments", epoch, trial=True, leased=True))
     with within(task):
         for _ in range(3):
@@ -789,11 +792,11 @@ def test_a_probe_is_registered_once(rig: Rig) -> None:
     def pong() -> None:
         pass
 
-    assert rig.breaker.registered_probe is None
+    assert rig.breaker._dependency.probe is None
     assert rig.breaker.probe(ping) is ping
-    assert rig.breaker.registered_probe == Probe(breaker="payments", function=ping)
+    assert rig.breaker._dependency.probe == Probe(breaker="payments", function=ping)
     assert rig.breaker.probe(timeout=5)(ping) is ping
-    assert rig.breaker.registered_probe == Probe(breaker="payments", function=ping, timeout=5)
+    assert rig.breaker._dependency.probe == Probe(breaker="payments", function=ping, timeout=5)
     with pytest.raises(ConfigurationError, match=r"ping.*pong"):
         rig.breaker.probe(pong)
 
@@ -816,7 +819,7 @@ def test_a_probe_ends_some_time(rig: Rig, timeout: float) -> None:
 def test_verbs_lead_to_their_state_at_once(rig: Rig, verb: str, state: State) -> None:
     getattr(rig.breaker, verb)(reason="drill", actor="ann")
     assert rig.breaker.state is state
-    assert rig.breaker.admits is (state in {State.DISABLED, State.SHADOW})
+    assert rig.breaker._dependency.standing.admits is (state in {State.DISABLED, State.SHADOW})
     getattr(rig.breaker, verb)(reason="again")
     rig.breaker.reset(reason="done")
     assert rig.breaker.state is State.CLOSED
@@ -844,7 +847,7 @@ def test_a_breaker_can_change_its_fleet(rig: Rig) -> None:
     rig.breaker.trip()
     other = Fleet(FlakyStore(rig.clock), clock=rig.clock)
     former, rig.fleet = rig.fleet, other
-    rig.breaker.detach()
+    rig.breaker._dependency.detach()
     assert rig.breaker.state is State.CLOSED
     former.close()
 
@@ -854,13 +857,15 @@ def test_a_breaker_can_change_its_fleet(rig: Rig) -> None:
 
 def test_the_task_layers_side(rig: Rig) -> None:
     rig.half_open()
-    grant = rig.breaker.acquire("task-1")
+    grant = rig.acquire("task-1")
     assert grant.trial
-    rig.breaker.hold("task-1", 30)
+    rig.breaker._dependency.hold("task-1", 30)
     verdict = Verdict(Outcome.FAILURE, "HTTP 503", 60.0)
-    rig.breaker.fleet.reporter.settle(rig.breaker.spec, "task-1", grant.snapshot.epoch, verdict, wait=5)
+    rig.breaker._dependency.fleet.reporter.settle(
+        rig.breaker._dependency.spec, "task-1", grant.snapshot.epoch, verdict, wait=5
+    )
     assert rig.breaker.state is State.OPEN
-    assert rig.breaker.refuse().retry_after == 60.0
+    assert rig.breaker._dependency.refuse().retry_after == 60.0
     assert rig.breaker.snapshot().reason.endswith("HTTP 503")
 
 

@@ -78,9 +78,10 @@ class Worker:
 
     def run(self, key: object, *breakers: Breaker) -> bool:
         """Start a run if it may start."""
-        if self.compensation.limiting([guard for breaker in breakers for guard in breaker.guards]) is not None:
+        called = [breaker._dependency for breaker in breakers]
+        if self.compensation.limiting([guard for each in called for guard in each.guards]) is not None:
             return False
-        self.compensation.begin(key, breakers)
+        self.compensation.begin(key, called)
         self.compensation.accept(key)
         return True
 
@@ -151,14 +152,14 @@ def test_a_task_over_the_share_waits_as_long_as_the_breaker_is_suspect_already(
     worker: Worker, payments: Breaker
 ) -> None:
     hang(worker, payments, 3)
-    assert worker.compensation.wait(payments) == pytest.approx(0.5)
+    assert worker.compensation.wait(payments._dependency) == pytest.approx(0.5)
     waits = []
     for _ in range(4):
-        waits.append(worker.compensation.wait(payments))
+        waits.append(worker.compensation.wait(payments._dependency))
         worker.advance(waits[-1])
     assert waits == pytest.approx([0.5, 0.6, 1.2, 2.4], abs=0.15)
     worker.advance(100)
-    assert worker.compensation.wait(payments) == payments.policy.open_duration
+    assert worker.compensation.wait(payments._dependency) == payments.policy.open_duration
 
 
 def test_slots_are_added_while_late_calls_hold_all_and_taken_back_when_they_have_returned(

@@ -48,7 +48,7 @@ def request(task_id: str, ticket: Ticket, *breakers: Breaker) -> Any:
         name="shop.charge",
         ticket=ticket,
         holder=holder,
-        guards=breakers,
+        guards=[breaker._dependency for breaker in breakers],
         time_limits=(9, 9),
         task=None,
         defers_when_refused=lambda: True,
@@ -63,22 +63,22 @@ def test_the_ramp_draws_one_lot_per_task(
     payments.call(lambda: None)
     clock.settle()
     clock.advance(2.0)
-    share = payments.standing.ramp_share()
+    share = payments._dependency.standing.ramp_share()
     assert share == pytest.approx(0.28, abs=0.02)
     monkeypatch.setattr(Standing, "ramp_share", lambda _: share)  # a view goes on in real time
-    arrived = [task_id for task_id in IDS if gate.refusing([payments], Ticket(), task_id) is None]
+    arrived = [task_id for task_id in IDS if gate.refusing([payments._dependency], Ticket(), task_id) is None]
     entered = [task_id for task_id in arrived if not gate.admit(request(task_id, Ticket(), payments)).refused_in]
     assert entered == arrived
     assert len(arrived) / len(IDS) == pytest.approx(share, abs=0.05)
-    resumed = Ticket(breaker="payments", resumed=payments.standing.epoch)
-    assert not any(gate.refusing([payments], resumed, task_id) for task_id in IDS)
+    resumed = Ticket(breaker="payments", resumed=payments._dependency.standing.epoch)
+    assert not any(gate.refusing([payments._dependency], resumed, task_id) for task_id in IDS)
 
 
 def test_tasks_are_no_trials_where_there_is_a_probe(gate: Gate, payments: Breaker, clock: Clock) -> None:
     payments.probe(lambda: None)
     force(payments, "OPEN")
     clock.advance(1.0)
-    assert gate.refusing([payments], Ticket(), "a") is payments
+    assert gate.refusing([payments._dependency], Ticket(), "a") is payments._dependency
 
 
 def test_a_task_that_is_delivered_twice_is_one_trial_only(gate: Gate, payments: Breaker, clock: Clock) -> None:
@@ -111,13 +111,13 @@ def test_a_task_of_several_breakers_gets_all_permits_or_none(
     for breaker in (payments, accounts):
         force(breaker, "OPEN")
     clock.advance(1.0)
-    assert accounts.acquire("somebody else").trial
+    assert resilience.fleet.acquire(accounts._dependency.spec, "somebody else").trial
     refused = gate.admit(request("task", Ticket(), payments, accounts))
     clock.settle()
     assert (refused.refused_by, refused.passes) == ("accounts", ())
     assert payments.snapshot().trials == 0
     assert payments.snapshot().state == "HALF_OPEN"
-    assert payments.acquire("the next one").trial
+    assert resilience.fleet.acquire(payments._dependency.spec, "the next one").trial
 
 
 def test_the_first_breaker_that_refuses_is_named(
@@ -125,9 +125,9 @@ def test_the_first_breaker_that_refuses_is_named(
 ) -> None:
     accounts = resilience.breaker("accounts")
     force(accounts, "OPEN")
-    assert gate.refusing([payments, accounts], Ticket(), "a") is accounts
+    assert gate.refusing([payments._dependency, accounts._dependency], Ticket(), "a") is accounts._dependency
     force(payments, "OPEN")
-    assert gate.refusing([payments, accounts], Ticket(), "a") is payments
+    assert gate.refusing([payments._dependency, accounts._dependency], Ticket(), "a") is payments._dependency
 
 
 def test_a_resumed_task_passes_the_ramp_of_the_breaker_that_it_waited_for_alone(
@@ -136,9 +136,9 @@ def test_a_resumed_task_passes_the_ramp_of_the_breaker_that_it_waited_for_alone(
     accounts = resilience.breaker("accounts")
     monkeypatch.setattr(Standing, "ramp_share", lambda _: 0.0)
     for breaker, other in ((payments, accounts), (accounts, payments)):
-        resumed = Ticket(breaker=breaker.name, resumed=breaker.standing.epoch)
-        assert gate.refusing([breaker], resumed, "a") is None
-        assert gate.refusing([breaker, other], resumed, "a") is other
+        resumed = Ticket(breaker=breaker.name, resumed=breaker._dependency.standing.epoch)
+        assert gate.refusing([breaker._dependency], resumed, "a") is None
+        assert gate.refusing([breaker._dependency, other._dependency], resumed, "a") is other._dependency
 
 
 def test_a_run_that_the_pool_has_discarded_is_settled(gate: Gate, resilience: Resilience, clock: Clock) -> None:

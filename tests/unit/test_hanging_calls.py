@@ -30,7 +30,7 @@ def rig() -> Iterator[Rig]:
 
 def score(breaker: Breaker) -> int:
     """Return the slow score, of 100."""
-    breaker.fleet.reporter.flush(5)
+    breaker._dependency.fleet.reporter.flush(5)
     return round(breaker.snapshot().slow_evidence * 100)
 
 
@@ -58,7 +58,7 @@ def test_its_end_adds_nothing_more_to_the_slow_score(rig: Rig, ends: str) -> Non
 
     with contextlib.suppress(ConnectionError, KeyError):
         rig.breaker.call(hang)
-    rig.breaker.fleet.reporter.flush(5)
+    rig.breaker._dependency.fleet.reporter.flush(5)
     snapshot = rig.breaker.snapshot()
     assert round(snapshot.slow_evidence * 100) <= 2
     assert round(snapshot.evidence * 100) == (ends == "fails")
@@ -88,11 +88,11 @@ def test_guards_inside_a_guard_report_one_hang_once(rig: Rig) -> None:
 
 
 def test_what_the_main_process_watches_guards_inside_the_run_do_not_report(rig: Rig) -> None:
-    run = Scope([Pass("payments", rig.breaker.standing.epoch, watched=True)], "a task")
+    run = Scope([Pass("payments", rig.breaker._dependency.standing.epoch, watched=True)], "a task")
     with within(run), rig.breaker.guard():
         time.sleep(3 * SLOW)
     assert score(rig.breaker) == 0
-    with within(Scope([Pass("payments", rig.breaker.standing.epoch)], "a task")), rig.breaker.guard():
+    with within(Scope([Pass("payments", rig.breaker._dependency.standing.epoch)], "a task")), rig.breaker.guard():
         wait_until(lambda: score(rig.breaker) >= 1)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from resilient_tasks import Breaker, checks
+from resilient_tasks import checks
+from resilient_tasks.breaker import ProbeOptions
 from resilient_tasks.checks import run_check
 from resilient_tasks.testing import in_memory
 
@@ -38,12 +39,12 @@ def namespace() -> dict[str, Any]:
     ],
 )
 def test_every_example_registers_its_probe(namespace: dict[str, Any], breaker: str, check: str, when: str) -> None:
-    probe = namespace[breaker].registered_probe
+    probe = namespace[breaker]._dependency.probe
     assert (repr(probe.function), probe.active) == (check, when == "always")
 
 
 def test_a_function_of_ones_own(namespace: dict[str, Any]) -> None:
-    probe = namespace["mail"].registered_probe
+    probe = namespace["mail"]._dependency.probe
     assert (probe.function, probe.timeout, probe.interval) == (namespace["greeting"], 3, 15)
     run_check(probe.function)
 
@@ -68,5 +69,5 @@ def test_the_catalogue_is_complete() -> None:
 
 
 def test_the_arguments_of_a_probe_are_complete() -> None:
-    arguments = set(inspect.signature(Breaker.probe).parameters) - {"self", "fn"}
+    arguments = set(ProbeOptions.__annotations__)
     assert {f"`{argument}`" for argument in arguments} <= set(FIRST_CELLS)

@@ -59,7 +59,7 @@ def test_a_call_that_fails_counts_and_frees_its_slot(rig: Rig, use: Any) -> None
 @every_way
 def test_a_guard_inside_a_task_shares_its_slot(rig: Rig, use: Any) -> None:
     task = Call(Pass("payments", leased=True))
-    rig.breaker.acquire("the task")
+    rig.acquire("the task")
     with within(task):
         assert use(rig, rig.works) == "paid"
     assert rig.store.calls["acquire"] == 1
@@ -80,13 +80,15 @@ def test_a_cancelled_call_frees_its_slot(rig: Rig) -> None:
 
 
 def _settle(rig: Rig, holder: str) -> None:
-    rig.fleet.reporter.settle(rig.breaker.spec, holder, rig.breaker.standing.epoch, Verdict(Outcome.SUCCESS), wait=5)
+    rig.fleet.reporter.settle(
+        rig.breaker._dependency.spec, holder, rig.breaker._dependency.standing.epoch, Verdict(Outcome.SUCCESS), wait=5
+    )
 
 
 def test_while_the_store_is_away_each_process_keeps_the_limit_for_itself(rig: Rig) -> None:
     rig.store.away = True
     with rig.breaker.guard():
-        assert not rig.fleet.acquire(rig.breaker.spec, "second").admitted
+        assert not rig.fleet.acquire(rig.breaker._dependency.spec, "second").admitted
     assert rig.breaker.call(rig.works) == "paid"
 
 
@@ -94,7 +96,7 @@ def test_free_slots_are_told_while_tasks_wait(rig: Rig) -> None:
     told: list[str] = []
     view = rig.fleet.view
     view.on_room = lambda: told.append("room")
-    rig.fleet.acquire(rig.breaker.spec, "first")
+    rig.fleet.acquire(rig.breaker._dependency.spec, "first")
     view.look_for_room(replace(rig.breaker.snapshot(), deferred=1))
     assert told == [], "no slot is free"
     _settle(rig, "first")
@@ -127,7 +129,7 @@ def request(task_id: str, *breakers: Breaker, ticket: Ticket | None = None) -> A
         name="shop.charge",
         ticket=ticket or Ticket(),
         holder=f"{task_id}:run",
-        guards=breakers,
+        guards=[breaker._dependency for breaker in breakers],
         defers_when_refused=lambda: True,
     )
 
@@ -137,7 +139,7 @@ def test_a_worker_runs_no_more_than_it_may(gate: Gate, payments: Breaker) -> Non
     assert first.passes[0].leased
     assert str(second.refusal) == "breaker 'payments' is at capacity"
     gate.settle(request("a", payments), first, Run(first, "a").report())
-    resumed = Ticket(breaker="payments", resumed=payments.standing.epoch)
+    resumed = Ticket(breaker="payments", resumed=payments._dependency.standing.epoch)
     assert gate.admit(request("b", payments, ticket=resumed)).passes
 
 
@@ -145,7 +147,7 @@ def test_a_slot_of_one_breaker_is_given_back_if_another_refuses(
     gate: Gate, payments: Breaker, resilience: Resilience, clock: Clock
 ) -> None:
     accounts = resilience.breaker("accounts", max_concurrency=1)
-    accounts.acquire("somebody else")
+    resilience.fleet.acquire(accounts._dependency.spec, "somebody else")
     refused = gate.admit(request("a", payments, accounts))
     clock.settle()
     assert refused.refused_by == "accounts"

@@ -28,8 +28,9 @@ def namespace() -> Iterator[dict[str, Any]]:
 
 def test_beyond_the_limit_a_call_is_refused(namespace: dict[str, Any]) -> None:
     assert namespace["coordinates"]("home") == "coordinates of home"
+    spec = namespace["geocoder"]._dependency.spec
     for number in range(4):
-        assert namespace["geocoder"].acquire(f"call {number}").admitted
+        assert namespace["resilience"].fleet.acquire(spec, f"call {number}").admitted
     assert namespace["coordinates"]("home") == "AT_CAPACITY"
     assert namespace["locate_now"].apply(args=["home"]).state == "FAILURE"
 

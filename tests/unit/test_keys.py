@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 from celery import Celery
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Resilience
-from resilient_tasks.breaker import REMEMBERED_FOR, Child
 from resilient_tasks.core.model import Verb
 from resilient_tasks.core.names import child_name, is_child, key_of, parent_of
+from resilient_tasks.dependency import REMEMBERED_FOR
 from resilient_tasks.scope import Pass
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker import tick
@@ -31,10 +32,8 @@ def app() -> Celery:
 
 
 @pytest.fixture
-def acme(payments: Breaker, clock: Clock) -> Child:
-    child = payments.child("acme")
-    assert isinstance(child, Child)
-    return child
+def acme(payments: Breaker, clock: Clock) -> Breaker:
+    return payments.child("acme")
 
 
 def failing() -> None:
@@ -132,15 +131,15 @@ def test_a_call_without_a_key_fails_alone(
 # --- parent and child ---------------------------------------------------------------------------------------
 
 
-def test_a_child_is_the_same_one_each_time_and_has_none_itself(payments: Breaker, acme: Child) -> None:
+def test_a_child_is_the_same_one_each_time_and_has_none_itself(payments: Breaker, acme: Breaker) -> None:
     assert payments.child("acme") is acme
-    assert payments.child_named(acme.name) is acme
+    assert payments._dependency.child_named(acme.name) is acme._dependency
     assert acme.policy is payments.policy
     with pytest.raises(ConfigurationError, match="is a child"):
         acme.child("branch")
 
 
-def test_a_childs_calls_count_for_the_child(payments: Breaker, acme: Child, clock: Clock) -> None:
+def test_a_childs_calls_count_for_the_child(payments: Breaker, acme: Breaker, clock: Clock) -> None:
     for _ in range(3):
         with pytest.raises(ConnectionError):
             acme.call(failing)
@@ -151,7 +150,7 @@ def test_a_childs_calls_count_for_the_child(payments: Breaker, acme: Child, cloc
         pass
 
 
-def test_an_open_parent_refuses_for_its_children(payments: Breaker, acme: Child, clock: Clock) -> None:
+def test_an_open_parent_refuses_for_its_children(payments: Breaker, acme: Breaker, clock: Clock) -> None:
     force(payments, "OPEN")
     with pytest.raises(BreakerOpenError, match="'payments'"):
         acme.call(int)
@@ -159,7 +158,7 @@ def test_an_open_parent_refuses_for_its_children(payments: Breaker, acme: Child,
 
 @pytest.mark.parametrize("state", ["CLOSED", "OPEN"])
 def test_a_trial_of_the_parent_is_decided_by_the_childs_call(
-    payments: Breaker, acme: Child, clock: Clock, state: str
+    payments: Breaker, acme: Breaker, clock: Clock, state: str
 ) -> None:
     force(payments, "OPEN")
     force(acme, state)
@@ -172,7 +171,7 @@ def test_a_trial_of_the_parent_is_decided_by_the_childs_call(
 
 
 def test_a_permit_of_the_parent_is_given_back_when_the_child_refuses(
-    payments: Breaker, acme: Child, clock: Clock
+    payments: Breaker, acme: Breaker, clock: Clock
 ) -> None:
     force(payments, "OPEN")
     clock.advance(20)
@@ -183,7 +182,7 @@ def test_a_permit_of_the_parent_is_given_back_when_the_child_refuses(
     assert payments.snapshot().trials == 0
 
 
-def test_coroutines_are_guarded_by_both(payments: Breaker, acme: Child, clock: Clock) -> None:
+def test_coroutines_are_guarded_by_both(payments: Breaker, acme: Breaker, clock: Clock) -> None:
     async def nothing() -> None: ...
 
     asyncio.run(acme.call(nothing))
@@ -193,11 +192,11 @@ def test_coroutines_are_guarded_by_both(payments: Breaker, acme: Child, clock: C
 
 
 def test_a_tasks_outcome_counts_for_the_child_and_a_trial_for_its_parent(
-    app: Celery, payments: Breaker, acme: Child, clock: Clock
+    app: Celery, payments: Breaker, acme: Breaker, clock: Clock
 ) -> None:
     force(payments, "OPEN")
     clock.advance(20)
-    gate, call = Gate(runtime_of(app)), request("a", Ticket(), *acme.guards)
+    gate, call = Gate(runtime_of(app)), request("a", Ticket(), payments, acme)
     admission = gate.admit(call)
     assert admission.passes[0].trial
     assert (admission.passes[0].for_child, admission.passes[1].for_child) == (True, False)
@@ -210,7 +209,7 @@ def test_a_tasks_outcome_counts_for_the_child_and_a_trial_for_its_parent(
 
 
 def test_a_failure_inside_a_childs_guard_is_no_strangers_to_the_parent(
-    app: Celery, payments: Breaker, acme: Child, clock: Clock
+    app: Celery, payments: Breaker, acme: Breaker, clock: Clock
 ) -> None:
     @app.task(shared=False, breaker="payments", name="t")
     def guarded() -> None:
@@ -220,21 +219,21 @@ def test_a_failure_inside_a_childs_guard_is_no_strangers_to_the_parent(
     assert gated(guarded, admission)[1].verdicts == (FAILURE,)
 
 
-def test_a_probe_with_one_parameter_is_the_childrens(payments: Breaker, acme: Child) -> None:
+def test_a_probe_with_one_parameter_is_the_childrens(payments: Breaker, acme: Breaker) -> None:
     asked: list[str] = []
     payments.probe(active=True)(asked.append)
-    assert payments.probe_to_run is None
-    probe = payments.child("api:80").probe_to_run
+    assert payments._dependency.probe_to_run is None
+    probe = payments.child("api:80")._dependency.probe_to_run
     assert probe is not None
     probe.function()
     assert asked == ["api:80"]
     assert not probe.active
 
 
-def test_a_probe_without_parameters_is_the_parents(payments: Breaker, acme: Child) -> None:
+def test_a_probe_without_parameters_is_the_parents(payments: Breaker, acme: Breaker) -> None:
     payments.probe(lambda: None)
-    assert payments.probe_to_run is not None
-    assert acme.probe_to_run is None
+    assert payments._dependency.probe_to_run is not None
+    assert acme._dependency.probe_to_run is None
 
 
 # --- many -----------------------------------------------------------------------------------------------------
@@ -266,16 +265,18 @@ def test_idle_children_are_forgotten_when_there_are_many(
     assert first.state == "CLOSED"
 
 
-def test_a_child_that_others_have_opened_is_known_here(payments: Breaker, acme: Child, resilience: Resilience) -> None:
+def test_a_child_that_others_have_opened_is_known_here(
+    payments: Breaker, acme: Breaker, resilience: Resilience
+) -> None:
     view, store = resilience.fleet.view, resilience.fleet.store
     payments.call(int)
-    stranger = Child(payments, "payments:stranger")
-    store.command(stranger.spec, Verb.TRIP)
+    stranger = replace(payments._dependency.spec, name="payments:stranger")
+    store.command(stranger, Verb.TRIP)
     view.refresh()
     assert view.standing("payments:stranger").snapshot.state == "OPEN"
     assert "payments:stranger" in {breaker.name for breaker in runtime_of(resilience._app).present()}
-    store.command(stranger.spec, Verb.RESET)
-    store.cool(stranger.spec)
+    store.command(stranger, Verb.RESET)
+    store.cool(stranger)
     view.refresh()
     assert view.active_children() == []
     view.refresh()  # what has become of it was read once more

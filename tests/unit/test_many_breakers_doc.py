@@ -40,4 +40,4 @@ def test_a_guard_and_a_probe_know_the_child(page: dict[str, Any]) -> None:
     page["resilience"].fleet.reporter.flush(5)
     acme = page["tenants"].child("acme")
     assert acme.snapshot().calls == 1
-    assert acme.probe_to_run.function.func is page["ping"]
+    assert acme._dependency.probe_to_run.function.func is page["ping"]

@@ -210,7 +210,7 @@ elsewhere_in_the_run = pytest.mark.parametrize("run", [in_a_thread, in_a_bare_th
 @elsewhere_in_the_run
 def test_threads_of_a_run_are_part_of_its_trial(rig: Rig, run: Any) -> None:
     rig.half_open()
-    rig.breaker.acquire("the task")
+    rig.acquire("the task")
     task = Call(Pass("payments", rig.breaker.snapshot().epoch, trial=True, leased=True), "a")
     with within(task):
         assert run(lambda: rig.breaker.call(rig.works)) == "paid"
@@ -221,14 +221,14 @@ def test_threads_of_a_run_are_part_of_its_trial(rig: Rig, run: Any) -> None:
 @elsewhere_in_the_run
 def test_threads_of_a_run_share_its_slot(rig: Rig, run: Any) -> None:
     narrow = Breaker("narrow", replace(POLICY, max_concurrency=1), fleet=lambda: rig.fleet)
-    narrow.acquire("the task")
+    rig.fleet.acquire(narrow._dependency.spec, "the task")
     with within(Call(Pass("narrow", leased=True), "a")):
         assert run(lambda: narrow.call(rig.works)) == "paid"
 
 
 def test_of_several_runs_a_thread_is_part_of_one_that_holds_a_permit(rig: Rig) -> None:
     rig.half_open()
-    rig.breaker.acquire("the task")
+    rig.acquire("the task")
     trial = Call(Pass("payments", rig.breaker.snapshot().epoch, trial=True, leased=True), "a")
     with within(trial), within(Call(Pass("mail"), "b")):
         assert in_a_thread(lambda: rig.breaker.call(rig.works)) == "paid"
@@ -254,7 +254,12 @@ def test_the_thread_of_another_task_is_part_of_no_run(rig: Rig) -> None:
 def test_a_call_under_several_breakers_is_around_guards_of_each(rig: Rig) -> None:
     mail = Breaker("mail", POLICY, fleet=lambda: rig.fleet)
     rig.half_open()
-    assert call_guarded([mail, rig.breaker], lambda: rig.breaker.call(lambda: mail.call(rig.works))) == "paid"
+    assert (
+        call_guarded(
+            [mail._dependency, rig.breaker._dependency], lambda: rig.breaker.call(lambda: mail.call(rig.works))
+        )
+        == "paid"
+    )
     assert rig.breaker.state is State.CLOSED
     rig.fleet.reporter.flush(5)
     assert mail.snapshot().calls == 1

@@ -42,10 +42,10 @@ class Rounds:
         self.woken += 1
 
     def begin(self, breaker: Breaker) -> bool:
-        snapshot, probe = breaker.snapshot(), breaker.registered_probe
+        snapshot, probe = breaker.snapshot(), breaker._dependency.probe
         assert probe is not None
         if probe.is_due(snapshot):
-            self.prober.start(breaker, probe, snapshot)
+            self.prober.start(breaker._dependency, probe, snapshot)
             return True
         return False
 
@@ -61,7 +61,7 @@ class Rounds:
 
     def check(self, breaker: Breaker, times: int = 1) -> State:
         """Let so many intervals pass and run an active probe in each."""
-        breaker.fleet.store.advance(breaker.spec)
+        breaker._dependency.fleet.store.advance(breaker._dependency.spec)
         for _ in range(times):
             self.clock.advance(10)
             state = self.run(breaker)
@@ -221,13 +221,13 @@ def test_it_opens_before_any_task_has_failed(rounds: Rounds, payments: Breaker, 
 
 def test_two_workers_make_each_check_once(app: Celery, rounds: Rounds, payments: Breaker) -> None:
     check = payments.probe(Dependency(), active=True)
-    payments.fleet.store.advance(payments.spec)
+    payments._dependency.fleet.store.advance(payments._dependency.spec)
     rounds.clock.advance(10)
     other = Rounds(app, rounds.clock)
-    snapshot, probe = payments.snapshot(), payments.registered_probe
+    snapshot, probe = payments.snapshot(), payments._dependency.probe
     assert probe is not None
     for prober in (rounds.prober, other.prober):
-        prober.start(payments, probe, snapshot)
+        prober.start(payments._dependency, probe, snapshot)
     for prober in (rounds.prober, other.prober):
         wait_until(lambda: not prober._lanes["payments"].is_busy())  # noqa: B023 - called at once
     assert check.asked == 1
@@ -241,7 +241,7 @@ def test_a_check_that_ends_after_the_breaker_has_moved_says_nothing(rounds: Roun
         raise ConnectionError
 
     payments.probe(ping, active=True, failures_before_open=1)
-    payments.fleet.store.advance(payments.spec)
+    payments._dependency.fleet.store.advance(payments._dependency.spec)
     rounds.clock.advance(10)
     rounds.begin(payments)
     payments.disable()
@@ -260,10 +260,10 @@ def test_while_the_store_is_away_nothing_is_checked(
     rounds.check(payments)
     assert check.asked == 1
     clock.advance(10)
-    snapshot, probe = payments.snapshot(), payments.registered_probe
+    snapshot, probe = payments.snapshot(), payments._dependency.probe
     assert probe is not None
     store.away = True
-    rounds.prober.start(payments, probe, snapshot)
+    rounds.prober.start(payments._dependency, probe, snapshot)
     wait_until(lambda: not rounds.prober._lanes["payments"].is_busy())
     assert check.asked == 1
 

@@ -72,7 +72,7 @@ def test_guards(namespace: dict[str, Any]) -> None:
     namespace["call"] = lambda: asked.append("call")
     namespace["fn"] = lambda *args, **kwargs: asked.append((args, kwargs))
     exec(GUARDS, namespace)
-    namespace["payments"].registered_probe.function()
+    namespace["payments"]._dependency.probe.function()
     assert asked == ["call", ((1,), {"key": "value"}), ("https://pay.example/health", 2)]
 
 
@@ -84,7 +84,7 @@ def test_time_outs_inside_a_guard(namespace: dict[str, Any]) -> None:
     exec(TIMEOUTS, namespace)
     with pytest.raises(TimeoutError):
         asyncio.run(namespace["ask_payments"]())
-    namespace["payments"].fleet.reporter.flush(5)
+    namespace["resilience"].fleet.reporter.flush(5)
     assert namespace["payments"].snapshot().failures == 1
 
 

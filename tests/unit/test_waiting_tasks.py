@@ -184,8 +184,8 @@ def test_trials_are_tasks_that_have_never_failed_if_there_are_any(
     runtime = runtime_of(app)
     resumer = Resumer(runtime, DeferredTasks(runtime, Events(app), runtime.queues))
     snapshot = payments.snapshot()
-    assert resumer.release(payments, snapshot, 3, unfailed_first=True) == ["b", "a", "c"]
-    assert sorted(resumer.release(payments, snapshot, 3, unfailed_first=True)) == ["d", "e"]
+    assert resumer.release(payments._dependency, snapshot, 3, unfailed_first=True) == ["b", "a", "c"]
+    assert sorted(resumer.release(payments._dependency, snapshot, 3, unfailed_first=True)) == ["d", "e"]
 
 
 def test_some_tasks_are_resumed_by_their_ids(app: Celery, resilience: Resilience, payments: Breaker) -> None:

@@ -1,0 +1,271 @@
+"""``Dependency``: what guards and workers ask of a breaker; users hold its public face, a ``Breaker``.
+
+It admits calls by this process's cached state or by the store, judges how they end, and reports that. It is made at
+import time, before the store's address is known, so it finds its fleet on first use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from resilient_tasks.core.classification import (
+    Verdict,
+    attribute_to,
+    attributed_to,
+    dependency_errors,
+    judge,
+    judge_result,
+    log_undecided,
+    refusal_in,
+)
+from resilient_tasks.core.counts import REFUSED, UNDECIDED
+from resilient_tasks.core.model import Outcome, State
+from resilient_tasks.core.names import child_name, parent_of
+from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError, ConfigurationError
+from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.probing import Probe
+from resilient_tasks.store.base import Spec
+from resilient_tasks.store.reports import Reporter
+from resilient_tasks.store.standing import Standing
+
+if TYPE_CHECKING:
+    from resilient_tasks.fleet import Fleet
+
+REMEMBERED_FOR = 60.0  # seconds for which a process goes by its cached state of a CLOSED child, which nothing refreshes
+SWEEP_INTERVAL = 60.0  # seconds between two searches for children that are no longer used, made when a new one is
+FULL_FOR = 10.0  # seconds for which a parent without room for more children is not asked again
+
+NO_VALUE = object()  # in place of what a call returned: it was a ``with`` block
+_SUCCESS, _SLOW = Verdict(Outcome.SUCCESS), Verdict(Outcome.SLOW)
+
+
+def _nowhere() -> Standing:
+    """Return a cached state that admits nothing, for breakers that have not joined their fleet yet."""
+    standing = Standing(Spec("nowhere"), perf_counter)
+    standing.admits = standing.admits_freely = False
+    return standing
+
+
+_NOWHERE = _nowhere()
+
+
+class Dependency:
+    """A breaker as guards and workers use it.
+
+    Args:
+        spec: the breaker as this process declares it.
+        find_fleet: returns this process's ``Fleet``.
+        parent: of a child, the breaker of one key. What the child admits its parent must admit, too; it counts alone,
+            under the parent's policy.
+
+    Attributes:
+        cached: the cached state, as it is; see :attr:`standing`.
+        plain: the same one, if a call that succeeds needs no look at its duration or value.
+        probe: the health check that the user has registered; None if there is none.
+    """
+
+    reporter: Reporter
+    _joined: Fleet | None
+    _children: dict[str, Dependency]  # without a lock: each step leaves it right, and forks inherit it
+
+    def __init__(self, spec: Spec, find_fleet: Callable[[], Fleet], parent: Dependency | None = None) -> None:
+        self.parent = parent
+        self.spec = spec
+        self.name = spec.name
+        self.policy: BreakerPolicy = spec.policy
+        self.probe: Probe | None = None
+        self.slow_after = math.inf if spec.policy.slow_call_duration is None else spec.policy.slow_call_duration
+        self._find_fleet = find_fleet
+        self._full_until = self._swept_at = -math.inf
+        self.detach()
+
+    def __repr__(self) -> str:
+        return f"<Dependency {self.name!r}>"
+
+    @property
+    def guards(self) -> tuple[Dependency, ...]:
+        """The breakers that a call must pass: a child's parent, and the breaker itself."""
+        return (self,) if self.parent is None else (self.parent, self)
+
+    @property
+    def probe_to_run(self) -> Probe | None:
+        """The registered probe; if that is a function that takes a key, it is one for each of the children."""
+        probe = self.probe if self.parent is None else self.parent.probe
+        if probe is None or probe.takes_key != (self.parent is not None):
+            return None
+        return probe if self.parent is None else probe.of_child(self.name)
+
+    # --- fleet and state --------------------------------------------------------------------------
+
+    @property
+    def fleet(self) -> Fleet:
+        """This process's fleet; on first use the breaker's state is read from the store."""
+        if self._joined is None:
+            fleet = self._find_fleet()
+            self.reporter = fleet.reporter
+            self.cached = fleet.join(self.spec)
+            if self.parent is None and self.slow_after == math.inf and self.policy.classify is dependency_errors:
+                self.plain = self.cached
+            self._joined = fleet
+        return self._joined
+
+    def detach(self) -> None:
+        """Forget the fleet and all children; the next use finds them anew."""
+        self._joined = None
+        self.cached = self.plain = _NOWHERE
+        self._children = {}
+
+    def declare(self, spec: Spec) -> None:
+        """Declare the breaker otherwise."""
+        self.spec = spec
+        if self._joined is not None:
+            self._joined.declare(spec)
+
+    @property
+    def standing(self) -> Standing:
+        """The cached state; that of a child is read anew from time to time, because nothing follows a CLOSED one."""
+        view = self.fleet.view
+        view.catch_up(self.cached)
+        if self.parent is not None and (self.cached.age or 0.0) > REMEMBERED_FOR:
+            view.look(self.spec)
+        return self.cached
+
+    @property
+    def state(self) -> State:
+        """State of the breaker as this process sees it."""
+        return self.standing.snapshot.state
+
+    @property
+    def accepting(self) -> bool:
+        """Whether a task sent now may run; with a probe the workers decide about trials."""
+        standing = self.standing
+        probes = self.probe_to_run is not None and not self.fleet.store.away
+        return standing.admits or not (standing.refuses or probes)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the cached state can be used without I/O."""
+        is_old = self.parent is not None and (self.cached.age or 0.0) > REMEMBERED_FOR
+        return self._joined is not None and not self.cached.is_behind and not is_old
+
+    # --- children ---------------------------------------------------------------------------------
+
+    def child(self, key: object) -> Dependency:
+        """Return the child of a key; the breaker itself if it has ``max_keys`` children already, none of them idle.
+
+        Raises:
+            ConfigurationError: the key is not allowed, or this is a child itself.
+        """
+        if self.parent is not None:
+            raise ConfigurationError(
+                f"breaker {self.name!r} is a child: allowed is a child of {self.parent.name!r}, not {key!r}"
+            )
+        name = child_name(self.name, key)
+        known = self._children.get(name)
+        if known is not None:
+            return known
+        fleet = self.fleet
+        if fleet.view.clock() < self._full_until:
+            return self
+        if not fleet.store.enroll(replace(self.spec, name=name)):
+            self._full_until = fleet.view.clock() + FULL_FOR
+            return self
+        return self.child_named(name)
+
+    def child_named(self, name: str) -> Dependency:
+        """Return the child of a name that a process of the fleet has used."""
+        known = self._children.get(name)
+        if known is None:
+            now = self.fleet.view.clock()
+            if now >= self._swept_at + SWEEP_INTERVAL:
+                self._swept_at = now
+                self._forget_idle_children()
+            child = Dependency(replace(self.spec, name=name), self._find_fleet, parent=self)
+            known = self._children.setdefault(name, child)
+        return known
+
+    def _forget_idle_children(self) -> None:
+        for name, child in list(self._children.items()):
+            if child.is_idle:
+                del self._children[name]
+                self.fleet.view.forget(name)
+                child.detach()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a child was not used here for a while, and is known as nothing but CLOSED."""
+        cached = self.cached
+        is_closed = cached.snapshot.state is State.CLOSED and not cached.pending
+        return self._joined is None or (is_closed and (cached.age or 0.0) > REMEMBERED_FOR)
+
+    # --- admission --------------------------------------------------------------------------------
+
+    def refuse(self) -> BreakerOpenError:
+        """Return the error of a refusal, and count it; at capacity no call is kept from the dependency for good."""
+        standing = self.standing
+        if standing.admits and not standing.admits_freely:
+            return BreakerOpenError(self.name, AT_CAPACITY, standing.retry_after)
+        self.fleet.reporter.tally(self.name, REFUSED)
+        return BreakerOpenError(self.name, standing.snapshot.state.value, standing.retry_after)
+
+    def hold(self, holder: str, seconds: float) -> None:
+        """Renew a permit until it is settled, at most for so many seconds."""
+        fleet = self.fleet
+        fleet.reporter.hold(self.name, holder, fleet.view.clock() + seconds)
+
+    # --- outcomes ---------------------------------------------------------------------------------
+
+    def judge(self, exc: BaseException, seconds: float = 0.0) -> Verdict:
+        """Return what the exception that ended a call after ``seconds`` means for the dependency.
+
+        One that ended a guarded call of another dependency inside this one means nothing here, nor does a refusal,
+        whatever it is wrapped in. Another one that means nothing, like a cancellation, is SLOW if it came too late.
+        """
+        policy = self.policy
+        other = attributed_to(exc)
+        is_anothers = other is not None and self.name not in (other, parent_of(other))
+        if is_anothers or refusal_in(exc, in_groups=False) is not None:
+            return Verdict(Outcome.IGNORED, type(exc).__name__)
+        verdict = judge(policy.classify, policy.failures, policy.ignore, exc)
+        if verdict.undecided and log_undecided(known := parent_of(self.name) or self.name, exc):
+            self.fleet.reporter.tally(known, UNDECIDED + verdict.cause)
+        return _SLOW if verdict.outcome is Outcome.IGNORED and seconds > self.slow_after else verdict
+
+    def judge_success(self, seconds: float, value: object = NO_VALUE) -> Verdict:
+        """Return what a call means that took ``seconds`` and returned ``value``."""
+        verdict = _SUCCESS if value is NO_VALUE else judge_result(self.policy.classify, value)
+        return _SLOW if verdict.outcome is Outcome.SUCCESS and seconds > self.slow_after else verdict
+
+    def report(
+        self, epoch: int, verdict: Verdict, *, voter: str = "", each: bool = False, was_overdue: bool = False
+    ) -> int:
+        """Report a call that was admitted in ``epoch`` without a permit; see :meth:`Reporter.report`."""
+        return self.fleet.reporter.report(self.cached, epoch, verdict, voter=voter, each=each, was_overdue=was_overdue)
+
+    def voter_of(self, verdict: Verdict) -> str:
+        """Return the task that votes by a verdict; "" outside any task, and for a success, which needs no voter."""
+        return "" if verdict.outcome is Outcome.SUCCESS else self.fleet.voter()
+
+    def report_failure(self, epoch: int, exc: BaseException, *, is_replaced: bool) -> int:
+        """Report a plain call that has raised ``exc``, unless a guard inside has counted that."""
+        counted_for, verdict = attributed_to(exc), self.judge(exc)
+        if verdict.outcome is Outcome.FAILURE:
+            attribute_to(exc, self.name)
+        if is_replaced and needs_no_report(self.name, verdict, counted_for):
+            return 0
+        return self.report(epoch, verdict, voter=self.voter_of(verdict), each=True)
+
+
+def needs_no_report(name: str, verdict: Verdict, counted_for: str | None) -> bool:
+    """Whether a call adds nothing to what guards inside it have reported: it has no failure of its own.
+
+    Args:
+        name: of the breaker.
+        verdict: on the call.
+        counted_for: the breaker for which one of them has counted the exception that has ended the call.
+    """
+    return verdict.outcome is not Outcome.FAILURE or name in (counted_for, parent_of(counted_for or ""))
