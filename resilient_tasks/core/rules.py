@@ -461,6 +461,12 @@ class Seen:
         """How many calls may be in flight now; None: any number."""
         return concurrency_limit(self.state, self._number("learned"), self.ramp_since, self.rules, self.now)
 
+    @property
+    def _is_due(self) -> bool:
+        """Whether a change is due that does not wait for the tick, as the end of an open time does."""
+        change = decide(self)
+        return change is not None and (self.state is not State.OPEN or change.transition is None)
+
     def snapshot(self) -> Snapshot:
         """Return the breaker as others see it, in seconds."""
         calls, failures, slow = self.sums
@@ -493,7 +499,7 @@ class Seen:
             in_flight=in_flight if self.rules.most_in_flight else 0,
             concurrency_limit=self.concurrency_limit,
             active_children=self._number("active_children"),
-            is_due=self.state is not State.OPEN and decide(self) is not None,
+            is_due=self._is_due,
             deferred=deferred,
             oldest_deferred_at=to_seconds(oldest),
             next_deadline_at=to_seconds(deadline),

@@ -35,8 +35,11 @@ def keys_of(lab: Lab, breaker: Subject) -> Any:
 def test_an_open_time_that_began_on_a_clock_ahead_lasts_no_longer(lab: Lab) -> None:
     lab.clock.advance(HOUR)
     breaker = lab.breaker().open()
+    assert not breaker.snapshot().is_due
     lab.clock.advance(-HOUR)
+    assert breaker.snapshot().is_due, "every process that looks mends it"
     assert breaker.advance().snapshot.retry_after == pytest.approx(5.0)
+    assert not breaker.snapshot().is_due
     lab.clock.advance(5)
     assert breaker.advance().snapshot.state is State.HALF_OPEN
 
