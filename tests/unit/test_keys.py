@@ -299,7 +299,7 @@ def test_a_tick_serves_as_many_children_as_it_has_time_for_and_the_next_one_the_
     monkeypatch.setattr(tick, "CHILDREN_SHARE", 0)
     monkeypatch.setattr(tick.Tick, "_serve", lambda _, breaker: served.append(breaker.name))
     monkeypatch.setattr(Reconciler, "reconcile", lambda *_: None)
-    monkeypatch.setattr(Runtime, "active_children", lambda _: children)
+    monkeypatch.setattr(Runtime, "active_children", lambda _: [child._dependency for child in children])
     for child in children:
         child.trip()
     clock.advance(payments.policy.max_open_duration)
