@@ -12,12 +12,15 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import unquote
+
+from pydantic import Field
 
 from resilient_tasks.core.model import Snapshot, State
 from resilient_tasks.core.names import key_of
 from resilient_tasks.errors import ConfigurationError
+from resilient_tasks.validation import Count, PositiveSeconds, check_fields
 
 LONGEST_RUN = 10.0  # seconds, unless the user says otherwise
 ACTIVE_INTERVAL = 10.0  # seconds
@@ -36,28 +39,22 @@ class Probe:
     """
 
     breaker: str
-    function: Callable[..., Any]
-    timeout: float | None = None
-    interval: float | None = None
+    function: Annotated[Callable[..., Any], Field(description="a function without arguments, or with a child's key")]
+    timeout: PositiveSeconds | None = None
+    interval: PositiveSeconds | None = None
     active: bool = False
-    failures_before_open: int | None = None
-    successes_before_close: int | None = None
+    failures_before_open: Count | None = None
+    successes_before_close: Count | None = None
 
     def __post_init__(self) -> None:
-        self._check("function", callable(self.function), "a function without arguments, or with a child's key")
-        for name in ("timeout", "interval"):
-            self._check(name, _is_seconds(getattr(self, name)), "a positive number of seconds or None")
-        for name in ("failures_before_open", "successes_before_close"):
-            self._check(name, _is_count(getattr(self, name)), "an integer of 1 or more, or None")
-        self._check("active", isinstance(self.active, bool), "True or False")
-        self._check("failures_before_open", self.active or self.failures_before_open is None, "None unless active=True")
+        subject = f"probe of breaker {self.breaker!r}: "
+        check_fields(self, subject)
+        if self.failures_before_open is not None and not self.active:
+            given = f"failures_before_open={self.failures_before_open!r}"
+            raise ConfigurationError(f"{subject}{given}: allowed is None unless active=True")
         if self.timeout is not None and self.timeout > self._longest_run:
-            self._check("timeout", False, f"up to the interval of {self.interval or ACTIVE_INTERVAL:g} seconds")
-
-    def _check(self, argument: str, is_allowed: bool, allowed: str) -> None:  # noqa: FBT001 - private
-        if not is_allowed:
-            value = getattr(self, argument)
-            raise ConfigurationError(f"probe of breaker {self.breaker!r}: {argument}={value!r}: allowed is {allowed}")
+            longest = f"{self.interval or ACTIVE_INTERVAL:g} seconds"
+            raise ConfigurationError(f"{subject}timeout={self.timeout!r}: allowed is up to the interval of {longest}")
 
     @property
     def takes_key(self) -> bool:
@@ -111,11 +108,3 @@ class Probe:
         interval = self.interval or ACTIVE_INTERVAL
         own_share = zlib.crc32(self.breaker.encode()) / 2**32
         return snapshot.now - (snapshot.now - own_share * interval) % interval
-
-
-def _is_seconds(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf)
-
-
-def _is_count(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)

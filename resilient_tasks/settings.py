@@ -27,13 +27,14 @@ from resilient_tasks.core.names import NAME_PATTERN, NAME_RULE
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.address import SCHEMES, hide_password, scheme_of
+from resilient_tasks.validation import check_field
 
 PREFIX = "RESILIENT_TASKS_"
 NESTED = "__"
 
 _CODE_ONLY = frozenset({"classify", "failures", "ignore"})
 _WORDS = {"none": None, "null": None, "true": True, "false": False}
-_POLICY_FIELDS = {field.name: field for field in fields(BreakerPolicy)}
+_POLICY_FIELDS = [field.name for field in fields(BreakerPolicy)]
 
 
 def _check_store_url(url: str) -> str:
@@ -195,13 +196,14 @@ def _parse(breaker: str, name: str, value: Any) -> Any:
     variable = _variable("breakers", breaker, name)
     if name in _CODE_ONLY:
         raise ConfigurationError(f"{variable}={value!r}: {name} takes Python callables; give it in code")
-    field = _POLICY_FIELDS.get(name)
-    if field is None:
+    if name not in _POLICY_FIELDS:
         allowed = ", ".join(known for known in _POLICY_FIELDS if known not in _CODE_ONLY)
         raise ConfigurationError(f"{variable}={value!r}: no such policy field; allowed are {allowed}")
     parsed = _value_of(value) if isinstance(value, str) else value
-    if not field.metadata["accepts"](parsed):
-        raise ConfigurationError(f"{variable}={value!r}: allowed is {field.metadata['allowed']}")
+    try:
+        check_field(BreakerPolicy, name, parsed)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{variable}={value!r}: {str(error).rpartition(': ')[2]}") from None
     return parsed
 
 

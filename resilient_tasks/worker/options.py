@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import tenacity
+from pydantic import Field, InstanceOf
 
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fallback import FallbackChain, as_chain
 from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.validation import Count, check_fields
 from resilient_tasks.worker.task_key import ALLOWED_KEYS, TaskKey, is_task_key
 
 LATEST = "latest"
@@ -21,12 +22,8 @@ RAISE: Final = "raise"
 _LONGEST = 100 * 365 * 24 * 3600.0  # seconds; what is meant to be longer is None
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_seconds(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= _LONGEST
+_DeferFor = Annotated[float, Field(gt=0, le=_LONGEST, description="a positive number of seconds")]
+_Retrying = Annotated[InstanceOf[tenacity.Retrying], Field(description="a tenacity.Retrying")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +44,13 @@ class TaskOptions:
     """
 
     breakers: tuple[str, ...]
-    fallback: FallbackChain
-    on_open: str = DEFER
-    on_failure: str = DEFER
-    max_attempts: int = 8
-    defer_for: float | None = None
-    retrying: tenacity.Retrying | None = None
-    coalesce: str | None = None
+    fallback: InstanceOf[FallbackChain]
+    on_open: Literal["defer", "fail"] = DEFER
+    on_failure: Literal["defer", "raise"] = DEFER
+    max_attempts: Count = 8
+    defer_for: _DeferFor | None = None
+    retrying: _Retrying | None = None
+    coalesce: Literal["latest"] | None = None
     coalesce_key: TaskKey | None = None
     breaker_key: TaskKey | None = None
 
@@ -68,31 +65,28 @@ class TaskOptions:
         Raises:
             ConfigurationError: an option is unknown or out of range; names task, option and what is allowed.
         """
-        return cls(
+        for option in ("breaker_key", "coalesce_key"):
+            key = getattr(task, option)
+            if key is not None and not is_task_key(key, task.run):
+                raise ConfigurationError(f"task {name!r}: {option}={key!r}: allowed is {ALLOWED_KEYS}, or None")
+        if task.coalesce_key is not None and task.coalesce is None:
+            key = f"coalesce_key={task.coalesce_key!r}"
+            raise ConfigurationError(f"task {name!r}: {key}: allowed with coalesce='latest' only")
+        on_failure = task.on_dependency_failure
+        options = cls(
             breakers=_breaker_names(task, name),
-            breaker_key=_option(
-                name, "breaker_key", task.breaker_key,
-                lambda v: v is None or is_task_key(v, task.run), f"{ALLOWED_KEYS}, or None",
-            ),
             fallback=as_chain(task.fallback, name, task.run),
-            on_open=_option(name, "on_open", task.on_open, lambda v: v in (DEFER, FAIL), "'defer' or 'fail'"),
-            on_failure=_option(
-                name, "on_failure",
-                _default_on_failure(task) if task.on_dependency_failure is None else task.on_dependency_failure,
-                lambda v: v in (DEFER, RAISE), "'defer' or 'raise'",
-            ),
-            max_attempts=_option(name, "max_attempts", task.max_attempts, _is_count, "an integer of 1 or more"),
-            defer_for=_option(
-                name, "defer_for", task.defer_for,
-                lambda v: v is None or _is_seconds(v), "a positive number of seconds or None",
-            ),
-            retrying=_option(
-                name, "retrying", task.retrying,
-                lambda v: v is None or isinstance(v, tenacity.Retrying), "a tenacity.Retrying or None",
-            ),
-            coalesce=_option(name, "coalesce", task.coalesce, lambda v: v in (None, LATEST), "'latest' or None"),
-            coalesce_key=_coalesce_key(task, name),
-        )  # fmt: skip
+            on_open=task.on_open,
+            on_failure=(DEFER if task.on_open == DEFER else RAISE) if on_failure is None else on_failure,
+            max_attempts=task.max_attempts,
+            defer_for=task.defer_for,
+            retrying=task.retrying,
+            coalesce=task.coalesce,
+            coalesce_key=task.coalesce_key,
+            breaker_key=task.breaker_key,
+        )
+        check_fields(options, f"task {name!r}: ")
+        return options
 
     def delay(self, policy: BreakerPolicy, attempts: int) -> float:
         """Seconds a task waits after its ``attempts``-th counted failure (the first, if none has counted)."""
@@ -106,29 +100,10 @@ def options_of(task: Any) -> TaskOptions | None:
     return options if isinstance(options, TaskOptions) else None
 
 
-def _option(task: str, name: str, value: Any, accepts: Callable[[Any], bool], allowed: str) -> Any:
-    if not accepts(value):
-        raise ConfigurationError(f"task {task!r}: {name}={value!r}: allowed is {allowed}")
-    return value
-
-
-def _coalesce_key(task: Any, name: str) -> TaskKey | None:
-    key: TaskKey | None = task.coalesce_key
-    if key is not None and task.coalesce is None:
-        raise ConfigurationError(f"task {name!r}: coalesce_key={key!r}: allowed with coalesce='latest' only")
-    _option(name, "coalesce_key", key, lambda v: v is None or is_task_key(v, task.run), f"{ALLOWED_KEYS}, or None")
-    return key
-
-
-def _default_on_failure(task: Any) -> str:
-    return DEFER if task.on_open == DEFER else RAISE
-
-
 def _breaker_names(task: Any, name: str) -> tuple[str, ...]:
     given = task.breaker if isinstance(task.breaker, (list, tuple)) else (task.breaker,)
     names = tuple(breaker.name if isinstance(breaker, Breaker) else breaker for breaker in given)
-    valid = bool(names) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
-    _option(
-        name, "breaker", task.breaker, lambda _: valid, "a Breaker, the name of one, or a list of such, each different"
-    )
+    if not names or not all(isinstance(each, str) for each in names) or len(set(names)) < len(names):
+        allowed = "a Breaker, the name of one, or a list of such, each different"
+        raise ConfigurationError(f"task {name!r}: breaker={task.breaker!r}: allowed is {allowed}")
     return names
