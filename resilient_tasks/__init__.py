@@ -26,9 +26,8 @@ if TYPE_CHECKING:
         ResilienceError,
         StoreError,
     )
-    from resilient_tasks.fallback import cached, constant
+    from resilient_tasks.fallback import Provenance, cached, constant
     from resilient_tasks.policy import BreakerPolicy
-    from resilient_tasks.provenance import Provenance
     from resilient_tasks.worker.dead_letters import DeadLetter
     from resilient_tasks.worker.task import ResilientTask
 
@@ -63,9 +62,9 @@ _NAMES_BY_MODULE = {
         "BreakerOpenError", "ConfigurationError", "DeadLetterError", "DeferralExpiredError", "DeferredQueueFullError",
         "ResilienceError", "StoreError",
     ),
-    "fallback": ("cached", "constant"),
+    "fallback": ("Provenance", "cached", "constant"),
     "policy": ("BreakerPolicy",),
-    "provenance": ("Provenance",),
+
     "worker.dead_letters": ("DeadLetter",),
     "worker.task": ("ResilientTask",),
 }  # fmt: skip

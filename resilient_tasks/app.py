@@ -19,11 +19,11 @@ from resilient_tasks.core.names import check_name, did_you_mean
 from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.dependency import Dependency
 from resilient_tasks.errors import ConfigurationError
+from resilient_tasks.fallback import Provenance, read_provenance
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.monitor import events
 from resilient_tasks.monitor.background import BackgroundQueue
 from resilient_tasks.policy import BreakerPolicy, PolicyFields
-from resilient_tasks.provenance import Provenance, read_provenance
 from resilient_tasks.settings import Settings, SettingsFields
 from resilient_tasks.signals import tell_of_transition
 from resilient_tasks.store.base import Store

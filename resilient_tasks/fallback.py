@@ -9,7 +9,8 @@ A task names one fallback or a list of them, and they are tried in order until o
 - ``cached(...)`` is the last good value of this task for these arguments, kept in the shared store;
 - ``constant(...)`` always answers.
 
-The task layer makes one :class:`FallbackChain` per task when the task is defined.
+The task layer makes one :class:`FallbackChain` per task when the task is defined. Where a result came from is kept
+beside it as its :class:`Provenance`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import json
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from kombu import serialization
 from kombu.utils import json as kombu_json
@@ -30,16 +31,16 @@ from kombu.utils import json as kombu_json
 from resilient_tasks.call import Call, parameter_names
 from resilient_tasks.errors import ConfigurationError, ResilienceError, StoreError
 from resilient_tasks.store.base import Store
+from resilient_tasks.validation import PositiveSeconds, check
 
 logger = logging.getLogger("resilient_tasks")
 
-LARGEST_VALUE = 64 * 1024
-"""Most bytes of JSON that ``cached`` keeps for one call."""
+LARGEST_VALUE = 64 * 1024  # bytes of JSON that ``cached`` keeps for one call
 
 CacheKey = Callable[[tuple[Any, ...], dict[str, Any]], str]
 
 _ALLOWED = "allowed are cached(max_age=...), constant(...), a function, or a list of these"
-_VALUES = "fallback"
+_VALUES, _PROVENANCE = "fallback", "provenance"  # kinds of values in the store
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +58,11 @@ class Served:
     age: float | None = None
 
 
-class Fallback(Protocol):
-    """One link of a chain."""
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """Always the same value; made by :func:`constant`."""
 
-    def check(self, task_name: str, parameters: Sequence[str]) -> None:
-        """Raise ConfigurationError if this cannot work for a task with these parameters."""
-
-    def answer(self, call: Call, store: Store) -> Served | None:
-        """Return an answer, or None to let the next one try."""
+    value: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,38 +72,29 @@ class Cached:
     max_age: float
     key: str | CacheKey | None = None
 
-    def check(self, task_name: str, parameters: Sequence[str]) -> None:
-        """Refuse a ``max_age`` that is not a positive number and a ``key`` that names no parameter."""
-        if not _is_positive_number(self.max_age):
-            raise ConfigurationError(
-                f"task {task_name!r}: fallback cached(max_age={self.max_age!r}): allowed is a positive number"
-                " of seconds"
-            )
-        if self.key is not None and not callable(self.key) and self.key not in parameters:
-            raise ConfigurationError(
-                f"task {task_name!r}: fallback cached(key={self.key!r}): allowed is the name of a parameter,"
-                f" one of {', '.join(parameters) or '(none)'}, or a callable (args, kwargs) -> str"
-            )
-
     def answer(self, call: Call, store: Store) -> Served | None:
         """Return the last good value if it is not older than ``max_age``."""
         key = self.key_of(call)
-        found = None if key is None else _read_value(store, key)
+        try:
+            found = None if key is None else store.get(_VALUES, key)
+        except StoreError as error:
+            logger.debug("last good value not read: %s", error, extra=call.log_fields)
+            return None
         if found is None or found[1] > self.max_age:
             return None
         payload, age = found
         try:
-            return Served(_decode(payload), "cached", age)
+            value = serialization.loads(payload, "application/json", "utf-8", accept={"application/json"})
         except Exception:
             what = "Task %s[%s]: its last good value cannot be read"
             logger.exception(what, call.task_name, call.task_id, extra=call.log_fields)
             return None
+        return Served(value, "cached", age)
 
     def key_of(self, call: Call) -> str | None:
         """Return the digest under which the value of ``call`` is kept; None: this call cannot be cached."""
         try:
-            identity = self._identity(call)
-            text = kombu_json.dumps([call.task_name, identity], sort_keys=True)
+            text = kombu_json.dumps([call.task_name, self._identity(call)], sort_keys=True)
         except Exception as error:  # noqa: BLE001  users' key functions, and arguments that JSON cannot hold
             what = "Task %s[%s]: this call cannot be cached: %r"
             logger.warning(what, call.task_name, call.task_id, error, extra=call.log_fields)
@@ -120,58 +109,6 @@ class Cached:
             return key
         arguments = call.arguments()
         return arguments if self.key is None else arguments[self.key]
-
-
-@dataclass(frozen=True, slots=True)
-class Constant:
-    """Always the same value; made by :func:`constant`."""
-
-    value: Any
-
-    def check(self, task_name: str, parameters: Sequence[str]) -> None:  # noqa: ARG002  the protocol's
-        """Refuse a value that cannot become a task's result."""
-        try:
-            _encode(self.value)
-        except Exception as error:
-            raise ConfigurationError(
-                f"task {task_name!r}: fallback constant({self.value!r}): allowed is a value that JSON can hold"
-            ) from error
-
-    def answer(self, call: Call, store: Store) -> Served:  # noqa: ARG002  the protocol's
-        """Return the value; a copy, because a caller may change what it gets."""
-        return Served(copy.deepcopy(self.value), "constant")
-
-
-@dataclass(frozen=True, slots=True)
-class Function:
-    """A user's function as a fallback."""
-
-    function: Callable[..., Any]
-
-    def check(self, task_name: str, parameters: Sequence[str]) -> None:  # noqa: ARG002  the protocol's
-        """Refuse coroutine functions: a task's body is synchronous and nothing would await them."""
-        if _is_async(self.function):
-            raise ConfigurationError(
-                f"task {task_name!r}: fallback {self.name} is a coroutine function: allowed is a plain function"
-            )
-
-    def answer(self, call: Call, store: Store) -> Served | None:  # noqa: ARG002  the protocol's
-        """Call the function with the task's arguments; an exception, or what JSON cannot hold, is no answer."""
-        try:
-            value = self.function(*call.args, **call.kwargs)
-            _encode(value)
-        except Exception as error:
-            expected = isinstance(error, ResilienceError)  # its own breaker refused: no traceback per task
-            fields = call.task_name, call.task_id, self.name, error
-            logger.warning("Task %s[%s]: fallback %s: %r", *fields, exc_info=not expected, extra=call.log_fields)
-            return None
-        return Served(value, self.name)
-
-    @property
-    def name(self) -> str:
-        """Name of the function, however it is wrapped."""
-        function = _unwrapped(self.function)
-        return str(getattr(function, "__name__", type(function).__name__))
 
 
 def cached(max_age: float, key: str | CacheKey | None = None) -> Cached:
@@ -196,30 +133,38 @@ def constant(value: Any) -> Constant:
 class FallbackChain:
     """The fallbacks of one task, tried in order. Empty chains are false."""
 
-    def __init__(self, task_name: str, members: Sequence[Fallback]) -> None:
-        self.task_name = task_name
-        self.members = tuple(members)
-        self._warned = False
+    def __init__(self, members: Sequence[Cached | Constant | Callable[..., Any]]) -> None:
+        self._members = members
+        self._has_warned = False
 
     def __bool__(self) -> bool:
-        return bool(self.members)
+        return bool(self._members)
 
     def answer(self, call: Call, store: Store) -> Served | None:
         """Return the first answer, or None if no fallback has one. Raises nothing."""
-        for member in self.members:
-            served = member.answer(call, store)
+        for member in self._members:
+            if isinstance(member, Constant):
+                return Served(copy.deepcopy(member.value), "constant")  # a caller may change what it gets
+            served = member.answer(call, store) if isinstance(member, Cached) else _called(member, call)
             if served is not None:
                 return served
         return None
 
     def remember(self, call: Call, value: Any, store: Store) -> None:
         """Keep a good value for the ``cached`` fallbacks of this chain. Raises nothing."""
-        lifetimes = self._lifetimes(call)
+        lifetimes: dict[str, float] = {}  # fallbacks that differ in ``max_age`` only share the longest-lived entry
+        for member in self._members:
+            if isinstance(member, Cached) and (key := member.key_of(call)) is not None:
+                lifetimes[key] = max(member.max_age, lifetimes.get(key, 0.0))
         if not lifetimes:
             return
-        encoded, fault = _encoded(value)
-        if fault:
-            self._warn_once(call, fault)
+        try:
+            encoded = _encode(value)
+        except Exception as error:  # noqa: BLE001  whatever a user's __json__ may raise
+            self._warn_once(call, f"JSON cannot hold it ({type(error).__name__})")
+            return
+        if len(encoded) > LARGEST_VALUE:
+            self._warn_once(call, f"{len(encoded)} bytes are more than {LARGEST_VALUE}")
             return
         try:
             for key, max_age in lifetimes.items():
@@ -227,19 +172,25 @@ class FallbackChain:
         except StoreError as error:
             logger.debug("last good value not kept: %s", error)
 
-    def _lifetimes(self, call: Call) -> dict[str, float]:
-        """Keys to write; fallbacks that differ in ``max_age`` only share the longest-lived entry."""
-        lifetimes: dict[str, float] = {}
-        for member in self.members:
-            if isinstance(member, Cached) and (key := member.key_of(call)) is not None:
-                lifetimes[key] = max(member.max_age, lifetimes.get(key, 0.0))
-        return lifetimes
-
     def _warn_once(self, call: Call, why: str) -> None:
-        if not self._warned:
-            self._warned = True
+        if not self._has_warned:
+            self._has_warned = True
             what = "Task %s[%s]: its result is not kept for cached(): %s"
             logger.warning(what, call.task_name, call.task_id, why, extra=call.log_fields)
+
+
+def _called(function: Callable[..., Any], call: Call) -> Served | None:
+    """Call a function with the task's arguments; an exception, or what JSON cannot hold, is no answer."""
+    name = str(getattr(_unwrapped(function), "__name__", type(_unwrapped(function)).__name__))
+    try:
+        value = function(*call.args, **call.kwargs)
+        _encode(value)
+    except Exception as error:
+        is_expected = isinstance(error, ResilienceError)  # its own breaker refused: no traceback per task
+        fields = call.task_name, call.task_id, name, error
+        logger.warning("Task %s[%s]: fallback %s: %r", *fields, exc_info=not is_expected, extra=call.log_fields)
+        return None
+    return Served(value, name)
 
 
 def as_chain(fallback: Any, task_name: str, body: Callable[..., Any]) -> FallbackChain:
@@ -247,50 +198,39 @@ def as_chain(fallback: Any, task_name: str, body: Callable[..., Any]) -> Fallbac
 
     Args:
         fallback: ``cached(...)``, ``constant(...)``, a function, or a list or tuple of these.
-        task_name: for messages and cache keys.
+        task_name: for messages.
         body: the task's function, ``task.run``; a ``key=`` that names none of its parameters is found here.
 
     Raises:
         ConfigurationError: one of them is something else or cannot work; the message names the task.
     """
-    if fallback is None:
-        return FallbackChain(task_name, [])
-    items = fallback if isinstance(fallback, (list, tuple)) else [fallback]
-    members = [_as_member(item, task_name) for item in items]
-    parameters = parameter_names(body)
-    for member in members:
-        member.check(task_name, parameters)
-    return FallbackChain(task_name, members)
+    items = [] if fallback is None else fallback if isinstance(fallback, (list, tuple)) else [fallback]
+    for item in items:
+        _check(item, f"task {task_name!r}: fallback", parameter_names(body))
+    return FallbackChain(tuple(items))
 
 
-def _as_member(item: Any, task_name: str) -> Fallback:
-    if isinstance(item, (Cached, Constant)):
-        return item
-    if item is cached or item is constant or not callable(item):
-        raise ConfigurationError(f"task {task_name!r}: fallback={item!r}: {_ALLOWED}")
-    return Function(item)
-
-
-# --- small helpers --------------------------------------------------------------------------------
-
-
-def _read_value(store: Store, key: str) -> tuple[bytes, float] | None:
-    try:
-        return store.get(_VALUES, key)
-    except StoreError as error:
-        logger.debug("last good value not read: %s", error)
-        return None
-
-
-def _encoded(value: Any) -> tuple[bytes, str]:
-    """Return ``value`` as JSON, and what is wrong with that: an empty text if nothing is."""
-    try:
-        encoded = _encode(value)
-    except Exception as error:  # noqa: BLE001  whatever a user's __json__ may raise
-        return b"", f"JSON cannot hold it ({type(error).__name__})"
-    if len(encoded) > LARGEST_VALUE:
-        return b"", f"{len(encoded)} bytes are more than {LARGEST_VALUE}"
-    return encoded, ""
+def _check(item: Any, subject: str, parameters: Sequence[str]) -> None:
+    if isinstance(item, Cached):
+        check(f"{subject} cached: ", "max_age", PositiveSeconds, item.max_age)
+        if item.key is not None and not callable(item.key) and item.key not in parameters:
+            raise ConfigurationError(
+                f"{subject} cached(key={item.key!r}): allowed is the name of a parameter,"
+                f" one of {', '.join(parameters) or '(none)'}, or a callable (args, kwargs) -> str"
+            )
+    elif isinstance(item, Constant):
+        try:
+            _encode(item.value)
+        except Exception as error:
+            raise ConfigurationError(
+                f"{subject} constant({item.value!r}): allowed is a value that JSON can hold"
+            ) from error
+    elif item is cached or item is constant or not callable(item):
+        raise ConfigurationError(f"{subject}={item!r}: {_ALLOWED}")
+    else:
+        function = _unwrapped(item)
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+            raise ConfigurationError(f"{subject} {item!r} is a coroutine function: allowed is a plain function")
 
 
 def _encode(value: Any) -> bytes:
@@ -298,20 +238,44 @@ def _encode(value: Any) -> bytes:
     return payload if isinstance(payload, bytes) else str(payload).encode()
 
 
-def _decode(payload: bytes) -> Any:
-    return serialization.loads(payload, "application/json", "utf-8", accept={"application/json"})
-
-
-def _is_positive_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _is_async(function: Callable[..., Any]) -> bool:
-    function = _unwrapped(function)
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-
-
 def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(function, partial):
         function = function.func
     return function
+
+
+# --- where a result came from ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a task's result came from when a fallback made it.
+
+    Args:
+        source: ``"cached"``, ``"constant"`` or the function's name.
+        age: seconds since a cached value was good when it was served, else ``None``.
+        breaker: name of the breaker whose refusal or failure called for the fallback.
+    """
+
+    source: str
+    age: float | None
+    breaker: str
+
+
+def write_provenance(store: Store, task_id: str, served: Served, breaker: str, ttl: float) -> None:
+    """Note for ``ttl`` seconds where the result of ``task_id`` came from. Raises nothing."""
+    note = {"source": served.source, "age": served.age, "breaker": breaker}
+    try:
+        store.put(_PROVENANCE, task_id, json.dumps(note).encode(), ttl=ttl)
+    except StoreError as error:
+        logger.debug("provenance not kept: %s", error)
+
+
+def read_provenance(store: Store, task_id: str) -> Provenance | None:
+    """Return where the result of ``task_id`` came from; None: from the task itself, or not known (any more).
+
+    Raises:
+        StoreError: the store is unavailable.
+    """
+    found = store.get(_PROVENANCE, task_id)
+    return None if found is None else Provenance(**json.loads(found[0]))

@@ -19,9 +19,9 @@ from resilient_tasks.core.classification import Verdict, attributed_to, refusal_
 from resilient_tasks.core.counts import FAILED
 from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
+from resilient_tasks.fallback import write_provenance
 from resilient_tasks.guard import call_guarded
 from resilient_tasks.monitor import tracing
-from resilient_tasks.provenance import write_provenance
 from resilient_tasks.scope import current_scope
 from resilient_tasks.worker.options import DEFER
 from resilient_tasks.worker.quick_attempts import bounded, time_limit

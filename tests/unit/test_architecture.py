@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # bottom to top; a module imports from its own layer and from lower ones
 LAYERS = [
     {"errors", "validation", "policy", "core"},
-    {"store", "call", "fallback", "provenance", "monitor", "settings", "checks", "probing", "signals", "grpc_call"},
+    {"store", "call", "fallback", "monitor", "settings", "checks", "probing", "signals", "grpc_call"},
     {"fleet", "scope", "dependency", "guard", "breaker"},
     {"worker"},
     {"app", "prometheus"},

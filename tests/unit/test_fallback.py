@@ -15,12 +15,14 @@ from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreEr
 from resilient_tasks.fallback import (
     LARGEST_VALUE,
     FallbackChain,
+    Provenance,
     Served,
     as_chain,
     cached,
     constant,
+    read_provenance,
+    write_provenance,
 )
-from resilient_tasks.provenance import Provenance, read_provenance, write_provenance
 from resilient_tasks.store.base import Store
 
 

@@ -1,0 +1,80 @@
+"""What users may give: types with bounds, checked by pydantic, and one text for every mistake.
+
+The description of a type is what its error says is allowed.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from resilient_tasks.errors import ConfigurationError
+
+_LONGEST = 30 * 24 * 3600
+_MANY = 1_000_000_000
+
+PositiveSeconds = Annotated[float, Field(gt=0, lt=float("inf"), description="a positive number of seconds")]
+Seconds = Annotated[
+    float, Field(gt=0, le=_LONGEST, description="a positive number of seconds up to 2,592,000 (30 days)")
+]
+SecondsOrZero = Annotated[float, Field(ge=0, le=_LONGEST, description="from 0 to 2,592,000 seconds (30 days)")]
+Rate = Annotated[float, Field(gt=0, le=1, description="a number above 0 and up to 1")]
+Count = Annotated[int, Field(ge=1, le=_MANY, description="an integer of 1 or more")]
+NumberOf = Annotated[int, Field(ge=1, le=1_000_000, description="an integer from 1 to 1,000,000")]
+Text = Annotated[str, Field(pattern=r"\S", description="a text that is not empty")]
+
+
+def check(subject: str, name: str, kind: Any, value: object, allowed: str = "") -> None:
+    """Check one value.
+
+    Args:
+        subject: what it belongs to; the message begins with it.
+        name: of the argument or field.
+        kind: its type; values are never converted.
+        value: what was given.
+        allowed: what is allowed, if the type does not say it.
+
+    Raises:
+        ConfigurationError: the value is not of that type.
+    """
+    _check(subject, name, TypeAdapter(kind), value, allowed or _allowed(kind))
+
+
+def check_field(owner: type, name: str, value: object) -> None:
+    """Check a value for one field of a dataclass; raise ConfigurationError if it is not allowed."""
+    adapter, allowed = _fields(owner)[name]
+    _check("", name, adapter, value, allowed)
+
+
+def check_fields(thing: Any, subject: str = "") -> None:
+    """Check all fields of a dataclass; raise ConfigurationError if a value is not allowed."""
+    for name, (adapter, allowed) in _fields(thing.__class__).items():
+        _check(subject, name, adapter, getattr(thing, name), allowed)
+
+
+def _check(subject: str, name: str, adapter: TypeAdapter[Any], value: object, allowed: str) -> None:
+    try:
+        adapter.validate_python(value, strict=True)
+    except (ValidationError, OverflowError):
+        raise ConfigurationError(f"{subject}{name}={value!r}: allowed is {allowed}") from None
+
+
+@lru_cache(maxsize=100)
+def _fields(owner: Any) -> dict[str, tuple[TypeAdapter[Any], str]]:
+    hints = get_type_hints(owner, include_extras=True)
+    return {name: (TypeAdapter(hints[name]), _allowed(hints[name])) for name in owner.__dataclass_fields__}
+
+
+def _allowed(kind: Any) -> str:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType) and NoneType in parts:
+        return " or ".join([*(_allowed(part) for part in parts if part is not NoneType), "None"])
+    if origin is Literal:
+        return " or ".join(map(repr, parts))
+    if origin is Annotated:
+        texts = (getattr(part, "description", None) for part in reversed(parts))
+        return next((text for text in texts if isinstance(text, str)), _allowed(parts[0]))
+    return "True or False" if kind is bool else getattr(kind, "__name__", str(kind))
