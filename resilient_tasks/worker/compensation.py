@@ -35,6 +35,8 @@ LINGER = 5.0
 REFUSED_FOR = 60.0
 #: Seconds over which the usual duration of a breaker's calls is learned.
 LEARNING = 300.0
+#: Times ``late_after`` that a call takes, at least, to be late, however long its breaker's calls usually take.
+MOST_LATE = 10
 #: Calls after which quicker ones no longer count for more.
 FIRST_CALLS = 50
 #: Suspect breakers that are remembered; keyed breakers may be many, and some are never called again.
@@ -181,11 +183,11 @@ class Compensation:
     def _limit(self, breaker: Dependency) -> float:
         """Seconds after which a call is late.
 
-        ``late_after``; where calls usually take longer, twice as long as they do; never more than
-        ``slow_call_duration``.
+        ``late_after``; where calls usually take longer, twice as long as they do, but at most :data:`MOST_LATE` times
+        ``late_after``: a worker may have known nothing but an outage. Never more than ``slow_call_duration``.
         """
-        usual = self.usual(breaker.name) or 0.0
-        return min(max(self._late_after, 2 * usual), breaker.policy.slow_call_duration or math.inf)
+        usual = min(2 * (self.usual(breaker.name) or 0.0), MOST_LATE * self._late_after)
+        return min(max(self._late_after, usual), breaker.policy.slow_call_duration or math.inf)
 
     def _learn(self, breaker: Dependency, seconds: float, now: float) -> None:
         """Move what is usual towards one call by the share of :data:`LEARNING` since the last.

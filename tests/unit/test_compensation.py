@@ -13,7 +13,7 @@ from resilient_tasks import Breaker, Resilience
 from resilient_tasks.core.counts import SPARE_SLOTS, SUSPECTED
 from resilient_tasks.testing import Clock, in_memory
 from resilient_tasks.worker import compensation as module
-from resilient_tasks.worker.compensation import LINGER, REFUSED_FOR, Compensation
+from resilient_tasks.worker.compensation import LINGER, MOST_LATE, REFUSED_FOR, Compensation
 from resilient_tasks.worker.runtime import runtime_of
 from tests.support.doubles import ManualClock
 
@@ -215,14 +215,27 @@ def test_children_that_hang_leave_a_slot_however_many_they_are(
 
 def test_where_calls_usually_take_long_they_are_late_after_twice_as_long(worker: Worker, payments: Breaker) -> None:
     worker.run("first", payments)
-    worker.advance(5.0)
+    worker.advance(2.0)
     assert worker.compensation.is_suspect("payments")
     worker.end("first")
     assert not worker.compensation.is_suspect("payments"), "that is what its calls take"
     hang(worker, payments, 4)
-    worker.advance(8.0)
+    worker.advance(3.5)
     assert not worker.compensation.is_suspect("payments")
-    worker.advance(2.0)
+    worker.advance(1.0)
+    assert worker.compensation.is_suspect("payments")
+
+
+def test_a_worker_that_has_known_nothing_but_a_hang_finds_it_late_all_the_same(
+    worker: Worker, payments: Breaker
+) -> None:
+    worker.run("first", payments)
+    worker.advance(60.0)
+    worker.end("first")
+    hang(worker, payments, 4)
+    worker.advance(MOST_LATE * worker.compensation._late_after - 0.5)
+    assert not worker.compensation.is_suspect("payments")
+    worker.advance(1.0)
     assert worker.compensation.is_suspect("payments")
 
 
