@@ -92,7 +92,9 @@ def test_a_task_that_retries_itself_is_never_also_deferred(running: Shop) -> Non
         result.get(timeout=60)
     assert len(running.runs("insistent")) == 2
     assert running.waiting("payments") == 0
-    running.wait(lambda: running.payments.snapshot().failures == 1, "both runs to be counted as one vote")
+    running.wait(lambda: running.payments.snapshot().failures == 2, "both runs to be counted")
+    evidence = 1 / running.payments.policy.minimum_calls
+    assert running.payments.snapshot().evidence == pytest.approx(evidence), "as one vote"
 
 
 def test_retrying_makes_quick_attempts_that_all_count(running: Shop) -> None:

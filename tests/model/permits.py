@@ -9,9 +9,9 @@ known as one even where its number would not tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 from resilient_tasks.core.model import Answer, Calls, Grant, Outcome, State, Verb
 from resilient_tasks.core.rules import Kept
@@ -43,7 +43,7 @@ LEASE = 2  # seconds
 TICKS = 2  # seconds in which a tick runs at least once
 NOBODY, NEVER = "nobody", -1
 
-Ask = Callable[[LocalStore], Answer | Grant | None]
+Answered = Answer | Grant | list[bool]
 
 
 @dataclass
@@ -65,6 +65,8 @@ class Permits:
     operated: bool = False
     store: type[LocalStore] = LocalStore
     holders: tuple[str, str] = ("worker 0", "worker 1")
+    _decided: dict[tuple[Breaker, str, tuple[object, ...]], tuple[Answered, Breaker]] = field(default_factory=dict)
+    _written: dict[World, World] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         policy = BreakerPolicy(
@@ -79,18 +81,19 @@ class Permits:
     def steps(self, world: World) -> Iterator[Step[World]]:
         """Yield all that may happen."""
         for what, after, fault in self._steps(world):
-            yield Step(what, self._small(after), fault)
+            if after not in self._written:
+                self._written[after] = self._small(after)
+            yield Step(what, self._written[after], fault)
 
     def _steps(self, world: World) -> Iterator[Step[World]]:
         for worker, call in enumerate(world.calls):
             yield from self._idle(worker, world) if call is None else self._busy(worker, world, call)
-        yield Step("tick", self._decide(world, lambda store: store.advance(self.spec))._replace(without_tick=0))
+        yield Step("tick", self._decide(world, "advance")[0]._replace(without_tick=0))
         if self._may_time_pass(world):
             yield Step("a second passes", self._later(world))
         if self.operated:
             for verb in (Verb.TRIP, Verb.ISOLATE, Verb.RESET):
-                after = self._decide(world, partial(_command, spec=self.spec, verb=verb))
-                yield Step(f"operator: {verb}", after, fault=True)
+                yield Step(f"operator: {verb}", self._decide(world, "command", verb)[0], fault=True)
         for fault in world.faults:
             yield Step(fault.value, self._store_fails(fault, world._replace(faults=world.faults - {fault})), fault=True)
         if world.local is not None:
@@ -105,14 +108,8 @@ class Permits:
             call = Call(breaker.era, breaker.epoch, trial=False, renews=False)
             yield Step(f"worker {worker} begins", with_call(world, worker, call))
             return
-        grants: list[Grant] = []
-
-        def ask(store: LocalStore) -> Grant:
-            grants.append(store.acquire(self.spec, self.holders[worker], lease=LEASE))
-            return grants[0]
-
-        after = self._decide(world, ask, worker=worker)
-        [grant] = grants
+        after, grant = self._decide(world, "acquire", self.holders[worker], worker=worker)
+        assert isinstance(grant, Grant)
         if grant.admitted:
             breaker = breaker_of(worker, after)
             after = with_call(after, worker, Call(breaker.era, breaker.epoch, grant.trial, renews=grant.trial))
@@ -131,26 +128,16 @@ class Permits:
         yield Step(f"worker {worker} is killed", dead._replace(local=None) if worker == 1 else dead, fault=True)
 
     def _report(self, worker: int, world: World, call: Call, outcome: Outcome) -> World:
-        def tell(epoch: int, holder: str, store: LocalStore) -> Answer:
-            evidence = Evidence(epoch, (Calls(outcome),))
-            return (
-                store.settle(self.spec, holder, outcome, evidence) if call.trial else store.record(self.spec, evidence)
-            )
-
-        after = self._decide(world, partial(tell, call.epoch + 1, self.holders[worker]), worker=worker)
+        what, holder = ("settle", self.holders[worker]) if call.trial else ("record", NOBODY)
+        after, _ = self._decide(world, what, holder, outcome, call.epoch + 1, worker=worker)
         if call.era != breaker_of(worker, world).era:
-            untold = breaker_of(worker, self._decide(world, partial(tell, NEVER, NOBODY), worker=worker))
+            untold = breaker_of(worker, self._decide(world, what, NOBODY, outcome, NEVER, worker=worker)[0])
             told = breaker_of(worker, after)._replace(stragglers=untold.stragglers)  # it frees its own permit
             see(told == untold, "a report of another epoch has an effect")
         return after
 
     def _renew(self, worker: int, world: World, call: Call) -> World:
-        renewed: list[bool] = []
-
-        def renew(store: LocalStore) -> None:
-            renewed.extend(store.renew(NAME, [self.holders[worker]], lease=LEASE))
-
-        after = self._decide(world, renew, worker=worker)
+        after, renewed = self._decide(world, "renew", self.holders[worker], worker=worker)
         return after if renewed == [True] else with_call(world, worker, call._replace(renews=False))
 
     # --- time and the store -----------------------------------------------------------------------------
@@ -190,23 +177,43 @@ class Permits:
 
     # --- decisions --------------------------------------------------------------------------------------
 
-    def _decide(self, world: World, ask: Ask, *, worker: int = 0) -> World:
+    def _decide(self, world: World, what: str, *details: object, worker: int = 0) -> tuple[World, Answered]:
         """Let the rules decide on the breaker that a worker goes by; see that they keep what they promise."""
         breaker = breaker_of(worker, world)
-        store = self._store(breaker)
-        answer = ask(store)
-        kept = store._breakers[NAME]
-        moved = kept.fields["epoch"] != breaker.epoch + 1
-        reported = answer is not None and answer.transition is not None
+        question = breaker._replace(era=0), what, details  # many worlds ask the same
+        if question not in self._decided:
+            self._decided[question] = self._ask(*question)
+        answer, after = self._decided[question]
+        moved = after.epoch != breaker.epoch
+        after = after._replace(era=next_era(world) if moved else breaker.era)
+        reported = not isinstance(answer, list) and answer.transition is not None
         see(moved == reported, "an epoch and no event, or an event and no epoch")
         if moved:
-            see(kept.fields["epoch"] > world.told + 1, "two events for one epoch")
-            world = world._replace(told=kept.fields["epoch"] - 1)
-        expired = store._seen(self.spec).expired
-        after = frozen(kept, next_era(world) if moved else breaker.era, breaker.permits, expired)
+            see(after.epoch > world.told, "two events for one epoch")
+            world = world._replace(told=after.epoch)
         live = sum(permit.left > 0 for permit in after.permits + after.stragglers)
         see(live <= self.trial_calls, "more permits than allowed")
-        return world._replace(local=after) if breaker is world.local else written(world, after)
+        return world._replace(local=after) if breaker is world.local else written(world, after), answer
+
+    def _ask(self, breaker: Breaker, what: str, details: tuple[Any, ...]) -> tuple[Answered, Breaker]:
+        """Return what a store that keeps the breaker answers, and what it keeps then."""
+        store = self._store(breaker)
+        answer: Answered
+        if what == "advance":
+            answer = store.advance(self.spec)
+        elif what == "command":
+            answer = store.command(self.spec, *details)
+        elif what == "acquire":
+            answer = store.acquire(self.spec, *details, lease=LEASE)
+        elif what == "renew":
+            answer = store.renew(NAME, details, lease=LEASE)
+        else:
+            holder, outcome, epoch = details
+            told = Evidence(epoch, (Calls(outcome),))
+            settles = what == "settle"
+            answer = store.settle(self.spec, holder, outcome, told) if settles else store.record(self.spec, told)
+        expired = store._seen(self.spec).expired
+        return answer, frozen(store._breakers[NAME], breaker.era, breaker.permits, expired)
 
     def _created(self) -> Kept:
         return Kept({**new(NOW), "rules": self.spec.rules().text()})
@@ -258,7 +265,3 @@ class Permits:
             for number, straggler in enumerate(sorted(breaker.stragglers, key=lambda straggler: straggler.left))
         ]  # fmt: skip
         return breaker._replace(permits=tuple(permits), stragglers=tuple(sorted(stragglers)))
-
-
-def _command(store: LocalStore, spec: Spec, verb: Verb) -> Answer:
-    return store.command(spec, verb)
