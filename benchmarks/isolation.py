@@ -27,12 +27,14 @@ def throughput(bench: Rig, seconds: float) -> None:
     count = round(SECONDS * project.LIMIT / seconds)
     side.delete(project.FINISHED, project.MOST_IN_FLIGHT)
     started = time.time()
-    for _ in range(count):
-        project.occupy.delay(seconds)
+    sent = {project.occupy.delay(seconds).id: place for place in range(count)}
     wait_until(lambda: side.llen(project.FINISHED) == count, timeout=PATIENCE, what="all to finish")
     rate = count / (max(float(line.split()[1]) for line in finishes(bench)) - started)
     share = rate * seconds / project.LIMIT
     print(f"{count} tasks of {seconds:g} s: {rate:.1f} per second, {share:.0%} of limit / duration")
+    moved = sorted(abs(sent[line.split()[0]] - place) for place, line in enumerate(finishes(bench)))
+    places = f"median {moved[count // 2]}, 95 % {moved[count * 95 // 100]}, most {moved[-1]}"
+    print(f"    places between being sent and being finished: {places}")
 
 
 def kill_one(bench: Rig, workers: list[Any], choices: random.Random) -> None:
