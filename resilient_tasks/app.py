@@ -58,7 +58,7 @@ class Resilience:
         ConfigurationError: a setting is unknown or out of range.
     """
 
-    def __init__(self, app: Celery | None = None, **settings: Unpack[SettingsFields]) -> None:
+    def __init__(self, app: Celery[Any] | None = None, **settings: Unpack[SettingsFields]) -> None:
         self.settings = Settings.load(**settings)
         self._background = BackgroundQueue("events")
         self._app: Celery | None = None
@@ -75,7 +75,7 @@ class Resilience:
         """All breakers by name."""
         return MappingProxyType(self._breakers)
 
-    def init_app(self, app: Celery) -> None:
+    def init_app(self, app: Celery[Any]) -> None:
         """Make the tasks of ``app`` resilient and its workers members of the fleet."""
         self._app = app
         runtime = Runtime(app, self._dependencies, connect=lambda: self.fleet, settings=lambda: self.settings)
