@@ -78,15 +78,10 @@ class HealthCheckError(ConnectionError):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of a probe, as the checks inside see it.
+    """One run of a probe, as the checks inside see it."""
 
-    Args:
-        ends_at: on the monotonic clock.
-        last_heartbeat: returns the seconds since the last heartbeat of the breaker; None: there was none.
-    """
-
-    ends_at: float
-    last_heartbeat: Callable[[], float | None]
+    ends_at: float  # on the monotonic clock
+    last_heartbeat: Callable[[], float | None]  # seconds since the last one of the breaker; None: there was none
 
 
 _run: ContextVar[Run | None] = ContextVar("resilient_tasks_health_check", default=None)

@@ -56,19 +56,13 @@ _NOWHERE = _nowhere()
 class Dependency:
     """A breaker as guards and workers use it.
 
-    Args:
-        spec: the breaker as this process declares it.
-        find_fleet: returns this process's ``Fleet``.
-        parent: of a child, the breaker of one key. What the child admits its parent must admit, too; it counts alone,
-            under the parent's policy.
-
-    Attributes:
-        cached: the cached state, as it is; see :attr:`standing`.
-        plain: the same one, if a call that succeeds needs no look at its duration or value.
-        probe: the health check that the user has registered; None if there is none.
+    A child, the breaker of one key, has a parent: what it admits the parent must admit, too. It counts alone, under the
+    parent's policy.
     """
 
     reporter: Reporter
+    cached: Standing  # as it is; ``standing`` is brought up to date
+    plain: Standing  # the same one, if a call that succeeds needs no look at its duration or value
     _joined: Fleet | None
     _children: dict[str, Dependency]  # without a lock: each step leaves it right, and forks inherit it
 
@@ -263,9 +257,6 @@ class Dependency:
 def needs_no_report(name: str, verdict: Verdict, counted_for: str | None) -> bool:
     """Whether a call adds nothing to what guards inside it have reported: it has no failure of its own.
 
-    Args:
-        name: of the breaker.
-        verdict: on the call.
-        counted_for: the breaker for which one of them has counted the exception that has ended the call.
+    ``counted_for`` is the breaker for which one of them has counted the exception that has ended the call.
     """
     return verdict.outcome is not Outcome.FAILURE or name in (counted_for, parent_of(counted_for or ""))

@@ -264,11 +264,7 @@ class _Call(Scope):
     # --- admission ----------------------------------------------------------------------------------
 
     def _admit_by_cache(self) -> dict[str, Pass | None]:
-        """Return what is granted by what this process knows; None: the store must be asked.
-
-        Raises:
-            BreakerOpenError: it is refused.
-        """
+        """Return what is granted by what this process knows, None where the store must be asked; raise a refusal."""
         self.outer = outer = _scope_around(self._dependencies[0])
         if outer is not None:
             self._dependencies = [_in_place_of(dependency, outer) for dependency in self._dependencies]
@@ -287,13 +283,10 @@ class _Call(Scope):
         return None
 
     def admit(self) -> dict[str, Pass]:
-        """Admit it by the cached states, and where those do not decide by the store.
-
-        Raises:
-            BreakerOpenError: it is refused.
-        """
+        """Admit it by the cached states, and where those do not decide by the store; raise a refusal."""
         known = self._admit_by_cache()
-        self._holder = uuid.uuid4().hex
+        if None in known.values():
+            self._holder = uuid.uuid4().hex
         passes: dict[str, Pass] = {}
         try:
             for guard, of in self._guards:
@@ -449,11 +442,7 @@ class _Call(Scope):
     # --- what a function returns --------------------------------------------------------------------
 
     def finish(self, fn: Callable[..., Any], result: Any) -> Any:
-        """Return what ``fn`` has returned; if that is to be awaited or entered, the call goes on until then.
-
-        Raises:
-            ConfigurationError: ``fn`` is a generator function, or makes a context manager of one.
-        """
+        """Return what ``fn`` has returned; if that is to be awaited or entered, the call goes on until then."""
         if type(result) is CoroutineType:  # nothing has happened yet: it is admitted when it is awaited
             self.give_up()
             return _await(self._dependencies[0], result)

@@ -11,34 +11,19 @@ from resilient_tasks.core.classification import Verdict
 
 
 class Pass(NamedTuple):
-    """What one breaker has granted to one call.
-
-    Args:
-        breaker: its name.
-        epoch: its epoch at that moment; the outcome is reported for this epoch.
-        trial: the call is a trial: it holds a permit, or is part of a call that does.
-        counts: a dependency failure of this run that is attributed to the breaker would count as an attempt.
-        leased: the call itself holds a permit, or one of a limited number of slots.
-        for_child: it is the pass of a parent, for a call that counts for a child: only a trial counts.
-        watched: the call is reported when it is overdue; guards of the same breaker inside it need not be.
-    """
+    """What one breaker has granted to one call."""
 
     breaker: str
-    epoch: int = 0
-    trial: bool = False
-    counts: bool = False
-    leased: bool = False
-    for_child: bool = False
-    watched: bool = False
+    epoch: int = 0  # at that moment; the outcome is reported for this epoch
+    trial: bool = False  # the call holds a permit, or is part of a call that does
+    counts: bool = False  # a dependency failure of this run that is attributed to the breaker counts as an attempt
+    leased: bool = False  # the call itself holds a permit, or one of a limited number of slots
+    for_child: bool = False  # it is the pass of a parent, for a call that counts for a child: only a trial counts
+    watched: bool = False  # the call is reported when it is overdue; guards of the same breaker inside it need not be
 
 
 class Scope:
-    """A call in progress, as guards inside it see it.
-
-    Args:
-        passes: what it holds.
-        task_id: of the task whose run it is; "" for another call.
-    """
+    """A call in progress, as guards inside it see it; ``task_id`` is that of the task whose run it is, or ""."""
 
     __slots__ = ("has_ended", "outer", "passes", "task_id")
 

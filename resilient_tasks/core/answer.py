@@ -14,15 +14,8 @@ from typing import Any
 
 _BEGINNING = 100  # bytes of a body
 _STATUS_ATTRIBUTES = (
-    "status_code",
-    "status",
-    "http_status",
-    "http_status_code",
-    "http_code",
-    "httpcode",
-    "errcode",
-    "code",
-)
+    "status_code", "status", "http_status", "http_status_code", "http_code", "httpcode", "errcode", "code"
+)  # fmt: skip
 _ANSWERS = ("response", "resp", "meta")  # where clients keep the whole answer
 # Packages whose ``code`` is that of another protocol.
 _OTHER_CODES = frozenset({"aiormq", "aiosmtplib", "amqp", "clickhouse_connect", "clickhouse_driver", "pika", "pymongo"})
@@ -102,12 +95,7 @@ def header_of(exc: BaseException, name: str) -> str | None:
 
 
 def retry_after_of(exc: BaseException, clock: Callable[[], float]) -> float | None:
-    """Return the seconds of a ``Retry-After`` header; a date counts from the response's own ``Date``.
-
-    Args:
-        exc: what a client raised.
-        clock: wall clock in seconds, for a date without the server's own.
-    """
+    """Return the seconds of a ``Retry-After`` header; a date counts from the response's own ``Date``, if it has one."""
     text = header_of(exc, "Retry-After")
     if text is None:
         return None
@@ -170,10 +158,7 @@ def unwrapped(exc: BaseException, opens: Callable[[BaseException], bool] = lambd
 
     Wrapped is what it was raised from, or else what was being handled when it was raised (unless ``from None``),
     the members of a group, and what it holds in ``args`` and in attributes, lists and dictionaries included.
-
-    Args:
-        exc: where to begin.
-        opens: whether to go on to what an exception wraps; asked after it was yielded, if it wraps anything.
+    ``opens`` says whether to go on to what an exception wraps; it is asked after that was yielded.
     """
     seen, waiting = {id(exc)}, deque([exc])
     while waiting:

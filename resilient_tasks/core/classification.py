@@ -33,19 +33,12 @@ _CONTROL_FLOW = {"asyncio": frozenset({"CancelledError"}), "celery": frozenset({
 
 
 class Verdict(NamedTuple):
-    """What one finished call says about its dependency.
+    """What one finished call means for its dependency."""
 
-    Args:
-        outcome: what is counted.
-        cause: the exception's type or its HTTP status, never its text, which may hold secrets.
-        retry_after: seconds the dependency asked to be left alone.
-        undecided: no rule knows the exception: it is not counted, and the user should say what it is.
-    """
-
-    outcome: Outcome
-    cause: str = ""
-    retry_after: float | None = None
-    undecided: bool = False
+    outcome: Outcome  # what is counted
+    cause: str = ""  # the exception's type or its HTTP status, never its text, which may hold secrets
+    retry_after: float | None = None  # seconds that the dependency asked to be left alone
+    undecided: bool = False  # no rule knows the exception: it is not counted, and the user should say what it is
 
 
 def dependency_errors(exc: BaseException) -> Outcome:
@@ -67,14 +60,8 @@ def judge(
     """Judge the exception that ended a guarded call, by a policy's three settings.
 
     ``ignore`` wins over ``failures``, which win over ``policy_classify``. A user's function that raises
-    is logged once and the call is not counted; nothing is raised from here.
-
-    Args:
-        policy_classify: ``BreakerPolicy.classify``.
-        failures: ``BreakerPolicy.failures``.
-        ignore: ``BreakerPolicy.ignore``.
-        exc: what the call raised; a Celery ``Retry`` is judged by the exception that it carries.
-        clock: wall clock in seconds, for a ``Retry-After`` that is a date.
+    is logged once and the call is not counted; nothing is raised from here. A Celery ``Retry`` is judged by the
+    exception that it carries.
     """
     carried = carried_by(exc)
     if carried is None or _is_control_flow(carried):
@@ -240,11 +227,8 @@ def _label(exc: BaseException) -> str:
 def refusal_in(exc: BaseException, *, in_groups: bool = True) -> BreakerOpenError | None:
     """Return the refusal that ``exc`` is or wraps, unless it wraps a failure that a guard has counted before that.
 
-    A mistake in code, made while a refusal was handled, wraps none.
-
-    Args:
-        exc: what has ended a call.
-        in_groups: whether to look among the members of exception groups, of which others may be failures.
+    A mistake in code, made while a refusal was handled, wraps none. Without ``in_groups`` members of exception groups
+    are not looked at, for others of them may be failures.
     """
 
     def opens(one: BaseException) -> bool:

@@ -28,20 +28,7 @@ _Retrying = Annotated[InstanceOf[tenacity.Retrying], Field(description="a tenaci
 
 @dataclass(frozen=True, slots=True)
 class TaskOptions:
-    """Options of a task that names a breaker; see the README's table.
-
-    Args:
-        breakers: names of the breakers; all must admit.
-        fallback: what may answer instead.
-        on_open: ``"defer"`` or ``"fail"``, when the breaker refuses and no fallback answers.
-        on_failure: ``"defer"`` or ``"raise"``, when the task itself fails through the dependency.
-        max_attempts: dependency failures of one task before it fails for good.
-        defer_for: longest time in deferral, seconds; None: no bound.
-        retrying: quick attempts inside one run; None: one attempt.
-        coalesce: ``"latest"``: of its deferred calls with one key only the latest runs; None: all run.
-        coalesce_key: what tells its calls apart; None: all arguments.
-        breaker_key: which child of the first breaker answers for a call; None: that breaker itself.
-    """
+    """Options of a task that names a breaker; the README's table explains them."""
 
     breakers: tuple[str, ...]
     fallback: InstanceOf[FallbackChain]
@@ -56,15 +43,7 @@ class TaskOptions:
 
     @classmethod
     def of(cls, task: Any, name: str) -> TaskOptions:
-        """Read the options of a task class.
-
-        Args:
-            task: the class.
-            name: of the task, which a class may leave to Celery.
-
-        Raises:
-            ConfigurationError: an option is unknown or out of range; names task, option and what is allowed.
-        """
+        """Read the options of a task class; raise ConfigurationError if one is not allowed."""
         for option in ("breaker_key", "coalesce_key"):
             key = getattr(task, option)
             if key is not None and not is_task_key(key, task.run):
