@@ -19,14 +19,14 @@ LAYERS = [
     {"store", "call", "fallback", "monitor", "settings", "checks", "probing", "signals", "grpc_call"},
     {"fleet", "scope", "dependency", "guard", "breaker"},
     {"worker"},
-    {"app", "prometheus"},
+    {"app", "prometheus", "typed"},
     {"__init__"},
     {"flower", "testing"},
     {"cli"},
 ]
 # who may import what of Celery and its transport
 CELERY = {
-    "celery": {"worker", "app", "prometheus", "cli"},
+    "celery": {"worker", "app", "prometheus", "cli", "typed"},
     "celery.utils.dispatch": {"signals"},
     "billiard": {"worker"},
     "kombu": {"worker"},
