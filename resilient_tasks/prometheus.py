@@ -8,18 +8,28 @@ has a ``/metrics`` of its own adds them with one line::
     register(app)
 
 One process is enough: everything is read from the shared store, so several export the same values. Needs the extra
-``resilient_tasks[metrics]``.
+``resilient_tasks[metrics]``. ``docs/metrics.md`` is the catalogue below for people; a test compares the two.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
 
-from resilient_tasks.monitor.metrics import BreakerCollector, Subject
+from resilient_tasks.core.counts import Counts
+from resilient_tasks.core.model import Outcome, Snapshot, State
+from resilient_tasks.errors import StoreError
 from resilient_tasks.worker.options import options_of
 from resilient_tasks.worker.runtime import Runtime, runtime_of
 
@@ -28,8 +38,202 @@ if TYPE_CHECKING:
 
 __all__ = ["BreakerCollector", "register"]
 
+logger = logging.getLogger("resilient_tasks")
+
+PREFIX = "celery_breaker_"
+UP = f"{PREFIX}up"
+
 #: Most children of one breaker that have series: each has as many as a breaker.
 MOST_CHILDREN = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One breaker as metrics show it.
+
+    Args:
+        snapshot: the breaker now.
+        counts: what was counted since ever.
+        queue: name of its deferred queue.
+        tasks: names of the app's tasks that it guards.
+        done_in: seconds until the last waiting task is resumed; None: unknown, or none waits.
+    """
+
+    snapshot: Snapshot
+    counts: Counts
+    queue: str
+    tasks: Sequence[str] = ()
+    done_in: float | None = None
+
+
+class Metric:
+    """One metric of the catalogue.
+
+    Args:
+        name: without the prefix; that of a counter, which only grows, ends in ``_total``.
+        text: its help line, also in the documentation.
+        read: its value for one breaker, None where it has none, or the path of a field; with ``label``: values by it.
+        label: its label beside ``breaker``, if it has one.
+    """
+
+    def __init__(self, name: str, text: str, read: Callable[[Subject], Any] | str, label: str = "") -> None:
+        self.name = PREFIX + name
+        self.text = text
+        self.labels = (label,) if label else ()
+        self._read = attrgetter(read) if isinstance(read, str) else read
+
+    def family(self, subjects: Sequence[Subject]) -> Family:
+        """Return the values for some breakers, as prometheus-client exposes them."""
+        make = CounterMetricFamily if self.name.endswith("_total") else GaugeMetricFamily
+        family = make(self.name, self.text, labels=["breaker", *self.labels])
+        for subject in subjects:
+            value = self._read(subject)
+            values = value if self.labels else {} if value is None else {(): value}
+            for label, each in values.items():
+                family.add_metric([subject.snapshot.name, *([str(label)] if self.labels else ())], each)
+        return family
+
+
+def _calls(subject: Subject) -> Mapping[str, int]:
+    return {outcome.lower(): subject.counts.calls.get(outcome, 0) for outcome in _COUNTED}
+
+
+def _transitions(subject: Subject) -> Mapping[str, int]:
+    entered = subject.counts.entered
+    return {state.value: entered.get(state, 0) for state in State if state in _USUAL or state in entered}
+
+
+def _oldest(subject: Subject) -> float:
+    snapshot = subject.snapshot
+    since = snapshot.oldest_deferred_at
+    return 0.0 if since is None else max(0.0, snapshot.now - since)
+
+
+def _in_flight(subject: Subject) -> int | None:
+    return None if subject.snapshot.concurrency_limit is None else subject.snapshot.in_flight
+
+
+_USUAL = (State.CLOSED, State.OPEN, State.HALF_OPEN)  # the others take an operator
+_COUNTED = (Outcome.SUCCESS, Outcome.FAILURE, Outcome.SLOW)
+
+METRICS = (
+    Metric(
+        "state",
+        "1 for the state that the breaker is in, 0 for all others.",
+        lambda subject: {state.value: float(subject.snapshot.state is state) for state in State},
+        "state",
+    ),
+    Metric("state_timestamp_seconds", "When it entered that state, seconds since the epoch.", "snapshot.since"),
+    Metric(
+        "next_trial_timestamp_seconds",
+        "When its open time is over, seconds since the epoch; only while it is OPEN and heals by itself.",
+        "snapshot.next_probe_at",
+    ),
+    Metric("calls_total", "Guarded calls by outcome (success, failure, slow), trials included.", _calls, "outcome"),
+    Metric(
+        "failure_evidence",
+        "How near it is to opening by failures, 0 to 1; while OPEN as at the trip.",
+        "snapshot.evidence",
+    ),
+    Metric("slow_evidence", "The same by slow calls and calls that hang.", "snapshot.slow_evidence"),
+    Metric(
+        "failure_ratio",
+        "Share of failures over about its window, 0 to 1; while OPEN as at the trip.",
+        "snapshot.failure_rate",
+    ),
+    Metric("slow_ratio", "Share of slow successes over about its window, likewise.", "snapshot.slow_rate"),
+    Metric("refused_total", "Calls that it refused, of tasks and of guards.", "counts.refused"),
+    Metric("deferred_tasks", "Tasks that wait for it now.", "snapshot.deferred"),
+    Metric("oldest_deferred_seconds", "How long the oldest of them has waited; 0 if none waits.", _oldest),
+    Metric(
+        "done_in_seconds",
+        "When the last of them will be resumed, at the learned rate; absent while that is unknown.",
+        "done_in",
+    ),
+    Metric("deferred_total", "Tasks that were deferred for the first time.", "counts.deferred"),
+    Metric("deferred_again_total", "Deferrals of tasks that had been resumed before.", "counts.deferred_again"),
+    Metric("resumed_total", "Tasks that were sent back to their queues.", "counts.resumed"),
+    Metric(
+        "fallback_total",
+        "Answers of fallbacks by source: cached, constant, or the name of a function.",
+        lambda subject: {source.lower(): count for source, count in subject.counts.fallbacks.items()},
+        "source",
+    ),
+    Metric("failed_total", "Tasks that a refusal has failed, because they are not to wait.", "counts.failed"),
+    Metric("dead_lettered_total", "Tasks that went to its dead-letter queue.", "counts.dead"),
+    Metric("expired_total", "Those of them that had waited too long.", "counts.expired"),
+    Metric("revoked_total", "Tasks that were revoked while they waited.", "counts.revoked"),
+    Metric("dropped_total", "Waiting tasks that an operator dropped.", "counts.dropped"),
+    Metric("coalesced_total", "Waiting tasks that a later one with the same key has replaced.", "counts.coalesced"),
+    Metric(
+        "redelivered_total", "Tasks that the broker delivered again: some may have run twice.", "counts.redelivered"
+    ),
+    Metric("suspected_total", "How often it became suspect in a worker, because a call was late.", "counts.suspected"),
+    Metric("spare_slots_total", "Pool slots that workers have added because of its late calls.", "counts.spare_slots"),
+    Metric("trials_total", "Calls that were made under a permit.", "counts.trials"),
+    Metric("permits", "Permits in flight.", "snapshot.trials"),
+    Metric("in_flight", "Calls that hold one of its slots; only of a breaker with max_concurrency.", _in_flight),
+    Metric("concurrency_limit", "How many slots it has at present, likewise.", "snapshot.concurrency_limit"),
+    Metric("transitions_total", "Transitions by the state that was entered.", _transitions, "state"),
+    Metric(
+        "hot_children",
+        "Its children that are not CLOSED, or that tasks wait for; absent if none. The first 100 have series, too.",
+        lambda subject: subject.snapshot.active_children or None,
+    ),
+    Metric(
+        "info",
+        "Always 1; its label is the deferred queue, under the name that celery-exporter gives queues.",
+        lambda subject: {subject.queue: 1},
+        "queue_name",
+    ),
+    Metric(
+        "task_info",
+        "Always 1, once for each task that it guards, under the label that celery-exporter gives tasks.",
+        lambda subject: dict.fromkeys(subject.tasks, 1),
+        "name",
+    ),
+)
+
+#: Metrics of the scrape itself, without labels.
+HEALTH = {
+    UP: "1 if the store answered, else 0: then there are no other metrics of breakers.",
+    f"{PREFIX}view_age_seconds": "Seconds since the store last answered.",
+    f"{PREFIX}scrape_duration_seconds": "Seconds that reading it took.",
+}
+
+
+class BreakerCollector(Collector):
+    """Reads all breakers with each scrape, which takes no longer than the store's time limit allows.
+
+    Args:
+        read: reads all breakers from the store; may raise ``StoreError``.
+    """
+
+    def __init__(self, read: Callable[[], Sequence[Subject]]) -> None:
+        self._read = read
+        self._answered_at = float("-inf")  # on the monotonic clock
+        self._is_up = True
+
+    def describe(self) -> Iterator[Family]:
+        """Yield all families without values: registering asks for names, and needs no store."""
+        yield from (GaugeMetricFamily(name, text) for name, text in HEALTH.items())
+        yield from (metric.family(()) for metric in METRICS)
+
+    def collect(self) -> Iterator[Family]:
+        """Yield all families as the store knows them now; while it is unavailable only those of the scrape."""
+        began, subjects = time.monotonic(), None
+        try:
+            subjects = self._read()
+            self._answered_at = time.monotonic()
+        except StoreError as error:
+            if self._is_up:
+                logger.warning("metrics cannot be read: %s", error)
+        self._is_up = subjects is not None
+        ended = time.monotonic()
+        health = (float(self._is_up), ended - self._answered_at, ended - began)
+        yield from (GaugeMetricFamily(*metric, value) for metric, value in zip(HEALTH.items(), health, strict=True))
+        if subjects is not None:
+            yield from (metric.family(subjects) for metric in METRICS)
 
 
 def register(app: Celery, registry: CollectorRegistry = REGISTRY) -> BreakerCollector:

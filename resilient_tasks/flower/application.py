@@ -13,8 +13,7 @@ from resilient_tasks.flower import flower_internals
 from resilient_tasks.flower.handlers import Metrics, routes
 from resilient_tasks.flower.service import Service
 from resilient_tasks.monitor.log import Throttle
-from resilient_tasks.monitor.metrics import UP
-from resilient_tasks.prometheus import register
+from resilient_tasks.prometheus import UP, register
 from resilient_tasks.worker.runtime import find_runtime
 
 logger = logging.getLogger("resilient_tasks")

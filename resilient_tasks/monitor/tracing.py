@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 from resilient_tasks.core.model import State
 
@@ -29,30 +29,17 @@ _TRACEPARENT = "traceparent"
 _IS_INSTALLED = "trace" in globals()
 
 
-class Traced(Protocol):
-    """What a span needs of a breaker."""
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-
-    @property
-    def state(self) -> State:
-        """Its cached state."""
-
-
-def tell_run(breakers: Sequence[Traced], first: str) -> None:
-    """Describe the current span as a run of a guarded task.
+def record_run(states: Mapping[str, State], first: str) -> None:
+    """Describe the current span as a run of a task that breakers guard, by name and cached state.
 
     Args:
-        breakers: the task's.
+        states: of the task's breakers.
         first: ``traceparent`` of what the task did before it was deferred; "" if it never was.
     """
     span = _current_span()
     if span is None:
         return
-    names, states = [breaker.name for breaker in breakers], [str(breaker.state) for breaker in breakers]
-    span.set_attributes({NAME: _one_or_all(names), STATE: _one_or_all(states)})
+    span.set_attributes({NAME: _one_or_all(list(states)), STATE: _one_or_all([str(each) for each in states.values()])})
     if first:
         link = trace.get_current_span(_W3C.extract({_TRACEPARENT: first})).get_span_context()
         if link.is_valid:
@@ -60,12 +47,8 @@ def tell_run(breakers: Sequence[Traced], first: str) -> None:
         span.add_event(RESUMED)
 
 
-def tell_deferral(breaker: str, reason: str) -> str:
-    """Add to the current span, a run's, that its task is deferred.
-
-    Returns:
-        The span's ``traceparent``; "" if there is no span.
-    """
+def record_deferral(breaker: str, reason: str) -> str:
+    """Add to the current span, a run's, that its task is deferred; return its ``traceparent``, "" without a span."""
     span = _current_span()
     if span is None:
         return NOWHERE
@@ -73,14 +56,8 @@ def tell_deferral(breaker: str, reason: str) -> str:
     return _traceparent(span)
 
 
-def tell_refusal(task: str, headers: Mapping[str, Any], breaker: Traced, reason: str) -> str:
-    """Make a span of a task that is deferred without a run, in the trace of its sender.
-
-    Args:
-        task: name of the task.
-        headers: of its message.
-        breaker: the breaker that has refused.
-        reason: why it has refused, as text.
+def record_refusal(task: str, headers: Mapping[str, Any], breaker: str, state: State, reason: str) -> str:
+    """Make a span of a task that is deferred without a run, in the trace of its sender, which the headers name.
 
     Returns:
         The span's ``traceparent``; "" if it is not recorded.
@@ -91,8 +68,8 @@ def tell_refusal(task: str, headers: Mapping[str, Any], breaker: Traced, reason:
     span = trace.get_tracer("resilient_tasks").start_span(f"defer/{task}", parent, trace.SpanKind.CONSUMER)
     if not span.is_recording():
         return NOWHERE
-    span.set_attributes({NAME: breaker.name, STATE: str(breaker.state)})
-    span.add_event(DEFERRED, {NAME: breaker.name, REASON: reason})
+    span.set_attributes({NAME: breaker, STATE: str(state)})
+    span.add_event(DEFERRED, {NAME: breaker, REASON: reason})
     span.end()
     return _traceparent(span)
 

@@ -211,7 +211,7 @@ class _GatedBody(_Body):
 
     def attempts(self) -> Any:
         """Attempt it if it is still admitted, and judge the run as a whole."""
-        tracing.tell_run(self.breakers, self.gated.admission.trace)
+        tracing.record_run({each.name: each.state for each in self.breakers}, self.gated.admission.trace)
         refusal = self.gated.admission.refusal or self._refusal_since()
         if refusal is not None:
             raise refusal
@@ -240,7 +240,7 @@ class _GatedBody(_Body):
         if self.options.on_open != DEFER or not self.runtime.defines(refusal.breaker):
             self.runtime.fleet.reporter.tally(refusal.breaker, FAILED)
             raise exc
-        trace = tracing.tell_deferral(refusal.breaker, str(refusal))
+        trace = tracing.record_deferral(refusal.breaker, str(refusal))
         attempts, is_inside = self.gated.admission.attempts, refusal.state in _ADMITTING_TASKS
         raise TaskDeferred(refusal.breaker, str(refusal), attempts, trace=trace, backs_off=is_inside) from exc
 
@@ -253,7 +253,7 @@ class _GatedBody(_Body):
         defers = self.options.on_failure == DEFER
         if defers and attempts < self.options.max_attempts:
             reason = f"the task failed: {cause}"
-            raise TaskDeferred(name, reason, attempts, cause, tracing.tell_deferral(name, reason)) from exc
+            raise TaskDeferred(name, reason, attempts, cause, tracing.record_deferral(name, reason)) from exc
         if defers:
             self.gated.exhausted_by, self.gated.exhausted_for = cause, name
         self.runtime.fleet.reporter.tally(name, FAILED)

@@ -459,7 +459,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
 
     def _trace(self, breaker: str, reason: str) -> str:
         refusing = runtime_of(self.app).breaker(breaker)
-        return tracing.tell_refusal(self.name, self.message.headers, refusing, reason)
+        return tracing.record_refusal(self.name, self.message.headers, breaker, refusing.state, reason)
 
     def expires_at(self, now: float) -> float:
         """Return the end of ``expires``, which is wall-clock time, on the store's clock; 0 if there is none."""

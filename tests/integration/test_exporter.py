@@ -17,7 +17,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from resilient_tasks import BreakerOpenError
-from resilient_tasks.monitor.metrics import HEALTH
+from resilient_tasks.prometheus import HEALTH
 from tests.integration.conftest import PATIENCE, Shop
 from tests.support.board import queries
 from workers.processes import LOCALHOST, PROJECT, Server, celery_command, free_port

@@ -13,7 +13,7 @@ import promql_parser
 import pytest
 import yaml
 
-from resilient_tasks.monitor.metrics import HEALTH, METRICS
+from resilient_tasks.prometheus import HEALTH, METRICS
 from tests.support.board import queries
 
 ROOT = Path(__file__).parents[2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 from opentelemetry import trace
@@ -14,8 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from resilient_tasks.core.model import State
 from resilient_tasks.monitor import tracing
 
-PAYMENTS = SimpleNamespace(name="payments", state=State.OPEN)
-MAIL = SimpleNamespace(name="mail", state=State.CLOSED)
+PAYMENTS, MAIL = {"payments": State.OPEN}, {"mail": State.CLOSED}
 
 
 @pytest.fixture
@@ -41,9 +39,9 @@ def test_a_deferred_task_and_its_resumed_run_are_linked_in_the_trace_of_the_send
     tracer = trace.get_tracer("shop")
     with tracer.start_as_current_span("send") as sent:
         sender = tracing._traceparent(sent)
-    first = tracing.tell_refusal("charge", {"traceparent": sender, "id": 3}, PAYMENTS, "it is OPEN")
+    first = tracing.record_refusal("charge", {"traceparent": sender, "id": 3}, "payments", State.OPEN, "it is OPEN")
     with tracer.start_as_current_span("run"):
-        tracing.tell_run([MAIL], first)
+        tracing.record_run(MAIL, first)
     refused, run = only(spans, "defer/charge"), only(spans, "run")
     assert refused.context.trace_id == only(spans, "send").context.trace_id
     assert dict(refused.attributes or {}) == {"circuitbreaker.name": "payments", "circuitbreaker.state": "OPEN"}
@@ -57,8 +55,8 @@ def test_a_deferred_task_and_its_resumed_run_are_linked_in_the_trace_of_the_send
 
 def test_a_run_that_is_put_aside_is_told_so(spans: InMemorySpanExporter) -> None:
     with trace.get_tracer("shop").start_as_current_span("run"):
-        tracing.tell_run([PAYMENTS, MAIL], "")
-        traceparent = tracing.tell_deferral("payments", "the task failed: ReadTimeout")
+        tracing.record_run(PAYMENTS | MAIL, "")
+        traceparent = tracing.record_deferral("payments", "the task failed: ReadTimeout")
     run = only(spans, "run")
     assert dict(run.attributes or {}) == {
         "circuitbreaker.name": ("payments", "mail"),
@@ -71,19 +69,19 @@ def test_a_run_that_is_put_aside_is_told_so(spans: InMemorySpanExporter) -> None
 
 def test_a_forged_way_back_leads_nowhere(spans: InMemorySpanExporter) -> None:
     with trace.get_tracer("shop").start_as_current_span("run"):
-        tracing.tell_run([MAIL], "00-forged")
+        tracing.record_run(MAIL, "00-forged")
     assert only(spans, "run").links == ()
 
 
 def test_where_nobody_traces_nothing_is_told() -> None:
-    tracing.tell_run([PAYMENTS], "")
-    assert tracing.tell_deferral("payments", "it is OPEN") == ""
-    assert tracing.tell_refusal("charge", {}, PAYMENTS, "it is OPEN") == ""
+    tracing.record_run(PAYMENTS, "")
+    assert tracing.record_deferral("payments", "it is OPEN") == ""
+    assert tracing.record_refusal("charge", {}, "payments", State.OPEN, "it is OPEN") == ""
 
 
 def test_without_opentelemetry_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "_IS_INSTALLED", False)
     monkeypatch.delattr(tracing, "trace")
-    tracing.tell_run([PAYMENTS], "")
-    assert tracing.tell_deferral("payments", "it is OPEN") == ""
-    assert tracing.tell_refusal("charge", {}, PAYMENTS, "it is OPEN") == ""
+    tracing.record_run(PAYMENTS, "")
+    assert tracing.record_deferral("payments", "it is OPEN") == ""
+    assert tracing.record_refusal("charge", {}, "payments", State.OPEN, "it is OPEN") == ""
