@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from benchmarks._rig import Rig, State, rig, verdict
-from resilient_tasks.store.scripts import Script, script_names
+from resilient_tasks.store.server import Script, script_names
 from workers.processes import Worker
 
 TASKS = 2_000

@@ -14,10 +14,10 @@ from statistics import median
 
 import redis
 
-from resilient_tasks.core.counts import Tally
 from resilient_tasks.core.model import Outcome
+from resilient_tasks.core.outage import Tally
 from resilient_tasks.store.redis import RedisStore
-from resilient_tasks.store.tallies import INTERVAL
+from resilient_tasks.store.reporter import TALLY_INTERVAL
 from workers.processes import start_valkey
 
 ROUNDS, BATCHES = 15, 200
@@ -49,7 +49,7 @@ def main() -> None:
     of_server, of_process = (median(each) for each in zip(*rounds, strict=True))
     print(f"\nOne batch of counts (median of {ROUNDS} rounds of {BATCHES})\n")
     print(f"{'the server':24}{of_server * 1e6:8.1f} µs\n{'the process':24}{of_process * 1e6:8.1f} µs")
-    print(f"\nof a process's time: {of_process / INTERVAL:.4%}; target <= {TARGET:.0%}")
+    print(f"\nof a process's time: {of_process / TALLY_INTERVAL:.4%}; target <= {TARGET:.0%}")
 
 
 if __name__ == "__main__":

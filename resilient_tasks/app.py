@@ -14,20 +14,19 @@ from celery import Celery, Task
 from celery.signals import beat_init
 
 from resilient_tasks.breaker import Breaker, breaker_of
-from resilient_tasks.core.model import Transition
-from resilient_tasks.core.names import check_name, did_you_mean
+from resilient_tasks.core.model import Transition, check_name, did_you_mean
 from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.dependency import Dependency
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fallback import Provenance, read_provenance
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.monitor import events
-from resilient_tasks.monitor.background import BackgroundQueue
 from resilient_tasks.policy import BreakerPolicy, PolicyFields
 from resilient_tasks.settings import Settings, SettingsFields
 from resilient_tasks.signals import tell_of_transition
+from resilient_tasks.store.address import find_store
+from resilient_tasks.store.background import BackgroundQueue
 from resilient_tasks.store.base import Store
-from resilient_tasks.store.place import find_store
 from resilient_tasks.store.redis import RedisStore
 from resilient_tasks.worker import beat
 from resilient_tasks.worker.bootsteps import ControlQueue, Membership
@@ -222,7 +221,7 @@ class Resilience:
         return task and task.request.id
 
     def _shared_store(self) -> Store:
-        url, options = find_store(self.settings, self._app.conf if self._app else None)
+        url, options = find_store(self.settings.store_url, self._app.conf if self._app else None)
         return RedisStore(url, namespace=self.settings.namespace, timeout=self.settings.store_timeout, **options)
 
     def _announce(self, transition: Transition) -> None:

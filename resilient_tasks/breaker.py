@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypedDict, TypeVar, 
 from weakref import WeakValueDictionary
 
 from resilient_tasks.checks import HEARTBEATS, LONGEST_SILENCE
-from resilient_tasks.core.model import Snapshot, State, Verb
-from resilient_tasks.core.names import check_name
+from resilient_tasks.core.model import Snapshot, State, Verb, check_name
 from resilient_tasks.dependency import Dependency
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.guard import Guard, call, decorated

@@ -22,15 +22,14 @@ from resilient_tasks.core.classification import (
     log_undecided,
     refusal_in,
 )
-from resilient_tasks.core.counts import REFUSED, UNDECIDED
-from resilient_tasks.core.model import Outcome, State
-from resilient_tasks.core.names import child_name, parent_of
+from resilient_tasks.core.model import Outcome, State, child_name, parent_of
+from resilient_tasks.core.outage import REFUSED, UNDECIDED
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError, ConfigurationError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.probing import Probe
 from resilient_tasks.store.base import Spec
-from resilient_tasks.store.reports import Reporter
-from resilient_tasks.store.standing import Standing
+from resilient_tasks.store.reporter import Reporter
+from resilient_tasks.store.view import CachedState
 
 if TYPE_CHECKING:
     from resilient_tasks.fleet import Fleet
@@ -43,9 +42,9 @@ NO_VALUE = object()  # in place of what a call returned: it was a ``with`` block
 _SUCCESS, _SLOW = Verdict(Outcome.SUCCESS), Verdict(Outcome.SLOW)
 
 
-def _nowhere() -> Standing:
+def _nowhere() -> CachedState:
     """Return a cached state that admits nothing, for breakers that have not joined their fleet yet."""
-    standing = Standing(Spec("nowhere"), perf_counter)
+    standing = CachedState(Spec("nowhere"), perf_counter)
     standing.admits = standing.admits_freely = False
     return standing
 
@@ -61,8 +60,8 @@ class Dependency:
     """
 
     reporter: Reporter
-    cached: Standing  # as it is; ``standing`` is brought up to date
-    plain: Standing  # the same one, if a call that succeeds needs no look at its duration or value
+    cached: CachedState  # as it is; ``standing`` is brought up to date
+    plain: CachedState  # the same one, if a call that succeeds needs no look at its duration or value
     _joined: Fleet | None
     _children: dict[str, Dependency]  # without a lock: each step leaves it right, and forks inherit it
 
@@ -120,7 +119,7 @@ class Dependency:
             self._joined.declare(spec)
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> CachedState:
         """The cached state; that of a child is read anew from time to time, because nothing follows a CLOSED one."""
         view = self.fleet.view
         view.catch_up(self.cached)

@@ -12,18 +12,16 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from resilient_tasks.core.counts import TRIALS
 from resilient_tasks.core.model import Answer, Grant, Snapshot, State, Transition, Verb, voter_of
+from resilient_tasks.core.outage import TRIALS
 from resilient_tasks.core.rules import OLDEST
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Spec, Store
-from resilient_tasks.store.failover import FailoverStore
 from resilient_tasks.store.history import History
-from resilient_tasks.store.leases import LEASE
 from resilient_tasks.store.ledger import Ledger
-from resilient_tasks.store.reports import Reporter
-from resilient_tasks.store.standing import Standing
-from resilient_tasks.store.view import View
+from resilient_tasks.store.local import FailoverStore
+from resilient_tasks.store.reporter import LEASE, Reporter
+from resilient_tasks.store.view import CachedState, View
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +96,11 @@ class Fleet:
         """Return who votes by a call made here and now: the running task; "" outside any task."""
         return voter_of(self._task_id())
 
-    def declare(self, spec: Spec) -> Standing:
+    def declare(self, spec: Spec) -> CachedState:
         """Make a breaker known to this process, without I/O."""
         return self.view.declare(spec)
 
-    def join(self, spec: Spec) -> Standing:
+    def join(self, spec: Spec) -> CachedState:
         """Declare a breaker that is about to be used: read it once and keep the view fresh from now on."""
         standing = self.declare(spec)
         if not standing.known and spec.parent is not None:
@@ -120,7 +118,7 @@ class Fleet:
         if grant.trial:
             self.reporter.tally(spec.name, TRIALS)
         if not grant.admitted and grant.snapshot.state is State.HALF_OPEN:
-            self.view.standing(spec.name).deny()
+            self.view.state(spec.name).deny()
         return grant
 
     def command(self, spec: Spec, verb: Verb, reason: str, actor: str) -> Snapshot:

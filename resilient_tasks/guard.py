@@ -26,12 +26,11 @@ from types import AsyncGeneratorType, CoroutineType, GeneratorType, TracebackTyp
 from typing import Any, TypeVar, cast
 
 from resilient_tasks.core.classification import Verdict, attribute_to, attributed_to
-from resilient_tasks.core.model import Outcome, voter_of
-from resilient_tasks.core.names import parent_of
+from resilient_tasks.core.model import Outcome, parent_of, voter_of
 from resilient_tasks.dependency import NO_VALUE, Dependency, needs_no_report
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.scope import Pass, Scope, current, current_scope, live, runs, shares
-from resilient_tasks.store.overdue import Watch, overdue
+from resilient_tasks.store.background import Watch, overdue
 
 REPORT_TIMEOUT = 0.25  # seconds a failed call may wait until its failure is counted, so that the next call sees it
 TRIAL_TIMEOUT = 1.0  # seconds a trial may wait until it is settled, for the same reason

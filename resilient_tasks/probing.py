@@ -17,8 +17,7 @@ from urllib.parse import unquote
 
 from pydantic import Field
 
-from resilient_tasks.core.model import Snapshot, State
-from resilient_tasks.core.names import key_of
+from resilient_tasks.core.model import Snapshot, State, key_of
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.validation import Count, PositiveSeconds, check_fields
 

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from resilient_tasks.core.memory import MEMORY_LIMIT_RULE, MemoryLimit
-from resilient_tasks.core.names import NAME_PATTERN, NAME_RULE
+from resilient_tasks.core.model import NAME_PATTERN, NAME_RULE
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.address import SCHEMES, hide_password, scheme_of
@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     """What an operator can set without touching code. Use :meth:`load`; a ``Settings`` is immutable.
 
     Args:
-        store_url: the shared store; ``None``: see :func:`~resilient_tasks.store.place.find_store`.
+        store_url: the shared store; ``None``: see :func:`~resilient_tasks.store.address.find_store`.
         namespace: prefix of all keys, queues and names in the store and the broker.
         tick_interval: seconds between two ticks.
         store_timeout: longest time in seconds that one command may keep the store's caller waiting.

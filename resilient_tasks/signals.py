@@ -20,8 +20,8 @@ from typing import Any
 from celery.utils.dispatch import Signal
 
 from resilient_tasks.core.model import Transition
-from resilient_tasks.monitor.background import BackgroundQueue
 from resilient_tasks.monitor.events import event_type
+from resilient_tasks.store.background import BackgroundQueue
 
 __all__ = [
     "breaker_closed",

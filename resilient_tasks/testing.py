@@ -65,7 +65,7 @@ class Clock:
         self.settle()
         self._now += seconds
         fleet = self._resilience.fleet
-        for standing in fleet.view.standings():
+        for standing in fleet.view.states():
             asked = fleet.view.asking()
             fleet.learn(fleet.store.advance(standing.spec), asked)
 

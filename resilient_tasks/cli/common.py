@@ -16,7 +16,7 @@ from click.shell_completion import CompletionItem
 from resilient_tasks.breaker import this_user
 from resilient_tasks.cli import Unavailable
 from resilient_tasks.cli.display import printable
-from resilient_tasks.core.names import ALL_KEYS, child_name, is_child, key_of, parent_of
+from resilient_tasks.core.model import ALL_KEYS, child_name, is_child, key_of, parent_of
 from resilient_tasks.errors import ConfigurationError, StoreError
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.runtime import Runtime, find_runtime

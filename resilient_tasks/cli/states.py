@@ -23,8 +23,7 @@ from resilient_tasks.cli.display import (
     rich_console,
     rich_table,
 )
-from resilient_tasks.core.model import ADMITTING, Snapshot, State, Verb
-from resilient_tasks.core.names import parent_of
+from resilient_tasks.core.model import ADMITTING, Snapshot, State, Verb, parent_of
 from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.errors import StoreError
 from resilient_tasks.monitor.report import counted, duration, evidence_of, in_words, moment, rows_of, share

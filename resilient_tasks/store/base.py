@@ -14,8 +14,18 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Protocol
 
-from resilient_tasks.core.model import ADMITTING, Answer, Calls, Grant, Outcome, Snapshot, State, Transition, Verb
-from resilient_tasks.core.names import parent_of
+from resilient_tasks.core.model import (
+    ADMITTING,
+    Answer,
+    Calls,
+    Grant,
+    Outcome,
+    Snapshot,
+    State,
+    Transition,
+    Verb,
+    parent_of,
+)
 from resilient_tasks.core.rules import Change, Rules, Seen, brief, command, decide, to_ms
 from resilient_tasks.policy import BreakerPolicy
 
@@ -59,14 +69,12 @@ class Evidence:
         runs: run-length encoded outcomes, oldest first.
         cause: what the last failure was, for the transition's reason (a type's name, never its text).
         retry_after: longest ``Retry-After`` among the failures, seconds.
-        causes: what all failures were, with how many of each; for the history alone.
     """
 
     epoch: int
     runs: tuple[Calls, ...]
     cause: str = ""
     retry_after: float | None = None
-    causes: tuple[tuple[str, int], ...] = ()
 
 
 class Store(Protocol):
@@ -195,7 +203,6 @@ class RuledStore(ABC):
         """Make a change; return whether it was made, because the breaker was still as it was seen."""
 
     def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0) -> Grant:
-        """Ask to make one call; see :meth:`Store.acquire`."""
         seen, granted = self._lease(spec, holder, to_ms(lease))
         answer = self._decide(spec, seen, jitter=jitter)
         if answer.snapshot.epoch != seen.epoch:  # it has just become HALF_OPEN, or OPEN
@@ -206,22 +213,18 @@ class RuledStore(ABC):
         return Grant(admitted, admitted and state is State.HALF_OPEN, answer.snapshot, answer.transition)
 
     def record(self, spec: Spec, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
-        """Count outcomes of calls that needed no permit; open the breaker if that trips it."""
         return self._decide(spec, self._count(spec, evidence.epoch, evidence.runs), evidence, jitter)
 
     def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
-        """Count the outcome of a call, and free its permit and its slot; see :meth:`Store.settle`."""
         seen, had_slot = self._settle(spec, holder, evidence.epoch, outcome)
         if had_slot and outcome is not Outcome.IGNORED:
             seen = self._count(spec, evidence.epoch, evidence.runs or (Calls(outcome),))
         return self._decide(spec, seen, evidence, jitter)
 
     def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:
-        """Make the change that is due; see :meth:`Store.advance`."""
         return self._decide(spec, self._look(spec), jitter=jitter)
 
     def begin_health_check(self, spec: Spec, *, since: float) -> bool:
-        """Return whether it is the caller who makes a health check; see :meth:`Store.begin_health_check`."""
         seen = self._look(spec)
         while not to_ms(since) <= seen.checked_at <= seen.now:  # later than now: on a clock that was ahead
             seen, made = self._change(spec, seen, seen.quietly(checked_at=seen.now))
@@ -232,11 +235,9 @@ class RuledStore(ABC):
     def report_health_check(
         self, spec: Spec, outcome: Outcome, evidence: Evidence, *, limit: int, jitter: float = 0.0
     ) -> Answer:
-        """Count a health check made while CLOSED or SHADOW; ``limit`` failures in a row open the breaker."""
         return self._decide(spec, self._count(spec, evidence.epoch, (), (outcome, limit)), evidence, jitter)
 
     def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
-        """Carry out an operator's verb; see :meth:`Store.command`."""
         seen = self._look(spec)
         while change := command(seen, verb, brief(reason), brief(actor), jitter):
             seen, made = self._change(spec, seen, change)

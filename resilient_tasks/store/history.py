@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain, starmap
 from typing import Any, NamedTuple
 
-from resilient_tasks.core.counts import (
+from resilient_tasks.core.model import ADMITTING, Snapshot, State, Transition, parent_of
+from resilient_tasks.core.outage import (
     CAUSE,
     DEFERRED,
     DEFERRED_AGAIN,
@@ -23,15 +24,16 @@ from resilient_tasks.core.counts import (
     OLDEST_ANSWER,
     RESUMED,
     Counts,
+    Deadlines,
+    Estimate,
+    Outage,
     Tally,
+    estimate,
+    learned_rate,
 )
-from resilient_tasks.core.model import ADMITTING, Snapshot, State, Transition
-from resilient_tasks.core.names import parent_of
-from resilient_tasks.core.outage import Deadlines, Estimate, Outage, estimate, learned_rate
 from resilient_tasks.core.rules import brief, to_ms
 from resilient_tasks.store.keys import Keys
-from resilient_tasks.store.scripts import Scripts
-from resilient_tasks.store.server import Command, Server
+from resilient_tasks.store.server import Command, Scripts, Server
 
 _MINUTE, _DAY = 60, 24 * 3600
 _DEFERRED_WHEN_EMPTY = "deferred_when_empty"  # how many tasks had been deferred when none waited for the last time

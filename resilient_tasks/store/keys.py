@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
-from resilient_tasks.core.names import key_of, parent_of
+from resilient_tasks.core.model import key_of, parent_of
 from resilient_tasks.errors import ConfigurationError
 
 SCHEMA = 2  # of breakers' states, logs and counts; older releases kept them without a number

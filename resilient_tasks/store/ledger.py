@@ -14,14 +14,13 @@ from itertools import chain
 from typing import NamedTuple
 
 from resilient_tasks.core.memory import Memory
-from resilient_tasks.core.names import key_of
+from resilient_tasks.core.model import key_of
 from resilient_tasks.core.pace import Pace
 from resilient_tasks.core.rules import to_ms
 from resilient_tasks.errors import StoreError
 from resilient_tasks.monitor.deployment import ServerFacts
 from resilient_tasks.store.keys import Keys
-from resilient_tasks.store.scripts import Scripts
-from resilient_tasks.store.server import Command, Server, portions
+from resilient_tasks.store.server import Command, Scripts, Server, portions
 
 REVOKED_FOR = 7 * 24 * 3600.0  # s for which a revoke is remembered
 MOST_REVOKED = 50_000  # ids and stamps

@@ -1,21 +1,38 @@
-"""``LocalStore``: breakers of one process, without a server.
+"""What decides without the shared store: breakers of one process, and the change-over to them.
 
-It has the primitives of the shared store's scripts over dicts, under one lock, and leaves what follows from them to
-the same rules. It serves while the shared store cannot be reached, and in users' tests. All that it keeps is bounded.
+``LocalStore`` has the primitives of the shared store's scripts over dicts, under one lock, and leaves what follows from
+them to the same rules. It serves in users' tests, and while the shared store is unavailable.
+
+``FailoverStore`` is the shared store while it answers, and a ``LocalStore`` while it does not, so that no task fails
+because the store is away. The local store goes on from the last state that this process knew: OPEN is honoured until
+its deadline, what an operator has set stays set, counts begin anew. The first answer of the shared store ends that, and
+what was decided locally is forgotten. Operators' verbs, health checks and kept values are not decided by one process:
+there a ``StoreError`` reaches the caller.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
-from resilient_tasks.core.model import HELD_OPEN, Calls, Outcome, Snapshot, State
-from resilient_tasks.core.names import key_of, parent_of
+from resilient_tasks.core.model import (
+    HELD_OPEN,
+    Answer,
+    Calls,
+    Grant,
+    Outcome,
+    Snapshot,
+    State,
+    Verb,
+    key_of,
+    parent_of,
+)
 from resilient_tasks.core.rules import (
     COUNTING,
     LONGEST_LEASE,
@@ -30,11 +47,15 @@ from resilient_tasks.core.rules import (
     learn,
     to_ms,
 )  # fmt: skip
+from resilient_tasks.errors import StoreError
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.store.base import IDLE_AFTER, RuledStore, Spec
-from resilient_tasks.store.forking import renew_after_fork
+from resilient_tasks.store.background import renew_after_fork
+from resilient_tasks.store.base import IDLE_AFTER, Evidence, RuledStore, Spec, Store
 from resilient_tasks.store.keys import check_key_part
 
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 _MOST_VALUES = 10_000
 _MOST_UNREAD_CHANGES = 1_000
 
@@ -74,7 +95,6 @@ class LocalStore(RuledStore):
     # --- primitives: those of store/lua -------------------------------------------------------------
 
     def read(self, specs: Sequence[Spec]) -> list[Snapshot]:
-        """Read breakers, changing nothing. A breaker never seen before is CLOSED."""
         with self._lock:
             return [self._seen(spec).snapshot() for spec in specs]
 
@@ -171,7 +191,6 @@ class LocalStore(RuledStore):
             return self._seen(spec), True
 
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
-        """Lengthen live permits and slots to ``lease`` seconds from now. False: it is no longer held."""
         check_key_part("breaker", name)
         with self._lock:
             kept, now = self._breakers.get(name) or Kept({}), self._now()
@@ -187,11 +206,9 @@ class LocalStore(RuledStore):
         return bool(live)
 
     def adopt(self, snapshot: Snapshot) -> None:
-        """Go on from a state last seen in the shared store, with what was left of its open time.
+        """Go on from a state last seen in the shared store, moved to this store's clock.
 
-        Counts and permits start empty; epoch, reason and the rest stay, moved to this store's clock.
-        It replaces what this store knew of the breaker. A breaker that the shared store had never
-        seen (epoch 0) is forgotten.
+        Counts and permits start empty. A breaker that the shared store had never seen (epoch 0) is forgotten.
         """
         with self._lock:
             if snapshot.epoch:
@@ -208,7 +225,6 @@ class LocalStore(RuledStore):
     # --- children -----------------------------------------------------------------------------------
 
     def enroll(self, spec: Spec) -> bool:
-        """Return whether there is room for a child; see :meth:`Store.enroll`."""
         with self._lock:
             used_at, key, now = self._family(spec.name).used_at, key_of(spec.name), self._now()
             if key not in used_at and len(used_at) >= spec.policy.max_keys:
@@ -221,21 +237,18 @@ class LocalStore(RuledStore):
             return True
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
-        """Return the names of the children of a breaker; see :meth:`Store.children`."""
         with self._lock:
             used_at = self._family(name).used_at
             keys = sorted(used_at, key=lambda key: (used_at[key], key))
             return [f"{name}:{key}" for key in keys[start : None if count is None else start + count]]
 
     def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> list[str]:
-        """Return the names of children that are not plainly CLOSED; see :meth:`Store.active_children`."""
         with self._lock:
             active = sorted(self._family(name).active.items(), key=lambda item: item[::-1])
             keys = [key for key, at in active if at >= to_ms(since)]
             return [f"{name}:{key}" for key in keys[start : start + count]]
 
     def cool(self, spec: Spec) -> bool:
-        """Take a child off the active ones; see :meth:`Store.cool`."""
         with self._lock:
             is_plain = self._seen(spec).is_plain
             if is_plain:
@@ -260,7 +273,6 @@ class LocalStore(RuledStore):
     # --- small values -------------------------------------------------------------------------------
 
     def put(self, kind: str, key: str, value: bytes, *, ttl: float) -> None:
-        """Keep a value for ``ttl`` seconds under ``(kind, key)``, with the time of writing."""
         with self._lock:
             now = self._now()
             self._values.pop((kind, key), None)
@@ -269,7 +281,6 @@ class LocalStore(RuledStore):
             self._values[kind, key] = (bytes(value), now, now + to_ms(ttl))
 
     def get(self, kind: str, key: str) -> tuple[bytes, float] | None:
-        """Return ``(value, age in seconds)``, or None."""
         with self._lock:
             value, written_at, ends_at = self._values.get((kind, key), (b"", 0, 0))
             now = self._now()
@@ -278,7 +289,6 @@ class LocalStore(RuledStore):
     # --- changes --------------------------------------------------------------------------------------
 
     def changes(self, *, timeout: float) -> Iterator[Snapshot | None]:
-        """Yield None at once, then states as they change; None whenever ``timeout`` seconds pass in silence."""
         listener: queue.Queue[Snapshot] = queue.Queue(_MOST_UNREAD_CHANGES)
         self._listeners.append(listener)
         try:
@@ -290,10 +300,10 @@ class LocalStore(RuledStore):
                 self._listeners.remove(listener)
 
     def check(self) -> None:
-        """Do nothing: there is no server."""
+        pass
 
     def close(self) -> None:
-        """Do nothing: there are no connections."""
+        pass
 
     # --- inside ---------------------------------------------------------------------------------------
 
@@ -365,3 +375,167 @@ def _next_or_none(listener: queue.Queue[Snapshot], timeout: float) -> Snapshot |
         return listener.get(timeout=timeout)
     except queue.Empty:
         return None
+
+
+def _snapshots_in(answer: object) -> list[Snapshot]:
+    answers = answer if isinstance(answer, list) else [getattr(answer, "snapshot", None)]
+    return [each for each in answers if isinstance(each, Snapshot)]
+
+
+class FailoverStore:
+    """A store whose decisions never raise ``StoreError``.
+
+    The delay of a decision is bounded by the shared store's own time limit and its fail-fast cooldown. Local decisions
+    are made on the shared store's clock, as well as this process knows it; ``clock`` is monotonic, in seconds.
+    """
+
+    def __init__(self, primary: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        self._primary = primary
+        self._local = LocalStore(self._shared_time)
+        self._clock = clock
+        self._offset = time.time() - clock()
+        self._known: dict[str, Snapshot] = {}
+        self._adopted: set[str] = set()
+        self._away = False
+        self.after_fork()
+        renew_after_fork(self)
+
+    def __repr__(self) -> str:
+        return f"FailoverStore({self._primary!r})"
+
+    def after_fork(self) -> None:
+        """Replace the lock; the child goes on from what the parent knew."""
+        self._lock = threading.Lock()
+
+    @property
+    def away(self) -> bool:
+        """Whether the shared store did not answer when it was last asked for a decision."""
+        return self._away
+
+    # --- decisions ----------------------------------------------------------------------------------
+
+    def read(self, specs: Sequence[Spec]) -> list[Snapshot]:
+        return self._decide(lambda store: store.read(specs), *(spec.name for spec in specs))
+
+    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0) -> Grant:
+        return self._decide(lambda store: store.acquire(spec, holder, lease=lease, jitter=jitter), spec.name)
+
+    def record(self, spec: Spec, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
+        return self._decide(lambda store: store.record(spec, evidence, jitter=jitter), spec.name)
+
+    def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
+        return self._decide(lambda store: store.settle(spec, holder, outcome, evidence, jitter=jitter), spec.name)
+
+    def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:
+        return self._decide(lambda store: store.advance(spec, jitter=jitter), spec.name)
+
+    def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
+        local = self._local if self._away else None
+        try:
+            return self._primary.renew(name, holders, lease=lease)
+        except StoreError as error:
+            self._leave(error)
+            if local is not None:
+                local.renew(name, holders, lease=lease)
+            return [True] * len(holders)  # nothing shows that one is lost
+
+    def enroll(self, spec: Spec) -> bool:
+        return self._decide(lambda store: store.enroll(spec))
+
+    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> list[str]:
+        return self._decide(lambda store: store.active_children(name, since=since, start=start, count=count))
+
+    def forget(self, name: str) -> None:
+        """Let go of what this process knows of a child that it does not use any more."""
+        with self._lock:
+            self._known.pop(name, None)
+            self._adopted.discard(name)
+
+    def _decide(self, ask: Callable[[Store], _T], *names: str) -> _T:
+        """Ask the shared store; while it is away, the local one, which goes on with these breakers."""
+        try:
+            answer = ask(self._primary)
+        except StoreError as error:
+            self._leave(error)
+            self._adopt(names)
+            return ask(self._local)
+        self._return()
+        for snapshot in _snapshots_in(answer):
+            self._note(snapshot)
+        return answer
+
+    def _note(self, snapshot: Snapshot) -> None:
+        self._known[snapshot.name] = snapshot
+        self._offset = snapshot.now - self._clock()
+        if self._adopted:
+            self._adopted.discard(snapshot.name)
+
+    def _adopt(self, names: Iterable[str]) -> None:
+        """Have the local store go on from what was last known, once per absence."""
+        with self._lock:
+            for name in names:
+                if name not in self._adopted:
+                    known = self._known.get(name) or Snapshot(name, State.CLOSED, 0, 0, now=0.0, since=0.0)
+                    self._local.adopt(replace(known, now=self._shared_time()))
+                    self._adopted.add(name)
+
+    def _shared_time(self) -> float:
+        return self._clock() + self._offset
+
+    def _leave(self, error: StoreError) -> None:
+        if not self._away:
+            self._away = True
+            logger.warning("the shared store is away, this process decides for itself: %s", error)
+
+    def _return(self) -> None:
+        if self._away:
+            with self._lock:
+                self._away = False
+                self._adopted.clear()
+                self._local.clear()
+            logger.warning("the shared store answers again")
+
+    # --- what only the shared store can do ------------------------------------------------------------
+
+    def read_shared(self, specs: Sequence[Spec]) -> list[Snapshot]:
+        """Read breakers from the shared store or not at all, for people who ask what the fleet knows."""
+        return self._primary.read(specs)
+
+    def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
+        answer = self._primary.command(spec, verb, reason=reason, actor=actor, jitter=jitter)
+        self._note(answer.snapshot)
+        return answer
+
+    def begin_health_check(self, spec: Spec, *, since: float) -> bool:
+        return self._primary.begin_health_check(spec, since=since)
+
+    def report_health_check(
+        self, spec: Spec, outcome: Outcome, evidence: Evidence, *, limit: int, jitter: float = 0.0
+    ) -> Answer:
+        answer = self._primary.report_health_check(spec, outcome, evidence, limit=limit, jitter=jitter)
+        self._note(answer.snapshot)
+        return answer
+
+    def changes(self, *, timeout: float) -> Iterator[Snapshot | None]:
+        for snapshot in self._primary.changes(timeout=timeout):
+            if snapshot is not None:
+                self._note(snapshot)
+            yield snapshot
+
+    def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
+        return self._primary.children(name, start=start, count=count)
+
+    def cool(self, spec: Spec) -> bool:
+        return self._primary.cool(spec)
+
+    def put(self, kind: str, key: str, value: bytes, *, ttl: float) -> None:
+        self._primary.put(kind, key, value, ttl=ttl)
+
+    def get(self, kind: str, key: str) -> tuple[bytes, float] | None:
+        return self._primary.get(kind, key)
+
+    def check(self) -> None:
+        self._primary.check()
+
+    def close(self) -> None:
+        self._primary.close()

@@ -16,16 +16,14 @@ from typing import Any
 import redis
 from redis.client import PubSub
 
-from resilient_tasks.core.model import Calls, Outcome, Snapshot
-from resilient_tasks.core.names import key_of
+from resilient_tasks.core.model import Calls, Outcome, Snapshot, key_of
 from resilient_tasks.core.rules import KINDS, OLDEST, PARTS, Change, Seen, to_ms
 from resilient_tasks.errors import ConfigurationError, StoreError
 from resilient_tasks.store.base import IDLE_AFTER, RuledStore, Spec
 from resilient_tasks.store.history import History
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.ledger import Ledger
-from resilient_tasks.store.scripts import Scripts
-from resilient_tasks.store.server import UNREADABLE, Argument, Server, is_unreadable, portions
+from resilient_tasks.store.server import UNREADABLE, Argument, Scripts, Server, is_unreadable, portions
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -85,7 +83,6 @@ class RedisStore(RuledStore):
             raise StoreError(f"{error}; {needed}") from error.__cause__
 
     def check(self) -> None:
-        """Find a server that is no Redis, or none of the kind that the URL says; see :meth:`Store.check`."""
         try:
             self.ping()
             self._server.check_kind()
@@ -107,7 +104,6 @@ class RedisStore(RuledStore):
     # --- primitives -------------------------------------------------------------------------------
 
     def read(self, specs: Sequence[Spec]) -> list[Snapshot]:
-        """Read breakers in one round trip, changing nothing. A breaker never seen before is CLOSED."""
         return [snapshot for some in portions(specs) for snapshot in self._read(some)]
 
     def _read(self, specs: Sequence[Spec]) -> list[Snapshot]:
@@ -147,14 +143,12 @@ class RedisStore(RuledStore):
         return after, after.done > 0
 
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
-        """Lengthen live permits and slots to ``lease`` seconds from now. False: it is no longer held."""
         keys = self._keys.breaker(name)
         return [bool(one) for one in self._scripts.run("renew", [keys.trials, keys.slots], to_ms(lease), *holders)]
 
     # --- children -------------------------------------------------------------------------------
 
     def enroll(self, spec: Spec) -> bool:
-        """Return whether there is room for a child; see :meth:`Store.enroll`."""
         index, key = self._keys.breaker(spec.name).children, key_of(spec.name)
 
         def enroll(client: redis.Redis) -> bool:
@@ -172,13 +166,11 @@ class RedisStore(RuledStore):
         return self._server.run(enroll)
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
-        """Return the names of the children of a breaker; see :meth:`Store.children`."""
         index, end = self._keys.breaker(name).children, -1 if count is None else start + count - 1
         keys: list[Any] = self._server.run(lambda client: client.zrange(index, start, end))
         return [f"{name}:{key.decode()}" for key in keys]
 
     def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> list[str]:
-        """Return the names of children that are not plainly CLOSED; see :meth:`Store.active_children`."""
         index = self._keys.breaker(name).active
         keys: list[Any] = self._server.run(
             lambda client: client.zrangebyscore(index, to_ms(since), "+inf", start=start, num=count)
@@ -186,7 +178,6 @@ class RedisStore(RuledStore):
         return [f"{name}:{key.decode()}" for key in keys]
 
     def cool(self, spec: Spec) -> bool:
-        """Take a child off the active ones; see :meth:`Store.cool`."""
         index, key = self._keys.breaker(spec.name).active, key_of(spec.name)
         if not self._run("read", spec, 0).is_plain:
             return False
@@ -201,21 +192,15 @@ class RedisStore(RuledStore):
     # --- small values -------------------------------------------------------------------------------
 
     def put(self, kind: str, key: str, value: bytes, *, ttl: float) -> None:
-        """Keep a value for ``ttl`` seconds under ``(kind, key)``, with the time of writing."""
         self._scripts.run("put", [self._keys.value(kind, key)], value, to_ms(ttl))
 
     def get(self, kind: str, key: str) -> tuple[bytes, float] | None:
-        """Return ``(value, age in seconds)``, or None."""
         reply = self._scripts.run("get", [self._keys.value(kind, key)])
         return reply and (reply[0], reply[1] / 1000)
 
     # --- changes --------------------------------------------------------------------------------------
 
     def changes(self, *, timeout: float) -> Iterator[Snapshot | None]:
-        """Yield None as soon as it listens, then states as they change; None after ``timeout`` s of silence.
-
-        Whoever reads all breakers at the first None misses nothing in between.
-        """
         with closing(self._server.run(self._subscribe)) as subscription:
             yield None
             while True:
@@ -224,7 +209,6 @@ class RedisStore(RuledStore):
                 yield message and _published(message["data"])
 
     def close(self) -> None:
-        """Close connections. The store may be used again and reconnects."""
         self._server.close()
 
     # --- inside ---------------------------------------------------------------------------------------

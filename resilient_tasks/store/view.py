@@ -1,7 +1,6 @@
-"""This process's view of all breakers: a local, slightly stale copy that admission reads without I/O.
+"""This process's view of all breakers: cached states that admission reads without I/O.
 
-A ``Standing`` is one breaker in it. Guards and gates hold theirs directly, because they look at it on
-every call. The copy is kept fresh in one of two ways:
+Guards and gates hold a ``CachedState`` each, because they read it on every call. It is kept fresh in one of two ways:
 
 * A process that *follows* (a worker's main process, a web process, a script) has one thread that receives
   transitions and reads states twice a second, which makes up for lost messages: those of all breakers, and of
@@ -10,7 +9,7 @@ every call. The copy is kept fresh in one of two ways:
   that was shared before the fork; the child rereads a breaker that it is about to use when that count has moved.
 
 So what a call costs never depends on how many breakers and children there are, nor on how often others change.
-Locks and threads never cross a fork: the copy does, and each process goes on from what it inherited.
+Locks and threads never cross a fork: the cached states do, and each process goes on from what it inherited.
 """
 
 from __future__ import annotations
@@ -20,24 +19,127 @@ import math
 import mmap
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from zlib import crc32
 
-from resilient_tasks.core.model import Answer, Snapshot
-from resilient_tasks.core.names import parent_of
+from resilient_tasks.core.model import ADMITTING, Answer, Calls, Snapshot, State, parent_of
+from resilient_tasks.core.rules import ramp_share
 from resilient_tasks.errors import StoreError
+from resilient_tasks.store.background import PeriodicThread, renew_after_fork
 from resilient_tasks.store.base import Spec, Store
-from resilient_tasks.store.forking import renew_after_fork
-from resilient_tasks.store.standing import Standing
 
 logger = logging.getLogger(__name__)
 
+DENIAL_MEMORY = 1.0  # seconds for which a denied permit is not asked for again, unless something has moved
 MOST_AT_ONCE = 500  # children that are read with one refresh
 POLL_INTERVAL = 0.5  # seconds between two reads of all states, and before a failed read is tried again
 _OVERLAP = 2.0  # seconds of changes that are looked at twice: clocks are read before and after a script
 _SHARED_COUNTS = 2**16  # of changes; breakers with the same checksum share one
+_UNSHARED = memoryview(bytearray(b"\xff" * 4)).cast("I")  # differs from every count that a cached state has seen
+
+# What waits to be reported about one breaker: epoch, call, cause, Retry-After; the bare epoch is a success, the
+# commonest thing by far.
+Occurrence = tuple[int, Calls, str, float | None]
+_MOST_PENDING = 1_000_000
+_NEVER_DENIED = (-1, -math.inf)
+
+
+class CachedState:
+    """One breaker as this process sees it. Read without locks; written by its ``View`` only, but for what is pending.
+
+    Attributes:
+        spec: the breaker as this process declares it.
+        snapshot: what the store last answered; CLOSED with epoch 0 before it answered anything.
+        known: the store has answered something.
+        admits: calls are admitted, where they are limited with a slot: CLOSED, DISABLED or SHADOW.
+        admits_freely: and they need not even ask the store, because there is no limit.
+        epoch: of ``snapshot``; the outcome of a call belongs to the epoch that admitted it.
+        counts: of changes, which another process writes; see :meth:`watch`.
+        deadline: on the view's clock, when trials may begin: -inf at once, +inf only by an operator.
+        pending: outcomes that the ``Reporter`` has not sent yet.
+        scheduled: the ``Reporter`` knows that something is pending; it is to be sent at ``due_at``, or if ``urgent``
+            at once.
+    """
+
+    __slots__ = (
+        "_clock", "_denied", "_place", "_read_at", "admits", "admits_freely", "counts", "deadline", "due_at", "epoch",
+        "known", "mark", "name", "pending", "scheduled", "seen", "snapshot", "spec", "urgent",
+    )  # fmt: skip
+
+    def __init__(self, spec: Spec, clock: Callable[[], float]) -> None:
+        self.spec, self.name = spec, spec.name
+        self._clock = clock
+        self.known = False
+        self.mark = 0  # the view's count of updates when this one was made
+        self.pending: deque[int | Occurrence] = deque(maxlen=_MOST_PENDING)
+        self.scheduled = self.urgent = False
+        self.due_at = -math.inf
+        self._denied = _NEVER_DENIED
+        self.seen = 0  # the count of changes when this copy was made
+        self.watch(None, 0)
+        self.take(Snapshot(spec.name, State.CLOSED, epoch=0, version=0, now=0.0, since=0.0), -math.inf)
+
+    def watch(self, counts: memoryview | None, place: int) -> None:
+        """Watch a count of changes that another process writes; None: this process receives them itself."""
+        self.counts, self._place = counts, place
+
+    @property
+    def count(self) -> int:
+        """How many changes have been counted."""
+        return 0 if self.counts is None else int(self.counts[self._place])
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the main process has received a change since this copy was made."""
+        return self.counts is not None and self.counts[self._place] != self.seen
+
+    def take(self, snapshot: Snapshot, now: float) -> None:
+        """Take over what the store answered at ``now`` on the view's clock."""
+        self.snapshot = snapshot
+        self._read_at = now
+        self.deadline = -math.inf if snapshot.open_until is None else now + snapshot.open_until - snapshot.now
+        if snapshot.state is State.FORCED_OPEN:
+            self.deadline = math.inf
+        self.epoch = snapshot.epoch  # before ``admits``: a call admitted by this answer belongs to this epoch
+        self.admits = snapshot.state in ADMITTING
+        unknown = snapshot.epoch == 0
+        limit = self.spec.policy.most_in_flight if unknown else snapshot.concurrency_limit
+        self.admits_freely = self.admits and limit is None
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since the store answered this; None if it never answered anything."""
+        return self._clock() - self._read_at if self.known else None
+
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds until a call may be admitted again; None when only an operator can tell."""
+        if self.deadline == math.inf:
+            return None
+        return max(0.0, max(self.deadline, self._denied_until()) - self._clock())
+
+    @property
+    def refuses(self) -> bool:
+        """Whether a call is refused without asking the store: not yet time, or denied a moment ago."""
+        return not self.admits and self._clock() < max(self.deadline, self._denied_until())
+
+    def deny(self) -> None:
+        """Remember that the store has just denied a permit, until the breaker's version moves."""
+        self._denied = (self.snapshot.version, self._clock() + DENIAL_MEMORY)
+
+    def _denied_until(self) -> float:
+        version, until = self._denied
+        return until if version == self.snapshot.version else -math.inf
+
+    def ramp_share(self) -> float:
+        """Return the share of tasks to admit, 0.1 to 1.0: it grows while the breaker is fresh from a recovery."""
+        since, ramp = self.snapshot.ramp_since, self.spec.policy.ramp
+        if since is None or ramp <= 0 or self.snapshot.state is not State.CLOSED:
+            return 1.0
+        elapsed = self.snapshot.now - since + self._clock() - self._read_at
+        return min(1.0, ramp_share(max(0.0, elapsed), ramp))
 
 
 class View:
@@ -54,7 +156,7 @@ class View:
         self.on_forgotten: Callable[[str], object] = _nothing  # a child is known here no longer
         self.on_answer: Callable[[Answer], object] = _nothing  # a change was due, and was made by this process
         self._store = store
-        self._standings: dict[str, Standing] = {}
+        self._states: dict[str, CachedState] = {}
         self._active: dict[str, list[str]] = {}  # parent -> some of its active children
         self._passed: dict[str, int] = {}  # parent -> how many active children were looked at before
         self._unused: set[str] = set()  # children of which only others have reported
@@ -71,51 +173,50 @@ class View:
         """Make what cannot cross a fork."""
         self._lock = threading.Lock()
         self._rereading = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._stopped = threading.Event()
+        self._thread: PeriodicThread | None = None
 
     # --- what is known --------------------------------------------------------------------------
 
-    def declare(self, spec: Spec) -> Standing:
-        """Add a breaker, or its new policy; without I/O. Return its standing, always the same object."""
+    def declare(self, spec: Spec) -> CachedState:
+        """Add a breaker, or its new policy; without I/O. Return its cached state, always the same object."""
         with self._lock:
-            standing = self._standings.get(spec.name) or self._new(spec)
-            standing.spec = spec
+            state = self._states.get(spec.name) or self._new(spec)
+            state.spec = spec
             self._unused.discard(spec.name)
-            return standing
+            return state
 
-    def _new(self, spec: Spec) -> Standing:
-        standing = self._standings[spec.name] = Standing(spec, self.clock)
-        self._watch(standing)
-        return standing
+    def _new(self, spec: Spec) -> CachedState:
+        state = self._states[spec.name] = CachedState(spec, self.clock)
+        self._watch(state)
+        return state
 
-    def _watch(self, standing: Standing) -> None:
-        """Let a standing of a child process know where changes are counted."""
+    def _watch(self, state: CachedState) -> None:
+        """In a child process, watch the place where changes of this breaker are counted."""
         if self._is_child and self._shared is not None:
-            standing.watch(self._shared, crc32(standing.name.encode()) % len(self._shared))
+            state.watch(self._shared, crc32(state.name.encode()) % len(self._shared))
 
-    def standing(self, name: str) -> Standing:
-        """Return the standing of a declared breaker, up to date as far as this process can know.
+    def state(self, name: str) -> CachedState:
+        """Return a declared breaker, up to date as far as this process can know.
 
         Raises:
-            KeyError: nobody declared it.
+            KeyError: it was not declared.
         """
-        standing = self._standings[name]
-        self.catch_up(standing)
-        return standing
+        state = self._states[name]
+        self.catch_up(state)
+        return state
 
-    def standings(self) -> list[Standing]:
+    def states(self) -> list[CachedState]:
         """Return all declared breakers."""
-        return list(self._standings.values())
+        return list(self._states.values())
 
     def active_children(self) -> list[str]:
         """Return names of children in the fleet that are not plainly CLOSED, at most 500 of a parent, in turn."""
         return sorted(name for names in list(self._active.values()) for name in names)
 
     def forget(self, name: str) -> None:
-        """Let go of a child; declaring it again makes another standing."""
+        """Let go of a child; declaring it again makes another cached state."""
         with self._lock:
-            self._standings.pop(name, None)
+            self._states.pop(name, None)
             self._unused.discard(name)
         self.on_forgotten(name)
 
@@ -123,34 +224,39 @@ class View:
         """Return the time on the store's clock, as well as this process knows it."""
         return self.clock() + self._server_offset
 
-    # --- news -----------------------------------------------------------------------------------
+    # --- answers ----------------------------------------------------------------------------------
 
     def asking(self) -> int:
         """Return the mark of a question that is put to the store now; see :meth:`update`."""
         return self._marks
 
     def update(self, snapshot: Snapshot, asked: int | None = None) -> bool:
-        """Take over what a store said; return whether it differs from what was known.
+        """Take over what a store answered; return whether it differs from what was known.
 
         Normally the higher epoch and version win. But what was asked for after the present copy was made
-        is the truth even if its epoch is lower: a local breaker that stood in for the store counts epochs
+        is the truth even if its epoch is lower: a local breaker that replaced the store counts epochs
         of its own, and a store that was restored from a backup has gone back in time.
 
         Args:
-            snapshot: what it said; of a breaker that is not declared here, pool processes are notified.
+            snapshot: the answer; of a breaker that is not declared here, pool processes are notified.
             asked: the mark of :meth:`asking` from before the question; None for an unasked message.
         """
         with self._lock:
-            standing = self._standings.get(snapshot.name)
-            if standing is None:
+            state = self._states.get(snapshot.name)
+            if state is None:
                 self._notify(snapshot.name)
                 return False
-            if not _is_news(standing, snapshot, asked):
+            if not _is_newer(state, snapshot, asked):
                 return False
-            differs = not standing.known or _essence(standing.snapshot) != _essence(snapshot)
-            self._take(standing, snapshot)
+            differs = not state.known or _essence(state.snapshot) != _essence(snapshot)
+            now = self.clock()
+            self._server_offset = snapshot.now - now
+            self._marks += 1
+            state.mark = self._marks
+            state.take(snapshot, now)
+            state.known = True
             if differs:
-                standing.seen = self._notify(snapshot.name)
+                state.seen = self._notify(snapshot.name)
             return differs
 
     def _notify(self, name: str) -> int:
@@ -162,14 +268,6 @@ class View:
             self._shared[place] = (self._shared[place] + 1) % 2**32
         return self._shared[place]
 
-    def _take(self, standing: Standing, snapshot: Snapshot) -> None:
-        now = self.clock()
-        self._server_offset = snapshot.now - now
-        self._marks += 1
-        standing.mark = self._marks
-        standing.hear(snapshot, now)
-        standing.known = True
-
     def refresh(self) -> None:
         """Read all declared breakers in one round trip, and those children that have changed.
 
@@ -177,7 +275,7 @@ class View:
             StoreError: the store did not answer; the view is as it was.
         """
         looked_at = self.server_now() - _OVERLAP
-        snapshots = self.look(*(each.spec for each in self.standings() if parent_of(each.name) is None))
+        snapshots = self.look(*(each.spec for each in self.states() if parent_of(each.name) is None))
         for snapshot in snapshots:
             if snapshot.active_children or snapshot.name in self._active:
                 self._refresh_children(snapshot.name)
@@ -186,15 +284,15 @@ class View:
 
     def _refresh_children(self, parent: str) -> None:
         """Look at children that have changed, and at the next of all active ones that are not known here."""
+        known = self._states
         changed = self._store.active_children(parent, since=self._looked_at, count=MOST_AT_ONCE)
         passed = self._passed.get(parent, 0)
         active = self._store.active_children(parent, start=passed, count=MOST_AT_ONCE)
         former, self._active[parent] = self._active.get(parent, []), active
         self._passed[parent] = passed + len(active) if len(active) == MOST_AT_ONCE else 0
         for name in changed:
-            if name not in self._standings:
+            if name not in known:
                 self._notify(name)
-        known = self._standings
         names = {name for name in changed if name in known} | {name for name in active if name not in known}
         names |= {name for name in former if name in known and name not in active}
         with self._lock:
@@ -208,12 +306,12 @@ class View:
             gone = self._unused.difference(*self._active.values())
             self._unused -= gone
             for name in gone:
-                del self._standings[name]
+                del self._states[name]
         for name in gone:
             self.on_forgotten(name)
 
     def look(self, *specs: Spec) -> list[Snapshot]:
-        """Read some breakers in one round trip; make changes that are due and that nobody has made.
+        """Read some breakers in one round trip; make changes that are due and that no process has made.
 
         Raises:
             StoreError: the store did not answer; the view is as it was.
@@ -225,12 +323,12 @@ class View:
         for spec, snapshot in zip(specs, snapshots, strict=True):
             self.update(snapshot, asked)
             self.look_for_room(snapshot)
-            if snapshot.is_due:  # whoever counted has ended before it could decide
+            if snapshot.is_due:  # the process that counted has ended before it could decide
                 self.on_answer(self._store.advance(spec))
         return snapshots
 
     def look_for_room(self, snapshot: Snapshot) -> None:
-        """Tell if tasks wait for a slot and there is one. Not after each denial: it might go on for ever."""
+        """Notify if tasks wait for a slot and there is one. Not after each denial: it might go on for ever."""
         if snapshot.deferred and snapshot.concurrency_limit is not None and snapshot.has_room:
             self.on_room()
 
@@ -239,32 +337,14 @@ class View:
     def follow(self) -> None:
         """Keep the view fresh from now on, in one daemon thread. Does nothing in a child, or twice."""
         with self._lock:
-            is_alive = self._thread is not None and self._thread.is_alive() and not self._stopped.is_set()
-            if self._is_child or is_alive:
-                return
-            self._stopped = threading.Event()
-            thread = threading.Thread(target=self._follow, name="resilient-tasks-view", daemon=True)
-            with suppress(RuntimeError):  # the interpreter is shutting down: there is no future to follow
-                thread.start()
-                self._thread = thread
+            if not self._is_child and (self._thread is None or not self._thread.is_running):
+                self._thread = PeriodicThread("view", self._receive_changes, POLL_INTERVAL)
+                self._thread.start()
 
     def stop(self, timeout: float = 1.0) -> None:
         """Stop following, waiting at most ``timeout`` seconds for the thread."""
-        self._stopped.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
-
-    def _follow(self) -> None:
-        stopped = self._stopped
-        while not stopped.is_set():
-            try:
-                self._receive_changes(stopped)
-            except StoreError as error:
-                logger.debug("the view is stale: %s", error)
-            except Exception:
-                if not stopped.is_set():  # else the connection was closed under our feet
-                    logger.exception("the view could not be refreshed; trying again")
-            stopped.wait(POLL_INTERVAL)
+        if self._thread is not None:
+            self._thread.stop(timeout)
 
     def _receive_changes(self, stopped: threading.Event) -> None:
         self.refresh()
@@ -290,41 +370,40 @@ class View:
 
         Without shared memory the process follows for itself on first use.
         """
-        if self._shared is None:
-            for standing in self.standings():
-                standing.watch(_UNSHARED, 0)
-            return
-        self._is_child = True
-        for standing in self.standings():
-            self._watch(standing)
+        self._is_child = self._shared is not None
+        for state in self.states():
+            if self._is_child:
+                self._watch(state)
+            else:
+                state.watch(_UNSHARED, 0)
 
-    def catch_up(self, standing: Standing) -> None:
+    def catch_up(self, state: CachedState) -> None:
         """Reread a breaker that has changed, as far as the main process knows."""
-        if not standing.is_behind:
+        if not state.is_behind:
             return
         if not self._is_child:
-            for each in self.standings():
+            for each in self.states():
                 each.watch(None, 0)
             self.follow()
         elif self.clock() >= self._retry_at and self._rereading.acquire(blocking=False):
             try:
-                self._reread(standing)
+                self._reread(state)
             finally:
                 self._rereading.release()
 
-    def _reread(self, standing: Standing) -> None:
-        count = standing.count
+    def _reread(self, state: CachedState) -> None:
+        count = state.count
         try:
-            self.look(standing.spec)
+            self.look(state.spec)
         except StoreError as error:
             logger.debug("a change was announced but cannot be read: %s", error)
             self._retry_at = self.clock() + POLL_INTERVAL
             return
-        # A FailoverStore answers by its local breakers while the shared store is away: that is no news.
+        # A FailoverStore answers by its local breakers while the shared store is unavailable: that is not the change.
         if getattr(self._store, "away", False):
             self._retry_at = self.clock() + POLL_INTERVAL
         else:
-            standing.seen = count
+            state.seen = count
 
     def after_fork(self) -> None:
         """Go on in the child with what the parent knew."""
@@ -338,24 +417,14 @@ def _nothing(*_: object) -> None:
     """Do nothing."""
 
 
-def _is_news(standing: Standing, snapshot: Snapshot, asked: int | None) -> bool:
-    if not standing.known or (asked is not None and standing.mark <= asked):
+def _is_newer(state: CachedState, snapshot: Snapshot, asked: int | None) -> bool:
+    if not state.known or (asked is not None and state.mark <= asked):
         return True
-    known = standing.snapshot
+    known = state.snapshot
     return (snapshot.epoch, snapshot.version, snapshot.now) >= (known.epoch, known.version, known.now)
 
 
 def _essence(snapshot: Snapshot) -> tuple[object, ...]:
     """Return what admission depends on: counts change with every report and concern no child."""
     limited = snapshot.concurrency_limit is not None
-    return (
-        snapshot.epoch,
-        snapshot.version,
-        snapshot.state,
-        snapshot.open_until,
-        snapshot.ramp_since,
-        limited,
-    )
-
-
-_UNSHARED = memoryview(bytearray(b"\xff" * 4)).cast("I")  # differs from every count that a standing has seen
+    return snapshot.epoch, snapshot.version, snapshot.state, snapshot.open_until, snapshot.ramp_since, limited

@@ -57,7 +57,7 @@ class TickSchedule(schedule):  # type: ignore[misc]  # Celery is untyped
             runtime.fleet.view.refresh()
             _sign_of_life(runtime)
             breakers = runtime.present()
-            snapshots = [runtime.fleet.view.standing(breaker.name).snapshot for breaker in breakers]
+            snapshots = [runtime.fleet.view.state(breaker.name).snapshot for breaker in breakers]
         except StoreError as exc:
             logger.debug("beat cannot read the store: %s", exc)
             return False

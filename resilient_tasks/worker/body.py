@@ -16,8 +16,8 @@ from celery.exceptions import MaxRetriesExceededError, Retry
 
 from resilient_tasks.call import Call
 from resilient_tasks.core.classification import Verdict, attributed_to, refusal_in
-from resilient_tasks.core.counts import FAILED
 from resilient_tasks.core.model import Outcome, State
+from resilient_tasks.core.outage import FAILED
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
 from resilient_tasks.fallback import write_provenance
 from resilient_tasks.guard import call_guarded

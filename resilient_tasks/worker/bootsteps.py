@@ -10,7 +10,7 @@ from celery import bootsteps
 from celery.signals import worker_process_init, worker_process_shutdown, worker_shutdown
 from kombu import Consumer
 
-from resilient_tasks.monitor import background
+from resilient_tasks.store import background
 from resilient_tasks.worker import (
     inspection,  # noqa: F401 - registers ``celery inspect breakers``
     redis_channel,

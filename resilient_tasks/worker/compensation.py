@@ -15,9 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from resilient_tasks.core.counts import SPARE_SLOTS, SUSPECTED
-from resilient_tasks.core.model import State
-from resilient_tasks.core.names import parent_of
+from resilient_tasks.core.model import State, parent_of
+from resilient_tasks.core.outage import SPARE_SLOTS, SUSPECTED
 from resilient_tasks.monitor.events import BREAKER_SUSPECT, SLOT_ADDED, SLOT_REMOVED
 from resilient_tasks.worker import seams
 

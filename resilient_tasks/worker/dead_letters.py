@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import states
 
-from resilient_tasks.core.names import parent_of
+from resilient_tasks.core.model import parent_of
 from resilient_tasks.errors import DeadLetterError
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.decoding import UNDECODABLE

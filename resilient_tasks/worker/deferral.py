@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from celery.states import PENDING
 
 from resilient_tasks import signals
-from resilient_tasks.core import counts
+from resilient_tasks.core import outage as counts
 from resilient_tasks.core.memory import MemoryLimit
 from resilient_tasks.errors import DeferredQueueFullError, StoreError
 from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED

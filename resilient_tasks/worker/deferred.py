@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from celery.exceptions import TaskRevokedError
 
-from resilient_tasks.core.counts import DROPPED
 from resilient_tasks.core.model import ADMITTING
+from resilient_tasks.core.outage import DROPPED
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.events import Events

@@ -11,7 +11,7 @@ from celery.exceptions import InvalidTaskError, NotRegistered, TaskRevokedError
 from kombu.exceptions import DecodeError
 
 from resilient_tasks import signals
-from resilient_tasks.core.counts import COALESCED, DEAD, DROPPED, EXPIRED, REVOKED
+from resilient_tasks.core.outage import COALESCED, DEAD, DROPPED, EXPIRED, REVOKED
 from resilient_tasks.errors import DeferralExpiredError, ResilienceError
 from resilient_tasks.monitor.events import TASK_IGNORED, TASK_RESUMED
 from resilient_tasks.worker import seams

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery.backends.base import DisabledBackend
 
-from resilient_tasks.core.names import parent_of
+from resilient_tasks.core.model import parent_of
 from resilient_tasks.errors import ResilienceError
 from resilient_tasks.monitor.deployment import BreakerFacts, Deployment, TaskFacts, WorkerFacts
 from resilient_tasks.worker.definitions import doubts

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 from zlib import crc32
 
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.model import Grant, Outcome, State, voter_of
-from resilient_tasks.core.names import parent_of
+from resilient_tasks.core.model import Grant, Outcome, State, parent_of, voter_of
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
 from resilient_tasks.scope import Pass
 from resilient_tasks.worker.overruns import OVERDUE, Overruns
@@ -25,7 +24,7 @@ from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
     from resilient_tasks.dependency import Dependency
-    from resilient_tasks.store.standing import Standing
+    from resilient_tasks.store.view import CachedState
     from resilient_tasks.worker.request import GatedRequest
     from resilient_tasks.worker.runtime import Runtime
 
@@ -62,7 +61,7 @@ class Gate:
         standing = breaker.standing
         return standing.refuses or (not standing.admits and self._leaves_trials_to_probes(breaker))
 
-    def _refuses(self, standing: Standing, breaker: Dependency, ticket: Ticket, task_id: str) -> bool:
+    def _refuses(self, standing: CachedState, breaker: Dependency, ticket: Ticket, task_id: str) -> bool:
         if standing.admits_freely:
             return _ramps_out(standing, ticket, task_id)
         if standing.admits:
@@ -161,7 +160,7 @@ class Gate:
     def _report_overdue(self, request: GatedRequest, breaker: Dependency, admitted: Pass) -> None:
         self._tell(request, breaker, admitted, OVERDUE)
 
-    def _would_count(self, standing: Standing, ticket: Ticket) -> bool:
+    def _would_count(self, standing: CachedState, ticket: Ticket) -> bool:
         """Whether a failure now uses up an attempt: only if the dependency has served somebody since the last one.
 
         A task that has not failed before looks back over one window.
@@ -249,7 +248,7 @@ class Places:
                 del self._taken[breaker]  # there may be a breaker for every key that there ever was
 
 
-def _ramps_out(standing: Standing, ticket: Ticket, task_id: str) -> bool:
+def _ramps_out(standing: CachedState, ticket: Ticket, task_id: str) -> bool:
     """Whether the ramp after a recovery keeps this task out; those that waited for this breaker have their own pace.
 
     The lot is drawn from the task's id, so that it falls alike wherever it is asked for.

@@ -12,7 +12,7 @@ from celery.worker.control import inspect_command
 from resilient_tasks.dependency import Dependency
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Spec
-from resilient_tasks.store.standing import Standing
+from resilient_tasks.store.view import CachedState
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.runtime import Runtime, find_runtime
 
@@ -64,7 +64,7 @@ def _epochs_in_store(runtime: Runtime, present: Sequence[Dependency]) -> dict[st
         return {}
 
 
-def _view(standing: Standing, epoch: int | None) -> dict[str, Any]:
+def _view(standing: CachedState, epoch: int | None) -> dict[str, Any]:
     return {
         "state": str(standing.snapshot.state),
         "epoch": standing.epoch,

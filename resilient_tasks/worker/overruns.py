@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.model import Outcome
-from resilient_tasks.core.names import parent_of
-from resilient_tasks.store.overdue import Watch, overdue
+from resilient_tasks.core.model import Outcome, parent_of
+from resilient_tasks.store.background import Watch, overdue
 
 if TYPE_CHECKING:
     from resilient_tasks.worker.request import GatedRequest

@@ -23,7 +23,7 @@ from resilient_tasks.call import Call
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, DeferredQueueFullError
 from resilient_tasks.fallback import write_provenance
 from resilient_tasks.monitor.log import about
-from resilient_tasks.store.forking import renew_after_fork
+from resilient_tasks.store.background import renew_after_fork
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.coalescing import coalesced_as
 from resilient_tasks.worker.deferral import Deferral

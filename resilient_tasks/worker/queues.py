@@ -19,7 +19,7 @@ from kombu import Queue
 from kombu.exceptions import DecodeError
 
 from resilient_tasks.core.memory import Memory
-from resilient_tasks.core.names import is_child, parent_of
+from resilient_tasks.core.model import is_child, parent_of
 from resilient_tasks.monitor.deployment import ServerFacts
 from resilient_tasks.monitor.log import about
 from resilient_tasks.worker import seams

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from resilient_tasks.core.model import Snapshot
-from resilient_tasks.core.names import is_child
+from resilient_tasks.core.model import Snapshot, is_child
 from resilient_tasks.store.ledger import Wait
 from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks
 from resilient_tasks.worker.queues import Entry, Move
@@ -56,7 +55,7 @@ class Reconciler:
 
     def _all_children(self) -> Iterator[str]:
         """Yield the names of those that this process knows, then of all others: a store may have lost its data."""
-        yield from [each.name for each in self._runtime.fleet.view.standings() if each.spec.parent is not None]
+        yield from [each.name for each in self._runtime.fleet.view.states() if each.spec.parent is not None]
         for parent in list(self._runtime.breakers):
             for start in itertools.count(0, PAGE):
                 names = self._runtime.fleet.store.children(parent, start=start, count=PAGE)

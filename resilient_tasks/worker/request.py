@@ -23,8 +23,8 @@ from celery.worker.request import Request
 from kombu.utils.encoding import safe_repr
 
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.counts import REDELIVERED
 from resilient_tasks.core.model import Outcome
+from resilient_tasks.core.outage import REDELIVERED
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.monitor import tracing
 from resilient_tasks.monitor.events import TASK_FALLBACK

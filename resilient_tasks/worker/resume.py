@@ -7,8 +7,8 @@ import time
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from resilient_tasks.core.counts import LONGEST_WAIT, RESUMED
 from resilient_tasks.core.model import Snapshot
+from resilient_tasks.core.outage import LONGEST_WAIT, RESUMED
 from resilient_tasks.core.pace import LARGEST_BATCH, Pace, next_pace, refill_count
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.queues import Entry, Move

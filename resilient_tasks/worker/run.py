@@ -15,8 +15,7 @@ from billiard.einfo import ExceptionInfo
 from celery.exceptions import Ignore
 
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.model import Outcome
-from resilient_tasks.core.names import parent_of
+from resilient_tasks.core.model import Outcome, parent_of
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.fallback import Served
 from resilient_tasks.monitor.log import about

@@ -19,8 +19,8 @@ from weakref import WeakKeyDictionary
 from celery import Celery, Task
 
 from resilient_tasks.call import Call
-from resilient_tasks.core.counts import CACHED_AGE, FALLBACK, OLDEST_ANSWER
-from resilient_tasks.core.names import did_you_mean, is_child, parent_of
+from resilient_tasks.core.model import did_you_mean, is_child, parent_of
+from resilient_tasks.core.outage import CACHED_AGE, FALLBACK, OLDEST_ANSWER
 from resilient_tasks.dependency import Dependency
 from resilient_tasks.errors import ConfigurationError, UnknownBreakerError
 from resilient_tasks.fallback import Served

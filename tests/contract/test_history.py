@@ -12,7 +12,8 @@ import pytest
 
 from resilient_tasks import Resilience
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.counts import (
+from resilient_tasks.core.model import Outcome, State, Verb
+from resilient_tasks.core.outage import (
     CAUSE,
     DEFERRED,
     DEFERRED_AGAIN,
@@ -22,10 +23,10 @@ from resilient_tasks.core.counts import (
     RESUMED,
     TRIALS,
     Counts,
+    Deadlines,
+    Outage,
     Tally,
 )
-from resilient_tasks.core.model import Outcome, State, Verb
-from resilient_tasks.core.outage import Deadlines, Outage
 from resilient_tasks.core.pace import Pace
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fleet import Fleet

@@ -17,8 +17,8 @@ import pytest
 from resilient_tasks.core.model import Snapshot, State
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Spec
-from resilient_tasks.store.leases import LEASE
 from resilient_tasks.store.redis import RedisStore
+from resilient_tasks.store.reporter import LEASE
 from tests.integration import trials
 from tests.integration.conftest import Shop
 from tests.integration.test_faults import soon_restored

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from resilient_tasks.monitor.background import BackgroundQueue, finish_all
+from resilient_tasks.store.background import BackgroundQueue, finish_all
 from tests.support.doubles import wait_until
 
 

@@ -27,7 +27,7 @@ from resilient_tasks.fleet import Fleet
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.probing import Probe
 from resilient_tasks.scope import Pass, Scope, within
-from resilient_tasks.store.standing import DENIAL_MEMORY
+from resilient_tasks.store.view import DENIAL_MEMORY
 from tests.support.doubles import FlakyStore, ManualClock, wait_until
 
 POLICY = BreakerPolicy(minimum_calls=4, window=20, open_duration=5, open_jitter=0, trial_calls=2)

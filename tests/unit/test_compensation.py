@@ -10,7 +10,7 @@ from celery import Celery
 from celery.bootsteps import RUN
 
 from resilient_tasks import Breaker, Resilience
-from resilient_tasks.core.counts import SPARE_SLOTS, SUSPECTED
+from resilient_tasks.core.outage import SPARE_SLOTS, SUSPECTED
 from resilient_tasks.testing import Clock, in_memory
 from resilient_tasks.worker import compensation as module
 from resilient_tasks.worker.compensation import LINGER, MOST_LATE, REFUSED_FOR, Compensation

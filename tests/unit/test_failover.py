@@ -11,7 +11,7 @@ from resilient_tasks.core.model import Calls, Outcome, State, Verb
 from resilient_tasks.errors import StoreError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Evidence, Spec
-from resilient_tasks.store.failover import FailoverStore
+from resilient_tasks.store.local import FailoverStore
 from tests.support.doubles import FlakyStore, ManualClock
 
 SPEC = Spec("payments", BreakerPolicy(minimum_calls=3, trial_calls=2, open_duration=10, open_jitter=0))

@@ -16,7 +16,7 @@ from celery import Celery
 from prometheus_client import REGISTRY
 
 from resilient_tasks import Breaker, Resilience
-from resilient_tasks.core.names import child_name
+from resilient_tasks.core.model import child_name
 from resilient_tasks.errors import StoreError
 from resilient_tasks.flower.application import FlowerWithBreakers, Receiver
 from resilient_tasks.flower.service import Executor, NoAnswerError

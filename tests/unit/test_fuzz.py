@@ -19,9 +19,9 @@ from resilient_tasks import BreakerPolicy, ConfigurationError, Resilience, cache
 from resilient_tasks.call import Call
 from resilient_tasks.core.rules import Rules
 from resilient_tasks.settings import PREFIX, Settings
+from resilient_tasks.store.address import find_store
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.local import LocalStore
-from resilient_tasks.store.place import find_store
 from resilient_tasks.store.redis import RedisStore
 from resilient_tasks.worker.options import TaskOptions
 
@@ -140,7 +140,7 @@ def test_where_the_store_is(broker: str, backend: str, store: str | None) -> Non
         result_backend=backend, result_backend_transport_options={}, redis_backend_use_ssl=None,
     )  # fmt: skip
     with suppress(ConfigurationError):
-        place = find_store(Settings.load(store_url=store), conf)
+        place = find_store(Settings.load(store_url=store).store_url, conf)
         RedisStore(place.url, namespace="fuzz", **place.options).close()
 
 

@@ -11,9 +11,9 @@ from celery import Celery
 
 from resilient_tasks import Breaker, Resilience
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.counts import REDELIVERED
 from resilient_tasks.core.model import Outcome
-from resilient_tasks.store.standing import Standing
+from resilient_tasks.core.outage import REDELIVERED
+from resilient_tasks.store.view import CachedState
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker.compensation import Compensation
 from resilient_tasks.worker.gate import Gate
@@ -65,7 +65,7 @@ def test_the_ramp_draws_one_lot_per_task(
     clock.advance(2.0)
     share = payments._dependency.standing.ramp_share()
     assert share == pytest.approx(0.28, abs=0.02)
-    monkeypatch.setattr(Standing, "ramp_share", lambda _: share)  # a view goes on in real time
+    monkeypatch.setattr(CachedState, "ramp_share", lambda _: share)  # a view goes on in real time
     arrived = [task_id for task_id in IDS if gate.refusing([payments._dependency], Ticket(), task_id) is None]
     entered = [task_id for task_id in arrived if not gate.admit(request(task_id, Ticket(), payments)).refused_in]
     assert entered == arrived
@@ -134,7 +134,7 @@ def test_a_resumed_task_passes_the_ramp_of_the_breaker_that_it_waited_for_alone(
     gate: Gate, payments: Breaker, resilience: Resilience, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accounts = resilience.breaker("accounts")
-    monkeypatch.setattr(Standing, "ramp_share", lambda _: 0.0)
+    monkeypatch.setattr(CachedState, "ramp_share", lambda _: 0.0)
     for breaker, other in ((payments, accounts), (accounts, payments)):
         resumed = Ticket(breaker=breaker.name, resumed=breaker._dependency.standing.epoch)
         assert gate.refusing([breaker._dependency], resumed, "a") is None

@@ -11,8 +11,7 @@ import pytest
 from celery import Celery
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Resilience
-from resilient_tasks.core.model import Verb
-from resilient_tasks.core.names import child_name, is_child, key_of, parent_of
+from resilient_tasks.core.model import Verb, child_name, is_child, key_of, parent_of
 from resilient_tasks.dependency import REMEMBERED_FOR
 from resilient_tasks.scope import Pass
 from resilient_tasks.testing import Clock, force
@@ -256,10 +255,10 @@ def test_idle_children_are_forgotten_when_there_are_many(
     now = view.clock()
     monkeypatch.setattr(view, "clock", lambda: now + REMEMBERED_FOR + 1)
     monkeypatch.setattr(resilience.fleet.store, "enroll", lambda _: True)
-    for standing in view.standings():
+    for standing in view.states():
         monkeypatch.setattr(standing, "_clock", view.clock)
     hosts.child("c")
-    assert "hosts:a" not in {standing.name for standing in view.standings()}
+    assert "hosts:a" not in {standing.name for standing in view.states()}
     assert hosts.child("b") is opened
     first.call(int)  # whoever still holds it finds its state anew
     assert first.state == "CLOSED"
@@ -273,14 +272,14 @@ def test_a_child_that_others_have_opened_is_known_here(
     stranger = replace(payments._dependency.spec, name="payments:stranger")
     store.command(stranger, Verb.TRIP)
     view.refresh()
-    assert view.standing("payments:stranger").snapshot.state == "OPEN"
+    assert view.state("payments:stranger").snapshot.state == "OPEN"
     assert "payments:stranger" in {breaker.name for breaker in runtime_of(resilience._app).present()}
     store.command(stranger, Verb.RESET)
     store.cool(stranger)
     view.refresh()
     assert view.active_children() == []
     view.refresh()  # what has become of it was read once more
-    assert "payments:stranger" not in {standing.name for standing in view.standings()}
+    assert "payments:stranger" not in {standing.name for standing in view.states()}
     assert "payments:stranger" not in store._known
 
 

@@ -7,7 +7,7 @@ from importlib import resources
 
 import pytest
 
-from resilient_tasks.store.scripts import Script, script_names
+from resilient_tasks.store.server import Script, script_names
 
 PACKAGE = resources.files("resilient_tasks.store")
 FOLDER = PACKAGE / "lua"

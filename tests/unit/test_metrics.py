@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from resilient_tasks import ConfigurationError, StoreError
-from resilient_tasks.core.counts import Counts
 from resilient_tasks.core.model import Snapshot, State
+from resilient_tasks.core.outage import Counts
 from resilient_tasks.prometheus import HEALTH, METRICS, BreakerCollector, Subject, register
 
 DOC = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()

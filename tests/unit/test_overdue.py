@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from resilient_tasks.store.overdue import Overdue
+from resilient_tasks.store.background import Overdue
 from tests.support.doubles import ManualClock, wait_until
 
 PATIENCE = 60

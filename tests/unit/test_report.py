@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from resilient_tasks import ConfigurationError, Resilience
-from resilient_tasks.core.counts import Counts
 from resilient_tasks.core.model import Snapshot, State
-from resilient_tasks.core.outage import Deadlines, Estimate, Outage, estimate, learned_rate
+from resilient_tasks.core.outage import Counts, Deadlines, Estimate, Outage, estimate, learned_rate
 from resilient_tasks.monitor.report import evidence_of, in_words, moment
 
 NOW = 1_789_000_000.0

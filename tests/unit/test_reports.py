@@ -17,11 +17,9 @@ from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Answer, Calls, Outcome, State, Transition, Verb
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Evidence, Spec
-from resilient_tasks.store.failover import FailoverStore
-from resilient_tasks.store.leases import LEASE
-from resilient_tasks.store.reports import BATCH_INTERVAL, Reporter
-from resilient_tasks.store.standing import Standing
-from resilient_tasks.store.view import View
+from resilient_tasks.store.local import FailoverStore
+from resilient_tasks.store.reporter import BATCH_INTERVAL, LEASE, Reporter
+from resilient_tasks.store.view import CachedState, View
 from tests.support.doubles import FlakyStore, ManualClock, wait_until
 
 SUCCESS, FAILURE, SLOW, IGNORED = Outcome.SUCCESS, Outcome.FAILURE, Outcome.SLOW, Outcome.IGNORED
@@ -36,7 +34,7 @@ class Desk:
         self.store = FlakyStore(self.clock)
         shared = FailoverStore(self.store, clock=self.clock)
         self.view = View(shared, self.clock)
-        self.standing: Standing = self.view.declare(SPEC)
+        self.standing: CachedState = self.view.declare(SPEC)
         self.told: list[Transition] = []
         self.reporter = Reporter(shared, self.view, self.learn, self.clock)
         self.view.refresh()
@@ -83,7 +81,7 @@ def test_successes_wait_for_company(desk: Desk) -> None:
     desk.report(*[SUCCESS] * 1000)
     assert desk.reporter.flush(5)
     assert [evidence.runs for evidence in desk.recorded()] == [(Calls(SUCCESS),), (Calls(SUCCESS, 1000),)]
-    assert desk.view.standing("payments").snapshot.calls == 1001
+    assert desk.view.state("payments").snapshot.calls == 1001
 
 
 def test_successes_are_sent_when_their_interval_is_over(desk: Desk) -> None:

@@ -9,8 +9,7 @@ from celery import Celery
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.settings import Settings
-from resilient_tasks.store.address import Address, Kind, hide_password
-from resilient_tasks.store.place import find_store
+from resilient_tasks.store.address import Address, Kind, find_store, hide_password
 
 PAYMENTS = "RESILIENT_TASKS_BREAKERS__PAYMENTS__"
 
@@ -265,7 +264,7 @@ def conf(**settings: Any) -> Any:
     ],
 )
 def test_the_store_defaults_to_the_first_redis(broker: str | list[str], backend: str | None, expected: str) -> None:
-    place = find_store(Settings.load(), conf(broker_url=broker, result_backend=backend))
+    place = find_store(None, conf(broker_url=broker, result_backend=backend))
     assert place == (expected, {})
 
 
@@ -284,14 +283,12 @@ def test_the_store_defaults_to_the_first_redis(broker: str | list[str], backend:
     ],
 )
 def test_the_store_is_reached_by_tls_as_the_broker_is(broker: str, use_ssl: dict, expected: tuple[str, dict]) -> None:
-    assert find_store(Settings.load(), conf(broker_url=broker, broker_use_ssl=use_ssl)) == expected
+    assert find_store(None, conf(broker_url=broker, broker_use_ssl=use_ssl)) == expected
 
 
 def test_the_store_is_reached_by_tls_as_the_result_backend_is() -> None:
     use_ssl = {"ssl_ca_certs": "/ca"}
-    place = find_store(
-        Settings.load(), conf(broker_url="amqp://", result_backend="redis://b", redis_backend_use_ssl=use_ssl)
-    )
+    place = find_store(None, conf(broker_url="amqp://", result_backend="redis://b", redis_backend_use_ssl=use_ssl))
     assert place == ("rediss://b", use_ssl)
 
 
@@ -311,7 +308,7 @@ def test_the_store_is_reached_by_tls_as_the_result_backend_is() -> None:
     ],
 )
 def test_sentinels_are_those_of_celery(settings: dict) -> None:
-    url, options = find_store(Settings.load(), conf(**settings))
+    url, options = find_store(None, conf(**settings))
     address = Address.parse(url)
     assert address.kind is Kind.SENTINEL
     assert address.hosts == (("one", 26379), ("two", 26379))
@@ -325,20 +322,23 @@ def test_sentinels_are_asked_as_celery_asks_them() -> None:
     settings = conf(
         broker_url="sentinel://one", broker_transport_options=transport_options, broker_use_ssl={"ssl_ca_certs": "/ca"}
     )
-    url, options = find_store(Settings.load(), settings)
+    url, options = find_store(None, settings)
     assert url == "sentinels://one?master_name=m&min_other_sentinels=1"
     assert options == {"ssl_ca_certs": "/ca", "sentinel_kwargs": {"ssl": False, "password": "hush"}}
 
 
 def test_the_setting_wins_and_keeps_its_options() -> None:
     settings = Settings.load(store_url="valkeys://store/3?socket_timeout=2")
-    assert find_store(settings, conf(broker_url="redis://broker")) == ("valkeys://store/3?socket_timeout=2", {})
-    assert find_store(settings) == ("valkeys://store/3?socket_timeout=2", {})
+    assert find_store(settings.store_url, conf(broker_url="redis://broker")) == (
+        "valkeys://store/3?socket_timeout=2",
+        {},
+    )
+    assert find_store(settings.store_url) == ("valkeys://store/3?socket_timeout=2", {})
 
 
 def test_without_any_redis_the_error_says_what_to_set() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        find_store(Settings.load(), conf(broker_url="amqp://me:hush@broker", result_backend="db+sqlite:///x"))
+        find_store(None, conf(broker_url="amqp://me:hush@broker", result_backend="db+sqlite:///x"))
     assert "amqp://me:***@broker" in str(caught.value)
     assert "RESILIENT_TASKS_STORE_URL" in str(caught.value)
     assert "hush" not in str(caught.value)
@@ -346,7 +346,7 @@ def test_without_any_redis_the_error_says_what_to_set() -> None:
 
 def test_without_an_app_the_error_says_so() -> None:
     with pytest.raises(ConfigurationError, match=r"the broker \(not set\)"):
-        find_store(Settings.load())
+        find_store(None)
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,15 @@ import pytest
 
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.counts import CAUSE, REFUSED, RESUMED, Tally
 from resilient_tasks.core.model import Outcome, Verb
+from resilient_tasks.core.outage import CAUSE, REFUSED, RESUMED, Tally
 from resilient_tasks.errors import BreakerOpenError, StoreError
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Spec
 from resilient_tasks.store.history import History
 from resilient_tasks.store.local import LocalStore
-from resilient_tasks.store.tallies import INTERVAL, Tallies
+from resilient_tasks.store.reporter import TALLY_INTERVAL, Tallies
 
 
 @dataclass
@@ -47,7 +47,7 @@ def test_counts_and_peaks_are_added_up() -> None:
     book = Book()
     tallies = tallies_for(book)
     assert tallies.add("payments", REFUSED)
-    assert tallies.due_at == 100.0 + INTERVAL
+    assert tallies.due_at == 100.0 + TALLY_INTERVAL
     assert not tallies.add("payments", RESUMED, 5, peak=("longest_wait", 2.5))
     assert not tallies.add("payments", RESUMED, 1, peak=("longest_wait", 1.5))
     assert not tallies.add("mail", REFUSED)
@@ -68,7 +68,7 @@ def test_what_is_not_confirmed_is_sent_again_with_what_was_counted_since() -> No
     tallies.add("payments", REFUSED, peak=("longest_wait", 2.5))
     with pytest.raises(StoreError):
         tallies.send()
-    assert tallies.due_at == 100.0 + INTERVAL
+    assert tallies.due_at == 100.0 + TALLY_INTERVAL
     tallies.add("payments", REFUSED, 2, peak=("longest_wait", 1.5))
     tallies.add("mail", REFUSED)
     book.away = False

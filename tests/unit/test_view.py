@@ -17,8 +17,7 @@ from resilient_tasks.errors import StoreError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store import view as view_module
 from resilient_tasks.store.base import Spec
-from resilient_tasks.store.standing import DENIAL_MEMORY
-from resilient_tasks.store.view import POLL_INTERVAL, View
+from resilient_tasks.store.view import DENIAL_MEMORY, POLL_INTERVAL, View
 from tests.support.doubles import FlakyStore, ManualClock, wait_until
 
 SPEC = Spec("payments", BreakerPolicy(ramp=10))
@@ -56,12 +55,12 @@ def snapshot(
 @pytest.mark.parametrize("state", list(State))
 def test_only_some_states_admit(view: View, clock: ManualClock, state: State) -> None:
     view.update(snapshot(clock, state))
-    assert view.standing("payments").admits is (state in {State.CLOSED, State.DISABLED, State.SHADOW})
-    assert view.standing("payments").epoch == 5
+    assert view.state("payments").admits is (state in {State.CLOSED, State.DISABLED, State.SHADOW})
+    assert view.state("payments").epoch == 5
 
 
 def test_a_breaker_nobody_has_heard_of_admits(view: View) -> None:
-    standing = view.standing("payments")
+    standing = view.state("payments")
     assert standing.admits
     assert not standing.known
     assert standing.epoch == 0
@@ -69,7 +68,7 @@ def test_a_breaker_nobody_has_heard_of_admits(view: View) -> None:
 
 def test_open_refuses_until_its_deadline_on_this_clock(view: View, clock: ManualClock) -> None:
     view.update(snapshot(clock, State.OPEN, open_until=clock() + SERVER_AHEAD + 10))
-    standing = view.standing("payments")
+    standing = view.state("payments")
     assert standing.refuses
     assert standing.retry_after == pytest.approx(10)
     clock.advance(9.99)
@@ -83,7 +82,7 @@ def test_open_refuses_until_its_deadline_on_this_clock(view: View, clock: Manual
 
 def test_forced_open_has_no_deadline(view: View, clock: ManualClock) -> None:
     view.update(snapshot(clock, State.FORCED_OPEN))
-    standing = view.standing("payments")
+    standing = view.state("payments")
     clock.advance(10**9)
     assert standing.refuses
     assert standing.deadline == math.inf
@@ -92,7 +91,7 @@ def test_forced_open_has_no_deadline(view: View, clock: ManualClock) -> None:
 
 def test_a_denial_is_remembered_until_the_version_moves(view: View, clock: ManualClock) -> None:
     view.update(snapshot(clock, State.HALF_OPEN))
-    standing = view.standing("payments")
+    standing = view.state("payments")
     assert not standing.refuses
     standing.deny()
     assert standing.refuses
@@ -108,11 +107,11 @@ def test_the_ramp_grows_from_a_tenth_to_all(view: View, clock: ManualClock) -> N
     view.update(snapshot(clock, ramp_since=clock() + SERVER_AHEAD))
     shares = []
     for _ in range(6):
-        shares.append(view.standing("payments").ramp_share())
+        shares.append(view.state("payments").ramp_share())
         clock.advance(2)
     assert shares == pytest.approx([0.1, 0.28, 0.46, 0.64, 0.82, 1.0])
     view.update(snapshot(clock, State.SHADOW, epoch=6, ramp_since=clock()))
-    assert view.standing("payments").ramp_share() == 1.0
+    assert view.state("payments").ramp_share() == 1.0
 
 
 def test_the_stores_clock_is_known(view: View, clock: ManualClock) -> None:
@@ -128,9 +127,9 @@ def test_higher_epoch_or_version_wins(view: View, clock: ManualClock) -> None:
     view.update(snapshot(clock, State.OPEN, epoch=6, version=8))
     assert not view.update(snapshot(clock, State.CLOSED, epoch=5, version=9))
     assert not view.update(snapshot(clock, State.HALF_OPEN, epoch=6, version=7))
-    assert view.standing("payments").snapshot.state is State.OPEN
+    assert view.state("payments").snapshot.state is State.OPEN
     assert view.update(snapshot(clock, State.HALF_OPEN, epoch=7, version=9))
-    assert view.standing("payments").snapshot.state is State.HALF_OPEN
+    assert view.state("payments").snapshot.state is State.HALF_OPEN
 
 
 def test_figures_of_an_older_reading_do_not_come_back(view: View, clock: ManualClock) -> None:
@@ -138,13 +137,13 @@ def test_figures_of_an_older_reading_do_not_come_back(view: View, clock: ManualC
     clock.advance(1)
     view.update(snapshot(clock, calls=2))
     view.update(older)
-    assert view.standing("payments").snapshot.calls == 2
+    assert view.state("payments").snapshot.calls == 2
 
 
 def test_figures_alone_are_no_change(view: View, clock: ManualClock) -> None:
     assert view.update(snapshot(clock, calls=1))
     assert not view.update(snapshot(clock, calls=2))
-    assert view.standing("payments").snapshot.calls == 2
+    assert view.state("payments").snapshot.calls == 2
 
 
 def test_an_emptied_store_starts_with_a_higher_epoch(view: View, store: FlakyStore, clock: ManualClock) -> None:
@@ -154,14 +153,14 @@ def test_an_emptied_store_starts_with_a_higher_epoch(view: View, store: FlakySto
     store.wipe(lambda: clock() + SERVER_AHEAD)
     store.command(SPEC, Verb.SHADOW)
     view.refresh()
-    assert view.standing("payments").snapshot.state is State.SHADOW
+    assert view.state("payments").snapshot.state is State.SHADOW
 
 
 def test_an_answer_to_a_later_question_wins_even_with_a_lower_epoch(view: View, clock: ManualClock) -> None:
     view.update(snapshot(clock, State.OPEN, epoch=9))
     asked = view.asking()
     assert view.update(snapshot(clock, State.CLOSED, epoch=5), asked)
-    assert view.standing("payments").snapshot.state is State.CLOSED
+    assert view.state("payments").snapshot.state is State.CLOSED
 
 
 def test_an_answer_to_an_earlier_question_does_not(view: View, clock: ManualClock) -> None:
@@ -169,17 +168,17 @@ def test_an_answer_to_an_earlier_question_does_not(view: View, clock: ManualCloc
     asked = view.asking()
     view.update(snapshot(clock, State.OPEN, epoch=6))
     assert not view.update(snapshot(clock, State.CLOSED, epoch=5), asked)
-    assert view.standing("payments").snapshot.state is State.OPEN
+    assert view.state("payments").snapshot.state is State.OPEN
 
 
 def test_breakers_that_nobody_declared_are_no_concern(view: View, clock: ManualClock) -> None:
     assert not view.update(replace(snapshot(clock), name="other"))
     with pytest.raises(KeyError):
-        view.standing("other")
+        view.state("other")
 
 
 def test_declaring_again_keeps_the_standing(view: View) -> None:
-    standing = view.standing("payments")
+    standing = view.state("payments")
     renewed = Spec("payments", BreakerPolicy(window=5), revision=2)
     assert view.declare(renewed) is standing
     assert standing.spec is renewed
@@ -189,7 +188,7 @@ def test_a_refresh_is_one_reading_of_all(view: View, store: FlakyStore) -> None:
     view.declare(Spec("mail"))
     view.refresh()
     assert store.calls == {"read": 1}
-    assert all(standing.known for standing in view.standings())
+    assert all(standing.known for standing in view.states())
 
 
 def test_a_refresh_that_fails_changes_nothing(view: View, store: FlakyStore) -> None:
@@ -198,7 +197,7 @@ def test_a_refresh_that_fails_changes_nothing(view: View, store: FlakyStore) -> 
     store.away = True
     with pytest.raises(StoreError):
         view.refresh()
-    assert view.standing("payments").snapshot.state is State.FORCED_OPEN
+    assert view.state("payments").snapshot.state is State.FORCED_OPEN
 
 
 # --- a process that follows ---------------------------------------------------------------------------
@@ -212,7 +211,7 @@ def test_changes_are_heard(view: View, store: FlakyStore) -> None:
     view.follow()
     wait_until(lambda: store.calls["changes"])
     store.command(SPEC, Verb.ISOLATE)
-    wait_until(lambda: not view.standing("payments").admits)
+    wait_until(lambda: not view.state("payments").admits)
 
 
 def test_a_lost_message_is_made_up_for(view: View, store: FlakyStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +225,7 @@ def test_a_lost_message_is_made_up_for(view: View, store: FlakyStore, monkeypatc
     view.follow()
     wait_until(lambda: store.calls["read"])
     store.command(SPEC, Verb.ISOLATE)
-    wait_until(lambda: not view.standing("payments").admits)
+    wait_until(lambda: not view.state("payments").admits)
 
 
 def test_following_survives_an_outage(view: View, store: FlakyStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +235,7 @@ def test_following_survives_an_outage(view: View, store: FlakyStore, monkeypatch
     wait_until(lambda: store.calls["read"] > 3)
     store.away = False
     store.command(SPEC, Verb.ISOLATE)
-    wait_until(lambda: not view.standing("payments").admits)
+    wait_until(lambda: not view.state("payments").admits)
 
 
 def test_following_survives_a_mistake_in_the_store(
@@ -248,7 +247,7 @@ def test_following_survives_a_mistake_in_the_store(
         view.follow()
         wait_until(lambda: "ZeroDivisionError" in caplog.text)
     store.command(SPEC, Verb.ISOLATE)
-    wait_until(lambda: not view.standing("payments").admits)
+    wait_until(lambda: not view.state("payments").admits)
 
 
 def test_a_connection_closed_at_the_end_is_no_news(
@@ -331,7 +330,7 @@ def test_a_child_starts_with_what_its_parent_knew(view: View, store: FlakyStore)
     def look() -> str:
         view.become_child()
         store.calls.clear()
-        return f"{view.standing('payments').snapshot.state} {dict(store.calls)}"
+        return f"{view.state('payments').snapshot.state} {dict(store.calls)}"
 
     assert in_child(look) == "FORCED_OPEN {}"
 
@@ -358,9 +357,9 @@ def test_a_forked_child_hears_the_main_process_through_memory(
         os.read(told, 1)
         store.inner.command(SPEC, Verb.ISOLATE)  # the child's copy of the "shared" store; the bump is the parent's
         store.calls.clear()
-        standing = view._standings["payments"]
+        standing = view._states["payments"]
         behind = standing.is_behind
-        return f"{behind} {view.standing('payments').snapshot.state} {standing.is_behind} {dict(store.calls)}"
+        return f"{behind} {view.state('payments').snapshot.state} {standing.is_behind} {dict(store.calls)}"
 
     threading.Timer(
         0.05, lambda: (view.update(snapshot(clock, State.FORCED_OPEN, 10**13, 10**13)), os.write(tell, b"!"))
@@ -374,11 +373,11 @@ def test_a_child_reads_only_when_something_has_moved(view: View, store: FlakySto
     become_child(view)
     store.calls.clear()
     for _ in range(100):
-        view.standing("payments")
+        view.state("payments")
     assert store.calls == {}
     bump(view)
     for _ in range(100):
-        view.standing("payments")
+        view.state("payments")
     assert store.calls == {"read": 1}
 
 
@@ -393,11 +392,11 @@ def test_a_child_that_cannot_read_keeps_what_it_has_and_tries_twice_a_second(
     bump(view)
     store.calls.clear()
     for _ in range(10):
-        assert view.standing("payments").admits
+        assert view.state("payments").admits
     assert store.calls == {"read": 1}
     clock.advance(POLL_INTERVAL)
     store.away = False
-    assert not view.standing("payments").admits
+    assert not view.state("payments").admits
 
 
 def test_a_child_never_follows_nor_counts(view: View, clock: ManualClock) -> None:
@@ -409,7 +408,7 @@ def test_a_child_never_follows_nor_counts(view: View, clock: ManualClock) -> Non
     before = counted(view)
     view.update(snapshot(clock, State.OPEN, epoch=9))
     assert counted(view) == before
-    assert view.standing("payments").snapshot.state is State.OPEN
+    assert view.state("payments").snapshot.state is State.OPEN
 
 
 def test_a_fork_without_shared_memory_follows_for_itself(view: View) -> None:
@@ -417,7 +416,7 @@ def test_a_fork_without_shared_memory_follows_for_itself(view: View) -> None:
 
     def look() -> str:
         before = len(followers())
-        [standing] = view.standings()
+        [standing] = view.states()
         behind = standing.is_behind
         view.catch_up(standing)
         return f"{before} {behind} {len(followers())} {standing.is_behind}"
@@ -454,10 +453,10 @@ def test_what_becomes_of_others_costs_a_child_process_nothing(
     for epoch in (6, 7):
         flap(main, clock, elsewhere, epoch)
         for _ in range(100):
-            view.standing("payments")
+            view.state("payments")
     assert store.calls == {}
     flap(main, clock, ["payments"], 8)
-    view.standing("payments")
+    view.state("payments")
     assert store.calls == {"read": 1}
 
 
@@ -482,7 +481,7 @@ def test_a_refresh_reads_at_most_so_many_children_and_only_what_has_changed(
     view.refresh()
     read.clear()
     store.inner.command(replace(SPEC, name=view.active_children()[0]), Verb.ISOLATE)
-    known = len(view.standings())
+    known = len(view.states())
     view.refresh()
-    assert len(view.standings()) <= known + 500
+    assert len(view.states()) <= known + 500
     assert read[0] == 1, "the parent"
