@@ -33,7 +33,7 @@ from resilient_tasks.core.outage import (
 )
 from resilient_tasks.core.rules import brief, to_ms
 from resilient_tasks.store.keys import Keys
-from resilient_tasks.store.server import Command, Scripts, Server
+from resilient_tasks.store.server import Command, Server
 
 _MINUTE, _DAY = 60, 24 * 3600
 _DEFERRED_WHEN_EMPTY = "deferred_when_empty"  # how many tasks had been deferred when none waited for the last time
@@ -68,17 +68,11 @@ class History:
     """The past of all breakers of one namespace.
 
     Every method may raise :class:`~resilient_tasks.errors.StoreError`, within the server's time limit.
-
-    Args:
-        server: connection to the shared store.
-        keys: names of the namespace's keys.
-        scripts: for the store's time.
     """
 
-    def __init__(self, server: Server, keys: Keys, scripts: Scripts) -> None:
+    def __init__(self, server: Server, keys: Keys) -> None:
         self._server = server
         self._keys = keys
-        self._scripts = scripts
 
     # --- reading ------------------------------------------------------------------------------------
 
@@ -275,7 +269,7 @@ class History:
 
     def now(self) -> float:
         """Return the store's time in seconds."""
-        return int(self._scripts.run("time", [])) / 1000
+        return self._server.now() / 1000
 
     def _counts(self, keys: Iterable[str]) -> list[dict[str, int]]:
         return [each or {} for each in self._server.commands([("HGETALL", key) for key in keys], _numbers)]

@@ -23,7 +23,7 @@ from resilient_tasks.store.base import IDLE_AFTER, RuledStore, Spec
 from resilient_tasks.store.history import History
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.ledger import Ledger
-from resilient_tasks.store.server import UNREADABLE, Argument, Scripts, Server, is_unreadable, portions
+from resilient_tasks.store.server import UNREADABLE, Argument, Server, is_unreadable, portions
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -58,11 +58,10 @@ class RedisStore(RuledStore):
         **client_options: Any,
     ) -> None:
         self._keys = Keys(namespace)
-        self._server = Server(url, timeout=timeout, cooldown=cooldown, **client_options)
+        self._server = Server(url, timeout=timeout, cooldown=cooldown, clock=clock, **client_options)
         self._channel = self._keys.changes(self._server.database)
-        self._scripts = Scripts(self._server, clock)
-        self.history = History(self._server, self._keys, self._scripts)
-        self.ledger = Ledger(self._server, self._keys, self._scripts, self.history.drain)
+        self.history = History(self._server, self._keys)
+        self.ledger = Ledger(self._server, self._keys, self.history.drain)
 
     def __repr__(self) -> str:
         return f"RedisStore({self._server.address!r}, namespace={self._keys.namespace!r})"
@@ -74,7 +73,7 @@ class RedisStore(RuledStore):
             StoreError: it does not, or it is away.
         """
         try:
-            return int(self._scripts.run("time", [])) / 1000
+            return self._server.now() / 1000
         except StoreError as error:
             answered = isinstance(error.__cause__, redis.ResponseError)
             needed = (
@@ -109,7 +108,7 @@ class RedisStore(RuledStore):
     def _read(self, specs: Sequence[Spec]) -> list[Snapshot]:
         calls = [(self._keys.breaker(spec.name), (*self._common(spec), 0)) for spec in specs]
         try:
-            replies = self._scripts.run_each("read", calls)
+            replies = self._server.script_each("read", calls)
             return [_seen(spec, reply).snapshot() for spec, reply in zip(specs, replies, strict=True)]
         except StoreError as error:
             if not is_unreadable(error.__cause__):
@@ -144,7 +143,7 @@ class RedisStore(RuledStore):
 
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
         keys = self._keys.breaker(name)
-        return [bool(one) for one in self._scripts.run("renew", [keys.trials, keys.slots], to_ms(lease), *holders)]
+        return [bool(one) for one in self._server.script("renew", [keys.trials, keys.slots], to_ms(lease), *holders)]
 
     # --- children -------------------------------------------------------------------------------
 
@@ -192,11 +191,16 @@ class RedisStore(RuledStore):
     # --- small values -------------------------------------------------------------------------------
 
     def put(self, kind: str, key: str, value: bytes, *, ttl: float) -> None:
-        self._scripts.run("put", [self._keys.value(kind, key)], value, to_ms(ttl))
+        entry, now, kept_for = self._keys.value(kind, key), self._server.now(), to_ms(ttl)
+        # ``until`` decides when it ends; the key's expiry only tidies up
+        written = ("HSET", entry, "value", value, "at", now, "until", now + kept_for)
+        self._server.commands([written, ("PEXPIRE", entry, kept_for)])
 
     def get(self, kind: str, key: str) -> tuple[bytes, float] | None:
-        reply = self._scripts.run("get", [self._keys.value(kind, key)])
-        return reply and (reply[0], reply[1] / 1000)
+        entry = self._keys.value(kind, key)
+        kept: tuple[bytes, int, int] | None = self._server.command("HMGET", entry, "value", "at", "until", read=_value)
+        now = self._server.now() if kept else 0
+        return (kept[0], (now - kept[1]) / 1000) if kept and now < kept[2] else None
 
     # --- changes --------------------------------------------------------------------------------------
 
@@ -217,7 +221,7 @@ class RedisStore(RuledStore):
         """Run a script; what is kept and cannot be read is deleted, and the breaker is CLOSED."""
         keys = self._keys.breaker(spec.name)
         try:
-            return _seen(spec, self._scripts.run(script, keys, *self._common(spec), *args))
+            return _seen(spec, self._server.script(script, keys, *self._common(spec), *args))
         except StoreError as error:
             if not is_unreadable(error.__cause__):
                 raise
@@ -226,7 +230,7 @@ class RedisStore(RuledStore):
             trouble = error
         self._server.discard([keys.state, keys.failures, keys.slow, keys.trials, keys.slots], trouble)
         self.history.close(spec.name)
-        return _seen(spec, self._scripts.run(script, keys, *self._common(spec), *args))
+        return _seen(spec, self._server.script(script, keys, *self._common(spec), *args))
 
     def _common(self, spec: Spec) -> tuple[Argument, ...]:
         return (spec.rules().text(), key_of(spec.name), self._channel, spec.name)
@@ -276,6 +280,11 @@ def _packed(fields: Mapping[str, Any]) -> dict[str, Any]:
         if f"{kind}_score" in packed:
             packed[kind] = " ".join(str(packed.pop(f"{kind}_{part}")) for part in PARTS)
     return packed
+
+
+def _value(kept: Sequence[bytes | None]) -> tuple[bytes, int, int] | None:
+    value, at, until = kept
+    return None if value is None else (value, int(at or b""), int(until or b""))
 
 
 def _instant(score: Any) -> int | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,10 +30,12 @@ T = TypeVar("T")
 logger = logging.getLogger("resilient_tasks")
 Argument = str | bytes | int | float
 Command = tuple[Any, ...]
+Call = tuple[Sequence[str], Sequence[Argument]]  # keys and arguments of a script
 
 #: What readers raise over values that are not in the format that they expect.
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
+_FOLDER = resources.files("resilient_tasks.store") / "lua"
 _PER_ROUND_TRIP = 500
 _MOST_CONNECTIONS = 1_000
 _AWAY = (
@@ -49,23 +50,75 @@ def portions(items: Iterable[T], size: int = _PER_ROUND_TRIP) -> list[list[T]]:
     return [waiting[start : start + size] for start in range(0, len(waiting), size)]
 
 
-class Server:
-    """Connections to one server, and the memory that it did not answer a moment ago.
+def script_names() -> list[str]:
+    """Return the names of all scripts."""
+    return sorted(file.name.removesuffix(".lua") for file in _FOLDER.iterdir() if file.name.endswith(".lua"))
 
-    Behind Sentinel or in a cluster the server may be another one from time to time; who asks does not notice.
+
+class Script:
+    """A Lua script, run by its digest; a server that does not know it, or no longer, gets its text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+    @classmethod
+    @cache
+    def load(cls, name: str, clock: str | None = None) -> Script:
+        """Return a script of the ``lua`` folder, behind the clock and ``breaker.lua`` if it needs that."""
+        text = (_FOLDER / f"{name}.lua").read_text("utf-8")
+        library = (_FOLDER / "lib" / "breaker.lua").read_text("utf-8") if "-- Needs breaker.lua\n" in text else ""
+        return cls("\n".join([clock or (_FOLDER / "lib" / "now.lua").read_text("utf-8"), library, text]))
+
+    def __call__(self, client: redis.Redis, keys: Sequence[str], *args: Argument) -> Any:
+        """Run it in one round trip; two if the server has to be given the text first."""
+        try:
+            return self._by_digest(client, keys, args)
+        except NoScriptError:
+            return client.eval(self.text, len(keys), *keys, *args)
+
+    def each(self, client: redis.Redis, calls: Sequence[Call]) -> list[Any]:
+        """Run it for each of several calls, all in one round trip. For scripts that may run twice."""
+        replies = self._pipelined(client, calls)
+        if any(isinstance(reply, NoScriptError) for reply in replies):
+            client.script_load(self.text)
+            replies = self._pipelined(client, calls)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        return replies
+
+    def _pipelined(self, client: redis.Redis, calls: Sequence[Call]) -> list[Any]:
+        with client.pipeline(transaction=False) as pipeline:
+            for keys, args in calls:
+                self._by_digest(pipeline, keys, args)
+            return pipeline.execute(raise_on_error=False)
+
+    def _by_digest(self, client: redis.Redis, keys: Sequence[str], args: Sequence[Argument]) -> Any:
+        # not evalsha(): the pipeline of a cluster's client has no method of that name
+        return client.execute_command("EVALSHA", self.digest, len(keys), *keys, *args)
+
+
+class Server:
+    """Connections to one server; behind Sentinel or in a cluster it may be another one from time to time.
+
+    Every method may raise ``StoreError``: the server is away, or was a moment ago, or it answers with an error.
 
     Args:
         url: as in :mod:`resilient_tasks.store.address`.
         timeout: longest wait in seconds for a connection, and for a reply; in a cluster, of each node.
         cooldown: seconds for which, after a failure to connect or a reply that did not come, only one
             caller tries again and the others get a StoreError at once.
+        clock: Lua text that defines ``now_ms()``; None: the server's time.
         options: more arguments for redis-py's connections.
 
     Raises:
-        ConfigurationError: the URL is of no use; the message does not contain the password.
+        ConfigurationError: the URL or an option is invalid; the message does not contain the password.
     """
 
-    def __init__(self, url: str, *, timeout: float, cooldown: float, **options: Any) -> None:
+    def __init__(self, url: str, *, timeout: float, cooldown: float, clock: str | None = None, **options: Any) -> None:
+        # all at once: a deploy may replace the files while this process lives
+        self._scripts = {name: Script.load(name, clock) for name in script_names()}
         self._address = Address.parse(url)
         self._cooldown = cooldown
         self._options = {
@@ -95,11 +148,7 @@ class Server:
         self._client = None
 
     def run(self, action: Callable[[redis.Redis], T]) -> T:
-        """Return what ``action`` gets from the server.
-
-        Raises:
-            StoreError: the server is away, or was a moment ago, or it answers with an error.
-        """
+        """Return what ``action`` gets from the server."""
         self._fail_fast()
         with self.errors_translated():
             if self._client is None:
@@ -112,12 +161,13 @@ class Server:
         """Run commands, 500 in one round trip, and return what ``read`` makes of their replies.
 
         A value of another type, or one that ``read`` cannot read, is logged and deleted; its place holds None.
-
-        Raises:
-            StoreError: see :meth:`run`.
         """
         replies = [reply for some in portions(commands) for reply in self.run(partial(_pipelined, commands=some))]
         return [self._readable(command, reply, read) for command, reply in zip(commands, replies, strict=True)]
+
+    def command(self, *command: Any, read: Callable[[Any], Any] = lambda reply: reply) -> Any:
+        """Run one command; see :meth:`commands`."""
+        return self.commands([command], read)[0]
 
     def _readable(self, command: Command, reply: Any, read: Callable[[Any], Any]) -> Any:
         try:
@@ -127,6 +177,19 @@ class Server:
         except (*UNREADABLE, redis.ResponseError) as error:
             self.discard([command[1]], error)
             return None
+
+    def script(self, name: str, keys: Sequence[str], *args: Argument) -> Any:
+        """Run a script and return its reply."""
+        return self.run(lambda client: self._scripts[name](client, keys, *args))
+
+    def script_each(self, name: str, calls: Iterable[Call]) -> list[Any]:
+        """Run a script that may run twice for each of several calls, 500 in one round trip."""
+        script = self._scripts[name]
+        return [reply for some in portions(calls) for reply in self.run(partial(script.each, calls=some))]
+
+    def now(self) -> int:
+        """Return the server's time in ms."""
+        return int(self.script("time", []))
 
     def discard(self, keys: Sequence[str], error: Exception) -> None:
         """Delete values that cannot be read, because they were edited by hand, and log it."""
@@ -145,12 +208,7 @@ class Server:
         return self.run(ask)
 
     def check_kind(self) -> None:
-        """Find a URL of one server that leads to a cluster, of which a server knows a part only.
-
-        Raises:
-            ConfigurationError: it does.
-            StoreError: see :meth:`run`.
-        """
+        """Raise ``ConfigurationError`` if a URL of one server leads to a node of a cluster, which knows a part only."""
         if self._address.kind is Kind.SERVER and any(info.get("cluster_enabled") for info in self.infos("cluster")):
             raise ConfigurationError(
                 f"store {self.address} is a node of a cluster: allowed is redis+cluster://host:port,host:port"
@@ -158,11 +216,9 @@ class Server:
 
     @contextmanager
     def errors_translated(self, *, remember: bool = True) -> Iterator[None]:
-        """Turn every error of redis-py into a StoreError.
+        """Turn every error of redis-py into a StoreError; ``remember`` that the server is away if it does not reply.
 
-        Args:
-            remember: take a missing reply as a sign that the server is away. Not for a subscription: that it was
-                cut says nothing about the server, and nobody else has to wait for it.
+        Not for a subscription: that it was cut says nothing about the server, and delays no other caller.
         """
         try:
             yield
@@ -230,99 +286,3 @@ def _trouble(error: Exception) -> str:
         return "does not speak the Redis protocol"
     refused = isinstance(error.__cause__ or error, redis.AuthenticationError)  # a cluster's client tells the cause so
     return "lets nobody in" if refused else "is away"
-
-
-_FOLDER = resources.files("resilient_tasks.store") / "lua"
-_NEEDS = re.compile(r"^-- Needs (\w+)\.lua$", re.MULTILINE)
-
-Call = tuple[Sequence[str], Sequence[Argument]]  # keys and arguments
-
-
-def script_names() -> list[str]:
-    """Return the names of all scripts."""
-    return sorted(file.name.removesuffix(".lua") for file in _FOLDER.iterdir() if file.name.endswith(".lua"))
-
-
-@cache
-def _read(*path: str) -> str:
-    return _FOLDER.joinpath(*path).read_text("utf-8")
-
-
-def _needed_by(text: str) -> dict[str, str]:
-    """Return the texts of the libraries that a text needs, by name, each behind those that it needs itself."""
-    needed: dict[str, str] = {}
-    for name in _NEEDS.findall(text):
-        library = _read("lib", f"{name}.lua")
-        needed.update({**_needed_by(library), name: library})
-    return needed
-
-
-class Script:
-    """A Lua script, run by its digest; a server that does not know it, or no longer, gets its text."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-
-    @classmethod
-    @cache
-    def load(cls, name: str, clock: str | None = None) -> Script:
-        """Return a script of the ``lua`` folder, behind the clock and the libraries that it names as needed.
-
-        Args:
-            name: of the file, without ``.lua``.
-            clock: Lua text that defines ``now_ms()``; ``None``: the server's time.
-        """
-        text = _read(f"{name}.lua")
-        return cls("\n".join([clock or _read("lib", "now.lua"), *_needed_by(text).values(), text]))
-
-    def __call__(self, client: redis.Redis, keys: Sequence[str], *args: Argument) -> Any:
-        """Run it in one round trip; two if the server has to be given the text first."""
-        try:
-            return self._by_digest(client, keys, args)
-        except NoScriptError:
-            return client.eval(self.text, len(keys), *keys, *args)
-
-    def each(self, client: redis.Redis, calls: Sequence[Call]) -> list[Any]:
-        """Run it for each of several calls, all in one round trip. For scripts that may run twice."""
-        replies = self._pipelined(client, calls)
-        if any(isinstance(reply, NoScriptError) for reply in replies):
-            client.script_load(self.text)
-            replies = self._pipelined(client, calls)
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
-        return replies
-
-    def _pipelined(self, client: redis.Redis, calls: Sequence[Call]) -> list[Any]:
-        with client.pipeline(transaction=False) as pipeline:
-            for keys, args in calls:
-                self._by_digest(pipeline, keys, args)
-            return pipeline.execute(raise_on_error=False)
-
-    def _by_digest(self, client: redis.Redis, keys: Sequence[str], args: Sequence[Argument]) -> Any:
-        # not evalsha(): the pipeline of a cluster's client has no method of that name
-        return client.execute_command("EVALSHA", self.digest, len(keys), *keys, *args)
-
-
-class Scripts:
-    """All scripts, on one server. Every method may raise ``StoreError``; see :meth:`Server.run`.
-
-    Args:
-        server: where they run.
-        clock: as for :meth:`Script.load`; for tests that advance the time.
-    """
-
-    def __init__(self, server: Server, clock: str | None = None) -> None:
-        self._server = server
-        # all at once: a deploy may replace the files while this process lives
-        self._scripts = {name: Script.load(name, clock) for name in script_names()}
-
-    def run(self, name: str, keys: Sequence[str], *args: Argument) -> Any:
-        """Run a script and return its reply."""
-        return self._server.run(lambda client: self._scripts[name](client, keys, *args))
-
-    def run_each(self, name: str, calls: Iterable[Call]) -> list[Any]:
-        """Run a script that may run twice for each of several calls, 500 in one round trip."""
-        script = self._scripts[name]
-        return [reply for some in portions(calls) for reply in self._server.run(partial(script.each, calls=some))]

@@ -12,7 +12,7 @@ from celery.backends.base import DisabledBackend
 
 from resilient_tasks.core.model import parent_of
 from resilient_tasks.errors import ResilienceError
-from resilient_tasks.monitor.deployment import BreakerFacts, Deployment, TaskFacts, WorkerFacts
+from resilient_tasks.monitor.deployment import BreakerFacts, Deployment, ServerFacts, TaskFacts, WorkerFacts
 from resilient_tasks.worker.definitions import doubts
 from resilient_tasks.worker.inspection import library_version, resilience, rules_of
 from resilient_tasks.worker.options import DEFER, options_of
@@ -58,7 +58,7 @@ def _look_at_store(runtime: Runtime, workers: tuple[WorkerFacts, ...]) -> dict[s
     found: dict[str, Any] = {}
     try:
         ledger = runtime.fleet.ledger
-        found["store"] = ledger.server_facts()
+        found["store"] = ServerFacts.of("store", *ledger.server_info())
         for snapshot in runtime.read():
             found["clock_ahead"] = time.time() - snapshot.now
             if snapshot.oldest_deferred_at is not None:

@@ -165,6 +165,7 @@ def test_a_trial_is_counted_as_a_call_and_as_a_trial(lab: Lab) -> None:
     assert fleet.acquire(fleet.join(breaker.spec).spec, "a").trial
     fleet.reporter.settle(breaker.spec, "a", breaker.snapshot().epoch, Verdict(FAILURE, "ReadTimeout"))
     fleet.close()
+    fleet.view.stop(timeout=10)  # its thread must not act on what the next test keeps under these names
     counts = totals(lab, breaker)
     assert (counts.trials, counts.calls) == (1, {FAILURE: 1})
     assert counts.entered == {State.OPEN: 2, State.HALF_OPEN: 1}

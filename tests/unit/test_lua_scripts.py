@@ -26,8 +26,8 @@ def header_of(text: str) -> list[str]:
 
 
 def test_every_script_is_used() -> None:
-    modules = "\n".join((PACKAGE / f"{name}.py").read_text("utf-8") for name in ("redis", "ledger", "history"))
-    run = set(re.findall(r"\b_?run(?:_each)?\(\s*\"(\w+)\"", modules))
+    modules = "\n".join((PACKAGE / f"{name}.py").read_text("utf-8") for name in ("redis", "ledger", "server"))
+    run = set(re.findall(r"\b(?:_run|script|script_each)\(\s*\"(\w+)\"", modules))
     assert sorted(run) == METHODS
 
 
