@@ -512,3 +512,5 @@ def test_outages_of_children_come_with_their_parents(lab: Lab) -> None:
     assert resilience.estimate("payments:acme") is None
     with pytest.raises(ConfigurationError, match="'mail' is defined nowhere; defined: payments"):
         resilience.outages("mail")
+    resilience.fleet.close()
+    resilience.fleet.view.stop(timeout=10)  # its thread must not act on what the next test keeps under these names
