@@ -1,4 +1,8 @@
-"""``Call``: one call of a task, by what it was given; and what a function calls its parameters."""
+"""``Call``: one call of a task, by what it was given; the names of its parameters, and its key.
+
+The options ``breaker_key`` and ``coalesce_key`` are the name of one of the task's parameters, however that is passed, or
+a callable ``(args, kwargs) -> str``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,10 @@ from functools import lru_cache
 from typing import Any
 
 from resilient_tasks.monitor.log import about
+
+TaskKey = str | Callable[[tuple[Any, ...], dict[str, Any]], str]
+
+ALLOWED_KEYS = "the name of a parameter, or a callable (args, kwargs) -> str"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +62,26 @@ def parameter_names(body: Callable[..., Any]) -> list[str]:
     """Return the names of the parameters by which a function can be told apart its calls."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [parameter.name for parameter in _signature(body).parameters.values() if parameter.kind not in variadic]
+
+
+def is_task_key(key: Any, body: Callable[..., Any]) -> bool:
+    """Whether ``key`` may be a key of the task with this body."""
+    return callable(key) or (isinstance(key, str) and key in parameter_names(body))
+
+
+def key_of(call: Call, key: TaskKey) -> str:
+    """Return the key of one call.
+
+    Raises:
+        TypeError: the arguments do not fit the task, or the callable returned no text.
+        Exception: whatever the user's callable raises.
+    """
+    found = found_by(key, call)
+    if callable(key) and not isinstance(found, str):
+        raise TypeError(f"the key of task {call.task_name!r} is {found!r}: allowed is a str")
+    return str(found)
+
+
+def found_by(key: TaskKey, call: Call) -> object:
+    """Return what the callable returns, or the value of the parameter; raises likewise."""
+    return key(tuple(call.args), dict(call.kwargs)) if callable(key) else call.arguments()[key]

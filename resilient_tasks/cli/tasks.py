@@ -15,8 +15,8 @@ from resilient_tasks.cli.display import Row, plain_lines, print_json, print_tabl
 from resilient_tasks.errors import BreakerOpenError, DeadLetterError
 from resilient_tasks.monitor.report import counted, moment
 from resilient_tasks.worker.dead_letters import DeadLetter, DeadLetters
-from resilient_tasks.worker.decoding import UNDECODABLE
 from resilient_tasks.worker.deferred import Deferred, DeferredTask
+from resilient_tasks.worker.envelope import UNDECODABLE
 from resilient_tasks.worker.runtime import Runtime
 
 #: Seconds between two batches of tasks that are resumed at a rate, if that is not slower.

@@ -16,7 +16,7 @@ from resilient_tasks.worker import (
     redis_channel,
     seams,
 )
-from resilient_tasks.worker.decoding import UNDECODABLE
+from resilient_tasks.worker.envelope import UNDECODABLE
 from resilient_tasks.worker.host import Host
 from resilient_tasks.worker.queues import declare, own_queue
 from resilient_tasks.worker.runtime import TICK_TASK, Runtime, find_runtime, runtime_of

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from kombu.utils.json import dumps
 
-from resilient_tasks.call import Call
-from resilient_tasks.worker.task_key import key_of
+from resilient_tasks.call import Call, key_of
 
 if TYPE_CHECKING:
     from resilient_tasks.store.ledger import Ledger

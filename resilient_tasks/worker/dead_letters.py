@@ -20,10 +20,9 @@ from celery import states
 from resilient_tasks.core.model import parent_of
 from resilient_tasks.errors import DeadLetterError
 from resilient_tasks.worker import seams
-from resilient_tasks.worker.decoding import UNDECODABLE
-from resilient_tasks.worker.queues import Entry, Move, with_ticket
+from resilient_tasks.worker.envelope import UNDECODABLE, Step, without_ticket
+from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.request import ResultNotWrittenError, write_result
-from resilient_tasks.worker.ticket import Step
 
 if TYPE_CHECKING:
     from resilient_tasks.worker.runtime import Runtime
@@ -226,7 +225,7 @@ def _is_over(entry: Entry) -> bool:
 
 def _describe(letter: Entry) -> DeadLetter:
     ticket = letter.ticket
-    headers = {} if letter.flaw else with_ticket(letter.message.headers, None)
+    headers = {} if letter.flaw else without_ticket(letter.message.headers)
     return DeadLetter(
         task_id=_id_of(letter),
         task="" if letter.flaw else letter.task_name,

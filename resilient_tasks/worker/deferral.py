@@ -1,6 +1,11 @@
-"""``Deferral``: a worker's requests are put aside, to wait or for good.
+"""``Deferral``: a worker's requests are deferred or dead-lettered.
 
-State and index first, push last: whoever can find the message can also read why it waits.
+State and index first, push last: a process that finds the message can also read why it waits.
+
+Where the broker refuses a queue of ours (:class:`Denials`) the task stays unacknowledged, beside the prefetch window,
+so that other tasks go on. It is requeued once its breaker would admit it, or deferred once the rights are there
+(``docs/permissions.md``). Where no window can be widened (quorum queues, ``worker_eta_task_limit``) it goes to the end
+of its queue a moment later.
 """
 
 from __future__ import annotations
@@ -9,25 +14,22 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from celery.states import PENDING
 
 from resilient_tasks import signals
 from resilient_tasks.core import outage as counts
-from resilient_tasks.core.memory import MemoryLimit
+from resilient_tasks.core.memory import Memory, MemoryLimit
 from resilient_tasks.errors import DeferredQueueFullError, StoreError
 from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED
 from resilient_tasks.monitor.log import Throttle
-from resilient_tasks.worker.decoding import UNDECODABLE, flaw_in_task
-from resilient_tasks.worker.denials import Denials
-from resilient_tasks.worker.memory import MemoryGuard
+from resilient_tasks.worker.envelope import UNDECODABLE, Ticket, flaw_in_task
 from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Queues
 from resilient_tasks.worker.request import GatedRequest
-from resilient_tasks.worker.ticket import Ticket
 from resilient_tasks.worker.timed import TimedWriter
 
 if TYPE_CHECKING:
@@ -48,6 +50,13 @@ STATE_TIMEOUT = 0.25
 #: Deferrals of one breaker that have a log line of their own, in so many seconds; the others are counted.
 MOST_LINES = 10
 LINES_INTERVAL = 10.0
+#: Seconds, and deferrals, between two looks at the memory of the servers.
+LOOK_INTERVAL = 0.25
+LOOK_EVERY = 100
+#: Seconds between two checks whether what was refused is granted by now.
+CHECK_INTERVAL = 10.0
+#: Tasks held for missing rights that are looked at in one go, four times per tick interval.
+_AT_ONCE = 100
 
 
 class Step(Protocol):
@@ -55,6 +64,51 @@ class Step(Protocol):
 
     def __call__(self, *, limited: bool) -> None:
         """Take the step; ``limited``: the limits of deferred queues apply."""
+
+
+class MemoryGuard:
+    """Nothing more is deferred long before a server refuses to store anything.
+
+    A Redis at its ``maxmemory`` refuses publishers and results as well, so waiting tasks must not be what fills it.
+    """
+
+    def __init__(
+        self,
+        limit: MemoryLimit,
+        servers: Mapping[str, Callable[[], Memory | None]],
+        errors: tuple[type[Exception], ...] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limit, self._servers, self._errors, self._clock = limit, servers, errors, clock
+        self._look_at = float("-inf")
+        self._asked = 0
+        self._exceeded: int | None = None
+
+    def exceeded(self) -> int | None:
+        """Return the limit in bytes that a server has reached, as far as is known; None: there is room."""
+        self._asked += 1
+        if self._asked >= LOOK_EVERY or self._clock() >= self._look_at:
+            self._look()
+            self._asked, self._look_at = 0, self._clock() + LOOK_INTERVAL
+        return self._exceeded
+
+    def _look(self) -> None:
+        before, self._exceeded = self._exceeded, None
+        for name, ask in self._servers.items():
+            try:
+                memory = ask()
+            except self._errors as exc:
+                logger.debug("the %s does not report how much memory it uses: %s", name, type(exc).__name__)
+                continue
+            limit = memory and self._limit.exceeded_by(memory)
+            if memory and limit:
+                self._exceeded = limit
+                if before is None:
+                    what = "nothing more is deferred: the %s uses %d bytes of memory, and deferring may fill %d"
+                    logger.warning(what, name, memory.used, limit)
+                return
+        if before is not None:
+            logger.warning("tasks are deferred again: the servers are below their memory limit")
 
 
 class Deferral:
@@ -283,3 +337,100 @@ class Deferral:
         if self._held:
             logger.error("%d tasks could not be deferred before shutdown", len(self._held))
         self.queues.close()
+
+
+class _Held(NamedTuple):
+    """A task that cannot be deferred; ``beside``: it takes no place in the prefetch window."""
+
+    request: GatedRequest
+    ticket: Ticket
+    queue: str
+    again: Step
+    beside: bool
+
+    @property
+    def may_run(self) -> bool:
+        """Whether the task's breakers would admit it by now; a dead one never runs again."""
+        request, ticket, host = self.request, self.ticket, self.request.host
+        if ticket.died_at or ticket.not_before > host.now():
+            return False
+        return host.gate.refusing(request.guards, request.ticket, request.id) is None
+
+
+class Denials:
+    """What the broker refuses one worker.
+
+    Attributes:
+        reasons: by queue, in the broker's words.
+    """
+
+    def __init__(self, runtime: Runtime, deferral: Deferral) -> None:
+        self._runtime = runtime
+        self._deferral = deferral
+        self.reasons: dict[str, str] = {}
+        self._held: deque[_Held] = deque()
+        self._check_at = float("-inf")
+        self._has_checked = False
+
+    def add(self, refused: Mapping[str, Exception]) -> None:
+        """Note which queues the broker refuses, and how; each is logged once."""
+        new = [queue for queue in refused if queue not in self.reasons]
+        if new:
+            what = "tasks cannot be deferred, the broker refuses %s (rights: docs/permissions.md): %s"
+            logger.error(what, ", ".join(new), refused[new[0]])
+        self.reasons.update({queue: str(error) for queue, error in refused.items()})
+
+    def hold(self, request: GatedRequest, ticket: Ticket, queue: str, again: Step) -> None:
+        """Keep a task that cannot be put into a queue, without a place in the prefetch window."""
+        self._held.append(_Held(request, ticket, queue, again, request.leave_window()))
+
+    def look(self) -> None:
+        """Check rights, and let those held go that may; called by the maintenance thread, does little each time."""
+        if time.monotonic() >= self._check_at:
+            self._check()
+            self._check_at = time.monotonic() + CHECK_INTERVAL
+        going: list[_Held] = []
+        for _ in range(min(len(self._held), _AT_ONCE)):
+            held = self._held.popleft()
+            if held.queue not in self.reasons:
+                held.request.enter_window()
+                self._deferral.attempt(held.request, held.again)
+            elif held.may_run or (not held.beside and not held.ticket.died_at):
+                going.append(held)
+            else:
+                self._held.append(held)
+        if going:
+            going[0].request.host.consumer.call_soon(self._return, going)
+
+    def _check(self) -> None:
+        """At first look at the queues of all breakers that are defined, then at those that were refused."""
+        queues, names = self._deferral.queues, list(self.reasons)
+        if not self._has_checked:
+            names = [place(name) for name in self._runtime.breakers for place in (queues.deferred, queues.dead)]
+        refused: dict[str, Exception] = {}
+        try:
+            for queue in names:
+                error = queues.check(queue)
+                if error is not None:
+                    refused[queue] = error
+                elif self.reasons.pop(queue, None):
+                    logger.info("the broker refuses %s no more", queue)
+            self._has_checked = True
+        except queues.errors as error:
+            logger.debug("rights on the broker cannot be checked now: %s", type(error).__name__)
+        self.add(refused)
+
+    def _return(self, going: list[_Held]) -> None:
+        """Put tasks back to their queues, in the event loop."""
+        for held in going:
+            request, ticket = held.request, held.ticket
+            has_failed = ticket.attempted_at > request.ticket.attempted_at
+            header = ticket if has_failed else request.ticket
+            try:
+                self._deferral.put_back(request, ticket.origin, header, first=held.beside)
+            except self._deferral.errors as error:
+                what = "Task %s[%s] cannot be put back yet: %s"
+                logger.debug(what, request.name, request.id, error, extra=request.log_fields)
+                self._held.append(held)
+            else:
+                held.request.enter_window()

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from celery import states
 from celery.exceptions import InvalidTaskError, NotRegistered, TaskRevokedError
+from celery.signals import task_revoked
 from kombu.exceptions import DecodeError
 
 from resilient_tasks import signals
 from resilient_tasks.core.outage import COALESCED, DEAD, DROPPED, EXPIRED, REVOKED
 from resilient_tasks.errors import DeferralExpiredError, ResilienceError
 from resilient_tasks.monitor.events import TASK_IGNORED, TASK_RESUMED
+from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.coalescing import SupersededError, superseded_among
-from resilient_tasks.worker.decoding import check_task, decode, payload_of, task_fields
+from resilient_tasks.worker.envelope import check_task, decode, payload_of, task_fields
 from resilient_tasks.worker.events import Events
 from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Entry, Move, Queues
 from resilient_tasks.worker.request import GatedRequest, ResultNotWrittenError, write_result
-from resilient_tasks.worker.revokes import revoked_among
 
 if TYPE_CHECKING:
     from resilient_tasks.worker.runtime import Runtime
@@ -34,6 +36,8 @@ CLAIM_OUTLIVES_TURN = 3600.0
 PAGE = 500
 #: Bytes of messages that are looked at in one go.
 PAGE_SIZE = 1_000_000
+#: Seconds for which a task may still be deferred by a worker that has not heard of its stamp's revoke.
+HEARSAY = 60.0
 
 #: Chooses what becomes of some waiting tasks; the others go on waiting.
 Choose = Callable[[Sequence[Entry]], Sequence[Move]]
@@ -268,3 +272,68 @@ def _expiry(entry: Entry, now: float) -> DeferralExpiredError | TaskRevokedError
     if ticket.ends_at == ticket.expires:
         return TaskRevokedError(EXPIRED)
     return DeferralExpiredError(ticket.breaker, now - ticket.since, ticket.deadline - ticket.since)
+
+
+# --- revokes ---------------------------------------------------------------------------------------------
+
+
+class Hearing:
+    """What one worker was told to revoke and has passed on to the ledger."""
+
+    def __init__(self) -> None:
+        self._ids: set[str] = set()
+        self._stamps: dict[str, int] = {}  # header -> number of its values
+        self._expired: set[str] = set()  # Celery takes them for revoked, too, but that is nobody's order
+        task_revoked.connect(self._note_expiry)
+
+    def _note_expiry(self, request: Any, *, expired: bool, **_: Any) -> None:
+        if expired:
+            self._expired.add(request.id)
+
+    def pass_on(self, ledger: Ledger, breakers: Iterable[str]) -> None:
+        """Tell the ledger what is new, and have the tick look at tasks that wait for one of ``breakers``.
+
+        Raises:
+            StoreError: the ledger is away; the next call tells it.
+        """
+        ids = set(seams.revoked_ids)
+        stamps = {header: list(values) for header, values in seams.revoked_stamps.copy().items()}
+        self._expired &= ids  # what Celery has forgotten need not be told apart
+        new_ids = ids - self._ids - self._expired
+        ledger.revoke([*new_ids, *self._unheard(stamps)])
+        ledger.hasten(breakers, new_ids)
+        self._ids = ids
+        self._stamps = {header: len(values) for header, values in stamps.items()}
+
+    def _unheard(self, stamps: dict[str, list[object]]) -> Iterator[str]:
+        for header, values in stamps.items():  # Celery only ever appends to them
+            yield from (_mark(header, value) for value in values[self._stamps.get(header, 0) :])
+
+
+def revoked_among(entries: Sequence[Entry], ledger: Ledger) -> set[str]:
+    """Return the ids of those waiting tasks that were revoked."""
+    marks = {entry.task_id: set(_marks(entry)) for entry in entries}
+    revoked = ledger.revoked([*marks, *set().union(*marks.values())])
+
+    def by_stamp(entry: Entry) -> bool:
+        heard_until = entry.ticket.since - HEARSAY
+        return any(mark in revoked and revoked[mark] > heard_until for mark in marks[entry.task_id])
+
+    return {entry.task_id for entry in entries if entry.task_id in revoked or by_stamp(entry)}
+
+
+def _marks(entry: Entry) -> Iterator[str]:
+    """Yield the marks of a task's stamps, as far as what it says of them makes sense."""
+    headers = entry.message.headers or {}
+    stamped, stamps = headers.get("stamped_headers"), headers.get("stamps")
+    if not isinstance(stamped, (list, tuple)) or not isinstance(stamps, dict):
+        return
+    for header, value in stamps.items():
+        if header in stamped:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            yield from (_mark(header, one) for one in values)
+
+
+def _mark(header: str, value: object) -> str:
+    """Return the name of a stamp in the ledger; it looks like no task's id."""
+    return json.dumps([header, value], default=str)

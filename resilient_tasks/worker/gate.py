@@ -18,9 +18,9 @@ from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Grant, Outcome, State, parent_of, voter_of
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
 from resilient_tasks.scope import Pass
+from resilient_tasks.worker.envelope import Ticket
 from resilient_tasks.worker.overruns import OVERDUE, Overruns
 from resilient_tasks.worker.run import Admission, Report, limits_of
-from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
     from resilient_tasks.dependency import Dependency

@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.errors import StoreError
-from resilient_tasks.worker.revokes import Hearing
+from resilient_tasks.worker.deferred_tasks import Hearing
 from resilient_tasks.worker.tick import RECONCILE_INTERVAL, Tick, anything_due
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from resilient_tasks.monitor.events import QUEUE_BLOCKED, QUEUE_UNBLOCKED
 from resilient_tasks.worker import seams
+from resilient_tasks.worker.envelope import Ticket
 from resilient_tasks.worker.request import GatedRequest
-from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
     from resilient_tasks.worker.host import Host

@@ -27,12 +27,12 @@ from resilient_tasks.store.background import renew_after_fork
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.coalescing import coalesced_as
 from resilient_tasks.worker.deferral import Deferral
+from resilient_tasks.worker.envelope import Ticket
 from resilient_tasks.worker.options import DEFER, FAIL
 from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Queues
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.runtime import find_runtime, runtime_of
-from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
     from resilient_tasks.worker.runtime import Runtime

@@ -18,9 +18,9 @@ from kombu.exceptions import OperationalError
 
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.worker import seams
-from resilient_tasks.worker.queues import Entry, Move, Queues, declare, own_queue, with_ticket
+from resilient_tasks.worker.envelope import Ticket, without_ticket
+from resilient_tasks.worker.queues import Entry, Move, Queues, declare, own_queue
 from resilient_tasks.worker.redis_queues import RedisQueues
-from resilient_tasks.worker.ticket import Ticket
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -104,10 +104,10 @@ class PublishedQueues(Queues):
         headers = message.headers or {}
         expiration = _expiration(message) or Ticket.read(headers).expiration
         if not self.owns(queue):
-            ticket = replace(ticket, expiration=0) if ticket else None
-            return self._send(message, queue, with_ticket(headers, ticket), expiration)
+            headers = replace(ticket, expiration=0).write(headers) if ticket else without_ticket(headers)
+            return self._send(message, queue, headers, expiration)
         self._declare(queue)
-        if not self._send(message, queue, with_ticket(headers, replace(ticket or Ticket(), expiration=expiration))):
+        if not self._send(message, queue, replace(ticket or Ticket(), expiration=expiration).write(headers)):
             raise OperationalError(f"queue {queue} was deleted a moment ago")
         return True
 

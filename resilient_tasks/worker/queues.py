@@ -23,8 +23,7 @@ from resilient_tasks.core.model import is_child, parent_of
 from resilient_tasks.monitor.deployment import ServerFacts
 from resilient_tasks.monitor.log import about
 from resilient_tasks.worker import seams
-from resilient_tasks.worker.decoding import payload_of, task_fields
-from resilient_tasks.worker.ticket import Ticket
+from resilient_tasks.worker.envelope import Ticket, payload_of, task_fields
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -249,12 +248,3 @@ class Queues(ABC):
     def server_facts(self) -> ServerFacts | None:
         """Return what the broker's server tells of itself; None if it is no Redis."""
         return None
-
-
-def with_ticket(headers: Mapping[str, Any], ticket: Ticket | None) -> dict[str, Any]:
-    """Return a message's headers with a ticket; without one as they were before it was ever deferred."""
-    if ticket is not None:
-        return ticket.write(headers)
-    headers = dict(headers)
-    Ticket.take(headers)
-    return headers

@@ -10,12 +10,12 @@ All that is overridden here is undocumented; ``tests/unit/test_seams.py`` fails 
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from enum import Enum, auto
 from importlib import resources
 from queue import Empty
 from time import monotonic, time
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 from kombu.exceptions import DecodeError
 from kombu.transport import redis, virtual
@@ -23,7 +23,7 @@ from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 from redis.exceptions import ResponseError
 
-from resilient_tasks.worker.decoding import decode, flaw_in_envelope
+from resilient_tasks.worker.envelope import decode, decode_envelope
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -182,35 +182,34 @@ class TakingChannel(redis.Channel):
 
     def _open(self, key: bytes, text: bytes) -> dict[str, Any] | None:
         """Return the envelope in a text; None if there is none, and the text is dead-lettered."""
-        envelope: Any = None
+        flaw = ""
         with ExitStack() as failed:
-            failed.callback(
-                lambda: self._lay(self._name(key), text, envelope, "rpush")
-            )  # whatever fails, nothing is lost
+            failed.callback(lambda: self._lay(self._name(key), text, "rpush"))  # whatever fails, nothing is lost
             try:
-                envelope = decode(loads, text)
-                flaw = flaw_in_envelope(envelope)
-                if flaw is None:
-                    decode(self.decode_body, envelope["body"], envelope["properties"].get("body_encoding"))
+                envelope = decode_envelope(loads, text)
+                decode(self.decode_body, envelope["body"], envelope["properties"].get("body_encoding"))
             except DecodeError as exc:
                 flaw = str(exc)
             failed.pop_all()
-        if flaw is None:
-            return cast("dict[str, Any]", envelope)
+        if not flaw:
+            return envelope
         logger.error("what lay in %s is moved to %s: %s", bytes_to_str(key), self.unreadable, flaw)
         try:
-            self._lay(self.unreadable, text, envelope, "lpush")
+            self._lay(self.unreadable, text, "lpush")
         except ResponseError as exc:
             logger.error("it cannot be kept: %s", exc)  # noqa: TRY400 - a full server, no mistake in the code
         return None
 
-    def _lay(self, queue: str, text: bytes, envelope: Any, push: str) -> None:
+    def _lay(self, queue: str, text: bytes, push: str) -> None:
         """Put a text that was taken into a queue."""
+        tag: Any = None
+        with suppress(DecodeError):  # the script may have noted what is no message
+            match decode(loads, text):
+                case {"properties": {"delivery_tag": str(tag)}}:
+                    pass
         with self.conn_or_acquire() as client:
             getattr(client, push)(queue, text)
-            properties = envelope.get("properties") if isinstance(envelope, dict) else None
-            tag = properties.get("delivery_tag") if isinstance(properties, dict) else None
-            if isinstance(tag, str):  # the script has noted it
+            if tag is not None:
                 client.hdel(self.unacked_key, tag)
                 client.zrem(self.unacked_index_key, tag)
 

@@ -18,9 +18,8 @@ from resilient_tasks.core.memory import Memory
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.monitor.deployment import ServerFacts
 from resilient_tasks.worker import seams
-from resilient_tasks.worker.decoding import decode, flaw_in_envelope
-from resilient_tasks.worker.queues import Entry, Move, Queues, with_ticket
-from resilient_tasks.worker.ticket import Ticket
+from resilient_tasks.worker.envelope import Ticket, decode, decode_envelope, without_ticket
+from resilient_tasks.worker.queues import Entry, Move, Queues
 
 #: Messages that are fetched in one go.
 _PAGE = 500
@@ -104,13 +103,9 @@ class RedisQueues(Queues):
 
     def _decoded(self, queue: str, breaker: str, text: bytes) -> Entry:
         try:
-            envelope = decode(seams.decode_message, text)
-            flaw = flaw_in_envelope(envelope)
-            message = decode(self.channel.Message, envelope, self.channel) if flaw is None else None
+            message = decode(self.channel.Message, decode_envelope(seams.decode_message, text), self.channel)
         except DecodeError as exc:
-            flaw, message = str(exc), None
-        if message is None:
-            return Entry(None, Ticket(breaker=breaker), text, flaw or "")
+            return Entry(None, Ticket(breaker=breaker), text, str(exc))
         return self._entry(queue, breaker, message, text)
 
     def move(self, queue: str, moves: Sequence[Move]) -> Iterator[Move]:
@@ -144,7 +139,7 @@ class RedisQueues(Queues):
     def _sent(message: Any, ticket: Ticket | None) -> dict[str, Any]:
         """Return a message as it is sent, with a ticket or without any."""
         raw: dict[str, Any] = message.serializable()
-        raw["headers"] = with_ticket(raw["headers"], ticket)
+        raw["headers"] = ticket.write(raw["headers"]) if ticket else without_ticket(raw["headers"])
         return raw
 
     def _oldest(self, key: str, start: int = 0, page: int = _PAGE) -> Iterator[list[bytes]]:
@@ -163,7 +158,13 @@ class RedisQueues(Queues):
 
     def size(self, *queues: str) -> int:
         """See :meth:`Queues.size`."""
-        return sum(self._size(queue) for queue in queues)
+        return sum(map(self._size, queues))
+
+    def _size(self, queue: str) -> int:
+        try:
+            return seams.queue_size(self.channel, queue)
+        except redis.ResponseError:  # a key that is no list: only a forged header names it
+            return 0
 
     def found(self) -> list[str]:
         """See :meth:`Queues.found`. Each time it goes on in the keyspace where it has ended before."""
@@ -188,12 +189,6 @@ class RedisQueues(Queues):
         with suppress(redis.ResponseError):  # managed servers keep their settings to themselves
             saves = self._client.config_get("save").get("save")
         return ServerFacts.of("broker", self._client.info("default"), saves)
-
-    def _size(self, queue: str) -> int:
-        try:
-            return seams.queue_size(self.channel, queue)
-        except redis.ResponseError:  # a key that is no list: only a forged ticket names it
-            return 0
 
 
 def _size_of(texts: Sequence[bytes]) -> int:

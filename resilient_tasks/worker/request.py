@@ -32,10 +32,10 @@ from resilient_tasks.monitor.log import about
 from resilient_tasks.policy import BLOCK
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.coalescing import coalesced_as
+from resilient_tasks.worker.envelope import HEADER, Ticket
 from resilient_tasks.worker.options import DEFER
 from resilient_tasks.worker.run import NONSENSE, Admission, Packed, Report, TaskDeferred, limits_of, run_admitted
 from resilient_tasks.worker.runtime import runtime_of
-from resilient_tasks.worker.ticket import HEADER, Ticket
 from resilient_tasks.worker.timed import TimedWriter
 
 if TYPE_CHECKING:

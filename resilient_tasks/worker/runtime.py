@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from celery import Celery, Task
 
-from resilient_tasks.call import Call
+from resilient_tasks.call import Call, found_by
 from resilient_tasks.core.model import did_you_mean, is_child, parent_of
 from resilient_tasks.core.outage import CACHED_AGE, FALLBACK, OLDEST_ANSWER
 from resilient_tasks.dependency import Dependency
@@ -27,10 +27,9 @@ from resilient_tasks.fallback import Served
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.settings import Settings
 from resilient_tasks.worker.definitions import check_guarded, doubts
+from resilient_tasks.worker.envelope import Ticket
 from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Queues
-from resilient_tasks.worker.task_key import found_by
-from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
     from resilient_tasks.core.model import Snapshot

@@ -9,10 +9,9 @@ from celery import Celery
 from celery.exceptions import InvalidTaskError
 from celery.worker.strategy import default
 
-from resilient_tasks.worker.decoding import check_task
+from resilient_tasks.worker.envelope import Ticket, check_task
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.runtime import runtime_of
-from resilient_tasks.worker.ticket import Ticket
 
 if TYPE_CHECKING:
     from resilient_tasks.dependency import Dependency

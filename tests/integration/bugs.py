@@ -10,6 +10,7 @@ from typing import Any
 from resilient_tasks.worker import deferred_tasks, tick
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.envelope import Ticket
 from resilient_tasks.worker.gate import Gate
 from resilient_tasks.worker.host import Host
 from resilient_tasks.worker.queues import Entry, Queues
@@ -17,7 +18,6 @@ from resilient_tasks.worker.reconcile import Reconciler
 from resilient_tasks.worker.redis_queues import RedisQueues
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.resume import Resumer
-from resilient_tasks.worker.ticket import Ticket
 
 #: Steps that a message takes on its way, by what happens to it then.
 DEFERRING: list[tuple[Any, str]] = [

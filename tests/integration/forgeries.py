@@ -11,7 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from resilient_tasks.worker.ticket import HEADER, Ticket
+from resilient_tasks.worker.envelope import HEADER, Ticket
 
 GUARDED = [f"tests.integration.shop.{name}" for name in ("charge", "describe", "balance", "nickname", "strict")]
 HEADERS = [

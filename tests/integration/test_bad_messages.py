@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import pytest
 
-from resilient_tasks.worker.ticket import HEADER, Ticket
+from resilient_tasks.worker.envelope import HEADER, Ticket
 from tests.integration.conftest import Shop
 
 NUMBERS = [0, -1, 1, 1.5, 1e300, -1e300, 10**400, 2**63, float("inf"), float("nan")]

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 
 from resilient_tasks import cli
 from resilient_tasks.breaker import this_user
-from resilient_tasks.worker.ticket import Ticket
+from resilient_tasks.worker.envelope import Ticket
 from tests.integration.conftest import Shop
 from tests.integration.post_office import MODULE, PATIENCE, PostOffice
 from tests.integration.test_bad_messages import message

@@ -15,7 +15,7 @@ from celery.exceptions import ChordError, TaskRevokedError
 from kombu.exceptions import DecodeError
 
 from resilient_tasks import DeadLetterError, DeferralExpiredError
-from resilient_tasks.worker.ticket import HEADER, Ticket
+from resilient_tasks.worker.envelope import HEADER, Ticket
 from tests.integration.conftest import PATIENCE, Shop
 from tests.integration.test_bad_messages import GARBAGE, envelope, message
 

@@ -13,7 +13,7 @@ from celery.exceptions import NotRegistered
 from resilient_tasks import Resilience
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.model import State
-from resilient_tasks.worker.ticket import HEADER
+from resilient_tasks.worker.envelope import HEADER
 from tests.integration.conftest import Shop
 from workers.processes import Program, celery_command
 

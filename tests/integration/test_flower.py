@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from resilient_tasks.flower import service
-from resilient_tasks.worker.ticket import Ticket
+from resilient_tasks.worker.envelope import Ticket
 from tests.integration.conftest import MODULE, PATIENCE, Shop
 from tests.integration.test_bad_messages import message
 from tests.support.browser import Browser, chromium_binary

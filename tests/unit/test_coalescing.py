@@ -10,11 +10,10 @@ import pytest
 from celery import Celery, chain, chord, group
 
 from resilient_tasks import Breaker, ConfigurationError
-from resilient_tasks.call import Call
+from resilient_tasks.call import Call, is_task_key, key_of
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.coalescing import coalesced_as, superseded_among
 from resilient_tasks.worker.request import GatedRequest
-from resilient_tasks.worker.task_key import is_task_key, key_of
 
 
 @pytest.fixture

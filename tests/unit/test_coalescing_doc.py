@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from celery import _state
 
-from resilient_tasks.call import Call
-from resilient_tasks.worker.task_key import key_of
+from resilient_tasks.call import Call, key_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coalescing.md").read_text()
 

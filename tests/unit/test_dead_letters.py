@@ -17,9 +17,9 @@ from resilient_tasks import Breaker, ConfigurationError, DeadLetter, DeadLetterE
 from resilient_tasks.testing import Clock
 from resilient_tasks.worker.dead_letters import DeadLetters
 from resilient_tasks.worker.deferral import Deferral
+from resilient_tasks.worker.envelope import HEADER, Step, Ticket
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.runtime import runtime_of
-from resilient_tasks.worker.ticket import HEADER, Step, Ticket
 
 DEAD = "resilient.dead.payments"
 CALL = [[1], {"two": 2}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]

@@ -16,11 +16,11 @@ from resilient_tasks.core.outage import REDELIVERED
 from resilient_tasks.store.view import CachedState
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker.compensation import Compensation
+from resilient_tasks.worker.envelope import Ticket
 from resilient_tasks.worker.gate import Gate
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.run import Report
 from resilient_tasks.worker.runtime import runtime_of
-from resilient_tasks.worker.ticket import Ticket
 from tests.support.doubles import Request
 
 IDS = [f"task-{number}" for number in range(2000)]

@@ -16,11 +16,11 @@ from resilient_tasks.dependency import REMEMBERED_FOR
 from resilient_tasks.scope import Pass
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker import tick
+from resilient_tasks.worker.envelope import Ticket
 from resilient_tasks.worker.gate import Gate
 from resilient_tasks.worker.reconcile import Reconciler
 from resilient_tasks.worker.run import Admission
 from resilient_tasks.worker.runtime import Runtime, runtime_of
-from resilient_tasks.worker.ticket import Ticket
 from tests.unit.test_body import FAILURE, gated
 from tests.unit.test_gate import request
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from resilient_tasks.core.memory import Memory, MemoryLimit
-from resilient_tasks.worker.memory import LOOK_EVERY, LOOK_INTERVAL, MemoryGuard
+from resilient_tasks.worker.deferral import LOOK_EVERY, LOOK_INTERVAL, MemoryGuard
 from tests.support.doubles import ManualClock
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from resilient_tasks.worker.envelope import Ticket
 from resilient_tasks.worker.overflow import Overflow
-from resilient_tasks.worker.ticket import Ticket
 
 
 class TaskConsumer:

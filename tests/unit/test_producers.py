@@ -15,7 +15,7 @@ from kombu.transport import memory
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Resilience, cached, constant
 from resilient_tasks.testing import Clock, force
-from resilient_tasks.worker.ticket import Ticket
+from resilient_tasks.worker.envelope import Ticket
 
 DEFERRED = "resilient.deferred.payments"
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from resilient_tasks.errors import StoreError
 from resilient_tasks.worker import seams
+from resilient_tasks.worker.deferred_tasks import HEARSAY, Hearing, revoked_among
+from resilient_tasks.worker.envelope import Ticket
 from resilient_tasks.worker.queues import Entry
-from resilient_tasks.worker.revokes import HEARSAY, Hearing, revoked_among
-from resilient_tasks.worker.ticket import Ticket
 
 NOW = 1_000_000.0
 

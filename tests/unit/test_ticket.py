@@ -13,8 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from kombu.utils.json import dumps, loads
 
+from resilient_tasks.worker.envelope import HEADER, MOST_STEPS, Step, Ticket
 from resilient_tasks.worker.request import GatedRequest
-from resilient_tasks.worker.ticket import HEADER, MOST_STEPS, Step, Ticket
 
 SECONDS = st.floats(min_value=0, max_value=1e12)
 COUNTS = st.integers(min_value=0, max_value=10**12)

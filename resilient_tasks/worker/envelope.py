@@ -1,18 +1,26 @@
-"""``Ticket``: what a deferred message says about itself, in one header of its own.
+"""Reading messages: our deferral header, and what kombu and Celery make of the rest.
 
-The header travels with the message, so that counting attempts and finding the way back need no
-store. The worker takes it off before the task runs: a task's ``request.headers`` are what they were.
+The deferral header travels with the message, so that counting attempts and finding the way back need no store.
+The worker removes it before the task runs: a task's ``request.headers`` are what they were.
+
+What is no task's message, or cannot be decoded, would end the worker in kombu or Celery. It is dead-lettered whole: in
+``<namespace>.dead.undecodable``, or in the dead-letter queue of the breaker in whose deferred queue it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import Field, Strict, TypeAdapter, ValidationError
+from celery.exceptions import InvalidTaskError
+from celery.utils.saferepr import saferepr
+from kombu.exceptions import DecodeError
+from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
 HEADER = "x-resilient-tasks"
+#: Replaces a breaker's name in the name of the queue for what cannot be decoded.
+UNDECODABLE = "undecodable"
 
 #: Seconds between the runs of a task whose body is refused: twice as many each time.
 SHORTEST_BACK_OFF, LONGEST_BACK_OFF = 0.5, 30.0
@@ -22,7 +30,12 @@ MOST_STEPS = 16
 _MOST = 10**17  # no time and no count of ours comes near
 _Text = Annotated[str, Strict()]
 _Seconds = Annotated[float, Field(ge=0, lt=_MOST, allow_inf_nan=False, strict=True)]
+_Limit = float | None
 _Count = Annotated[int, Field(ge=0, lt=_MOST, strict=True)]
+
+_OBJECT, _TEXT = (dict, type(None)), (str, type(None))
+
+Decoded = TypeVar("Decoded")
 
 
 class Step(NamedTuple):
@@ -121,3 +134,110 @@ class Ticket:
 _NO_TICKET = Ticket()
 _FIELDS = tuple(field.name for field in fields(Ticket))
 _DECODER = TypeAdapter(Ticket)
+
+
+def without_ticket(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message's headers as they were before it was ever deferred."""
+    headers = dict(headers)
+    Ticket.take(headers)
+    return headers
+
+
+# --- the rest of a message ------------------------------------------------------------------------------
+
+
+def decode(decoder: Callable[..., Decoded], *args: Any) -> Decoded:
+    """Return what a decoder of kombu's makes of ``args``; no code of ours may run inside it.
+
+    Raises:
+        DecodeError: it fails. The text names the class of its error, whose own text may hold secrets.
+    """
+    try:
+        return decoder(*args)
+    except Exception as exc:
+        raise DecodeError(f"the message cannot be decoded: {type(exc).__name__}") from exc
+
+
+def decode_envelope(decoder: Callable[[bytes], Any], text: bytes) -> dict[str, Any]:
+    """Return the object in a Redis list of which kombu makes a message.
+
+    Raises:
+        DecodeError: it is none.
+    """
+    raw = decode(decoder, text)
+    match raw:
+        case {"body": str(), "properties": {"delivery_tag": str(), "delivery_info": {"exchange": _, "routing_key": _}}}:
+            texts = (raw.get("content-type"), raw.get("content-encoding"))
+            if isinstance(raw.get("headers"), _OBJECT) and all(isinstance(each, _TEXT) for each in texts):
+                return dict(raw)
+    raise DecodeError("it is no message of kombu's")
+
+
+def payload_of(message: Any) -> Any:
+    """Return the decoded body of a message, or raise DecodeError."""
+    return decode(getattr, message, "payload")
+
+
+def task_fields(message: Any) -> Mapping[str, Any]:
+    """Return the fields in which a message names its task: its headers, or the body of message protocol 1.
+
+    Raises:
+        DecodeError: the body cannot be decoded.
+    """
+    headers: Mapping[str, Any] = message.headers if isinstance(message.headers, dict) else {}
+    if "task" in headers:
+        return headers
+    payload = payload_of(message)
+    return payload if isinstance(payload, dict) else headers
+
+
+def flaw_in_task(message: Any) -> str | None:
+    """Say what keeps Celery from looking up a message's task; None if nothing does, or it is no task's.
+
+    Celery looks a task up before it knows whose it is, and writes a FAILURE under the id of an unknown one.
+    """
+    try:
+        fields = task_fields(message) if isinstance(message.headers, dict) else {}
+    except DecodeError:  # Celery handles it
+        return None
+    wrong = [name for name in ("task", "id") if "task" in fields and not isinstance(fields.get(name), str)]
+    return f"a task's {wrong[0]} is text, not {saferepr(fields.get(wrong[0]), maxlen=100)}" if wrong else None
+
+
+class _TaskFields(BaseModel):
+    """What Celery's ``Request`` needs of a message's fields."""
+
+    model_config = ConfigDict(strict=True)
+
+    id: str = Field(min_length=1)  # without lone surrogates: it becomes part of a key
+    shadow: str | None = None
+    eta: str | None = None
+    expires: str | None = None
+    timelimit: Annotated[list[_Limit], Field(min_length=2, max_length=2)] | tuple[_Limit, _Limit] | None = None
+    stamps: dict[Any, Any] | None = None
+    stamped_headers: list[str] | tuple[str, ...] | None = None
+
+
+def check_task(fields: Mapping[str, Any], payload: Any) -> None:
+    """Refuse a message on which Celery's ``Request`` would fail, and the whole worker with it.
+
+    Args:
+        fields: the fields in which it names its task.
+        payload: its decoded body.
+
+    Raises:
+        InvalidTaskError: one of them is of the wrong type; Celery logs and rejects the message.
+    """
+    try:
+        _TaskFields.model_validate(fields)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        name, value = wrong["loc"][0], saferepr(wrong["input"], maxlen=100)
+        raise InvalidTaskError(f"a task's {name} is {value}: {wrong['msg']}") from None
+    match payload:
+        case [list() | tuple(), dict(), dict() | None]:
+            return
+        case {"args": _}:  # of Celery 3
+            return
+    if fields is not payload:
+        raise InvalidTaskError(f"a task's payload is [args, kwargs, options], not {saferepr(payload, maxlen=100)}")
