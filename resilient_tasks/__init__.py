@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         StoreError,
     )
     from resilient_tasks.fallback import Provenance, cached, constant
+    from resilient_tasks.operations.waiting import DeadLetter
     from resilient_tasks.policy import BreakerPolicy
-    from resilient_tasks.worker.dead_letters import DeadLetter
     from resilient_tasks.worker.task import ResilientTask
 
 __all__ = [
@@ -65,7 +65,7 @@ _NAMES_BY_MODULE = {
     "fallback": ("Provenance", "cached", "constant"),
     "policy": ("BreakerPolicy",),
 
-    "worker.dead_letters": ("DeadLetter",),
+    "operations.waiting": ("DeadLetter",),
     "worker.task": ("ResilientTask",),
 }  # fmt: skip
 _MODULES = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}

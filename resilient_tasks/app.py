@@ -21,6 +21,7 @@ from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fallback import Provenance, read_provenance
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.monitor import events
+from resilient_tasks.operations.waiting import DeadLetters, Deferred
 from resilient_tasks.policy import BreakerPolicy, PolicyFields
 from resilient_tasks.settings import Settings, SettingsFields
 from resilient_tasks.signals import tell_of_transition
@@ -30,8 +31,6 @@ from resilient_tasks.store.base import Store
 from resilient_tasks.store.redis import RedisStore
 from resilient_tasks.worker import beat
 from resilient_tasks.worker.bootsteps import ControlQueue, Membership
-from resilient_tasks.worker.dead_letters import DeadLetters
-from resilient_tasks.worker.deferred import Deferred
 from resilient_tasks.worker.definitions import check_sent
 from resilient_tasks.worker.producers import ProducersGate
 from resilient_tasks.worker.queues import own_queue

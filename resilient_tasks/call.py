@@ -1,6 +1,6 @@
-"""``Call``: one call of a task, by what it was given; the names of its parameters, and its key.
+"""``Call``: one call of a task, its parameters and its key.
 
-The options ``breaker_key`` and ``coalesce_key`` are the name of one of the task's parameters, however that is passed, or
+The options ``breaker_key`` and ``coalesce_key`` are the name of one of the task's parameters, however it is passed, or
 a callable ``(args, kwargs) -> str``.
 """
 

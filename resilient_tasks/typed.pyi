@@ -5,8 +5,8 @@ import tenacity
 from celery.result import AsyncResult
 
 from resilient_tasks.breaker import Breaker
+from resilient_tasks.call import TaskKey
 from resilient_tasks.worker.task import ResilientTask
-from resilient_tasks.worker.task_key import TaskKey
 
 __all__ = ["GuardedTask", "shared_task"]
 

@@ -9,8 +9,7 @@ import click
 
 from resilient_tasks.cli.common import pass_runtime
 from resilient_tasks.cli.display import print_json, print_table, printable
-from resilient_tasks.monitor.doctor import Finding, Level, examine
-from resilient_tasks.worker.examination import look_at
+from resilient_tasks.operations.doctor import Finding, Level, examine, look_at
 from resilient_tasks.worker.runtime import Runtime
 
 

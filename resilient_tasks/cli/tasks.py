@@ -14,13 +14,9 @@ from resilient_tasks.cli.common import BreakerName, BreakerNames, asking_the_bro
 from resilient_tasks.cli.display import Row, plain_lines, print_json, print_table, printable
 from resilient_tasks.errors import BreakerOpenError, DeadLetterError
 from resilient_tasks.monitor.report import counted, moment
-from resilient_tasks.worker.dead_letters import DeadLetter, DeadLetters
-from resilient_tasks.worker.deferred import Deferred, DeferredTask
+from resilient_tasks.operations.waiting import DeadLetter, DeadLetters, Deferred, DeferredTask
 from resilient_tasks.worker.envelope import UNDECODABLE
 from resilient_tasks.worker.runtime import Runtime
-
-#: Seconds between two batches of tasks that are resumed at a rate, if that is not slower.
-_RESUME_INTERVAL = 0.1
 
 
 @click.command()
@@ -38,7 +34,7 @@ def deferred(runtime: Runtime, name: str, *, limit: int, ids_only: bool, as_json
         waiting = Deferred(runtime)
         counts = {each: waiting.count(each) for each in expand(runtime, [name])}
         found = [task for each, some in counts.items() if some for task in waiting.list(each, limit=limit)]
-        tasks, count = sorted(found, key=lambda task: task.since)[:limit], sum(counts.values())
+        tasks, count = sorted(found, key=lambda task: task.since or 0)[:limit], sum(counts.values())
     if as_json:
         print_json([asdict(task) for task in tasks])
     elif ids_only:
@@ -99,13 +95,9 @@ def _batches(waiting: Deferred, name: str, rate: float | None, *, force: bool) -
     if rate is None:
         yield waiting.resume(name, force=force)
         return
-    count, started, asked = waiting.count(name), time.monotonic(), 0
-    while asked < count:
-        due = min(count, 1 + math.floor((time.monotonic() - started) * rate)) - asked
-        if due:
-            asked += due
-            yield waiting.resume(name, limit=due, force=force)
-        time.sleep(max(_RESUME_INTERVAL, started + asked / rate - time.monotonic()) if asked < count else 0)
+    for count, pause in waiting.resume_at(name, rate, force=force):
+        yield count
+        time.sleep(pause)
 
 
 @click.command()

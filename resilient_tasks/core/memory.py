@@ -1,4 +1,4 @@
-"""How much memory a server uses, and how much of it deferring may fill."""
+"""What a server reports of itself: version, settings, the memory it uses; and how much of that deferring may fill."""
 
 from __future__ import annotations
 
@@ -67,3 +67,35 @@ class MemoryLimit:
         """Return the limit in bytes if ``memory`` has reached it, else None."""
         limit = self.size if self.share is None else int(self.share * memory.maximum)
         return limit if limit and memory.used >= limit else None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """One Redis or Valkey server as it reports itself. None: unknown."""
+
+    role: str  # "store" or "broker"
+    version: tuple[int, ...] = ()  # e.g. (7, 0, 15)
+    product: str = "redis"  # or "valkey"
+    policy: str | None = None  # its maxmemory-policy
+    maxmemory: int | None = None  # bytes; 0: no limit
+    persistent: bool | None = None  # whether anything of it survives a restart
+
+    @property
+    def title(self) -> str:
+        """What it is: ``Valkey 9.1.0``."""
+        return f"{self.product.capitalize()} {'.'.join(map(str, self.version))}"
+
+    @classmethod
+    def of(cls, role: str, info: Mapping[str, Any], saves: object) -> ServerFacts:
+        """Read its answer to INFO; ``saves`` is its setting ``save``, when snapshots are written, None if unknown."""
+        product = "valkey" if "valkey_version" in info else "redis"
+        version = str(info.get(f"{product}_version", ""))
+        appends = info.get("aof_enabled")
+        return cls(
+            role=role,
+            version=tuple(int(part) for part in version.split(".") if part.isdigit()),
+            product=product,
+            policy=info.get("maxmemory_policy"),
+            maxmemory=info.get("maxmemory"),
+            persistent=True if appends else None if saves is None or appends is None else bool(saves),
+        )

@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,8 +20,7 @@ from resilient_tasks.core.model import HELD_OPEN, Snapshot, State, Verb
 from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.errors import DeadLetterError, StoreError
 from resilient_tasks.monitor.report import Row, counted, rows_of
-from resilient_tasks.worker.dead_letters import DeadLetter, DeadLetters
-from resilient_tasks.worker.deferred import Deferred
+from resilient_tasks.operations.waiting import DeadLetter, DeadLetters, Deferred
 from resilient_tasks.worker.runtime import Runtime
 
 T = TypeVar("T")
@@ -39,7 +38,6 @@ INTEREST = 10.0  # seconds after the last look for which that goes on
 _IDLE_FACTOR = 5  # reads are so many times rarer while no page is open
 _FIRST_LOOK_TIMEOUT, _CHANGE_TIMEOUT, _NEVER_READ_TIMEOUT = 0.05, 1.0, 5.0  # seconds that a look waits for a new read
 _REFRESH_TIMEOUT = 10.0
-_RESUME_BATCH, _RESUME_INTERVAL = 500, 0.1  # tasks and seconds, so that others are served in between
 _QUEUE_SIZE = 1_000
 
 
@@ -363,24 +361,14 @@ class Service:
     async def _resume(self, name: str, rate: float | None, actor: str) -> int:
         resumed = 0
         try:
-            async for batch in self._batches(name, rate):
-                resumed += batch
+            batches = self._deferred.resume_at(name, rate)
+            while (batch := await self._broker.submit(lambda: next(batches, None), timeout=TIMEOUT)) is not None:
+                count, pause = batch
+                resumed += count
+                await asyncio.sleep(pause)  # others are served in between
         finally:
             await self._note({name: resumed}, "task", "resumed", actor)
         return resumed
-
-    async def _batches(self, name: str, rate: float | None) -> AsyncIterator[int]:
-        """Resume the tasks that wait at this moment; yield the size of each batch."""
-        waiting = await self._broker.submit(lambda: self._deferred.count(name), timeout=READ_TIMEOUT)
-        asked, started = 0, time.monotonic()
-        while asked < waiting:
-            due = waiting if rate is None else 1 + int((time.monotonic() - started) * rate)
-            batch = min(due, waiting, asked + _RESUME_BATCH) - asked
-            asked += batch
-            if batch:
-                resume = partial(self._deferred.resume, name, limit=batch)
-                yield await self._broker.submit(resume, timeout=TIMEOUT)
-            await asyncio.sleep(0 if rate is None else _RESUME_INTERVAL)
 
     def _resumed(self, name: str, done: asyncio.Task[int]) -> None:
         if self._resuming.get(name) is done:

@@ -18,9 +18,8 @@ from celery import Celery
 from kombu import Queue
 from kombu.exceptions import DecodeError
 
-from resilient_tasks.core.memory import Memory
+from resilient_tasks.core.memory import Memory, ServerFacts
 from resilient_tasks.core.model import is_child, parent_of
-from resilient_tasks.monitor.deployment import ServerFacts
 from resilient_tasks.monitor.log import about
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.envelope import Ticket, payload_of, task_fields

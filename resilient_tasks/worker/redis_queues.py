@@ -14,9 +14,8 @@ import redis
 from celery import Celery
 from kombu.exceptions import DecodeError
 
-from resilient_tasks.core.memory import Memory
+from resilient_tasks.core.memory import Memory, ServerFacts
 from resilient_tasks.errors import DeferredQueueFullError
-from resilient_tasks.monitor.deployment import ServerFacts
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.envelope import Ticket, decode, decode_envelope, without_ticket
 from resilient_tasks.worker.queues import Entry, Move, Queues

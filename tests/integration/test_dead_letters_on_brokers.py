@@ -11,7 +11,7 @@ from celery.result import AsyncResult
 from kombu import Producer
 
 from resilient_tasks import DeadLetterError, Resilience
-from resilient_tasks.worker.dead_letters import DeadLetters
+from resilient_tasks.operations.waiting import DeadLetters
 from tests.integration.post_office import PATIENCE, PostOffice
 
 SEEN = ("args", "kwargs", "headers", "expires", "reply_to", "correlation_id", "timelimit", "retries", "stamps", "id")

@@ -13,7 +13,7 @@ from celery.bin.base import CLIContext
 from click.testing import CliRunner
 
 from resilient_tasks import Resilience, cli
-from resilient_tasks.worker import examination
+from resilient_tasks.operations import doctor
 from resilient_tasks.worker.runtime import TICK_TASK, runtime_of
 from tests.chaos.stack import faketime_library
 from tests.integration.conftest import Shop
@@ -163,7 +163,7 @@ def test_a_clock_that_is_fast_is_found(shop: Shop) -> None:
 
 
 def test_with_all_workers_dead_it_finds_what_they_have_left(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examination, "UNSEEN", 0.0)
+    monkeypatch.setattr(doctor, "UNSEEN", 0.0)
     shop.resilience.fleet.ledger.declare(["former"])
     shop.broker.lpush("resilient.deferred.former", "a", "b")
     code, findings = examined(shop.app, timeout=0.5)

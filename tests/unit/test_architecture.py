@@ -19,6 +19,7 @@ LAYERS = [
     {"store", "call", "fallback", "monitor", "settings", "checks", "probing", "signals", "grpc_call"},
     {"fleet", "scope", "dependency", "guard", "breaker"},
     {"worker"},
+    {"operations"},
     {"app", "prometheus", "typed"},
     {"__init__"},
     {"flower", "testing"},
@@ -26,7 +27,7 @@ LAYERS = [
 ]
 # who may import what of Celery and its transport
 CELERY = {
-    "celery": {"worker", "app", "prometheus", "cli", "typed"},
+    "celery": {"worker", "operations", "app", "prometheus", "cli", "typed"},
     "celery.utils.dispatch": {"signals"},
     "billiard": {"worker"},
     "kombu": {"worker"},

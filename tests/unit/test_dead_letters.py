@@ -14,8 +14,8 @@ from kombu import Producer, Queue
 from kombu.common import QoS
 
 from resilient_tasks import Breaker, ConfigurationError, DeadLetter, DeadLetterError, Resilience
+from resilient_tasks.operations.waiting import DeadLetters
 from resilient_tasks.testing import Clock
-from resilient_tasks.worker.dead_letters import DeadLetters
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.envelope import HEADER, Step, Ticket
 from resilient_tasks.worker.request import GatedRequest

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from resilient_tasks.monitor.deployment import BreakerFacts, Deployment, ServerFacts, TaskFacts, WorkerFacts
-from resilient_tasks.monitor.doctor import CHECKS, Level, examine
+from resilient_tasks.core.memory import ServerFacts
+from resilient_tasks.operations.doctor import CHECKS, BreakerFacts, Deployment, Level, TaskFacts, WorkerFacts, examine
 
 RULES = {"window": 30_000, "trial_calls": 3}
 STORE = ServerFacts("store", (7, 0, 15), "redis", "noeviction", maxmemory=10**9, persistent=True)

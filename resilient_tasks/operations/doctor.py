@@ -1,24 +1,242 @@
 """The doctor: what is wrong with a deployment, why it matters, and what to do.
 
-:data:`CHECKS` are the checks in their order, each with the facts that it needs; ``_RULES`` are what they may find in a
-:class:`Deployment`.
+:func:`look_at` asks store, broker, workers and settings, whatever of them answers. :data:`CHECKS` are the checks in
+their order, each with the facts that it needs; ``_RULES`` are what they may find in a :class:`Deployment`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Any
 
-from resilient_tasks.monitor.deployment import Deployment, ServerFacts, WorkerFacts
+from celery.backends.base import DisabledBackend
+
+from resilient_tasks.core.memory import ServerFacts
+from resilient_tasks.core.model import parent_of
+from resilient_tasks.errors import ResilienceError
 from resilient_tasks.monitor.report import counted, duration
+from resilient_tasks.worker.definitions import doubts
+from resilient_tasks.worker.inspection import library_version, resilience, rules_of
+from resilient_tasks.worker.options import DEFER, options_of
+from resilient_tasks.worker.runtime import Runtime
 
 OLDEST_SERVER = (6, 2)
 #: A tick is missed when none has completed for so many seconds, however little there is to do.
 LONGEST_SILENCE = 60.0
 #: Seconds by which clocks may differ.
 CLOCK_TOLERANCE = 5.0
+_VISIBILITY_TIMEOUT = 3600.0  # kombu's own
+
+#: A breaker that no worker has declared for so many seconds is defined by none that lives.
+UNSEEN = 60.0
+
+
+# --- the facts -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """One worker as it answers."""
+
+    name: str
+    version: str | None = None  # of its library; None: it has none, or an older one that does not answer
+    control_queue: str | None = None  # from which it takes ticks; None: it takes none
+    refused: Mapping[str, str] = field(default_factory=dict)  # the library's queues that the broker refuses, and why
+    clock_ahead: float | None = None  # seconds, of the store's clock; None: it has not read the store
+    policies: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # by breaker, the rules that it declares
+    can_grow: bool = True  # its pool can add a slot while calls hang
+    tick_scope: str = ""  # distinguishes its ticks from those of workers that define other breakers
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFacts:
+    """One task that names a breaker, as this process defines it. Durations in seconds."""
+
+    name: str
+    breakers: tuple[str, ...]
+    defers: bool
+    acks_late: bool
+    time_limit: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerFacts:
+    """One breaker as this process declares it, and what waits for it or its children. Durations in seconds."""
+
+    name: str
+    trial_timeout: float
+    rules: Mapping[str, object]
+    oldest_wait: float | None = None
+    slow_call_duration: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """Everything that the doctor checks. None: unknown. Durations in seconds."""
+
+    version: str  # of the library in this process
+    control_queue: str  # on which this app's ticks travel
+    tasks: tuple[TaskFacts, ...] = ()  # that name a breaker
+    mistakes: tuple[str, ...] = ()  # why workers do not start
+    doubts: tuple[tuple[str, str, str], ...] = ()  # what may be a mistake in a definition, why it matters, what to do
+    breakers: tuple[BreakerFacts, ...] = ()
+    keeps_results: bool = True
+    undecided: Mapping[str, Sequence[str]] | None = None  # exceptions of the last hours that no rule knows, by breaker
+    result_expires: float = 86400.0  # how long results, and what is known of chords, are kept; 0: for ever
+    prefetch_multiplier: int = 4
+    store: ServerFacts | None = None
+    store_trouble: str = ""  # why the store does not answer
+    broker: ServerFacts | None = None  # None also for a broker that is no Redis
+    broker_trouble: str = ""  # why the broker does not answer
+    visibility_timeout: float | None = None  # of a Redis broker; None: the broker has none
+    clock_ahead: float | None = None  # by which the clock of this process is ahead of the store's
+    tick_age: float | None = None  # since a tick of this app's breakers has completed; infinite if none ever did
+    tick_sender_age: float | None = None  # since beat, or what else sends ticks, was last seen; infinite if never
+    tick_interval: float = 1.0
+    orphans: Mapping[str, int] | None = None  # tasks that wait for breakers that no process defines, by breaker
+    workers: tuple[WorkerFacts, ...] | None = None  # that answer
+
+    @property
+    def answering(self) -> tuple[WorkerFacts, ...] | None:
+        """The workers that answer; None if there are none."""
+        return self.workers or None
+
+    @property
+    def answering_broker(self) -> bool | None:
+        """None if the broker does not answer."""
+        return None if self.broker_trouble else True
+
+
+def look_at(runtime: Runtime, *, timeout: float) -> Deployment:
+    """Find out all that the doctor needs; what does not answer, workers within ``timeout`` seconds, is left out."""
+    broker = _look_at_broker(runtime)
+    workers = None if broker["broker_trouble"] else _ask_workers(runtime, timeout)
+    conf = runtime.app.conf
+    return Deployment(
+        version=library_version(),
+        control_queue=runtime.control_queue,
+        tasks=tuple(_tasks(runtime)),
+        mistakes=tuple(map(str, runtime.mistakes())),
+        doubts=(*doubts(runtime.app), *_unused_overrides(runtime)),
+        keeps_results=not isinstance(runtime.app.backend, DisabledBackend),
+        result_expires=runtime.result_ttl,
+        prefetch_multiplier=conf.worker_prefetch_multiplier,
+        tick_interval=runtime.settings.tick_interval,
+        workers=workers,
+        **broker,
+        **_look_at_store(runtime, workers or ()),
+        orphans=_orphans(runtime, workers),
+    )
+
+
+def _look_at_store(runtime: Runtime, workers: tuple[WorkerFacts, ...]) -> dict[str, Any]:
+    waits: dict[str, float] = {}
+    found: dict[str, Any] = {}
+    try:
+        ledger = runtime.fleet.ledger
+        found["store"] = ServerFacts.of("store", *ledger.server_info())
+        for snapshot in runtime.read():
+            found["clock_ahead"] = time.time() - snapshot.now
+            if snapshot.oldest_deferred_at is not None:
+                name = parent_of(snapshot.name) or snapshot.name
+                waits[name] = max(snapshot.now - snapshot.oldest_deferred_at, waits.get(name, 0.0))
+        # Code that defines other breakers than the workers do, as in a deploy, has another scope, and theirs counts.
+        theirs = {worker.tick_scope for worker in workers if worker.policies.keys() & runtime.breakers.keys()}
+        scopes = {runtime.tick_scope, *theirs}
+        found["tick_age"] = _youngest(map(ledger.last_tick_age, scopes))
+        found["tick_sender_age"] = _youngest(map(ledger.tick_sender_age, scopes))
+        found["undecided"] = _undecided(runtime)
+    except ResilienceError as error:
+        found = {"store_trouble": str(error)}
+    found["breakers"] = tuple(
+        BreakerFacts(
+            spec.name,
+            spec.policy.trial_timeout,
+            rules_of(spec),
+            waits.get(spec.name),
+            spec.policy.slow_call_duration,
+        )
+        for spec in runtime.specs()
+    )
+    return found
+
+
+def _youngest(ages: Iterable[float | None]) -> float:
+    return min(math.inf if age is None else age for age in ages)
+
+
+def _undecided(runtime: Runtime) -> dict[str, list[str]]:
+    """Return the exceptions that no rule has known of late, by breaker."""
+    history = runtime.fleet.history
+    ever = [name for name, counts in history.totals(runtime.breakers).items() if counts.undecided]
+    lately = {name: {each for minute in history.minutes(name) for each in minute.counts.undecided} for name in ever}
+    return {name: sorted(types) for name, types in lately.items() if types}
+
+
+def _unused_overrides(runtime: Runtime) -> list[tuple[str, str, str]]:
+    """Return what settings say of breakers that are not defined."""
+    why, advice = "they have no effect", "correct the name in RESILIENT_TASKS_BREAKERS__, or define the breaker"
+    unused = runtime.settings.unknown_overrides(runtime.breakers)
+    return [(f"settings override breaker {name}, which is not defined", why, advice) for name in unused]
+
+
+def _look_at_broker(runtime: Runtime) -> dict[str, Any]:
+    try:
+        runtime.queues.size(runtime.control_queue)
+        facts = runtime.queues.server_facts()
+    except runtime.queues.errors as error:
+        return {"broker_trouble": f"{type(error).__name__}: {error}"}
+    options = runtime.app.conf.broker_transport_options or {}
+    timeout = float(options.get("visibility_timeout", _VISIBILITY_TIMEOUT)) if facts else None
+    return {"broker": facts, "broker_trouble": "", "visibility_timeout": timeout}
+
+
+def _ask_workers(runtime: Runtime, timeout: float) -> tuple[WorkerFacts, ...]:
+    """Return what each worker answers; one without the library answers that it knows no such command."""
+    replies = runtime.app.control.broadcast(resilience.__name__, reply=True, timeout=timeout) or []
+    answers = {name: reply for each in replies for name, reply in each.items()}
+    return tuple(WorkerFacts(name, **_known(answers[name])) for name in sorted(answers))
+
+
+def _known(reply: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is understood here of the reply of a worker, whatever its version."""
+    return {field.name: reply[field.name] for field in fields(WorkerFacts) if field.name in reply}
+
+
+def _tasks(runtime: Runtime) -> list[TaskFacts]:
+    guarded = [task for task in runtime.app.tasks.values() if options_of(task)]
+    longest = runtime.app.conf.task_time_limit or runtime.app.conf.task_soft_time_limit
+    return [
+        TaskFacts(
+            name=task.name,
+            breakers=task.options.breakers,
+            defers=DEFER in (task.options.on_open, task.options.on_failure),
+            acks_late=bool(task.acks_late),
+            time_limit=task.time_limit or task.soft_time_limit or longest,
+        )
+        for task in guarded
+    ]
+
+
+def _orphans(runtime: Runtime, workers: tuple[WorkerFacts, ...] | None) -> dict[str, int] | None:
+    """Return the waiting tasks of breakers that workers used to define, and neither they nor this process do."""
+    if workers is None:
+        return None
+    defined = set(runtime.breakers).union(*(worker.policies for worker in workers))
+    try:
+        declared = runtime.fleet.ledger.abandoned(unseen_for=UNSEEN)
+    except ResilienceError:
+        return None
+    gone = [name for name in declared if (parent_of(name) or name) not in defined]
+    sizes = {name: runtime.queues.size(runtime.queues.deferred(name)) for name in gone}
+    return {name: size for name, size in sizes.items() if size}
+
+
+# --- the checks ----------------------------------------------------------------------------------------
 
 
 class Level(str, Enum):
@@ -34,15 +252,7 @@ class Level(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that the doctor has found.
-
-    Args:
-        level: how bad it is.
-        what: is the case.
-        why: it matters.
-        advice: what to do.
-        check: the title of the check that found it.
-    """
+    """One thing that the doctor has found: how bad it is, what, why it matters, what to do, and by which check."""
 
     level: Level
     what: str
