@@ -24,11 +24,16 @@ def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
     server.stop()
 
 
-@pytest.fixture
-def server(running_server: Server) -> Server:
-    """A real server without any keys."""
+@pytest.fixture(scope="session")
+def client(running_server: Server) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(running_server.url()) as client:
-        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def server(running_server: Server, client: redis.Redis) -> Server:
+    """A real server without any keys."""
+    client.flushall()
     return running_server
 
 
@@ -55,6 +60,12 @@ def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
     cluster.stop()
 
 
+@pytest.fixture(scope="session")
+def nodes(running_cluster: Cluster) -> Iterator[redis.RedisCluster]:
+    with redis.RedisCluster.from_url(running_cluster.nodes[0].url()) as client:
+        yield client
+
+
 @pytest.fixture(params=["local", "fakeredis", "server", "cluster"])
 def lab(request: pytest.FixtureRequest) -> Lab:
     """Each store in turn, with a clock that stands still until the test advances it."""
@@ -67,12 +78,12 @@ def lab(request: pytest.FixtureRequest) -> Lab:
         options = {"connection_class": fakeredis.FakeRedisConnection, "server": fake}
         return _shared_lab("redis://fake", client, request.addfinalizer, **options)
     if request.param == "cluster":
-        cluster: Cluster = request.getfixturevalue("running_cluster")
-        nodes = redis.RedisCluster.from_url(cluster.nodes[0].url())
+        nodes: redis.RedisCluster = request.getfixturevalue("nodes")
         nodes.flushall(target_nodes=redis.RedisCluster.PRIMARIES)
-        return _shared_lab(cluster.url(), cast("redis.Redis", nodes), request.addfinalizer)
+        url = request.getfixturevalue("running_cluster").url()
+        return _shared_lab(url, cast("redis.Redis", nodes), request.addfinalizer)
     server: Server = request.getfixturevalue("server")
-    return _shared_lab(server.url(), redis.Redis.from_url(server.url()), request.addfinalizer)
+    return _shared_lab(server.url(), request.getfixturevalue("client"), request.addfinalizer)
 
 
 def _shared_lab(url: str, client: redis.Redis, on_end: Callable[[Callable[[], object]], None], **options: Any) -> Lab:
@@ -81,5 +92,4 @@ def _shared_lab(url: str, client: redis.Redis, on_end: Callable[[Callable[[], ob
         on_end(opened.close)
         return opened
 
-    on_end(client.close)
     return Lab(store("test"), ServerClock(client), lambda: store("other"))

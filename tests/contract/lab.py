@@ -39,6 +39,9 @@ OUTCOMES = {
 
 #: For tests of what only a shared store has.
 SHARED = pytest.mark.parametrize("lab", ["fakeredis", "server", "cluster"], indirect=True)
+#: For long runs: each set of primitives once. How a script is reached, other tests of it show.
+ONE_OF_EACH = pytest.mark.parametrize("lab", ["local", "server"], indirect=True)
+ONE_SHARED = pytest.mark.parametrize("lab", ["server"], indirect=True)
 
 
 def ledger_of(store: Store) -> Ledger:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from resilient_tasks.core.pace import Pace
 from resilient_tasks.store.ledger import Wait
-from tests.contract.lab import SHARED, Lab
+from tests.contract.lab import ONE_SHARED, SHARED, Lab
 
 
 @SHARED
@@ -73,7 +73,7 @@ def test_the_index_can_be_cleared(lab: Lab) -> None:
     assert other.snapshot().deferred == 1
 
 
-@SHARED
+@ONE_SHARED
 def test_thousands_of_deferred_tasks(lab: Lab) -> None:
     breaker, first = lab.breaker(), lab.clock()
     ids = [f"task {number}" for number in range(2500)]
@@ -157,7 +157,7 @@ def test_revoked_ids_are_forgotten_after_a_week(lab: Lab) -> None:
     assert set(lab.ledger.revoked(["old", "new", "newest"])) == {"new", "newest"}
 
 
-@SHARED
+@ONE_SHARED
 def test_only_so_many_revoked_ids_are_remembered(lab: Lab) -> None:
     lab.ledger.revoke(["first"])
     lab.clock.advance(1)

@@ -31,7 +31,7 @@ from resilient_tasks.core.pace import Pace
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.store.ledger import Wait
-from tests.contract.lab import OUTCOMES, SHARED, Lab, Subject
+from tests.contract.lab import ONE_SHARED, OUTCOMES, SHARED, Lab, Subject
 
 SUCCESS, FAILURE, SLOW = Outcome.SUCCESS, Outcome.FAILURE, Outcome.SLOW
 DAY = 24 * 3600.0
@@ -100,7 +100,7 @@ def test_the_log_is_asked_for_a_part_of_it(lab: Lab) -> None:
     assert lab.history.transitions("stranger") == []
 
 
-@SHARED
+@ONE_SHARED
 @pytest.mark.parametrize(("name", "logged", "kept"), [("payments", 200, 101), ("payments:acme", 50, 21)])
 def test_log_and_outages_are_bounded(lab: Lab, name: str, logged: int, kept: int) -> None:
     breaker = lab.breaker(name)
@@ -182,7 +182,7 @@ def test_a_call_with_a_slot_is_counted_once_and_is_no_trial(lab: Lab) -> None:
     assert lab.history.minutes(breaker.name)[-1].counts.causes == {"ReadTimeout": 1}
 
 
-@SHARED
+@ONE_SHARED
 @pytest.mark.parametrize(("name", "kept"), [("payments", 120), ("payments:acme", 60)])
 def test_minutes_are_kept_for_two_hours_of_a_child_for_one(lab: Lab, name: str, kept: int) -> None:
     for _ in range(150):
@@ -348,7 +348,7 @@ def test_the_causes_of_an_outage_are_not_those_of_the_one_before(lab: Lab) -> No
     assert tripped.failed_calls == sum(count for _, count in tripped.causes) == 9
 
 
-@SHARED
+@ONE_SHARED
 def test_the_learned_rate_is_that_of_the_last_minutes_and_before_that_of_the_outage_before(lab: Lab) -> None:
     breaker = lab.breaker()
     lab.ledger.add_deferred(breaker.name, "a")
@@ -457,7 +457,7 @@ def test_calls_that_failed_with_the_one_that_trips_belong_to_the_outage(lab: Lab
     assert outage.causes == [("ReadTimeout", 9)]
 
 
-@SHARED
+@ONE_SHARED
 def test_former_outages_are_kept_up_to_a_bound(lab: Lab) -> None:
     breaker = lab.breaker()
     for number in range(110):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from resilient_tasks.core.model import State, Verb
-from tests.contract.lab import Lab, Subject
+from tests.contract.lab import ONE_OF_EACH, Lab, Subject
 
 
 def open_time(breaker: Subject) -> float:
@@ -60,6 +60,7 @@ def test_openings_in_a_row_last_longer_and_longer_up_to_the_cap(lab: Lab) -> Non
     assert breaker.snapshot().openings == 5
 
 
+@ONE_OF_EACH
 def test_a_growth_without_bounds_overflows_nothing(lab: Lab) -> None:
     breaker = lab.breaker(trial_calls=1, open_multiplier=100.0, max_open_duration=30.0)
     open_time(breaker)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from resilient_tasks.core.model import State, Verb
-from tests.contract.lab import Lab, Subject
+from tests.contract.lab import ONE_OF_EACH, Lab, Subject
 
 STATES = {
     Verb.TRIP: State.OPEN,
@@ -112,6 +112,7 @@ def enter(breaker: Subject, state: State) -> None:
     assert breaker.state is state
 
 
+@ONE_OF_EACH
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("verb", Verb)
 def test_each_verb_in_each_state_makes_one_transition_or_none(lab: Lab, state: State, verb: Verb) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from resilient_tasks.core.model import State, Verb
-from tests.contract.lab import Lab, Subject
+from tests.contract.lab import ONE_OF_EACH, Lab, Subject
 
 
 def take(breaker: Subject, holders: str) -> list[bool]:
@@ -116,6 +116,7 @@ def rounds(breaker: Subject, count: int, *, capacity: int) -> list[int]:
     return limits
 
 
+@ONE_OF_EACH
 def test_the_limit_grows_while_it_is_used_and_all_goes_well(lab: Lab) -> None:
     breaker = lab.breaker(concurrency="adaptive", min_concurrency=2, max_concurrency=20)
     assert rounds(breaker, 8, capacity=100) == [2, 3, 5, 7, 10, 14, 19, 20]
@@ -128,6 +129,7 @@ def test_a_limit_that_is_hardly_used_stays(lab: Lab) -> None:
         assert breaker.settle("alone", "S").snapshot.concurrency_limit == 4
 
 
+@ONE_OF_EACH
 @pytest.mark.parametrize("letter", ["F", "L"])
 def test_a_failure_or_an_overrun_takes_a_tenth(lab: Lab, letter: str) -> None:
     breaker = lab.breaker(concurrency="adaptive", min_concurrency=2, max_concurrency=21, minimum_calls=1000)
@@ -142,6 +144,7 @@ def test_a_failure_or_an_overrun_takes_a_tenth(lab: Lab, letter: str) -> None:
     assert breaker.settle("call", "I").snapshot.concurrency_limit == 2
 
 
+@ONE_OF_EACH
 def test_it_converges_to_what_the_dependency_can_bear(lab: Lab) -> None:
     breaker = lab.breaker(concurrency="adaptive", minimum_calls=1000)
     limits = rounds(breaker, 60, capacity=10)

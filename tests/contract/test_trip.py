@@ -7,7 +7,7 @@ import random
 import pytest
 
 from resilient_tasks.core.model import State
-from tests.contract.lab import Lab
+from tests.contract.lab import ONE_OF_EACH, Lab
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_snapshot_shows_the_evidence_and_keeps_it_as_at_the_trip(lab: Lab) -> 
     assert (breaker.snapshot().evidence, breaker.snapshot().slow_evidence) == (pytest.approx(0.6), 1.0)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("lab", "seed"), [*(("local", seed) for seed in range(5)), ("server", 0)], indirect=["lab"])
 def test_noise_below_the_threshold_opens_nothing_and_an_outage_is_noticed(lab: Lab, seed: int) -> None:
     stream, breaker = random.Random(seed), lab.breaker(minimum_calls=10)
     for _ in range(200):
@@ -136,6 +136,7 @@ def test_a_success_does_not_keep_evidence(lab: Lab) -> None:
     assert breaker.calls("FF").snapshot.evidence == pytest.approx(0.4)
 
 
+@ONE_OF_EACH
 @pytest.mark.parametrize("offset", [0.0, 0.4, 1.3, 1.999])
 def test_sums_for_people_cover_the_window_and_a_quarter_more_at_most(lab: Lab, offset: float) -> None:
     lab.clock.advance(offset)

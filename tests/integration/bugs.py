@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from resilient_tasks.worker import deferred_tasks, tick
+from resilient_tasks.worker import deferred_tasks, heart, tick
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.envelope import Ticket
@@ -47,7 +47,8 @@ def install(side: Any) -> None:
         found = vars(owner)[name]
         fails: Any = _fails_by_key(side, step_name(owner, name), getattr(found, "__func__", found))
         setattr(owner, name, classmethod(fails) if isinstance(found, classmethod) else fails)
-    tick.RECONCILE_INTERVAL = 1.0
+    for module in heart, tick:
+        module.__dict__["RECONCILE_INTERVAL"] = 0.5
 
 
 def _fails_by_key(side: Any, step: str, function: Callable[..., Any]) -> Callable[..., Any]:

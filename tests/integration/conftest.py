@@ -108,6 +108,11 @@ class Shop:
         finally:
             resilience.fleet.close()
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a test has started a process that goes on."""
+        return bool(self._programs)
+
     def stop(self) -> None:
         """Stop all processes of a test; pytest shows what they wrote if it failed."""
         programs, self._programs = self._programs, []
@@ -127,6 +132,16 @@ class Shop:
             if left:
                 client.delete(*left)
         self.project.resilience.fleet.view.refresh()
+
+    def start_over(self) -> None:
+        """Forget what former tests have left while workers go on: nothing waits, all breakers are closed and empty."""
+        self.side.flushdb()  # what hangs goes on
+        self.wait(lambda: not self.broker.hlen("unacked") and not self.broker.llen("celery"), "the workers to be idle")
+        for name, breaker in self.project.resilience.breakers.items():
+            self.broker.delete(f"resilient.deferred.{name}", f"resilient.dead.{name}")
+            self.project.resilience.fleet.ledger.clear_deferred(name)
+            breaker.reset(reason="test")
+        self.side.flushdb()
 
     def set_health(self, dependency: str, health: str) -> None:
         """Make a dependency ``up``, ``down`` or ``hang``."""
@@ -186,9 +201,28 @@ def _shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
 @pytest.fixture
 def shop(_shop: Shop) -> Iterator[Shop]:
     """An empty shop without workers; what a test starts is stopped after it, what it wrote is shown if it failed."""
+    _shop.stop()
     _shop.clear()
     yield _shop
     _shop.stop()
+
+
+@pytest.fixture(scope="module")
+def _running(_shop: Shop) -> Iterator[Shop]:
+    yield _shop
+    _shop.stop()
+
+
+@pytest.fixture
+def running(_running: Shop) -> Shop:
+    """A shop with a worker and beat, which all tests of a module share, and nothing else that former tests left."""
+    if _running.is_at_work:
+        _running.start_over()
+    else:
+        _running.clear()
+        _running.beat()
+        _running.worker(arguments=["-E"])
+    return _running
 
 
 @pytest.fixture(scope="session")

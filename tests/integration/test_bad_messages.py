@@ -88,13 +88,6 @@ def unreadable() -> Iterator[str]:
     yield envelope({}, b"[1, 2]")
 
 
-@pytest.fixture
-def running(shop: Shop) -> Shop:
-    shop.beat()
-    shop.worker(pool="threads")
-    return shop
-
-
 def finish_healthy(shop: Shop) -> None:
     """See that tasks with and without a breaker still run."""
     results = [task.delay(*args) for _ in range(HEALTHY) for task, args in ((shop.ping, ()), (shop.charge, (7,)))]

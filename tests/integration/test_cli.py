@@ -212,7 +212,7 @@ def test_dead_letters_of_a_breaker_that_is_gone_can_be_seen(shop: Shop) -> None:
 
 
 def test_a_worker_obeys_and_tells_what_it_sees(shop: Shop) -> None:
-    shop.worker()
+    worker = shop.worker()
     isolated = run(shop.module, shop.env, "breakers", "isolate", "payments", "--reason", "\x1b[2J[red]by hand")
     assert isolated.stdout == "payments is FORCED_OPEN\n"
     assert isolated.stderr == ""
@@ -225,7 +225,8 @@ def test_a_worker_obeys_and_tells_what_it_sees(shop: Shop) -> None:
     shown = here(shop, "show", "payments", "--json")
     snapshot = json.loads(shown.output)
     assert (shown.exit_code, snapshot["deferred"]) == (10, 1)
-    inspected = run(shop.module, shop.env, "inspect", "breakers", "--timeout", "10", "--json")
+    asked = "--destination", f"{worker.name}@localhost", "--timeout", "60"  # it answers, and no other is waited for
+    inspected = run(shop.module, shop.env, "inspect", "breakers", *asked, "--json")
     [views] = json.loads(inspected.stdout).values()
     assert set(views) == set(shop.resilience.breakers)
     assert (views["payments"]["state"], views["payments"]["epoch"]) == ("FORCED_OPEN", snapshot["epoch"])

@@ -22,12 +22,6 @@ from tests.integration.test_bad_messages import GARBAGE, envelope, message
 OPTIONS: dict[str, Any] = {"priority": 3, "headers": {"x-trace": "abc"}, "reply_to": "somebody"}
 
 
-@pytest.fixture
-def running(shop: Shop) -> Shop:
-    shop.worker(arguments=["-E"])
-    return shop
-
-
 def wait_for_the_last_attempt(shop: Shop, result: Any) -> None:
     """Let the dependency serve others, so that failures count, until a task has failed for good."""
 
@@ -72,8 +66,8 @@ class Events:
 
 
 @pytest.fixture
-def events(shop: Shop) -> Iterator[Events]:
-    events = Events(shop)
+def events(running: Shop) -> Iterator[Events]:
+    events = Events(running)
     yield events
     events.close()
 

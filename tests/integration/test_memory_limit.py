@@ -15,7 +15,7 @@ from resilient_tasks.breaker import Breaker
 from tests.integration.conftest import Shop
 from workers.processes import Server
 
-MAXIMUM = 64 * 1024**2
+MAXIMUM = 32 * 1024**2
 LIMIT = int(0.8 * MAXIMUM)
 HEADERS = {"ballast": "x" * 200_000}  # bytes that no result repeats
 BATCH = 5  # messages

@@ -9,13 +9,6 @@ from resilient_tasks import BreakerOpenError, DeferralExpiredError, DeferredQueu
 from tests.integration.conftest import Shop
 
 
-@pytest.fixture
-def running(shop: Shop) -> Shop:
-    shop.beat()
-    shop.worker()
-    return shop
-
-
 def test_on_open_fail_fails_at_once(running: Shop) -> None:
     running.open("accounts")
     result = running.strict.apply_async((1,), link_error=running.note.si("failed"))

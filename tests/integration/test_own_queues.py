@@ -14,7 +14,16 @@ from celery import Celery
 from kombu import Connection, Queue
 
 from resilient_tasks.worker.published_queues import PublishedQueues
-from tests.integration.depots import MODULE, PATIENCE, Depot, are, live_through_an_outage, messages_in, send_charges
+from tests.integration.depots import (
+    MODULE,
+    PATIENCE,
+    Depot,
+    are,
+    live_through_an_outage,
+    messages_in,
+    send_charges,
+    wait_until_deferred,
+)
 from workers.processes import Server, celery_command, start_valkey, wait_until
 from workers.rabbitmq import RabbitMQ
 
@@ -129,6 +138,6 @@ def test_a_queue_of_the_users_below_the_namespace(depot: Callable[..., Depot]) -
     client = below.client()
     below.side.set("health", "down")
     results = send_charges(client, [0] * ORDERS)
-    wait_until(are("DEFERRED", results), timeout=PATIENCE, what="all to be deferred")
+    wait_until_deferred(client, len(results))
     below.side.set("health", "up")
     wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")

@@ -17,7 +17,7 @@ from resilient_tasks import Resilience
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.model import State
 from resilient_tasks.errors import StoreError
-from tests.integration.depots import PATIENCE, Depot, are, live_through_an_outage, send_charges
+from tests.integration.depots import PATIENCE, Depot, are, live_through_an_outage, send_charges, wait_until_deferred
 from tests.support.servers import (
     MASTER_NAME,
     PASSWORD,
@@ -173,7 +173,7 @@ def test_a_failover_in_mid_outage(depot: Callable[..., Depot], sentinels: Sentin
     project.side.set("health", "down")
     client = project.client()
     results = send_charges(client, PRIORITIES)
-    wait_until(are("DEFERRED", results), timeout=PATIENCE, what="all to be deferred")
+    wait_until_deferred(client, len(results))
     former = sentinels.master()
     with redis.Redis(port=former.port, password=PASSWORD) as master:
         master.set("fence", "")  # a connection waits for its own writes, and so for all before them
@@ -184,7 +184,7 @@ def test_a_failover_in_mid_outage(depot: Callable[..., Depot], sentinels: Sentin
         state = wait_until(lambda: state_of(payments), timeout=PATIENCE, what="the store to answer")
         assert state in (State.OPEN, State.HALF_OPEN)
         again = send_charges(client, PRIORITIES[:3])
-        wait_until(are("DEFERRED", again), timeout=PATIENCE, what="the worker to go on")
+        wait_until_deferred(client, len(results + again))
         project.side.set("health", "up")
         wait_until(are("SUCCESS", results + again), timeout=PATIENCE, what="all to finish")
         wait_until(lambda: state_of(payments) is State.CLOSED, timeout=PATIENCE, what="the breaker to close")

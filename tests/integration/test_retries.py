@@ -10,13 +10,6 @@ import pytest
 from tests.integration.conftest import Shop
 
 
-@pytest.fixture
-def running(shop: Shop) -> Shop:
-    shop.beat()
-    shop.worker()
-    return shop
-
-
 def fail_while_open(shop: Shop, send: Callable[[], Any]) -> Any:
     """Send a task whose call is under way when the breaker opens, and then fails."""
     shop.set_health("payments", "hang")
