@@ -24,7 +24,7 @@ from resilient_tasks.monitor import events
 from resilient_tasks.operations.waiting import DeadLetters, Deferred
 from resilient_tasks.policy import BreakerPolicy, PolicyFields
 from resilient_tasks.settings import Settings, SettingsFields
-from resilient_tasks.signals import tell_of_transition
+from resilient_tasks.signals import notify_of_transition
 from resilient_tasks.store.address import find_store
 from resilient_tasks.store.background import BackgroundQueue
 from resilient_tasks.store.base import Store
@@ -226,7 +226,7 @@ class Resilience:
     def _announce(self, transition: Transition) -> None:
         """Log a transition, call the receivers of its signal and send its Celery event; wait for no broker."""
         transition, app = events.log(transition), self._app
-        tell_of_transition(app, transition)
+        notify_of_transition(app, transition)
         if app is not None:
 
             def send() -> None:

@@ -34,17 +34,9 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 from resilient_tasks.errors import ConfigurationError
 
 __all__ = [
-    "Check",
-    "HealthCheckError",
-    "all_of",
-    "any_of",
-    "command_check",
-    "consul_check",
-    "grpc_check",
-    "heartbeat",
-    "http_check",
-    "tcp_check",
-]
+    "Check", "HealthCheckError", "all_of", "any_of", "command_check", "consul_check", "grpc_check", "heartbeat",
+    "http_check", "tcp_check",
+]  # fmt: skip
 
 LONGEST_WITHOUT_PROBE = 10.0  # seconds for a check that the user calls by hand
 HEARTBEATS = "heartbeat"  # kind of the values in the store that keep the last heartbeat of a breaker

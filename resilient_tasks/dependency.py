@@ -148,11 +148,7 @@ class Dependency:
     # --- children ---------------------------------------------------------------------------------
 
     def child(self, key: object) -> Dependency:
-        """Return the child of a key; the breaker itself if it has ``max_keys`` children already, none of them idle.
-
-        Raises:
-            ConfigurationError: the key is not allowed, or this is a child itself.
-        """
+        """Return the child of a key; the breaker itself if it has ``max_keys`` children already, none of them idle."""
         if self.parent is not None:
             raise ConfigurationError(
                 f"breaker {self.name!r} is a child: allowed is a child of {self.parent.name!r}, not {key!r}"

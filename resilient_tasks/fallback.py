@@ -196,13 +196,7 @@ def _called(function: Callable[..., Any], call: Call) -> Served | None:
 def as_chain(fallback: Any, task_name: str, body: Callable[..., Any]) -> FallbackChain:
     """Make the chain that a task's ``fallback=`` describes; ``None`` makes an empty one.
 
-    Args:
-        fallback: ``cached(...)``, ``constant(...)``, a function, or a list or tuple of these.
-        task_name: for messages.
-        body: the task's function, ``task.run``; a ``key=`` that names none of its parameters is found here.
-
-    Raises:
-        ConfigurationError: one of them is something else or cannot work; the message names the task.
+    What cannot work for the task with this ``body`` raises ConfigurationError.
     """
     items = [] if fallback is None else fallback if isinstance(fallback, (list, tuple)) else [fallback]
     for item in items:

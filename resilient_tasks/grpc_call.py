@@ -18,11 +18,7 @@ _STATUSES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 def health_of(target: str, service: str, transport: str, timeout: float) -> str:
     """Return the name of the health status, or of the gRPC status with which the call failed.
 
-    Args:
-        target: as gRPC knows it, e.g. ``host:port``.
-        service: at most 127 bytes, so that its length takes one byte.
-        transport: ``tls`` or ``plain``.
-        timeout: seconds.
+    ``service`` has at most 127 bytes, so that its length takes one byte; ``transport`` is ``tls`` or ``plain``.
     """
     is_tls = transport == "tls"
     channel = grpc.secure_channel(target, grpc.ssl_channel_credentials()) if is_tls else grpc.insecure_channel(target)

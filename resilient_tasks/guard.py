@@ -144,10 +144,9 @@ def call(dependency: Dependency, fn: Callable[..., Any], args: Any, kwargs: Any)
 
 
 def call_guarded(dependencies: Sequence[Dependency], fn: Callable[..., Any], args: Any = (), kwargs: Any = None) -> Any:
-    """Call ``fn`` under guard of several breakers and return what it returns; its outcome counts for each of them.
+    """Call ``fn`` under guard of several breakers; its outcome counts for each of them.
 
-    Raises:
-        BreakerOpenError: one of them refuses; ``fn`` does not run, and permits of the others are given back.
+    If one refuses, ``fn`` does not run, and permits of the others are given back.
     """
     careful = _Call(dependencies)
     careful.begin(careful.admit())
@@ -517,8 +516,8 @@ def _guards(dependencies: Iterable[Dependency]) -> list[tuple[Dependency, Depend
 def _scope_around(dependency: Dependency) -> Scope | None:
     """Return the innermost call in progress around a guard; in a thread without a context, the run that started it.
 
-    Where several runs share a process, it is one that holds a permit or slot of the breaker, if any does: a trial is
-    decided by what the dependency answers, to whichever of the trials. A thread of another task is part of none.
+    Of several runs in a process it is one that holds a permit or slot of the breaker. A thread of another task is part
+    of none.
     """
     scope, running = current_scope(), list(runs)
     if scope is not None or not running:
@@ -551,11 +550,7 @@ async def _wait_async(dependency: Dependency, ticket: int) -> None:
 
 
 def decorated(dependency: Dependency, fn: _F) -> _F:
-    """Return a function or a coroutine function of which each call is a guarded call.
-
-    Raises:
-        ConfigurationError: ``fn`` is no such function; the message says what to write instead.
-    """
+    """Return a function or a coroutine function of which each call is a guarded call; see :meth:`Breaker.__call__`."""
     instead = _instead_of_decorating(dependency.name, fn)
     if instead:
         raise ConfigurationError(f"breaker {dependency.name!r} cannot decorate {fn!r}, {instead}")

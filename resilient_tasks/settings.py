@@ -71,11 +71,7 @@ class Settings(BaseSettings):
     store_url: Annotated[str, AfterValidator(_check_store_url)] | None = Field(
         None, description=f"a URL that begins with {', '.join(f'{scheme}://' for scheme in SCHEMES)}", repr=False
     )
-    namespace: str = Field(
-        "resilient",
-        pattern=f"^{NAME_PATTERN}$",
-        description=NAME_RULE,
-    )
+    namespace: str = Field("resilient", pattern=f"^{NAME_PATTERN}$", description=NAME_RULE)
     tick_interval: float = Field(1.0, ge=0.05, le=3600, description="a number of seconds from 0.05 to 3600")
     store_timeout: float = Field(0.5, ge=0.01, le=60, description="a number of seconds from 0.01 to 60")
     store_memory_limit: Annotated[str, AfterValidator(_check_memory_limit)] = Field(
@@ -112,8 +108,7 @@ class Settings(BaseSettings):
     def policy_for(self, name: str, policy: BreakerPolicy) -> BreakerPolicy:
         """Return ``policy`` with what the settings override for the breaker ``name``.
 
-        Raises:
-            ConfigurationError: two overrides match ``name``, or the overridden policy contradicts itself.
+        Raises ConfigurationError if two overrides match, or the overridden policy contradicts itself.
         """
         matches = [override for override in self.breakers if _folded(override) == _folded(name)]
         if len(matches) > 1:
@@ -129,11 +124,7 @@ class Settings(BaseSettings):
             raise ConfigurationError(f"breaker {name!r} with {variables}: {error}") from None
 
     def unknown_overrides(self, defined: Iterable[str]) -> list[str]:
-        """Return the overrides that match none of the ``defined`` breakers, for a warning at start-up.
-
-        Raises:
-            ConfigurationError: one override matches several breakers.
-        """
+        """Return the overrides that match none of the ``defined`` breakers; raise if one matches several."""
         by_folded: dict[str, list[str]] = {}
         for name in sorted(set(defined)):
             by_folded.setdefault(_folded(name), []).append(name)

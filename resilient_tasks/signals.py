@@ -24,16 +24,9 @@ from resilient_tasks.monitor.events import event_type
 from resilient_tasks.store.background import BackgroundQueue
 
 __all__ = [
-    "breaker_closed",
-    "breaker_disabled",
-    "breaker_forced_open",
-    "breaker_half_opened",
-    "breaker_opened",
-    "breaker_shadowed",
-    "breaker_would_open",
-    "task_deferred",
-    "task_resumed",
-]
+    "breaker_closed", "breaker_disabled", "breaker_forced_open", "breaker_half_opened", "breaker_opened",
+    "breaker_shadowed", "breaker_would_open", "task_deferred", "task_resumed",
+]  # fmt: skip
 
 _OF_TRANSITIONS = {"breaker", "transition"}
 _OF_TASKS = {"task_id", "task", "breaker", "since"}
@@ -59,27 +52,20 @@ task_deferred = Signal(name="task_deferred", providing_args=_OF_TASKS | {"reason
 task_resumed = Signal(name="task_resumed", providing_args=_OF_TASKS)
 
 _OF_EVENT = {
-    signal.name.replace("_", "-"): signal
-    for signal in (
-        breaker_opened,
-        breaker_half_opened,
-        breaker_closed,
-        breaker_forced_open,
-        breaker_disabled,
-        breaker_shadowed,
-        breaker_would_open,
-    )
+    name.replace("_", "-"): signal
+    for name, signal in list(globals().items())
+    if name.startswith("breaker_") and isinstance(signal, Signal)
 }
 
 _background = BackgroundQueue("signals", most_waiting=10_000)
 
 
-def tell(signal: Signal, sender: Any, **fields: Any) -> None:
+def notify(signal: Signal, sender: Any, **fields: Any) -> None:
     """Have the receivers of a signal called soon, by another thread; costs nothing where there are none."""
     if signal.has_listeners(sender):
         _background.submit(partial(signal.send, sender=sender, **fields))
 
 
-def tell_of_transition(sender: Any, transition: Transition) -> None:
+def notify_of_transition(sender: Any, transition: Transition) -> None:
     """Send the signal of a transition."""
-    tell(_OF_EVENT[event_type(transition)], sender, breaker=transition.name, transition=transition)
+    notify(_OF_EVENT[event_type(transition)], sender, breaker=transition.name, transition=transition)

@@ -24,23 +24,11 @@ SecondsOrZero = Annotated[float, Field(ge=0, le=_LONGEST, description="from 0 to
 Rate = Annotated[float, Field(gt=0, le=1, description="a number above 0 and up to 1")]
 Count = Annotated[int, Field(ge=1, le=_MANY, description="an integer of 1 or more")]
 NumberOf = Annotated[int, Field(ge=1, le=1_000_000, description="an integer from 1 to 1,000,000")]
-Text = Annotated[str, Field(pattern=r"\S", description="a text that is not empty")]
 
 
-def check(subject: str, name: str, kind: Any, value: object, allowed: str = "") -> None:
-    """Check one value.
-
-    Args:
-        subject: what it belongs to; the message begins with it.
-        name: of the argument or field.
-        kind: its type; values are never converted.
-        value: what was given.
-        allowed: what is allowed, if the type does not say it.
-
-    Raises:
-        ConfigurationError: the value is not of that type.
-    """
-    _check(subject, name, TypeAdapter(kind), value, allowed or _allowed(kind))
+def check(subject: str, name: str, kind: Any, value: object) -> None:
+    """Check one value, without conversion; raise ConfigurationError, which names subject, name and value."""
+    _check(subject, name, TypeAdapter(kind), value, _allowed(kind))
 
 
 def check_field(owner: type, name: str, value: object) -> None:

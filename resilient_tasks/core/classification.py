@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple, Union
 
 from resilient_tasks.core.answer import attribute, retry_after_of, status_of, unwrapped
-from resilient_tasks.core.client_errors import Saying, is_one_of, says
+from resilient_tasks.core.client_errors import Meaning, is_one_of, meaning_of
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.errors import BreakerOpenError, ResilienceError
 
@@ -136,12 +136,12 @@ def judge_result(classify: Classify, value: object) -> Verdict:
     if classify is dependency_errors:
         return _SUCCEEDED
     try:
-        said = classify(value)
+        answer = classify(value)
     except Exception as error:  # noqa: BLE001  written for exceptions alone, or broken
         _log_once(classify, error)
         return _SUCCEEDED
     outcomes = {outcome.value: outcome for outcome in Outcome}
-    outcome = outcomes.get(said, Outcome.SUCCESS) if isinstance(said, str) else Outcome.SUCCESS
+    outcome = outcomes.get(answer, Outcome.SUCCESS) if isinstance(answer, str) else Outcome.SUCCESS
     return Verdict(outcome, "" if outcome is Outcome.SUCCESS else "result")
 
 
@@ -194,29 +194,29 @@ def _is_control_flow(exc: BaseException) -> bool:
     if isinstance(exc, (ResilienceError, *ends_process)) or is_one_of(exc, _CONTROL_FLOW):
         return True
     is_group = attribute(exc, "exceptions") is not None
-    return not isinstance(exc, Exception) and not is_group and says(exc) is not Saying.FAILED
+    return not isinstance(exc, Exception) and not is_group and meaning_of(exc) is not Meaning.FAILED
 
 
 def _root_cause(exc: BaseException) -> tuple[Outcome | None, BaseException]:
     """Return what ``exc`` says, None if nothing decides, and the exception that says it: ``exc`` or a wrapped one."""
-    said: dict[Saying | None, BaseException] = {}
+    found: dict[Meaning | None, BaseException] = {}
     for one in unwrapped(exc, opens=_is_open):
-        said.setdefault(says(one), one)
-    for saying, outcome in _BY_WEIGHT:
-        if saying in said:
-            return outcome, said[saying]
-    return (Outcome.FAILURE, exc) if said.keys() == {Saying.RETRIED} else (None, exc)
+        found.setdefault(meaning_of(one), one)
+    for meaning, outcome in _BY_WEIGHT:
+        if meaning in found:
+            return outcome, found[meaning]
+    return (Outcome.FAILURE, exc) if found.keys() == {Meaning.RETRIED} else (None, exc)
 
 
 _BY_WEIGHT = (
-    (Saying.FAILED, Outcome.FAILURE),
-    (Saying.CLEARED, Outcome.IGNORED),
-    (Saying.PROBABLY_CLEARED, Outcome.IGNORED),
+    (Meaning.FAILED, Outcome.FAILURE),
+    (Meaning.CLEARED, Outcome.IGNORED),
+    (Meaning.PROBABLY_CLEARED, Outcome.IGNORED),
 )
 
 
 def _is_open(exc: BaseException) -> bool:
-    return says(exc) not in {Saying.FAILED, Saying.CLEARED}
+    return meaning_of(exc) not in {Meaning.FAILED, Meaning.CLEARED}
 
 
 def _label(exc: BaseException) -> str:

@@ -20,7 +20,7 @@ from resilient_tasks.core.answer import answered, attribute, codes_of, header_of
 from resilient_tasks.errors import ResilienceError
 
 
-class Saying(Enum):
+class Meaning(Enum):
     """What one exception says; what it wraps is asked unless it is ``FAILED`` or ``CLEARED``."""
 
     FAILED = "the dependency has failed"
@@ -170,29 +170,29 @@ _FAILED_TEXT = re.compile(
 )
 
 
-def says(exc: BaseException) -> Saying | None:
+def meaning_of(exc: BaseException) -> Meaning | None:
     """Return what one exception says by itself, whatever it wraps; None: nothing decides."""
     if isinstance(exc, ResilienceError):
-        return Saying.CLEARED
+        return Meaning.CLEARED
     for rule in _RULES:
-        said = rule(exc)
-        if said is not None:
-            return said
+        found = rule(exc)
+        if found is not None:
+            return found
     return None
 
 
-def _says_answer(exc: BaseException) -> Saying | None:
+def _by_answer(exc: BaseException) -> Meaning | None:
     """Decide by the answer's status, and an error code in it: AWS throttles with 400, streams break off after 200."""
     if exc.__cause__ is not None and _package(exc) == "aiohttp" and _has_class(exc.__cause__, "HttpProcessingError"):
-        return Saying.FAILED  # what the server has sent is no HTTP; the status of 400 is aiohttp's own
-    said = _says_status(status_of(exc))
-    if said is Saying.FAILED:
-        return said
+        return Meaning.FAILED  # what the server has sent is no HTTP; the status of 400 is aiohttp's own
+    found = _by_status(status_of(exc))
+    if found is Meaning.FAILED:
+        return found
     codes = [_words(code) for code in codes_of(exc)]
     refusals = [code for code in codes if _CLEARED_NAME.search(code)]
-    if any(_FAILED_CODE.search(code) for code in codes if code not in refusals) or (said and _is_throttled(exc)):
-        return Saying.FAILED
-    return said or (Saying.PROBABLY_CLEARED if refusals else None)
+    if any(_FAILED_CODE.search(code) for code in codes if code not in refusals) or (found and _is_throttled(exc)):
+        return Meaning.FAILED
+    return found or (Meaning.PROBABLY_CLEARED if refusals else None)
 
 
 def _is_throttled(exc: BaseException) -> bool:
@@ -202,29 +202,29 @@ def _is_throttled(exc: BaseException) -> bool:
     )
 
 
-def _says_status(status: int | None) -> Saying | None:
+def _by_status(status: int | None) -> Meaning | None:
     if status is None or status < HTTPStatus.BAD_REQUEST:
         return None
     return _decided(status >= HTTPStatus.INTERNAL_SERVER_ERROR or status == HTTPStatus.TOO_MANY_REQUESTS)
 
 
-def _says_proxy(exc: BaseException) -> Saying | None:
+def _by_proxy(exc: BaseException) -> Meaning | None:
     """Decide whether a proxy (Envoy, Istio) answered, because it did not get through or is overloaded itself."""
     texts = (text_of(exc), *texts_of(exc))
     is_proxy = header_of(exc, "x-envoy-overloaded") is not None or any(t.startswith(_PROXY_FAILURES) for t in texts)
-    return Saying.FAILED if is_proxy else None
+    return Meaning.FAILED if is_proxy else None
 
 
-def _says_grpc(exc: BaseException) -> Saying | None:
+def _by_grpc(exc: BaseException) -> Meaning | None:
     code = attribute(exc, "code")
     if not callable(code) or not is_one_of(exc, {"grpc": frozenset({"RpcError"})}):
         return None
     return _decided(attribute(answered(exc, "code"), "name") in _GRPC_FAILURES)
 
 
-def _says_mail(exc: BaseException) -> Saying | None:
+def _by_mail(exc: BaseException) -> Meaning | None:
     if is_one_of(exc, {"smtplib": frozenset({"SMTPConnectError"})}):
-        return Saying.FAILED  # whatever it says, it serves nobody
+        return Meaning.FAILED  # whatever it says, it accepts no mail
     refused = attribute(exc, "recipients")
     replies = [attribute(exc, "smtp_code"), attribute(exc, "code") if _package(exc) == "aiosmtplib" else None]
     pairs = [(reply, attribute(exc, "smtp_error") or attribute(exc, "message")) for reply in replies]
@@ -237,25 +237,25 @@ def _says_mail(exc: BaseException) -> Saying | None:
     )
 
 
-def _says_file_transfer(exc: BaseException) -> Saying | None:
+def _by_file_transfer(exc: BaseException) -> Meaning | None:
     if not is_one_of(exc, {"ftplib": frozenset({"Error"})}):
         return None
     return _decided(text_of(exc).startswith(_FTP_FAILURES))
 
 
-def _says_amqp(exc: BaseException) -> Saying | None:
+def _by_amqp(exc: BaseException) -> Meaning | None:
     code = attribute(exc, "reply_code") or attribute(exc, "code")
     if _package(exc) not in {"aiormq", "amqp", "pika"} or not isinstance(code, int) or code < 300:  # noqa: PLR2004 - none
         return None
     return _decided(code in _AMQP_FAILURES)
 
 
-def _says_database(exc: BaseException) -> Saying | None:
+def _by_database(exc: BaseException) -> Meaning | None:
     """Decide whether the connection or the server has failed, not the statement."""
     if attribute(exc, "connection_invalidated") is True:  # SQLAlchemy
-        return Saying.FAILED
+        return Meaning.FAILED
     if attribute(exc, "code") in _CODES_BY_PACKAGE.get(_package(exc), ()):
-        return Saying.FAILED
+        return Meaning.FAILED
     is_database_error = any(cls.__name__ in _DATABASE_ERRORS for cls in type(exc).__mro__)
     first = exc.args[0] if is_database_error and exc.args else None
     state = attribute(exc, "sqlstate") or attribute(exc, "pgcode") or first
@@ -264,107 +264,107 @@ def _says_database(exc: BaseException) -> Saying | None:
     if not is_database_error:
         return None
     number = attribute(exc, "errno") or (first[0] if first and isinstance(first, tuple) else first)
-    return _says_database_number(number) or _says_database_text(exc)
+    return _by_database_number(number) or _by_database_text(exc)
 
 
-def _says_database_number(number: object) -> Saying | None:
+def _by_database_number(number: object) -> Meaning | None:
     if number in _DATABASE_NUMBERS:
-        return Saying.FAILED
-    return Saying.CLEARED if isinstance(number, int) and number in _OF_MYSQL else None
+        return Meaning.FAILED
+    return Meaning.CLEARED if isinstance(number, int) and number in _OF_MYSQL else None
 
 
-def _says_database_text(exc: BaseException) -> Saying | None:
+def _by_database_text(exc: BaseException) -> Meaning | None:
     if _package(exc) == "sqlite3" or _REFUSED_TEXT.search(text_of(exc)):
-        return Saying.CLEARED
+        return Meaning.CLEARED
     if _package(exc) in {"psycopg", "psycopg2"} and type(exc).__name__ == "OperationalError":
-        return Saying.FAILED  # no state: the server was not reached
-    said = Saying.FAILED if _fails_by_text(exc) else _says_status_in_text(exc)
-    return said or _says_class(exc) or Saying.PROBABLY_CLEARED
+        return Meaning.FAILED  # no state: the server was not reached
+    found = Meaning.FAILED if _fails_by_text(exc) else _by_status_in_text(exc)
+    return found or _by_class(exc) or Meaning.PROBABLY_CLEARED
 
 
-def _says_redis(exc: BaseException) -> Saying | None:
-    return Saying.FAILED if _is_foreign(str(type(exc).__module__)) and _REDIS_REFUSALS.match(text_of(exc)) else None
+def _by_redis(exc: BaseException) -> Meaning | None:
+    return Meaning.FAILED if _is_foreign(str(type(exc).__module__)) and _REDIS_REFUSALS.match(text_of(exc)) else None
 
 
-def _says_curl(exc: BaseException) -> Saying | None:
+def _by_curl(exc: BaseException) -> Meaning | None:
     if _package(exc) != "pycurl":
         return None
-    return _says_status_in_text(exc) or _decided(bool(exc.args) and exc.args[0] in _CURL_FAILURES)
+    return _by_status_in_text(exc) or _decided(bool(exc.args) and exc.args[0] in _CURL_FAILURES)
 
 
-def _says_system(exc: BaseException) -> Saying | None:
+def _by_system(exc: BaseException) -> Meaning | None:
     """Decide by what the operating system reports."""
     if isinstance(exc, (ConnectionError, TimeoutError)):
-        return Saying.FAILED
+        return Meaning.FAILED
     if isinstance(exc, EOFError):  # ftplib's, paramiko's and pipes' has no text; that of a file or a terminal has one
-        return Saying.FAILED if not exc.args or _fails_by_text(exc) else None
+        return Meaning.FAILED if not exc.args or _fails_by_text(exc) else None
     if not isinstance(exc, OSError) or (type(exc) is not OSError and exc.errno is None):
         return None
     if exc.errno in _NETWORK_ERRNOS:
-        return Saying.FAILED
-    return _says_system_text(exc) if exc.errno is None else None
+        return Meaning.FAILED
+    return _by_system_text(exc) if exc.errno is None else None
 
 
-def _says_system_text(exc: OSError) -> Saying | None:
+def _by_system_text(exc: OSError) -> Meaning | None:
     """Decide by a text alone: asyncio joins several refusals in one, http.client has a proxy's status there."""
     is_refused = text_of(exc).startswith("Multiple exceptions: [Errno ")
-    return Saying.FAILED if is_refused or _fails_by_text(exc) else _says_status_in_text(exc)
+    return Meaning.FAILED if is_refused or _fails_by_text(exc) else _by_status_in_text(exc)
 
 
-def _says_mistake(exc: BaseException) -> Saying | None:
-    return Saying.CLEARED if isinstance(exc, _MISTAKES_IN_CODE) else None
+def _by_mistake(exc: BaseException) -> Meaning | None:
+    return Meaning.CLEARED if isinstance(exc, _MISTAKES_IN_CODE) else None
 
 
-def _says_class(exc: BaseException) -> Saying | None:
-    return next(filter(None, (_says_name(str(cls.__module__), cls.__name__) for cls in type(exc).__mro__)), None)
+def _by_class(exc: BaseException) -> Meaning | None:
+    return next(filter(None, (_by_name(str(cls.__module__), cls.__name__) for cls in type(exc).__mro__)), None)
 
 
 @lru_cache(maxsize=4096)
-def _says_name(module: str, name: str) -> Saying | None:
+def _by_name(module: str, name: str) -> Meaning | None:
     if not _is_foreign(module):
         return None
     if name in _FAILED_CLASSES.get(module.partition(".")[0], ()):
-        return Saying.FAILED
+        return Meaning.FAILED
     words = _words(name)
     if _CLEARED_NAME.search(words):
-        return Saying.PROBABLY_CLEARED
+        return Meaning.PROBABLY_CLEARED
     if _RETRIES.search(words) and not _OVERLOADED_NAME.search(words):
-        return Saying.RETRIED
-    return Saying.FAILED if _FAILED_NAME.search(words) else None
+        return Meaning.RETRIED
+    return Meaning.FAILED if _FAILED_NAME.search(words) else None
 
 
 _OVERLOADED_NAME = re.compile(_OVERLOADED)
 
 
-def _says_text(exc: BaseException) -> Saying | None:
+def _by_text(exc: BaseException) -> Meaning | None:
     if not _is_foreign(str(type(exc).__module__)) or type(exc) in {Exception, RuntimeError}:
         return None
     text = text_of(exc)
     if _REFUSED_TEXT.search(text):
-        return Saying.CLEARED
-    begins_with_status = _says_status(int(text[:3])) if re.match(r"\d{3}\b", text) else None
-    return begins_with_status or (Saying.FAILED if _FAILED_TEXT.search(text) else None)
+        return Meaning.CLEARED
+    begins_with_status = _by_status(int(text[:3])) if re.match(r"\d{3}\b", text) else None
+    return begins_with_status or (Meaning.FAILED if _FAILED_TEXT.search(text) else None)
 
 
-def _says_status_in_text(exc: BaseException) -> Saying | None:
+def _by_status_in_text(exc: BaseException) -> Meaning | None:
     if isinstance(exc, ValueError) or not _is_foreign(str(type(exc).__module__)):
         return None
     found = _STATUS_IN_TEXT.search(text_of(exc))
-    return _says_status(int(found[1] or found[2])) if found else None
+    return _by_status(int(found[1] or found[2])) if found else None
 
 
-def _says_other(exc: BaseException) -> Saying | None:
-    return Saying.PROBABLY_CLEARED if isinstance(exc, (ValueError, OSError)) else None
+def _by_other(exc: BaseException) -> Meaning | None:
+    return Meaning.PROBABLY_CLEARED if isinstance(exc, (ValueError, OSError)) else None
 
 
-_RULES: tuple[Callable[[BaseException], Saying | None], ...] = (
-    _says_mail, _says_file_transfer, _says_amqp, _says_database, _says_answer, _says_proxy, _says_grpc, _says_redis,
-    _says_curl, _says_system, _says_mistake, _says_status_in_text, _says_class, _says_text, _says_other,
+_RULES: tuple[Callable[[BaseException], Meaning | None], ...] = (
+    _by_mail, _by_file_transfer, _by_amqp, _by_database, _by_answer, _by_proxy, _by_grpc, _by_redis,
+    _by_curl, _by_system, _by_mistake, _by_status_in_text, _by_class, _by_text, _by_other,
 )  # fmt: skip
 
 
-def _decided(has_failed: bool) -> Saying:  # noqa: FBT001 - the answer itself
-    return Saying.FAILED if has_failed else Saying.CLEARED
+def _decided(has_failed: bool) -> Meaning:  # noqa: FBT001 - the answer itself
+    return Meaning.FAILED if has_failed else Meaning.CLEARED
 
 
 def _fails_by_text(exc: BaseException) -> bool:

@@ -223,7 +223,7 @@ class Deferral:
         self._runtime.fleet.reporter.tally(ticket.breaker, counts.DEFERRED_AGAIN if again else counts.DEFERRED)
         told = {"breaker": ticket.breaker, "reason": ticket.reason, "since": ticket.since}
         request.send_event(TASK_DEFERRED, **told)
-        signals.tell(signals.task_deferred, request.app, task_id=request.id, task=request.name, **told)
+        signals.notify(signals.task_deferred, request.app, task_id=request.id, task=request.name, **told)
         if self._lines.admits(ticket.breaker):
             fields = {**request.log_fields, **told, "event": TASK_DEFERRED}
             logger.info("Task %s[%s] deferred: %s", request.name, request.id, ticket.reason, extra=fields)

@@ -108,7 +108,7 @@ class DeferredTasks:
         for entry in entries:
             ticket = entry.ticket
             told = {"task_id": entry.task_id, "task": entry.task_name, "breaker": ticket.breaker, "since": ticket.since}
-            signals.tell(signals.task_resumed, self._runtime.app, **told)
+            signals.notify(signals.task_resumed, self._runtime.app, **told)
 
     def transfer_all(self, breaker: str, choose: Choose, *, enough: Callable[[], bool]) -> Iterator[list[Move]]:
         """Go on with :meth:`transfer` until that is ``enough`` or nothing is left; yield what each page has moved."""

@@ -24,20 +24,14 @@ from resilient_tasks.worker.options import DEFER, options_of
 logger = logging.getLogger("resilient_tasks")
 
 #: What a task may be given beside Celery's own options.
-OPTIONS = frozenset(
-    {
-        "breaker", "breaker_key", "fallback", "on_open", "on_failure", "max_attempts", "defer_for", "retrying",
-        "coalesce", "coalesce_key",
-    }
-)  # fmt: skip
+OPTIONS = frozenset({
+    "breaker", "breaker_key", "fallback", "on_open", "on_failure", "max_attempts", "defer_for", "retrying",
+    "coalesce", "coalesce_key",
+})  # fmt: skip
 
 
 def check_guarded(task: Any, app: Any) -> None:
-    """Find out whether a task that names a breaker is guarded.
-
-    Raises:
-        ConfigurationError: it is not; the message names task, breaker and base class, and says what to write.
-    """
+    """Raise ConfigurationError if a task names a breaker and is not guarded; it says what to write."""
     breaker = getattr(task, "breaker", None)
     if breaker is None or options_of(task) is not None:
         return
@@ -69,11 +63,7 @@ def meant_option(name: str) -> str | None:
 
 
 def check_sent(task: Any, name: str, app: Any, options: Mapping[str, Any]) -> None:
-    """Refuse options of ours with which a task is sent, for they would travel as properties without any effect.
-
-    Raises:
-        ConfigurationError: one is among them, ``on_open`` also misspelt; or the task is not guarded and should be.
-    """
+    """Refuse options of ours with which a task is sent, for they would travel as properties without any effect."""
     check_guarded(task, app)
     for given in options:
         on_open = meant_option(given) == "on_open"

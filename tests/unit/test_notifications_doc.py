@@ -40,9 +40,9 @@ def told() -> Iterator[list[Any]]:
 
 def test_its_receivers_are_called(told: list[Any]) -> None:
     app = Celery("shop", set_as_current=False)
-    signals.tell_of_transition(app, OPENED)
+    signals.notify_of_transition(app, OPENED)
     fields = {"task_id": "17", "task": "charge", "breaker": "payments", "since": 1.0, "reason": "it is OPEN"}
-    signals.tell(signals.task_deferred, app, **fields)
+    signals.notify(signals.task_deferred, app, **fields)
     wait_until(lambda: len(told) == 2)
     assert told == ["shop: payments is OPEN: 3 consecutive failures, last: ReadTimeout", "17"]
 
@@ -59,7 +59,7 @@ def test_its_recipe_posts_to_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         with Receiver() as receiver:
             monkeypatch.setenv("CHAT_URL", receiver.url)
-            signals.tell_of_transition(Celery("shop", set_as_current=False), OPENED)
+            signals.notify_of_transition(Celery("shop", set_as_current=False), OPENED)
             wait_until(lambda: bool(receiver.requests))
         [(_, body)] = receiver.requests
         assert json.loads(body) == {"text": "payments is OPEN: 3 consecutive failures, last: ReadTimeout"}
