@@ -25,6 +25,11 @@ class Website(NamedTuple):
 
 
 @pytest.fixture
+def _shared_tasks_of_one_test() -> None:
+    """Leave the tasks of the project shared among its processes."""
+
+
+@pytest.fixture
 def website(post: PostOffice) -> Iterator[Website]:
     app = post.producer()
     resilience = Resilience(
