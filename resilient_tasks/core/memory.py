@@ -15,15 +15,10 @@ _UNITS = {"": 1, "kb": 1024, "mb": 1024**2, "gb": 1024**3}
 
 
 class Memory(NamedTuple):
-    """What a server says of its memory, in bytes.
+    """What a server says of its memory, in bytes."""
 
-    Args:
-        used: counted against ``maximum``.
-        maximum: ``maxmemory``; 0 when it is not set.
-    """
-
-    used: int
-    maximum: int
+    used: int  # counted against ``maximum``
+    maximum: int  # ``maxmemory``; 0 when it is not set
 
     @classmethod
     def read(cls, info: Mapping[str, Any]) -> Memory | None:
@@ -36,15 +31,10 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """Up to where a server's memory may be filled; without either argument as far as it goes.
+    """Up to where a server's memory may be filled; without either argument as far as it goes."""
 
-    Args:
-        size: bytes.
-        share: of the server's ``maxmemory``, above 0 and up to 1.
-    """
-
-    size: int | None = None
-    share: float | None = None
+    size: int | None = None  # bytes
+    share: float | None = None  # of the server's ``maxmemory``, above 0 and up to 1
 
     @classmethod
     def parse(cls, text: str) -> MemoryLimit:

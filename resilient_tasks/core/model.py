@@ -24,15 +24,7 @@ NAME_RULE = "1 to 100 letters, digits, '_', '.' and '-', beginning with a letter
 
 
 def check_name(kind: str, name: str) -> str:
-    """Return ``name`` if it may name a breaker or a namespace.
-
-    Args:
-        kind: what it names, for the message, e.g. ``"breaker"``.
-        name: what somebody has called it.
-
-    Raises:
-        ConfigurationError: it may not.
-    """
+    """Return ``name`` if it may name a breaker or a namespace, its ``kind``; else raise ``ConfigurationError``."""
     if isinstance(name, str) and name in RESERVED:
         raise ConfigurationError(f"{kind} name {name!r}: it is reserved; allowed is another one")
     if isinstance(name, str) and re.fullmatch(NAME_PATTERN, name, re.ASCII):
@@ -126,23 +118,16 @@ class Outcome(str, Enum):
 
 
 class Calls(NamedTuple):
-    """Calls in a row that ended alike.
+    """Calls in a row that ended alike."""
 
-    Args:
-        outcome: of each.
-        number: how many there were.
-        voter: the task that made them, as :func:`voter_of` calls it; "": each was made by a task of its own.
-        each: each of them counts, as guards inside a task's body do. Whole runs of a task, its retries among them,
-            have one vote in the window: a failure replaces a slow one, everything else that blames the dependency
-            is not counted again.
-        was_overdue: the calls have been reported as OVERDUE before they ended: their ends say nothing more to the
-            slow evidence.
-    """
-
-    outcome: Outcome
-    number: int = 1
-    voter: str = ""
+    outcome: Outcome  # of each
+    number: int = 1  # how many there were
+    voter: str = ""  # the task that made them, as :func:`voter_of` calls it; "": each was made by a task of its own
+    # each of them counts, as guards inside a task's body do. Whole runs of a task, its retries among them, have one
+    # vote in the window: a failure replaces a slow one, everything else that blames the dependency is not counted
+    # again
     each: bool = False
+    # the calls have been reported as OVERDUE before they ended: their ends say nothing more to the slow evidence
     was_overdue: bool = False
 
 

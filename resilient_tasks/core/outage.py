@@ -35,50 +35,30 @@ OLDEST_ANSWER = "oldest_answer"
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What was counted about one breaker in some span of time. What did not happen is 0, or missing in a mapping.
+    """What was counted about one breaker in some span of time. What did not happen is 0, or missing in a mapping."""
 
-    Args:
-        calls: guarded calls by outcome (``SUCCESS``, ``FAILURE``, ``SLOW``), trials included.
-        causes: failures by what they were, e.g. ``{"ReadTimeout": 3}``; rare ones as ``"other"``. Not kept for ever.
-        trials: calls made under a permit.
-        refused: calls that the breaker refused, of tasks and of guards.
-        deferred: tasks put aside for the first time.
-        deferred_again: deferrals of tasks that had been resumed before.
-        resumed: tasks sent back to their queues.
-        fallbacks: answers of fallbacks by source.
-        cached_age: sum of the ages of all answers of ``cached(...)``, s.
-        failed: tasks that have failed for good, by a refusal or through the dependency.
-        dead: tasks that went to the dead-letter queue.
-        expired: those of them that had waited too long, by ``defer_for`` or ``expires``.
-        revoked: tasks that were revoked while they waited.
-        dropped: waiting tasks that somebody dropped.
-        coalesced: waiting tasks that a later one with the same key has replaced.
-        redelivered: tasks that the broker delivered again: some may have run twice.
-        suspected: how often it became suspect in a worker, because a call was late.
-        spare_slots: pool slots that workers have added because of its late calls.
-        entered: transitions by the state that was entered.
-        undecided: exceptions that ended guarded calls and are not counted, because no rule knows them, by type.
-    """
-
+    # guarded calls by outcome (``SUCCESS``, ``FAILURE``, ``SLOW``), trials included
     calls: Mapping[Outcome, int] = field(default_factory=dict)
+    # failures by what they were, e.g. ``{"ReadTimeout": 3}``; rare ones as ``"other"``. Not kept for ever
     causes: Mapping[str, int] = field(default_factory=dict)
-    trials: int = 0
-    refused: int = 0
-    deferred: int = 0
-    deferred_again: int = 0
-    resumed: int = 0
-    fallbacks: Mapping[str, int] = field(default_factory=dict)
-    cached_age: float = 0.0
-    failed: int = 0
-    dead: int = 0
-    expired: int = 0
-    revoked: int = 0
-    dropped: int = 0
-    coalesced: int = 0
-    redelivered: int = 0
-    suspected: int = 0
-    spare_slots: int = 0
-    entered: Mapping[State, int] = field(default_factory=dict)
+    trials: int = 0  # calls made under a permit
+    refused: int = 0  # calls that the breaker refused, of tasks and of guards
+    deferred: int = 0  # tasks put aside for the first time
+    deferred_again: int = 0  # deferrals of tasks that had been resumed before
+    resumed: int = 0  # tasks sent back to their queues
+    fallbacks: Mapping[str, int] = field(default_factory=dict)  # answers of fallbacks by source
+    cached_age: float = 0.0  # sum of the ages of all answers of ``cached(...)``, s
+    failed: int = 0  # tasks that have failed for good, by a refusal or through the dependency
+    dead: int = 0  # tasks that went to the dead-letter queue
+    expired: int = 0  # those of them that had waited too long, by ``defer_for`` or ``expires``
+    revoked: int = 0  # tasks that were revoked while they waited
+    dropped: int = 0  # waiting tasks that somebody dropped
+    coalesced: int = 0  # waiting tasks that a later one with the same key has replaced
+    redelivered: int = 0  # tasks that the broker delivered again: some may have run twice
+    suspected: int = 0  # how often it became suspect in a worker, because a call was late
+    spare_slots: int = 0  # pool slots that workers have added because of its late calls
+    entered: Mapping[State, int] = field(default_factory=dict)  # transitions by the state that was entered
+    # exceptions that ended guarded calls and are not counted, because no rule knows them, by type
     undecided: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -129,30 +109,18 @@ class Outage:
     """The time from the first refusal until calls are admitted again and no task waits any more.
 
     Times are seconds since the epoch on the store's clock.
-
-    Args:
-        breaker: its name.
-        opened: when it began to refuse.
-        closed: when it admitted again; None while it refuses.
-        drained: when the last waiting task was gone; None while some wait.
-        reason: why it opened.
-        actor: who opened it; "" for the rules.
-        openings: how many times it opened, failed trials among them.
-        counts: what was counted meanwhile, the calls that tripped it and the tasks that already waited included.
-        longest_wait: of a task that was resumed, s.
-        oldest_answer: age of the stalest answer of ``cached(...)``, s; None if there was none.
     """
 
-    breaker: str
-    opened: float
-    closed: float | None
-    drained: float | None
-    reason: str
-    actor: str
-    openings: int
-    counts: Counts
-    longest_wait: float
-    oldest_answer: float | None
+    breaker: str  # its name
+    opened: float  # when it began to refuse
+    closed: float | None  # when it admitted again; None while it refuses
+    drained: float | None  # when the last waiting task was gone; None while some wait
+    reason: str  # why it opened
+    actor: str  # who opened it; "" for the rules
+    openings: int  # how many times it opened, failed trials among them
+    counts: Counts  # what was counted meanwhile, the calls that tripped it and the tasks that already waited included
+    longest_wait: float  # of a task that was resumed, s
+    oldest_answer: float | None  # age of the stalest answer of ``cached(...)``, s; None if there was none
 
     @classmethod
     def of(cls, breaker: str, kept: Mapping[str, str]) -> Outage:
@@ -201,46 +169,28 @@ _TEXTS = frozenset({"reason", "actor"})
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """Ends of the waits of those tasks that have one.
+    """Ends of the waits of those tasks that have one."""
 
-    Args:
-        count: how many there are.
-        sample: some of them at equal distances, the earliest first, seconds since the epoch on the store's clock.
-    """
-
-    count: int = 0
+    count: int = 0  # how many there are
+    # some of them at equal distances, the earliest first, seconds since the epoch on the store's clock
     sample: Sequence[float] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What can be said of when the tasks that wait will be done.
+    """What can be said of when the tasks that wait will be done."""
 
-    Args:
-        breaker: its name.
-        waiting: tasks that wait.
-        oldest_wait: how long the first has waited, s; None if none waits.
-        rate: the learned rate, tasks/s; None if there is none.
-        done_in: seconds until the last is resumed, if the breaker heals with its next trial; None: unknown.
-        late: about how many will be over their deadline by then; None: unknown.
-    """
-
-    breaker: str
-    waiting: int
-    oldest_wait: float | None
-    rate: float | None
+    breaker: str  # its name
+    waiting: int  # tasks that wait
+    oldest_wait: float | None  # how long the first has waited, s; None if none waits
+    rate: float | None  # the learned rate, tasks/s; None if there is none
+    # seconds until the last is resumed, if the breaker heals with its next trial; None: unknown
     done_in: float | None
-    late: int | None
+    late: int | None  # about how many will be over their deadline by then; None: unknown
 
 
 def estimate(snapshot: Snapshot, rate: float | None, deadlines: Deadlines) -> Estimate:
-    """Estimate when the tasks that wait for a breaker will be done.
-
-    Args:
-        snapshot: the breaker now.
-        rate: at which they are, or were the last time, resumed, tasks/s; None: not known.
-        deadlines: of those that must not wait for ever.
-    """
+    """Estimate when the tasks that wait for a breaker will be done, if ``rate`` tasks/s are resumed."""
     oldest = snapshot.oldest_deferred_at
     start = 0.0 if snapshot.state in ADMITTING else snapshot.retry_after
     known = rate is not None and start is not None
@@ -268,10 +218,7 @@ def _late(snapshot: Snapshot, start: float, rate: float, deadlines: Deadlines) -
 def learned_rate(snapshot: Snapshot, outages: Sequence[Outage], resumed: int) -> float | None:
     """Return the rate at which tasks are resumed, tasks/s; None if there is nothing to learn it from.
 
-    Args:
-        snapshot: the breaker now.
-        outages: its latest ones, the newest first.
-        resumed: tasks that were resumed for good in the present minute and the one before.
+    ``outages`` are the latest ones, the newest first; so many were ``resumed`` for good in this minute and the last.
     """
     former = next((rate for outage in outages if (rate := outage.drain_rate) is not None), None)
     admitted_for = snapshot.now - snapshot.since

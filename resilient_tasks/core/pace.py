@@ -39,14 +39,8 @@ def next_pace(
 ) -> tuple[Pace, int]:
     """Decide one tick: the pace to keep, and how many tasks to resume now.
 
-    Call it once per tick for a breaker that admits calls and has tasks waiting.
-
-    Args:
-        pace: what the previous tick kept.
-        snapshot: the breaker now.
-        policy: gives ``trial_calls``, the first batch, and ``resume_rate``, the ceiling in tasks per second.
-        outstanding: resumed tasks that no worker has taken up yet, by the caller's best knowledge.
-        interval: time between ticks, s.
+    Call it once per tick, every ``interval`` seconds, for a breaker that admits calls and has tasks waiting. The first
+    batch is ``trial_calls``, the ceiling ``resume_rate``; ``outstanding`` resumed tasks are not taken up yet.
     """
     begins = pace.batch == 0 or pace.decided_at < snapshot.since
     batch, too_large = (policy.trial_calls, 0) if begins else _following(pace, snapshot, outstanding)
@@ -65,13 +59,6 @@ def refill_count(
     """Decide how many tasks to resume into free slots: as many as those, within ``resume_rate``.
 
     Call it whenever a slot has become free, for a breaker that limits calls in flight.
-
-    Args:
-        pace: what the previous tick kept.
-        snapshot: the breaker now.
-        policy: gives ``resume_rate``, the ceiling in tasks per second.
-        free: slots.
-        interval: time between ticks, s.
     """
     if policy.resume_rate is None:
         return pace, free

@@ -87,13 +87,7 @@ class Rules(NamedTuple):
 
     @classmethod
     def from_policy(cls, policy: BreakerPolicy, revision: int, in_a_row: int | None = None) -> Rules:
-        """Translate a policy.
-
-        Args:
-            policy: of the breaker.
-            revision: orders declarations of one breaker.
-            in_a_row: so many trials are made and none may fail, whatever the policy says of trials.
-        """
+        """Translate a policy; if ``in_a_row``, so many trials are made and none may fail, whatever it says."""
         return cls(
             revision=revision,
             minimum_calls=policy.minimum_calls,
@@ -120,11 +114,7 @@ class Rules(NamedTuple):
         return _as_text(self)
 
     def or_newer(self, stored: str | None) -> Rules:
-        """Return the stored rules if their revision is higher, else these.
-
-        Raises:
-            ValueError, TypeError, KeyError: the stored text is invalid.
-        """
+        """Return the stored rules if their revision is higher, else these."""
         if not stored or stored == self.text():
             return self
         fields: dict[str, Any] = json.loads(stored)
@@ -170,19 +160,13 @@ NO_EVIDENCE: dict[str, int | str] = {
 
 @dataclass(slots=True)
 class Kept:
-    """A breaker as a store in memory keeps it; the shared store has a hash, two sets and two sorted sets.
+    """A breaker as a store in memory keeps it; the shared store has a hash, two sets and two sorted sets."""
 
-    Attributes:
-        fields: as in the hash; see ``store/lua/breaker.lua``.
-        tasks: by score, the tasks that have added to it since it was 0.
-        trials: ``epoch:holder`` of permits -> end of the lease.
-        slots: holder -> end of the lease.
-    """
-
-    fields: dict[str, Any]
+    fields: dict[str, Any]  # as in the hash; see ``store/lua/lib/breaker.lua``
+    # by score, the tasks that have added to it since it was 0
     tasks: dict[str, set[str]] = field(default_factory=lambda: {"failure": set(), "slow": set()})
-    trials: dict[str, int] = field(default_factory=dict)
-    slots: dict[str, int] = field(default_factory=dict)
+    trials: dict[str, int] = field(default_factory=dict)  # ``epoch:holder`` of permits -> end of the lease
+    slots: dict[str, int] = field(default_factory=dict)  # holder -> end of the lease
 
 
 class Counter:
@@ -312,34 +296,20 @@ def concurrency_limit(state: State, learned: int, ramp_since: int | None, rules:
 
 
 class Change(NamedTuple):
-    """What becomes of a breaker, if it is still as it was seen.
+    """What becomes of a breaker, if it is still as it was seen."""
 
-    Args:
-        fields: to be written.
-        forgets: the evidence is emptied.
-        transition: to be reported by the one caller that makes the change; None: nothing to report.
-        opens_child: the rules open it, so that a child needs room among ``max_open_ratio``.
-    """
-
-    fields: dict[str, Any]
-    forgets: bool = False
+    fields: dict[str, Any]  # to be written
+    forgets: bool = False  # the evidence is emptied
+    # to be reported by the one caller that makes the change; None: nothing to report
     transition: Transition | None = None
-    opens_child: bool = False
+    opens_child: bool = False  # the rules open it, so that a child needs room among ``max_open_ratio``
 
 
 class Seen:
-    """One breaker as a store has answered.
+    """One breaker as a store has answered, with the rules in force. What is stored may be invalid: ``ValueError``.
 
-    Args:
-        name: of the breaker.
-        now: the store's clock.
-        rules: those declared here, or the stored ones if they are newer.
-        fields: the stored fields, as numbers or as text.
-        trials: ``epoch:holder`` of permits -> end of the lease.
-        waiting: number of live slots, of deferred tasks, their earliest instant and earliest deadline.
-
-    Raises:
-        ValueError, TypeError: what is stored is invalid.
+    ``fields`` and ``trials`` are those of :class:`Kept`, ``waiting`` the number of live slots and of deferred tasks,
+    the earliest instant of a deferral and the earliest deadline.
     """
 
     def __init__(
@@ -537,9 +507,7 @@ class Seen:
         if state is State.SHADOW:
             fields["would_have_opened"] = 0
         calls, failures, slow = (0, 0, 0) if counts else sums
-        made = Transition(
-            self.name, self.state, state, epoch, self.now / 1000, reason, actor, calls, failures, slow
-        )  # fmt: skip
+        made = Transition(self.name, self.state, state, epoch, self.now / 1000, reason, actor, calls, failures, slow)
         return Change(fields, forgets=True, transition=made)
 
     def would_open(self, reason: str) -> Change:
@@ -566,11 +534,8 @@ def with_cause(reason: str, cause: str) -> str:
 def decide(seen: Seen, cause: str = "", retry_after: int | None = None, jitter: float = 0.0) -> Change | None:
     """Return what has to become of a breaker; None: it stays as it is.
 
-    Args:
-        seen: the breaker as a store has answered.
-        cause: what the last failure was, for the reason.
-        retry_after: milliseconds for which the dependency asked to be left alone.
-        jitter: random share, 0.0 to 1.0, of the policy's jitter that a new open time gets.
+    ``cause`` is what the last failure was, ``retry_after`` the milliseconds for which the dependency asked to be left
+    alone, ``jitter`` the random share, 0.0 to 1.0, of the policy's jitter that a new open time gets.
     """
     if seen.state is State.OPEN:
         return _after_open_time(seen)

@@ -76,21 +76,15 @@ _PORTS = {Kind.SERVER: 6379, Kind.SENTINEL: 26379, Kind.CLUSTER: 6379}
 
 @dataclass(frozen=True)
 class Address:
-    """Where a store is.
+    """Where a store is."""
 
-    Attributes:
-        kind: one server, sentinels or a cluster.
-        hosts: the server, the sentinels or some nodes of the cluster, as (name, port).
-        options: arguments of redis-py's connections that the URL holds, the credentials among them.
-        discovery: what only sentinels are asked with: ``master_name``, ``min_other_sentinels`` and credentials.
-        secrets: what nobody may read, as it is and as the URL spells it.
-    """
-
-    kind: Kind
-    hosts: tuple[tuple[str, int], ...]
+    kind: Kind  # one server, sentinels or a cluster
+    hosts: tuple[tuple[str, int], ...]  # the server, the sentinels or some nodes of the cluster, as (name, port)
+    # arguments of redis-py's connections that the URL holds, the credentials among them
     options: Options = field(repr=False)
+    # what only sentinels are asked with: ``master_name``, ``min_other_sentinels`` and credentials
     discovery: Options = field(repr=False)
-    secrets: frozenset[str] = field(repr=False)
+    secrets: frozenset[str] = field(repr=False)  # what nobody may read, as it is and as the URL spells it
 
     @classmethod
     def parse(cls, url: str) -> Address:
@@ -128,9 +122,7 @@ class Address:
     def client(self, options: Options) -> redis.Redis:
         """Return a client; for a cluster this asks one of its nodes for the others.
 
-        Args:
-            options: arguments of redis-py's connections, those of the URL win; ``sentinel_kwargs``: of those to
-                sentinels.
+        ``options`` are arguments of redis-py's connections, those of the URL win; ``sentinel_kwargs``: to sentinels.
         """
         if self.kind is not Kind.CLUSTER:
             return redis.Redis.from_pool(self.pool(options))
@@ -220,12 +212,7 @@ _WITH_TLS = {"redis": "rediss", "valkey": "valkeys", "sentinel": "sentinels"}
 
 
 class StorePlace(NamedTuple):
-    """Where the shared store is.
-
-    Attributes:
-        url: as in :mod:`resilient_tasks.store.address`.
-        options: of its connections, which Celery's settings hold beside the URL.
-    """
+    """The URL of the shared store, and options of its connections that Celery's settings hold beside it."""
 
     url: str
     options: dict[str, Any]
@@ -235,11 +222,7 @@ def find_store(store_url: str | None, conf: Any = None) -> StorePlace:
     """Return the place of the shared store.
 
     That is ``store_url`` if set, else the broker if it is a Redis, else the result backend if it is one; either with
-    what Celery's own settings say of TLS and of Sentinel. Of several broker URLs the first counts.
-
-    Args:
-        store_url: of the library's settings.
-        conf: Celery's settings; None without an app.
+    what Celery's own settings, ``conf``, say of TLS and of Sentinel. Of several broker URLs the first counts.
 
     Raises:
         ConfigurationError: none of them is a Redis.

@@ -62,19 +62,12 @@ _rules = lru_cache(maxsize=10_000)(Rules.from_policy)
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Outcomes of calls admitted in one epoch, in order.
+    """Outcomes of calls admitted in one epoch, in order."""
 
-    Args:
-        epoch: the breaker's epoch when the calls were admitted; reports of another epoch are dropped.
-        runs: run-length encoded outcomes, oldest first.
-        cause: what the last failure was, for the transition's reason (a type's name, never its text).
-        retry_after: longest ``Retry-After`` among the failures, seconds.
-    """
-
-    epoch: int
-    runs: tuple[Calls, ...]
-    cause: str = ""
-    retry_after: float | None = None
+    epoch: int  # the breaker's epoch when the calls were admitted; reports of another epoch are dropped
+    runs: tuple[Calls, ...]  # run-length encoded outcomes, oldest first
+    cause: str = ""  # what the last failure was, for the transition's reason (a type's name, never its text)
+    retry_after: float | None = None  # longest ``Retry-After`` among the failures, seconds
 
 
 class Store(Protocol):

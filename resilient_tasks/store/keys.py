@@ -22,15 +22,7 @@ def may_be_in_a_key(name: str) -> bool:
 
 
 def check_key_part(kind: str, name: str) -> str:
-    """Return ``name`` if it can be a part of keys.
-
-    Args:
-        kind: what it names, for the message, e.g. ``"breaker"``.
-        name: 1 to 200 printable characters without braces, no space at either end.
-
-    Raises:
-        ConfigurationError: it cannot.
-    """
+    """Return ``name`` if it can be a part of keys; else raise ``ConfigurationError`` that calls it a ``kind``."""
     if may_be_in_a_key(name):
         return name
     allowed = f"1 to {_LONGEST_NAME} printable characters, no braces, no space at either end"
@@ -62,11 +54,7 @@ class Keys:
         self.revoked = f"{namespace}:revoked"  # sorted set: task id or stamp -> revoked at, ms
 
     def breaker(self, name: str) -> BreakerKeys:
-        """Return the keys of a breaker.
-
-        Raises:
-            ConfigurationError: the name cannot be part of a key.
-        """
+        """Return the keys of a breaker; raise ``ConfigurationError`` if the name cannot be part of one."""
         own = {part: self.schema_2(name, part) for part in ("state", "failures", "slow", "trials", "slots")}
         parent = parent_of(name) or name
         return BreakerKeys(
