@@ -119,7 +119,7 @@ class Resilience:
         if known is new:
             dependency = self._dependencies[name] = new._dependency  # noqa: SLF001 - the breaker's own part
             if self._fleet is not None:
-                self._fleet.declare(dependency.spec)
+                self._fleet.view.declare(dependency.spec)
         return known
 
     def __getitem__(self, name: str) -> Breaker:
@@ -212,7 +212,7 @@ class Resilience:
         shared = (store.ledger, store.history) if isinstance(store, RedisStore) else ()
         fleet = Fleet(store, *shared, announce=self._announce, task_id=self._running_task)
         for dependency in self._dependencies.values():
-            fleet.declare(dependency.spec)
+            fleet.view.declare(dependency.spec)
         return fleet
 
     def _running_task(self) -> str | None:

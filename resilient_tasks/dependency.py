@@ -116,7 +116,7 @@ class Dependency:
         """Declare the breaker otherwise."""
         self.spec = spec
         if self._joined is not None:
-            self._joined.declare(spec)
+            self._joined.view.declare(spec)
 
     @property
     def standing(self) -> CachedState:

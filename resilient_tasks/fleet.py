@@ -1,8 +1,4 @@
-"""``Fleet``: this process's membership in the fleet that shares its breakers.
-
-It ties together the store, this process's view of it and the reporter, and is all that a ``Breaker``
-knows of the world. The composition root makes one per process, when the store's address is known.
-"""
+"""``Fleet``: the store, this process's view of it and its reporter; one per process."""
 
 from __future__ import annotations
 
@@ -26,10 +22,6 @@ from resilient_tasks.store.view import CachedState, View
 logger = logging.getLogger(__name__)
 
 
-def _tell_nobody(transition: Transition) -> None:
-    """Stand in for an announcer where nobody listens."""
-
-
 class Fleet:
     """Store, view and reporter of this process.
 
@@ -37,7 +29,7 @@ class Fleet:
         store: the shared store; decisions fall back to a local one while it is away.
         ledger: what workers must know in common; None for a store that no worker uses.
         history: what has become of the breakers so far; None for a store that keeps none.
-        announce: is told each transition that this process has made; what it raises is logged.
+        announce: gets each transition that this process has made; what it raises is logged.
         task_id: returns the id of the task that runs here and now, for :meth:`voter`.
         clock: monotonic clock in seconds, for tests that advance the time.
     """
@@ -48,7 +40,7 @@ class Fleet:
         ledger: Ledger | None = None,
         history: History | None = None,
         *,
-        announce: Callable[[Transition], None] = _tell_nobody,
+        announce: Callable[[Transition], object] = lambda _: None,
         task_id: Callable[[], str | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -64,51 +56,35 @@ class Fleet:
 
     @property
     def ledger(self) -> Ledger:
-        """What the fleet's workers must know in common.
-
-        Raises:
-            StoreError: the store is one in memory and keeps none.
-        """
+        """What the fleet's workers must know in common; a store in memory keeps none and raises ``StoreError``."""
         if self._ledger is None:
             raise StoreError(f"{self.store!r} keeps no ledger of deferred tasks: workers need a shared store")
         return self._ledger
 
     @property
     def history(self) -> History:
-        """What has become of the fleet's breakers so far.
-
-        Raises:
-            StoreError: the store is one in memory and keeps none.
-        """
+        """What has become of the fleet's breakers; a store in memory keeps no history and raises ``StoreError``."""
         if self._history is None:
             raise StoreError(f"{self.store!r} keeps no history of breakers: that takes a shared store")
         return self._history
 
     def with_children(self, names: Iterable[str]) -> list[str]:
-        """Return the names of some breakers and of all their children.
-
-        Raises:
-            StoreError: the store is away.
-        """
+        """Return the names of some breakers and of all their children."""
         return [each for name in names for each in (name, *self.store.children(name))]
 
     def voter(self) -> str:
         """Return who votes by a call made here and now: the running task; "" outside any task."""
         return voter_of(self._task_id())
 
-    def declare(self, spec: Spec) -> CachedState:
-        """Make a breaker known to this process, without I/O."""
-        return self.view.declare(spec)
-
     def join(self, spec: Spec) -> CachedState:
         """Declare a breaker that is about to be used: read it once and keep the view fresh from now on."""
-        standing = self.declare(spec)
-        if not standing.known and spec.parent is not None:
+        state = self.view.declare(spec)
+        if not state.known and spec.parent is not None:
             self.view.look(spec)
-        elif not standing.known:
+        elif not state.known:
             self.view.refresh()
         self.view.follow()
-        return standing
+        return state
 
     def acquire(self, spec: Spec, holder: str, *, lease: float = LEASE) -> Grant:
         """Ask the store for admission; a denial is remembered for a while. Never raises ``StoreError``."""
@@ -124,10 +100,8 @@ class Fleet:
     def command(self, spec: Spec, verb: Verb, reason: str, actor: str) -> Snapshot:
         """Carry out an operator's verb and return the state that it led to.
 
-        The workers' policy stays in force, whatever checkout and environment the verb comes from.
-
-        Raises:
-            StoreError: the store is away; nothing has changed.
+        The workers' policy stays in force, whatever checkout and environment the verb comes from. If the store is
+        away, nothing has changed.
         """
         asked = self.view.asking()
         undeclared = replace(spec, revision=OLDEST)
@@ -144,15 +118,11 @@ class Fleet:
             self.view.look_for_room(answer.snapshot)
 
     def announce(self, transition: Transition) -> None:
-        """Tell of a transition; a listener that raises harms nobody."""
+        """Notify of a transition; what a listener raises is logged."""
         try:
             self._announce(transition)
         except Exception:
             logger.exception("a listener failed on the transition of breaker %s", transition.name)
-
-    def become_child(self) -> None:
-        """Called in each child of a prefork pool: watch the main process instead of the store."""
-        self.view.become_child()
 
     def close(self) -> None:
         """Send what waits, for about a second at most, and let go of threads and connections."""

@@ -118,11 +118,7 @@ class Store(Protocol):
     def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> list[str]:
         """Return the names of children that are not plainly CLOSED, or that tasks wait for.
 
-        Args:
-            name: of the parent.
-            since: only those of which a transition was made then or later, on the store's clock.
-            start: pass over so many.
-            count: return so many at most.
+        Only those of which a transition was made at ``since`` or later, on the store's clock; ``start`` are skipped.
         """
 
     def cool(self, spec: Spec) -> bool:
@@ -131,10 +127,7 @@ class Store(Protocol):
     # --- health checks --------------------------------------------------------------------------
 
     def begin_health_check(self, spec: Spec, *, since: float) -> bool:
-        """Return whether it is the caller who makes a health check; False if somebody has begun one since.
-
-        ``since`` is an instant on the store's clock.
-        """
+        """Return whether the caller makes a health check; False if one has begun ``since``, on the store's clock."""
 
     def report_health_check(
         self, spec: Spec, outcome: Outcome, evidence: Evidence, *, limit: int, jitter: float = 0.0
@@ -157,16 +150,12 @@ class Store(Protocol):
     def changes(self, *, timeout: float) -> Iterator[Snapshot | None]:
         """Yield states as others change them, None whenever ``timeout`` seconds pass in silence.
 
-        The first None comes as soon as it listens: whoever reads all breakers then misses nothing.
+        The first None comes as soon as it listens: a caller that reads all breakers then misses nothing.
         Used by one thread. Lost messages are possible; a regular :meth:`read` makes up for them.
         """
 
     def check(self) -> None:
-        """Find at start-up a server that is no store at all; one that is away is nobody's mistake.
-
-        Raises:
-            ConfigurationError: something else answers at the store's address.
-        """
+        """Raise ``ConfigurationError`` if something else answers at the store's address; not if it is away."""
 
     def close(self) -> None:
         """Close connections. The store may be used again and reconnects."""

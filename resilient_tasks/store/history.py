@@ -50,18 +50,17 @@ class Minute:
     counts: Counts
 
 
-@dataclass(frozen=True, slots=True)
-class _Bounds:
+class _Bounds(NamedTuple):
     """How much is kept of one breaker: entries of the log, outages, minutes, and seconds after the last change."""
 
-    logged: int = 200
-    outages: int = 101
-    minutes: int = 120
-    seconds: int = 90 * _DAY
+    logged: int
+    outages: int
+    minutes: int
+    seconds: int
 
-    @classmethod
-    def of(cls, name: str) -> _Bounds:
-        return cls(50, 21, 60, _DAY) if parent_of(name) else cls()
+
+def _bounds(name: str) -> _Bounds:
+    return _Bounds(50, 21, 60, _DAY) if parent_of(name) else _Bounds(200, 101, 120, 90 * _DAY)
 
 
 class History:
@@ -80,27 +79,19 @@ class History:
         """Return the log of a breaker, the newest entry first.
 
         An entry whose ``state`` is its ``previous`` one is no change of state: what SHADOW would have opened,
-        and what an operator did to waiting tasks.
-
-        Args:
-            name: of the breaker.
-            limit: most entries; 200 are kept for 90 days after the last, of a child 50 for a day.
-            since: only later ones, seconds since the epoch on the store's clock.
+        and what an operator did to waiting tasks. 200 are kept for 90 days after the last, of a child 50 for a day;
+        ``since``, on the store's clock in seconds, leaves out those before.
         """
-        [logged] = self._server.commands([("LRANGE", self._keys.log(name), 0, limit - 1)], _logged)
+        logged = self._server.command("LRANGE", self._keys.log(name), 0, limit - 1, read=_logged)
         return [replace(each, name=name) for each in logged or () if each.at > since]
 
     def minutes(self, name: str, *, since: float = 0.0) -> list[Minute]:
         """Return what was counted in each minute of the last two hours, of a child the last hour, the oldest first.
 
-        A minute in which nothing was counted is missing.
-
-        Args:
-            name: of the breaker.
-            since: only minutes that began then or later, seconds since the epoch on the store's clock.
+        A minute in which nothing was counted is missing, and one that began before ``since``.
         """
         now = int(self.now() // _MINUTE)
-        numbers = range(max(math.ceil(since / _MINUTE), now - _Bounds.of(name).minutes + 1), now + 1)
+        numbers = range(max(math.ceil(since / _MINUTE), now - _bounds(name).minutes + 1), now + 1)
         found = self._counts(self._keys.minute(name, number) for number in numbers)
         return [Minute(number * _MINUTE, Counts.of(each)) for number, each in zip(numbers, found, strict=True) if each]
 
@@ -110,13 +101,9 @@ class History:
         return dict(zip(known, map(Counts.of, self._counts(map(self._keys.counts, known))), strict=True))
 
     def outages(self, names: Iterable[str], *, since: float = 0.0, limit: int = 1000) -> list[Outage]:
-        """Return outages, also those that last, the newest first.
+        """Return outages that were not over by ``since``, also those that last, the newest first.
 
-        Args:
-            names: of the breakers; the latest 101 outages of each are kept for 90 days after the last, of a child 21
-                for a day.
-            since: only those that were not over by then, seconds since the epoch on the store's clock.
-            limit: most of each breaker.
+        The latest 101 of each breaker are kept for 90 days after the last, of a child 21 for a day.
         """
         known = list(names)
         found = self._server.commands([("LRANGE", self._keys.outages(name), 0, limit - 1) for name in known], _texts)
@@ -167,16 +154,11 @@ class History:
         )
 
     def follow(self, transition: Transition, window: float) -> None:
-        """Log a transition, and begin or end the breaker's outage; called by the process that made it.
-
-        Args:
-            transition: which.
-            window: of the breaker's policy, s.
-        """
+        """Log a transition, and begin or end the breaker's outage; called by the process that made it."""
         name, was_admitting, admits = transition.name, transition.previous in ADMITTING, transition.state in ADMITTING
         commands = self._logging(transition)
         if transition.state is not transition.previous:
-            commands += _adding(self._keys.counts(name), {ENTERED + transition.state: 1}, _Bounds.of(name).seconds)
+            commands += _adding(self._keys.counts(name), {ENTERED + transition.state: 1}, _bounds(name).seconds)
         latest = self._latest([name]).get(name)
         is_lasting = latest is not None and latest.drained is None
         if was_admitting and not admits and not is_lasting:
@@ -192,7 +174,7 @@ class History:
 
     def _beginning(self, transition: Transition, window: float) -> list[Command]:
         """Return what begins an outage; what came before it in the same window belongs to it."""
-        name, bounds = transition.name, _Bounds.of(transition.name)
+        name, bounds = transition.name, _bounds(transition.name)
         outages, key = self._keys.outages(name), self._keys.outage(name, str(transition.epoch))
         [waiting, deferred, too_old] = self._server.commands([
             ("ZCARD", self._keys.breaker(name).deferred),
@@ -216,7 +198,7 @@ class History:
 
     def _causes_of(self, transition: Transition, window: float) -> dict[str, int]:
         """Return what the failures were that opened a breaker, in all as many; minutes are as exact as it gets."""
-        minutes = min(math.ceil(window / _MINUTE), _Bounds.of(transition.name).minutes) + 1
+        minutes = min(math.ceil(window / _MINUTE), _bounds(transition.name).minutes) + 1
         latest = int(transition.at // _MINUTE)
         counts: Counter[str] = Counter()
         for minute in self._counts(self._keys.minute(transition.name, latest - ago) for ago in range(minutes)):
@@ -233,7 +215,7 @@ class History:
         latest = self._latest([name]).get(name)
         if latest is not None and latest.closed is None:
             at = self.now() if at is None else at
-            self._server.commands([("HSET", latest.key, "closed", to_ms(at))])
+            self._server.command("HSET", latest.key, "closed", to_ms(at))
             self.drain(name)
 
     def drain(self, name: str) -> None:
@@ -253,7 +235,7 @@ class History:
         """Add what a process has counted, by breaker."""
         now, latest, commands = self.now(), self._latest(tallies), list[Command]()
         for name, tally in tallies.items():
-            bounds, outage = _Bounds.of(name), latest.get(name)
+            bounds, outage = _bounds(name), latest.get(name)
             kept = {kind: count for kind, count in tally.counts.items() if not kind.startswith(CAUSE)}
             commands += _adding(self._keys.counts(name), kept, bounds.seconds)
             minute = self._keys.minute(name, int(now // _MINUTE))
@@ -287,7 +269,7 @@ class History:
         }
 
     def _logging(self, transition: Transition) -> list[Command]:
-        bounds, key = _Bounds.of(transition.name), self._keys.log(transition.name)
+        bounds, key = _bounds(transition.name), self._keys.log(transition.name)
         kept = {name: value for name, value in asdict(transition).items() if name not in {"name", "previous", "state"}}
         entry = {**kept, "at": to_ms(transition.at), "from": transition.previous, "to": transition.state}
         return [

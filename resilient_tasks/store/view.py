@@ -143,12 +143,7 @@ class CachedState:
 
 
 class View:
-    """All breakers that this process declares, as it sees them.
-
-    Args:
-        store: where states are read and transitions received; its errors leave the view as it is.
-        clock: monotonic clock in seconds.
-    """
+    """All breakers that this process declares, as it sees them; errors of the store leave the view as it is."""
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -196,11 +191,7 @@ class View:
             state.watch(self._shared, crc32(state.name.encode()) % len(self._shared))
 
     def state(self, name: str) -> CachedState:
-        """Return a declared breaker, up to date as far as this process can know.
-
-        Raises:
-            KeyError: it was not declared.
-        """
+        """Return a declared breaker, up to date as far as this process can know."""
         state = self._states[name]
         self.catch_up(state)
         return state
@@ -233,13 +224,10 @@ class View:
     def update(self, snapshot: Snapshot, asked: int | None = None) -> bool:
         """Take over what a store answered; return whether it differs from what was known.
 
-        Normally the higher epoch and version win. But what was asked for after the present copy was made
-        is the truth even if its epoch is lower: a local breaker that replaced the store counts epochs
-        of its own, and a store that was restored from a backup has gone back in time.
-
-        Args:
-            snapshot: the answer; of a breaker that is not declared here, pool processes are notified.
-            asked: the mark of :meth:`asking` from before the question; None for an unasked message.
+        Normally the higher epoch and version win. But what was ``asked`` for (the mark from before the question; None
+        for a message) after the present copy was made is the truth even if its epoch is lower: a local breaker that
+        replaced the store counts epochs of its own, and a store that was restored from a backup has gone back in time.
+        Of a breaker that is not declared here, pool processes are notified.
         """
         with self._lock:
             state = self._states.get(snapshot.name)

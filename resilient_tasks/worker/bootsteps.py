@@ -128,7 +128,7 @@ def _become_child(**_: Any) -> None:
     """In a pool process: read what the main process shares, follow nothing."""
     runtime = find_runtime(seams.current_app())
     if runtime is not None and runtime.host.pid != os.getpid():  # the solo pool is no process of its own
-        runtime.fleet.become_child()
+        runtime.fleet.view.become_child()
 
 
 @worker_process_shutdown.connect  # type: ignore[untyped-decorator]  # Celery is untyped
