@@ -132,7 +132,7 @@ class Calls(NamedTuple):
 
 
 def voter_of(task_id: str | None) -> str:
-    """Return eight characters that stand for a task; "" for a call outside any task."""
+    """Return eight characters that identify a task; "" for a call outside any task."""
     return f"{crc32(task_id.encode()):08x}" if task_id else ""
 
 
@@ -181,8 +181,8 @@ class Snapshot:
     failed_checks: int = 0  # CLOSED, SHADOW: failed health checks in a row
     checked_at: float | None = None  # when the last health check began that the store gave leave for
     in_flight: int = 0  # calls that hold one of a limited number of slots
-    concurrency_limit: int | None = None  # how many may at present; None: any number, and nobody counts them
-    is_due: bool = False  # the rules ask for a change that nobody has made yet
+    concurrency_limit: int | None = None  # how many may at present; None: any number, and they are not counted
+    is_due: bool = False  # the rules ask for a change that no process has made yet
     deferred: int = 0
     oldest_deferred_at: float | None = None
     next_deadline_at: float | None = None  # earliest end of a deferred task's ``defer_for``
@@ -225,7 +225,7 @@ _FIGURES = (*(field.name for field in fields(Snapshot)), "failure_rate", "slow_r
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """One change of state, told to exactly one caller in the fleet."""
+    """One change of state, returned to exactly one caller in the fleet."""
 
     name: str
     previous: State
@@ -253,7 +253,7 @@ class Grant:
     """A store's answer to a request for admission.
 
     ``trial`` is true when the caller now holds a permit, which it must settle or let expire.
-    The same goes for a slot: whoever is admitted to a breaker with a limit holds one.
+    The same goes for a slot: a caller admitted to a breaker with a limit holds one.
     """
 
     admitted: bool

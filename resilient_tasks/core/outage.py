@@ -43,7 +43,7 @@ class Counts:
     causes: Mapping[str, int] = field(default_factory=dict)
     trials: int = 0  # calls made under a permit
     refused: int = 0  # calls that the breaker refused, of tasks and of guards
-    deferred: int = 0  # tasks put aside for the first time
+    deferred: int = 0  # tasks deferred for the first time
     deferred_again: int = 0  # deferrals of tasks that had been resumed before
     resumed: int = 0  # tasks sent back to their queues
     fallbacks: Mapping[str, int] = field(default_factory=dict)  # answers of fallbacks by source
@@ -52,7 +52,7 @@ class Counts:
     dead: int = 0  # tasks that went to the dead-letter queue
     expired: int = 0  # those of them that had waited too long, by ``defer_for`` or ``expires``
     revoked: int = 0  # tasks that were revoked while they waited
-    dropped: int = 0  # waiting tasks that somebody dropped
+    dropped: int = 0  # waiting tasks that an operator dropped
     coalesced: int = 0  # waiting tasks that a later one with the same key has replaced
     redelivered: int = 0  # tasks that the broker delivered again: some may have run twice
     suspected: int = 0  # how often it became suspect in a worker, because a call was late

@@ -14,7 +14,7 @@ from resilient_tasks.core.model import Snapshot
 from resilient_tasks.policy import BreakerPolicy
 
 LARGEST_BATCH = 10_000
-#: Share of a batch that may fail before that tells of a dependency at its limit.
+#: Share of a batch that may fail before that shows a dependency at its limit.
 TOLERATED = 0.01
 #: Shares of the batch at which calls failed last: from where on to creep, how fast, and where that batch is forgotten.
 NEAR, CREEP, FORGOTTEN = 0.9, 0.02, 2.0

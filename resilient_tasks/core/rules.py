@@ -64,7 +64,7 @@ def ramp_share(elapsed: float, ramp: float) -> float:
 
 
 class Rules(NamedTuple):
-    """A policy as stores keep it: durations are milliseconds, shares of a score millionths, 0 stands for "off"."""
+    """A policy as stores keep it: durations are milliseconds, shares of a score millionths, 0 means "off"."""
 
     revision: int
     minimum_calls: int
@@ -411,7 +411,7 @@ class Seen:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nobody need look at it: CLOSED, past its ramp, and no task waits."""
+        """Whether there is nothing to watch: CLOSED, past its ramp, and no task waits."""
         is_ramping = self.ramp_since is not None and 0 <= self.now - self.ramp_since < self.rules.ramp
         return self.state is State.CLOSED and not is_ramping and not self._waiting[1]
 

@@ -82,9 +82,9 @@ class Address:
     hosts: tuple[tuple[str, int], ...]  # the server, the sentinels or some nodes of the cluster, as (name, port)
     # arguments of redis-py's connections that the URL holds, the credentials among them
     options: Options = field(repr=False)
-    # what only sentinels are asked with: ``master_name``, ``min_other_sentinels`` and credentials
+    # what only sentinels get: ``master_name``, ``min_other_sentinels`` and credentials
     discovery: Options = field(repr=False)
-    secrets: frozenset[str] = field(repr=False)  # what nobody may read, as it is and as the URL spells it
+    secrets: frozenset[str] = field(repr=False)  # what no log may show, as it is and as the URL spells it
 
     @classmethod
     def parse(cls, url: str) -> Address:
@@ -207,7 +207,7 @@ def _host(text: str, default_port: int) -> tuple[str, int]:
 
 # Celery's and kombu's URLs carry options of their own as well; only these mean the same to a store
 _SHARED_OPTIONS = ("db", "virtual_host", "ssl_", "client_name", "protocol", "username", "password")
-_SOUGHT_BY = ("master_name", "min_other_sentinels")
+_SEARCH_OPTIONS = ("master_name", "min_other_sentinels")
 _WITH_TLS = {"redis": "rediss", "valkey": "valkeys", "sentinel": "sentinels"}
 
 
@@ -261,11 +261,11 @@ def _as_celery_reaches(url: str, transport_options: Mapping[str, Any] | None, us
 
 
 def _as_sentinels_tell(hosts: Sequence[str], transport_options: Mapping[str, Any], tls: dict[str, Any]) -> StorePlace:
-    asked_with = {"ssl": False, **(transport_options.get("sentinel_kwargs") or {})}
-    sought = {name: transport_options[name] for name in _SOUGHT_BY if name in transport_options}
+    of_sentinels = {"ssl": False, **(transport_options.get("sentinel_kwargs") or {})}
+    search = {name: transport_options[name] for name in _SEARCH_OPTIONS if name in transport_options}
     first, *others = hosts
-    url = ";".join([f"{first}{'&' if '?' in first else '?'}{urlencode(sought)}", *others])
-    return StorePlace(url, {**tls, "sentinel_kwargs": asked_with})
+    url = ";".join([f"{first}{'&' if '?' in first else '?'}{urlencode(search)}", *others])
+    return StorePlace(url, {**tls, "sentinel_kwargs": of_sentinels})
 
 
 def _tls_options(tls: object) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from resilient_tasks.core.model import (
 from resilient_tasks.core.rules import Change, Rules, Seen, brief, command, decide, to_ms
 from resilient_tasks.policy import BreakerPolicy
 
-IDLE_AFTER = 3_600_000  # ms; a child that nobody has used for so long may be forgotten
+IDLE_AFTER = 3_600_000  # ms; a child unused for so long may be forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class Store(Protocol):
 
     # --- children -------------------------------------------------------------------------------
 
-    def enroll(self, spec: Spec) -> bool:
+    def register(self, spec: Spec) -> bool:
         """Return whether there is room for a child among its policy's ``max_keys``; idle ones make room."""
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
@@ -121,7 +121,7 @@ class Store(Protocol):
         Only those of which a transition was made at ``since`` or later, on the store's clock; ``start`` are skipped.
         """
 
-    def cool(self, spec: Spec) -> bool:
+    def mark_idle(self, spec: Spec) -> bool:
         """Take a child off the active ones, if it is plainly CLOSED and nothing waits for it."""
 
     # --- health checks --------------------------------------------------------------------------

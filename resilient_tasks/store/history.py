@@ -37,7 +37,7 @@ from resilient_tasks.store.server import Command, Server
 
 _MINUTE, _DAY = 60, 24 * 3600
 _DEFERRED_WHEN_EMPTY = "deferred_when_empty"  # how many tasks had been deferred when none waited for the last time
-_SAMPLE = 64  # deadlines that stand for all of a breaker's
+_SAMPLE = 64  # deadlines that represent all of a breaker's
 _LEARNED_FROM = 10  # outages
 _LATE = 5000  # ms; what is counted so late still belongs to an outage that has ended
 
@@ -298,7 +298,7 @@ def _adding(key: str, counts: Mapping[str, int], seconds: int) -> list[Command]:
 
 
 def _sampled(count: int) -> list[int]:
-    """Return the ranks at equal distances that stand for so many deadlines; the last one is among them."""
+    """Return the ranks at equal distances that represent so many deadlines; the last one is among them."""
     size = min(count, _SAMPLE)
     return [count * number // size - 1 for number in range(1, size + 1)]
 

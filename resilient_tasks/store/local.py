@@ -81,7 +81,7 @@ class LocalStore(RuledStore):
         self._breakers: dict[str, Kept] = {}
         self._values: dict[tuple[str, str], tuple[bytes, int, int]] = {}  # -> value, written at, ends at
         self._listeners: list[queue.Queue[Snapshot]] = []
-        self._families: dict[str, _Children] = {}
+        self._keyed: dict[str, _Children] = {}
         renew_after_fork(self)
 
     def __repr__(self) -> str:
@@ -220,13 +220,13 @@ class LocalStore(RuledStore):
         """Forget all breakers; values stay."""
         with self._lock:
             self._breakers.clear()
-            self._families.clear()
+            self._keyed.clear()
 
     # --- children -----------------------------------------------------------------------------------
 
-    def enroll(self, spec: Spec) -> bool:
+    def register(self, spec: Spec) -> bool:
         with self._lock:
-            used_at, key, now = self._family(spec.name).used_at, key_of(spec.name), self._now()
+            used_at, key, now = self._children_of(spec.name).used_at, key_of(spec.name), self._now()
             if key not in used_at and len(used_at) >= spec.policy.max_keys:
                 idle = [each for each, at in used_at.items() if at <= now - IDLE_AFTER]
                 for each in idle:
@@ -238,37 +238,37 @@ class LocalStore(RuledStore):
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         with self._lock:
-            used_at = self._family(name).used_at
+            used_at = self._children_of(name).used_at
             keys = sorted(used_at, key=lambda key: (used_at[key], key))
             return [f"{name}:{key}" for key in keys[start : None if count is None else start + count]]
 
     def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> list[str]:
         with self._lock:
-            active = sorted(self._family(name).active.items(), key=lambda item: item[::-1])
+            active = sorted(self._children_of(name).active.items(), key=lambda item: item[::-1])
             keys = [key for key, at in active if at >= to_ms(since)]
             return [f"{name}:{key}" for key in keys[start : start + count]]
 
-    def cool(self, spec: Spec) -> bool:
+    def mark_idle(self, spec: Spec) -> bool:
         with self._lock:
             is_plain = self._seen(spec).is_plain
             if is_plain:
-                self._family(spec.name).active.pop(key_of(spec.name), None)
+                self._children_of(spec.name).active.pop(key_of(spec.name), None)
             return is_plain
 
     def _has_room(self, name: str, share: float, since: int) -> bool:
-        used_at = self._family(name).used_at.values()
+        used_at = self._children_of(name).used_at.values()
         held_open, active = sum(at == math.inf for at in used_at), sum(at > since for at in used_at)
         return share == 0 or held_open + 1 <= share * active
 
     def _use_child(self, name: str) -> None:
         if parent_of(name) is not None:
-            used_at, key = self._family(name).used_at, key_of(name)
+            used_at, key = self._children_of(name).used_at, key_of(name)
             used_at[key] = max(used_at.get(key, 0), self._now())
 
     def _note_child(self, name: str, state: State, now: int) -> None:
-        family, key = self._family(name), key_of(name)
-        family.used_at[key] = math.inf if state in HELD_OPEN else now
-        family.active[key] = now
+        children, key = self._children_of(name), key_of(name)
+        children.used_at[key] = math.inf if state in HELD_OPEN else now
+        children.active[key] = now
 
     # --- small values -------------------------------------------------------------------------------
 
@@ -324,13 +324,13 @@ class LocalStore(RuledStore):
     def _seen(self, spec: Spec) -> Seen:
         check_key_part("breaker", spec.name)
         kept, now = self._breakers.get(spec.name) or Kept(new(self._now(), epoch=0)), self._now()
-        fields = {**kept.fields, "active_children": len(self._family(spec.name).active)}
+        fields = {**kept.fields, "active_children": len(self._children_of(spec.name).active)}
         rules, waiting = spec.rules().or_newer(kept.fields["rules"]), (_live(kept.slots, now), 0, None, None)
         return Seen(spec.name, now, rules, fields, dict(kept.trials), waiting)
 
-    def _family(self, name: str) -> _Children:
+    def _children_of(self, name: str) -> _Children:
         """Return the children of a breaker, or of a child's parent."""
-        return self._families.setdefault(parent_of(name) or name, _Children())
+        return self._keyed.setdefault(parent_of(name) or name, _Children())
 
     def _publish(self, spec: Spec) -> None:
         for listener in self._listeners:
@@ -439,8 +439,8 @@ class FailoverStore:
                 local.renew(name, holders, lease=lease)
             return [True] * len(holders)  # nothing shows that one is lost
 
-    def enroll(self, spec: Spec) -> bool:
-        return self._decide(lambda store: store.enroll(spec))
+    def register(self, spec: Spec) -> bool:
+        return self._decide(lambda store: store.register(spec))
 
     def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> list[str]:
         return self._decide(lambda store: store.active_children(name, since=since, start=start, count=count))
@@ -525,8 +525,8 @@ class FailoverStore:
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         return self._primary.children(name, start=start, count=count)
 
-    def cool(self, spec: Spec) -> bool:
-        return self._primary.cool(spec)
+    def mark_idle(self, spec: Spec) -> bool:
+        return self._primary.mark_idle(spec)
 
     def put(self, kind: str, key: str, value: bytes, *, ttl: float) -> None:
         self._primary.put(kind, key, value, ttl=ttl)

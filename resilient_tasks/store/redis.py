@@ -147,10 +147,10 @@ class RedisStore(RuledStore):
 
     # --- children -------------------------------------------------------------------------------
 
-    def enroll(self, spec: Spec) -> bool:
+    def register(self, spec: Spec) -> bool:
         index, key = self._keys.breaker(spec.name).children, key_of(spec.name)
 
-        def enroll(client: redis.Redis) -> bool:
+        def register(client: redis.Redis) -> bool:
             with client.pipeline(transaction=False) as pipeline:
                 pipeline.zscore(index, key)
                 pipeline.zcard(index)
@@ -162,7 +162,7 @@ class RedisStore(RuledStore):
             client.zadd(index, {key: now}, gt=True)
             return True
 
-        return self._server.run(enroll)
+        return self._server.run(register)
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         index, end = self._keys.breaker(name).children, -1 if count is None else start + count - 1
@@ -176,7 +176,7 @@ class RedisStore(RuledStore):
         )
         return [f"{name}:{key.decode()}" for key in keys]
 
-    def cool(self, spec: Spec) -> bool:
+    def mark_idle(self, spec: Spec) -> bool:
         index, key = self._keys.breaker(spec.name).active, key_of(spec.name)
         if not self._run("read", spec, 0).is_plain:
             return False

@@ -1,4 +1,4 @@
-"""One Redis-compatible server, or what stands for one, spoken to with a bounded delay; and the scripts that run there.
+"""One Redis-compatible server, or a group of them, used with a bounded delay; and the scripts that run there.
 
 A server that is away costs one caller one time limit; for a while after that every caller gets an error at
 once, so that neither a worker with many threads nor a loop over many commands is held up by each.
@@ -284,5 +284,5 @@ def _pipelined(client: redis.Redis, commands: Sequence[Command]) -> list[Any]:
 def _trouble(error: Exception) -> str:
     if isinstance(error, InvalidResponse):
         return "does not speak the Redis protocol"
-    refused = isinstance(error.__cause__ or error, redis.AuthenticationError)  # a cluster's client tells the cause so
-    return "lets nobody in" if refused else "is away"
+    refused = isinstance(error.__cause__ or error, redis.AuthenticationError)  # a cluster's client raises it from that
+    return "refuses the credentials" if refused else "is away"

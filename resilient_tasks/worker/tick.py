@@ -143,7 +143,7 @@ class Tick:
             if anything_due(breaker, snapshot, snapshot.now):
                 self._shielded(breaker.name, partial(self._serve, breaker))
             elif breaker.spec.parent is not None and snapshot.state is State.CLOSED:
-                store.cool(breaker.spec)
+                store.mark_idle(breaker.spec)
 
     def _serve(self, breaker: Dependency) -> None:
         fleet = self._runtime.fleet

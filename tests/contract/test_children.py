@@ -16,7 +16,7 @@ def family(lab: Lab, count: int, **policy: Any) -> tuple[Subject, list[Subject]]
     parent = lab.breaker(consecutive_failures=2, **policy)
     children = [lab.breaker(f"payments:{key}", consecutive_failures=2, **policy) for key in range(count)]
     for child in children:
-        assert lab.store.enroll(child.spec)
+        assert lab.store.register(child.spec)
         child.calls("S")
     return parent, children
 
@@ -40,13 +40,13 @@ def test_a_child_opens_alone(lab: Lab) -> None:
 def test_a_child_that_has_healed_is_left_alone(lab: Lab) -> None:
     parent, (acme,) = family(lab, 1, trial_calls=1, ramp=3.0)
     acme.calls("FF")
-    assert not lab.store.cool(acme.spec)
+    assert not lab.store.mark_idle(acme.spec)
     lab.clock.advance(5)
     acme.trials("S")
     assert acme.state is State.CLOSED
-    assert not lab.store.cool(acme.spec)
+    assert not lab.store.mark_idle(acme.spec)
     lab.clock.advance(3)
-    assert lab.store.cool(acme.spec)
+    assert lab.store.mark_idle(acme.spec)
     assert active(parent) == []
 
 
@@ -55,19 +55,19 @@ def test_a_child_that_tasks_wait_for_is_not_left_alone(lab: Lab) -> None:
     parent, (acme,) = family(lab, 1)
     lab.ledger.add_deferred(acme.name, "a task")
     assert active(parent) == ["0"]
-    assert not lab.store.cool(acme.spec)
+    assert not lab.store.mark_idle(acme.spec)
     lab.ledger.remove_deferred(acme.name, ["a task"])
-    assert lab.store.cool(acme.spec)
+    assert lab.store.mark_idle(acme.spec)
 
 
 def test_there_are_only_so_many_children_and_idle_ones_make_room(lab: Lab) -> None:
     _, (acme, other) = family(lab, 2, max_keys=2)
     late = lab.breaker("payments:late", max_keys=2)
-    assert not lab.store.enroll(late.spec)
-    assert lab.store.enroll(other.spec)
+    assert not lab.store.register(late.spec)
+    assert lab.store.register(other.spec)
     acme.command(Verb.TRIP)
     lab.clock.advance(IDLE_AFTER / 1000 + 1)
-    assert lab.store.enroll(late.spec)
+    assert lab.store.register(late.spec)
     assert sorted(lab.store.children("payments")) == ["payments:0", "payments:late"]
 
 

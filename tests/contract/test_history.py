@@ -300,7 +300,7 @@ def test_the_outage_of_a_child_whose_state_has_ended_by_itself_ends_when_somebod
         acme.advance()
         assert outages(lab, acme.name)[0].drained is None
         lab.ledger.remove_deferred(acme.name, ["a"])
-    lab.store.cool(acme.spec)
+    lab.store.mark_idle(acme.spec)
     [outage] = outages(lab, acme.name)
     assert outage.closed == outage.drained == lab.clock()
 

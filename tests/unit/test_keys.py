@@ -254,7 +254,7 @@ def test_idle_children_are_forgotten_when_there_are_many(
     clock.settle()
     now = view.clock()
     monkeypatch.setattr(view, "clock", lambda: now + REMEMBERED_FOR + 1)
-    monkeypatch.setattr(resilience.fleet.store, "enroll", lambda _: True)
+    monkeypatch.setattr(resilience.fleet.store, "register", lambda _: True)
     for standing in view.states():
         monkeypatch.setattr(standing, "_clock", view.clock)
     hosts.child("c")
@@ -275,7 +275,7 @@ def test_a_child_that_others_have_opened_is_known_here(
     assert view.state("payments:stranger").snapshot.state == "OPEN"
     assert "payments:stranger" in {breaker.name for breaker in runtime_of(resilience._app).present()}
     store.command(stranger, Verb.RESET)
-    store.cool(stranger)
+    store.mark_idle(stranger)
     view.refresh()
     assert view.active_children() == []
     view.refresh()  # what has become of it was read once more
