@@ -9,7 +9,7 @@
 -- Needs breaker.lua
 
 local UNIT, MOST_TASKS, BUCKETS = 1000000, 1000, 5
-local NUMBERS = '(%d+) (%d+) (%d+) (%d+) (%d+) (%d+)'
+local PARTS = { 'score', 'tasks', 'calls', 'bad', 'at', 'peak' }
 
 local function clear(score)
   score.score, score.tasks, score.calls, score.bad = 0, 0, 0, 0
@@ -17,25 +17,25 @@ local function clear(score)
 end
 
 local function load_score(kind, key, take)
-  local score, tasks, calls, bad, at, peak = string.match(state[kind] or '0 0 0 0 0 0', NUMBERS)
-  local loaded = {
-    kind = kind, key = key, take = take, score = tonumber(score), tasks = tonumber(tasks), calls = tonumber(calls),
-    bad = tonumber(bad), at = tonumber(at), peak = tonumber(peak),
-  }
-  if math.abs(now - at) >= rules.window then
-    loaded.peak = 0
-    if loaded.tasks > 0 then
-      clear(loaded)
+  local score, numbers = { key = key, take = take }, string.gmatch(state[kind] or '0 0 0 0 0 0', '%d+')
+  for _, part in ipairs(PARTS) do
+    score[part] = tonumber((numbers()))
+  end
+  if math.abs(now - score.at) >= rules.window then
+    score.peak = 0
+    if score.tasks > 0 then
+      clear(score)
     end
   end
-  return loaded
+  return score
 end
 
-local function save_score(score)
-  local packed = string.format(
-    '%.0f %.0f %.0f %.0f %.0f %.0f', score.score, score.tasks, score.calls, score.bad, score.at, score.peak
-  )
-  put(score.kind, packed)
+local function save_score(kind, score)
+  local numbers = {}
+  for i, part in ipairs(PARTS) do
+    numbers[i] = integer(score[part])
+  end
+  put(kind, table.concat(numbers, ' '))
 end
 
 -- Return how many the run adds to a score. Whole runs of a task add once while it is above 0.
@@ -112,8 +112,8 @@ local function count(runs)
       weigh(failures, slow, outcome, number, task, each, was_overdue)
     end
   end
-  save_score(failures)
-  save_score(slow)
+  save_score('failure', failures)
+  save_score('slow', slow)
 end
 
 load_breaker()

@@ -8,10 +8,6 @@
 
 local HOLDER, LEASE_END = ARGV[5], integer(now + math.min(tonumber(ARGV[6]), LONGEST_LEASE))
 
-local function holds(leases, member)
-  return tonumber(redis.call('ZSCORE', leases, member) or 0) > now
-end
-
 -- Trials of this epoch, whatever has become of them, and in all those that are in flight.
 local function trials_used()
   local own, prefix = field('ok') + field('ko'), state.epoch .. ':'

@@ -5,26 +5,18 @@
 -- ARGV  1 lease    ms, at most 60,000
 --       2.. holders
 
-local now, renewed, held = now_ms(), {}, {}
+local now, renewed, number = now_ms(), {}, {}
 local lease_end = string.format('%.0f', now + math.min(tonumber(ARGV[1]), 60000))
-
-local function renew(leases, member, number)
-  if tonumber(redis.call('ZSCORE', leases, member) or 0) > now then
-    redis.call('ZADD', leases, 'GT', lease_end, member)
-    renewed[number] = 1
-  end
-end
-
-for _, member in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
-  local holder = string.match(member, '^%d+:(.*)$') or ''
-  held[holder] = held[holder] or {}
-  table.insert(held[holder], member)
-end
 for i = 2, #ARGV do
-  renewed[i - 1] = 0
-  renew(KEYS[2], ARGV[i], i - 1)
-  for _, permit in ipairs(held[ARGV[i]] or {}) do
-    renew(KEYS[1], permit, i - 1)
+  number[ARGV[i]], renewed[i - 1] = i - 1, 0
+end
+for _, leases in ipairs(KEYS) do
+  for _, member in ipairs(redis.call('ZRANGEBYSCORE', leases, '(' .. string.format('%.0f', now), '+inf')) do
+    local i = number[leases == KEYS[1] and string.match(member, '^%d+:(.*)$') or member]
+    if i then
+      redis.call('ZADD', leases, 'GT', lease_end, member)
+      renewed[i] = 1
+    end
   end
 end
 return renewed

@@ -51,7 +51,7 @@ if lease_end > now and is_own and (ENDED or rules.slow_counts) then
 elseif ENDED and not is_own then
   freed = redis.call('ZREM', TRIALS, permit) == 1
 end
-local has_slot = tonumber(redis.call('ZSCORE', SLOTS, HOLDER) or 0) > now
+local has_slot = holds(SLOTS, HOLDER)
 if has_slot and rules.least_in_flight > 0 and OUTCOME ~= 'IGNORED' then
   learn()
 end

@@ -90,6 +90,10 @@ local function live(leases)
   return redis.call('ZCOUNT', leases, '(' .. integer(now), '+inf')
 end
 
+local function holds(leases, member)
+  return tonumber(redis.call('ZSCORE', leases, member) or 0) > now
+end
+
 -- A lease that ends later than any may is of a clock that was ahead.
 local function cut(leases)
   for _, member in ipairs(redis.call('ZRANGEBYSCORE', leases, '(' .. integer(now + LONGEST_LEASE), '+inf')) do
