@@ -153,14 +153,9 @@ def _look_at_store(runtime: Runtime, workers: tuple[WorkerFacts, ...]) -> dict[s
     except ResilienceError as error:
         found = {"store_trouble": str(error)}
     found["breakers"] = tuple(
-        BreakerFacts(
-            spec.name,
-            spec.policy.trial_timeout,
-            rules_of(spec),
-            waits.get(spec.name),
-            spec.policy.slow_call_duration,
-        )
+        BreakerFacts(name, policy.trial_timeout, rules_of(spec), waits.get(name), policy.slow_call_duration)
         for spec in runtime.specs()
+        for name, policy in [(spec.name, spec.policy)]
     )
     return found
 
@@ -312,20 +307,14 @@ def _examine(check: str, deployment: Deployment) -> list[Finding]:
 
 
 _WELL: dict[str, Callable[[Deployment], str]] = {
-    "store": lambda deployment: _title(deployment.store),
-    "broker": lambda deployment: _title(deployment.broker),
-    "ticks": lambda deployment: (
-        f"the last has completed {_ago(deployment.tick_age)}, beat was seen {_ago(deployment.tick_sender_age)}"
-    ),
-    "workers": lambda deployment: f"{counted(len(deployment.workers or ()), 'worker')} answered",
+    "store": lambda d: d.store.title if d.store else "all is well",
+    "broker": lambda d: d.broker.title if d.broker else "all is well",
+    "ticks": lambda d: f"the last has completed {_ago(d.tick_age)}, beat was seen {_ago(d.tick_sender_age)}",
+    "workers": lambda d: f"{counted(len(d.workers or ()), 'worker')} answered",
 }
 
 
 # --- what the rules look at ---------------------------------------------------------------------------
-
-
-def _title(server: ServerFacts | None) -> str:
-    return "all is well" if server is None else server.title
 
 
 def _servers(deployment: Deployment) -> list[ServerFacts]:
@@ -342,9 +331,9 @@ def _is_late(age: float | None, deployment: Deployment) -> bool:
     return age is not None and age > max(LONGEST_SILENCE, 10 * deployment.tick_interval)
 
 
-def _no_beat(deployment: Deployment) -> Iterator[tuple[object, ...]]:
-    if _is_late(deployment.tick_sender_age, deployment) and not _is_late(deployment.tick_age, deployment):
-        yield (_ago(deployment.tick_sender_age),)
+def _no_beat(deployment: Deployment) -> list[tuple[object, ...]]:
+    age = deployment.tick_sender_age
+    return [(_ago(age),)] if _is_late(age, deployment) and not _is_late(deployment.tick_age, deployment) else []
 
 
 def _ago(age: float | None) -> str:
@@ -414,16 +403,14 @@ def _redelivered(deployment: Deployment) -> Iterator[tuple[object, ...]]:
             yield task.name, duration(task.time_limit), duration(timeout)
 
 
-def _early(deployment: Deployment) -> Iterator[tuple[object, ...]]:
+def _early(deployment: Deployment) -> list[tuple[object, ...]]:
     early = sorted(task.name for task in deployment.tasks if task.defers and not task.acks_late)
-    if early:
-        yield (", ".join(early),)
+    return [(", ".join(early),)] if early else []
 
 
-def _outdated(deployment: Deployment) -> Iterator[tuple[object, ...]]:
+def _outdated(deployment: Deployment) -> list[tuple[object, ...]]:
     store = deployment.store
-    if store is not None and store.product == "redis" and store.version < OLDEST_SERVER:
-        yield (store.title,)
+    return [(store.title,)] if store and store.product == "redis" and store.version < OLDEST_SERVER else []
 
 
 def _unkept(deployment: Deployment) -> Iterator[tuple[object, ...]]:

@@ -55,7 +55,8 @@ class TickSchedule(schedule):  # type: ignore[misc]  # Celery is untyped
         runtime = runtime_of(self.app)
         try:
             runtime.fleet.view.refresh()
-            _sign_of_life(runtime)
+            with suppress(StoreError):  # for the doctor: beat is alive, though it sends nothing while nothing is due
+                runtime.fleet.ledger.tick_sender_seen(runtime.tick_scope)
             breakers = runtime.present()
             snapshots = [runtime.fleet.view.state(breaker.name).snapshot for breaker in breakers]
         except StoreError as exc:
@@ -63,12 +64,6 @@ class TickSchedule(schedule):  # type: ignore[misc]  # Celery is untyped
             return False
         due = (anything_due(*pair, pair[1].now) for pair in zip(breakers, snapshots, strict=True))
         return any(due) and not _piles_up(runtime)
-
-
-def _sign_of_life(runtime: Runtime) -> None:
-    """Record for the doctor that beat is alive, though it sends nothing while nothing is due."""
-    with suppress(StoreError):
-        runtime.fleet.ledger.tick_sender_seen(runtime.tick_scope)
 
 
 def _piles_up(runtime: Runtime) -> bool:

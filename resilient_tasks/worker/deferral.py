@@ -112,12 +112,7 @@ class MemoryGuard:
 
 
 class Deferral:
-    """Puts requests aside for one process, a worker's main process or a producer.
-
-    Args:
-        runtime: the app's runtime.
-        queues: the broker's queues; ``None``: on a connection of its own.
-    """
+    """Defers requests for one process, a worker's main process or a producer."""
 
     def __init__(self, runtime: Runtime, queues: Queues | None = None) -> None:
         self._runtime = runtime
@@ -138,16 +133,11 @@ class Deferral:
         self._lines = Throttle(MOST_LINES, LINES_INTERVAL)
 
     def defer(self, request: GatedRequest, ticket: Ticket, *, limited: bool = True) -> None:
-        """Put a request's message aside: to wait, or for good if its ticket says that the task is dead.
-
-        Args:
-            request: whose message.
-            ticket: what the message shall say about itself.
-            limited: ``max_deferred`` and the memory limit apply.
+        """Defer a request's message, or dead-letter it if its ticket says so; ``limited``: the limits apply.
 
         Raises:
             DeferredQueueFullError: the queue is at the policy's ``max_deferred``, or a server at its memory limit.
-            Exception: whatever the broker raises; the message is where it was.
+            Exception: one of :attr:`errors`; the message is where it was.
         """
         if ticket.died_at:
             self._dead_letter(request, ticket)
@@ -160,14 +150,7 @@ class Deferral:
         return self.queues.errors
 
     def defer_if_permitted(self, request: GatedRequest, ticket: Ticket, again: Step, *, limited: bool) -> None:
-        """Like :meth:`defer`, but where the broker refuses the queue, hold the request apart from the prefetch window.
-
-        Args:
-            request: whose message.
-            ticket: what the message shall say about itself.
-            again: the step to take once the broker refuses the queue no more.
-            limited: as above.
-        """
+        """Like :meth:`defer`, but hold the request where the broker refuses the queue, until it takes ``again``."""
         name = ticket.breaker
         queue = self.queues.dead(name) if ticket.died_at else self.queues.deferred(name)
         if queue not in self.denials.reasons:
@@ -189,8 +172,7 @@ class Deferral:
         logger.warning(what, request.name, request.id, ticket.reason, extra=request.log_fields)
 
     def _defer(self, request: GatedRequest, ticket: Ticket, *, limited: bool) -> None:
-        memory_limit = self._memory.exceeded() if limited else None
-        if memory_limit is not None:
+        if limited and (memory_limit := self._memory.exceeded()) is not None:
             raise DeferredQueueFullError(ticket.breaker, memory_limit=memory_limit)
         self._index_writer.write(lambda: self._index(request.id, ticket))
         info = {"breaker": ticket.breaker, "since": ticket.since, "reason": ticket.reason}
@@ -205,31 +187,28 @@ class Deferral:
         request.acknowledged = True
         try:
             if mine:
-                self._claim(request, ticket)
                 self._tell(request, ticket)
             else:  # the broker has restored it: its other copy decides
                 self.forget(ticket.breaker, [request.id])
         except Exception:  # must not look like a deferral that failed: the message would be put once more
-            what = "Task %s[%s] is deferred, but not everything is told of it"
+            what = "Task %s[%s] is deferred, but not everything about it is reported"
             logger.exception(what, request.name, request.id, extra=request.log_fields)
 
-    def _claim(self, request: GatedRequest, ticket: Ticket) -> None:
-        """Have a task that has just begun to wait run instead of earlier ones, if it may stand for them."""
-        if ticket.coalesced_as and not request.ticket.since:
-            self._index_writer.write(lambda: self._runtime.fleet.ledger.claim(ticket.coalesced_as, request.id))
-
     def _tell(self, request: GatedRequest, ticket: Ticket) -> None:
+        """Report a task that has been deferred; one that is new runs instead of earlier ones with its key."""
         again = request.ticket.since > 0
+        if ticket.coalesced_as and not again:
+            self._index_writer.write(lambda: self._runtime.fleet.ledger.claim(ticket.coalesced_as, request.id))
         self._runtime.fleet.reporter.tally(ticket.breaker, counts.DEFERRED_AGAIN if again else counts.DEFERRED)
-        told = {"breaker": ticket.breaker, "reason": ticket.reason, "since": ticket.since}
-        request.send_event(TASK_DEFERRED, **told)
-        signals.notify(signals.task_deferred, request.app, task_id=request.id, task=request.name, **told)
+        info = {"breaker": ticket.breaker, "reason": ticket.reason, "since": ticket.since}
+        request.send_event(TASK_DEFERRED, **info)
+        signals.notify(signals.task_deferred, request.app, task_id=request.id, task=request.name, **info)
         if self._lines.admits(ticket.breaker):
-            fields = {**request.log_fields, **told, "event": TASK_DEFERRED}
+            fields = {**request.log_fields, **info, "event": TASK_DEFERRED}
             logger.info("Task %s[%s] deferred: %s", request.name, request.id, ticket.reason, extra=fields)
 
     def tell_suppressed(self, *, early: bool = False) -> None:
-        """Tell how many tasks were deferred without a log line; of intervals that are over, or all ``early``."""
+        """Log how many tasks were deferred without a line of their own; of past intervals, or all ``early``."""
         for breaker, count in self._lines.take_suppressed(early=early).items():
             logger.info("%d more tasks deferred for breaker %s", count, breaker, extra={"breaker": breaker})
 
@@ -254,11 +233,7 @@ class Deferral:
         return self._memory.exceeded() is None and (limit is None or waiting < limit)
 
     def put_back(self, request: GatedRequest, queue: str, ticket: Ticket, *, first: bool = True) -> None:
-        """Put a request's message back to its queue, the next to be taken where the broker can do that, or the last.
-
-        Raises:
-            Exception: whatever the broker raises; the message is where it was.
-        """
+        """Requeue a request's message, as the next to be taken where the broker can do that, or as the last."""
         self._write_state(request, PENDING)
         request.send_event(TASK_RESUMED, exception="no room to defer", traceback=None)
         header = ticket if ticket.breaker else None
@@ -266,12 +241,7 @@ class Deferral:
         request.acknowledged = True
 
     def attempt(self, request: GatedRequest, step: Step) -> None:
-        """Take a step by which a request's message leaves this worker; hold the request if it fails, and try again.
-
-        Args:
-            request: whose message. It is where it was if the step raises.
-            step: what to do, given whether ``max_deferred`` and the memory limit apply (``limited``).
-        """
+        """Take a step by which a request's message leaves this worker; hold the request if it fails, and try again."""
         if self._broker_away:  # a moment ago: do not wait for it once per task
             self._hold(request, step)
         else:
@@ -358,16 +328,12 @@ class _Held(NamedTuple):
 
 
 class Denials:
-    """What the broker refuses one worker.
-
-    Attributes:
-        reasons: by queue, in the broker's words.
-    """
+    """The queues that the broker refuses one worker, and the requests held for that reason."""
 
     def __init__(self, runtime: Runtime, deferral: Deferral) -> None:
         self._runtime = runtime
         self._deferral = deferral
-        self.reasons: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}  # by queue, the broker's error
         self._held: deque[_Held] = deque()
         self._check_at = float("-inf")
         self._has_checked = False

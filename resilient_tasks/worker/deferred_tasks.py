@@ -1,4 +1,9 @@
-"""``DeferredTasks``: what is done to the tasks that wait: resume, dead-letter, drop."""
+"""``DeferredTasks``: what is done to the tasks that wait: resume, dead-letter, drop; and revokes of them.
+
+A worker forgets revokes when it stops, the ledger keeps them for all workers. A task is revoked by its id or by one of
+its stamps. An id is one task's for good, but a stamp comes back on later tasks: revoking it concerns those that had
+been sent by then.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +41,7 @@ CLAIM_OUTLIVES_TURN = 3600.0
 PAGE = 500
 #: Bytes of messages that are looked at in one go.
 PAGE_SIZE = 1_000_000
-#: Seconds for which a task may still be deferred by a worker that has not heard of its stamp's revoke.
+#: Seconds for which a task may still be deferred by a worker that has not received its stamp's revoke.
 HEARSAY = 60.0
 
 #: Chooses what becomes of some waiting tasks; the others go on waiting.
@@ -44,13 +49,7 @@ Choose = Callable[[Sequence[Entry]], Sequence[Move]]
 
 
 class DeferredTasks:
-    """The tick's, and an operator's, hands on the tasks that wait: resume, dead-letter, drop.
-
-    Args:
-        runtime: the app's runtime.
-        events: tells monitors what becomes of the tasks.
-        queues: the broker's queues; ``None``: on connections of its own.
-    """
+    """What the tick, or an operator, does to waiting tasks; monitors receive it as events."""
 
     def __init__(self, runtime: Runtime, events: Events, queues: Queues | None = None) -> None:
         self._runtime = runtime
@@ -83,7 +82,11 @@ class DeferredTasks:
                     self._ended.discard(_deferral_of(move.entry))
             finally:
                 self._note_unmade(planned, made)
-        self._tell_resumed([move.entry for move in made if move.resumes])
+        for entry in (move.entry for move in made if move.resumes):
+            signals.notify(
+                signals.task_resumed, self._runtime.app, task_id=entry.task_id, task=entry.task_name,
+                breaker=entry.ticket.breaker, since=entry.ticket.since,
+            )  # fmt: skip
         return len(offered), made
 
     def _dead_letter_flawed(self, entry: Entry) -> Move:
@@ -103,12 +106,6 @@ class DeferredTasks:
             elif queues[id(entry)] != move.queue:
                 self._settle(entry, ResilienceError(f"the queue {move.queue} that it came from is gone"))
                 self._ended.discard(_deferral_of(entry))
-
-    def _tell_resumed(self, entries: Sequence[Entry]) -> None:
-        for entry in entries:
-            ticket = entry.ticket
-            told = {"task_id": entry.task_id, "task": entry.task_name, "breaker": ticket.breaker, "since": ticket.since}
-            signals.notify(signals.task_resumed, self._runtime.app, **told)
 
     def transfer_all(self, breaker: str, choose: Choose, *, enough: Callable[[], bool]) -> Iterator[list[Move]]:
         """Go on with :meth:`transfer` until that is ``enough`` or nothing is left; yield what each page has moved."""
@@ -218,7 +215,7 @@ class DeferredTasks:
     def _request(self, entry: Entry) -> GatedRequest | None:
         """Return the request that a worker would make of a message; None if it could not."""
         try:
-            task = self._task(entry.task_name)
+            task = self._runtime.app.tasks[entry.task_name]
             check_task(task_fields(entry.message), payload_of(entry.message))
             parts = decode(seams.parts_of, entry.message)
             return GatedRequest(
@@ -233,12 +230,6 @@ class DeferredTasks:
             what = "Task %s[%s] is no task of this app: %r"
             logger.warning(what, entry.task_name, entry.task_id, exc, extra=entry.log_fields)
             return None
-
-    def _task(self, name: str) -> Any:
-        task = self._runtime.app.tasks.get(name)
-        if task is None:
-            raise NotRegistered(name)
-        return task
 
     def _tell(self, entry: Entry, event: str, **fields: Any) -> None:
         self._events.send(event, entry.ticket.teller, uuid=entry.task_id, **fields)
@@ -278,12 +269,12 @@ def _expiry(entry: Entry, now: float) -> DeferralExpiredError | TaskRevokedError
 
 
 class Hearing:
-    """What one worker was told to revoke and has passed on to the ledger."""
+    """Passes the revokes that one worker receives on to the ledger."""
 
     def __init__(self) -> None:
         self._ids: set[str] = set()
         self._stamps: dict[str, int] = {}  # header -> number of its values
-        self._expired: set[str] = set()  # Celery takes them for revoked, too, but that is nobody's order
+        self._expired: set[str] = set()  # Celery takes them for revoked, too
         task_revoked.connect(self._note_expiry)
 
     def _note_expiry(self, request: Any, *, expired: bool, **_: Any) -> None:
@@ -291,10 +282,10 @@ class Hearing:
             self._expired.add(request.id)
 
     def pass_on(self, ledger: Ledger, breakers: Iterable[str]) -> None:
-        """Tell the ledger what is new, and have the tick look at tasks that wait for one of ``breakers``.
+        """Write to the ledger what is new, and have the tick look at tasks that wait for one of ``breakers``.
 
         Raises:
-            StoreError: the ledger is away; the next call tells it.
+            StoreError: the ledger is unavailable; the next call writes it.
         """
         ids = set(seams.revoked_ids)
         stamps = {header: list(values) for header, values in seams.revoked_stamps.copy().items()}
@@ -323,7 +314,7 @@ def revoked_among(entries: Sequence[Entry], ledger: Ledger) -> set[str]:
 
 
 def _marks(entry: Entry) -> Iterator[str]:
-    """Yield the marks of a task's stamps, as far as what it says of them makes sense."""
+    """Yield the marks of a task's stamps."""
     headers = entry.message.headers or {}
     stamped, stamps = headers.get("stamped_headers"), headers.get("stamps")
     if not isinstance(stamped, (list, tuple)) or not isinstance(stamps, dict):

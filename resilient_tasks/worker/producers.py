@@ -1,4 +1,4 @@
-"""What a producer does about a breaker that refuses: at once, by its own view, without asking anybody.
+"""What a producer does about a breaker that refuses: at once, by its cached state, without asking the store.
 
 ``apply_async(on_open="fail")`` raises and ``on_open="fallback"`` answers. With the setting ``gate_producers`` a task
 that would only be deferred is published straight into the deferred queue, with the ticket and by the steps of a
@@ -44,7 +44,7 @@ FALLBACK = "fallback"
 Send = Callable[..., Any]
 Defer = Callable[[Queue, Any, Mapping[str, Any]], bool]
 
-#: Options of a task that a workflow sends on its way: nobody is there to be told.
+#: Options of a task that a workflow sends on its way: no caller receives an error.
 _IN_A_WORKFLOW = ("group_id", "chord", "parent_id")
 #: What comes after a task; it waits for a run, and no answer of a producer's own would set it off.
 _FOLLOWED_BY = ("link", "chain")
@@ -65,20 +65,20 @@ def send_task(task: Any, send: Send, args: Any, kwargs: Any, on_open: str | None
         What ``send`` returns; an ``EagerResult`` if a fallback has answered.
 
     Raises:
-        BreakerOpenError: the breaker refuses, and the caller wants to be told.
+        BreakerOpenError: the breaker refuses, and ``on_open`` is ``"fail"``.
         ConfigurationError: ``on_open`` is anything else, or the task has no fallback.
     """
     _check(task, on_open)
     runtime = find_runtime(task.app) if on_open is None else runtime_of(task.app)
-    told = None if any(map(options.get, _IN_A_WORKFLOW)) else on_open
+    wanted = None if any(map(options.get, _IN_A_WORKFLOW)) else on_open
     gated = runtime is not None and runtime.settings.gate_producers and _is_only_deferred(task)
-    refusal = _refusal(task, args or (), kwargs or {}) if runtime and (told or gated) else None
+    refusal = _refusal(task, args or (), kwargs or {}) if runtime and (wanted or gated) else None
     if refusal is None:
         return send(**options)
-    served = _serve(task, args, kwargs, refusal, options) if told == FALLBACK else None
+    served = _serve(task, args, kwargs, refusal, options) if wanted == FALLBACK else None
     if served is not None:
         return served
-    if told == FAIL or (told == FALLBACK and task.options.on_open == FAIL):
+    if wanted == FAIL or (wanted == FALLBACK and task.options.on_open == FAIL):
         raise refusal
     return runtime.producers_gate.send(task, send, refusal, options) if runtime and gated else send(**options)
 
@@ -107,7 +107,7 @@ def _refusal(task: Any, args: Any, kwargs: Any) -> BreakerOpenError | None:
 def _serve(
     task: Any, args: Any, kwargs: Any, refusal: BreakerOpenError, options: Mapping[str, Any]
 ) -> EagerResult | None:
-    """Return what a fallback answers; None if none does, or something waits for the task to run."""
+    """Return what a fallback answers; None if none does, or other tasks wait for this one to run."""
     if any(map(options.get, _FOLLOWED_BY)):
         return None
     runtime, given_id = runtime_of(task.app), options.get("task_id")
@@ -119,7 +119,7 @@ def _serve(
     runtime.count_answer(served, refusal.breaker)
     write_provenance(store, task_id, served, refusal.breaker, runtime.result_ttl)
     if (given_id or task.store_eager_result) and not options.get("ignore_result", task.ignore_result):
-        task.backend.store_result(task_id, served.value, states.SUCCESS)  # whoever knows the id may wait for it
+        task.backend.store_result(task_id, served.value, states.SUCCESS)  # callers that know the id may wait for it
     return EagerResult(task_id, served.value, states.SUCCESS, name=task.name)
 
 
@@ -159,7 +159,10 @@ class ProducersGate:
         return True
 
     def _defer(self, task: Any, refusal: BreakerOpenError, queue: Queue, body: Any, sent: Any) -> None:
-        queues, deferral = self._opened = self._opened or self._open()
+        if self._opened is None:
+            queues = open_queues(self._runtime.app, self._runtime.settings.namespace)
+            self._opened = queues, Deferral(self._runtime, queues)
+        queues, deferral = self._opened
         maybe_declare(queue, queues.channel)  # as a producer does: it must be there when the task is resumed
         message = seams.compose(queues.channel, body, sent)
         request = GatedRequest(message, app=task.app, task=task, **seams.parts_of(message))
@@ -167,10 +170,6 @@ class ProducersGate:
         now = self._runtime.fleet.view.server_now()
         ticket = Ticket(refusal.breaker, origin=queue.name, reason=str(refusal), expires=request.expires_at(now))
         deferral.defer(request, ticket.begin(now, task.options.defer_for, coalesced_as(request)).defer(now))
-
-    def _open(self) -> tuple[Queues, Deferral]:
-        queues = open_queues(self._runtime.app, self._runtime.settings.namespace)
-        return queues, Deferral(self._runtime, queues)
 
 
 class _DeferringProducer:

@@ -76,12 +76,12 @@ class Entry:
 
     @property
     def task_id(self) -> str:
-        """Id of the task; empty if the message says none."""
+        """Id of the task; "" if the message has none."""
         return self._field("id")
 
     @property
     def task_name(self) -> str:
-        """Name of the task; empty if the message says none."""
+        """Name of the task; "" if the message has none."""
         return self._field("task")
 
     @property
@@ -120,7 +120,7 @@ class Move:
 class Queues(ABC):
     """The broker's side of deferring. One instance per thread or guarded by the caller's loop."""
 
-    #: A broker that is away is noticed at once; whoever asked tries again later.
+    #: An unavailable broker is noticed at once; the caller tries again later.
     transport_options: ClassVar[dict[str, Any]] = {"max_retries": 0}
 
     def __init__(self, app: Celery, namespace: str) -> None:
@@ -161,11 +161,7 @@ class Queues(ABC):
         return tuple(self._connection.channel_errors)
 
     def check(self, queue: str) -> Exception | None:
-        """Try to put a message into one of our queues and to take one from it; it holds then what it held.
-
-        Returns:
-            One of :attr:`refusals`; None: nothing is refused.
-        """
+        """Try to put a message into one of our queues, and to take one, and change nothing; return what is refused."""
         try:
             self._check(queue)
         except self.refusals as error:
@@ -228,8 +224,8 @@ class Queues(ABC):
         """Move messages out of a queue that is open by :meth:`peek`; the others keep their places.
 
         Yields:
-            The moves as they were made. What somebody else has moved is left out; what has no queue to go to any more
-            goes to the dead letters, or stays there.
+            The moves as they were made. What another process has moved is left out; what has no queue to go to any
+            more is dead-lettered, or stays so.
         """
 
     @abstractmethod
@@ -245,5 +241,5 @@ class Queues(ABC):
         return None
 
     def server_facts(self) -> ServerFacts | None:
-        """Return what the broker's server tells of itself; None if it is no Redis."""
+        """Return what the broker's server reports of itself; None if it is no Redis."""
         return None

@@ -33,11 +33,7 @@ WAIT = 0.1
 
 
 def install(unreadable: str) -> None:
-    """Let all connections that this process makes from now on take messages this way.
-
-    Args:
-        unreadable: name of the queue for what kombu could make no message of.
-    """
+    """Let all connections that this process makes from now on take messages this way; see :class:`TakingChannel`."""
     TakingChannel.unreadable = unreadable
     redis.Transport.Channel = TakingChannel
     redis.SentinelTransport.Channel = TakingSentinelChannel
@@ -47,7 +43,7 @@ class TakingQoS(redis.QoS):
     """Knows what the script has noted already; needs no memory to acknowledge."""
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """Keep account of a delivery."""
+        """Note a delivery."""
         if self.channel.noted:
             virtual.QoS.append(self, message, delivery_tag)
         else:
@@ -56,7 +52,7 @@ class TakingQoS(redis.QoS):
     def ack(self, delivery_tag: str) -> None:
         """Acknowledge without MULTI, which a server that is out of memory refuses.
 
-        The message first: an index entry without one harms nobody. On a closed channel there is nothing to acknowledge:
+        The message first: an index entry without one does no harm. On a closed channel there is nothing to acknowledge:
         the message has been put back, and the error would end the worker.
         """
         if self.channel.closed:
@@ -98,7 +94,7 @@ class TakingChannel(redis.Channel):
     """
 
     QoS = TakingQoS
-    # If the server dies while a worker holds the lock on restoring, nobody restores until this is over; kombu: 300 s.
+    # If the server dies while a worker holds the lock on restoring, none restores until this is over; kombu: 300 s.
     unacked_mutex_expire = 30
     noted = False
     unreadable = ""
@@ -113,7 +109,7 @@ class TakingChannel(redis.Channel):
         super().__init__(*args, **kwargs)
 
     def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any) -> Any:  # noqa: FBT001 - kombu's signature
-        """Consume a queue; what nobody will acknowledge must not be noted."""
+        """Consume a queue; what is never acknowledged must not be noted."""
         if no_ack:
             self._tags_without_acks.add(consumer_tag)
         return super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
