@@ -31,7 +31,7 @@ LONGEST_SILENCE = 60.0
 CLOCK_TOLERANCE = 5.0
 _VISIBILITY_TIMEOUT = 3600.0  # kombu's own
 
-#: A breaker that no worker has declared for so many seconds is defined by none that lives.
+#: A breaker that no worker has declared for so many seconds is defined by none that runs.
 UNSEEN = 60.0
 
 

@@ -41,7 +41,7 @@ BATCH, BATCH_INTERVAL = 500, 0.1
 
 @dataclass(frozen=True, slots=True)
 class WaitingTask:
-    """One task whose message lies in a queue of ours. Times are seconds since the epoch on the store's clock.
+    """One task whose message is in a queue of ours. Times are seconds since the epoch on the store's clock.
 
     Args:
         task_id: id of the task; ``"undecodable-..."`` for a message that names none.
@@ -279,7 +279,7 @@ class DeadLetters:
 
     @contextmanager
     def _open(self, breaker: str) -> Iterator[Iterator[Entry]]:
-        """Open the dead letters of a breaker; those of a child lie among its parent's."""
+        """Open the dead-lettered tasks of a breaker; those of a child are among its parent's."""
         parent = parent_of(breaker)
         with self._queues.peek(self._queues.dead(breaker), parent or breaker) as entries:
             yield (entry for entry in entries if parent is None or entry.ticket.breaker == breaker)

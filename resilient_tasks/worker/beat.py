@@ -67,11 +67,11 @@ class TickSchedule(schedule):  # type: ignore[misc]  # Celery is untyped
 
 
 def _piles_up(runtime: Runtime) -> bool:
-    """Whether ticks wait that no worker takes: brokers do not throw away what has expired."""
+    """Whether ticks wait that no worker takes: brokers do not delete what has expired."""
     queues = runtime.queues
     try:
         return queues.size(runtime.control_queue) >= EXPIRY_INTERVALS
-    except queues.errors as exc:  # beat itself logs that the broker is away
+    except queues.errors as exc:  # beat itself logs that the broker is unavailable
         logger.debug("beat cannot count the ticks that wait: %s", type(exc).__name__)
         return False
 

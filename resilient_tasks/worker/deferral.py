@@ -146,7 +146,7 @@ class Deferral:
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
-        """What the broker raises if it is away, or refuses something."""
+        """What the broker raises if it is unavailable, or refuses something."""
         return self.queues.errors
 
     def defer_if_permitted(self, request: GatedRequest, ticket: Ticket, again: Step, *, limited: bool) -> None:
@@ -395,7 +395,7 @@ class Denials:
             try:
                 self._deferral.put_back(request, ticket.origin, header, first=held.beside)
             except self._deferral.errors as error:
-                what = "Task %s[%s] cannot be put back yet: %s"
+                what = "Task %s[%s] cannot be requeued yet: %s"
                 logger.debug(what, request.name, request.id, error, extra=request.log_fields)
                 self._held.append(held)
             else:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("resilient_tasks")
 
-#: Seconds after its turn for which a task still stands for earlier ones, which wait for their own sake after a failure.
+#: Seconds after its turn for which a task still supersedes earlier ones, which wait for their own sake after a failure.
 CLAIM_OUTLIVES_TURN = 3600.0
 #: Waiting tasks that are looked at in one go.
 PAGE = 500
@@ -64,7 +64,7 @@ class DeferredTasks:
     def transfer(self, breaker: str, choose: Choose, *, start: int = 0) -> tuple[int, list[Move]]:
         """Offer the oldest waiting tasks, but for the first ``start``, to ``choose`` and make its moves.
 
-        What is no task goes to the dead letters, so that it holds up nothing.
+        What is no task is dead-lettered, so that it holds up nothing.
 
         Returns:
             How many messages were looked at, and the moves that were made.
@@ -147,14 +147,14 @@ class DeferredTasks:
         return [Move(entry, self._runtime.origin(entry.ticket), entry.ticket.resume(epoch, now)) for entry in entries]
 
     def _withdraw(self, entry: Entry, *, keep_for: float = 0.0) -> None:
-        """Let a task stand for earlier ones no longer: at once if it never runs, else when none can be left."""
+        """Let a task supersede earlier ones no longer: at once if it never runs, else when none can be left."""
         if entry.ticket.coalesced_as:
             self._runtime.fleet.ledger.withdraw(entry.ticket.coalesced_as, entry.task_id, keep_for=keep_for)
 
     def end(self, entry: Entry, error: Exception) -> Move | None:
         """End a task that must wait no longer.
 
-        One that was revoked, dropped or superseded leaves no message; any other goes to the dead letters.
+        One that was revoked, dropped or superseded leaves no message; any other is dead-lettered.
 
         Returns:
             None if its result cannot be written now: it goes on waiting, and a later tick tries again.
@@ -241,7 +241,7 @@ class DeferredTasks:
 
 
 def _deferral_of(entry: Entry) -> tuple[str, float]:
-    """Return what tells one wait of a task from a later one: it may be replayed."""
+    """Return what distinguishes one wait of a task from a later one: it may be replayed."""
     return entry.task_id if not entry.flaw else "", entry.ticket.since
 
 
@@ -268,7 +268,7 @@ def _expiry(entry: Entry, now: float) -> DeferralExpiredError | TaskRevokedError
 # --- revokes ---------------------------------------------------------------------------------------------
 
 
-class Hearing:
+class RevokeRelay:
     """Passes the revokes that one worker receives on to the ledger."""
 
     def __init__(self) -> None:
@@ -289,7 +289,7 @@ class Hearing:
         """
         ids = set(seams.revoked_ids)
         stamps = {header: list(values) for header, values in seams.revoked_stamps.copy().items()}
-        self._expired &= ids  # what Celery has forgotten need not be told apart
+        self._expired &= ids  # what Celery has forgotten need not be distinguished
         new_ids = ids - self._ids - self._expired
         ledger.revoke([*new_ids, *self._unheard(stamps)])
         ledger.hasten(breakers, new_ids)

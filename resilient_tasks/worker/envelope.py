@@ -71,13 +71,13 @@ class Ticket:
     routing_key: _Text = ""  # what it was sent with, likewise
     coalesced_as: _Text = ""  # what it has in common with those of which only the latest runs
     expiration: _Count = 0  # AMQP's property, ms: kept here, because the broker would drop a waiting message
-    trace: _Text = ""  # ``traceparent`` of its first run, or of its first refusal, where somebody traces
+    trace: _Text = ""  # ``traceparent`` of its first run, or of its first refusal, where calls are traced
     teller: _Text = ""  # name of the worker that has reported its deferral to monitors; "" if none has
     history: Annotated[tuple[Step, ...], Field(max_length=MOST_STEPS)] = ()  # its latest steps, oldest first
 
     @classmethod
     def read(cls, headers: object) -> Ticket:
-        """Return the ticket in ``headers``; an empty one if there is none or it makes no sense."""
+        """Return the ticket in ``headers``; an empty one if there is none or it is invalid."""
         raw = headers.get(HEADER) if isinstance(headers, Mapping) else None
         if raw is None:  # nearly every message there is
             return _NO_TICKET
@@ -110,7 +110,7 @@ class Ticket:
         return replace(self, since=at, deadline=deadline, coalesced_as=coalesced_as)
 
     def defer(self, at: float, cause: str = "") -> Ticket:
-        """Return the ticket of the same task put aside; ``cause`` tells that, and why, it has failed."""
+        """Return the ticket of the same task deferred; ``cause``: why it has failed, if it has."""
         return self._after(Step(at, "failed" if cause else "deferred", cause), resumed=0, died_at=0.0)
 
     def back_off(self) -> float:

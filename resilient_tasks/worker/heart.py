@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.errors import StoreError
-from resilient_tasks.worker.deferred_tasks import Hearing
+from resilient_tasks.worker.deferred_tasks import RevokeRelay
 from resilient_tasks.worker.tick import RECONCILE_INTERVAL, Tick, anything_due
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Heart:
         self._thread: threading.Thread | None = None
         self._tick: Tick | None = None
         self._name = ""
-        self._revokes = Hearing()
+        self._revokes = RevokeRelay()
         self._idle_look_at = float("-inf")
         self._declare_at = float("-inf")
         self._took_over = False

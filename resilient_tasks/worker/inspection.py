@@ -1,4 +1,4 @@
-"""What a worker tells when it is asked: ``celery inspect breakers`` for people, ``resilience`` for the doctor."""
+"""What a worker answers: ``celery inspect breakers`` for people, ``resilience`` for the doctor."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def rules_of(spec: Spec) -> dict[str, Any]:
 
 
 def _epochs_in_store(runtime: Runtime, present: Sequence[Dependency]) -> dict[str, int]:
-    """Return the epoch of each breaker that the store knows now; nothing while it is away."""
+    """Return the epoch of each breaker that the store knows now; nothing while it is unavailable."""
     specs = [breaker.spec for breaker in present]
     try:
         return {snapshot.name: snapshot.epoch for snapshot in runtime.fleet.store.read_shared(specs)}
@@ -64,10 +64,10 @@ def _epochs_in_store(runtime: Runtime, present: Sequence[Dependency]) -> dict[st
         return {}
 
 
-def _view(standing: CachedState, epoch: int | None) -> dict[str, Any]:
+def _view(state: CachedState, epoch: int | None) -> dict[str, Any]:
     return {
-        "state": str(standing.snapshot.state),
-        "epoch": standing.epoch,
-        "age": None if standing.age is None else round(standing.age, 3),
-        "agrees": None if epoch is None else epoch == standing.epoch,
+        "state": str(state.snapshot.state),
+        "epoch": state.epoch,
+        "age": None if state.age is None else round(state.age, 3),
+        "agrees": None if epoch is None else epoch == state.epoch,
     }

@@ -139,8 +139,8 @@ class PublishedQueues(Queues):
     ) -> bool:  # fmt: skip
         """See :meth:`Queues.put`.
 
-        One that goes back to its queue, but has changed or has been put back so often that a quorum queue would soon
-        throw it away, is published anew and is then the last of its queue.
+        One that goes back to its queue, but has changed or has been requeued so often that a quorum queue would soon
+        drop it, is published anew and is then the last of its queue.
         """
         if owned and first and (ticket or Ticket()) == Ticket.read(message.headers) and not _requeued_often(message):
             self._settle(message.requeue)
@@ -180,7 +180,7 @@ class PublishedQueues(Queues):
                 self._requeue(queue, held)
 
     def _entries(self, queue: str, breaker: str, held: list[Any]) -> Iterator[Entry]:
-        """Yield what lies in a queue; the broker holds it as unacknowledged."""
+        """Yield what is in a queue; the broker holds it as unacknowledged."""
         while (message := self.channel.basic_get(queue)) is not None:
             message = self.channel.message_to_python(message)
             held.append(message)
@@ -193,7 +193,7 @@ class PublishedQueues(Queues):
                 self._return(message, queue)
 
     def _return(self, message: Any, queue: str) -> None:
-        """Return a message that was only looked at; as the last of its queue before the broker throws it away."""
+        """Return a message that was only looked at; as the last of its queue before the broker drops it."""
         if not _requeued_often(message):
             message.requeue()
         elif self._send(message, queue, message.headers):

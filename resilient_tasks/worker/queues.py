@@ -53,7 +53,7 @@ def declare(connection: Any, queue: Queue) -> None:
         if queue.name not in _reported:
             _reported.add(queue.name)
             what = "queue %s exists otherwise than declared here (%s) and is used as it is: once empty, delete it"
-            logger.error(what, queue.name, error)  # noqa: TRY400 - the broker's words say it all
+            logger.error(what, queue.name, error)  # noqa: TRY400 - the broker's error says it all
 
 
 def _exists(connection: Any, queue: str) -> bool:
@@ -71,7 +71,7 @@ class Entry:
 
     message: Any  # kombu's Message; None if none can be made of it
     ticket: Ticket
-    raw: bytes = b""  # as it lies there; on brokers that show only parts of a message, its body
+    raw: bytes = b""  # as it is stored; on brokers that show only parts of a message, its body
     flaw: str = ""  # why it is no task's message, or cannot go back
 
     @property
@@ -152,7 +152,7 @@ class Queues(ABC):
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
-        """What a broker that is away, or refuses something, raises."""
+        """What a broker that is unavailable, or refuses something, raises."""
         return seams.broker_errors(self._connection)
 
     @property
@@ -230,10 +230,10 @@ class Queues(ABC):
 
     @abstractmethod
     def size(self, *queues: str) -> int:
-        """Number of messages that lie in some queues."""
+        """Number of messages in some queues."""
 
     def found(self) -> list[str]:
-        """Return breakers in whose deferred queues something lies, some at a time; none if the broker does not say."""
+        """Return breakers with messages in their deferred queues, some at a time; none if the broker does not say."""
         return []
 
     def memory(self) -> Memory | None:

@@ -53,7 +53,7 @@ class TakingQoS(redis.QoS):
         """Acknowledge without MULTI, which a server that is out of memory refuses.
 
         The message first: an index entry without one does no harm. On a closed channel there is nothing to acknowledge:
-        the message has been put back, and the error would end the worker.
+        the message has been requeued, and the error would end the worker.
         """
         if self.channel.closed:
             return
@@ -63,7 +63,7 @@ class TakingQoS(redis.QoS):
         virtual.QoS.ack(self, delivery_tag)
 
     def restore_unacked_once(self, *args: Any, **kwargs: Any) -> None:
-        """Put back what was delivered when the channel closes; the rest comes back after its visibility timeout."""
+        """Requeue what was delivered when the channel closes; the rest comes back after its visibility timeout."""
         try:
             super().restore_unacked_once(*args, **kwargs)
         except Exception as exc:  # noqa: BLE001 - kombu fails in many ways on a half-closed connection: no worker ends by it

@@ -70,7 +70,7 @@ class RedisQueues(Queues):
 
     @property
     def refusals(self) -> tuple[type[Exception], ...]:
-        """See :meth:`Queues.refusals`. One that is full, or read-only for a moment, refuses nobody."""
+        """See :meth:`Queues.refusals`. One that is full, or read-only for a moment, is no refusal."""
         return (redis.exceptions.NoPermissionError,)
 
     def _check(self, queue: str) -> None:

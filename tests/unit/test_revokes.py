@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from resilient_tasks.errors import StoreError
 from resilient_tasks.worker import seams
-from resilient_tasks.worker.deferred_tasks import HEARSAY, Hearing, revoked_among
+from resilient_tasks.worker.deferred_tasks import HEARSAY, RevokeRelay, revoked_among
 from resilient_tasks.worker.envelope import Ticket
 from resilient_tasks.worker.queues import Entry
 
@@ -61,7 +61,7 @@ def waiting(task_id: str, *, since: float = NOW, **headers: Any) -> Entry:
 
 
 def test_what_has_expired_is_no_order_to_revoke(ledger: Any) -> None:
-    hearing = Hearing()
+    hearing = RevokeRelay()
     seams.revoked_ids.update(["expired", "revoked"])
     for task_id in ("expired", "revoked"):
         request = SimpleNamespace(id=task_id)
@@ -76,7 +76,7 @@ def stamped(task_id: str, since: float = NOW, **stamps: Any) -> Entry:
 
 
 def test_each_revoke_is_passed_on_once(ledger: Any) -> None:
-    hearing = Hearing()
+    hearing = RevokeRelay()
     hearing.pass_on(ledger, ["payments"])
     seams.revoked_ids.add("a")
     seams.revoked_stamps["tenant"] = ["acme"]
@@ -87,7 +87,7 @@ def test_each_revoke_is_passed_on_once(ledger: Any) -> None:
 
 
 def test_a_stamp_that_is_revoked_again_is_passed_on_again(ledger: Any) -> None:
-    hearing = Hearing()
+    hearing = RevokeRelay()
     for values in (["acme"], ["acme", "acme"]):
         seams.revoked_stamps["tenant"] = values
         hearing.pass_on(ledger, ["payments"])
@@ -95,7 +95,7 @@ def test_a_stamp_that_is_revoked_again_is_passed_on_again(ledger: Any) -> None:
 
 
 def test_what_the_ledger_missed_it_is_told_later(ledger: Any) -> None:
-    hearing = Hearing()
+    hearing = RevokeRelay()
     seams.revoked_ids.add("a")
     ledger.away = True
     with pytest.raises(StoreError):
@@ -108,7 +108,7 @@ def test_what_the_ledger_missed_it_is_told_later(ledger: Any) -> None:
 def test_tasks_are_found_by_id_and_by_stamp(ledger: Any) -> None:
     seams.revoked_ids.add("a")
     seams.revoked_stamps.update(tenant=["acme"], user=[1, "2"])
-    Hearing().pass_on(ledger, ["payments"])
+    RevokeRelay().pass_on(ledger, ["payments"])
     entries = [
         waiting("a"), waiting("b"), stamped("c", tenant="acme"), stamped("d", tenant=["bolt", "acme"]),
         stamped("e", tenant="bolt"), stamped("f", user=1), stamped("g", user="1"), stamped("h", user=2),
@@ -120,7 +120,7 @@ def test_tasks_are_found_by_id_and_by_stamp(ledger: Any) -> None:
 
 def test_a_revoked_stamp_concerns_only_tasks_that_had_been_sent(ledger: Any) -> None:
     seams.revoked_stamps["tenant"] = ["acme"]
-    Hearing().pass_on(ledger, ["payments"])
+    RevokeRelay().pass_on(ledger, ["payments"])
     since = {"long ago": NOW - 1000, "a moment later": NOW + 1, "the day after": NOW + HEARSAY + 1}
     entries = [stamped(task_id, at, tenant="acme") for task_id, at in since.items()]
     assert revoked_among(entries, ledger) == {"long ago", "a moment later"}
