@@ -166,7 +166,6 @@ async def _await(dependency: Dependency, coroutine: Coroutine[Any, Any, Any]) ->
 
 
 def _guarded_coroutine_function(dependency: Dependency, fn: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(fn)
     async def guarded(*args: Any, **kwargs: Any) -> Any:
         around = _begin_plain(dependency) or await _begin_with_care(dependency)
         try:
@@ -239,7 +238,9 @@ class Guard:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await _wait_async(self._dependency, self._call.report(exc))  # type: ignore[union-attr]  # it was entered
+        ticket = self._call.report(exc)  # type: ignore[union-attr]  # it was entered
+        if ticket:
+            await _wait_async(self._dependency, ticket)
 
 
 # --- any other call -------------------------------------------------------------------------------------
@@ -555,7 +556,7 @@ def decorated(dependency: Dependency, fn: _F) -> _F:
     if instead:
         raise ConfigurationError(f"breaker {dependency.name!r} cannot decorate {fn!r}, {instead}")
     if inspect.iscoroutinefunction(fn):
-        return cast("_F", _guarded_coroutine_function(dependency, fn))
+        return cast("_F", functools.wraps(fn)(_guarded_coroutine_function(dependency, fn)))
 
     @functools.wraps(fn)
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -572,7 +573,7 @@ def _instead_of_decorating(name: str, fn: Any) -> str:
         return f"a {kind}: write @{kind} above the breaker, not below it"
     if isinstance(fn, type):
         return f"a class: decorate its methods, or make one by call({fn.__name__})"
-    if hasattr(fn.__class__, "apply_async"):  # of what stands for a task, too
+    if hasattr(fn.__class__, "apply_async"):  # a lazy proxy of a task has it, too
         return f"a Celery task: write @app.task(breaker={name!r})"
     return "" if callable(fn) else "not callable: allowed is a function or a coroutine function"
 

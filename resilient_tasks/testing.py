@@ -44,7 +44,7 @@ _VERB_TO = {
 
 
 class Clock:
-    """The clock of a store in memory. It stands still until a test advances it."""
+    """The clock of a store in memory. It does not move until a test advances it."""
 
     def __init__(self, resilience: Resilience) -> None:
         self._resilience = resilience

@@ -67,7 +67,7 @@ _CLEARED_NAME = re.compile(
 _THROTTLED_NAME = re.compile(r"throttl|too many requests|rate ?limit")
 _RETRIES = re.compile(r"\bretr(y|ies)\b")
 
-# Classes whose names do not tell.
+# Classes whose names do not say what they mean.
 _FAILED_CLASSES: dict[str, frozenset[str]] = {
     "aiohttp": frozenset({"ClientPayloadError"}),
     "azure": frozenset({"ServiceRequestError", "ServiceResponseError"}),

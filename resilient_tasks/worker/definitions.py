@@ -55,7 +55,7 @@ def check_guarded(task: Any, app: Any) -> None:
 
 @lru_cache(maxsize=1024)
 def meant_option(name: str) -> str | None:
-    """Return the option of ours that a name is, or that somebody has misspelt; None for any other name."""
+    """Return the option of ours that a name is, or is a misspelling of; None for any other name."""
     if name in OPTIONS:
         return name
     near = get_close_matches(name, OPTIONS, n=1, cutoff=0.8)
@@ -100,9 +100,11 @@ def doubts(app: Celery) -> Iterator[Doubt]:
         given = _given(task, app)
         unused = sorted(OPTIONS.intersection(given)) if getattr(task, "breaker", None) is None else ()
         if unused:
-            told = ", ".join(f"{name}=" for name in unused)
+            names = ", ".join(f"{name}=" for name in unused)
             yield Doubt(
-                f"{task.name}: {told} without breaker=", "it has no effect, the task is not guarded", "add breaker="
+                f"{task.name}: {names} without breaker=",
+                "it has no effect, the task is not guarded",
+                "add breaker=",
             )
         for name, meant in _misspelt(task, given):
             yield Doubt(f"{task.name}: {name}= is no option", "it has no effect", f"did you mean {meant}=?")
