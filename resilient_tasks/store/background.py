@@ -63,22 +63,15 @@ def start_thread(name: str, target: Callable[[], object]) -> threading.Thread | 
 
 
 class PeriodicThread:
-    """Calls a function every ``interval`` seconds, or sooner if woken, in a daemon thread until it is stopped.
+    """Calls ``run`` every ``interval`` seconds, or sooner if woken, in a daemon thread until it is stopped.
 
-    A fork leaves it behind: the child may start its own. A ``StoreError`` is logged for debugging only, because the
-    store's absence has been logged once; anything else with its traceback. Either way it goes on.
-
-    Args:
-        name: for the thread and the log.
-        run: gets the event that is set when the thread is to end.
-        interval: seconds between two calls.
-        waits_first: the first call, too, comes after an interval.
+    ``run`` gets the event that is set when the thread is to end. A ``StoreError`` is logged for debugging only, because
+    the store's absence has been logged once; anything else with its traceback. Either way it goes on. A fork leaves the
+    thread behind: the child may start its own.
     """
 
-    def __init__(
-        self, name: str, run: Callable[[threading.Event], object], interval: float, *, waits_first: bool = False
-    ) -> None:
-        self._name, self._run, self._interval, self._waits_first = name, run, interval, waits_first
+    def __init__(self, name: str, run: Callable[[threading.Event], object], interval: float) -> None:
+        self._name, self._run, self._interval = name, run, interval
         self.after_fork()
         renew_after_fork(self)
 
@@ -112,8 +105,6 @@ class PeriodicThread:
             self._thread.join(timeout)
 
     def _loop(self, woken: threading.Event, stopped: threading.Event) -> None:
-        if self._waits_first:
-            woken.wait(self._interval)
         while not stopped.is_set():
             woken.clear()
             try:
@@ -225,12 +216,9 @@ class Overdue:
         self._wakes_at = math.inf
 
     def begin(self, seconds: float, report: Callable[[], object], *, once: bool = False) -> Watch:
-        """Watch a call that begins now.
+        """Watch a call that begins now; ``report`` each time that ``seconds`` have passed, or the first time only.
 
-        Args:
-            seconds: after which it is overdue, and then again.
-            report: called each time by the watching thread; it does no I/O.
-            once: call it the first time only.
+        The watching thread calls ``report``, which does no I/O.
         """
         watch = Watch(self._clock() + seconds, math.inf if once else seconds, report)
         self._watches[watch] = None

@@ -39,10 +39,6 @@ class RedisStore(RuledStore):
         clock: Lua text that defines ``now_ms()``, for tests that advance the time; ``None``: the server's.
         client_options: more arguments for redis-py's connections, e.g. ``ssl_ca_certs``.
 
-    Attributes:
-        ledger: what workers must know in common beside the breakers' states.
-        history: what has become of the breakers so far.
-
     Raises:
         ConfigurationError: the URL, an option or the namespace is of no use. No connection is made.
     """
@@ -67,11 +63,7 @@ class RedisStore(RuledStore):
         return f"RedisStore({self._server.address!r}, namespace={self._keys.namespace!r})"
 
     def ping(self) -> float:
-        """Return the server's time in seconds, which shows that it speaks Redis and runs scripts.
-
-        Raises:
-            StoreError: it does not, or it is away.
-        """
+        """Return the server's time in seconds, which shows that it speaks Redis and runs scripts."""
         try:
             return self._server.now() / 1000
         except StoreError as error:
@@ -149,41 +141,33 @@ class RedisStore(RuledStore):
 
     def register(self, spec: Spec) -> bool:
         index, key = self._keys.breaker(spec.name).children, key_of(spec.name)
-
-        def register(client: redis.Redis) -> bool:
-            with client.pipeline(transaction=False) as pipeline:
-                pipeline.zscore(index, key)
-                pipeline.zcard(index)
-                score, size = pipeline.execute()
-            now = to_ms(self.ping())
-            is_full = score is None and size >= spec.policy.max_keys
-            if is_full and not client.zremrangebyscore(index, "-inf", now - IDLE_AFTER):
+        score, size = self._server.commands([("ZSCORE", index, key), ("ZCARD", index)])
+        now = self._server.now()
+        if score is None and (size or 0) >= spec.policy.max_keys:
+            idle = self._server.command("ZREMRANGEBYSCORE", index, "-inf", now - IDLE_AFTER)
+            if not idle:
                 return False
-            client.zadd(index, {key: now}, gt=True)
-            return True
-
-        return self._server.run(register)
+        self._server.command("ZADD", index, "GT", now, key)
+        return True
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         index, end = self._keys.breaker(name).children, -1 if count is None else start + count - 1
-        keys: list[Any] = self._server.run(lambda client: client.zrange(index, start, end))
+        keys = self._server.command("ZRANGE", index, start, end) or ()
         return [f"{name}:{key.decode()}" for key in keys]
 
     def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> list[str]:
         index = self._keys.breaker(name).active
-        keys: list[Any] = self._server.run(
-            lambda client: client.zrangebyscore(index, to_ms(since), "+inf", start=start, num=count)
-        )
+        keys = self._server.command("ZRANGEBYSCORE", index, to_ms(since), "+inf", "LIMIT", start, count) or ()
         return [f"{name}:{key.decode()}" for key in keys]
 
     def mark_idle(self, spec: Spec) -> bool:
         index, key = self._keys.breaker(spec.name).active, key_of(spec.name)
         if not self._run("read", spec, 0).is_plain:
             return False
-        self._server.run(lambda client: client.zrem(index, key))
+        self._server.command("ZREM", index, key)
         seen = self._run("read", spec, 0)
         if not seen.is_plain:  # something has happened in between
-            self._server.run(lambda client: client.zadd(index, {key: seen.now}))
+            self._server.command("ZADD", index, seen.now, key)
             return False
         self.history.close(spec.name)  # its state may have ended by itself
         return True
