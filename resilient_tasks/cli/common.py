@@ -1,13 +1,16 @@
-"""What all commands share: the app's runtime, names of breakers, and an unavailable broker."""
+"""What all commands share: the app's runtime, names of breakers, an unavailable broker; tables and text."""
 
 from __future__ import annotations
 
 import difflib
 import functools
+import json
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Concatenate, ParamSpec, TypeVar
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import click
 from celery import Celery
@@ -15,14 +18,30 @@ from click.shell_completion import CompletionItem
 
 from resilient_tasks.breaker import this_user
 from resilient_tasks.cli import Unavailable
-from resilient_tasks.cli.display import printable
 from resilient_tasks.core.model import ALL_KEYS, child_name, is_child, key_of, parent_of
 from resilient_tasks.errors import ConfigurationError, StoreError
 from resilient_tasks.worker import seams
 from resilient_tasks.worker.runtime import Runtime, find_runtime
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
 P = ParamSpec("P")
 R = TypeVar("R")
+Row = Sequence[str]
+
+_STYLES = {
+    "CLOSED": "green",
+    "OPEN": "bold red",
+    "HALF_OPEN": "yellow",
+    "FORCED_OPEN": "bold red",
+    "DISABLED": "magenta",
+    "SHADOW": "cyan",
+}
+
+#: Columns of a table that are never cut, names and states; and how much of a word is left in all others.
+_WHOLE, _LEAST = 2, 8
 
 #: Names that the answer to an unknown one lists.
 MOST_NAMED = 20
@@ -139,3 +158,64 @@ def asking_the_broker(runtime: Runtime) -> Iterator[None]:
         yield
     except runtime.queues.errors as error:
         raise Unavailable(f"the broker is unavailable: {type(error).__name__}: {printable(str(error))}") from error
+
+
+# --- output ---------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """Return text with all control characters, escape and newline among them, written out."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def print_json(value: Any) -> None:
+    """Print a value for programs."""
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+def print_table(columns: Row, rows: Sequence[Row]) -> None:
+    """Print a table: for people on a terminal as rich draws it, otherwise as plain text."""
+    if is_rich():
+        rich_console().print(rich_table(columns, rows))
+    else:
+        click.echo("\n".join(plain_lines(columns, rows)))
+
+
+def is_rich() -> bool:
+    """Whether the output is a terminal, and rich is installed."""
+    return sys.stdout.isatty() and find_spec("rich") is not None
+
+
+def rich_console() -> Console:
+    """Return the terminal, without colours if they are switched off."""
+    from rich.console import Console  # noqa: PLC0415 - rich is an extra, and takes long to import
+
+    return Console(no_color=click.get_current_context().obj.no_color or None)
+
+
+def plain_lines(columns: Row, rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the lines of a table in plain text."""
+    lines = [columns, *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+def rich_table(columns: Row, rows: Sequence[Row]) -> Table:
+    """Return a table whose cells are never taken for markup.
+
+    On a narrow terminal empty columns are left out, and words stay whole in the first columns.
+    """
+    from rich import box  # noqa: PLC0415 - as above
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    filled = [number for number in range(len(columns)) if not rows or any(row[number] for row in rows)]
+    for number in filled:
+        words = " ".join([columns[number], *(printable(row[number]) for row in rows)]).split()
+        longest = max(map(len, words))
+        table.add_column(columns[number], min_width=longest if number < _WHOLE else min(longest, _LEAST))
+    for row in rows:
+        table.add_row(*(Text(printable(row[number]), style=_STYLES.get(row[number], "")) for number in filled))
+    return table

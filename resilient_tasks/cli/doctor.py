@@ -7,8 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from resilient_tasks.cli.common import pass_runtime
-from resilient_tasks.cli.display import print_json, print_table, printable
+from resilient_tasks.cli.common import pass_runtime, print_json, print_table, printable
 from resilient_tasks.operations.doctor import Finding, Level, examine, look_at
 from resilient_tasks.worker.runtime import Runtime
 

@@ -12,10 +12,13 @@ from dataclasses import asdict
 import click
 
 from resilient_tasks.breaker import this_user
-from resilient_tasks.cli.common import BreakerName, BreakerNames, expand, pass_runtime
-from resilient_tasks.cli.display import (
+from resilient_tasks.cli.common import (
+    BreakerName,
+    BreakerNames,
     Row,
+    expand,
     is_rich,
+    pass_runtime,
     plain_lines,
     print_json,
     print_table,
@@ -33,19 +36,9 @@ REFUSES = 10
 TRIALS_ONLY = 11
 
 _COLUMNS = (
-    "BREAKER",
-    "STATE",
-    "FOR",
-    "EVIDENCE",
-    "CALLS",
-    "FAILED",
-    "SLOW",
-    "DEFERRED",
-    "OLDEST",
-    "NEXT PROBE",
-    "REASON",
+    "BREAKER", "STATE", "FOR", "EVIDENCE", "CALLS", "FAILED", "SLOW", "DEFERRED", "OLDEST", "NEXT PROBE", "REASON",
     "BY",
-)
+)  # fmt: skip
 
 
 @click.command("list")
@@ -81,7 +74,8 @@ def show(runtime: Runtime, ctx: click.Context, name: str, *, as_json: bool) -> N
     if as_json:
         print_json({**snapshot.as_dict(), "estimate": estimate and asdict(estimate)})
     else:
-        details = [*_details(snapshot), *_outlook(estimate), *_undecided(runtime, name)]
+        outlook = [("outlook", in_words(estimate))] if estimate else []
+        details = [*_details(snapshot), *outlook, *_undecided(runtime, name)]
         click.echo("\n".join(plain_lines(("breaker", name), details)))
     ctx.exit(_exit_code(snapshot.state))
 
@@ -95,14 +89,10 @@ def watch(runtime: Runtime, *, interval: float) -> None:
         if is_rich():
             _watch_live(runtime, interval)
         else:
-            _watch_plainly(runtime, interval)
+            for caption, rows in _looks(runtime, interval):
+                click.echo("\n".join([caption, *plain_lines(_COLUMNS, rows), ""]))
     except KeyboardInterrupt:
         sys.exit(0)
-
-
-def _watch_plainly(runtime: Runtime, interval: float) -> None:
-    for caption, rows in _looks(runtime, interval):
-        click.echo("\n".join([caption, *plain_lines(_COLUMNS, rows), ""]))
 
 
 def _watch_live(runtime: Runtime, interval: float) -> None:
@@ -186,11 +176,6 @@ def _details(snapshot: Snapshot) -> Iterator[Row]:
     yield "oldest deferred", moment(snapshot.oldest_deferred_at)
     if snapshot.would_have_opened or snapshot.state is State.SHADOW:
         yield "would have opened", counted(snapshot.would_have_opened, "time")
-
-
-def _outlook(estimate: Estimate | None) -> Iterator[Row]:
-    if estimate is not None:
-        yield "outlook", in_words(estimate)
 
 
 def _undecided(runtime: Runtime, name: str) -> Iterator[Row]:

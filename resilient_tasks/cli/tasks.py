@@ -10,8 +10,19 @@ from typing import Any
 
 import click
 
-from resilient_tasks.cli.common import BreakerName, BreakerNames, asking_the_broker, expand, note, pass_runtime
-from resilient_tasks.cli.display import Row, plain_lines, print_json, print_table, printable
+from resilient_tasks.cli.common import (
+    BreakerName,
+    BreakerNames,
+    Row,
+    asking_the_broker,
+    expand,
+    note,
+    pass_runtime,
+    plain_lines,
+    print_json,
+    print_table,
+    printable,
+)
 from resilient_tasks.errors import BreakerOpenError, DeadLetterError
 from resilient_tasks.monitor.report import counted, moment
 from resilient_tasks.operations.waiting import DeadLetter, DeadLetters, Deferred, DeferredTask

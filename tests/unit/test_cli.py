@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from resilient_tasks import Breaker, Resilience
 from resilient_tasks.cli import breakers
-from resilient_tasks.cli.display import plain_lines, print_table, printable, rich_table
+from resilient_tasks.cli.common import plain_lines, print_table, printable, rich_table
 from resilient_tasks.monitor.report import duration
 from resilient_tasks.store.local import LocalStore
 from resilient_tasks.testing import Clock
@@ -251,7 +251,7 @@ def test_what_strangers_wrote_is_shown_and_not_obeyed() -> None:
 def test_a_terminal_gets_a_table_without_markup(
     run: Run, payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("resilient_tasks.cli.display.is_rich", lambda: True)
+    monkeypatch.setattr("resilient_tasks.cli.common.is_rich", lambda: True)
     monkeypatch.setenv("COLUMNS", "200")
     payments.isolate(reason="[red]\x1b[2J")
     output = run("list").output
@@ -264,7 +264,7 @@ def test_a_terminal_gets_a_table_without_markup(
 def test_on_a_narrow_terminal_names_and_states_stay_whole(
     run: Run, payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
-    monkeypatch.setattr("resilient_tasks.cli.display.is_rich", lambda: True)
+    monkeypatch.setattr("resilient_tasks.cli.common.is_rich", lambda: True)
     monkeypatch.setenv("COLUMNS", str(width))
     payments.child("a-customer").isolate(
         reason="the provider asked for patience, until six in the morning", actor="ann@desk"
