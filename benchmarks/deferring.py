@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks._rig import Rig, State, in_each_setting
 from resilient_tasks.core.pace import Pace
-from resilient_tasks.worker.runtime import runtime_of
-from resilient_tasks.worker.tick import Tick
+from resilient_tasks.worker.context import runtime_of
+from resilient_tasks.worker.maintenance import Tick
 
 TASKS = 2_000
 ROUNDS = 3

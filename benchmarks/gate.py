@@ -23,8 +23,8 @@ from kombu.message import Message
 
 from resilient_tasks import Resilience
 from resilient_tasks.testing import in_memory
-from resilient_tasks.worker.host import Host
-from resilient_tasks.worker.runtime import runtime_of
+from resilient_tasks.worker.context import runtime_of
+from resilient_tasks.worker.pipeline import Pipeline
 
 ROUNDS = 40  # per task
 TASKS = 200  # per round
@@ -65,7 +65,7 @@ class Worker:
         setup_worker_optimizations(app)
         for name, task in app.tasks.items():
             task.__trace__ = build_tracer(name, task, app.loader, "worker", app=app)
-        runtime_of(app).host = Host(runtime_of(app))
+        runtime_of(app).pipeline = Pipeline(runtime_of(app))
         self._consumer = Mock(
             hostname="worker",
             connection_errors=(),
@@ -158,7 +158,7 @@ def main() -> None:
             for contestant, times in zip(contestants, rounds, strict=True):
                 gc.collect()
                 times.append(measure(worker, *contestant))
-        runtime_of(app).host.heart.stop()
+        runtime_of(app).pipeline.maintenance.stop()
         report(*([min(step) for step in zip(*times, strict=True)] for times in rounds))
 
 

@@ -19,8 +19,8 @@ from celery import Celery
 
 from benchmarks._rig import verdict
 from resilient_tasks import Breaker, Resilience
-from resilient_tasks.worker import tick as ticks
-from resilient_tasks.worker.runtime import runtime_of
+from resilient_tasks.worker import maintenance as ticks
+from resilient_tasks.worker.context import runtime_of
 from workers.processes import Server, start_valkey
 
 KEYS = 10_000

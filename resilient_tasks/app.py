@@ -31,10 +31,10 @@ from resilient_tasks.store.base import Store
 from resilient_tasks.store.redis import RedisStore
 from resilient_tasks.worker import beat
 from resilient_tasks.worker.bootsteps import ControlQueue, Membership
+from resilient_tasks.worker.context import TICK_TASK, Runtime, find_breaker, runtime_of
 from resilient_tasks.worker.definitions import check_sent
 from resilient_tasks.worker.producers import ProducersGate
 from resilient_tasks.worker.queues import own_queue
-from resilient_tasks.worker.runtime import TICK_TASK, Runtime, find_breaker, runtime_of
 from resilient_tasks.worker.task import resilient
 
 if TYPE_CHECKING:
@@ -299,7 +299,7 @@ def _register_tick(runtime: Runtime) -> None:
 
     @runtime.app.task(name=TICK_TASK, control_queue=own_queue(runtime.control_queue), **options)  # type: ignore[untyped-decorator]  # Celery is untyped
     def tick() -> None:
-        runtime.host.heart.want_tick()
+        runtime.pipeline.maintenance.want_tick()
 
 
 @beat_init.connect  # type: ignore[untyped-decorator]  # Celery is untyped

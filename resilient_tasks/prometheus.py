@@ -30,8 +30,8 @@ from prometheus_client.registry import Collector
 from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.core.outage import Counts
 from resilient_tasks.errors import StoreError
+from resilient_tasks.worker.context import Runtime, runtime_of
 from resilient_tasks.worker.options import options_of
-from resilient_tasks.worker.runtime import Runtime, runtime_of
 
 if TYPE_CHECKING:
     from celery import Celery

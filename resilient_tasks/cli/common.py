@@ -20,8 +20,8 @@ from resilient_tasks.breaker import this_user
 from resilient_tasks.cli import Unavailable
 from resilient_tasks.core.model import ALL_KEYS, child_name, is_child, key_of, parent_of
 from resilient_tasks.errors import ConfigurationError, StoreError
-from resilient_tasks.worker import seams
-from resilient_tasks.worker.runtime import Runtime, find_runtime
+from resilient_tasks.worker import celery_internals
+from resilient_tasks.worker.context import Runtime, find_runtime
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,7 +69,7 @@ def runtime_in(ctx: click.Context) -> Runtime:
 @functools.lru_cache(maxsize=1)
 def _runtime_of(app: Celery) -> Runtime:
     logging.getLogger("resilient_tasks").addHandler(logging.NullHandler())  # a command says itself what it did
-    seams.import_task_modules(app)
+    celery_internals.import_task_modules(app)
     runtime = find_runtime(app)
     if runtime is None:
         raise click.ClickException(
@@ -117,8 +117,8 @@ class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases 
     def shell_complete(self, ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Return the names that begin so; none if the app cannot be found: completion must not fail."""
         try:
-            app = seams.app_named(ctx.find_root().params["app"])
-            seams.import_task_modules(app)
+            app = celery_internals.app_named(ctx.find_root().params["app"])
+            celery_internals.import_task_modules(app)
             runtime = find_runtime(app)
         except Exception:  # noqa: BLE001 - importing the user's app may raise anything
             return []

@@ -9,7 +9,7 @@ import click
 
 from resilient_tasks.cli.common import pass_runtime, print_json, print_table, printable
 from resilient_tasks.operations.doctor import Finding, Level, examine, look_at
-from resilient_tasks.worker.runtime import Runtime
+from resilient_tasks.worker.context import Runtime
 
 
 @click.command()

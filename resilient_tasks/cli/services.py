@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import click
 
 from resilient_tasks.cli.common import pass_runtime
-from resilient_tasks.worker.runtime import Runtime
+from resilient_tasks.worker.context import Runtime
 
 
 @click.command()

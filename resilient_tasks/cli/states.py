@@ -30,7 +30,7 @@ from resilient_tasks.core.model import ADMITTING, Snapshot, State, Verb, parent_
 from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.errors import StoreError
 from resilient_tasks.monitor.report import counted, duration, evidence_of, in_words, moment, rows_of, share
-from resilient_tasks.worker.runtime import Runtime
+from resilient_tasks.worker.context import Runtime
 
 REFUSES = 10
 TRIALS_ONLY = 11

@@ -26,8 +26,8 @@ from resilient_tasks.cli.common import (
 from resilient_tasks.errors import BreakerOpenError, DeadLetterError
 from resilient_tasks.monitor.report import counted, moment
 from resilient_tasks.operations.waiting import DeadLetter, DeadLetters, Deferred, DeferredTask
+from resilient_tasks.worker.context import Runtime
 from resilient_tasks.worker.envelope import UNDECODABLE
-from resilient_tasks.worker.runtime import Runtime
 
 
 @click.command()

@@ -14,7 +14,7 @@ from resilient_tasks.flower.handlers import Metrics, routes
 from resilient_tasks.flower.service import Service
 from resilient_tasks.monitor.log import Throttle
 from resilient_tasks.prometheus import UP, register
-from resilient_tasks.worker.runtime import find_runtime
+from resilient_tasks.worker.context import find_runtime
 
 logger = logging.getLogger("resilient_tasks")
 

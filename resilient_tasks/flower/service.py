@@ -21,7 +21,7 @@ from resilient_tasks.core.outage import Estimate, Outage
 from resilient_tasks.errors import DeadLetterError, StoreError
 from resilient_tasks.monitor.report import Row, counted, rows_of
 from resilient_tasks.operations.waiting import DeadLetter, DeadLetters, Deferred
-from resilient_tasks.worker.runtime import Runtime
+from resilient_tasks.worker.context import Runtime
 
 T = TypeVar("T")
 Fields = dict[str, Any]

@@ -19,10 +19,10 @@ from resilient_tasks.core.memory import ServerFacts
 from resilient_tasks.core.model import parent_of
 from resilient_tasks.errors import ResilienceError
 from resilient_tasks.monitor.report import counted, duration
+from resilient_tasks.worker.context import Runtime
 from resilient_tasks.worker.definitions import doubts
 from resilient_tasks.worker.inspection import library_version, resilience, rules_of
 from resilient_tasks.worker.options import DEFER, options_of
-from resilient_tasks.worker.runtime import Runtime
 
 OLDEST_SERVER = (6, 2)
 #: A tick is missed when none has completed for so many seconds, however little there is to do.

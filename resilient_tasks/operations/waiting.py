@@ -24,14 +24,14 @@ from celery.exceptions import TaskRevokedError
 from resilient_tasks.core.model import ADMITTING, parent_of
 from resilient_tasks.core.outage import DROPPED
 from resilient_tasks.errors import BreakerOpenError, DeadLetterError
-from resilient_tasks.worker import seams
+from resilient_tasks.worker import celery_internals
+from resilient_tasks.worker.celery_internals import Events
+from resilient_tasks.worker.context import Runtime
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.envelope import UNDECODABLE, Step, without_ticket
-from resilient_tasks.worker.events import Events
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.request import ResultNotWrittenError, write_result
 from resilient_tasks.worker.resume import Resumer
-from resilient_tasks.worker.runtime import Runtime
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -356,7 +356,7 @@ def _id_of(entry: Entry) -> str:
 def _is_over(entry: Entry) -> bool:
     """Whether a worker would discard the task unrun, because its ``expires`` has passed."""
     try:
-        moment = seams.read_moment(entry.message.headers.get("expires"))
+        moment = celery_internals.read_moment(entry.message.headers.get("expires"))
     except (AttributeError, TypeError, ValueError):
         return False
     return moment is not None and moment < datetime.now(timezone.utc if moment.tzinfo else None)

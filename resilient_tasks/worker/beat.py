@@ -18,11 +18,11 @@ from celery.beat import ScheduleEntry
 from celery.schedules import schedstate, schedule
 
 from resilient_tasks.errors import StoreError
-from resilient_tasks.worker.runtime import TICK_ENTRY, TICK_TASK, runtime_of
-from resilient_tasks.worker.tick import anything_due
+from resilient_tasks.worker.context import TICK_ENTRY, TICK_TASK, runtime_of
+from resilient_tasks.worker.maintenance import anything_due
 
 if TYPE_CHECKING:
-    from resilient_tasks.worker.runtime import Runtime
+    from resilient_tasks.worker.context import Runtime
 
 logger = logging.getLogger("resilient_tasks")
 

@@ -12,14 +12,14 @@ from kombu import Consumer
 
 from resilient_tasks.store import background
 from resilient_tasks.worker import (
+    celery_internals,
     inspection,  # noqa: F401 - registers ``celery inspect breakers``
     redis_channel,
-    seams,
 )
+from resilient_tasks.worker.context import TICK_TASK, Runtime, find_runtime, runtime_of
 from resilient_tasks.worker.envelope import UNDECODABLE
-from resilient_tasks.worker.host import Host
+from resilient_tasks.worker.pipeline import Pipeline, pipeline_of
 from resilient_tasks.worker.queues import declare, own_queue
-from resilient_tasks.worker.runtime import TICK_TASK, Runtime, find_runtime, runtime_of
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -34,10 +34,10 @@ class Membership(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is un
         redis_channel.install(f"{runtime.settings.namespace}.dead.{UNDECODABLE}")
         runtime.fleet.store.check()
         runtime.fleet.view.share()
-        runtime.host = Host(runtime)
+        runtime.pipeline = Pipeline(runtime)
 
     def terminate(self, worker: Any) -> None:
-        """Leave at a cold shutdown, of which no signal tells; a worker inside another process leaves a thread else."""
+        """Leave at a cold shutdown, which sends no signal; a worker inside another process would leave a thread."""
         _leave(worker)
 
 
@@ -52,30 +52,25 @@ class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is 
 
     def __init__(self, consumer: Any, **kwargs: Any) -> None:
         super().__init__(consumer, **kwargs)
-        host = runtime_of(consumer.app).host
-        seams.filter_messages(consumer, host.deferral.takes)
+        celery_internals.filter_messages(consumer, pipeline_of(consumer.app).deferral.takes)
         self._ticks: Consumer | None = None
 
     def start(self, consumer: Any) -> None:
         """Join, and consume the control queue."""
-        runtime = runtime_of(consumer.app)
-        runtime.host.attach(consumer)
-        if seams.discards_unaccepted(consumer.pool):  # it has done so when the former connection was lost
-            runtime.host.gate.take_back_discarded()
-        runtime.host.compensation.start(consumer)
-        runtime.host.holding.start(consumer)
+        runtime, pipeline = runtime_of(consumer.app), pipeline_of(consumer.app)
+        pipeline.start(consumer)
         try:
             self._ticks = _take_ticks(consumer.connection, runtime)
         except consumer.connection.channel_errors as exc:
             what = "no ticks can be taken from queue %s, this worker runs its own: %s"
             logger.error(what, runtime.control_queue, exc)  # noqa: TRY400 - the broker's words say it all
-        runtime.host.takes_ticks = self._ticks is not None
+        pipeline.takes_ticks = self._ticks is not None
 
     def stop(self, consumer: Any) -> None:
         """Take no more ticks."""
-        host = runtime_of(consumer.app).host
-        host.takes_ticks = False
-        host.compensation.stop()
+        pipeline = pipeline_of(consumer.app)
+        pipeline.takes_ticks = False
+        pipeline.compensation.stop()
         ticks, self._ticks = self._ticks, None
         if ticks is not None:
             _quietly(ticks.cancel)
@@ -94,7 +89,7 @@ def _take_ticks(connection: Any, runtime: Runtime) -> Consumer:
 
 
 class _TickReceiver:
-    """Acknowledges what arrives on the control queue and wakes the heart."""
+    """Acknowledges what arrives on the control queue and wakes the maintenance thread."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -103,7 +98,7 @@ class _TickReceiver:
         message.ack()
         name = message.headers.get("task") if isinstance(message.headers, dict) else None
         if name == TICK_TASK:
-            self._runtime.host.heart.want_tick()
+            self._runtime.pipeline.maintenance.want_tick()
         else:
             logger.warning("ignored a message on %s that is no tick: task=%.100r", self._runtime.control_queue, name)
 
@@ -120,21 +115,21 @@ def _leave(sender: Any, **_: Any) -> None:
     """Leave the fleet when the pool has finished its last tasks."""
     runtime = find_runtime(sender.app)
     if runtime is not None:
-        runtime.host.close()
+        runtime.pipeline.close()
 
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]  # Celery is untyped
 def _become_child(**_: Any) -> None:
     """In a pool process: read what the main process shares, follow nothing."""
-    runtime = find_runtime(seams.current_app())
-    if runtime is not None and runtime.host.pid != os.getpid():  # the solo pool is no process of its own
+    runtime = find_runtime(celery_internals.current_app())
+    if runtime is not None and runtime.pipeline.pid != os.getpid():  # the solo pool is no process of its own
         runtime.fleet.view.become_child()
 
 
 @worker_process_shutdown.connect  # type: ignore[untyped-decorator]  # Celery is untyped
 def _tell_the_rest(**_: Any) -> None:
     """In a pool process that ends: it skips exit handlers, and its last outcomes may not have been sent."""
-    runtime = find_runtime(seams.current_app())
-    if runtime is not None and runtime.host.pid != os.getpid():
+    runtime = find_runtime(celery_internals.current_app())
+    if runtime is not None and runtime.pipeline.pid != os.getpid():
         runtime.fleet.close()
         background.finish_all()

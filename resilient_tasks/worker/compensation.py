@@ -11,18 +11,23 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from resilient_tasks.core.model import State, parent_of
 from resilient_tasks.core.outage import SPARE_SLOTS, SUSPECTED
-from resilient_tasks.monitor.events import BREAKER_SUSPECT, SLOT_ADDED, SLOT_REMOVED
-from resilient_tasks.worker import seams
+from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
+from resilient_tasks.monitor.events import BREAKER_SUSPECT, QUEUE_BLOCKED, QUEUE_UNBLOCKED, SLOT_ADDED, SLOT_REMOVED
+from resilient_tasks.worker import celery_internals
+from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.request import GatedRequest
 
 if TYPE_CHECKING:
     from resilient_tasks.dependency import Dependency
-    from resilient_tasks.worker.runtime import Runtime
+    from resilient_tasks.worker.context import Runtime
+    from resilient_tasks.worker.deferral import Deferral
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -79,17 +84,17 @@ class Compensation:
         """Begin to look at the running calls, or go on with a consumer that has reconnected."""
         self.stop()
         is_first, self._consumer = self._consumer is None, consumer
-        self._queues_inside = seams.queues_inside(consumer.pool)
+        self._queues_inside = celery_internals.queues_inside(consumer.pool)
         self._size = consumer.pool.num_processes
         breakers = self._runtime.breakers.values()
         limits = [breaker.policy.slow_call_duration or math.inf for breaker in breakers]
         self._interval = min([self._late_after, *limits])
-        if is_first and breakers and self._most_spare and not seams.can_grow(consumer.pool):
+        if is_first and breakers and self._most_spare and not celery_internals.can_grow(consumer.pool):
             logger.warning(
                 "the %s pool cannot add a slot: a guarded call that hangs holds up all tasks of this worker",
-                seams.pool_name(consumer.pool),
+                celery_internals.pool_name(consumer.pool),
             )
-        if seams.discards_unaccepted(consumer.pool):
+        if celery_internals.discards_unaccepted(consumer.pool):
             for key in [key for key, call in list(self._calls.items()) if call.started is None]:
                 self._calls.pop(key, None)
         self._schedule(self._interval)
@@ -218,7 +223,7 @@ class Compensation:
                 else:
                     next_at = min(next_at, late_at)
             late += is_late
-        if seams.is_running(self._consumer):
+        if celery_internals.is_running(self._consumer):
             self._fit_pool(late, now, blamed)
             self._schedule(max(SHORTEST_INTERVAL, next_at - now))
 
@@ -252,24 +257,24 @@ class Compensation:
         self._size = size
         if late >= max(1, size):
             self._calm_since = math.inf
-            is_growing = size < seams.autoscale_maximum(self._consumer)
+            is_growing = size < celery_internals.autoscale_maximum(self._consumer)
             if self.spare_slots < self._most_spare and not is_growing and now >= self._grow_at:
                 self._add_slot(now, blamed)
         elif self.spare_slots and late < self._slots:
             self._calm_since = min(self._calm_since, now)
-            if now - self._calm_since >= LINGER and seams.remove_slot(self._consumer.pool):
+            if now - self._calm_since >= LINGER and celery_internals.remove_slot(self._consumer.pool):
                 self._resized(-1, SLOT_REMOVED, "late calls have returned")
         else:
             self._calm_since = math.inf
 
     def _add_slot(self, now: float, blamed: Counter[str]) -> None:
         pool = self._consumer.pool
-        if not seams.can_grow(pool):
+        if not celery_internals.can_grow(pool):
             return
         try:
-            seams.add_slot(pool)
+            celery_internals.add_slot(pool)
         except (OSError, MemoryError, RuntimeError, NotImplementedError) as exc:
-            logger.warning("the %s pool has refused to grow: %s", seams.pool_name(pool), exc)
+            logger.warning("the %s pool has refused to grow: %s", celery_internals.pool_name(pool), exc)
             self._grow_at = now + REFUSED_FOR
             return
         name, calls = blamed.most_common(1)[0]
@@ -279,7 +284,7 @@ class Compensation:
     def _resized(self, change: int, event: str, why: str) -> None:
         self.spare_slots += change
         self._size = int(self._consumer.pool.num_processes)
-        seams.change_prefetch(self._consumer, change)
+        celery_internals.change_prefetch(self._consumer, change)
         what = "spare slot %s, the pool has %d: %s"
         logger.warning(what, "added" if change > 0 else "removed", self._size, why, extra={"event": event})
         self._send(event, slots=self._size, spare=self.spare_slots, reason=why)
@@ -296,3 +301,220 @@ def _family(name: str) -> str:
 
 def _is_for(call: _Call, name: str) -> bool:
     return any(breaker.name == name for breaker in call.breakers)
+
+
+#: Seconds of work that are held; a task that has waited twice as long is deferred: its breaker's calls hang.
+HOLD_FOR = 2.0
+#: Most tasks of one breaker that are held.
+MOST_HELD = 1000
+#: Tasks that are held per slot before any call has returned.
+HELD_AT_FIRST = 10
+#: Seconds between two checks of what is held.
+HELD_INTERVAL = 0.5
+
+
+class Holding:
+    """What one worker holds, by breaker."""
+
+    def __init__(self, compensation: Compensation, defer: Callable[[GatedRequest, BreakerOpenError], None]) -> None:
+        self._compensation, self._defer = compensation, defer
+        self._held: dict[str, deque[tuple[GatedRequest, float]]] = {}
+        self._consumer: Any = None
+        self._is_looking = False
+
+    def start(self, consumer: Any) -> None:
+        """Hold nothing of a former connection: the broker delivers it again."""
+        self._held.clear()
+        self._consumer, self._is_looking = consumer, False
+
+    def hold(self, request: GatedRequest, breaker: Dependency) -> bool:
+        """Keep a request until one of a breaker's runs ends; False: there are enough."""
+        has_waited = time.monotonic() - request.held_since if request.held_since else 0.0
+        if has_waited > 2 * HOLD_FOR or (not has_waited and self.room(breaker) < 1):
+            return False
+        held = self._held.setdefault(breaker.name, deque())
+        if request.held_since:  # another one has been quicker
+            held.appendleft((request, request.held_since))
+        else:
+            request.held_since = time.monotonic()
+            held.append((request, request.held_since))
+        self._consumer.qos.increment_eventually()
+        if not self._is_looking:
+            self._is_looking = True
+            self._consumer.timer.call_after(HELD_INTERVAL, self._look)
+        return True
+
+    def room(self, breaker: Dependency) -> int:
+        """Return how many more tasks of a breaker are held at most; 0 if it has no limit of this kind."""
+        limit, usual = breaker.policy.max_concurrency_per_worker, self._compensation.usual(breaker.name)
+        if limit is None:
+            return 0
+        most = HELD_AT_FIRST * limit if usual is None else max(limit, int(limit * HOLD_FOR / max(usual, 0.001)))
+        return min(MOST_HELD, most) - len(self._held.get(breaker.name, ()))
+
+    def wants_more(self, breaker: Dependency) -> bool:
+        """Whether so few tasks of a breaker are held that deferred ones should be resumed."""
+        return self.room(breaker) > len(self._held.get(breaker.name, ()))
+
+    def release(self, breaker: str) -> None:
+        """Let the next request go on: a run has ended."""
+        held = self._held.get(breaker)
+        if not held or not celery_internals.is_running(self._consumer):
+            return
+        try:
+            request, _ = held.popleft()
+        except IndexError:  # another thread has taken it
+            return
+        self._consumer.qos.decrement_eventually()
+        celery_internals.submit(self._consumer, request)
+
+    def _look(self) -> None:
+        """Put aside what has waited for too long, or what its breaker refuses by now."""
+        if not celery_internals.is_running(self._consumer):
+            return
+        for breaker, held in list(self._held.items()):
+            for request, since in list(held):
+                self._look_at(breaker, request, since)
+        self._held = {breaker: held for breaker, held in self._held.items() if held}
+        self._is_looking = bool(self._held)
+        if self._is_looking:
+            self._consumer.timer.call_after(HELD_INTERVAL, self._look)
+
+    def _look_at(self, breaker: str, request: GatedRequest, since: float) -> None:
+        refusing, is_over = request.pipeline.refusing(request), request.deferred or request.revoked()
+        if refusing is None and not is_over and time.monotonic() - since <= 2 * HOLD_FOR:
+            return
+        try:
+            self._held[breaker].remove((request, since))
+        except ValueError:  # another thread has taken it
+            return
+        self._consumer.qos.decrement_eventually()
+        if not is_over:
+            refusal = BreakerOpenError(breaker, AT_CAPACITY, 0.0) if refusing is None else refusing.refuse()
+            request.withdraw()
+            self._defer(request, refusal)
+
+
+#: Seconds between two checks whether blocked queues may be consumed again.
+BLOCKED_INTERVAL = 1.0
+
+
+class _Return(NamedTuple):
+    """A message on its way back to its queue."""
+
+    request: GatedRequest
+    queue: str
+    ticket: Ticket
+
+
+@dataclass(slots=True)
+class _Blocked:
+    """A queue that is not consumed: by which consumer, under which tag, and for want of room for which breakers."""
+
+    task_consumer: Any
+    tag: str
+    breakers: set[str] = field(default_factory=set)
+
+
+class Overflow:
+    """Blocks and unblocks the queues of one worker. Touches its consumer in the consumer's own event loop only."""
+
+    consumer: Any = None  # the worker's, as soon as it has connected
+
+    def __init__(self, deferral: Deferral, is_stuck: Callable[[str], bool]) -> None:
+        self._deferral, self._is_stuck = deferral, is_stuck
+        self._returning: deque[_Return] = deque()
+        self._blocked: dict[str, _Blocked] = {}
+        self._look_at = float("-inf")
+
+    def put_back(self, request: GatedRequest, ticket: Ticket, queue: str, breaker: str) -> None:
+        """Put a request's message back and block its queue; from any thread, done soon.
+
+        Args:
+            request: whose message.
+            ticket: what the message shall say about itself.
+            queue: where it came from.
+            breaker: for whose tasks there is no room.
+        """
+        self._returning.append(_Return(request, queue, ticket))
+        self.consumer.call_soon(self._block, queue, breaker)
+
+    def look(self) -> None:
+        """Have the event loop see to what is blocked or could not be put back; from any thread."""
+        if (self._blocked or self._returning) and time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + BLOCKED_INTERVAL
+            self.consumer.call_soon(self._unblock_what_may_go_on)
+
+    def close(self) -> None:
+        """Put back what still has to be; at shutdown, when the event loop has ended."""
+        self._return_all()
+        if self._returning:
+            logger.error("%d tasks could not be put back before shutdown", len(self._returning))
+
+    # --- in the event loop ------------------------------------------------------------------------
+
+    def _block(self, queue: str, breaker: str) -> None:
+        self._forget_former_consumer()
+        blocked = self._blocked.get(queue) or self._pause(queue)
+        if blocked is not None:
+            blocked.breakers.add(breaker)
+            self._returning.extend(self._prefetched(queue))
+        self._return_all()
+
+    def _pause(self, queue: str) -> _Blocked | None:
+        task_consumer = self.consumer.task_consumer
+        tag = task_consumer and celery_internals.pause_queue(task_consumer, queue)
+        if not tag:
+            return None
+        blocked = self._blocked[queue] = _Blocked(task_consumer, tag)
+        logger.warning("queue %s is blocked: its tasks can neither run nor be deferred", queue)
+        self._tell(QUEUE_BLOCKED, queue)
+        return blocked
+
+    def _prefetched(self, queue: str) -> Iterator[_Return]:
+        """Take the other messages of a queue that this worker holds and its gate would refuse."""
+        for request in celery_internals.reserved_requests():
+            if not isinstance(request, GatedRequest) or not request.is_refused:
+                continue
+            if request.pipeline.origin_of(request) == queue:
+                request.withdraw()
+                yield _Return(request, queue, request.ticket)
+
+    def _return_all(self) -> None:
+        """Put messages back, the newest first, so that the oldest is the next to be taken."""
+        items = [self._returning.popleft() for _ in range(len(self._returning))]
+        items.sort(key=lambda item: item.request.arrival)
+        try:
+            while items:
+                self._deferral.put_back(*items[-1])
+                items.pop()
+        except self._deferral.errors as exc:
+            logger.warning("%d tasks cannot be put back yet: %s", len(items), type(exc).__name__)
+        finally:
+            self._returning.extend(items)
+
+    def _unblock_what_may_go_on(self) -> None:
+        self._return_all()
+        self._forget_former_consumer()
+        for queue, blocked in list(self._blocked.items()):
+            if not any(self._is_stuck(breaker) for breaker in blocked.breakers):
+                self._unblock(queue)
+
+    def _forget_former_consumer(self) -> None:
+        """Drop what was blocked on a connection that was lost: the new one consumes all queues."""
+        for queue, blocked in list(self._blocked.items()):
+            if blocked.task_consumer is not self.consumer.task_consumer:
+                del self._blocked[queue]
+
+    def _unblock(self, queue: str) -> None:
+        blocked = self._blocked.pop(queue)
+        if celery_internals.unpause_queue(
+            blocked.task_consumer, queue, blocked.tag
+        ):  # else an operator has cancelled it
+            logger.warning("queue %s is consumed again", queue)
+        self._tell(QUEUE_UNBLOCKED, queue)
+
+    def _tell(self, event: str, queue: str) -> None:
+        dispatcher = self.consumer.event_dispatcher
+        if dispatcher is not None:
+            dispatcher.send(event, queue=queue)

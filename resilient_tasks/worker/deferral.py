@@ -26,14 +26,14 @@ from resilient_tasks.core.memory import Memory, MemoryLimit
 from resilient_tasks.errors import DeferredQueueFullError, StoreError
 from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED
 from resilient_tasks.monitor.log import Throttle
+from resilient_tasks.store.background import TimedWriter
 from resilient_tasks.worker.envelope import UNDECODABLE, Ticket, flaw_in_task
 from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Queues
 from resilient_tasks.worker.request import GatedRequest
-from resilient_tasks.worker.timed import TimedWriter
 
 if TYPE_CHECKING:
-    from resilient_tasks.worker.runtime import Runtime
+    from resilient_tasks.worker.context import Runtime
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -318,13 +318,11 @@ class _Held(NamedTuple):
     again: Step
     beside: bool
 
-    @property
-    def may_run(self) -> bool:
+    def may_run(self, now: float) -> bool:
         """Whether the task's breakers would admit it by now; a dead one never runs again."""
-        request, ticket, host = self.request, self.ticket, self.request.host
-        if ticket.died_at or ticket.not_before > host.now():
+        if self.ticket.died_at or self.ticket.not_before > now:
             return False
-        return host.gate.refusing(request.guards, request.ticket, request.id) is None
+        return self.request.pipeline.refusing(self.request) is None
 
 
 class Denials:
@@ -356,17 +354,18 @@ class Denials:
             self._check()
             self._check_at = time.monotonic() + CHECK_INTERVAL
         going: list[_Held] = []
+        now = self._runtime.fleet.view.server_now()
         for _ in range(min(len(self._held), _AT_ONCE)):
             held = self._held.popleft()
             if held.queue not in self.reasons:
                 held.request.enter_window()
                 self._deferral.attempt(held.request, held.again)
-            elif held.may_run or (not held.beside and not held.ticket.died_at):
+            elif held.may_run(now) or (not held.beside and not held.ticket.died_at):
                 going.append(held)
             else:
                 self._held.append(held)
         if going:
-            going[0].request.host.consumer.call_soon(self._return, going)
+            going[0].request.pipeline.consumer.call_soon(self._return, going)
 
     def _check(self) -> None:
         """At first look at the queues of all breakers that are defined, then at those that were refused."""

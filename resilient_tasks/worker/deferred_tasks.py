@@ -22,16 +22,21 @@ from resilient_tasks.core.outage import COALESCED, DEAD, DROPPED, EXPIRED, REVOK
 from resilient_tasks.errors import DeferralExpiredError, ResilienceError
 from resilient_tasks.monitor.events import TASK_IGNORED, TASK_RESUMED
 from resilient_tasks.store.ledger import Ledger
-from resilient_tasks.worker import seams
-from resilient_tasks.worker.coalescing import SupersededError, superseded_among
+from resilient_tasks.worker import celery_internals
+from resilient_tasks.worker.celery_internals import Events
 from resilient_tasks.worker.envelope import check_task, decode, payload_of, task_fields
-from resilient_tasks.worker.events import Events
 from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Entry, Move, Queues
-from resilient_tasks.worker.request import GatedRequest, ResultNotWrittenError, write_result
+from resilient_tasks.worker.request import (
+    GatedRequest,
+    ResultNotWrittenError,
+    SupersededError,
+    superseded_among,
+    write_result,
+)
 
 if TYPE_CHECKING:
-    from resilient_tasks.worker.runtime import Runtime
+    from resilient_tasks.worker.context import Runtime
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -217,7 +222,7 @@ class DeferredTasks:
         try:
             task = self._runtime.app.tasks[entry.task_name]
             check_task(task_fields(entry.message), payload_of(entry.message))
-            parts = decode(seams.parts_of, entry.message)
+            parts = decode(celery_internals.parts_of, entry.message)
             return GatedRequest(
                 entry.message,
                 app=self._runtime.app,
@@ -287,8 +292,8 @@ class RevokeRelay:
         Raises:
             StoreError: the ledger is unavailable; the next call writes it.
         """
-        ids = set(seams.revoked_ids)
-        stamps = {header: list(values) for header, values in seams.revoked_stamps.copy().items()}
+        ids = set(celery_internals.revoked_ids)
+        stamps = {header: list(values) for header, values in celery_internals.revoked_stamps.copy().items()}
         self._expired &= ids  # what Celery has forgotten need not be distinguished
         new_ids = ids - self._ids - self._expired
         ledger.revoke([*new_ids, *self._unheard(stamps)])

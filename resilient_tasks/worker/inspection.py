@@ -13,8 +13,8 @@ from resilient_tasks.dependency import Dependency
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Spec
 from resilient_tasks.store.view import CachedState
-from resilient_tasks.worker import seams
-from resilient_tasks.worker.runtime import Runtime, find_runtime
+from resilient_tasks.worker import celery_internals
+from resilient_tasks.worker.context import Runtime, find_runtime
 
 
 @inspect_command()  # type: ignore[untyped-decorator]  # Celery is untyped
@@ -36,10 +36,10 @@ def resilience(state: Any, **_: Any) -> dict[str, Any]:
         return {}
     return {
         "version": library_version(),
-        "control_queue": runtime.control_queue if runtime.host.takes_ticks else None,
-        "refused": runtime.host.deferral.denials.reasons,
+        "control_queue": runtime.control_queue if runtime.pipeline.takes_ticks else None,
+        "refused": runtime.pipeline.deferral.denials.reasons,
         "clock_ahead": time.time() - runtime.fleet.view.server_now(),
-        "can_grow": seams.can_grow(state.consumer.pool),
+        "can_grow": celery_internals.can_grow(state.consumer.pool),
         "tick_scope": runtime.tick_scope,
         "policies": {spec.name: rules_of(spec) for spec in runtime.specs()},
     }

@@ -24,18 +24,17 @@ from resilient_tasks.errors import BreakerOpenError, ConfigurationError, Deferre
 from resilient_tasks.fallback import write_provenance
 from resilient_tasks.monitor.log import about
 from resilient_tasks.store.background import renew_after_fork
-from resilient_tasks.worker import seams
-from resilient_tasks.worker.coalescing import coalesced_as
+from resilient_tasks.worker import celery_internals
+from resilient_tasks.worker.context import find_runtime, runtime_of
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.envelope import Ticket
 from resilient_tasks.worker.options import DEFER, FAIL
 from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Queues
-from resilient_tasks.worker.request import GatedRequest
-from resilient_tasks.worker.runtime import find_runtime, runtime_of
+from resilient_tasks.worker.request import GatedRequest, coalesced_as
 
 if TYPE_CHECKING:
-    from resilient_tasks.worker.runtime import Runtime
+    from resilient_tasks.worker.context import Runtime
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -164,8 +163,8 @@ class ProducersGate:
             self._opened = queues, Deferral(self._runtime, queues)
         queues, deferral = self._opened
         maybe_declare(queue, queues.channel)  # as a producer does: it must be there when the task is resumed
-        message = seams.compose(queues.channel, body, sent)
-        request = GatedRequest(message, app=task.app, task=task, **seams.parts_of(message))
+        message = celery_internals.compose(queues.channel, body, sent)
+        request = GatedRequest(message, app=task.app, task=task, **celery_internals.parts_of(message))
         request.acknowledged = True  # it was never delivered
         now = self._runtime.fleet.view.server_now()
         ticket = Ticket(refusal.breaker, origin=queue.name, reason=str(refusal), expires=request.expires_at(now))

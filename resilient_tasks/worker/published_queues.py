@@ -17,7 +17,7 @@ from kombu import Producer
 from kombu.exceptions import OperationalError
 
 from resilient_tasks.errors import DeferredQueueFullError
-from resilient_tasks.worker import seams
+from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.envelope import Ticket, without_ticket
 from resilient_tasks.worker.queues import Entry, Move, Queues, declare, own_queue
 from resilient_tasks.worker.redis_queues import RedisQueues
@@ -128,7 +128,7 @@ class PublishedQueues(Queues):
     @property
     def _emulated(self) -> bool:
         """Whether kombu plays the broker itself: it then takes everything, and requeues at the end."""
-        return seams.is_emulated(self.channel)
+        return celery_internals.is_emulated(self.channel)
 
     def _note_return(self, *_: Any) -> None:
         self._returned = True

@@ -21,7 +21,7 @@ from kombu.exceptions import DecodeError
 from resilient_tasks.core.memory import Memory, ServerFacts
 from resilient_tasks.core.model import is_child, parent_of
 from resilient_tasks.monitor.log import about
-from resilient_tasks.worker import seams
+from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.envelope import Ticket, payload_of, task_fields
 
 logger = logging.getLogger("resilient_tasks")
@@ -126,7 +126,7 @@ class Queues(ABC):
     def __init__(self, app: Celery, namespace: str) -> None:
         self.namespace = namespace
         self._connection = app.connection_for_read(transport_options=self._options(app))
-        self._accept = seams.accepted_types(app.conf.accept_content)
+        self._accept = celery_internals.accepted_types(app.conf.accept_content)
 
     def _options(self, _app: Celery) -> dict[str, Any]:
         """Return the transport options of our connection, which are added to the app's."""
@@ -153,7 +153,7 @@ class Queues(ABC):
     @property
     def errors(self) -> tuple[type[Exception], ...]:
         """What a broker that is unavailable, or refuses something, raises."""
-        return seams.broker_errors(self._connection)
+        return celery_internals.broker_errors(self._connection)
 
     @property
     def refusals(self) -> tuple[type[Exception], ...]:

@@ -4,7 +4,7 @@ kombu pops a message (BRPOP) and then notes it as unacknowledged, in a second st
 between, the connection is cut or the server is out of memory, the message is nowhere. Here both are one
 script. Only waiting for a message is a command of its own, and changes nothing.
 
-All that is overridden here is undocumented; ``tests/unit/test_seams.py`` fails when it moves.
+All that is overridden here is undocumented; ``tests/unit/test_celery_internals.py`` fails when it moves.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from kombu.exceptions import DecodeError
 
 from resilient_tasks.core.memory import Memory, ServerFacts
 from resilient_tasks.errors import DeferredQueueFullError
-from resilient_tasks.worker import seams
+from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.envelope import Ticket, decode, decode_envelope, without_ticket
 from resilient_tasks.worker.queues import Entry, Move, Queues
 
@@ -55,14 +55,17 @@ class RedisQueues(Queues):
         """Return our options; sentinels are asked as the app asks them, but no longer than a server."""
         of_the_app = app.conf.broker_transport_options.get("sentinel_kwargs") or {}
         limits = {name: self.transport_options[name] for name in ("socket_timeout", "socket_connect_timeout")}
-        return {**self.transport_options, "sentinel_kwargs": {**limits, **of_the_app, "retry": seams.no_retry()}}
+        return {
+            **self.transport_options,
+            "sentinel_kwargs": {**limits, **of_the_app, "retry": celery_internals.no_retry()},
+        }
 
     @property
     def _client(self) -> redis.Redis:
         """A client on the channel's connections; kept, because making one costs as much as a command."""
         channel = self.channel
         if self._known_client is None or self._known_client.connection_pool is not channel.pool:
-            self._known_client = seams.plain_client(channel)
+            self._known_client = celery_internals.plain_client(channel)
         return self._known_client
 
     def _run(self, source: str, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
@@ -75,7 +78,7 @@ class RedisQueues(Queues):
 
     def _check(self, queue: str) -> None:
         """See :meth:`Queues.check`."""
-        self._run(_CHECK, [seams.list_key(self.channel, queue)], ["resilient-tasks-check"])
+        self._run(_CHECK, [celery_internals.list_key(self.channel, queue)], ["resilient-tasks-check"])
 
     def put(
         self, message: Any, queue: str, ticket: Ticket | None, *,
@@ -83,26 +86,26 @@ class RedisQueues(Queues):
     ) -> bool:  # fmt: skip
         """See :meth:`Queues.put`."""
         raw = self._sent(message, ticket)
-        raw["properties"] = {**raw["properties"], "delivery_tag": seams.new_delivery_tag(self.channel)}
-        tag = message.delivery_tag if owned and seams.emulates_acks(message.channel) else ""
-        keys = [*seams.unacked_keys(self.channel), self._key(queue, raw)]
+        raw["properties"] = {**raw["properties"], "delivery_tag": celery_internals.new_delivery_tag(self.channel)}
+        tag = message.delivery_tag if owned and celery_internals.emulates_acks(message.channel) else ""
+        keys = [*celery_internals.unacked_keys(self.channel), self._key(queue, raw)]
         bound, push = "" if limit is None else str(limit), "RPUSH" if first else "LPUSH"
-        answer = int(self._run(self._defer_source, keys, [tag, seams.encode_message(raw), bound, push]))
+        answer = int(self._run(self._defer_source, keys, [tag, celery_internals.encode_message(raw), bound, push]))
         if answer < 0:
             raise DeferredQueueFullError(ticket.breaker if ticket else "", limit)
         if owned:
-            seams.forget_delivery(message)
+            celery_internals.forget_delivery(message)
         return bool(answer)
 
     @contextmanager
     def peek(self, queue: str, breaker: str, *, start: int = 0) -> Iterator[Iterator[Entry]]:
         """See :meth:`Queues.peek`."""
-        texts = itertools.chain.from_iterable(self._oldest(seams.list_key(self.channel, queue), start))
+        texts = itertools.chain.from_iterable(self._oldest(celery_internals.list_key(self.channel, queue), start))
         yield (self._decoded(queue, breaker, text) for text in texts)
 
     def _decoded(self, queue: str, breaker: str, text: bytes) -> Entry:
         try:
-            message = decode(self.channel.Message, decode_envelope(seams.decode_message, text), self.channel)
+            message = decode(self.channel.Message, decode_envelope(celery_internals.decode_message, text), self.channel)
         except DecodeError as exc:
             return Entry(None, Ticket(breaker=breaker), text, str(exc))
         return self._entry(queue, breaker, message, text)
@@ -112,7 +115,7 @@ class RedisQueues(Queues):
         if not moves:
             return
         dead = self.dead(moves[0].entry.ticket.breaker)
-        keys = [seams.list_key(self.channel, queue), seams.list_key(self.channel, dead)]
+        keys = [celery_internals.list_key(self.channel, queue), celery_internals.list_key(self.channel, dead)]
         args: list[str | bytes | int] = []
         for move in moves:
             index, arrives = 0, move.entry.raw
@@ -122,7 +125,7 @@ class RedisQueues(Queues):
                 if key not in keys[1:]:
                     keys.append(key)
                 index = keys.index(key, 1) + 1
-                arrives = arrives if raw is None else seams.encode_message(raw).encode()
+                arrives = arrives if raw is None else celery_internals.encode_message(raw).encode()
             args += [move.entry.raw, index, arrives]
         moved = self._run(self._move_source, keys, args)
         for move, made in zip(moves, moved, strict=True):
@@ -131,8 +134,8 @@ class RedisQueues(Queues):
 
     def _key(self, queue: str, raw: dict[str, Any] | None) -> str:
         """Return the list that a message goes to; in queues of ours there is but one priority."""
-        priority = 0 if raw is None or self.owns(queue) else seams.message_priority(self.channel, raw)
-        return seams.list_key(self.channel, queue, priority)
+        priority = 0 if raw is None or self.owns(queue) else celery_internals.message_priority(self.channel, raw)
+        return celery_internals.list_key(self.channel, queue, priority)
 
     @staticmethod
     def _sent(message: Any, ticket: Ticket | None) -> dict[str, Any]:
@@ -161,13 +164,13 @@ class RedisQueues(Queues):
 
     def _size(self, queue: str) -> int:
         try:
-            return seams.queue_size(self.channel, queue)
+            return celery_internals.queue_size(self.channel, queue)
         except redis.ResponseError:  # a key that is no list: only a forged header names it
             return 0
 
     def found(self) -> list[str]:
         """See :meth:`Queues.found`. Each time it goes on in the keyspace where it has ended before."""
-        prefix: str = seams.list_key(self.channel, self.deferred(""))
+        prefix: str = celery_internals.list_key(self.channel, self.deferred(""))
         keys: set[Any] = set()
         for _ in range(_SCANS):
             self._cursor, some = self._client.scan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from resilient_tasks.core.model import Snapshot
@@ -15,7 +15,7 @@ from resilient_tasks.worker.queues import Entry, Move
 
 if TYPE_CHECKING:
     from resilient_tasks.dependency import Dependency
-    from resilient_tasks.worker.runtime import Runtime
+    from resilient_tasks.worker.context import Runtime
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -23,12 +23,18 @@ logger = logging.getLogger("resilient_tasks")
 STUCK = 10.0
 
 
+def no_limit(_: Dependency) -> int:
+    """Return the room that a process has which holds no tasks."""
+    return LARGEST_BATCH
+
+
 class Resumer:
     """Decides for the ticks of one worker how many tasks are resumed, and which."""
 
-    def __init__(self, runtime: Runtime, tasks: DeferredTasks) -> None:
+    def __init__(self, runtime: Runtime, tasks: DeferredTasks, room: Callable[[Dependency], int] = no_limit) -> None:
         self._runtime = runtime
         self._tasks = tasks
+        self._room = room
         self._origins: dict[str, set[str]] = {}  # breaker -> queues that its tasks were resumed to
         self._untouched: dict[str, tuple[int, float]] = {}  # breaker -> outstanding tasks, and since when
 
@@ -56,7 +62,7 @@ class Resumer:
         pace = ledger.pace(breaker.name)
         free = LARGEST_BATCH if snapshot.concurrency_limit is None else snapshot.concurrency_limit - snapshot.in_flight
         if policy.max_concurrency_per_worker is not None:
-            free = min(free, self._runtime.host.holding.room(breaker))
+            free = min(free, self._room(breaker))
         interval = self._runtime.settings.tick_interval
         following, count = refill_count(pace, snapshot, policy, free=max(0, free), interval=interval)
         if following != pace:

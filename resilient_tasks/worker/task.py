@@ -16,8 +16,8 @@ import tenacity
 from celery import Celery, Task
 
 from resilient_tasks.errors import ConfigurationError
-from resilient_tasks.worker.body import defer_retry, run_guarded
 from resilient_tasks.worker.definitions import check_guarded, warn_of_retry
+from resilient_tasks.worker.execution import defer_retry, run_guarded
 from resilient_tasks.worker.options import DEFER, TaskOptions, options_of
 from resilient_tasks.worker.producers import send_task
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 #: What Celery makes a task's handler and requests of.
 _PARTS = {
-    "Strategy": "resilient_tasks.worker.strategy:gated",
+    "Strategy": "resilient_tasks.worker.pipeline:strategy",
     "Request": "resilient_tasks.worker.request:GatedRequest",
 }
 _POSITIONAL_OPTIONS = ("task_id", "producer", "link", "link_error", "shadow")

@@ -16,9 +16,9 @@ from typing import Any
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.pipeline import Pipeline
 from resilient_tasks.worker.published_queues import PublishedQueues
 from resilient_tasks.worker.redis_queues import RedisQueues
-from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.resume import Resumer
 
 #: By name: the method that a worker dies after.
@@ -27,7 +27,7 @@ WINDOWS: dict[str, tuple[type, str]] = {
     "message moved by script": (RedisQueues, "put"),
     "message copied, not acknowledged": (PublishedQueues, "_publish"),
     "permit taken": (Fleet, "acquire"),
-    "trial reported, not acknowledged": (GatedRequest, "_settle"),
+    "trial reported, not acknowledged": (Pipeline, "_settle"),
     "resume promised, not made": (Resumer, "_still"),
     "resumed by script": (DeferredTasks, "_note_unmade"),
 }

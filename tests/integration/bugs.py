@@ -7,21 +7,21 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from resilient_tasks.worker import deferred_tasks, heart, tick
+from resilient_tasks.worker import deferred_tasks, maintenance
+from resilient_tasks.worker.admission import Gate
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.envelope import Ticket
-from resilient_tasks.worker.gate import Gate
-from resilient_tasks.worker.host import Host
+from resilient_tasks.worker.maintenance import Reconciler
+from resilient_tasks.worker.pipeline import Pipeline
 from resilient_tasks.worker.queues import Entry, Queues
-from resilient_tasks.worker.reconcile import Reconciler
 from resilient_tasks.worker.redis_queues import RedisQueues
 from resilient_tasks.worker.request import GatedRequest
 from resilient_tasks.worker.resume import Resumer
 
 #: Steps that a message takes on its way, by what happens to it then.
 DEFERRING: list[tuple[Any, str]] = [
-    (Ticket, "begin"), (Ticket, "write"), (Gate, "refusing"), (Host, "origin_of"), (GatedRequest, "_next_ticket"),
+    (Ticket, "begin"), (Ticket, "write"), (Gate, "refusing"), (Pipeline, "origin_of"), (Pipeline, "_next_ticket"),
     (Deferral, "defer"), (Deferral, "_tell"), (RedisQueues, "put"), (Ticket, "read"),
 ]  # fmt: skip
 RESUMING: list[tuple[Any, str]] = [
@@ -47,8 +47,7 @@ def install(side: Any) -> None:
         found = vars(owner)[name]
         fails: Any = _fails_by_key(side, step_name(owner, name), getattr(found, "__func__", found))
         setattr(owner, name, classmethod(fails) if isinstance(found, classmethod) else fails)
-    for module in heart, tick:
-        module.__dict__["RECONCILE_INTERVAL"] = 0.5
+    maintenance.RECONCILE_INTERVAL = 0.5
 
 
 def _fails_by_key(side: Any, step: str, function: Callable[..., Any]) -> Callable[..., Any]:

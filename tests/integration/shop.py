@@ -13,7 +13,7 @@ from celery import Celery
 
 from resilient_tasks import Resilience, cached, constant
 from resilient_tasks.core.model import State
-from resilient_tasks.worker import heart, tick
+from resilient_tasks.worker import maintenance
 from tests.integration.trials import visit
 
 SIDE: Any = redis.Redis.from_url(os.environ["SHOP_SIDE_URL"], decode_responses=True)  # tests look over its shoulder
@@ -33,7 +33,7 @@ app.conf.update(
     beat_schedule={"early": {"task": "shop.ping", "schedule": 3600.0}},
 )
 resilience = Resilience(app, tick_interval=0.25)
-heart.DECLARING, tick.ABANDONED_AFTER = 0.5, 3.0  # a test cannot wait for ten minutes
+maintenance.DECLARING, maintenance.ABANDONED_AFTER = 0.5, 3.0  # a test cannot wait for ten minutes
 QUICK: dict[str, Any] = {
     "consecutive_failures": 3,
     "open_duration": 0.5,

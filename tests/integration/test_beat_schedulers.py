@@ -20,7 +20,7 @@ import redis
 from celery import Celery
 
 from resilient_tasks import Resilience
-from resilient_tasks.worker.runtime import runtime_of
+from resilient_tasks.worker.context import runtime_of
 from workers.processes import PROJECT, Program, Server, start_beat, start_valkey, start_worker, wait_until
 
 MODULE = "tests.integration.timetable"

@@ -12,9 +12,9 @@ from celery import Celery
 from kombu import Producer, Queue
 
 from resilient_tasks import Resilience
+from resilient_tasks.worker.context import runtime_of
 from resilient_tasks.worker.envelope import Ticket
 from resilient_tasks.worker.queues import Entry, Queues, own_queue
-from resilient_tasks.worker.runtime import runtime_of
 from tests.integration import bugs
 from tests.integration.bugs import step_name
 from tests.integration.conftest import PATIENCE, Shop

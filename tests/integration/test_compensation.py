@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -17,22 +18,22 @@ CALLS, OTHERS = 12, 12
 ADDED, REMOVED = "spare slot added", "spare slot removed"
 
 
-def hang(shop: Shop, worker: Worker, calls: int = CALLS) -> list[Any]:
+def hang(shop: Shop, worker: Worker) -> list[Any]:
     """Let calls hang after some that did not, until a spare slot was added; return the results of all calls."""
     results = [shop.linger.delay() for _ in range(3)]
     shop.wait_done(*results)
     shop.set_health("lingering", "hang")
-    results += [shop.linger.delay() for _ in range(calls)]
+    results += [shop.linger.delay() for _ in range(CALLS)]
     shop.wait(lambda: ADDED in worker.output(), "a spare slot")
     return results
 
 
-def others_run(shop: Shop, others: int = OTHERS) -> None:
+def others_run(shop: Shop) -> None:
     """Tasks without a breaker run while the calls hang."""
     before = int(shop.side.get("runs:ping") or 0)
-    for _ in range(others):
+    for _ in range(OTHERS):
         shop.ping.delay()
-    shop.wait(lambda: int(shop.side.get("runs:ping") or 0) == before + others, "the other tasks")
+    shop.wait(lambda: int(shop.side.get("runs:ping") or 0) == before + OTHERS, "the other tasks")
     assert shop.side.get("health:lingering") == "hang"
 
 
@@ -87,13 +88,13 @@ def test_it_is_the_same_whatever_else_becomes_of_the_pool(
     shop: Shop, disturb: Callable[[Shop, Worker], None], arguments: tuple[str, ...]
 ) -> None:
     worker = shop.worker(concurrency=2, arguments=arguments)
-    results = hang(shop, worker, calls=5)  # few: some of these pools start a process for each task
+    results = hang(shop, worker)
     disturb(shop, worker)
-    others_run(shop, others=4)
+    others_run(shop)
     shop.set_health("lingering", "up")
     shop.wait(lambda: all(result.ready() for result in results), "all calls to end")
     shop.wait(lambda: worker.output().count(REMOVED) == worker.output().count(ADDED), "the spare slots to go")
-    others_run_afterwards = [shop.ping.delay() for _ in range(4)]
+    others_run_afterwards = [shop.ping.delay() for _ in range(OTHERS)]
     shop.wait_done(*others_run_afterwards)
 
 
@@ -108,7 +109,10 @@ def test_a_shutdown_in_the_middle_of_it_loses_nothing(shop: Shop, pool: str, how
         shop.wait(lambda: "Warm shutdown" in worker.output(), "the worker to hear")
     shop.set_health("lingering", "up")
     shop.wait(lambda: not worker.running, "the worker to end")
-    assert "Traceback" not in worker.output()
+    if (pool, how) == ("threads", signal.SIGQUIT):  # Celery cancels late tasks, which its pool of threads cannot
+        assert re.search(r'File ".*/resilient_tasks/', worker.output()) is None
+    else:
+        assert "Traceback" not in worker.output()
     shop.worker(concurrency=2)
     shop.wait_done(*results)
 

@@ -31,10 +31,10 @@ app.conf.update(
 
 WITH_THE_LIBRARY = f"""{WITHOUT_THE_LIBRARY}
 from resilient_tasks import Resilience
-from resilient_tasks.worker import heart, tick
+from resilient_tasks.worker import maintenance
 
 resilience = Resilience(app, tick_interval=0.25)
-heart.DECLARING, heart.RECONCILE_INTERVAL, tick.RECONCILE_INTERVAL, tick.ABANDONED_AFTER = 0.5, 0.5, 0.5, 2.0
+maintenance.DECLARING, maintenance.RECONCILE_INTERVAL, maintenance.ABANDONED_AFTER = 0.5, 0.5, 2.0
 """
 
 BEFORE = f"""{WITH_THE_LIBRARY}

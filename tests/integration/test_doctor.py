@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from resilient_tasks import Resilience, cli
 from resilient_tasks.operations import doctor
-from resilient_tasks.worker.runtime import TICK_TASK, runtime_of
+from resilient_tasks.worker.context import TICK_TASK, runtime_of
 from tests.chaos.stack import faketime_library
 from tests.integration.conftest import Shop
 from workers.processes import PROJECT

@@ -12,7 +12,7 @@ from celery.worker.consumer.mingle import Mingle
 from resilient_tasks import Breaker, BreakerPolicy, ConfigurationError, Resilience, ResilientTask, StoreError
 from resilient_tasks.testing import force, in_memory
 from resilient_tasks.worker.bootsteps import ControlQueue
-from resilient_tasks.worker.runtime import runtime_of
+from resilient_tasks.worker.context import runtime_of
 
 
 @pytest.fixture

@@ -110,6 +110,38 @@ def test_the_rule_lets_pass_what_it_allows(unit: str, statement: str) -> None:
     assert not any(is_forbidden(unit, name) for name in imports(statement))
 
 
+def imported_files() -> dict[str, set[str]]:
+    """Return by each file of the package the others that it imports, for types only or not."""
+    names = {".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path for path in modules()}
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        dotted = [each.removeprefix(f"{PACKAGE}.") for each in imports(path.read_text()) if each.startswith(PACKAGE)]
+        candidates = {file for each in dotted for file in (each, each.rpartition(".")[0], f"{each}.__init__")}
+        graph[name] = (candidates & names.keys()) - {name}
+    return graph
+
+
+def circles_in(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Return the sets of files of which each imports all others, by some way."""
+    reached = {name: set(others) for name, others in graph.items()}
+    for via in graph:
+        for name in graph:
+            if via in reached[name]:
+                reached[name] |= reached[via]
+    found = [{name, *(other for other in reached[name] if name in reached[other])} for name in graph]
+    return [circle for index, circle in enumerate(found) if len(circle) > 1 and circle not in found[:index]]
+
+
+def test_files_import_each_other_in_no_circle() -> None:
+    assert circles_in(imported_files()) == []
+
+
+def test_a_circle_is_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}
+    assert circles_in(graph) == [{"b", "c"}]
+    assert {"worker.request", "core.model"} <= imported_files()["worker.pipeline"]
+
+
 def test_the_public_surface_is_small() -> None:
     public = getattr(importlib.import_module(PACKAGE), "__all__", [])
     assert len(public) <= 20

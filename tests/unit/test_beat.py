@@ -21,7 +21,7 @@ from resilient_tasks.store.base import Spec
 from resilient_tasks.store.local import LocalStore
 from resilient_tasks.testing import Clock, force, in_memory
 from resilient_tasks.worker.beat import TickSchedule
-from resilient_tasks.worker.runtime import TICK_ENTRY, TICK_TASK
+from resilient_tasks.worker.context import TICK_ENTRY, TICK_TASK
 from tests.support.doubles import FlakyStore
 
 OWN = {"own": {"task": "own", "schedule": 3600.0}}

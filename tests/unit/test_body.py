@@ -17,8 +17,8 @@ from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Outco
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.scope import Pass
 from resilient_tasks.testing import Clock, force
-from resilient_tasks.worker import seams
-from resilient_tasks.worker.run import Admission, Report, TaskDeferred, run_admitted
+from resilient_tasks.worker import celery_internals
+from resilient_tasks.worker.execution import Admission, Report, TaskDeferred, run_admitted
 
 TASK_ID = "d3f0"
 SUCCESS, FAILURE = Verdict(Outcome.SUCCESS), Verdict(Outcome.FAILURE, "ConnectionError")
@@ -45,7 +45,7 @@ def gated(task: Any, admission: Admission) -> tuple[Any, Report]:
         finally:
             task.request_stack.pop()
 
-    with mock.patch.object(seams, "tracer", return_value=trace):
+    with mock.patch.object(celery_internals, "tracer", return_value=trace):
         _, value, _, report = run_admitted(admission.pack(), task.name, TASK_ID)
     return value, Report.unpack(report)
 

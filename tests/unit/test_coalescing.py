@@ -11,9 +11,8 @@ from celery import Celery, chain, chord, group
 
 from resilient_tasks import Breaker, ConfigurationError
 from resilient_tasks.call import Call, is_task_key, key_of
-from resilient_tasks.worker import seams
-from resilient_tasks.worker.coalescing import coalesced_as, superseded_among
-from resilient_tasks.worker.request import GatedRequest
+from resilient_tasks.worker import celery_internals
+from resilient_tasks.worker.request import GatedRequest, coalesced_as, superseded_among
 
 
 @pytest.fixture
@@ -37,7 +36,9 @@ def digest(app: Celery) -> Callable[..., list[str]]:
     """Send something, and return under what each message of a task would be coalesced."""
 
     def coalesced(message: Any) -> str:
-        return coalesced_as(GatedRequest(message, app=app, task=app.tasks["sync"], **seams.parts_of(message)))
+        return coalesced_as(
+            GatedRequest(message, app=app, task=app.tasks["sync"], **celery_internals.parts_of(message))
+        )
 
     def of(signature: Any) -> list[str]:
         signature.apply_async()

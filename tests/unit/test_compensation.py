@@ -14,7 +14,7 @@ from resilient_tasks.core.outage import SPARE_SLOTS, SUSPECTED
 from resilient_tasks.testing import Clock, in_memory
 from resilient_tasks.worker import compensation as module
 from resilient_tasks.worker.compensation import LINGER, MOST_LATE, REFUSED_FOR, Compensation
-from resilient_tasks.worker.runtime import runtime_of
+from resilient_tasks.worker.context import runtime_of
 from tests.support.doubles import ManualClock
 
 

@@ -16,10 +16,10 @@ from kombu.common import QoS
 from resilient_tasks import Breaker, ConfigurationError, DeadLetter, DeadLetterError, Resilience
 from resilient_tasks.operations.waiting import DeadLetters
 from resilient_tasks.testing import Clock
+from resilient_tasks.worker.context import runtime_of
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.envelope import HEADER, Step, Ticket
 from resilient_tasks.worker.request import GatedRequest
-from resilient_tasks.worker.runtime import runtime_of
 
 DEAD = "resilient.dead.payments"
 CALL = [[1], {"two": 2}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
@@ -188,8 +188,8 @@ def test_a_dead_task_is_held_unacknowledged_until_the_broker_takes_it(
     request = GatedRequest(message, app=app, task=app.tasks["letters-charge"], on_ack=acknowledged.append)
     request.dead = True
     window = QoS(lambda **_: None, 4)
-    host: Any = SimpleNamespace(consumer=SimpleNamespace(qos=window, qos_global=None))
-    runtime_of(app).host = host
+    pipeline: Any = SimpleNamespace(consumer=SimpleNamespace(qos=window, qos_global=None))
+    runtime_of(app).pipeline = pipeline
     deferral.attempt(request, partial(deferral.defer, request, TICKET))
     request.acknowledge()
     request.reject(requeue=True)

@@ -12,11 +12,11 @@ from celery.backends.cache import CacheBackend
 from celery.exceptions import TaskRevokedError
 
 from resilient_tasks import Resilience
+from resilient_tasks.worker.celery_internals import Events
+from resilient_tasks.worker.context import runtime_of
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.envelope import Ticket
-from resilient_tasks.worker.events import Events
 from resilient_tasks.worker.queues import Entry, Move
-from resilient_tasks.worker.runtime import runtime_of
 
 
 class SometimesAway(CacheBackend):

@@ -13,9 +13,9 @@ from celery.canvas import chain
 
 from resilient_tasks import ConfigurationError, Resilience, ResilientTask, constant
 from resilient_tasks.testing import in_memory
+from resilient_tasks.worker.context import runtime_of
 from resilient_tasks.worker.definitions import doubts
 from resilient_tasks.worker.options import options_of
-from resilient_tasks.worker.runtime import runtime_of
 
 
 class Audited(Task):
@@ -68,7 +68,7 @@ def assert_guarded(app: Celery, task: Any, **options: Any) -> None:
     found = options_of(task)
     assert {name: getattr(found, name) for name in expected} == expected
     assert (task.Strategy, task.Request) == (
-        "resilient_tasks.worker.strategy:gated",
+        "resilient_tasks.worker.pipeline:strategy",
         "resilient_tasks.worker.request:GatedRequest",
     )
     assert app.tasks[task.name] is getattr(task, "_get_current_object", lambda: task)()

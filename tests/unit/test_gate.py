@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +14,12 @@ from resilient_tasks.core.model import Outcome
 from resilient_tasks.core.outage import REDELIVERED
 from resilient_tasks.store.view import CachedState
 from resilient_tasks.testing import Clock, force
-from resilient_tasks.worker.compensation import Compensation
+from resilient_tasks.worker.admission import Gate
+from resilient_tasks.worker.context import runtime_of
 from resilient_tasks.worker.envelope import Ticket
-from resilient_tasks.worker.gate import Gate
+from resilient_tasks.worker.execution import Report
+from resilient_tasks.worker.pipeline import Pipeline
 from resilient_tasks.worker.request import GatedRequest
-from resilient_tasks.worker.run import Report
-from resilient_tasks.worker.runtime import runtime_of
 from tests.support.doubles import Request
 
 IDS = [f"task-{number}" for number in range(2000)]
@@ -145,18 +144,15 @@ def test_a_run_that_the_pool_has_discarded_is_settled(gate: Gate, resilience: Re
     mail = resilience.breaker("mail", trial_calls=3, open_duration=1, open_jitter=0)
     force(mail, "OPEN")
     clock.advance(1.0)
-    told: list[str] = []
     for task_id in ("accepted", "finished", "discarded"):
         run = request(task_id, Ticket(), mail)
-        run.discard = partial(told.append, task_id)
         admission = gate.admit(run)
         assert admission.passes[0].trial
         if task_id == "accepted":
             gate.hold(run, admission)
         elif task_id == "finished":
             gate.settle(run, admission, Report.of_all(Verdict(Outcome.SUCCESS), admission.passes))
-    gate.take_back_discarded()
-    assert told == ["discarded"]
+    assert [run.id for run in gate.unaccepted()] == ["discarded"]
 
 
 def test_a_refused_run_that_a_fallback_answers_holds_nothing(gate: Gate, payments: Breaker, clock: Clock) -> None:
@@ -177,7 +173,7 @@ def test_a_message_that_the_broker_delivers_again_runs_and_is_counted(
     def charge() -> None: ...
 
     runtime = runtime_of(app)
-    runtime.host = SimpleNamespace(gate=gate, compensation=Compensation(runtime))  # type: ignore[assignment]
+    runtime.pipeline = Pipeline(runtime)
     counted: list[tuple[str, str]] = []
     monkeypatch.setattr(runtime.fleet.reporter, "tally", lambda *told: counted.append(told))
     message = SimpleNamespace(

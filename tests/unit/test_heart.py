@@ -6,8 +6,7 @@ from unittest import mock
 
 import pytest
 
-from resilient_tasks.worker.heart import Heart
-from resilient_tasks.worker.tick import RECONCILE_INTERVAL
+from resilient_tasks.worker.maintenance import RECONCILE_INTERVAL, Maintenance
 
 
 class Ticks:
@@ -33,24 +32,24 @@ def ticks() -> Ticks:
 
 
 @pytest.fixture
-def heart(ticks: Ticks) -> Heart:
+def heart(ticks: Ticks) -> Maintenance:
     runtime = mock.MagicMock(breakers={})
     runtime.present.return_value = []
     runtime.settings.tick_interval = 1.0
     runtime.fleet.ledger.last_tick_age = ticks.last_tick_age
-    heart = Heart(runtime, mock.Mock(), mock.Mock(), mock.Mock(), mock.Mock())
+    heart = Maintenance(runtime, mock.Mock(), mock.Mock(), mock.Mock(), mock.Mock())
     heart._tick = ticks  # type: ignore[assignment]
     return heart
 
 
-def test_a_tick_that_was_sent_runs_once(heart: Heart, ticks: Ticks) -> None:
+def test_a_tick_that_was_sent_runs_once(heart: Maintenance, ticks: Ticks) -> None:
     heart.want_tick()
     for _ in range(3):
         heart._round()
     assert ticks.tried == 1
 
 
-def test_a_tick_that_met_a_refill_is_made_up_for(heart: Heart, ticks: Ticks) -> None:
+def test_a_tick_that_met_a_refill_is_made_up_for(heart: Maintenance, ticks: Ticks) -> None:
     heart.want_tick()
     ticks.lease_is_free = False
     heart._round()
@@ -60,7 +59,7 @@ def test_a_tick_that_met_a_refill_is_made_up_for(heart: Heart, ticks: Ticks) -> 
     assert ticks.tried == 2
 
 
-def test_a_tick_that_met_another_is_not_run_again(heart: Heart, ticks: Ticks) -> None:
+def test_a_tick_that_met_another_is_not_run_again(heart: Maintenance, ticks: Ticks) -> None:
     heart.want_tick()
     ticks.lease_is_free = False
     heart._round()
@@ -69,7 +68,7 @@ def test_a_tick_that_met_another_is_not_run_again(heart: Heart, ticks: Ticks) ->
     assert ticks.tried == 1
 
 
-def test_a_worker_looks_for_itself_when_nobody_ticks(heart: Heart, ticks: Ticks) -> None:
+def test_a_worker_looks_for_itself_when_nobody_ticks(heart: Maintenance, ticks: Ticks) -> None:
     ticks.age = RECONCILE_INTERVAL
     heart._round()
     heart._round()

@@ -17,10 +17,10 @@ from resilient_tasks.core.pace import Pace, refill_count
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.scope import Pass, within
 from resilient_tasks.testing import Clock
+from resilient_tasks.worker.admission import Gate, Places
+from resilient_tasks.worker.context import runtime_of
 from resilient_tasks.worker.envelope import Ticket
-from resilient_tasks.worker.gate import Gate, Places
-from resilient_tasks.worker.run import Run
-from resilient_tasks.worker.runtime import runtime_of
+from resilient_tasks.worker.execution import Run
 from tests.support.doubles import Request, wait_until
 from tests.unit.test_breaker import Call, Rig, elsewhere, every_way
 

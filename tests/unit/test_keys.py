@@ -15,12 +15,12 @@ from resilient_tasks.core.model import Verb, child_name, is_child, key_of, paren
 from resilient_tasks.dependency import REMEMBERED_FOR
 from resilient_tasks.scope import Pass
 from resilient_tasks.testing import Clock, force
-from resilient_tasks.worker import tick
+from resilient_tasks.worker import maintenance as tick
+from resilient_tasks.worker.admission import Gate
+from resilient_tasks.worker.context import Runtime, runtime_of
 from resilient_tasks.worker.envelope import Ticket
-from resilient_tasks.worker.gate import Gate
-from resilient_tasks.worker.reconcile import Reconciler
-from resilient_tasks.worker.run import Admission
-from resilient_tasks.worker.runtime import Runtime, runtime_of
+from resilient_tasks.worker.execution import Admission
+from resilient_tasks.worker.maintenance import Reconciler
 from tests.unit.test_body import FAILURE, gated
 from tests.unit.test_gate import request
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from resilient_tasks.testing import in_memory
-from resilient_tasks.worker.runtime import runtime_of
+from resilient_tasks.worker.context import runtime_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "many-breakers.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)

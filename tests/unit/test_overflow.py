@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from resilient_tasks.worker.compensation import Overflow
 from resilient_tasks.worker.envelope import Ticket
-from resilient_tasks.worker.overflow import Overflow
 
 
 class TaskConsumer:
@@ -22,9 +22,9 @@ def test_a_queue_is_blocked_again_after_a_reconnect() -> None:
     consumer = SimpleNamespace(
         task_consumer=TaskConsumer(), event_dispatcher=None, call_soon=lambda call, *args: call(*args)
     )
-    deferral = SimpleNamespace(put_back=lambda *_: None)
-    host: Any = SimpleNamespace(consumer=consumer, deferral=deferral)
-    overflow = Overflow(None, host)  # type: ignore[arg-type]  # not asked for: nothing is unblocked here
+    deferral: Any = SimpleNamespace(put_back=lambda *_: None)
+    overflow = Overflow(deferral, lambda _: True)
+    overflow.consumer = consumer
     request: Any = SimpleNamespace(arrival=0)
     for _ in range(2):
         consumer.task_consumer = TaskConsumer()

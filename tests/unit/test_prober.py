@@ -14,9 +14,9 @@ from resilient_tasks import Breaker, Resilience, State, StoreError
 from resilient_tasks.checks import HealthCheckError, heartbeat
 from resilient_tasks.core.model import Transition
 from resilient_tasks.testing import Clock, force
-from resilient_tasks.worker import probe as probe_module
-from resilient_tasks.worker.probe import Prober
-from resilient_tasks.worker.runtime import runtime_of
+from resilient_tasks.worker import probes as probe_module
+from resilient_tasks.worker.context import runtime_of
+from resilient_tasks.worker.probes import Prober
 from tests.support.doubles import FlakyStore, wait_until
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilient_tasks.errors import StoreError
-from resilient_tasks.worker import seams
+from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.deferred_tasks import HEARSAY, RevokeRelay, revoked_among
 from resilient_tasks.worker.envelope import Ticket
 from resilient_tasks.worker.queues import Entry
@@ -52,8 +52,8 @@ def ledger() -> Any:
 @pytest.fixture(autouse=True)
 def _nothing_revoked() -> Iterator[None]:
     yield
-    seams.revoked_ids.clear()
-    seams.revoked_stamps.clear()
+    celery_internals.revoked_ids.clear()
+    celery_internals.revoked_stamps.clear()
 
 
 def waiting(task_id: str, *, since: float = NOW, **headers: Any) -> Entry:
@@ -62,7 +62,7 @@ def waiting(task_id: str, *, since: float = NOW, **headers: Any) -> Entry:
 
 def test_what_has_expired_is_no_order_to_revoke(ledger: Any) -> None:
     hearing = RevokeRelay()
-    seams.revoked_ids.update(["expired", "revoked"])
+    celery_internals.revoked_ids.update(["expired", "revoked"])
     for task_id in ("expired", "revoked"):
         request = SimpleNamespace(id=task_id)
         task_revoked.send(None, request=request, terminated=False, signum=None, expired=task_id == "expired")
@@ -78,8 +78,8 @@ def stamped(task_id: str, since: float = NOW, **stamps: Any) -> Entry:
 def test_each_revoke_is_passed_on_once(ledger: Any) -> None:
     hearing = RevokeRelay()
     hearing.pass_on(ledger, ["payments"])
-    seams.revoked_ids.add("a")
-    seams.revoked_stamps["tenant"] = ["acme"]
+    celery_internals.revoked_ids.add("a")
+    celery_internals.revoked_stamps["tenant"] = ["acme"]
     hearing.pass_on(ledger, ["payments"])
     hearing.pass_on(ledger, ["payments"])
     assert ledger.calls == [['["tenant", "acme"]', "a"]]
@@ -89,14 +89,14 @@ def test_each_revoke_is_passed_on_once(ledger: Any) -> None:
 def test_a_stamp_that_is_revoked_again_is_passed_on_again(ledger: Any) -> None:
     hearing = RevokeRelay()
     for values in (["acme"], ["acme", "acme"]):
-        seams.revoked_stamps["tenant"] = values
+        celery_internals.revoked_stamps["tenant"] = values
         hearing.pass_on(ledger, ["payments"])
     assert ledger.calls == [['["tenant", "acme"]']] * 2
 
 
 def test_what_the_ledger_missed_it_is_told_later(ledger: Any) -> None:
     hearing = RevokeRelay()
-    seams.revoked_ids.add("a")
+    celery_internals.revoked_ids.add("a")
     ledger.away = True
     with pytest.raises(StoreError):
         hearing.pass_on(ledger, ["payments"])
@@ -106,8 +106,8 @@ def test_what_the_ledger_missed_it_is_told_later(ledger: Any) -> None:
 
 
 def test_tasks_are_found_by_id_and_by_stamp(ledger: Any) -> None:
-    seams.revoked_ids.add("a")
-    seams.revoked_stamps.update(tenant=["acme"], user=[1, "2"])
+    celery_internals.revoked_ids.add("a")
+    celery_internals.revoked_stamps.update(tenant=["acme"], user=[1, "2"])
     RevokeRelay().pass_on(ledger, ["payments"])
     entries = [
         waiting("a"), waiting("b"), stamped("c", tenant="acme"), stamped("d", tenant=["bolt", "acme"]),
@@ -119,7 +119,7 @@ def test_tasks_are_found_by_id_and_by_stamp(ledger: Any) -> None:
 
 
 def test_a_revoked_stamp_concerns_only_tasks_that_had_been_sent(ledger: Any) -> None:
-    seams.revoked_stamps["tenant"] = ["acme"]
+    celery_internals.revoked_stamps["tenant"] = ["acme"]
     RevokeRelay().pass_on(ledger, ["payments"])
     since = {"long ago": NOW - 1000, "a moment later": NOW + 1, "the day after": NOW + HEARSAY + 1}
     entries = [stamped(task_id, at, tenant="acme") for task_id, at in since.items()]

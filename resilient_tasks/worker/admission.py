@@ -18,16 +18,15 @@ from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Grant, Outcome, State, parent_of, voter_of
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
 from resilient_tasks.scope import Pass
+from resilient_tasks.store.background import Watch, overdue
 from resilient_tasks.worker.envelope import Ticket
-from resilient_tasks.worker.overruns import OVERDUE, Overruns
-from resilient_tasks.worker.run import Admission, Report, limits_of
+from resilient_tasks.worker.execution import Admission, Report, limits_of
 
 if TYPE_CHECKING:
     from resilient_tasks.dependency import Dependency
     from resilient_tasks.store.view import CachedState
+    from resilient_tasks.worker.context import Runtime
     from resilient_tasks.worker.request import GatedRequest
-    from resilient_tasks.worker.runtime import Runtime
-
 
 _NOTHING_SAID, _SUCCESS, _SLOW = Verdict(Outcome.IGNORED), Verdict(Outcome.SUCCESS), Verdict(Outcome.SLOW)
 
@@ -171,10 +170,9 @@ class Gate:
         since = ticket.attempted_at or self._runtime.fleet.view.server_now() - standing.spec.policy.window
         return last_success > since
 
-    def take_back_discarded(self) -> None:
-        """Take permits and slots back from runs that the pool has thrown away unaccepted: nobody else settles them."""
-        for request in list(self._unaccepted):
-            request.discard()
+    def unaccepted(self) -> list[GatedRequest]:
+        """Return the runs with a slot or permit that no pool process has accepted yet."""
+        return list(self._unaccepted)
 
     def took_up(self, ticket: Ticket) -> None:
         """Note that a resumed task has reached a worker."""
@@ -263,3 +261,40 @@ def _trial_limit(request: GatedRequest, breaker: Dependency) -> float:
     """Longest time in seconds for which a trial's permit is renewed."""
     hard, soft = limits_of(request.task, request.time_limits)
     return float(hard or soft or breaker.policy.trial_timeout)
+
+
+OVERDUE = Verdict(Outcome.OVERDUE)
+
+
+class Overruns:
+    """The runs of one worker that are watched, each for one of the breakers that have admitted it.
+
+    Not those of tasks whose own guards have turned out to report on the breaker: how long they take says nothing.
+    """
+
+    def __init__(self) -> None:
+        self._watches: dict[tuple[GatedRequest, str], Watch] = {}
+        self._guarded_inside: set[tuple[str, str]] = set()  # task, and breaker without its key: as many as the code has
+
+    def watches(self, request: GatedRequest, breaker: str) -> bool:
+        """Whether a run would be watched, as far as is known of its task."""
+        return _guard_inside(request, breaker) not in self._guarded_inside
+
+    def begin(
+        self, request: GatedRequest, breaker: str, seconds: float, report: Callable[[], object], *, once: bool
+    ) -> None:
+        """Watch a run that begins now; ``report`` is called each time that it has taken so many seconds more."""
+        self._watches[request, breaker] = overdue.begin(seconds, report, once=once)
+
+    def end(self, request: GatedRequest, breaker: str, verdict: Verdict | None) -> bool:
+        """Watch a run no longer; return whether it has been overdue. Without a verdict guards inside have reported."""
+        watch = self._watches.pop((request, breaker), None)
+        if watch is None:
+            return False
+        if verdict is None:
+            self._guarded_inside.add(_guard_inside(request, breaker))
+        return overdue.end(watch)
+
+
+def _guard_inside(request: GatedRequest, breaker: str) -> tuple[str, str]:
+    return request.task.name, parent_of(breaker) or breaker

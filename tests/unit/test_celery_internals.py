@@ -30,7 +30,7 @@ from kombu import Consumer as MessageConsumer
 from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 from kombu.transport.pyamqp import Message as AMQPMessage
 
-from resilient_tasks.worker import seams
+from resilient_tasks.worker import celery_internals
 from workers.processes import Server, start_valkey, wait_until
 
 
@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def channel(server: Server) -> Iterator[Any]:
     with Connection(server.url(0), transport_options={"global_keyprefix": "pre."}) as connection:
         channel = connection.default_channel
-        seams.plain_client(channel).flushdb()
+        celery_internals.plain_client(channel).flushdb()
         yield channel
 
 
@@ -66,7 +66,7 @@ def test_a_consumers_loop_asks_for_its_handler_by_name(app: Celery) -> None:
     assert "obj.create_task_handler()" in inspect.getsource(loops.synloop)
     taken: list[Any] = []
     consumer = SimpleNamespace(create_task_handler=lambda: taken.append)
-    seams.filter_messages(consumer, lambda message: message != "bad")
+    celery_internals.filter_messages(consumer, lambda message: message != "bad")
     handle = consumer.create_task_handler()
     for message in ("good", "bad"):
         handle(message)
@@ -79,9 +79,9 @@ def test_only_prefork_discards_what_no_process_has_accepted(app: Celery) -> None
     assert "self.pool.flush()" in inspect.getsource(Consumer.on_close)
     forking = prefork.TaskPool(1, app=app)
     forking._pool = object.__new__(AsynPool)
-    assert seams.discards_unaccepted(forking)
-    assert not seams.discards_unaccepted(solo.TaskPool(app=app))
-    assert not seams.discards_unaccepted(thread.TaskPool(1, app=app))
+    assert celery_internals.discards_unaccepted(forking)
+    assert not celery_internals.discards_unaccepted(solo.TaskPool(app=app))
+    assert not celery_internals.discards_unaccepted(thread.TaskPool(1, app=app))
 
 
 def request_of(app: Celery, base: type = Request, **headers: Any) -> Any:
@@ -101,18 +101,18 @@ def test_task_ready_forgets_a_request(app: Celery) -> None:
     state.task_reserved(request)
     assert request in state.reserved_requests
     assert state.requests["an-id"] is request
-    seams.task_ready(request)
+    celery_internals.task_ready(request)
     assert request not in state.reserved_requests
     assert "an-id" not in state.requests
 
 
 def test_revoked_ids_are_those_that_the_revoke_command_adds_to(app: Celery) -> None:
-    seams.revoked_ids.add("revoked-id")
+    celery_internals.revoked_ids.add("revoked-id")
     try:
         assert "revoked-id" in list(state.revoked)
-        assert request_of(app, id="revoked-id").id in seams.revoked_ids
+        assert request_of(app, id="revoked-id").id in celery_internals.revoked_ids
     finally:
-        seams.revoked_ids.discard("revoked-id")
+        celery_internals.revoked_ids.discard("revoked-id")
 
 
 def test_revoked_stamps_are_lists_that_the_command_adds_to() -> None:
@@ -120,9 +120,9 @@ def test_revoked_stamps_are_lists_that_the_command_adds_to() -> None:
     try:
         revoke(SimpleNamespace(), {"tenant": "acme"})
         revoke(SimpleNamespace(), {"tenant": ["bolt"], "user": [1]})
-        assert seams.revoked_stamps == {"tenant": ["acme", "bolt"], "user": [1]}
+        assert celery_internals.revoked_stamps == {"tenant": ["acme", "bolt"], "user": [1]}
     finally:
-        seams.revoked_stamps.clear()
+        celery_internals.revoked_stamps.clear()
 
 
 @pytest.mark.parametrize("flag", ["should_stop", "should_terminate"])
@@ -131,9 +131,9 @@ def test_shutting_down_is_told_by_two_flags_that_hold_an_exit_code(
     monkeypatch: pytest.MonkeyPatch, flag: str, exit_code: int
 ) -> None:
     assert (state.should_stop, state.should_terminate) == (None, None)
-    assert not seams.shutting_down()
+    assert not celery_internals.shutting_down()
     monkeypatch.setattr(state, flag, exit_code)
-    assert seams.shutting_down()
+    assert celery_internals.shutting_down()
 
 
 def test_error_callbacks_are_called_as_the_backend_calls_them(app: Celery) -> None:
@@ -146,7 +146,7 @@ def test_error_callbacks_are_called_as_the_backend_calls_them(app: Celery) -> No
     request = request_of(app)
     request._context.errbacks = [note.s()]
     error = ValueError("no")
-    seams.call_errbacks(app.backend, request._context, error)
+    celery_internals.call_errbacks(app.backend, request._context, error)
     assert called == [("an-id", error, None)]
 
 
@@ -158,7 +158,7 @@ def test_a_request_is_made_of_a_message_of_either_protocol(app: Celery, protocol
         headers=headers, properties={}, payload=json.loads(json.dumps(body)), body=json.dumps(body), delivery_info={},
         content_type="application/json", content_encoding="utf-8",
     )  # fmt: skip
-    request = Request(message, app=app, task=app.tasks["double"], **seams.parts_of(message))
+    request = Request(message, app=app, task=app.tasks["double"], **celery_internals.parts_of(message))
     assert (request.id, request.args, request.kwargs) == ("an-id", [21], {})
     assert request._context.errbacks == ["an-errback"]
 
@@ -168,15 +168,15 @@ def test_accepted_types_are_those_that_a_worker_takes(app: Celery, accepted: lis
     app.conf.accept_content = accepted
     with app.connection_for_read() as connection:
         consumer = MessageConsumer(connection, auto_declare=False, accept=app.conf.accept_content)
-        assert seams.accepted_types(app.conf.accept_content) == consumer.accept
+        assert celery_internals.accepted_types(app.conf.accept_content) == consumer.accept
 
 
 @pytest.mark.parametrize("text", ["2030-01-01T00:00:00Z", "2030-01-01T00:00:00.5+02:00", "2030-01-01T00:00:00"])
 def test_a_moment_is_read_as_a_request_reads_it(app: Celery, text: str) -> None:
-    moment, expires = seams.read_moment(text), request_of(app, expires=text).expires
+    moment, expires = celery_internals.read_moment(text), request_of(app, expires=text).expires
     assert moment is not None
     assert moment.replace(tzinfo=None) == expires.replace(tzinfo=None)
-    assert seams.read_moment(None) is None
+    assert celery_internals.read_moment(None) is None
 
 
 # --- running a task -------------------------------------------------------------------------------
@@ -189,12 +189,12 @@ def test_tracer_is_what_celery_itself_would_use(app: Celery, fast: bool) -> None
         Request, app.tasks["double"], SimpleNamespace(apply_async=None), "", None, app=app
     )
     closure = inspect.getclosurevars(request_class.execute_using_pool).nonlocals
-    assert seams.tracer(app) is closure["trace"] is (fast_trace_task if fast else trace_task_ret)
+    assert celery_internals.tracer(app) is closure["trace"] is (fast_trace_task if fast else trace_task_ret)
 
 
 def test_a_tracer_takes_the_message_and_returns_failed_value_and_runtime(app: Celery) -> None:
     request = request_of(app)
-    failed, value, runtime = seams.tracer(app)(
+    failed, value, runtime = celery_internals.tracer(app)(
         request.type, request.id, request.request_dict, request.body, request.content_type, request.content_encoding,
         app=app,
     )  # fmt: skip
@@ -236,7 +236,7 @@ def test_the_derived_class_submits_what_we_submit(app: Celery) -> None:
     request = request_of(app, derived)
     request.execute_using_pool(pool)
     (trace, *_), options = submitted[0]
-    assert trace is seams.tracer(app)
+    assert trace is celery_internals.tracer(app)
     assert options.pop("args") == (
         request.type, request.id, request.request_dict, request.body, request.content_type, request.content_encoding,
     )  # fmt: skip
@@ -316,41 +316,43 @@ def receive(channel: Any, *queues: Queue) -> tuple[Any, MessageConsumer]:
 def test_messages_lie_in_the_list_that_we_say(channel: Any, priority: int) -> None:
     publish(channel, "shop", priority=priority)
     raw = {"properties": {"priority": priority}}
-    key = seams.list_key(channel, "shop", seams.message_priority(channel, raw))
+    key = celery_internals.list_key(channel, "shop", celery_internals.message_priority(channel, raw))
     assert key.startswith("pre.shop")
-    waiting = seams.plain_client(channel).lrange(key, 0, -1)
-    assert [seams.decode_message(text)["properties"]["priority"] for text in waiting] == [priority]
-    assert seams.queue_size(channel, "shop") == 1
+    waiting = celery_internals.plain_client(channel).lrange(key, 0, -1)
+    assert [celery_internals.decode_message(text)["properties"]["priority"] for text in waiting] == [priority]
+    assert celery_internals.queue_size(channel, "shop") == 1
 
 
 def test_a_delivered_message_lies_in_the_unacknowledged_hash_and_its_index(channel: Any) -> None:
     publish(channel, "shop")
     message, _ = receive(channel, Queue("shop"))
-    unacked, index = seams.unacked_keys(channel)
-    client = seams.plain_client(channel)
-    assert seams.emulates_acks(channel)
+    unacked, index = celery_internals.unacked_keys(channel)
+    client = celery_internals.plain_client(channel)
+    assert celery_internals.emulates_acks(channel)
     assert client.hkeys(unacked) == [message.delivery_tag.encode()] == client.zrange(index, 0, -1)
 
 
 def test_a_message_that_a_script_took_is_forgotten_without_touching_redis(channel: Any) -> None:
     publish(channel, "shop")
     message, _ = receive(channel, Queue("shop"))
-    seams.forget_delivery(message)
+    celery_internals.forget_delivery(message)
     assert message.acknowledged
-    assert seams.plain_client(channel).hlen(seams.unacked_keys(channel)[0]) == 1
+    assert celery_internals.plain_client(channel).hlen(celery_internals.unacked_keys(channel)[0]) == 1
     channel.qos.restore_unacked_once()
-    assert seams.queue_size(channel, "shop") == 0
+    assert celery_internals.queue_size(channel, "shop") == 0
 
 
 def test_a_message_survives_the_way_through_our_encoding(channel: Any) -> None:
     publish(channel, "shop", headers={"id": "an-id"}, priority=3)
     message, _ = receive(channel, Queue("shop"))
-    again = channel.Message(seams.decode_message(seams.encode_message(message.serializable())), channel=channel)
+    again = channel.Message(
+        celery_internals.decode_message(celery_internals.encode_message(message.serializable())), channel=channel
+    )
     assert (again.payload, again.headers, again.properties) == (message.payload, message.headers, message.properties)
 
 
 def test_fresh_delivery_tags_differ(channel: Any) -> None:
-    assert seams.new_delivery_tag(channel) != seams.new_delivery_tag(channel)
+    assert celery_internals.new_delivery_tag(channel) != celery_internals.new_delivery_tag(channel)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +366,7 @@ def test_the_queue_that_a_message_came_from(channel: Any, kind: str, binding: st
         queue(channel).declare()
     Producer(channel).publish({}, exchange=exchange, routing_key=routing_key)
     message, consumer = receive(channel, *queues)
-    assert seams.queue_of(consumer, message) == "shop"
+    assert celery_internals.queue_of(consumer, message) == "shop"
 
 
 @pytest.mark.parametrize(
@@ -373,7 +375,7 @@ def test_the_queue_that_a_message_came_from(channel: Any, kind: str, binding: st
 def test_a_forged_route_leads_to_a_queue_that_is_consumed(forged: dict[str, Any]) -> None:
     consumer = SimpleNamespace(queues=[Queue("shop")])
     message = SimpleNamespace(delivery_info=forged, channel=None)
-    assert seams.queue_of(consumer, message) == "shop"
+    assert celery_internals.queue_of(consumer, message) == "shop"
 
 
 def test_what_an_emulated_broker_takes_back_goes_to_the_end(app: Celery) -> None:
@@ -381,7 +383,7 @@ def test_what_an_emulated_broker_takes_back_goes_to_the_end(app: Celery) -> None
         queue = Queue("taken-back")(connection.default_channel)
         for number in range(3):
             Producer(connection).publish(number, exchange="", routing_key="taken-back", declare=[queue])
-        assert seams.is_emulated(connection.default_channel)
+        assert celery_internals.is_emulated(connection.default_channel)
         queue.get().requeue()
         assert [queue.get(no_ack=True).payload for _ in range(3)] == [1, 2, 0]
 
@@ -389,7 +391,7 @@ def test_what_an_emulated_broker_takes_back_goes_to_the_end(app: Celery) -> None
 def test_on_amqp_the_consumer_tag_tells_the_queue() -> None:
     consumer = SimpleNamespace(_active_tags={"shop": "tag-1", "other": "tag-2"})
     message = SimpleNamespace(delivery_info={"consumer_tag": "tag-2"}, channel=None)
-    assert seams.queue_of(consumer, message) == "other"
+    assert celery_internals.queue_of(consumer, message) == "other"
 
 
 def test_amqp_tells_a_task_its_headers_twice(app: Celery) -> None:
@@ -398,7 +400,7 @@ def test_amqp_tells_a_task_its_headers_twice(app: Celery) -> None:
     sent.delivery_info = {"delivery_tag": 1}
     message = AMQPMessage(sent, channel=SimpleNamespace(no_ack_consumers=None))
     request = Request(message, app=app, task=app.tasks["double"], body=message.body, headers=message.headers)
-    seams.drop_header_of_amqp(request.request_dict, "ours")
+    celery_internals.drop_header_of_amqp(request.request_dict, "ours")
     seen = Context(request.request_dict)
     assert seen.properties["application_headers"] == {"id": "an-id", "task": "double", "theirs": 2}
     assert message.properties["application_headers"] == message.headers == headers
@@ -407,7 +409,7 @@ def test_amqp_tells_a_task_its_headers_twice(app: Celery) -> None:
 def test_the_current_app_is_no_proxy(app: Celery) -> None:
     app.set_current()
     try:
-        assert seams.current_app() is app
+        assert celery_internals.current_app() is app
     finally:
         Celery("nobody").set_current()
 
@@ -418,7 +420,7 @@ def test_a_paused_queue_gets_what_was_on_its_way_and_nothing_more(channel: Any) 
     consumer.consume()
     with pytest.raises(TimeoutError):
         channel.connection.client.drain_events(timeout=0.1)  # leaves a BRPOP of both queues under way
-    tag = seams.pause_queue(consumer, "shop")
+    tag = celery_internals.pause_queue(consumer, "shop")
     assert tag is not None
     for _ in range(3):
         publish(channel, "shop")
@@ -427,8 +429,8 @@ def test_a_paused_queue_gets_what_was_on_its_way_and_nothing_more(channel: Any) 
         channel.connection.client.drain_events(timeout=10)
     assert [message.delivery_info["routing_key"] for message in received] == ["shop", "other"]
     assert [queue.name for queue in consumer.queues] == ["shop", "other"]  # it still counts as consumed
-    assert seams.queue_size(channel, "shop") == 2
-    assert seams.unpause_queue(consumer, "shop", tag)
+    assert celery_internals.queue_size(channel, "shop") == 2
+    assert celery_internals.unpause_queue(consumer, "shop", tag)
     for _ in range(2):
         channel.connection.client.drain_events(timeout=10)
     assert len(received) == 4
@@ -436,33 +438,33 @@ def test_a_paused_queue_gets_what_was_on_its_way_and_nothing_more(channel: Any) 
 
 def test_a_queue_that_was_cancelled_meanwhile_is_not_consumed_again(channel: Any) -> None:
     consumer = MessageConsumer(channel, queues=[Queue("shop")], on_message=lambda _: None)
-    assert seams.pause_queue(consumer, "shop") is None
+    assert celery_internals.pause_queue(consumer, "shop") is None
     consumer.consume()
-    tag = seams.pause_queue(consumer, "shop")
+    tag = celery_internals.pause_queue(consumer, "shop")
     assert tag is not None
     consumer.cancel_by_queue("shop")
-    assert not seams.unpause_queue(consumer, "shop", tag)
+    assert not celery_internals.unpause_queue(consumer, "shop", tag)
     consumer.add_queue(Queue("shop"))
     consumer.consume()
-    assert not seams.unpause_queue(consumer, "shop", tag)
+    assert not celery_internals.unpause_queue(consumer, "shop", tag)
     assert consumer.consuming_from("shop")
 
 
 def test_requests_that_wait_for_a_slot_are_reserved(app: Celery) -> None:
     request = request_of(app)
     state.task_reserved(request)
-    assert request in seams.reserved_requests()
+    assert request in celery_internals.reserved_requests()
     state.task_ready(request)
 
 
 @pytest.mark.parametrize("name", ["workers.app", "workers.app:app"])
 def test_an_app_is_found_by_the_name_that_the_command_line_takes(name: str) -> None:
-    assert seams.app_named(name).main == "workers"
+    assert celery_internals.app_named(name).main == "workers"
 
 
 def test_the_modules_that_an_app_includes_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
-    seams.import_task_modules(Celery("seams", include=["colorsys"], set_as_current=False))
+    celery_internals.import_task_modules(Celery("seams", include=["colorsys"], set_as_current=False))
     assert "colorsys" in sys.modules
 
 
@@ -475,7 +477,7 @@ def test_a_composed_message_is_the_one_that_would_be_published(channel: Any) -> 
         "priority": 3, "correlation_id": "1", "reply_to": "somebody", "expiration": 2.5, "retry": True,
         "retry_policy": {"max_retries": 1}, "compression": "zlib",
     }  # fmt: skip
-    composed = seams.compose(channel, ((1,), {}, {}), sent)
+    composed = celery_internals.compose(channel, ((1,), {}, {}), sent)
     with Producer(channel) as producer:
         producer.publish(((1,), {}, {}), declare=[queue], **sent)
     published = queue(channel).get(accept=["json"])
@@ -496,7 +498,7 @@ def test_a_message_for_amqp_is_composed_without_asking_the_broker() -> None:
             "headers": {"id": "1"},
             "priority": 3,
         }
-        composed = seams.compose(channel, ((1,), {}, {}), sent)
+        composed = celery_internals.compose(channel, ((1,), {}, {}), sent)
     assert composed.delivery_info == {"exchange": "to-here", "routing_key": "here"}
     assert (composed.properties["priority"], composed.properties["delivery_mode"]) == (3, 2)
     assert (composed.headers, composed.payload) == ({"id": "1"}, [[1], {}, {}])
@@ -526,7 +528,7 @@ def test_one_slot_more_lets_one_waiting_task_in() -> None:
     forked: list[int] = []
     pool: Any = SimpleNamespace(_processes=1, on_grow=forked.append, _putlock=semaphore)
     pool.maintain_pool = lambda: forked.append(pool._processes)
-    seams._fork_one_more(pool)
+    celery_internals._fork_one_more(pool)
     assert (started, forked, pool._processes) == ([0, 1], [1, 2], 2)
     semaphore.acquire(started.append, 3)
     assert started == [0, 1]
@@ -541,7 +543,7 @@ def test_a_pool_that_cannot_fork_stays_as_it_was() -> None:
     semaphore = LaxBoundedSemaphore(1)
     pool = SimpleNamespace(_processes=1, on_grow=lambda _: None, maintain_pool=refuse, _putlock=semaphore)
     with pytest.raises(OSError, match="out of memory"):
-        seams._fork_one_more(pool)
+        celery_internals._fork_one_more(pool)
     assert (pool._processes, semaphore.initial_value) == (1, 1)
 
 
@@ -561,26 +563,26 @@ def test_a_process_to_which_a_task_was_written_is_not_ended() -> None:
         _putlock=LaxBoundedSemaphore(4),
         on_shrink=lambda _: None,
     )
-    assert seams._end_one_process(pool)
+    assert celery_internals._end_one_process(pool)
     assert (ended, pool._processes, pool._putlock.initial_value) == ([3], 3, 3)
     pool._busy_workers.add(3)
-    assert not seams._end_one_process(pool)
+    assert not celery_internals._end_one_process(pool)
 
 
 def test_a_pool_of_threads_grows_and_shrinks_at_once(app: Celery, caplog: pytest.LogCaptureFixture) -> None:
     pool = thread.TaskPool(1, app=app)
-    assert seams.queues_inside(pool)
+    assert celery_internals.queues_inside(pool)
     go_on, ran = threading.Event(), threading.Event()
     first = pool.executor.submit(go_on.wait)
     second = pool.executor.submit(ran.set)
-    seams.add_slot(pool)
+    celery_internals.add_slot(pool)
     assert ran.wait(10), "a thread of its own takes what waits"
     second.result(10)
     wait_until(lambda: pool.executor._idle_semaphore._value)
     assert pool.num_processes == 2
-    assert seams.remove_slot(pool)
+    assert celery_internals.remove_slot(pool)
     wait_until(lambda: len(pool.executor._threads) == 1)
-    assert not seams.remove_slot(pool), "the other one is busy"
+    assert not celery_internals.remove_slot(pool), "the other one is busy"
     go_on.set()
     assert first.result(10)
     assert pool.executor.submit(lambda: 5).result(10) == 5
@@ -593,9 +595,9 @@ def test_the_green_pool_grows_where_its_submitter_waits(app: Celery) -> None:
     source = inspect.getsource(pytest.importorskip("celery.concurrency.gevent").TaskPool)
     assert "self._pool = self.Pool(self.limit)" in source
     assert all(part in source for part in ("def grow", "self._pool._semaphore.release()", "def shrink"))
-    assert seams.can_grow(SimpleNamespace(grow=None))
-    assert not seams.can_grow(solo.TaskPool(app=app))
-    assert seams.pool_name(solo.TaskPool(app=app)) == "solo"
+    assert celery_internals.can_grow(SimpleNamespace(grow=None))
+    assert not celery_internals.can_grow(solo.TaskPool(app=app))
+    assert celery_internals.pool_name(solo.TaskPool(app=app)) == "solo"
 
 
 def test_the_prefetch_count_follows_the_pool() -> None:
@@ -607,10 +609,10 @@ def test_the_prefetch_count_follows_the_pool() -> None:
     consumer = SimpleNamespace(
         initial_prefetch_count=8, prefetch_multiplier=4, qos=object(), _update_qos_eventually=qos.append
     )
-    seams.change_prefetch(consumer, 1)
+    celery_internals.change_prefetch(consumer, 1)
     assert (consumer.initial_prefetch_count, qos) == (12, [1])
     consumer.initial_prefetch_count = 0
-    seams.change_prefetch(consumer, 1)
+    celery_internals.change_prefetch(consumer, 1)
     assert (consumer.initial_prefetch_count, qos) == (0, [1]), "0 stands for no limit"
 
 
@@ -618,6 +620,6 @@ def test_autoscale_says_how_far_it_goes(app: Celery) -> None:
     assert "self.max_concurrency = max_concurrency" in inspect.getsource(Autoscaler.__init__)
     assert "w.autoscaler = None" in inspect.getsource(AutoscaleStep.__init__)
     consumer = SimpleNamespace(controller=SimpleNamespace(autoscaler=SimpleNamespace(max_concurrency=5)))
-    assert seams.autoscale_maximum(consumer) == 5
+    assert celery_internals.autoscale_maximum(consumer) == 5
     consumer.controller.autoscaler = None
-    assert seams.autoscale_maximum(consumer) == 0
+    assert celery_internals.autoscale_maximum(consumer) == 0

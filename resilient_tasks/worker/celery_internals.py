@@ -1,13 +1,15 @@
 """Every touch of something that Celery or kombu do not document, in one place.
 
-``tests/unit/test_seams.py`` fails when one of them moves.
+``tests/unit/test_celery_internals.py`` fails when one of them moves.
 """
 
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -31,6 +33,8 @@ from kombu.transport.virtual import QoS as VirtualQoS
 from kombu.utils.json import dumps, loads
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+
+logger = logging.getLogger("resilient_tasks")
 
 TraceResult = tuple[int, Any, float]
 
@@ -403,3 +407,52 @@ def submit(consumer: Any, request: Request) -> None:
         consumer.timer.call_after(0, consumer.on_task_request, (request,))
     else:
         consumer.on_task_request(request)
+
+
+class Events:
+    """Sends events from one thread on a connection of its own, best-effort.
+
+    Args:
+        app: the Celery app.
+        consumer: a worker's consumer: events are sent as far as it sends any, under its name. None: this process is
+            no worker, and events are sent under the name of the worker that has reported the task as deferred.
+    """
+
+    def __init__(self, app: Celery, consumer: Any = None) -> None:
+        self._app, self._consumer = app, consumer
+        self.hostname: str = consumer.hostname if consumer else socket.gethostname()
+        self._connection: Any = None
+        self._dispatchers: dict[str, Any] = {}
+        self._errors = broker_errors(app.connection_for_write())
+
+    def dispatcher(self, reported_by: str) -> Any:
+        """Return the event dispatcher for a task that a worker has reported as deferred; None if none is to be used."""
+        name, groups = reported_by, None
+        if self._consumer is not None:
+            own = self._consumer.event_dispatcher
+            name, groups = (self.hostname, own.groups) if own is not None and own.enabled else ("", None)
+        if name and self._connection is None:
+            self._connection = self._app.connection_for_write()
+        if name and name not in self._dispatchers:
+            self._dispatchers[name] = self._app.events.Dispatcher(
+                self._connection, hostname=name, buffer_while_offline=False, groups=groups
+            )
+        return self._dispatchers.get(name)
+
+    def send(self, kind: str, reported_by: str, **fields: Any) -> None:
+        """Send an event about a task that a worker has reported as deferred."""
+        try:
+            dispatcher = self.dispatcher(reported_by)
+            if dispatcher is not None:
+                dispatcher.send(kind, **fields)
+        except self._errors as exc:  # the task comes first
+            logger.warning("event %s was not sent: %s", kind, type(exc).__name__)
+            self.close()
+
+    def close(self) -> None:
+        """Close the connection; it reopens when used again."""
+        connection, self._connection = self._connection, None
+        dispatchers, self._dispatchers = self._dispatchers, {}
+        for closing in (*dispatchers.values(), *filter(None, [connection])):
+            with suppress(*self._errors):
+                closing.close()

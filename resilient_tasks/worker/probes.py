@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from resilient_tasks.dependency import Dependency
     from resilient_tasks.fleet import Fleet
     from resilient_tasks.probing import Probe
-    from resilient_tasks.worker.runtime import Runtime
+    from resilient_tasks.worker.context import Runtime
 
 logger = logging.getLogger("resilient_tasks")
 

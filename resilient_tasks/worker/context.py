@@ -34,8 +34,6 @@ from resilient_tasks.worker.queues import Queues
 if TYPE_CHECKING:
     from resilient_tasks.core.model import Snapshot
     from resilient_tasks.store.base import Spec
-    from resilient_tasks.worker.host import Host
-    from resilient_tasks.worker.producers import ProducersGate
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -88,8 +86,8 @@ class Runtime:
         settings: returns the settings; called on first use.
     """
 
-    producers_gate: ProducersGate  # set by the composition root
-    host: Host  # set by the worker's bootstep; only the main process of a worker has one
+    producers_gate: Any  # a ``ProducersGate``, set by the composition root
+    pipeline: Any  # a ``Pipeline``, set by the worker's bootstep; only the main process of a worker has one
 
     def __init__(
         self,

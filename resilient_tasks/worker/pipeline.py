@@ -1,0 +1,419 @@
+"""The life of a delivery: one message of a guarded task, from its arrival at a worker to its end.
+
+::
+
+    on_arrival ─┬─ refused ──────────────────────────────────────────► defer
+                └─ Celery's strategy ─► on_submit ─┬─ refused ───────► defer
+                                                   └─ on_start, run ─┬─ on_result ──► Celery writes and acknowledges
+                                                      (execution.py) ├─ on_deferred ► defer
+                                                                     └─ on_death ───► defer, dead_letter, or Celery
+    maintenance.py, resume.py: deferred queue ─► origin queue ─► on_arrival
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+from celery import Celery
+from celery.exceptions import InvalidTaskError, TaskRevokedError, Terminated, TimeLimitExceeded, WorkerLostError
+from celery.worker.strategy import default
+
+from resilient_tasks.core.classification import Verdict
+from resilient_tasks.core.model import Outcome
+from resilient_tasks.core.outage import REDELIVERED
+from resilient_tasks.errors import BreakerOpenError, DeferredQueueFullError
+from resilient_tasks.monitor import tracing
+from resilient_tasks.policy import BLOCK
+from resilient_tasks.worker import celery_internals
+from resilient_tasks.worker.admission import Gate
+from resilient_tasks.worker.compensation import Compensation, Holding, Overflow
+from resilient_tasks.worker.context import Runtime, runtime_of
+from resilient_tasks.worker.deferral import Deferral
+from resilient_tasks.worker.envelope import Ticket, check_task
+from resilient_tasks.worker.execution import Admission, Report, TaskDeferred
+from resilient_tasks.worker.maintenance import Maintenance
+from resilient_tasks.worker.options import DEFER
+from resilient_tasks.worker.request import GatedRequest, coalesced_as
+
+if TYPE_CHECKING:
+    from resilient_tasks.dependency import Dependency
+
+logger = logging.getLogger("resilient_tasks")
+
+#: Seconds until a message is tried again that could not be handled.
+RETRY_INTERVAL = 1.0
+
+
+class Pipeline:
+    """The worker's main process, with all that exists only there.
+
+    Made before the pool forks; maintenance begins when the consumer connects.
+
+    Attributes:
+        consumer: the worker's consumer, as soon as it has connected.
+        pid: id of the main process; pool processes inherit the object and are not it.
+        takes_ticks: it consumes the control queue.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.consumer: Any = None
+        self.pid = os.getpid()
+        self.takes_ticks = False
+        self.gate = Gate(runtime)
+        self.compensation = Compensation(runtime)
+        self.holding = Holding(self.compensation, self._defer_refused)
+        self.deferral = Deferral(runtime)
+        self.overflow = Overflow(self.deferral, self._is_stuck)
+        self.maintenance = Maintenance(runtime, self.gate, self.deferral, self.overflow, self.holding)
+
+    # --- the life of a delivery -------------------------------------------------------------------
+
+    def on_arrival(self, task: Any, message: Any, to_request: Callable[[], GatedRequest]) -> bool:
+        """Defer a message that a breaker refuses; False if Celery's own strategy is to handle it."""
+        ticket = Ticket.read(message.headers)
+        if ticket.resumed and self.runtime.defines(ticket.breaker):  # others may write tickets, too
+            self.gate.took_up(ticket)
+        guards = self._guards(task, message)
+        refusing = self.gate.refusing(guards, ticket, message.headers["id"]) if guards else None
+        limiting = self.compensation.limiting(guards) if refusing is None else None
+        if refusing is None and limiting is None:
+            return False
+        request = to_request()
+        if request.eta or (limiting is None and not request.defers_when_refused()):
+            return False
+        if not request.revoked():  # or expired: Celery has settled it then
+            _announce(request)
+            if refusing is not None:
+                self._defer_refused(request, refusing.refuse())
+            elif limiting is not None:
+                self._defer_late(request, limiting)
+        return True
+
+    def on_submit(self, request: GatedRequest) -> Admission:
+        """Decide on a request that is about to enter the pool.
+
+        Raises:
+            TaskRevokedError: the task was revoked, or deferred.
+        """
+        if request.deferred or request.revoked():
+            raise TaskRevokedError(request.id)
+        self._leave_slots_to_others(request)
+        admission = request.admission = self.gate.admit(request)
+        refusal = admission.refusal
+        if refusal is not None and request.defers_when_refused():
+            request.withdraw()
+            self._defer_refused(request, refusal)
+            raise TaskRevokedError(request.id)
+        if request.delivery_info.get("redelivered") and not request.ticket.since:  # a deferred one may keep the mark
+            self.runtime.fleet.reporter.tally(request.task.options.breakers[0], REDELIVERED)
+        if admission.passes:
+            self.compensation.begin(request, _answering(request.guards, admission))
+        return admission
+
+    def on_start(self, request: GatedRequest) -> None:
+        """Check a run that the pool has accepted.
+
+        Raises:
+            TaskRevokedError: it was deferred, because its breaker became suspect while the run was queued.
+        """
+        limiting = self.compensation.accept(request)
+        if limiting is not None:
+            self.discard(request)
+            request.withdraw()
+            self._defer_late(request, limiting)
+            raise TaskRevokedError(request.id)
+
+    def on_begun(self, request: GatedRequest) -> None:
+        """Hold the permits of a run that has begun."""
+        if request.admission is not None:
+            self.gate.hold(request, request.admission)
+
+    def on_result(self, request: GatedRequest, report: Report) -> None:
+        """Settle a run that has returned; its message is dead-lettered if it was the task's last attempt."""
+        self._settle(request, report)
+        if report.exhausted_by:
+            self.dead_letter(request, report.exhausted_for, report.exhausted_by)
+
+    def on_deferred(self, request: GatedRequest, deferred: TaskDeferred) -> None:
+        """Defer a task whose run has asked for it; what it found out has been settled."""
+        request.withdraw()
+        wait = request.ticket.back_off() if deferred.backs_off else None
+        self.defer(request, deferred.breaker, deferred.reason, deferred, wait=wait)
+
+    def on_death(self, request: GatedRequest, exc: BaseException) -> bool:
+        """Settle a run that the pool has ended; True if its task is deferred.
+
+        A process killed by a time limit, or lost, has failed; one killed by revoke or shutdown says nothing.
+        """
+        deferred = _deferred_by_time_limit(request, exc)
+        killed = isinstance(exc, Terminated) or celery_internals.shutting_down()
+        failed = isinstance(exc, (TimeLimitExceeded, WorkerLostError)) and not killed
+        self._settle_all(request, Verdict(Outcome.FAILURE, type(exc).__name__) if failed else Verdict(Outcome.IGNORED))
+        if deferred is None:
+            return False
+        if deferred.attempts < request.task.options.max_attempts:
+            request.withdraw()
+            self.defer(request, deferred.breaker, deferred.reason, deferred)
+            return True
+        self.dead_letter(request, deferred.breaker, deferred.cause)
+        return False
+
+    # --- settling ---------------------------------------------------------------------------------
+
+    def _settle(self, request: GatedRequest, report: Report) -> None:
+        admission, request.admission = request.admission, None
+        if admission is not None:
+            self.compensation.end(request)
+            self.gate.settle(request, admission, report)
+            for breaker in request.guards:
+                self.holding.release(breaker.name)
+
+    def _settle_all(self, request: GatedRequest, verdict: Verdict) -> None:
+        """Settle a run about which there is one verdict, the same for every breaker."""
+        if request.admission is not None:
+            self._settle(request, Report.of_all(verdict, request.admission.passes))
+
+    def discard(self, request: GatedRequest) -> None:
+        """Settle a run that has never begun; the broker delivers its message again."""
+        self._settle_all(request, Verdict(Outcome.IGNORED))
+
+    # --- out of the worker ------------------------------------------------------------------------
+
+    def _leave_slots_to_others(self, request: GatedRequest) -> None:
+        """Defer or hold a task whose breakers admit it, but have as many runs in this worker as they may have.
+
+        Raises:
+            TaskRevokedError: it is deferred or held.
+        """
+        limiting, full = self.compensation.limiting(request.guards), self.gate.full(request.guards)
+        if (limiting is None and full is None) or self.refusing(request) is not None:
+            return
+        if limiting is not None:
+            request.withdraw()
+            self._defer_late(request, limiting)
+        elif full is None or not request.defers_when_refused() or not self.holding.hold(request, full):
+            return
+        raise TaskRevokedError(request.id)
+
+    def _defer_refused(self, request: GatedRequest, refusal: BreakerOpenError) -> None:
+        self.defer(request, refusal.breaker, str(refusal))
+
+    def _defer_late(self, request: GatedRequest, suspect: Dependency) -> None:
+        """Defer a task, because late calls of its breaker hold that breaker's share of this worker."""
+        self.defer(request, suspect.name, "its calls are late", wait=self.compensation.wait(suspect))
+
+    def defer(
+        self, request: GatedRequest, breaker: str, reason: str, failed: TaskDeferred | None = None, *,
+        wait: float | None = None,
+    ) -> None:  # fmt: skip
+        """Defer a message until a breaker admits, ``wait`` seconds at least; the verdict on the request is final."""
+        request.deferred = True
+        ticket = cache(partial(self._next_ticket, request, breaker, reason, failed, wait))  # one for all tries
+        self.deferral.attempt(request, partial(self._try_to_defer, request, ticket, has_failed=failed is not None))
+
+    def _try_to_defer(
+        self, request: GatedRequest, make: Callable[[], Ticket], *, has_failed: bool, limited: bool
+    ) -> None:
+        ticket = make()
+        try:
+            again = partial(self._try_to_defer, request, make, has_failed=has_failed)
+            self.deferral.defer_if_permitted(request, ticket, again, limited=limited)
+        except DeferredQueueFullError as full:
+            if self.runtime.breaker(ticket.breaker).policy.overflow == BLOCK:
+                returned = ticket if has_failed else request.ticket
+                self.overflow.put_back(request, returned, ticket.origin, ticket.breaker)
+            else:
+                self.deferral.attempt(request, partial(_deny, request, full))
+
+    def dead_letter(self, request: GatedRequest, breaker: str, cause: str) -> None:
+        """Keep the message of a task that is out of attempts; its FAILURE is Celery's to write."""
+        request.dead = True
+        ticket = cache(partial(self._last_ticket, request, breaker, cause))
+        self.deferral.attempt(request, partial(self._try_to_dead_letter, request, ticket))
+
+    def _try_to_dead_letter(self, request: GatedRequest, make: Callable[[], Ticket], *, limited: bool) -> None:
+        again = partial(self._try_to_dead_letter, request, make)
+        self.deferral.defer_if_permitted(request, make(), again, limited=limited)
+
+    def _next_ticket(
+        self, request: GatedRequest, breaker: str, reason: str, failed: TaskDeferred | None, wait: float | None
+    ) -> Ticket:
+        now, options, policy = self._now(), request.task.options, self.runtime.breaker(breaker).policy
+        trace = self._trace(request, breaker, reason) if failed is None else failed.trace
+        ticket = replace(
+            request.ticket, breaker=breaker, origin=self.origin_of(request), reason=reason,
+            expires=request.expires_at(now), trace=request.ticket.trace or trace, teller=request.reported_by,
+        )  # fmt: skip
+        ticket = ticket.begin(now, options.defer_for, coalesced_as(request)).defer(now, failed.cause if failed else "")
+        if wait is not None:
+            return replace(ticket, not_before=now + wait)
+        if failed is None or not failed.cause:
+            return ticket
+        not_before = now + options.delay(policy, failed.attempts)
+        return replace(ticket, attempts=failed.attempts, attempted_at=now, not_before=not_before)
+
+    def _last_ticket(self, request: GatedRequest, breaker: str, cause: str) -> Ticket:
+        limit, now, origin = request.task.options.max_attempts, self._now(), self.origin_of(request)
+        ticket = replace(request.ticket, breaker=breaker, origin=origin, attempts=limit, attempted_at=now)
+        return ticket.die(now, f"out of attempts (max_attempts={limit}): {cause}", cause)
+
+    def _trace(self, request: GatedRequest, breaker: str, reason: str) -> str:
+        state = self.runtime.breaker(breaker).state
+        return tracing.record_refusal(request.name, request.message.headers, breaker, state, reason)
+
+    def origin_of(self, request: GatedRequest) -> str:
+        """Return the name of the queue that a request came from.
+
+        A ticket knows best, but only one of the queues that this worker consumes can be true.
+        """
+        tasks = self.consumer.task_consumer
+        if any(request.ticket.origin == queue.name for queue in tasks.queues):
+            return request.ticket.origin
+        return celery_internals.queue_of(tasks, request.message)
+
+    # --- what is known here -----------------------------------------------------------------------
+
+    def refusing(self, request: GatedRequest) -> Dependency | None:
+        """Return the breaker that would refuse a request, by what is known here; None if it might be admitted."""
+        return self.gate.refusing(request.guards, request.ticket, request.id)
+
+    def _guards(self, task: Any, message: Any) -> list[Dependency]:
+        if isinstance(message.payload, dict):  # protocol 1: it is refused when it is submitted
+            return []
+        args, kwargs, _ = message.payload
+        return self.runtime.guards_of(task, args, kwargs)
+
+    def _is_stuck(self, breaker: str) -> bool:
+        """Whether no task of a breaker can run, or be deferred."""
+        return self.gate.refuses_all(self.runtime.breaker(breaker)) and not self.deferral.has_room(breaker)
+
+    def _now(self) -> float:
+        return self.runtime.fleet.view.server_now()
+
+    # --- the worker -------------------------------------------------------------------------------
+
+    def attach(self, consumer: Any) -> None:
+        """Join the fleet with a consumer that has just connected to the broker, before it takes any task."""
+        if self.consumer is consumer:
+            return
+        self.consumer = self.overflow.consumer = consumer
+        fleet = self.runtime.fleet
+        fleet.view.refresh()  # a worker that joins while a breaker is OPEN obeys at once
+        fleet.view.follow()
+        self.maintenance.start(consumer)
+
+    def start(self, consumer: Any) -> None:
+        """Begin to look after the runs of a consumer that has connected, or has reconnected."""
+        self.attach(consumer)
+        if celery_internals.discards_unaccepted(consumer.pool):  # it did when the former connection was lost
+            for request in self.gate.unaccepted():
+                self.discard(request)
+        self.compensation.start(consumer)
+        self.holding.start(consumer)
+
+    def close(self) -> None:
+        """Leave the fleet at shutdown, with everything reported that is still to be reported."""
+        self.maintenance.stop()
+        self.overflow.close()
+        self.deferral.close()
+        self.runtime.fleet.close()
+
+
+def pipeline_of(app: Celery) -> Pipeline:
+    """Return the pipeline of a worker's main process."""
+    pipeline: Pipeline = runtime_of(app).pipeline
+    return pipeline
+
+
+def strategy(task: Any, app: Celery, consumer: Any) -> Callable[..., Any]:
+    """Return the message handler of a guarded task (Celery's ``Task.Strategy``).
+
+    What a breaker refuses is deferred there and then: it takes no pool slot and no place in the prefetch window.
+    Everything else goes on untouched to Celery's own strategy.
+    """
+    pipeline = pipeline_of(app)
+    pipeline.attach(consumer)
+    go_on = default(task, app, consumer)
+
+    def on_message(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **kwargs: Any) -> Any:
+        check_task(message.headers if body is None else body, message.payload)
+        try:
+            to_request = partial(_request, task, app, consumer, message, ack, reject)
+            if pipeline.on_arrival(task, message, to_request):
+                return None
+        except InvalidTaskError:
+            raise  # Celery logs and rejects the message
+        except Exception:  # a bug of ours ends no worker: the message stays with the broker, and is tried again
+            logger.exception("a message for %s cannot be handled yet", task.name)
+            consumer.qos.increment_eventually()  # as for a task with an ETA: it holds up no other
+            consumer.timer.call_after(RETRY_INTERVAL, again, (message, body, ack, reject, callbacks), kwargs)
+            return None
+        return go_on(message, body, ack, reject, callbacks, **kwargs)
+
+    def again(*args: Any, **kwargs: Any) -> None:
+        consumer.qos.decrement_eventually()
+        on_message(*args, **kwargs)
+
+    return on_message
+
+
+def _request(task: Any, app: Celery, consumer: Any, message: Any, ack: Any, reject: Any) -> GatedRequest:
+    return GatedRequest(
+        message,
+        on_ack=ack,
+        on_reject=reject,
+        app=app,
+        task=task,
+        hostname=consumer.hostname,
+        eventer=consumer.event_dispatcher,
+        connection_errors=consumer.connection_errors,
+        body=message.body,
+        headers=message.headers,
+        decoded=False,
+        utc=app.uses_utc_timezone(),
+    )
+
+
+def _announce(request: GatedRequest) -> None:
+    """Send the event that Celery's own strategy sends."""
+    request.send_event(
+        "task-received",
+        name=request.name,
+        args=request.argsrepr,
+        kwargs=request.kwargsrepr,
+        root_id=request.root_id,
+        parent_id=request.parent_id,
+        retries=request.request_dict.get("retries", 0),
+        eta=None,
+        expires=request.expires and request.expires.isoformat(),
+    )
+
+
+def _answering(guards: Sequence[Dependency], admission: Admission) -> Sequence[Dependency]:
+    """Return the breakers that answer for a run: not the parent of one of its children."""
+    if len(guards) == 1:
+        return guards
+    return [breaker for breaker, one in zip(guards, admission.passes, strict=True) if not one.for_child]
+
+
+def _deferred_by_time_limit(request: GatedRequest, exc: BaseException) -> TaskDeferred | None:
+    """Return what a run would have raised itself, had the time limit not killed it."""
+    admission = request.admission
+    if not admission or not admission.passes or not isinstance(exc, TimeLimitExceeded):
+        return None
+    if request.task.options.on_failure != DEFER:
+        return None
+    breaker = admission.answerable
+    attempts = admission.attempts_after_failure(breaker)
+    return TaskDeferred(breaker, "the task exceeded its time limit", attempts, type(exc).__name__)
+
+
+def _deny(request: GatedRequest, full: DeferredQueueFullError, *, limited: bool) -> None:  # noqa: ARG001 - it is not let in
+    request.fail(full)
+    request.acknowledge()
