@@ -57,7 +57,9 @@ class Ledger:
 
     def add_all_deferred(self, name: str, waits: Mapping[str, Wait]) -> None:
         """Index deferred tasks under the time of their first deferral, and the ends of their waits, if any."""
-        keys, key, now = self._keys.breaker(name), key_of(name), self._server.now()
+        keys, key = self._keys.breaker(name), key_of(name)
+        is_timed = not key and all(wait.since is not None for wait in waits.values())
+        now = 0 if is_timed else self._server.now()
         for some in portions(waits.items()):
             since = [(now if wait.since is None else to_ms(wait.since), task_id) for task_id, wait in some]
             ends = [(to_ms(wait.deadline), task_id) for task_id, wait in some if wait.deadline is not None]
