@@ -137,8 +137,11 @@ class Compensation:
                 self._clear(breaker, now)
 
     def limiting(self, guards: Sequence[Dependency]) -> Dependency | None:
-        """Return the suspect breaker that has its share of the slots already; None if a task may run."""
-        if not self._suspects:
+        """Return the suspect breaker that has its share of the slots already; None if a task may run.
+
+        While the store is unavailable all may: what is deferred could not be resumed.
+        """
+        if not self._suspects or self._runtime.fleet.store.away:
             return None
         parents = {parent_of(breaker.name) for breaker in guards}
         running = [call for call in list(self._calls.values()) if call.started is not None or not self._queues_inside]

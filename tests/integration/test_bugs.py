@@ -55,13 +55,24 @@ class Bug:
         self.shop.side.delete(f"bug:{self.step}", f"hits:{self.step}")
 
 
+def open_everywhere(shop: Shop) -> None:
+    """Open payments, and wait until the worker has received it: no task runs any more."""
+    shop.open("payments")
+
+    def is_received() -> bool:
+        answers = shop.app.control.broadcast("breakers", reply=True, timeout=PATIENCE, limit=1)
+        return [view["payments"]["state"] for answer in answers for view in answer.values()] == ["FORCED_OPEN"]
+
+    shop.wait(is_received, "the worker to know that payments is open")
+
+
 def ids(results: list[Any]) -> dict[str, int]:
     return {result.id: 1 for result in results}
 
 
 def test_a_bug_in_deferring(shop: Shop, worker: Worker) -> None:
     for owner, name in bugs.DEFERRING:
-        shop.open("payments")
+        open_everywhere(shop)
         bug = Bug(shop, worker, step_name(owner, name))
         results = [shop.charge.delay(number) for number in range(TASKS)]
         bug.strikes()
@@ -77,7 +88,7 @@ def test_a_bug_in_deferring(shop: Shop, worker: Worker) -> None:
 
 def test_a_bug_in_resuming(shop: Shop, worker: Worker) -> None:
     for owner, name in bugs.RESUMING:
-        shop.open("payments")
+        open_everywhere(shop)
         results = [shop.charge.delay(number) for number in range(TASKS)]
         shop.wait(lambda: shop.waiting("payments") == TASKS, "all to wait")
         bug = Bug(shop, worker, step_name(owner, name))
@@ -91,7 +102,7 @@ def test_a_bug_in_resuming(shop: Shop, worker: Worker) -> None:
 
 def test_a_bug_in_reconciling(shop: Shop, worker: Worker) -> None:
     for owner, name in bugs.RECONCILING:
-        shop.open("payments")
+        open_everywhere(shop)
         results = [shop.charge.delay(number) for number in range(TASKS)]
         shop.wait(lambda: shop.waiting("payments") == TASKS, "all to wait")
         bug = Bug(shop, worker, step_name(owner, name))
@@ -104,7 +115,7 @@ def test_a_bug_in_reconciling(shop: Shop, worker: Worker) -> None:
 
 
 def test_a_bug_in_dead_lettering(shop: Shop, worker: Worker) -> None:
-    shop.open("payments")
+    open_everywhere(shop)
     for count, (owner, name) in enumerate(bugs.DEAD_LETTERING, 1):
         bug = Bug(shop, worker, step_name(owner, name))
         result = shop.urgent.delay()
@@ -119,7 +130,7 @@ def test_a_bug_in_dead_lettering(shop: Shop, worker: Worker) -> None:
 @pytest.fixture
 def waiting(shop: Shop) -> Iterator[list[Any]]:
     worker = shop.worker(pool="threads")
-    shop.open("payments")
+    open_everywhere(shop)
     results = [shop.charge.delay(number) for number in range(TASKS)]
     shop.wait(lambda: shop.waiting("payments") == TASKS, "all to wait")
     yield results

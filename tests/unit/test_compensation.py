@@ -11,6 +11,7 @@ from celery.bootsteps import RUN
 
 from resilient_tasks import Breaker, Resilience
 from resilient_tasks.core.outage import SPARE_SLOTS, SUSPECTED
+from resilient_tasks.store.local import FailoverStore
 from resilient_tasks.testing import Clock, in_memory
 from resilient_tasks.worker import compensation as module
 from resilient_tasks.worker.compensation import LINGER, MOST_LATE, REFUSED_FOR, Compensation
@@ -240,6 +241,16 @@ def test_no_call_that_has_passed_slow_call_duration_is_in_time(worker: Worker, r
     assert worker.compensation.is_suspect("strict")
     worker.end("first")
     assert worker.compensation.is_suspect("strict")
+
+
+def test_while_the_store_is_unavailable_no_breaker_is_limited(
+    worker: Worker, payments: Breaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hang(worker, payments, 3)
+    worker.advance(1.0)
+    assert not worker.run("one more", payments)
+    monkeypatch.setattr(FailoverStore, "away", True)
+    assert worker.run("another", payments), "what is deferred could not be resumed"
 
 
 def test_a_breaker_in_shadow_is_never_limited(worker: Worker, payments: Breaker, clock: Clock) -> None:
