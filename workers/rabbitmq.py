@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kombu import Connection
+
 from workers.processes import (
     LOCALHOST,
     Program,
@@ -57,6 +59,14 @@ class RabbitMQ:
         return subprocess.run(
             options, env={**os.environ, **self.env}, check=True, capture_output=True, text=True
         ).stdout
+
+    def delete_queues(self, prefix: str) -> None:
+        """Delete all queues whose names begin with ``prefix``, with what is in them. Takes a second or two."""
+        names = self.control("list_queues", "name").split()
+        with Connection(self.url) as connection:
+            for name in names:
+                if name.startswith(prefix):
+                    connection.default_channel.queue_delete(name)
 
     def stop(self) -> None:
         """Stop the node and its port mapper."""

@@ -49,14 +49,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def fresh(rabbitmq: RabbitMQ, server: Server) -> RabbitMQ:
-    """A RabbitMQ that has none of our queues, and an empty store."""
+def fresh(rabbitmq: RabbitMQ, server: Server) -> Iterator[RabbitMQ]:
+    """A RabbitMQ that has none of our queues, and an empty store; other tests find none of another type."""
     redis.Redis.from_url(server.url(0)).flushall()
-    names = rabbitmq.control("list_queues", "name").split()
-    with Connection(rabbitmq.url) as connection:
-        for queue in (name for name in names if name.startswith("resilient.")):
-            connection.default_channel.queue_delete(queue)
-    return rabbitmq
+    rabbitmq.delete_queues("resilient.")
+    yield rabbitmq
+    rabbitmq.delete_queues("resilient.")
 
 
 @pytest.fixture

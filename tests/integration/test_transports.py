@@ -85,8 +85,7 @@ KINDS = {
 
 @pytest.fixture
 def on_rabbitmq(request: pytest.FixtureRequest, rabbitmq: RabbitMQ, depot: Callable[..., Depot]) -> Depot:
-    with Connection(rabbitmq.url) as connection:
-        connection.default_channel.queue_delete("resilient.deferred.payments")
+    rabbitmq.delete_queues("resilient.")
     return depot(rabbitmq.url, queue=f"depot-{request.param}", queue_arguments=KINDS[request.param])
 
 

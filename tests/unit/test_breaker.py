@@ -770,7 +770,7 @@ class _Client:
         (staticmethod(_noop), "@staticmethod above"),
         (classmethod(lambda _cls: None), "@classmethod above"),
         (property(lambda _self: None), "not callable"),
-        (Celery(set_as_current=False).task(_noop, name="charge"), r"@app.task\(breaker='payments'\)"),
+        (Celery(set_as_current=False).task(_noop, name="charge", shared=False), r"@app.task\(breaker='payments'\)"),
     ],
 )
 def test_what_cannot_be_decorated_is_told_with_what_to_write(rig: Rig, target: Any, instead: str) -> None:
