@@ -53,12 +53,19 @@ def side(server: Server) -> redis.Redis:
 
 
 @pytest.fixture(scope="module")
-def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+def _rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
     if rabbitmq_binary() is None:
         pytest.skip("RabbitMQ is not installed")
     rabbitmq = start_rabbitmq(tmp_path_factory.mktemp("rabbitmq"))
     yield rabbitmq
     rabbitmq.stop()
+
+
+@pytest.fixture
+def rabbitmq(_rabbitmq: RabbitMQ) -> RabbitMQ:
+    """The node, without queues of ours: they may be of another type."""
+    _rabbitmq.delete_queues("resilient.")
+    return _rabbitmq
 
 
 @pytest.fixture
@@ -85,7 +92,6 @@ KINDS = {
 
 @pytest.fixture
 def on_rabbitmq(request: pytest.FixtureRequest, rabbitmq: RabbitMQ, depot: Callable[..., Depot]) -> Depot:
-    rabbitmq.delete_queues("resilient.")
     return depot(rabbitmq.url, queue=f"depot-{request.param}", queue_arguments=KINDS[request.param])
 
 
