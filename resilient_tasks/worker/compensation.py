@@ -39,7 +39,7 @@ LINGER = 5.0
 REFUSED_FOR = 60.0
 #: Seconds over which the usual duration of a breaker's calls is learned.
 LEARNING = 300.0
-#: Times ``late_after`` that a call takes, at least, to be late, however long its breaker's calls usually take.
+#: A call is late after so many times ``late_after`` at the latest, however long its breaker's calls usually take.
 MOST_LATE = 10
 #: Calls after which quicker ones no longer count for more.
 FIRST_CALLS = 50

@@ -1,10 +1,9 @@
-"""``Heart``: the one thread of a worker's main process that keeps time.
+"""``Maintenance``: the one thread of a worker's main process that runs ticks.
 
-It runs ticks outside the pool, so that a pool full of hanging tasks cannot starve them: when one
-arrives on the control queue, and of its own accord when no tick of anybody has completed for three
-intervals. Even while nothing seems due it runs one every few seconds, because a store that was away, or
-has lost its data, does not know what waits. In between it tells the store what the gate has counted and
-tries failed deferrals again, and looks after blocked queues.
+It runs them outside the pool, so that a pool full of hanging tasks cannot starve them: when one arrives on the control
+queue, and of its own accord when no worker has completed a tick for three intervals. Even while nothing seems due it
+runs one every few seconds, because a store that was unavailable, or has lost its data, does not know what waits. In
+between it reports to the store what the gate has counted, tries failed deferrals again, and looks after blocked queues.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.core.model import ADMITTING, Snapshot, State, is_child
 from resilient_tasks.errors import StoreError
+from resilient_tasks.store.background import PeriodicThread
 from resilient_tasks.store.ledger import Wait
 from resilient_tasks.store.server import portions
 from resilient_tasks.worker.celery_internals import Events
@@ -54,7 +54,7 @@ REFILL_AGAIN = 0.005
 
 
 class Maintenance:
-    """Keeps time for one worker."""
+    """Runs ticks, and what should not wait for them, in one worker."""
 
     def __init__(self, runtime: Runtime, gate: Gate, deferral: Deferral, overflow: Overflow, holding: Holding) -> None:
         self._runtime = runtime
@@ -62,12 +62,10 @@ class Maintenance:
         self._deferral = deferral
         self._overflow = overflow
         self._holding = holding
-        self._woken = threading.Event()
+        self._thread = PeriodicThread("maintenance", self._run, runtime.settings.tick_interval / ROUNDS)
         self._tick_wanted = False
         self._tick_missed = False  # it was to run one, and another worker was at a tick or filled slots
         self._room_found = False
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
         self._tick: Tick | None = None
         self._name = ""
         self._revokes = RevokeRelay()
@@ -79,22 +77,16 @@ class Maintenance:
         self._in_touch_since = time.monotonic()
 
     def start(self, consumer: Any) -> None:
-        """Begin to beat, or go on with a consumer that has reconnected."""
+        """Start, or go on with a consumer that has reconnected."""
         self._name = f"{consumer.hostname}:{os.getpid()}"  # two workers of one name are two
         if self._tick is None:
             self._tick = Tick(self._runtime, consumer, wake=self._hasten_tick, room=self._holding.room)
         self._runtime.fleet.view.on_room = self.want_refill
-        if self._thread is None or not self._thread.is_alive():
-            self._stopping.clear()
-            self._thread = threading.Thread(target=self._loop, name="resilient-tasks-maintenance", daemon=True)
-            self._thread.start()
+        self._thread.start()
 
     def stop(self, timeout: float = 5.0) -> None:
         """Stop after the round that is under way, if that takes no longer than ``timeout`` seconds."""
-        self._stopping.set()
-        self._woken.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+        self._thread.stop(timeout)
         if self._tick is not None:
             self._tick.close()
             self._tick = None
@@ -107,38 +99,27 @@ class Maintenance:
 
     def _hasten_tick(self) -> None:
         self._tick_wanted = True
-        self._woken.set()
+        self._thread.wake()
 
     def want_refill(self) -> None:
         """Resume tasks that wait for a slot, because one is free, from any thread."""
         self._room_found = True
-        self._woken.set()
+        self._thread.wake()
 
-    def _loop(self) -> None:
-        interval = self._runtime.settings.tick_interval
-        while not self._stopping.is_set():
-            self._woken.wait(interval / ROUNDS)
-            self._woken.clear()
-            try:
-                self._round()
-            except StoreError as exc:
-                self._in_touch_since = time.monotonic()
-                logger.debug("no tick: %s", exc)
-            except Exception:
-                logger.exception("tick failed; the next one tries again")
-
-    def _round(self) -> None:
-        self._refill()
-        self._deferral.retry_held()
-        self._deferral.denials.look()
-        self._deferral.tell_suppressed()
-        self._overflow.look()
-        self._tell_store()
-        if self._tick is None or self._stopping.is_set():
-            return
-        if self._is_time_to_tick():
-            observed_for = time.monotonic() - self._in_touch_since
-            self._tick_missed = not self._tick.run(observed_for=observed_for)
+    def _run(self, stopped: threading.Event) -> None:
+        try:
+            self._refill(stopped)
+            self._deferral.retry_held()
+            self._deferral.denials.look()
+            self._deferral.tell_suppressed()
+            self._overflow.look()
+            self._tell_store()
+            if self._tick is not None and not stopped.is_set() and self._is_time_to_tick():
+                observed_for = time.monotonic() - self._in_touch_since
+                self._tick_missed = not self._tick.run(observed_for=observed_for)
+        except StoreError:
+            self._in_touch_since = time.monotonic()
+            raise
 
     def _is_time_to_tick(self) -> bool:
         """Whether somebody has sent a tick, none has completed for too long, or one was missed and not made up for."""
@@ -148,12 +129,12 @@ class Maintenance:
             return True
         return self._overdue()
 
-    def _refill(self) -> None:
+    def _refill(self, stopped: threading.Event) -> None:
         """Resume tasks into free slots, before anything else that may take time."""
         if self._tick is not None and (self._room_found or self._holds_few()):
             self._room_found = False
             if not self._tick.refill():  # another worker is at it, and may have looked before the slot was free
-                self._stopping.wait(REFILL_AGAIN)
+                stopped.wait(REFILL_AGAIN)
                 self.want_refill()
 
     def _holds_few(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from unittest import mock
 
 import pytest
@@ -45,31 +46,31 @@ def heart(ticks: Ticks) -> Maintenance:
 def test_a_tick_that_was_sent_runs_once(heart: Maintenance, ticks: Ticks) -> None:
     heart.want_tick()
     for _ in range(3):
-        heart._round()
+        heart._run(threading.Event())
     assert ticks.tried == 1
 
 
 def test_a_tick_that_met_a_refill_is_made_up_for(heart: Maintenance, ticks: Ticks) -> None:
     heart.want_tick()
     ticks.lease_is_free = False
-    heart._round()
+    heart._run(threading.Event())
     ticks.lease_is_free = True
-    heart._round()
-    heart._round()
+    heart._run(threading.Event())
+    heart._run(threading.Event())
     assert ticks.tried == 2
 
 
 def test_a_tick_that_met_another_is_not_run_again(heart: Maintenance, ticks: Ticks) -> None:
     heart.want_tick()
     ticks.lease_is_free = False
-    heart._round()
+    heart._run(threading.Event())
     ticks.age = 0.1
-    heart._round()
+    heart._run(threading.Event())
     assert ticks.tried == 1
 
 
 def test_a_worker_looks_for_itself_when_nobody_ticks(heart: Maintenance, ticks: Ticks) -> None:
     ticks.age = RECONCILE_INTERVAL
-    heart._round()
-    heart._round()
+    heart._run(threading.Event())
+    heart._run(threading.Event())
     assert ticks.tried == 1
