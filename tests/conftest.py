@@ -12,6 +12,8 @@ from celery import _state
 from celery._state import _set_task_join_will_block
 from hypothesis import settings
 
+from workers.processes import Server, start_valkey
+
 # no deadline: a shared machine is slow at times, and slow is not wrong
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
@@ -39,3 +41,11 @@ def _outside_any_pool() -> Iterator[None]:
     """A solo pool makes this process a pool process, in which nobody may wait for results."""
     yield
     _set_task_join_will_block(False)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A Valkey of the module's own: a store, a broker, or the tests' side channel."""
+    server = start_valkey(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()

@@ -24,7 +24,7 @@ from tests.integration.depots import (
     send_charges,
     wait_until_deferred,
 )
-from workers.processes import Server, celery_command, start_valkey, wait_until
+from workers.processes import Server, celery_command, wait_until
 from workers.rabbitmq import RabbitMQ
 
 pytestmark = pytest.mark.rabbitmq
@@ -38,14 +38,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "no missing queues": {"task_create_missing_queues": False},
     "routes": {"task_routes": {"resilient_tasks.*": {"exchange": "elsewhere", "routing_key": "nowhere"}}},
 }
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The store, and the tests' side channel."""
-    server = start_valkey(tmp_path_factory.mktemp("store"))
-    yield server
-    server.stop()
 
 
 @pytest.fixture

@@ -34,14 +34,6 @@ ORDERS = 30
 PRIORITIES = [order % 10 for order in range(ORDERS)]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The tests' side channel, and the broker where another is not asked for."""
-    server = start_valkey(tmp_path_factory.mktemp("side"))
-    yield server
-    server.stop()
-
-
 @pytest.fixture
 def depot(server: Server, tmp_path: Path) -> Iterator[Callable[..., Depot]]:
     depots: list[Depot] = []

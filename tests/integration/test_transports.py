@@ -29,19 +29,11 @@ from tests.integration.depots import (
     messages_in,
     send_charges,
 )
-from workers.processes import Server, celery_command, start_valkey, wait_until
+from workers.processes import Server, celery_command, wait_until
 from workers.rabbitmq import RabbitMQ, rabbitmq_binary, start_rabbitmq
 
 PAYMENTS = "RESILIENT_TASKS_BREAKERS__PAYMENTS__"
 ORDERS = 30
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The store, and the tests' side channel."""
-    server = start_valkey(tmp_path_factory.mktemp("store"))
-    yield server
-    server.stop()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from celery import Celery, _state
+from celery import Celery
 from kombu.transport import redis
 
 from resilient_tasks import Breaker, Resilience
@@ -33,10 +33,3 @@ def payments(resilience: Resilience) -> Breaker:
 def clock(resilience: Resilience, payments: Breaker) -> Iterator[Clock]:
     with in_memory(resilience) as clock:
         yield clock
-
-
-@pytest.fixture(autouse=True)
-def tasks_of_this_test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep tasks that other tests have shared with all apps, as ``@app.task`` does, from the apps of this one."""
-    celerys_own = {each for each in _state._on_app_finalizers if each.__module__ == "celery.app.builtins"}
-    monkeypatch.setattr(_state, "_on_app_finalizers", celerys_own)

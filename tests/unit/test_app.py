@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from celery import Celery, Task, _state
+from celery import Celery, Task
 from celery.worker.consumer.mingle import Mingle
 
 from resilient_tasks import Breaker, BreakerPolicy, ConfigurationError, Resilience, ResilientTask, StoreError
@@ -169,7 +169,6 @@ def test_a_task_that_celery_has_copied_from_another_app_is_left_to_celery(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RESILIENT_TASKS_STORE_URL", "redis://127.0.0.1:1/0")
-    monkeypatch.setattr(_state, "_on_app_finalizers", set(_state._on_app_finalizers))  # for no later app
     other = Celery("other", broker="memory://", set_as_current=False)
     theirs = Resilience(other)
     theirs.breaker("their-own")

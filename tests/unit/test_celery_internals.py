@@ -31,7 +31,7 @@ from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 from kombu.transport.pyamqp import Message as AMQPMessage
 
 from resilient_tasks.worker import celery_internals
-from workers.processes import Server, start_valkey, wait_until
+from workers.processes import Server, wait_until
 
 
 @pytest.fixture
@@ -44,13 +44,6 @@ def app() -> Celery:
 
     app.finalize()
     return app
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = start_valkey(tmp_path_factory.mktemp("seams"))
-    yield server
-    server.stop()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import _state
 
 from resilient_tasks.call import Call, key_of
 
@@ -21,7 +20,6 @@ PAGE = (Path(__file__).parents[2] / "docs" / "coalescing.md").read_text()
 def test_its_tasks_have_the_keys_that_it_names(
     monkeypatch: pytest.MonkeyPatch, name: str, args: Any, kwargs: Any, key: str
 ) -> None:
-    monkeypatch.setattr(_state, "_on_app_finalizers", set())  # or every later app would have its tasks
     namespace: dict[str, Any] = {"__name__": "coalescing"}
     for snippet in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
         exec(snippet, namespace)

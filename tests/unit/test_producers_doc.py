@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import _state
 
 from resilient_tasks.testing import force, in_memory
 
@@ -16,7 +15,6 @@ PAGE = (Path(__file__).parents[2] / "docs" / "producers.md").read_text()
 
 @pytest.fixture
 def website(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(_state, "_on_app_finalizers", set())  # or every later app would have its tasks
     namespace: dict[str, Any] = {"__name__": "producers"}
     for snippet in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
         exec(snippet, namespace)

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from celery import _state
 
 from resilient_tasks import BreakerOpenError
 from resilient_tasks.testing import force, in_memory
@@ -48,7 +47,6 @@ class Pay:
 @pytest.fixture
 def namespace(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """What the README's snippet defines, with the breakers in memory."""
-    monkeypatch.setattr(_state, "_on_app_finalizers", set())  # or every later app would have the README's tasks
     namespace: dict[str, Any] = {"__name__": "readme"}
     exec(DEFINITIONS, namespace)
     namespace["httpx"] = Pay()

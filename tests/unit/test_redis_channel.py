@@ -13,14 +13,7 @@ from kombu import Connection, Consumer, Queue
 from kombu.transport import redis as kombu_redis
 
 from resilient_tasks.worker import redis_channel
-from workers.processes import Server, start_valkey, wait_until
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = start_valkey(tmp_path_factory.mktemp("broker"))
-    yield server
-    server.stop()
+from workers.processes import Server, wait_until
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from resilient_tasks.worker.envelope import Ticket
 from resilient_tasks.worker.published_queues import PublishedQueues
 from resilient_tasks.worker.queues import Entry, Queues
 from resilient_tasks.worker.resume import Resumer
-from workers.processes import Server, start_valkey, wait_until
+from workers.processes import Server, wait_until
 
 DEFERRED, DEAD, HOME = "resilient.deferred.payments", "resilient.dead.payments", "shop"
 TASKS = 5
@@ -36,13 +36,6 @@ ENDING: list[tuple[Any, str]] = [
     (DeferredTasks, "_settle"), (DeferredTasks, "_request"), (PublishedQueues, "move"), (PublishedQueues, "_publish"),
     (Ticket, "write"), (deferred_tasks, "revoked_among"), (deferred_tasks, "superseded_among"),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = start_valkey(tmp_path_factory.mktemp("store"))
-    yield server
-    server.stop()
 
 
 @pytest.fixture
