@@ -183,7 +183,10 @@ class Shop:
 
     def wait_state(self, result: Any, state: str) -> None:
         """Wait until a result has a state."""
-        self.wait(lambda: result.state == state, f"{result.id} to be {state}, it is {result.state}")
+        try:
+            self.wait(lambda: result.state == state)
+        except TimeoutError:
+            raise TimeoutError(f"{result.id} is {result.state} and not {state} after {PATIENCE} s") from None
 
     def wait_done(self, *results: Any) -> None:
         """Wait until all tasks have succeeded."""
