@@ -28,7 +28,7 @@ from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.celery_internals import Events
 from resilient_tasks.worker.context import Runtime
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
-from resilient_tasks.worker.envelope import UNDECODABLE, Step, without_ticket
+from resilient_tasks.worker.envelope import UNDECODABLE, Step, without_envelope
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.request import ResultNotWrittenError, write_result
 from resilient_tasks.worker.resume import Resumer
@@ -282,7 +282,7 @@ class DeadLetters:
         """Open the dead-lettered tasks of a breaker; those of a child are among its parent's."""
         parent = parent_of(breaker)
         with self._queues.peek(self._queues.dead(breaker), parent or breaker) as entries:
-            yield (entry for entry in entries if parent is None or entry.ticket.breaker == breaker)
+            yield (entry for entry in entries if parent is None or entry.envelope.breaker == breaker)
 
     def _each(self, task_ids: tuple[str, ...], breaker: str | None, act: Callable[[Entry], object]) -> dict[str, int]:
         """Do something to the dead letter of each id; raise errors only after all the others are done."""
@@ -293,7 +293,7 @@ class DeadLetters:
                 for entry in _take(entries, wanted):
                     try:
                         act(entry)
-                        done[entry.ticket.breaker] += 1
+                        done[entry.envelope.breaker] += 1
                     except DeadLetterError as error:  # noqa: PERF203 - the others are done
                         problems.append(str(error))
         asked = ", ".join(repr(name) for name in names) or "none"
@@ -308,7 +308,7 @@ class DeadLetters:
         if _is_over(entry):
             raise DeadLetterError(f"dead letter {entry.task_id!r} cannot be replayed: its expires is over")
         self._set_result(entry, None, states.PENDING)
-        origin = self._runtime.origin(entry.ticket)
+        origin = self._runtime.origin(entry.envelope)
         if not self._move(Move(entry, origin)):
             gone = f"dead letter {entry.task_id!r} is not replayed: it, or its queue {origin!r}, is there no more"
             error = DeadLetterError(gone)
@@ -320,11 +320,11 @@ class DeadLetters:
     def _drop(self, entry: Entry) -> None:
         if not self._move(Move(entry, None)):
             raise DeadLetterError(f"dead letter {_id_of(entry)!r} is there no more")
-        logger.info("dead letter %s of breaker %r is dropped", _id_of(entry), entry.ticket.breaker)
+        logger.info("dead letter %s of breaker %r is dropped", _id_of(entry), entry.envelope.breaker)
 
     def _move(self, move: Move) -> bool:
         """Move a message, while its queue is open; False if it is no longer there, or there is no such queue."""
-        dead = self._queues.dead(move.entry.ticket.breaker)
+        dead = self._queues.dead(move.entry.envelope.breaker)
         return [made.queue for made in self._queues.move(dead, [move])] == [move.queue]
 
     def _set_result(self, entry: Entry, result: Any, state: str) -> None:
@@ -363,38 +363,38 @@ def _is_over(entry: Entry) -> bool:
 
 
 def _common_fields(entry: Entry) -> dict[str, Any]:
-    ticket, headers = entry.ticket, {} if entry.flaw else entry.message.headers or {}
+    envelope, headers = entry.envelope, {} if entry.flaw else entry.message.headers or {}
     return {
         "task_id": _id_of(entry),
         "task": "" if entry.flaw else entry.task_name,
-        "breaker": ticket.breaker,
-        "origin": ticket.origin,
-        "attempts": ticket.attempts,
+        "breaker": envelope.breaker,
+        "origin": envelope.origin,
+        "attempts": envelope.attempts,
         "args": str(headers.get("argsrepr", "")),
         "kwargs": str(headers.get("kwargsrepr", "")),
     }
 
 
 def _deferred_task(entry: Entry) -> DeferredTask:
-    ticket = entry.ticket
+    envelope = entry.envelope
     return DeferredTask(
         **_common_fields(entry),
-        reason=ticket.reason,
-        since=ticket.since,
-        not_before=ticket.not_before or None,
-        ends_at=ticket.ends_at,
+        reason=envelope.reason,
+        since=envelope.since,
+        not_before=envelope.not_before or None,
+        ends_at=envelope.ends_at,
     )
 
 
 def _dead_letter(entry: Entry) -> DeadLetter:
-    ticket = entry.ticket
+    envelope = entry.envelope
     body = entry.raw if entry.flaw else entry.message.body
     return DeadLetter(
         **_common_fields(entry),
-        reason=UNDECODABLE if entry.flaw else ticket.reason,
-        since=ticket.since or None,
-        died_at=ticket.died_at or None,
-        history=ticket.history,
-        headers={} if entry.flaw else without_ticket(entry.message.headers),
+        reason=UNDECODABLE if entry.flaw else envelope.reason,
+        since=envelope.since or None,
+        died_at=envelope.died_at or None,
+        history=envelope.history,
+        headers={} if entry.flaw else without_envelope(entry.message.headers),
         body=body.encode() if isinstance(body, str) else bytes(body),
     )

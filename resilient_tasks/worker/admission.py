@@ -19,7 +19,7 @@ from resilient_tasks.core.model import Grant, Outcome, State, parent_of, voter_o
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
 from resilient_tasks.scope import Pass
 from resilient_tasks.store.background import Watch, overdue
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.execution import Admission, Report, limits_of
 
 if TYPE_CHECKING:
@@ -45,13 +45,13 @@ class Gate:
         self._overruns = Overruns()
         self._unaccepted: set[GatedRequest] = set()  # counted, or with a permit, and no pool process yet
 
-    def refusing(self, breakers: Sequence[Dependency], ticket: Ticket, task_id: str) -> Dependency | None:
+    def refusing(self, breakers: Sequence[Dependency], envelope: Envelope, task_id: str) -> Dependency | None:
         """Return the first breaker that refuses a task by what is known here, so that it need not wait for a pool slot.
 
         None: all admit it, or must be asked for a permit.
         """
         for breaker in breakers:
-            if self._refuses(breaker.standing, breaker, ticket, task_id):
+            if self._refuses(breaker.standing, breaker, envelope, task_id):
                 return breaker
         return None
 
@@ -60,9 +60,9 @@ class Gate:
         standing = breaker.standing
         return standing.refuses or (not standing.admits and self._leaves_trials_to_probes(breaker))
 
-    def _refuses(self, standing: CachedState, breaker: Dependency, ticket: Ticket, task_id: str) -> bool:
+    def _refuses(self, standing: CachedState, breaker: Dependency, envelope: Envelope, task_id: str) -> bool:
         if standing.admits_freely:
-            return _ramps_out(standing, ticket, task_id)
+            return _ramps_out(standing, envelope, task_id)
         if standing.admits:
             return False
         return standing.refuses or self._leaves_trials_to_probes(breaker)
@@ -73,27 +73,27 @@ class Gate:
 
     def admit(self, request: GatedRequest) -> Admission:
         """Decide on a request that is about to enter the pool: it gets all permits that it needs, or none."""
-        guards, ticket = request.guards, request.ticket
-        refusing = self.refusing(guards, ticket, request.id)
+        guards, envelope = request.guards, request.envelope
+        refusing = self.refusing(guards, envelope, request.id)
         if refusing is not None:
-            return self._refused(refusing, ticket, refusing.refuse())
+            return self._refused(refusing, envelope, refusing.refuse())
         passes: list[Pass] = []
         parents = {parent_of(breaker.name) for breaker in guards}
         for breaker in guards:
             admitted = self._pass(breaker, request, for_child=breaker.name in parents)
             if admitted is None:
                 self.settle(request, Admission(tuple(passes)), Report.of_all(_NOTHING_SAID, passes))
-                return self._refused(breaker, ticket, self._denial(breaker))
+                return self._refused(breaker, envelope, self._denial(breaker))
             passes.append(admitted._replace(watched=self._watches(request, breaker, admitted)))
-        return Admission(tuple(passes), attempts=ticket.attempts, trace=ticket.trace)
+        return Admission(tuple(passes), attempts=envelope.attempts, trace=envelope.trace)
 
     @staticmethod
     def _denial(breaker: Dependency) -> BreakerOpenError:
         return BreakerOpenError(breaker.name, AT_CAPACITY, 0.0) if breaker.standing.admits_freely else breaker.refuse()
 
     @staticmethod
-    def _refused(breaker: Dependency, ticket: Ticket, refusal: BreakerOpenError) -> Admission:
-        return Admission((), breaker.name, refusal.state, refusal.retry_after, ticket.attempts, ticket.trace)
+    def _refused(breaker: Dependency, envelope: Envelope, refusal: BreakerOpenError) -> Admission:
+        return Admission((), breaker.name, refusal.state, refusal.retry_after, envelope.attempts, envelope.trace)
 
     def _pass(self, breaker: Dependency, request: GatedRequest, *, for_child: bool) -> Pass | None:
         """Return one breaker's pass; None if it denies a permit or a slot. A slot is the child's to give."""
@@ -104,14 +104,14 @@ class Gate:
                 return None
             self._unaccepted.add(request)
         if standing.admits_freely or (standing.admits and for_child):
-            counts = self._would_count(standing, request.ticket)
+            counts = self._would_count(standing, request.envelope)
             return Pass(breaker.name, standing.epoch, counts=counts, for_child=for_child)
         grant = self._ask(breaker, request)
         if not grant.admitted:
             if is_counted:
                 self._places.leave(breaker.name)
             return None
-        counts = not grant.trial and self._would_count(standing, request.ticket)
+        counts = not grant.trial and self._would_count(standing, request.envelope)
         return Pass(breaker.name, grant.snapshot.epoch, grant.trial, counts, grant.leased, for_child)
 
     def _ask(self, breaker: Dependency, request: GatedRequest) -> Grant:
@@ -159,7 +159,7 @@ class Gate:
     def _report_overdue(self, request: GatedRequest, breaker: Dependency, admitted: Pass) -> None:
         self._tell(request, breaker, admitted, OVERDUE)
 
-    def _would_count(self, standing: CachedState, ticket: Ticket) -> bool:
+    def _would_count(self, standing: CachedState, envelope: Envelope) -> bool:
         """Whether a failure now uses up an attempt: only if the dependency has served somebody since the last one.
 
         A task that has not failed before looks back over one window.
@@ -167,17 +167,17 @@ class Gate:
         last_success = standing.snapshot.last_success_at
         if last_success is None:
             return False
-        since = ticket.attempted_at or self._runtime.fleet.view.server_now() - standing.spec.policy.window
+        since = envelope.attempted_at or self._runtime.fleet.view.server_now() - standing.spec.policy.window
         return last_success > since
 
     def unaccepted(self) -> list[GatedRequest]:
         """Return the runs with a slot or permit that no pool process has accepted yet."""
         return list(self._unaccepted)
 
-    def took_up(self, ticket: Ticket) -> None:
+    def took_up(self, envelope: Envelope) -> None:
         """Note that a resumed task has reached a worker."""
         with self._counting:
-            self._taken_up[ticket.breaker] += 1
+            self._taken_up[envelope.breaker] += 1
 
     def tell_taken_up(self, tell: Callable[[str, int], object]) -> None:
         """Tell how many resumed tasks have arrived, by breaker; what raises is told again the next time."""
@@ -246,13 +246,13 @@ class Places:
                 del self._taken[breaker]  # there may be a breaker for every key that there ever was
 
 
-def _ramps_out(standing: CachedState, ticket: Ticket, task_id: str) -> bool:
+def _ramps_out(standing: CachedState, envelope: Envelope, task_id: str) -> bool:
     """Whether the ramp after a recovery keeps this task out; those that waited for this breaker have their own pace.
 
     The lot is drawn from the task's id, so that it falls alike wherever it is asked for.
     """
     share = standing.ramp_share()
-    if share >= 1.0 or (ticket.resumed == standing.epoch and ticket.breaker == standing.name):
+    if share >= 1.0 or (envelope.resumed == standing.epoch and envelope.breaker == standing.name):
         return False
     return crc32(f"{standing.epoch}:{task_id}".encode()) >= share * 2**32
 

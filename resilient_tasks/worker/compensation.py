@@ -21,7 +21,7 @@ from resilient_tasks.core.outage import SPARE_SLOTS, SUSPECTED
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
 from resilient_tasks.monitor.events import BREAKER_SUSPECT, QUEUE_BLOCKED, QUEUE_UNBLOCKED, SLOT_ADDED, SLOT_REMOVED
 from resilient_tasks.worker import celery_internals
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.request import GatedRequest
 
 if TYPE_CHECKING:
@@ -407,7 +407,7 @@ class _Return(NamedTuple):
 
     request: GatedRequest
     queue: str
-    ticket: Ticket
+    envelope: Envelope
 
 
 @dataclass(slots=True)
@@ -430,16 +430,16 @@ class Overflow:
         self._blocked: dict[str, _Blocked] = {}
         self._look_at = float("-inf")
 
-    def put_back(self, request: GatedRequest, ticket: Ticket, queue: str, breaker: str) -> None:
+    def put_back(self, request: GatedRequest, envelope: Envelope, queue: str, breaker: str) -> None:
         """Put a request's message back and block its queue; from any thread, done soon.
 
         Args:
             request: whose message.
-            ticket: what the message shall say about itself.
+            envelope: what the message shall say about itself.
             queue: where it came from.
             breaker: for whose tasks there is no room.
         """
-        self._returning.append(_Return(request, queue, ticket))
+        self._returning.append(_Return(request, queue, envelope))
         self.consumer.call_soon(self._block, queue, breaker)
 
     def look(self) -> None:
@@ -481,7 +481,7 @@ class Overflow:
                 continue
             if request.pipeline.origin_of(request) == queue:
                 request.withdraw()
-                yield _Return(request, queue, request.ticket)
+                yield _Return(request, queue, request.envelope)
 
     def _return_all(self) -> None:
         """Put messages back, the newest first, so that the oldest is the next to be taken."""

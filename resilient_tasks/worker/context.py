@@ -27,7 +27,7 @@ from resilient_tasks.fallback import Served
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.settings import Settings
 from resilient_tasks.worker.definitions import check_guarded, doubts
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Queues
 
@@ -189,9 +189,9 @@ class Runtime:
         """The broker's queues, for a process that is no worker."""
         return open_queues(self.app, self.settings.namespace)
 
-    def origin(self, ticket: Ticket) -> str:
+    def origin(self, envelope: Envelope) -> str:
         """Return the name of the queue that a task came from."""
-        return ticket.origin or str(self.app.conf.task_default_queue)
+        return envelope.origin or str(self.app.conf.task_default_queue)
 
     @property
     def tick_scope(self) -> str:

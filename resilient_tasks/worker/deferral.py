@@ -27,7 +27,7 @@ from resilient_tasks.errors import DeferredQueueFullError, StoreError
 from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED
 from resilient_tasks.monitor.log import Throttle
 from resilient_tasks.store.background import TimedWriter
-from resilient_tasks.worker.envelope import UNDECODABLE, Ticket, flaw_in_task
+from resilient_tasks.worker.envelope import UNDECODABLE, Envelope, flaw_in_task
 from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Queues
 from resilient_tasks.worker.request import GatedRequest
@@ -132,80 +132,80 @@ class Deferral:
         self._retry_at = float("-inf")
         self._lines = Throttle(MOST_LINES, LINES_INTERVAL)
 
-    def defer(self, request: GatedRequest, ticket: Ticket, *, limited: bool = True) -> None:
-        """Defer a request's message, or dead-letter it if its ticket says so; ``limited``: the limits apply.
+    def defer(self, request: GatedRequest, envelope: Envelope, *, limited: bool = True) -> None:
+        """Defer a request's message, or dead-letter it if its envelope says so; ``limited``: the limits apply.
 
         Raises:
             DeferredQueueFullError: the queue is at the policy's ``max_deferred``, or a server at its memory limit.
             Exception: one of :attr:`errors`; the message is where it was.
         """
-        if ticket.died_at:
-            self._dead_letter(request, ticket)
+        if envelope.died_at:
+            self._dead_letter(request, envelope)
         else:
-            self._defer(request, ticket, limited=limited)
+            self._defer(request, envelope, limited=limited)
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
         """What the broker raises if it is unavailable, or refuses something."""
         return self.queues.errors
 
-    def defer_if_permitted(self, request: GatedRequest, ticket: Ticket, again: Step, *, limited: bool) -> None:
+    def defer_if_permitted(self, request: GatedRequest, envelope: Envelope, again: Step, *, limited: bool) -> None:
         """Like :meth:`defer`, but hold the request where the broker refuses the queue, until it takes ``again``."""
-        name = ticket.breaker
-        queue = self.queues.dead(name) if ticket.died_at else self.queues.deferred(name)
+        name = envelope.breaker
+        queue = self.queues.dead(name) if envelope.died_at else self.queues.deferred(name)
         if queue not in self.denials.reasons:
             try:
-                self.defer(request, ticket, limited=limited)
+                self.defer(request, envelope, limited=limited)
             except self.queues.refusals as exc:
                 self.forget(name, [request.id])
                 self.denials.add({queue: exc})
             else:
                 return
-        self.denials.hold(request, ticket, queue, again)
+        self.denials.hold(request, envelope, queue, again)
 
-    def _dead_letter(self, request: GatedRequest, ticket: Ticket) -> None:
-        dead = self.queues.dead(ticket.breaker)
-        self.queues.put(request.message, dead, ticket, owned=not request.acknowledged)
+    def _dead_letter(self, request: GatedRequest, envelope: Envelope) -> None:
+        dead = self.queues.dead(envelope.breaker)
+        self.queues.put(request.message, dead, envelope, owned=not request.acknowledged)
         request.acknowledged = True
-        self._runtime.fleet.reporter.tally(ticket.breaker, counts.DEAD)
+        self._runtime.fleet.reporter.tally(envelope.breaker, counts.DEAD)
         what = "Task %s[%s] is dead-lettered: %s"
-        logger.warning(what, request.name, request.id, ticket.reason, extra=request.log_fields)
+        logger.warning(what, request.name, request.id, envelope.reason, extra=request.log_fields)
 
-    def _defer(self, request: GatedRequest, ticket: Ticket, *, limited: bool) -> None:
+    def _defer(self, request: GatedRequest, envelope: Envelope, *, limited: bool) -> None:
         if limited and (memory_limit := self._memory.exceeded()) is not None:
-            raise DeferredQueueFullError(ticket.breaker, memory_limit=memory_limit)
-        self._index_writer.write(lambda: self._index(request.id, ticket))
-        info = {"breaker": ticket.breaker, "since": ticket.since, "reason": ticket.reason}
+            raise DeferredQueueFullError(envelope.breaker, memory_limit=memory_limit)
+        self._index_writer.write(lambda: self._index(request.id, envelope))
+        info = {"breaker": envelope.breaker, "since": envelope.since, "reason": envelope.reason}
         self._write_state(request, DEFERRED, info)
-        limit = self._runtime.breaker(ticket.breaker).policy.max_deferred if limited else None
-        queue = self.queues.deferred(ticket.breaker)
+        limit = self._runtime.breaker(envelope.breaker).policy.max_deferred if limited else None
+        queue = self.queues.deferred(envelope.breaker)
         try:
-            mine = self.queues.put(request.message, queue, ticket, owned=not request.acknowledged, limit=limit)
+            mine = self.queues.put(request.message, queue, envelope, owned=not request.acknowledged, limit=limit)
         except DeferredQueueFullError:
-            self.forget(ticket.breaker, [request.id])
+            self.forget(envelope.breaker, [request.id])
             raise
         request.acknowledged = True
         try:
             if mine:
-                self._tell(request, ticket)
+                self._tell(request, envelope)
             else:  # the broker has restored it: its other copy decides
-                self.forget(ticket.breaker, [request.id])
+                self.forget(envelope.breaker, [request.id])
         except Exception:  # must not look like a deferral that failed: the message would be put once more
             what = "Task %s[%s] is deferred, but not everything about it is reported"
             logger.exception(what, request.name, request.id, extra=request.log_fields)
 
-    def _tell(self, request: GatedRequest, ticket: Ticket) -> None:
+    def _tell(self, request: GatedRequest, envelope: Envelope) -> None:
         """Report a task that has been deferred; one that is new runs instead of earlier ones with its key."""
-        again = request.ticket.since > 0
-        if ticket.coalesced_as and not again:
-            self._index_writer.write(lambda: self._runtime.fleet.ledger.claim(ticket.coalesced_as, request.id))
-        self._runtime.fleet.reporter.tally(ticket.breaker, counts.DEFERRED_AGAIN if again else counts.DEFERRED)
-        info = {"breaker": ticket.breaker, "reason": ticket.reason, "since": ticket.since}
+        again = request.envelope.since > 0
+        if envelope.coalesced_as and not again:
+            self._index_writer.write(lambda: self._runtime.fleet.ledger.claim(envelope.coalesced_as, request.id))
+        self._runtime.fleet.reporter.tally(envelope.breaker, counts.DEFERRED_AGAIN if again else counts.DEFERRED)
+        info = {"breaker": envelope.breaker, "reason": envelope.reason, "since": envelope.since}
         request.send_event(TASK_DEFERRED, **info)
         signals.notify(signals.task_deferred, request.app, task_id=request.id, task=request.name, **info)
-        if self._lines.admits(ticket.breaker):
+        if self._lines.admits(envelope.breaker):
             fields = {**request.log_fields, **info, "event": TASK_DEFERRED}
-            logger.info("Task %s[%s] deferred: %s", request.name, request.id, ticket.reason, extra=fields)
+            logger.info("Task %s[%s] deferred: %s", request.name, request.id, envelope.reason, extra=fields)
 
     def tell_suppressed(self, *, early: bool = False) -> None:
         """Log how many tasks were deferred without a line of their own; of past intervals, or all ``early``."""
@@ -219,9 +219,9 @@ class Deferral:
             return True
         origin = (message.delivery_info or {}).get("routing_key") or ""
         logger.error("a message on %s is dead-lettered: %s", origin, flaw)
-        ticket = Ticket(breaker=UNDECODABLE, origin=origin).die(self._runtime.fleet.view.server_now(), flaw)
+        envelope = Envelope(breaker=UNDECODABLE, origin=origin).dead_letter(self._runtime.fleet.view.server_now(), flaw)
         try:
-            self.queues.put(message, self.queues.dead(UNDECODABLE), ticket, owned=True)
+            self.queues.put(message, self.queues.dead(UNDECODABLE), envelope, owned=True)
         except self.errors as exc:  # the broker delivers it again
             logger.warning("it could not be moved: %s", type(exc).__name__)
         return False
@@ -232,11 +232,11 @@ class Deferral:
         waiting = 0 if limit is None else self.queues.size(self.queues.deferred(breaker))
         return self._memory.exceeded() is None and (limit is None or waiting < limit)
 
-    def put_back(self, request: GatedRequest, queue: str, ticket: Ticket, *, first: bool = True) -> None:
+    def put_back(self, request: GatedRequest, queue: str, envelope: Envelope, *, first: bool = True) -> None:
         """Requeue a request's message, as the next to be taken where the broker can do that, or as the last."""
         self._write_state(request, PENDING)
         request.send_event(TASK_RESUMED, exception="no room to defer", traceback=None)
-        header = ticket if ticket.breaker else None
+        header = envelope if envelope.breaker else None
         self.queues.put(request.message, queue, header, owned=not request.acknowledged, first=first)
         request.acknowledged = True
 
@@ -289,9 +289,11 @@ class Deferral:
         with suppress(StoreError):
             self._runtime.fleet.ledger.remove_deferred(breaker, task_ids)
 
-    def _index(self, task_id: str, ticket: Ticket) -> None:
+    def _index(self, task_id: str, envelope: Envelope) -> None:
         """Best-effort: the tick, reconciling, finds a message that is missing here."""
-        self._runtime.fleet.ledger.add_deferred(ticket.breaker, task_id, deadline=ticket.ends_at, since=ticket.since)
+        self._runtime.fleet.ledger.add_deferred(
+            envelope.breaker, task_id, deadline=envelope.ends_at, since=envelope.since
+        )
 
     def _write_state(self, request: GatedRequest, state: str, info: dict[str, Any] | None = None) -> None:
         def write() -> None:
@@ -313,14 +315,14 @@ class _Held(NamedTuple):
     """A task that cannot be deferred; ``beside``: it takes no place in the prefetch window."""
 
     request: GatedRequest
-    ticket: Ticket
+    envelope: Envelope
     queue: str
     again: Step
     beside: bool
 
     def may_run(self, now: float) -> bool:
         """Whether the task's breakers would admit it by now; a dead one never runs again."""
-        if self.ticket.died_at or self.ticket.not_before > now:
+        if self.envelope.died_at or self.envelope.not_before > now:
             return False
         return self.request.pipeline.refusing(self.request) is None
 
@@ -344,9 +346,9 @@ class Denials:
             logger.error(what, ", ".join(new), refused[new[0]])
         self.reasons.update({queue: str(error) for queue, error in refused.items()})
 
-    def hold(self, request: GatedRequest, ticket: Ticket, queue: str, again: Step) -> None:
+    def hold(self, request: GatedRequest, envelope: Envelope, queue: str, again: Step) -> None:
         """Keep a task that cannot be put into a queue, without a place in the prefetch window."""
-        self._held.append(_Held(request, ticket, queue, again, request.leave_window()))
+        self._held.append(_Held(request, envelope, queue, again, request.leave_window()))
 
     def look(self) -> None:
         """Check rights, and let those held go that may; called by the maintenance thread, does little each time."""
@@ -360,7 +362,7 @@ class Denials:
             if held.queue not in self.reasons:
                 held.request.enter_window()
                 self._deferral.attempt(held.request, held.again)
-            elif held.may_run(now) or (not held.beside and not held.ticket.died_at):
+            elif held.may_run(now) or (not held.beside and not held.envelope.died_at):
                 going.append(held)
             else:
                 self._held.append(held)
@@ -388,11 +390,11 @@ class Denials:
     def _return(self, going: list[_Held]) -> None:
         """Put tasks back to their queues, in the event loop."""
         for held in going:
-            request, ticket = held.request, held.ticket
-            has_failed = ticket.attempted_at > request.ticket.attempted_at
-            header = ticket if has_failed else request.ticket
+            request, envelope = held.request, held.envelope
+            has_failed = envelope.attempted_at > request.envelope.attempted_at
+            header = envelope if has_failed else request.envelope
             try:
-                self._deferral.put_back(request, ticket.origin, header, first=held.beside)
+                self._deferral.put_back(request, envelope.origin, header, first=held.beside)
             except self._deferral.errors as error:
                 what = "Task %s[%s] cannot be requeued yet: %s"
                 logger.debug(what, request.name, request.id, error, extra=request.log_fields)

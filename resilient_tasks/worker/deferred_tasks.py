@@ -90,23 +90,23 @@ class DeferredTasks:
         for entry in (move.entry for move in made if move.resumes):
             signals.notify(
                 signals.task_resumed, self._runtime.app, task_id=entry.task_id, task=entry.task_name,
-                breaker=entry.ticket.breaker, since=entry.ticket.since,
+                breaker=entry.envelope.breaker, since=entry.envelope.since,
             )  # fmt: skip
         return len(offered), made
 
     def _dead_letter_flawed(self, entry: Entry) -> Move:
-        breaker = entry.ticket.breaker
+        breaker = entry.envelope.breaker
         logger.warning("a message that waits for breaker %r is dead-lettered: %s", breaker, entry.flaw)
-        return Move(entry, self.queues.dead(breaker), entry.ticket)
+        return Move(entry, self.queues.dead(breaker), entry.envelope)
 
     def _note_unmade(self, planned: Sequence[Move], made: Sequence[Move]) -> None:
         """Index again what was not moved, and end what has no queue to go back to."""
         queues = {id(move.entry): move.queue for move in made}
         for move in planned:
-            entry, ticket = move.entry, move.entry.ticket
+            entry, envelope = move.entry, move.entry.envelope
             if id(entry) not in queues:
                 self._runtime.fleet.ledger.add_deferred(
-                    ticket.breaker, entry.task_id, deadline=ticket.ends_at, since=ticket.since or None
+                    envelope.breaker, entry.task_id, deadline=envelope.ends_at, since=envelope.since or None
                 )
             elif queues[id(entry)] != move.queue:
                 self._settle(entry, ResilienceError(f"the queue {move.queue} that it came from is gone"))
@@ -149,12 +149,14 @@ class DeferredTasks:
         for entry in entries:
             self._withdraw(entry, keep_for=CLAIM_OUTLIVES_TURN)
             self._tell(entry, TASK_RESUMED, exception=why, traceback=None)
-        return [Move(entry, self._runtime.origin(entry.ticket), entry.ticket.resume(epoch, now)) for entry in entries]
+        return [
+            Move(entry, self._runtime.origin(entry.envelope), entry.envelope.resume(epoch, now)) for entry in entries
+        ]
 
     def _withdraw(self, entry: Entry, *, keep_for: float = 0.0) -> None:
         """Let a task supersede earlier ones no longer: at once if it never runs, else when none can be left."""
-        if entry.ticket.coalesced_as:
-            self._runtime.fleet.ledger.withdraw(entry.ticket.coalesced_as, entry.task_id, keep_for=keep_for)
+        if entry.envelope.coalesced_as:
+            self._runtime.fleet.ledger.withdraw(entry.envelope.coalesced_as, entry.task_id, keep_for=keep_for)
 
     def end(self, entry: Entry, error: Exception) -> Move | None:
         """End a task that must wait no longer.
@@ -164,14 +166,14 @@ class DeferredTasks:
         Returns:
             None if its result cannot be written now: it goes on waiting, and a later tick tries again.
         """
-        breaker, kinds, move = entry.ticket.breaker, [DEAD], Move(entry, None)
+        breaker, kinds, move = entry.envelope.breaker, [DEAD], Move(entry, None)
         if isinstance(error, SupersededError):
             kinds = [COALESCED]
         elif isinstance(error, TaskRevokedError) and str(error) != EXPIRED:
             kinds = [DROPPED if str(error) == DROPPED else REVOKED]
         else:
-            ticket = entry.ticket.die(self._runtime.fleet.view.server_now(), str(error))
-            move = Move(entry, self.queues.dead(breaker), ticket)
+            envelope = entry.envelope.dead_letter(self._runtime.fleet.view.server_now(), str(error))
+            move = Move(entry, self.queues.dead(breaker), envelope)
             if isinstance(error, (DeferralExpiredError, TaskRevokedError)):
                 kinds.append(EXPIRED)
         if not self._settle(entry, error):
@@ -200,7 +202,7 @@ class DeferredTasks:
         request, backend = self._request(entry), self._runtime.app.backend
         if isinstance(error, SupersededError):
             if request is not None and not request.ignore_result:
-                info = {"breaker": entry.ticket.breaker, "ran": error.latest}
+                info = {"breaker": entry.envelope.breaker, "ran": error.latest}
                 write = request.task.backend.store_result
                 write_result(write, entry.task_id, info, states.IGNORED, request=request.context)
             self._tell(entry, TASK_IGNORED, ran=error.latest)
@@ -228,7 +230,7 @@ class DeferredTasks:
                 app=self._runtime.app,
                 task=task,
                 hostname=self._events.hostname,
-                eventer=self._events.dispatcher(entry.ticket.teller),
+                eventer=self._events.dispatcher(entry.envelope.reported_by),
                 **parts,
             )
         except (NotRegistered, DecodeError, InvalidTaskError) as exc:
@@ -237,7 +239,7 @@ class DeferredTasks:
             return None
 
     def _tell(self, entry: Entry, event: str, **fields: Any) -> None:
-        self._events.send(event, entry.ticket.teller, uuid=entry.task_id, **fields)
+        self._events.send(event, entry.envelope.reported_by, uuid=entry.task_id, **fields)
 
     def close(self) -> None:
         """Close connections."""
@@ -247,7 +249,7 @@ class DeferredTasks:
 
 def _deferral_of(entry: Entry) -> tuple[str, float]:
     """Return what distinguishes one wait of a task from a later one: it may be replayed."""
-    return entry.task_id if not entry.flaw else "", entry.ticket.since
+    return entry.task_id if not entry.flaw else "", entry.envelope.since
 
 
 def _page(entries: Iterator[Entry]) -> list[Entry]:
@@ -262,12 +264,12 @@ def _page(entries: Iterator[Entry]) -> list[Entry]:
 
 def _expiry(entry: Entry, now: float) -> DeferralExpiredError | TaskRevokedError | None:
     """Return the error of a task that has waited longer than its ``defer_for``, or past its ``expires``."""
-    ticket = entry.ticket
-    if ticket.ends_at is None or now < ticket.ends_at:
+    envelope = entry.envelope
+    if envelope.ends_at is None or now < envelope.ends_at:
         return None
-    if ticket.ends_at == ticket.expires:
+    if envelope.ends_at == envelope.expires:
         return TaskRevokedError(EXPIRED)
-    return DeferralExpiredError(ticket.breaker, now - ticket.since, ticket.deadline - ticket.since)
+    return DeferralExpiredError(envelope.breaker, now - envelope.since, envelope.deadline - envelope.since)
 
 
 # --- revokes ---------------------------------------------------------------------------------------------
@@ -312,7 +314,7 @@ def revoked_among(entries: Sequence[Entry], ledger: Ledger) -> set[str]:
     revoked = ledger.revoked([*marks, *set().union(*marks.values())])
 
     def by_stamp(entry: Entry) -> bool:
-        heard_until = entry.ticket.since - HEARSAY
+        heard_until = entry.envelope.since - HEARSAY
         return any(mark in revoked and revoked[mark] > heard_until for mark in marks[entry.task_id])
 
     return {entry.task_id for entry in entries if entry.task_id in revoked or by_stamp(entry)}

@@ -24,7 +24,7 @@ UNDECODABLE = "undecodable"
 
 #: Seconds between the runs of a task whose body is refused: twice as many each time.
 SHORTEST_BACK_OFF, LONGEST_BACK_OFF = 0.5, 30.0
-#: Latest steps that a ticket remembers.
+#: Latest steps that an envelope remembers.
 MOST_STEPS = 16
 
 _MOST = 10**17  # no time and no count of ours comes near
@@ -53,7 +53,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
+class Envelope:
     """What the header says. Seconds are on the store's clock; 0 means "not set"."""
 
     breaker: _Text = ""  # the one the task waits, or waited, for
@@ -72,45 +72,49 @@ class Ticket:
     coalesced_as: _Text = ""  # what it has in common with those of which only the latest runs
     expiration: _Count = 0  # AMQP's property, ms: kept here, because the broker would drop a waiting message
     trace: _Text = ""  # ``traceparent`` of its first run, or of its first refusal, where calls are traced
-    teller: _Text = ""  # name of the worker that has reported its deferral to monitors; "" if none has
+    # name of the worker that has reported its deferral to monitors; "" if none has; in the header it is ``teller``
+    reported_by: Annotated[_Text, Field(alias="teller")] = ""
     history: Annotated[tuple[Step, ...], Field(max_length=MOST_STEPS)] = ()  # its latest steps, oldest first
 
     @classmethod
-    def read(cls, headers: object) -> Ticket:
-        """Return the ticket in ``headers``; an empty one if there is none or it is invalid."""
+    def read(cls, headers: object) -> Envelope:
+        """Return the envelope in ``headers``; an empty one if there is none or it is invalid."""
         raw = headers.get(HEADER) if isinstance(headers, Mapping) else None
         if raw is None:  # nearly every message there is
-            return _NO_TICKET
+            return _NO_ENVELOPE
         try:
             return _DECODER.validate_python(raw)
         except ValidationError:
-            return _NO_TICKET
+            return _NO_ENVELOPE
 
     @classmethod
-    def take(cls, headers: MutableMapping[str, Any]) -> Ticket:
+    def take(cls, headers: MutableMapping[str, Any]) -> Envelope:
         """Like :meth:`read`, and remove it from ``headers``."""
-        ticket = cls.read(headers)
+        envelope = cls.read(headers)
         headers.pop(HEADER, None)
-        return ticket
+        return envelope
 
     def write(self, headers: Mapping[str, Any]) -> dict[str, Any]:
-        """Return ``headers`` with this ticket in place of any other."""
-        return {**headers, HEADER: {name: value for name in _FIELDS if (value := getattr(self, name))}}
+        """Return ``headers`` with this envelope in place of any other."""
+        return {
+            **headers,
+            HEADER: {_IN_HEADER.get(name, name): value for name in _FIELDS if (value := getattr(self, name))},
+        }
 
     @property
     def ends_at(self) -> float | None:
         """When the wait ends at the latest: ``defer_for`` or ``expires``, whichever is first."""
         return min((end for end in (self.deadline, self.expires) if end), default=None)
 
-    def begin(self, at: float, defer_for: float | None, coalesced_as: str = "") -> Ticket:
-        """Return the ticket of a task that waits from now on, at most ``defer_for`` seconds, unless it did already."""
+    def begin(self, at: float, defer_for: float | None, coalesced_as: str = "") -> Envelope:
+        """Return the envelope of a task that waits from now on, ``defer_for`` seconds at most, unless it did."""
         if self.since:
             return self
         deadline = at + defer_for if defer_for else 0.0
         return replace(self, since=at, deadline=deadline, coalesced_as=coalesced_as)
 
-    def defer(self, at: float, cause: str = "") -> Ticket:
-        """Return the ticket of the same task deferred; ``cause``: why it has failed, if it has."""
+    def defer(self, at: float, cause: str = "") -> Envelope:
+        """Return the envelope of the same task deferred; ``cause``: why it has failed, if it has."""
         return self._after(Step(at, "failed" if cause else "deferred", cause), resumed=0, died_at=0.0)
 
     def back_off(self) -> float:
@@ -118,28 +122,29 @@ class Ticket:
         deferrals = sum(step.what == "deferred" for step in self.history)
         return float(min(SHORTEST_BACK_OFF * 2**deferrals, LONGEST_BACK_OFF))
 
-    def resume(self, epoch: int, at: float) -> Ticket:
-        """Return the ticket of the same task on its way back to the origin queue."""
+    def resume(self, epoch: int, at: float) -> Envelope:
+        """Return the envelope of the same task on its way back to the origin queue."""
         return self._after(Step(at, "resumed"), resumed=epoch, died_at=0.0)
 
-    def die(self, at: float, reason: str, cause: str = "") -> Ticket:
-        """Return the ticket of the same task on its way to the dead-letter queue."""
+    def dead_letter(self, at: float, reason: str, cause: str = "") -> Envelope:
+        """Return the envelope of the same task on its way to the dead-letter queue."""
         return self._after(Step(at, "dead", cause), reason=reason, resumed=0, died_at=at)
 
-    def _after(self, step: Step, **changes: Any) -> Ticket:
+    def _after(self, step: Step, **changes: Any) -> Envelope:
         step = step._replace(at=round(step.at, 3))  # the header travels with every message
         return replace(self, history=(*self.history, step)[-MOST_STEPS:], **changes)
 
 
-_NO_TICKET = Ticket()
-_FIELDS = tuple(field.name for field in fields(Ticket))
-_DECODER = TypeAdapter(Ticket)
+_NO_ENVELOPE = Envelope()
+_FIELDS = tuple(field.name for field in fields(Envelope))
+_IN_HEADER = {"reported_by": "teller"}  # names of fields on the wire that are not those of the class
+_DECODER = TypeAdapter(Envelope)
 
 
-def without_ticket(headers: Mapping[str, Any]) -> dict[str, Any]:
+def without_envelope(headers: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message's headers as they were before it was ever deferred."""
     headers = dict(headers)
-    Ticket.take(headers)
+    Envelope.take(headers)
     return headers
 
 
@@ -158,7 +163,7 @@ def decode(decoder: Callable[..., Decoded], *args: Any) -> Decoded:
         raise DecodeError(f"the message cannot be decoded: {type(exc).__name__}") from exc
 
 
-def decode_envelope(decoder: Callable[[bytes], Any], text: bytes) -> dict[str, Any]:
+def decode_raw(decoder: Callable[[bytes], Any], text: bytes) -> dict[str, Any]:
     """Return the object in a Redis list of which kombu makes a message.
 
     Raises:

@@ -413,7 +413,7 @@ class Reconciler:
             self._tasks.transfer(breaker.name, partial(self._index, breaker.name))
 
     def _index(self, breaker: str, entries: Sequence[Entry]) -> list[Move]:
-        waits = {entry.task_id: Wait(entry.ticket.ends_at, entry.ticket.since or None) for entry in entries}
+        waits = {entry.task_id: Wait(entry.envelope.ends_at, entry.envelope.since or None) for entry in entries}
         self._runtime.fleet.ledger.add_all_deferred(breaker, waits)
         return []
 

@@ -34,7 +34,7 @@ from resilient_tasks.worker.admission import Gate
 from resilient_tasks.worker.compensation import Compensation, Holding, Overflow
 from resilient_tasks.worker.context import Runtime, runtime_of
 from resilient_tasks.worker.deferral import Deferral
-from resilient_tasks.worker.envelope import Ticket, check_task
+from resilient_tasks.worker.envelope import Envelope, check_task
 from resilient_tasks.worker.execution import Admission, Report, TaskDeferred
 from resilient_tasks.worker.maintenance import Maintenance
 from resilient_tasks.worker.options import DEFER
@@ -76,11 +76,11 @@ class Pipeline:
 
     def on_arrival(self, task: Any, message: Any, to_request: Callable[[], GatedRequest]) -> bool:
         """Defer a message that a breaker refuses; False if Celery's own strategy is to handle it."""
-        ticket = Ticket.read(message.headers)
-        if ticket.resumed and self.runtime.defines(ticket.breaker):  # others may write tickets, too
-            self.gate.took_up(ticket)
+        envelope = Envelope.read(message.headers)
+        if envelope.resumed and self.runtime.defines(envelope.breaker):  # others may write envelopes, too
+            self.gate.took_up(envelope)
         guards = self._guards(task, message)
-        refusing = self.gate.refusing(guards, ticket, message.headers["id"]) if guards else None
+        refusing = self.gate.refusing(guards, envelope, message.headers["id"]) if guards else None
         limiting = self.compensation.limiting(guards) if refusing is None else None
         if refusing is None and limiting is None:
             return False
@@ -110,7 +110,7 @@ class Pipeline:
             request.withdraw()
             self._defer_refused(request, refusal)
             raise TaskRevokedError(request.id)
-        if request.delivery_info.get("redelivered") and not request.ticket.since:  # a deferred one may keep the mark
+        if request.delivery_info.get("redelivered") and not request.envelope.since:  # a deferred one may keep the mark
             self.runtime.fleet.reporter.tally(request.task.options.breakers[0], REDELIVERED)
         if admission.passes:
             self.compensation.begin(request, _answering(request.guards, admission))
@@ -143,7 +143,7 @@ class Pipeline:
     def on_deferred(self, request: GatedRequest, deferred: TaskDeferred) -> None:
         """Defer a task whose run has asked for it; what it found out has been settled."""
         request.withdraw()
-        wait = request.ticket.back_off() if deferred.backs_off else None
+        wait = request.envelope.back_off() if deferred.backs_off else None
         self.defer(request, deferred.breaker, deferred.reason, deferred, wait=wait)
 
     def on_death(self, request: GatedRequest, exc: BaseException) -> bool:
@@ -214,54 +214,56 @@ class Pipeline:
     ) -> None:  # fmt: skip
         """Defer a message until a breaker admits, ``wait`` seconds at least; the verdict on the request is final."""
         request.deferred = True
-        ticket = cache(partial(self._next_ticket, request, breaker, reason, failed, wait))  # one for all tries
-        self.deferral.attempt(request, partial(self._try_to_defer, request, ticket, has_failed=failed is not None))
+        envelope = cache(partial(self._next_envelope, request, breaker, reason, failed, wait))  # one for all tries
+        self.deferral.attempt(request, partial(self._try_to_defer, request, envelope, has_failed=failed is not None))
 
     def _try_to_defer(
-        self, request: GatedRequest, make: Callable[[], Ticket], *, has_failed: bool, limited: bool
+        self, request: GatedRequest, make: Callable[[], Envelope], *, has_failed: bool, limited: bool
     ) -> None:
-        ticket = make()
+        envelope = make()
         try:
             again = partial(self._try_to_defer, request, make, has_failed=has_failed)
-            self.deferral.defer_if_permitted(request, ticket, again, limited=limited)
+            self.deferral.defer_if_permitted(request, envelope, again, limited=limited)
         except DeferredQueueFullError as full:
-            if self.runtime.breaker(ticket.breaker).policy.overflow == BLOCK:
-                returned = ticket if has_failed else request.ticket
-                self.overflow.put_back(request, returned, ticket.origin, ticket.breaker)
+            if self.runtime.breaker(envelope.breaker).policy.overflow == BLOCK:
+                returned = envelope if has_failed else request.envelope
+                self.overflow.put_back(request, returned, envelope.origin, envelope.breaker)
             else:
                 self.deferral.attempt(request, partial(_deny, request, full))
 
     def dead_letter(self, request: GatedRequest, breaker: str, cause: str) -> None:
         """Keep the message of a task that is out of attempts; its FAILURE is Celery's to write."""
         request.dead = True
-        ticket = cache(partial(self._last_ticket, request, breaker, cause))
-        self.deferral.attempt(request, partial(self._try_to_dead_letter, request, ticket))
+        envelope = cache(partial(self._last_envelope, request, breaker, cause))
+        self.deferral.attempt(request, partial(self._try_to_dead_letter, request, envelope))
 
-    def _try_to_dead_letter(self, request: GatedRequest, make: Callable[[], Ticket], *, limited: bool) -> None:
+    def _try_to_dead_letter(self, request: GatedRequest, make: Callable[[], Envelope], *, limited: bool) -> None:
         again = partial(self._try_to_dead_letter, request, make)
         self.deferral.defer_if_permitted(request, make(), again, limited=limited)
 
-    def _next_ticket(
+    def _next_envelope(
         self, request: GatedRequest, breaker: str, reason: str, failed: TaskDeferred | None, wait: float | None
-    ) -> Ticket:
+    ) -> Envelope:
         now, options, policy = self._now(), request.task.options, self.runtime.breaker(breaker).policy
         trace = self._trace(request, breaker, reason) if failed is None else failed.trace
-        ticket = replace(
-            request.ticket, breaker=breaker, origin=self.origin_of(request), reason=reason,
-            expires=request.expires_at(now), trace=request.ticket.trace or trace, teller=request.reported_by,
+        envelope = replace(
+            request.envelope, breaker=breaker, origin=self.origin_of(request), reason=reason,
+            expires=request.expires_at(now), trace=request.envelope.trace or trace, reported_by=request.reported_by,
         )  # fmt: skip
-        ticket = ticket.begin(now, options.defer_for, coalesced_as(request)).defer(now, failed.cause if failed else "")
+        envelope = envelope.begin(now, options.defer_for, coalesced_as(request)).defer(
+            now, failed.cause if failed else ""
+        )
         if wait is not None:
-            return replace(ticket, not_before=now + wait)
+            return replace(envelope, not_before=now + wait)
         if failed is None or not failed.cause:
-            return ticket
+            return envelope
         not_before = now + options.delay(policy, failed.attempts)
-        return replace(ticket, attempts=failed.attempts, attempted_at=now, not_before=not_before)
+        return replace(envelope, attempts=failed.attempts, attempted_at=now, not_before=not_before)
 
-    def _last_ticket(self, request: GatedRequest, breaker: str, cause: str) -> Ticket:
+    def _last_envelope(self, request: GatedRequest, breaker: str, cause: str) -> Envelope:
         limit, now, origin = request.task.options.max_attempts, self._now(), self.origin_of(request)
-        ticket = replace(request.ticket, breaker=breaker, origin=origin, attempts=limit, attempted_at=now)
-        return ticket.die(now, f"out of attempts (max_attempts={limit}): {cause}", cause)
+        envelope = replace(request.envelope, breaker=breaker, origin=origin, attempts=limit, attempted_at=now)
+        return envelope.dead_letter(now, f"out of attempts (max_attempts={limit}): {cause}", cause)
 
     def _trace(self, request: GatedRequest, breaker: str, reason: str) -> str:
         state = self.runtime.breaker(breaker).state
@@ -270,18 +272,18 @@ class Pipeline:
     def origin_of(self, request: GatedRequest) -> str:
         """Return the name of the queue that a request came from.
 
-        A ticket knows best, but only one of the queues that this worker consumes can be true.
+        An envelope knows best, but only one of the queues that this worker consumes can be true.
         """
         tasks = self.consumer.task_consumer
-        if any(request.ticket.origin == queue.name for queue in tasks.queues):
-            return request.ticket.origin
+        if any(request.envelope.origin == queue.name for queue in tasks.queues):
+            return request.envelope.origin
         return celery_internals.queue_of(tasks, request.message)
 
     # --- what is known here -----------------------------------------------------------------------
 
     def refusing(self, request: GatedRequest) -> Dependency | None:
         """Return the breaker that would refuse a request, by what is known here; None if it might be admitted."""
-        return self.gate.refusing(request.guards, request.ticket, request.id)
+        return self.gate.refusing(request.guards, request.envelope, request.id)
 
     def _guards(self, task: Any, message: Any) -> list[Dependency]:
         if isinstance(message.payload, dict):  # protocol 1: it is refused when it is submitted

@@ -1,7 +1,7 @@
 """What a producer does about a breaker that refuses: at once, by its cached state, without asking the store.
 
 ``apply_async(on_open="fail")`` raises and ``on_open="fallback"`` answers. With the setting ``gate_producers`` a task
-that would only be deferred is published straight into the deferred queue, with the ticket and by the steps of a
+that would only be deferred is published straight into the deferred queue, with the envelope and by the steps of a
 worker's deferral. Whatever a producer cannot do is left to the gate of the workers: the task is published as usual.
 """
 
@@ -27,7 +27,7 @@ from resilient_tasks.store.background import renew_after_fork
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.context import find_runtime, runtime_of
 from resilient_tasks.worker.deferral import Deferral
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.options import DEFER, FAIL
 from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Queues
@@ -167,8 +167,8 @@ class ProducersGate:
         request = GatedRequest(message, app=task.app, task=task, **celery_internals.parts_of(message))
         request.acknowledged = True  # it was never delivered
         now = self._runtime.fleet.view.server_now()
-        ticket = Ticket(refusal.breaker, origin=queue.name, reason=str(refusal), expires=request.expires_at(now))
-        deferral.defer(request, ticket.begin(now, task.options.defer_for, coalesced_as(request)).defer(now))
+        envelope = Envelope(refusal.breaker, origin=queue.name, reason=str(refusal), expires=request.expires_at(now))
+        deferral.defer(request, envelope.begin(now, task.options.defer_for, coalesced_as(request)).defer(now))
 
 
 class _DeferringProducer:

@@ -18,7 +18,7 @@ from kombu.exceptions import OperationalError
 
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.worker import celery_internals
-from resilient_tasks.worker.envelope import Ticket, without_ticket
+from resilient_tasks.worker.envelope import Envelope, without_envelope
 from resilient_tasks.worker.queues import Entry, Move, Queues, declare, own_queue
 from resilient_tasks.worker.redis_queues import RedisQueues
 
@@ -99,15 +99,15 @@ class PublishedQueues(Queues):
             if message is not None:
                 self._return(self.channel.message_to_python(message), queue)
 
-    def _publish(self, message: Any, queue: str, ticket: Ticket | None) -> bool:
+    def _publish(self, message: Any, queue: str, envelope: Envelope | None) -> bool:
         """Publish straight to a queue; False if there is none. In those of ours the broker must let nothing expire."""
         headers = message.headers or {}
-        expiration = _expiration(message) or Ticket.read(headers).expiration
+        expiration = _expiration(message) or Envelope.read(headers).expiration
         if not self.owns(queue):
-            headers = replace(ticket, expiration=0).write(headers) if ticket else without_ticket(headers)
+            headers = replace(envelope, expiration=0).write(headers) if envelope else without_envelope(headers)
             return self._send(message, queue, headers, expiration)
         self._declare(queue)
-        if not self._send(message, queue, replace(ticket or Ticket(), expiration=expiration).write(headers)):
+        if not self._send(message, queue, replace(envelope or Envelope(), expiration=expiration).write(headers)):
             raise OperationalError(f"queue {queue} was deleted a moment ago")
         return True
 
@@ -134,7 +134,7 @@ class PublishedQueues(Queues):
         self._returned = True
 
     def put(
-        self, message: Any, queue: str, ticket: Ticket | None, *,
+        self, message: Any, queue: str, envelope: Envelope | None, *,
         owned: bool, limit: int | None = None, first: bool = False,
     ) -> bool:  # fmt: skip
         """See :meth:`Queues.put`.
@@ -142,20 +142,25 @@ class PublishedQueues(Queues):
         One that goes back to its queue, but has changed or has been requeued so often that a quorum queue would soon
         drop it, is published anew and is then the last of its queue.
         """
-        if owned and first and (ticket or Ticket()) == Ticket.read(message.headers) and not _requeued_often(message):
+        if (
+            owned
+            and first
+            and (envelope or Envelope()) == Envelope.read(message.headers)
+            and not _requeued_often(message)
+        ):
             self._settle(message.requeue)
             return True
         sent_to = message.delivery_info.get("exchange")
-        if ticket and sent_to and self.owns(queue):
-            ticket = replace(ticket, exchange=sent_to, routing_key=message.delivery_info.get("routing_key") or "")
+        if envelope and sent_to and self.owns(queue):
+            envelope = replace(envelope, exchange=sent_to, routing_key=message.delivery_info.get("routing_key") or "")
         with self._exclusive():
             if self.owns(queue):
                 self._declare(queue)
             full = limit is not None and self._size(queue) >= limit
-            if not full and not self._publish(message, queue, ticket):
+            if not full and not self._publish(message, queue, envelope):
                 raise OperationalError(f"queue {queue} is gone")
         if full:
-            raise DeferredQueueFullError(ticket.breaker if ticket else "", limit)
+            raise DeferredQueueFullError(envelope.breaker if envelope else "", limit)
         if owned:
             self._settle(message.ack)
         return True
@@ -202,16 +207,16 @@ class PublishedQueues(Queues):
     def move(self, queue: str, moves: Sequence[Move]) -> Iterator[Move]:
         """See :meth:`Queues.move`."""
         for move in moves:
-            message, dead = move.entry.message, self.dead(move.entry.ticket.breaker)
-            if move.queue is None or self._publish(message, move.queue, move.ticket):
+            message, dead = move.entry.message, self.dead(move.entry.envelope.breaker)
+            if move.queue is None or self._publish(message, move.queue, move.envelope):
                 message.ack()
                 yield move
                 continue
             if queue != dead:
                 what = "Task %s is dead-lettered: its queue %s is gone"
                 logger.error(what, move.entry.task_id, move.queue, extra=move.entry.log_fields)
-                ticket = move.entry.ticket.die(time.time(), f"its queue {move.queue} is gone")
-                self._publish(message, dead, ticket)
+                envelope = move.entry.envelope.dead_letter(time.time(), f"its queue {move.queue} is gone")
+                self._publish(message, dead, envelope)
                 message.ack()
             yield replace(move, queue=dead)
 

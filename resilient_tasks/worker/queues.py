@@ -22,7 +22,7 @@ from resilient_tasks.core.memory import Memory, ServerFacts
 from resilient_tasks.core.model import is_child, parent_of
 from resilient_tasks.monitor.log import about
 from resilient_tasks.worker import celery_internals
-from resilient_tasks.worker.envelope import Ticket, payload_of, task_fields
+from resilient_tasks.worker.envelope import Envelope, payload_of, task_fields
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -70,7 +70,7 @@ class Entry:
     """One message in a deferred or dead-letter queue."""
 
     message: Any  # kombu's Message; None if none can be made of it
-    ticket: Ticket
+    envelope: Envelope
     raw: bytes = b""  # as it is stored; on brokers that show only parts of a message, its body
     flaw: str = ""  # why it is no task's message, or cannot go back
 
@@ -87,7 +87,7 @@ class Entry:
     @property
     def log_fields(self) -> dict[str, str]:
         """What a log line about it says for machines."""
-        return about(self.task_id, self.task_name, self.ticket.breaker)
+        return about(self.task_id, self.task_name, self.envelope.breaker)
 
     def unreadable(self) -> DecodeError | None:
         """Return the error of a message whose body no worker can decode."""
@@ -105,16 +105,16 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Where a waiting message goes. ``queue=None`` drops it; ``ticket=None`` takes our header off."""
+    """Where a waiting message goes. ``queue=None`` drops it; ``envelope=None`` takes our header off."""
 
     entry: Entry
     queue: str | None
-    ticket: Ticket | None = None
+    envelope: Envelope | None = None
 
     @property
     def resumes(self) -> bool:
         """Whether the message goes back to where it came from."""
-        return self.queue is not None and not self.entry.flaw and not (self.ticket and self.ticket.died_at)
+        return self.queue is not None and not self.entry.flaw and not (self.envelope and self.envelope.died_at)
 
 
 class Queues(ABC):
@@ -180,21 +180,23 @@ class Queues(ABC):
     def _entry(self, queue: str, breaker: str, message: Any, raw: bytes) -> Entry:
         """Return what a message in one of a breaker's queues says about its task."""
         message.accept = self._accept
-        ticket = Ticket.read(message.headers)
-        if queue == self.deferred(breaker) or not (is_child(ticket.breaker) and parent_of(ticket.breaker) == breaker):
-            ticket = replace(ticket, breaker=breaker)
+        envelope = Envelope.read(message.headers)
+        if queue == self.deferred(breaker) or not (
+            is_child(envelope.breaker) and parent_of(envelope.breaker) == breaker
+        ):
+            envelope = replace(envelope, breaker=breaker)
         try:
             fields = task_fields(message)
         except DecodeError as exc:
-            return Entry(message, ticket, raw, str(exc))
+            return Entry(message, envelope, raw, str(exc))
         flaw = "" if all(isinstance(fields.get(name), str) and fields[name] for name in ("id", "task")) else "no task"
-        if ticket.origin in (self.deferred(breaker), self.dead(breaker), f"{self.namespace}.control"):
-            flaw = f"it comes from {ticket.origin}"
-        return Entry(message, ticket, raw, flaw)
+        if envelope.origin in (self.deferred(breaker), self.dead(breaker), f"{self.namespace}.control"):
+            flaw = f"it comes from {envelope.origin}"
+        return Entry(message, envelope, raw, flaw)
 
     @abstractmethod
     def put(
-        self, message: Any, queue: str, ticket: Ticket | None, *,
+        self, message: Any, queue: str, envelope: Envelope | None, *,
         owned: bool, limit: int | None = None, first: bool = False,
     ) -> bool:  # fmt: skip
         """Put a delivered message into a queue.
@@ -202,7 +204,7 @@ class Queues(ABC):
         Args:
             message: the message as it was consumed.
             queue: one of ours, or the one that it came from.
-            ticket: what it shall say about itself from now on; None: nothing.
+            envelope: what it shall say about itself from now on; None: nothing.
             owned: the broker still holds it as unacknowledged; False under early acknowledgement.
             limit: most messages that the queue may hold; None: no bound.
             first: it is the next to be taken, where that can be done, instead of the last.

@@ -23,7 +23,7 @@ from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 from redis.exceptions import ResponseError
 
-from resilient_tasks.worker.envelope import decode, decode_envelope
+from resilient_tasks.worker.envelope import decode, decode_raw
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -182,7 +182,7 @@ class TakingChannel(redis.Channel):
         with ExitStack() as failed:
             failed.callback(lambda: self._lay(self._name(key), text, "rpush"))  # whatever fails, nothing is lost
             try:
-                envelope = decode_envelope(loads, text)
+                envelope = decode_raw(loads, text)
                 decode(self.decode_body, envelope["body"], envelope["properties"].get("body_encoding"))
             except DecodeError as exc:
                 flaw = str(exc)

@@ -17,7 +17,7 @@ from kombu.exceptions import DecodeError
 from resilient_tasks.core.memory import Memory, ServerFacts
 from resilient_tasks.errors import DeferredQueueFullError
 from resilient_tasks.worker import celery_internals
-from resilient_tasks.worker.envelope import Ticket, decode, decode_envelope, without_ticket
+from resilient_tasks.worker.envelope import Envelope, decode, decode_raw, without_envelope
 from resilient_tasks.worker.queues import Entry, Move, Queues
 
 #: Messages that are fetched in one go.
@@ -81,18 +81,18 @@ class RedisQueues(Queues):
         self._run(_CHECK, [celery_internals.list_key(self.channel, queue)], ["resilient-tasks-check"])
 
     def put(
-        self, message: Any, queue: str, ticket: Ticket | None, *,
+        self, message: Any, queue: str, envelope: Envelope | None, *,
         owned: bool, limit: int | None = None, first: bool = False,
     ) -> bool:  # fmt: skip
         """See :meth:`Queues.put`."""
-        raw = self._sent(message, ticket)
+        raw = self._sent(message, envelope)
         raw["properties"] = {**raw["properties"], "delivery_tag": celery_internals.new_delivery_tag(self.channel)}
         tag = message.delivery_tag if owned and celery_internals.emulates_acks(message.channel) else ""
         keys = [*celery_internals.unacked_keys(self.channel), self._key(queue, raw)]
         bound, push = "" if limit is None else str(limit), "RPUSH" if first else "LPUSH"
         answer = int(self._run(self._defer_source, keys, [tag, celery_internals.encode_message(raw), bound, push]))
         if answer < 0:
-            raise DeferredQueueFullError(ticket.breaker if ticket else "", limit)
+            raise DeferredQueueFullError(envelope.breaker if envelope else "", limit)
         if owned:
             celery_internals.forget_delivery(message)
         return bool(answer)
@@ -105,22 +105,22 @@ class RedisQueues(Queues):
 
     def _decoded(self, queue: str, breaker: str, text: bytes) -> Entry:
         try:
-            message = decode(self.channel.Message, decode_envelope(celery_internals.decode_message, text), self.channel)
+            message = decode(self.channel.Message, decode_raw(celery_internals.decode_message, text), self.channel)
         except DecodeError as exc:
-            return Entry(None, Ticket(breaker=breaker), text, str(exc))
+            return Entry(None, Envelope(breaker=breaker), text, str(exc))
         return self._entry(queue, breaker, message, text)
 
     def move(self, queue: str, moves: Sequence[Move]) -> Iterator[Move]:
         """See :meth:`Queues.move`."""
         if not moves:
             return
-        dead = self.dead(moves[0].entry.ticket.breaker)
+        dead = self.dead(moves[0].entry.envelope.breaker)
         keys = [celery_internals.list_key(self.channel, queue), celery_internals.list_key(self.channel, dead)]
         args: list[str | bytes | int] = []
         for move in moves:
             index, arrives = 0, move.entry.raw
             if move.queue is not None:
-                raw = None if move.entry.flaw else self._sent(move.entry.message, move.ticket)
+                raw = None if move.entry.flaw else self._sent(move.entry.message, move.envelope)
                 key = self._key(move.queue, raw)
                 if key not in keys[1:]:
                     keys.append(key)
@@ -138,10 +138,10 @@ class RedisQueues(Queues):
         return celery_internals.list_key(self.channel, queue, priority)
 
     @staticmethod
-    def _sent(message: Any, ticket: Ticket | None) -> dict[str, Any]:
-        """Return a message as it is sent, with a ticket or without any."""
+    def _sent(message: Any, envelope: Envelope | None) -> dict[str, Any]:
+        """Return a message as it is sent, with an envelope or without any."""
         raw: dict[str, Any] = message.serializable()
-        raw["headers"] = ticket.write(raw["headers"]) if ticket else without_ticket(raw["headers"])
+        raw["headers"] = envelope.write(raw["headers"]) if envelope else without_envelope(raw["headers"])
         return raw
 
     def _oldest(self, key: str, start: int = 0, page: int = _PAGE) -> Iterator[list[bytes]]:

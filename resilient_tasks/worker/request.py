@@ -29,7 +29,7 @@ from resilient_tasks.monitor.log import about
 from resilient_tasks.store.background import TimedWriter
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.context import runtime_of
-from resilient_tasks.worker.envelope import HEADER, Ticket
+from resilient_tasks.worker.envelope import HEADER, Envelope
 from resilient_tasks.worker.execution import (
     INVALID_CALLBACKS,
     Admission,
@@ -105,7 +105,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     """A request that passes the gate before the pool, and can be deferred at any time until its end.
 
     Attributes:
-        ticket: what the message said about former deferrals.
+        envelope: what the message said about former deferrals.
         admission: the gate's answer, until the outcome of the run is settled.
         deferred: the message has been deferred, or is back in its queue.
         held_since: when it was over its worker's own limit first, monotonic; 0: never.
@@ -113,7 +113,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         dead: the message goes to the dead-letter queue; only that move acknowledges it.
     """
 
-    ticket = Ticket()
+    envelope = Envelope()
     admission: Admission | None = None
     deferred = False
     dead = False
@@ -124,14 +124,14 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         super().__init__(message, **kwargs)
         self.arrival = next(_arrivals)
         if HEADER in self._request_dict:
-            self._take_ticket()
+            self._take_envelope()
 
-    def _take_ticket(self) -> None:
+    def _take_envelope(self) -> None:
         """Keep from the task that its message has been deferred."""
-        self.ticket = Ticket.take(self._request_dict)
+        self.envelope = Envelope.take(self._request_dict)
         celery_internals.drop_header_of_amqp(self._request_dict, HEADER)
-        if self.ticket.exchange:  # resumed straight to its queue
-            self._delivery_info.update(exchange=self.ticket.exchange, routing_key=self.ticket.routing_key)
+        if self.envelope.exchange:  # resumed straight to its queue
+            self._delivery_info.update(exchange=self.envelope.exchange, routing_key=self.envelope.routing_key)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Put our methods before those of the class that Celery derives for each task.
@@ -394,6 +394,6 @@ def superseded_among(entries: Sequence[Entry], ledger: Ledger, *, gone: Collecti
         ledger: knows the latest of each kind.
         gone: ids of tasks that will not run, whatever they have claimed.
     """
-    latest = ledger.claims({entry.ticket.coalesced_as for entry in entries} - {""})
-    found = {entry.task_id: latest.get(entry.ticket.coalesced_as, entry.task_id) for entry in entries}
+    latest = ledger.claims({entry.envelope.coalesced_as for entry in entries} - {""})
+    found = {entry.task_id: latest.get(entry.envelope.coalesced_as, entry.task_id) for entry in entries}
     return {task_id: later for task_id, later in found.items() if later != task_id and later not in gone}

@@ -104,7 +104,7 @@ class Resumer:
             due = [entry for entry in wanted if early or self._is_due(breaker, entry, snapshot.now)]
             ends, fit = self._tasks.remove_ended(due)
             if unfailed_first:
-                fit.sort(key=lambda entry: entry.ticket.attempted_at > 0)
+                fit.sort(key=lambda entry: entry.envelope.attempted_at > 0)
             chosen = fit[:left]
             left -= len(chosen) if only is None else len(wanted)
             going += len(chosen)
@@ -125,13 +125,13 @@ class Resumer:
 
     def _tally(self, breaker: Dependency, gone: Sequence[Move], now: float) -> None:
         if gone:
-            wait = max((now - move.entry.ticket.since for move in gone if move.entry.ticket.since), default=0.0)
+            wait = max((now - move.entry.envelope.since for move in gone if move.entry.envelope.since), default=0.0)
             self._runtime.fleet.reporter.tally(breaker.name, RESUMED, len(gone), peak=(LONGEST_WAIT, wait))
 
     @staticmethod
     def _is_due(breaker: Dependency, entry: Entry, now: float) -> bool:
         """Whether a task has waited long enough; a wait longer than any of ours is of another clock."""
-        return not 0 < entry.ticket.not_before - now <= breaker.policy.max_open_duration
+        return not 0 < entry.envelope.not_before - now <= breaker.policy.max_open_duration
 
     def _still(self, breaker: Dependency, snapshot: Snapshot) -> bool:
         """Resuming stops in the tick in which the breaker leaves the state that allowed it."""

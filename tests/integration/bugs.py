@@ -11,7 +11,7 @@ from resilient_tasks.worker import deferred_tasks, maintenance
 from resilient_tasks.worker.admission import Gate
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.maintenance import Reconciler
 from resilient_tasks.worker.pipeline import Pipeline
 from resilient_tasks.worker.queues import Entry, Queues
@@ -21,17 +21,17 @@ from resilient_tasks.worker.resume import Resumer
 
 #: Steps that a message takes on its way, by what happens to it then.
 DEFERRING: list[tuple[Any, str]] = [
-    (Ticket, "begin"), (Ticket, "write"), (Gate, "refusing"), (Pipeline, "origin_of"), (Pipeline, "_next_ticket"),
-    (Deferral, "defer"), (Deferral, "_tell"), (RedisQueues, "put"), (Ticket, "read"),
+    (Envelope, "begin"), (Envelope, "write"), (Gate, "refusing"), (Pipeline, "origin_of"), (Pipeline, "_next_envelope"),
+    (Deferral, "defer"), (Deferral, "_tell"), (RedisQueues, "put"), (Envelope, "read"),
 ]  # fmt: skip
 RESUMING: list[tuple[Any, str]] = [
-    (Ticket, "read"), (Ticket, "resume"), (Entry, "_field"), (Queues, "_entry"), (Resumer, "release"),
+    (Envelope, "read"), (Envelope, "resume"), (Entry, "_field"), (Queues, "_entry"), (Resumer, "release"),
     (DeferredTasks, "remove_ended"), (DeferredTasks, "resume"), (RedisQueues, "move"),
     (deferred_tasks, "revoked_among"),
 ]  # fmt: skip
 RECONCILING: list[tuple[Any, str]] = [(Reconciler, "reconcile"), (Reconciler, "_index")]
 DEAD_LETTERING: list[tuple[Any, str]] = [
-    (DeferredTasks, "end"), (DeferredTasks, "_request"), (GatedRequest, "fail"), (Ticket, "die"),
+    (DeferredTasks, "end"), (DeferredTasks, "_request"), (GatedRequest, "fail"), (Envelope, "die"),
     (deferred_tasks, "_expiry"), (deferred_tasks, "check_task"),
 ]  # fmt: skip
 

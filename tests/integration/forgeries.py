@@ -11,7 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from resilient_tasks.worker.envelope import HEADER, Ticket
+from resilient_tasks.worker.envelope import HEADER, Envelope
 
 GUARDED = [f"tests.integration.shop.{name}" for name in ("charge", "describe", "balance", "nickname", "strict")]
 HEADERS = [
@@ -33,7 +33,7 @@ values = st.recursive(
 moments = st.sampled_from(
     ["2020-01-01T00:00:00", "9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00", "2020-99-99"]
 )
-tickets = values | st.dictionaries(st.sampled_from(list(Ticket.__dataclass_fields__)), values, max_size=3)
+envelopes = values | st.dictionaries(st.sampled_from(list(Envelope.__dataclass_fields__)), values, max_size=3)
 ids = st.uuids().map(str)
 
 
@@ -57,7 +57,7 @@ def headers(draw: st.DrawFn) -> dict[str, Any]:
     """Return the headers of a guarded task, or of one that nobody knows."""
     task = draw(st.sampled_from(GUARDED) | values)
     usual = {"lang": "py", "task": task, "id": draw(ids), "retries": 0}
-    return {**usual, **draw(strange), HEADER: draw(tickets)}
+    return {**usual, **draw(strange), HEADER: draw(envelopes)}
 
 
 @st.composite
@@ -67,7 +67,7 @@ def of_protocol_1(draw: st.DrawFn) -> tuple[dict[str, Any], bytes]:
     changed = draw(
         st.dictionaries(st.sampled_from([*HEADERS, *EMBEDDED, "args", "kwargs", "utc", "taskset"]), values, max_size=3)
     )
-    return {HEADER: draw(tickets)}, _json({**usual, **changed})
+    return {HEADER: draw(envelopes)}, _json({**usual, **changed})
 
 
 @st.composite

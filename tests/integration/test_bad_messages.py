@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import pytest
 
-from resilient_tasks.worker.envelope import HEADER, Ticket
+from resilient_tasks.worker.envelope import HEADER, Envelope
 from tests.integration.conftest import Shop
 
 NUMBERS = [0, -1, 1, 1.5, 1e300, -1e300, 10**400, 2**63, float("inf"), float("nan")]
@@ -30,7 +30,7 @@ TEXTS = [
 ]
 NESTED = [[], {}, [[[[]]]], {"a": {"b": {"c": [1, None]}}}, [1] * 1000, {str(number): number for number in range(1000)}]
 VALUES: list[Any] = [None, True, False, *NUMBERS, *TEXTS, *NESTED]
-FIELDS = list(Ticket.__dataclass_fields__)
+FIELDS = [*Envelope.__dataclass_fields__, "teller"]
 NO_MOMENTS: list[Any] = [5, "soon", [], {}]
 CALL = [[1], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
 HEALTHY = 20
@@ -58,7 +58,7 @@ def message(*, call: Any = CALL, task: Any = "charge", **headers: Any) -> str:
     return envelope({**usual, **headers}, body)
 
 
-def tickets() -> Iterator[Any]:
+def headers() -> Iterator[Any]:
     """Everything that may stand in our header's place."""
     yield from VALUES
     for name in FIELDS:
@@ -96,7 +96,7 @@ def finish_healthy(shop: Shop) -> None:
 
 
 def test_a_header_of_any_kind_is_no_obstacle(running: Shop) -> None:
-    sent = [message(**{HEADER: value}) for value in tickets()]
+    sent = [message(**{HEADER: value}) for value in headers()]
     assert len(sent) > 200
     running.broker.lpush("celery", *sent)
     running.wait(lambda: len(running.runs("charge")) == len(sent), "all of them to run")
@@ -107,7 +107,7 @@ def test_a_header_of_any_kind_is_no_obstacle(running: Shop) -> None:
 def test_a_header_of_any_kind_can_be_deferred_and_resumed(running: Shop) -> None:
     running.open("payments")
     healthy = [running.charge.delay(number) for number in range(HEALTHY)]
-    sent = [message(**{HEADER: value}) for value in tickets() if not _ends_by_right(value)]
+    sent = [message(**{HEADER: value}) for value in headers() if not _ends_by_right(value)]
     running.broker.lpush("celery", *sent)
     running.wait(lambda: running.waiting("payments") == len(sent) + HEALTHY, "all of them to wait")
     running.close("payments")
@@ -117,8 +117,8 @@ def test_a_header_of_any_kind_can_be_deferred_and_resumed(running: Shop) -> None
 
 
 def _ends_by_right(value: Any) -> bool:
-    """Whether a ticket says that its task's ``defer_for`` is over."""
-    return bool(Ticket.read({HEADER: value}).deadline)
+    """Whether a header says that its task's ``defer_for`` is over."""
+    return bool(Envelope.read({HEADER: value}).deadline)
 
 
 @pytest.mark.parametrize("state", ["CLOSED", "OPEN"])

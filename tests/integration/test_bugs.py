@@ -13,7 +13,7 @@ from kombu import Producer, Queue
 
 from resilient_tasks import Resilience
 from resilient_tasks.worker.context import runtime_of
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.queues import Entry, Queues, own_queue
 from tests.integration import bugs
 from tests.integration.bugs import step_name
@@ -139,7 +139,7 @@ def waiting(shop: Shop) -> Iterator[list[Any]]:
     assert worker.running
 
 
-@pytest.mark.parametrize(("owner", "name"), [(Ticket, "read"), (Entry, "_field"), (Queues, "_entry")])
+@pytest.mark.parametrize(("owner", "name"), [(Envelope, "read"), (Entry, "_field"), (Queues, "_entry")])
 def test_a_bug_in_looking(
     shop: Shop, waiting: list[Any], owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +173,7 @@ def test_a_bug_beside_rabbitmq_moves_nothing(shop: Shop, rabbitmq: RabbitMQ, mon
         home(connection.default_channel).declare()
         own_queue(place)(connection.default_channel).declare()
         for number in range(TASKS):
-            headers = Ticket("payments", home.name, since=1.0).write({"id": f"{number}", "task": "bugs-charge"})
+            headers = Envelope("payments", home.name, since=1.0).write({"id": f"{number}", "task": "bugs-charge"})
             Producer(connection).publish([[], {}, {}], routing_key=place, headers=headers)
     shop.wait(lambda: queues.size(place) == TASKS, "all to wait")
     for step in (*READING, *ENDING):

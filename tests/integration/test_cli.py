@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 
 from resilient_tasks import cli
 from resilient_tasks.breaker import this_user
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 from tests.integration.conftest import Shop
 from tests.integration.post_office import MODULE, PATIENCE, PostOffice
 from tests.integration.test_bad_messages import message
@@ -108,14 +108,14 @@ def here(shop: Shop, *args: str, user_input: str | None = None) -> Result:
     return CliRunner().invoke(cli.breakers, args, obj=context, input=user_input)
 
 
-def put_aside(shop: Shop, queue: str, ticket: Ticket, *ids: str) -> None:
-    """Put messages with such a ticket into a queue of payments, the first of them at its head."""
-    messages = [message(id=task_id, argsrepr="('\x1b[2J',)", **ticket.write({})) for task_id in ids]
+def put_aside(shop: Shop, queue: str, envelope: Envelope, *ids: str) -> None:
+    """Put messages with such an envelope into a queue of payments, the first of them at its head."""
+    messages = [message(id=task_id, argsrepr="('\x1b[2J',)", **envelope.write({})) for task_id in ids]
     shop.broker.lpush(f"resilient.{queue}.payments", *messages)
 
 
 def test_deferred_tasks_are_listed_as_far_as_wanted(shop: Shop) -> None:
-    put_aside(shop, "deferred", Ticket(breaker="payments", origin="celery", since=5.0, reason="\x1b[2J"), *"abc")
+    put_aside(shop, "deferred", Envelope(breaker="payments", origin="celery", since=5.0, reason="\x1b[2J"), *"abc")
     some = here(shop, "deferred", "payments", "--id", "--limit", "2")
     assert some.stdout == "a\nb\n"
     assert some.stderr == "2 of 3 waiting tasks; --limit shows more\n"
@@ -131,7 +131,7 @@ def test_nothing_to_resume_is_no_error(shop: Shop) -> None:
 
 
 def test_nothing_is_dropped_before_somebody_has_agreed(shop: Shop) -> None:
-    put_aside(shop, "deferred", Ticket(breaker="payments", origin="celery"), "a")
+    put_aside(shop, "deferred", Envelope(breaker="payments", origin="celery"), "a")
     kept = here(shop, "drop", "payments", user_input="n\n")
     assert (kept.exit_code, shop.waiting("payments")) == (1, 1)
     assert "Drop 1 task waiting for payments, never to run?" in kept.output
@@ -140,8 +140,8 @@ def test_nothing_is_dropped_before_somebody_has_agreed(shop: Shop) -> None:
 
 
 def test_monitors_hear_of_it_from_the_worker_that_has_put_the_tasks_aside(shop: Shop) -> None:
-    put_aside(shop, "deferred", Ticket(breaker="payments", origin="celery", teller="w1@desk"), "a", "b")
-    put_aside(shop, "deferred", Ticket(breaker="payments", origin="celery"), "untold")
+    put_aside(shop, "deferred", Envelope(breaker="payments", origin="celery", reported_by="w1@desk"), "a", "b")
+    put_aside(shop, "deferred", Envelope(breaker="payments", origin="celery"), "untold")
     with contextlib.closing(Events(shop)) as events:
         shop.wait(lambda: shop.broker.exists("_kombu.binding.celeryev"), "events to have a listener")
         here(shop, "drop", "payments", "--id", "a", "--yes")
@@ -152,8 +152,8 @@ def test_monitors_hear_of_it_from_the_worker_that_has_put_the_tasks_aside(shop: 
 
 
 def test_dead_letters_are_listed_shown_replayed_and_dropped(shop: Shop) -> None:
-    ticket = Ticket(breaker="payments", origin="celery", since=1.0, attempts=3).die(2.0, "made up")
-    put_aside(shop, "dead", ticket, *"abc")
+    envelope = Envelope(breaker="payments", origin="celery", since=1.0, attempts=3).dead_letter(2.0, "made up")
+    put_aside(shop, "dead", envelope, *"abc")
     some = here(shop, "dead", "list", "--id", "--limit", "2")
     assert (some.stdout, some.stderr) == ("a\nb\n", "2 of 3 dead letters; --limit shows more\n")
     assert here(shop, "dead", "list", "--breaker", "payments").output.count("made up") == 3
@@ -177,11 +177,14 @@ def test_dead_letters_are_listed_shown_replayed_and_dropped(shop: Shop) -> None:
 
 
 def test_children_are_named_one_by_one_or_all_at_once(shop: Shop) -> None:
-    for queue, ticket in ("deferred", Ticket(origin="celery")), ("dead", Ticket(origin="celery").die(2.0, "made up")):
+    for queue, envelope in (
+        ("deferred", Envelope(origin="celery")),
+        ("dead", Envelope(origin="celery").dead_letter(2.0, "made up")),
+    ):
         for key in ("acme", "other"):
             name = f"payments:{key}"
             lies_in = name if queue == "deferred" else "payments"
-            put = message(id=f"{queue}-{key}", **replace(ticket, breaker=name).write({}))
+            put = message(id=f"{queue}-{key}", **replace(envelope, breaker=name).write({}))
             shop.broker.lpush(f"resilient.{queue}.{lies_in}", put)
             shop.payments.child(key).reset()
     assert here(shop, "deferred", "payments:*", "--id").stdout == "deferred-acme\ndeferred-other\n"
@@ -190,7 +193,7 @@ def test_children_are_named_one_by_one_or_all_at_once(shop: Shop) -> None:
         here(shop, "resume", "payments:*").stdout
         == "1 task resumed for payments:acme\n1 task resumed for payments:other\n"
     )
-    put_aside(shop, "deferred", Ticket(origin="celery"), "parents")
+    put_aside(shop, "deferred", Envelope(origin="celery"), "parents")
     assert here(shop, "drop", "payments:*", "--yes").stdout == "0 tasks dropped\n"
     assert here(shop, "dead", "list", "--id").stdout == "dead-acme\ndead-other\n"
     listed = json.loads(here(shop, "dead", "list", "--breaker", "payments:acme", "--json").stdout)

@@ -15,7 +15,7 @@ from celery.exceptions import ChordError, TaskRevokedError
 from kombu.exceptions import DecodeError
 
 from resilient_tasks import DeadLetterError, DeferralExpiredError
-from resilient_tasks.worker.envelope import HEADER, Ticket
+from resilient_tasks.worker.envelope import HEADER, Envelope
 from tests.integration.conftest import PATIENCE, Shop
 from tests.integration.test_bad_messages import GARBAGE, envelope, message
 
@@ -223,8 +223,8 @@ def test_replayed_while_the_breaker_is_open_a_task_is_deferred_afresh(running: S
 def bury(shop: Shop, count: int) -> list[str]:
     """Put so many dead letters into the queue of payments; return their ids, oldest first."""
     ids = [f"task-{number}" for number in range(count)]
-    ticket = Ticket(breaker="payments", origin="celery", since=1.0).die(2.0, "made up")
-    shop.broker.lpush("resilient.dead.payments", *(message(id=task_id, **ticket.write({})) for task_id in ids))
+    header = Envelope(breaker="payments", origin="celery", since=1.0).dead_letter(2.0, "made up")
+    shop.broker.lpush("resilient.dead.payments", *(message(id=task_id, **header.write({})) for task_id in ids))
     return ids
 
 
@@ -253,8 +253,8 @@ def test_the_known_are_served_and_the_unknown_are_named(shop: Shop) -> None:
 
 def test_a_letter_whose_origin_cannot_take_it_stays(shop: Shop) -> None:
     shop.broker.hset("no-list", "a", "b")
-    ticket = Ticket(breaker="payments", origin="no-list").die(2.0, "made up")
-    shop.broker.lpush("resilient.dead.payments", message(id="an-id", **ticket.write({})), envelope({}, b"[]"))
+    header = Envelope(breaker="payments", origin="no-list").dead_letter(2.0, "made up")
+    shop.broker.lpush("resilient.dead.payments", message(id="an-id", **header.write({})), envelope({}, b"[]"))
     with pytest.raises(DeadLetterError, match="'an-id' is not replayed"):
         shop.resilience.dead_letters.replay("an-id")
     assert shop.resilience.dead_letters.count("payments") == {"payments": 2}

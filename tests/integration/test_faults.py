@@ -17,7 +17,7 @@ from celery.exceptions import WorkerLostError
 from kombu import Connection, Consumer, Queue
 
 from resilient_tasks.core.model import State
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Move, Queues
 from tests.integration.conftest import Shop
@@ -54,7 +54,7 @@ def copies(broker: redis.Redis) -> Counter[str]:
 def test_a_message_restored_just_before_its_deferral_gets_no_second_copy(shop: Shop) -> None:
     with a_delivered_message(shop) as (queues, message):
         message.channel.qos.restore_by_tag(message.delivery_tag)
-        assert not queues.put(message, DEFERRED_PAYMENTS, TICKET, owned=True)
+        assert not queues.put(message, DEFERRED_PAYMENTS, ENVELOPE, owned=True)
         assert list(copies(shop.broker).values()) == [1]
     assert shop.waiting("payments") == 0
     assert list(copies(shop.broker).values()) == [1]
@@ -126,15 +126,15 @@ def _send_back(queues: Queues) -> list[Move]:
         return list(queues.move(DEFERRED_PAYMENTS, [Move(entry, "celery") for entry in entries]))
 
 
-TICKET = Ticket(breaker="payments", origin="celery")
+ENVELOPE = Envelope(breaker="payments", origin="celery")
 
 
 def test_a_message_that_may_not_be_pushed_stays_where_it_is(shop: Shop) -> None:
     with a_delivered_message(shop) as (queues, message):
         with _without_pushes(shop.broker), pytest.raises(redis.ResponseError):
-            queues.put(message, DEFERRED_PAYMENTS, TICKET, owned=True)
+            queues.put(message, DEFERRED_PAYMENTS, ENVELOPE, owned=True)
         assert (shop.broker.hlen("unacked"), shop.broker.zcard("unacked_index"), shop.waiting("payments")) == (1, 1, 0)
-        assert queues.put(message, DEFERRED_PAYMENTS, TICKET, owned=True)
+        assert queues.put(message, DEFERRED_PAYMENTS, ENVELOPE, owned=True)
         with _without_pushes(shop.broker), pytest.raises(redis.ResponseError):
             _send_back(queues)
         assert (shop.broker.llen("celery"), shop.waiting("payments")) == (0, 1)
@@ -153,7 +153,7 @@ def _without_pushes(broker: redis.Redis) -> Iterator[None]:
 
 def test_a_full_broker_still_lets_messages_be_deferred_and_resumed(shop: Shop) -> None:
     with a_delivered_message(shop) as (queues, message), _full(shop.broker):
-        assert queues.put(message, DEFERRED_PAYMENTS, TICKET, owned=True)
+        assert queues.put(message, DEFERRED_PAYMENTS, ENVELOPE, owned=True)
         assert (shop.broker.hlen("unacked"), shop.waiting("payments")) == (0, 1)
         assert len(_send_back(queues)) == 1
         assert (shop.broker.llen("celery"), shop.waiting("payments")) == (1, 0)

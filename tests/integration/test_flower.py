@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from resilient_tasks.flower import service
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 from tests.integration.conftest import MODULE, PATIENCE, Shop
 from tests.integration.test_bad_messages import message
 from tests.support.browser import Browser, chromium_binary
@@ -75,13 +75,13 @@ def ours(_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site
     site.stop()
 
 
-def put_aside(shop: Shop, queue: str, ticket: Ticket, *ids: str) -> None:
-    """Put messages with such a ticket into a queue of payments, the first of them at its head."""
-    messages = [message(id=task_id, argsrepr=f"({NASTY!r},)", **ticket.write({})) for task_id in ids]
+def put_aside(shop: Shop, queue: str, envelope: Envelope, *ids: str) -> None:
+    """Put messages with such an envelope into a queue of payments, the first of them at its head."""
+    messages = [message(id=task_id, argsrepr=f"({NASTY!r},)", **envelope.write({})) for task_id in ids]
     shop.broker.lpush(f"resilient.{queue}.payments", *messages)
 
 
-WAITING = Ticket(breaker="payments", origin="celery", since=1.0, reason=NASTY)
+WAITING = Envelope(breaker="payments", origin="celery", since=1.0, reason=NASTY)
 
 
 # --- states of tasks -----------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_events_that_make_no_sense_keep_nobody_from_being_heard(shop: Shop, ours
 
 def test_deferred_and_dead_tasks_are_listed_resumed_dropped_and_replayed(shop: Shop, ours: Site) -> None:
     put_aside(shop, "deferred", WAITING, *"abc")
-    put_aside(shop, "dead", WAITING.die(2.0, "made up"), *"xyz")
+    put_aside(shop, "dead", WAITING.dead_letter(2.0, "made up"), *"xyz")
     waiting = ours.get("/breakers/payments/deferred")
     assert (waiting["count"], [task["task_id"] for task in waiting["tasks"]]) == (3, ["a", "b", "c"])
     assert waiting["tasks"][0]["args"] == f"({NASTY!r},)"
@@ -332,7 +332,7 @@ def test_a_person_sees_one_breaker_and_drops_its_tasks_by_click(
     shop: Shop, ours: Site, browser: Browser, shots: Callable[[str], Path]
 ) -> None:
     put_aside(shop, "deferred", WAITING, "a", NASTY)
-    put_aside(shop, "dead", WAITING.die(2.0, NASTY), *"xyz")
+    put_aside(shop, "dead", WAITING.dead_letter(2.0, NASTY), *"xyz")
     shop.open("payments")
     browser.open(f"{ours.url}/breakers/payments#deferred")
     browser.wait("document.querySelectorAll('#dead tbody tr').length === 3")

@@ -16,7 +16,7 @@ from celery.contrib.testing.worker import start_worker as start_worker_here
 from kombu import Connection, Producer, Queue
 
 from resilient_tasks import Resilience
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.published_queues import PublishedQueues
 from resilient_tasks.worker.queues import Entry
 from tests.integration import cloud
@@ -230,7 +230,7 @@ def test_no_message_is_looked_at_too_often(rabbitmq: RabbitMQ) -> None:
         headers = {"id": "an-id", "task": "charge", "x-trace": "abc"}
         Producer(channel).publish([[], {}, {}], routing_key="often", headers=headers, priority=3)
         deferred = queues.deferred("payments")
-        queues.put(Queue("often")(channel).get(), deferred, Ticket("payments", "often"), owned=True)
+        queues.put(Queue("often")(channel).get(), deferred, Envelope("payments", "often"), owned=True)
     assert queues.channel.basic_publish == queues.channel.basic_publish_confirm, "whatever the app's setting"
     found: list[Entry] = []
 
@@ -238,7 +238,7 @@ def test_no_message_is_looked_at_too_often(rabbitmq: RabbitMQ) -> None:
         with queues.peek(deferred, "payments") as entries:
             found.extend(entries)
     assert len(found) == 50
-    assert found[-1].ticket == Ticket("payments", "often")
+    assert found[-1].envelope == Envelope("payments", "often")
     assert found[-1].message.properties["priority"] == 3
     assert found[-1].message.headers["x-trace"] == "abc"
     queues.close()

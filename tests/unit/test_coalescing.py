@@ -144,7 +144,7 @@ def test_a_key_that_cannot_be_found_harms_nobody(task: Any, digest: Any, caplog:
 
 def test_a_task_is_superseded_by_whoever_has_claimed_its_key() -> None:
     def waiting(task_id: str, digest: str) -> Any:
-        return SimpleNamespace(task_id=task_id, ticket=SimpleNamespace(coalesced_as=digest))
+        return SimpleNamespace(task_id=task_id, envelope=SimpleNamespace(coalesced_as=digest))
 
     claims = {"same": "third", "other": "fourth"}
     ledger: Any = SimpleNamespace(claims=lambda digests: {one: claims[one] for one in digests if one in claims})

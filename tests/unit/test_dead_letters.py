@@ -18,12 +18,12 @@ from resilient_tasks.operations.waiting import DeadLetters
 from resilient_tasks.testing import Clock
 from resilient_tasks.worker.context import runtime_of
 from resilient_tasks.worker.deferral import Deferral
-from resilient_tasks.worker.envelope import HEADER, Step, Ticket
+from resilient_tasks.worker.envelope import HEADER, Envelope, Step
 from resilient_tasks.worker.request import GatedRequest
 
 DEAD = "resilient.dead.payments"
 CALL = [[1], {"two": 2}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
-TICKET = Ticket(breaker="payments", origin="shop", since=1.0, attempts=3).die(2.0, "made up")
+ENVELOPE = Envelope(breaker="payments", origin="shop", since=1.0, attempts=3).dead_letter(2.0, "made up")
 
 
 @pytest.fixture
@@ -47,14 +47,14 @@ def letters(resilience: Resilience, payments: Breaker) -> DeadLetters:
     return resilience.dead_letters
 
 
-def bury(app: Celery, ticket: Ticket | None = TICKET, *, body: Any = CALL, **headers: Any) -> str:
+def bury(app: Celery, envelope: Envelope | None = ENVELOPE, *, body: Any = CALL, **headers: Any) -> str:
     """Put a message into the dead-letter queue; return its task's id."""
     content = {"content_type": "application/json", "content_encoding": "utf-8"} if isinstance(body, bytes) else {}
     usual = {"id": str(uuid4()), "task": "letters-charge", "argsrepr": "(1,)", "kwargsrepr": "{'two': 2}"}
     written = {**usual, **headers}
     with app.connection_for_write() as connection:
         Producer(connection).publish(
-            body, exchange="", routing_key=DEAD, headers=ticket.write(written) if ticket else written,
+            body, exchange="", routing_key=DEAD, headers=envelope.write(written) if envelope else written,
             declare=[Queue(DEAD)], priority=3, **content,
         )  # fmt: skip
     return str(written["id"])
@@ -156,7 +156,7 @@ def test_expires_may_be_anything(app: Celery, letters: DeadLetters) -> None:
     assert letters.count() == {"payments": 0}
 
 
-def test_a_task_without_a_ticket_goes_to_the_default_queue(app: Celery, letters: DeadLetters) -> None:
+def test_a_task_without_a_envelope_goes_to_the_default_queue(app: Celery, letters: DeadLetters) -> None:
     app.conf.task_default_queue = "shop"
     letters.replay(bury(app, None))
     assert taken(app, "shop") is not None
@@ -190,7 +190,7 @@ def test_a_dead_task_is_held_unacknowledged_until_the_broker_takes_it(
     window = QoS(lambda **_: None, 4)
     pipeline: Any = SimpleNamespace(consumer=SimpleNamespace(qos=window, qos_global=None))
     runtime_of(app).pipeline = pipeline
-    deferral.attempt(request, partial(deferral.defer, request, TICKET))
+    deferral.attempt(request, partial(deferral.defer, request, ENVELOPE))
     request.acknowledge()
     request.reject(requeue=True)
     assert (acknowledged, request.acknowledged) == ([], False)

@@ -15,7 +15,7 @@ from resilient_tasks import Resilience
 from resilient_tasks.worker.celery_internals import Events
 from resilient_tasks.worker.context import runtime_of
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.queues import Entry, Move
 
 
@@ -54,7 +54,7 @@ def entry() -> Entry:
         headers={"id": "an-id", "task": "waiting-charge"}, body=body, payload=json.loads(body), delivery_info={},
         properties={}, content_type="application/json", content_encoding="utf-8",
     )  # fmt: skip
-    return Entry(message, Ticket(breaker="payments"))
+    return Entry(message, Envelope(breaker="payments"))
 
 
 def test_a_revoked_task_waits_for_its_result_to_be_writable(app: Celery, tasks: DeferredTasks, entry: Entry) -> None:

@@ -16,7 +16,7 @@ from resilient_tasks.store.view import CachedState
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker.admission import Gate
 from resilient_tasks.worker.context import runtime_of
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.execution import Report
 from resilient_tasks.worker.pipeline import Pipeline
 from resilient_tasks.worker.request import GatedRequest
@@ -40,12 +40,12 @@ def gate(app: Celery, clock: Clock) -> Gate:
     return Gate(runtime_of(app))
 
 
-def request(task_id: str, ticket: Ticket, *breakers: Breaker) -> Any:
+def request(task_id: str, envelope: Envelope, *breakers: Breaker) -> Any:
     holder = vars(GatedRequest)["holder"].func(SimpleNamespace(id=task_id))
     return Request(
         id=task_id,
         name="shop.charge",
-        ticket=ticket,
+        envelope=envelope,
         holder=holder,
         guards=[breaker._dependency for breaker in breakers],
         time_limits=(9, 9),
@@ -65,11 +65,11 @@ def test_the_ramp_draws_one_lot_per_task(
     share = payments._dependency.standing.ramp_share()
     assert share == pytest.approx(0.28, abs=0.02)
     monkeypatch.setattr(CachedState, "ramp_share", lambda _: share)  # a view goes on in real time
-    arrived = [task_id for task_id in IDS if gate.refusing([payments._dependency], Ticket(), task_id) is None]
-    entered = [task_id for task_id in arrived if not gate.admit(request(task_id, Ticket(), payments)).refused_in]
+    arrived = [task_id for task_id in IDS if gate.refusing([payments._dependency], Envelope(), task_id) is None]
+    entered = [task_id for task_id in arrived if not gate.admit(request(task_id, Envelope(), payments)).refused_in]
     assert entered == arrived
     assert len(arrived) / len(IDS) == pytest.approx(share, abs=0.05)
-    resumed = Ticket(breaker="payments", resumed=payments._dependency.standing.epoch)
+    resumed = Envelope(breaker="payments", resumed=payments._dependency.standing.epoch)
     assert not any(gate.refusing([payments._dependency], resumed, task_id) for task_id in IDS)
 
 
@@ -77,13 +77,13 @@ def test_tasks_are_no_trials_where_there_is_a_probe(gate: Gate, payments: Breake
     payments.probe(lambda: None)
     force(payments, "OPEN")
     clock.advance(1.0)
-    assert gate.refusing([payments._dependency], Ticket(), "a") is payments._dependency
+    assert gate.refusing([payments._dependency], Envelope(), "a") is payments._dependency
 
 
 def test_a_task_that_is_delivered_twice_is_one_trial_only(gate: Gate, payments: Breaker, clock: Clock) -> None:
     force(payments, "OPEN")
     clock.advance(1.0)
-    first, second = (gate.admit(request("task", Ticket(), payments)) for _ in range(2))
+    first, second = (gate.admit(request("task", Envelope(), payments)) for _ in range(2))
     assert first.passes[0].trial
     assert second.refused_in == "HALF_OPEN"
 
@@ -95,7 +95,7 @@ def test_what_was_taken_up_is_told_until_somebody_listens(gate: Gate) -> None:
         raise ConnectionError
 
     for _ in range(3):
-        gate.took_up(Ticket(breaker="payments", resumed=1))
+        gate.took_up(Envelope(breaker="payments", resumed=1))
     with pytest.raises(ConnectionError):
         gate.tell_taken_up(deaf)
     gate.tell_taken_up(lambda *said: told.append(said))
@@ -111,7 +111,7 @@ def test_a_task_of_several_breakers_gets_all_permits_or_none(
         force(breaker, "OPEN")
     clock.advance(1.0)
     assert resilience.fleet.acquire(accounts._dependency.spec, "somebody else").trial
-    refused = gate.admit(request("task", Ticket(), payments, accounts))
+    refused = gate.admit(request("task", Envelope(), payments, accounts))
     clock.settle()
     assert (refused.refused_by, refused.passes) == ("accounts", ())
     assert payments.snapshot().trials == 0
@@ -124,9 +124,9 @@ def test_the_first_breaker_that_refuses_is_named(
 ) -> None:
     accounts = resilience.breaker("accounts")
     force(accounts, "OPEN")
-    assert gate.refusing([payments._dependency, accounts._dependency], Ticket(), "a") is accounts._dependency
+    assert gate.refusing([payments._dependency, accounts._dependency], Envelope(), "a") is accounts._dependency
     force(payments, "OPEN")
-    assert gate.refusing([payments._dependency, accounts._dependency], Ticket(), "a") is payments._dependency
+    assert gate.refusing([payments._dependency, accounts._dependency], Envelope(), "a") is payments._dependency
 
 
 def test_a_resumed_task_passes_the_ramp_of_the_breaker_that_it_waited_for_alone(
@@ -135,7 +135,7 @@ def test_a_resumed_task_passes_the_ramp_of_the_breaker_that_it_waited_for_alone(
     accounts = resilience.breaker("accounts")
     monkeypatch.setattr(CachedState, "ramp_share", lambda _: 0.0)
     for breaker, other in ((payments, accounts), (accounts, payments)):
-        resumed = Ticket(breaker=breaker.name, resumed=breaker._dependency.standing.epoch)
+        resumed = Envelope(breaker=breaker.name, resumed=breaker._dependency.standing.epoch)
         assert gate.refusing([breaker._dependency], resumed, "a") is None
         assert gate.refusing([breaker._dependency, other._dependency], resumed, "a") is other._dependency
 
@@ -145,7 +145,7 @@ def test_a_run_that_the_pool_has_discarded_is_settled(gate: Gate, resilience: Re
     force(mail, "OPEN")
     clock.advance(1.0)
     for task_id in ("accepted", "finished", "discarded"):
-        run = request(task_id, Ticket(), mail)
+        run = request(task_id, Envelope(), mail)
         admission = gate.admit(run)
         assert admission.passes[0].trial
         if task_id == "accepted":
@@ -157,7 +157,7 @@ def test_a_run_that_the_pool_has_discarded_is_settled(gate: Gate, resilience: Re
 
 def test_a_refused_run_that_a_fallback_answers_holds_nothing(gate: Gate, payments: Breaker, clock: Clock) -> None:
     force(payments, "OPEN")
-    run = request("a", Ticket(), payments)
+    run = request("a", Envelope(), payments)
     admission = gate.admit(run)
     gate.hold(run, admission)
     gate.settle(run, admission, Report(source="constant", served_for="payments"))

@@ -19,7 +19,7 @@ from resilient_tasks.scope import Pass, within
 from resilient_tasks.testing import Clock
 from resilient_tasks.worker.admission import Gate, Places
 from resilient_tasks.worker.context import runtime_of
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.execution import Run
 from tests.support.doubles import Request, wait_until
 from tests.unit.test_breaker import Call, Rig, elsewhere, every_way
@@ -123,11 +123,11 @@ def gate(app: Celery, clock: Clock) -> Gate:
     return Gate(runtime_of(app))
 
 
-def request(task_id: str, *breakers: Breaker, ticket: Ticket | None = None) -> Any:
+def request(task_id: str, *breakers: Breaker, envelope: Envelope | None = None) -> Any:
     return Request(
         id=task_id,
         name="shop.charge",
-        ticket=ticket or Ticket(),
+        envelope=envelope or Envelope(),
         holder=f"{task_id}:run",
         guards=[breaker._dependency for breaker in breakers],
         defers_when_refused=lambda: True,
@@ -139,8 +139,8 @@ def test_a_worker_runs_no_more_than_it_may(gate: Gate, payments: Breaker) -> Non
     assert first.passes[0].leased
     assert str(second.refusal) == "breaker 'payments' is at capacity"
     gate.settle(request("a", payments), first, Run(first, "a").report())
-    resumed = Ticket(breaker="payments", resumed=payments._dependency.standing.epoch)
-    assert gate.admit(request("b", payments, ticket=resumed)).passes
+    resumed = Envelope(breaker="payments", resumed=payments._dependency.standing.epoch)
+    assert gate.admit(request("b", payments, envelope=resumed)).passes
 
 
 def test_a_slot_of_one_breaker_is_given_back_if_another_refuses(

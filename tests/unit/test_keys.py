@@ -18,7 +18,7 @@ from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker import maintenance as tick
 from resilient_tasks.worker.admission import Gate
 from resilient_tasks.worker.context import Runtime, runtime_of
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.execution import Admission
 from resilient_tasks.worker.maintenance import Reconciler
 from tests.unit.test_body import FAILURE, gated
@@ -119,7 +119,7 @@ def test_a_call_without_a_key_fails_alone(
     task = keyed(app, key)
     assert runtime_of(app).guards_of(task, args, {}) == []
     gate = Gate(runtime_of(app))
-    assert gate.admit(request("a", Ticket())) == Admission()
+    assert gate.admit(request("a", Envelope())) == Admission()
     with pytest.raises(ConfigurationError, match=told):
         runtime_of(app).breakers_of(task, args, {})
     error, report = gated(task, Admission())
@@ -195,7 +195,7 @@ def test_a_tasks_outcome_counts_for_the_child_and_a_trial_for_its_parent(
 ) -> None:
     force(payments, "OPEN")
     clock.advance(20)
-    gate, call = Gate(runtime_of(app)), request("a", Ticket(), payments, acme)
+    gate, call = Gate(runtime_of(app)), request("a", Envelope(), payments, acme)
     admission = gate.admit(call)
     assert admission.passes[0].trial
     assert (admission.passes[0].for_child, admission.passes[1].for_child) == (True, False)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from resilient_tasks.worker.compensation import Overflow
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 
 
 class TaskConsumer:
@@ -28,5 +28,5 @@ def test_a_queue_is_blocked_again_after_a_reconnect() -> None:
     request: Any = SimpleNamespace(arrival=0)
     for _ in range(2):
         consumer.task_consumer = TaskConsumer()
-        overflow.put_back(request, Ticket(), "work", "payments")
+        overflow.put_back(request, Envelope(), "work", "payments")
         assert consumer.task_consumer.cancelled == ["a-tag"]

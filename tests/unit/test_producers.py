@@ -15,7 +15,7 @@ from kombu.transport import memory
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Resilience, cached, constant
 from resilient_tasks.testing import Clock, force
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 
 DEFERRED = "resilient.deferred.payments"
 
@@ -211,12 +211,12 @@ def test_a_refused_task_is_published_into_the_deferred_queue(
     assert (waiting.headers["id"], waiting.headers["x-trace"]) == (result.id, "abc")
     assert (waiting.properties["priority"], waiting.properties["reply_to"]) == (3, "somebody")
     assert waiting.properties["correlation_id"] == result.id
-    ticket = Ticket.read(waiting.headers)
-    assert (ticket.breaker, ticket.origin, ticket.attempts) == ("payments", "tills", 0)
-    assert ticket.since == result.info["since"] == pytest.approx(clock(), abs=5)
-    assert ticket.deadline == ticket.since + 60
-    assert ticket.expires == pytest.approx(clock() + 30, abs=5)
-    assert "payments" in ticket.reason
+    envelope = Envelope.read(waiting.headers)
+    assert (envelope.breaker, envelope.origin, envelope.attempts) == ("payments", "tills", 0)
+    assert envelope.since == result.info["since"] == pytest.approx(clock(), abs=5)
+    assert envelope.deadline == envelope.since + 60
+    assert envelope.expires == pytest.approx(clock() + 30, abs=5)
+    assert "payments" in envelope.reason
     assert messages(app, "tills") == []
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from resilient_tasks.errors import StoreError
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.deferred_tasks import HEARSAY, RevokeRelay, revoked_among
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.queues import Entry
 
 NOW = 1_000_000.0
@@ -57,7 +57,7 @@ def _nothing_revoked() -> Iterator[None]:
 
 
 def waiting(task_id: str, *, since: float = NOW, **headers: Any) -> Entry:
-    return Entry(SimpleNamespace(headers={"id": task_id, **headers}), Ticket(since=since))
+    return Entry(SimpleNamespace(headers={"id": task_id, **headers}), Envelope(since=since))
 
 
 def test_what_has_expired_is_no_order_to_revoke(ledger: Any) -> None:

@@ -18,7 +18,7 @@ from resilient_tasks.worker import deferred_tasks
 from resilient_tasks.worker.celery_internals import Events
 from resilient_tasks.worker.context import runtime_of
 from resilient_tasks.worker.deferred_tasks import DeferredTasks
-from resilient_tasks.worker.envelope import Ticket
+from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.published_queues import PublishedQueues
 from resilient_tasks.worker.queues import Entry, Queues
 from resilient_tasks.worker.resume import Resumer
@@ -27,14 +27,14 @@ from workers.processes import Server, wait_until
 DEFERRED, DEAD, HOME = "resilient.deferred.payments", "resilient.dead.payments", "shop"
 TASKS = 5
 READING: list[tuple[Any, str]] = [
-    (Ticket, "read"),
+    (Envelope, "read"),
     (Queues, "_entry"),
     (Entry, "_field"),
     (PublishedQueues, "_entries"),
 ]
 ENDING: list[tuple[Any, str]] = [
     (DeferredTasks, "_settle"), (DeferredTasks, "_request"), (PublishedQueues, "move"), (PublishedQueues, "_publish"),
-    (Ticket, "write"), (deferred_tasks, "revoked_among"), (deferred_tasks, "superseded_among"),
+    (Envelope, "write"), (deferred_tasks, "revoked_among"), (deferred_tasks, "superseded_among"),
 ]  # fmt: skip
 
 
@@ -57,16 +57,16 @@ def app() -> Iterator[Celery]:
         for queue in queues:
             queue(connection.default_channel).declare()
         for _ in range(TASKS):
-            headers = Ticket("payments", HOME, since=1.0).write({"id": str(uuid4()), "task": "bugs-charge"})
+            headers = Envelope("payments", HOME, since=1.0).write({"id": str(uuid4()), "task": "bugs-charge"})
             Producer(connection).publish([[], {}, {}], routing_key=DEFERRED, headers=headers)
         yield app
         for queue in queues:
             queue(connection.default_channel).purge()
 
 
-def defer(app: Celery, ticket: Ticket, task_id: str) -> None:
+def defer(app: Celery, envelope: Envelope, task_id: str) -> None:
     with app.connection_for_write() as connection:
-        headers = ticket.write({"id": task_id, "task": "bugs-charge"})
+        headers = envelope.write({"id": task_id, "task": "bugs-charge"})
         Producer(connection).publish([[], {}, {}], routing_key=DEFERRED, headers=headers)
 
 
@@ -121,9 +121,9 @@ def test_a_bug_in_looking_at_dead_letters_moves_nothing(
     resilience: Resilience, payments: Breaker, monkeypatch: pytest.MonkeyPatch, step: tuple[Any, str],
     app: Celery,
 ) -> None:  # fmt: skip
-    ticket = Ticket("payments", HOME).die(1.0, "made up")
+    envelope = Envelope("payments", HOME).dead_letter(1.0, "made up")
     with app.connection_for_write() as connection:
-        headers = ticket.write({"id": "an-id", "task": "bugs-charge"})
+        headers = envelope.write({"id": "an-id", "task": "bugs-charge"})
         Producer(connection).publish([[], {}, {}], routing_key=DEAD, headers=headers)
     for act in (resilience.dead_letters.list, lambda: resilience.dead_letters.replay("an-id")):
         strike(monkeypatch, step, KeyError, act)
@@ -135,7 +135,11 @@ def test_what_is_no_task_is_dead_lettered_and_looking_leaves_it(
     app: Celery, resilience: Resilience, payments: Breaker
 ) -> None:
     with app.connection_for_write() as connection:
-        for headers in ({}, {"id": 5, "task": "bugs-charge"}, Ticket(origin=DEFERRED).write({"id": "a", "task": "b"})):
+        for headers in (
+            {},
+            {"id": 5, "task": "bugs-charge"},
+            Envelope(origin=DEFERRED).write({"id": "a", "task": "b"}),
+        ):
             Producer(connection).publish(b"{", routing_key=DEFERRED, headers=headers, content_type="application/json")
     assert len(resilience.deferred.list("payments")) == TASKS
     assert sizes(resilience) == (TASKS + 3, 0)
@@ -148,7 +152,7 @@ def test_tasks_may_come_from_any_queue_below_the_namespace(
 ) -> None:
     with app.connection_for_write() as connection:
         Queue("resilient.emails")(connection.default_channel).declare()
-        headers = Ticket("payments", "resilient.emails").write({"id": "an-id", "task": "bugs-charge"})
+        headers = Envelope("payments", "resilient.emails").write({"id": "an-id", "task": "bugs-charge"})
         Producer(connection).publish([[], {}, {}], routing_key=DEFERRED, headers=headers)
     assert resilience.deferred.resume("payments") == TASKS + 1
     assert sizes(resilience) == (0, 0)
@@ -172,7 +176,7 @@ def test_trials_are_tasks_that_have_never_failed_if_there_are_any(
 ) -> None:
     resilience.deferred.drop("payments")
     for task_id in "abcde":
-        defer(app, Ticket("payments", HOME, attempted_at=float(task_id == "a")), task_id)
+        defer(app, Envelope("payments", HOME, attempted_at=float(task_id == "a")), task_id)
     monkeypatch.setattr(deferred_tasks, "PAGE", 2)
     runtime = runtime_of(app)
     resumer = Resumer(runtime, DeferredTasks(runtime, Events(app), runtime.queues))
@@ -183,7 +187,7 @@ def test_trials_are_tasks_that_have_never_failed_if_there_are_any(
 
 def test_some_tasks_are_resumed_by_their_ids(app: Celery, resilience: Resilience, payments: Breaker) -> None:
     for task_id in "abc":
-        defer(app, Ticket("payments", HOME, not_before=2e9), task_id)
+        defer(app, Envelope("payments", HOME, not_before=2e9), task_id)
     assert resilience.deferred.resume_some("payments", ["c", "nobody", "a"]) == ("c", "a")
     assert sizes(resilience) == (TASKS + 1, 0)
 
@@ -193,13 +197,13 @@ def test_a_task_that_is_deferred_afresh_comes_to_its_end_afresh(
 ) -> None:
     deferred = resilience.deferred
     deferred.drop("payments")
-    defer(app, Ticket("payments", HOME, since=1.0), "again")
+    defer(app, Envelope("payments", HOME, since=1.0), "again")
     with monkeypatch.context() as patch:
         patch.setattr(PublishedQueues, "move", lambda *_: iter(()))  # another process has moved it
         assert deferred.drop("payments") == ()
     with app.connection_for_write() as connection:
         Queue(DEFERRED)(connection.default_channel).purge()
     app.backend.store_result("again", None, "PENDING")
-    defer(app, Ticket("payments", HOME, since=2.0), "again")
+    defer(app, Envelope("payments", HOME, since=2.0), "again")
     assert deferred.drop("payments") == ("again",)
     assert app.AsyncResult("again").state == "REVOKED"

@@ -13,31 +13,31 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from kombu.utils.json import dumps, loads
 
-from resilient_tasks.worker.envelope import HEADER, MOST_STEPS, Step, Ticket
+from resilient_tasks.worker.envelope import HEADER, MOST_STEPS, Envelope, Step
 from resilient_tasks.worker.request import GatedRequest
 
 SECONDS = st.floats(min_value=0, max_value=1e12)
 COUNTS = st.integers(min_value=0, max_value=10**12)
-TICKETS = st.builds(
-    Ticket, breaker=st.text(), origin=st.text(), reason=st.text(), since=SECONDS, attempts=COUNTS, attempted_at=SECONDS,
-    not_before=SECONDS, deadline=SECONDS, expires=SECONDS, died_at=SECONDS, resumed=COUNTS, exchange=st.text(),
-    routing_key=st.text(), expiration=COUNTS,
+ENVELOPES = st.builds(
+    Envelope, breaker=st.text(), origin=st.text(), reason=st.text(), since=SECONDS, attempts=COUNTS,
+    attempted_at=SECONDS, not_before=SECONDS, deadline=SECONDS, expires=SECONDS, died_at=SECONDS, resumed=COUNTS,
+    exchange=st.text(), routing_key=st.text(), expiration=COUNTS,
     history=st.lists(st.builds(Step, SECONDS, st.text(), st.text()), max_size=MOST_STEPS).map(tuple),
 )  # fmt: skip
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
-NEARLY_TICKETS = st.dictionaries(st.sampled_from(sorted(asdict(Ticket()))), SCALARS | JSON)
+NEARLY_ENVELOPES = st.dictionaries(st.sampled_from(sorted(asdict(Envelope()))), SCALARS | JSON)
 
 
-@given(TICKETS)
-def test_a_ticket_survives_the_message(ticket: Ticket) -> None:
-    headers = loads(dumps(ticket.write({"id": "an-id"})))
-    assert Ticket.read(headers) == ticket
-    assert Ticket.take(headers) == ticket
+@given(ENVELOPES)
+def test_an_envelope_survives_the_message(envelope: Envelope) -> None:
+    headers = loads(dumps(envelope.write({"id": "an-id"})))
+    assert Envelope.read(headers) == envelope
+    assert Envelope.take(headers) == envelope
     assert headers == {"id": "an-id"}
 
 
-@given(JSON | NEARLY_TICKETS)
+@given(JSON | NEARLY_ENVELOPES)
 @example({"attempts": 10**400})
 @example({"since": 10**400})
 @example({"since": float("inf")})
@@ -48,19 +48,19 @@ def test_a_ticket_survives_the_message(ticket: Ticket) -> None:
 @example({"history": [[1.0, "deferred", None]]})
 @example({"history": [["1", "deferred", ""]]})
 @example({"history": {"at": 1}})
-def test_whatever_stands_in_the_header_a_sane_ticket_is_read(value: Any) -> None:
-    ticket = Ticket.read({HEADER: value})
-    assert Ticket.read(loads(dumps(ticket.write({})))) == ticket
+def test_whatever_stands_in_the_header_a_sane_envelope_is_read(value: Any) -> None:
+    envelope = Envelope.read({HEADER: value})
+    assert Envelope.read(loads(dumps(envelope.write({})))) == envelope
 
 
 @given(JSON)
-def test_headers_of_any_kind_hold_no_ticket(headers: Any) -> None:
-    assert Ticket.read(headers) == Ticket()
+def test_headers_of_any_kind_hold_no_envelope(headers: Any) -> None:
+    assert Envelope.read(headers) == Envelope()
 
 
 @pytest.fixture(scope="module")
 def app() -> Celery:
-    app = Celery("tickets", broker="memory://", set_as_current=False)
+    app = Celery("envelopes", broker="memory://", set_as_current=False)
 
     @app.task(name="known", shared=False)
     def known() -> None: ...
@@ -69,7 +69,7 @@ def app() -> Celery:
     return app
 
 
-@given(value=JSON | NEARLY_TICKETS)
+@given(value=JSON | NEARLY_ENVELOPES)
 def test_the_header_never_reaches_the_task(app: Celery, value: Any) -> None:
     headers = {"id": "an-id", "task": "known", "x-trace": "abc", HEADER: value}
     message = SimpleNamespace(
@@ -86,7 +86,9 @@ def test_the_header_never_reaches_the_task(app: Celery, value: Any) -> None:
 
 
 def test_a_task_sees_the_exchange_that_it_was_sent_to(app: Celery) -> None:
-    headers = Ticket(breaker="payments", exchange="orders", routing_key="order.new").write({"id": "i", "task": "known"})
+    headers = Envelope(breaker="payments", exchange="orders", routing_key="order.new").write(
+        {"id": "i", "task": "known"}
+    )
     message = SimpleNamespace(
         headers=headers, body="[[], {}, {}]", payload=[[], {}, {}], content_type="application/json",
         content_encoding="utf-8", delivery_info={"exchange": "", "routing_key": "a-queue"}, properties={},
@@ -96,23 +98,29 @@ def test_a_task_sees_the_exchange_that_it_was_sent_to(app: Celery) -> None:
     assert (seen["exchange"], seen["routing_key"]) == ("orders", "order.new")
 
 
-def test_a_ticket_is_small() -> None:
-    assert Ticket(breaker="payments", origin="celery").write({}) == {
+def test_the_worker_that_has_reported_a_deferral_has_the_name_on_the_wire_that_former_releases_read() -> None:
+    headers = {HEADER: {"breaker": "payments", "teller": "celery@one"}}
+    assert Envelope.read(headers).reported_by == "celery@one"
+    assert Envelope.read(headers).write({}) == headers
+
+
+def test_an_envelope_is_small() -> None:
+    assert Envelope(breaker="payments", origin="celery").write({}) == {
         HEADER: {"breaker": "payments", "origin": "celery"}
     }
 
 
 def test_resuming_marks_the_epoch_and_keeps_the_rest() -> None:
-    ticket = Ticket(breaker="payments", origin="celery", attempts=2, since=1.0)
-    assert ticket.resume(7, at=2.0) == Ticket(
+    envelope = Envelope(breaker="payments", origin="celery", attempts=2, since=1.0)
+    assert envelope.resume(7, at=2.0) == Envelope(
         breaker="payments", origin="celery", attempts=2, since=1.0, resumed=7, history=(Step(2.0, "resumed"),)
     )
 
 
 def test_a_task_that_is_refused_inside_its_body_waits_longer_each_time() -> None:
-    ticket, waits = Ticket(), []
+    envelope, waits = Envelope(), []
     for at in range(9):
-        waits.append(ticket.back_off())
-        ticket = ticket.defer(at).resume(1, at)
+        waits.append(envelope.back_off())
+        envelope = envelope.defer(at).resume(1, at)
     assert waits[:4] == [0.5, 1.0, 2.0, 4.0]
     assert waits[6:] == [30.0, 30.0, 30.0]
