@@ -88,7 +88,7 @@ class Breaker:
     @property
     def state(self) -> State:
         """State of the breaker as this process sees it."""
-        return self._dependency.standing.snapshot.state
+        return self._dependency.cached_state.snapshot.state
 
     @property
     def accepting(self) -> bool:

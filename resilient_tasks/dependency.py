@@ -7,10 +7,11 @@ import time, before the store's address is known, so it finds its fleet on first
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from resilient_tasks.core.classification import (
     Verdict,
@@ -42,14 +43,21 @@ NO_VALUE = object()  # in place of what a call returned: it was a ``with`` block
 _SUCCESS, _SLOW = Verdict(Outcome.SUCCESS), Verdict(Outcome.SLOW)
 
 
-def _nowhere() -> CachedState:
-    """Return a cached state that admits nothing, for breakers that have not joined their fleet yet."""
-    standing = CachedState(Spec("nowhere"), perf_counter)
-    standing.admits = standing.admits_freely = False
-    return standing
+# admits nothing, for breakers that have not joined their fleet yet
+_NOWHERE = CachedState(Spec("nowhere"), perf_counter)
+_NOWHERE.admits = _NOWHERE.admits_freely = False
 
 
-_NOWHERE = _nowhere()
+class Pass(NamedTuple):
+    """What one breaker has granted to one call."""
+
+    breaker: str
+    epoch: int = 0  # at that moment; the outcome is reported for this epoch
+    trial: bool = False  # the call holds a permit, or is part of a call that does
+    counts: bool = False  # a dependency failure of this run that is attributed to the breaker counts as an attempt
+    leased: bool = False  # the call itself holds a permit, or one of a limited number of slots
+    for_child: bool = False  # it is the pass of a parent, for a call that counts for a child: only a trial counts
+    watched: bool = False  # the call is reported when it is overdue; guards of the same breaker inside it need not be
 
 
 class Dependency:
@@ -60,7 +68,7 @@ class Dependency:
     """
 
     reporter: Reporter
-    cached: CachedState  # as it is; ``standing`` is brought up to date
+    cached: CachedState  # as it is; ``cached_state`` is brought up to date
     plain: CachedState  # the same one, if a call that succeeds needs no look at its duration or value
     _joined: Fleet | None
     _children: dict[str, Dependency]  # without a lock: each step leaves it right, and forks inherit it
@@ -119,31 +127,38 @@ class Dependency:
             self._joined.view.declare(spec)
 
     @property
-    def standing(self) -> CachedState:
-        """The cached state; that of a child is read anew from time to time, because nothing follows a CLOSED one."""
+    def cached_state(self) -> CachedState:
+        """Brought up to date; that of a child is read anew from time to time, because nothing follows a CLOSED one."""
         view = self.fleet.view
         view.catch_up(self.cached)
-        if self.parent is not None and (self.cached.age or 0.0) > REMEMBERED_FOR:
+        if self._is_old:
             view.look(self.spec)
         return self.cached
 
     @property
+    def _is_old(self) -> bool:
+        return self.parent is not None and (self.cached.age or 0.0) > REMEMBERED_FOR
+
+    @property
     def state(self) -> State:
         """State of the breaker as this process sees it."""
-        return self.standing.snapshot.state
+        return self.cached_state.snapshot.state
 
     @property
     def accepting(self) -> bool:
         """Whether a task sent now may run; with a probe the workers decide about trials."""
-        standing = self.standing
-        probes = self.probe_to_run is not None and not self.fleet.store.away
-        return standing.admits or not (standing.refuses or probes)
+        cached = self.cached_state
+        return cached.admits or not (cached.refuses or self.leaves_trials_to_probes)
+
+    @property
+    def leaves_trials_to_probes(self) -> bool:
+        """Whether a probe keeps tasks from being trials; while the store is unavailable no tick can run it."""
+        return self.probe_to_run is not None and not self.fleet.store.away
 
     @property
     def is_current(self) -> bool:
         """Whether the cached state can be used without I/O."""
-        is_old = self.parent is not None and (self.cached.age or 0.0) > REMEMBERED_FOR
-        return self._joined is not None and not self.cached.is_behind and not is_old
+        return self._joined is not None and not self.cached.is_behind and not self._is_old
 
     # --- children ---------------------------------------------------------------------------------
 
@@ -195,11 +210,24 @@ class Dependency:
 
     def refuse(self) -> BreakerOpenError:
         """Return the error of a refusal, and count it; at capacity no call is kept from the dependency for good."""
-        standing = self.standing
-        if standing.admits and not standing.admits_freely:
-            return BreakerOpenError(self.name, AT_CAPACITY, standing.retry_after)
+        cached = self.cached_state
+        if cached.admits and not cached.admits_freely:
+            return BreakerOpenError(self.name, AT_CAPACITY, cached.retry_after)
         self.fleet.reporter.tally(self.name, REFUSED)
-        return BreakerOpenError(self.name, standing.snapshot.state.value, standing.retry_after)
+        return BreakerOpenError(self.name, cached.snapshot.state.value, cached.retry_after)
+
+    def lease(self, holder: str, *, for_child: bool, renewed_for: float | None = None) -> Pass | None:
+        """Ask the store for a permit or a slot; None: it is denied.
+
+        A permit is renewed for ``renewed_for`` seconds at most, by default the policy's ``trial_timeout``.
+        """
+        grant = self.fleet.acquire(self.spec, holder)
+        if not grant.admitted:
+            return None
+        if grant.leased:
+            limit = self.policy.trial_timeout if renewed_for is None else renewed_for
+            self.hold(holder, limit if grant.trial else math.inf)
+        return Pass(self.name, grant.snapshot.epoch, grant.trial, leased=grant.leased, for_child=for_child)
 
     def hold(self, holder: str, seconds: float) -> None:
         """Renew a permit until it is settled, at most for so many seconds."""
@@ -229,11 +257,14 @@ class Dependency:
         verdict = _SUCCESS if value is NO_VALUE else judge_result(self.policy.classify, value)
         return _SLOW if verdict.outcome is Outcome.SUCCESS and seconds > self.slow_after else verdict
 
-    def report(
-        self, epoch: int, verdict: Verdict, *, voter: str = "", each: bool = False, was_overdue: bool = False
-    ) -> int:
-        """Report a call that was admitted in ``epoch`` without a permit; see :meth:`Reporter.report`."""
-        return self.fleet.reporter.report(self.cached, epoch, verdict, voter=voter, each=each, was_overdue=was_overdue)
+    def conclude(
+        self, held: Pass, verdict: Verdict, *, holder: str, voter: str = "", each: bool = False,
+        was_overdue: bool = False,
+    ) -> int:  # fmt: skip
+        """Report a call, and settle the permit or slot that it holds; see :meth:`Reporter.report`."""
+        reporter = self.fleet.reporter
+        report = partial(reporter.settle, self.spec, holder) if held.leased else partial(reporter.report, self.cached)
+        return report(held.epoch, verdict, voter=voter, each=each, was_overdue=was_overdue)
 
     def voter_of(self, verdict: Verdict) -> str:
         """Return the task that votes by a verdict; "" outside any task, and for a success, which needs no voter."""
@@ -246,7 +277,15 @@ class Dependency:
             attribute_to(exc, self.name)
         if is_replaced and needs_no_report(self.name, verdict, counted_for):
             return 0
-        return self.report(epoch, verdict, voter=self.voter_of(verdict), each=True)
+        return self.fleet.reporter.report(self.cached, epoch, verdict, voter=self.voter_of(verdict), each=True)
+
+
+def answering(guards: Sequence[Dependency]) -> Sequence[Dependency]:
+    """Return the breakers that answer for a call: not the parent of a child among them."""
+    if len(guards) == 1:
+        return guards
+    parents = {parent_of(guard.name) for guard in guards}
+    return [guard for guard in guards if guard.name not in parents]
 
 
 def needs_no_report(name: str, verdict: Verdict, counted_for: str | None) -> bool:

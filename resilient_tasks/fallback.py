@@ -1,4 +1,4 @@
-"""Fallbacks: what answers when a dependency cannot.
+"""Calls of a task, and fallbacks: what answers when a dependency cannot.
 
 A task names one fallback or a list of them, and they are tried in order until one answers::
 
@@ -11,6 +11,9 @@ A task names one fallback or a list of them, and they are tried in order until o
 
 The task layer makes one :class:`FallbackChain` per task when the task is defined. Where a result came from is kept
 beside it as its :class:`Provenance`.
+
+The options ``breaker_key`` and ``coalesce_key`` are the name of one of the task's parameters, however it is passed, or
+a callable ``(args, kwargs) -> str``.
 """
 
 from __future__ import annotations
@@ -20,16 +23,16 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 from kombu import serialization
 from kombu.utils import json as kombu_json
 
-from resilient_tasks.call import Call, parameter_names
 from resilient_tasks.errors import ConfigurationError, ResilienceError, StoreError
+from resilient_tasks.monitor.log import about
 from resilient_tasks.store.base import Store
 from resilient_tasks.validation import PositiveSeconds, check
 
@@ -37,25 +40,71 @@ logger = logging.getLogger("resilient_tasks")
 
 LARGEST_VALUE = 64 * 1024  # bytes of JSON that ``cached`` keeps for one call
 
-CacheKey = Callable[[tuple[Any, ...], dict[str, Any]], str]
+TaskKey = str | Callable[[tuple[Any, ...], dict[str, Any]], str]
+ALLOWED_KEYS = "the name of a parameter, or a callable (args, kwargs) -> str"
 
-_ALLOWED = "allowed are cached(max_age=...), constant(...), a function, or a list of these"
 _VALUES, _PROVENANCE = "fallback", "provenance"  # kinds of values in the store
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """A fallback's answer. ``None`` is a legitimate ``value``.
+class Call:
+    """One call of a task: what a fallback answers for, or what succeeded and is worth remembering."""
 
-    Args:
-        value: what the task returns.
-        source: ``"cached"``, ``"constant"`` or the function's name.
-        age: seconds since a cached value was good; ``None`` for other sources.
-    """
+    task_name: str
+    body: Callable[..., Any]  # ``task.run``; its signature makes ``f(1)`` and ``f(a=1)`` one call
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    task_id: str = ""  # "" if it is called by hand
+
+    def arguments(self) -> dict[str, Any]:
+        """Return all arguments by parameter name, defaults included; TypeError if they do not fit the body."""
+        bound = _signature(self.body).bind(*self.args, **self.kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def log(self, level: int, what: str, *details: object, exc_info: bool = False) -> None:
+        """Log something about the task."""
+        fields = about(self.task_id, self.task_name)
+        message = f"Task %s[%s]{what}"
+        logger.log(level, message, self.task_name, self.task_id, *details, exc_info=exc_info, extra=fields)
+
+
+@lru_cache(maxsize=1024)
+def _signature(body: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(body)
+
+
+def _parameter_names(body: Callable[..., Any]) -> list[str]:
+    """Return the names of the parameters by which calls of a function can be distinguished."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [parameter.name for parameter in _signature(body).parameters.values() if parameter.kind not in variadic]
+
+
+def is_task_key(key: Any, body: Callable[..., Any]) -> bool:
+    """Whether ``key`` may be a key of the task with this body."""
+    return callable(key) or (isinstance(key, str) and key in _parameter_names(body))
+
+
+def key_of(call: Call, key: TaskKey) -> str:
+    """Return the key of one call; TypeError if the arguments do not fit, or the callable returned no text."""
+    found = found_by(key, call)
+    if callable(key) and not isinstance(found, str):
+        raise TypeError(f"the key of task {call.task_name!r} is {found!r}: allowed is a str")
+    return str(found)
+
+
+def found_by(key: TaskKey, call: Call) -> object:
+    """Return what the callable returns, or the value of the parameter; raises likewise."""
+    return key(tuple(call.args), dict(call.kwargs)) if callable(key) else call.arguments()[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A fallback's answer. ``None`` is a legitimate ``value``."""
 
     value: Any
-    source: str
-    age: float | None = None
+    source: str  # "cached", "constant" or the function's name
+    age: float | None = None  # seconds since a cached value was good
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +119,7 @@ class Cached:
     """The last good value; made by :func:`cached`."""
 
     max_age: float
-    key: str | CacheKey | None = None
+    key: TaskKey | None = None
 
     def answer(self, call: Call, store: Store) -> Served | None:
         """Return the last good value if it is not older than ``max_age``."""
@@ -78,40 +127,34 @@ class Cached:
         try:
             found = None if key is None else store.get(_VALUES, key)
         except StoreError as error:
-            logger.debug("last good value not read: %s", error, extra=call.log_fields)
+            call.log(logging.DEBUG, ": last good value not read: %s", error)
             return None
         if found is None or found[1] > self.max_age:
             return None
         payload, age = found
         try:
             value = serialization.loads(payload, "application/json", "utf-8", accept={"application/json"})
-        except Exception:
-            what = "Task %s[%s]: its last good value cannot be read"
-            logger.exception(what, call.task_name, call.task_id, extra=call.log_fields)
+        except Exception:  # noqa: BLE001  whatever a user's decoder may raise
+            call.log(logging.ERROR, ": its last good value cannot be read", exc_info=True)
             return None
         return Served(value, "cached", age)
 
     def key_of(self, call: Call) -> str | None:
         """Return the digest under which the value of ``call`` is kept; None: this call cannot be cached."""
         try:
-            text = kombu_json.dumps([call.task_name, self._identity(call)], sort_keys=True)
+            if callable(self.key):
+                identity: object = key_of(call, self.key)
+            else:
+                arguments = call.arguments()
+                identity = arguments if self.key is None else arguments[self.key]
+            text = kombu_json.dumps([call.task_name, identity], sort_keys=True)
         except Exception as error:  # noqa: BLE001  users' key functions, and arguments that JSON cannot hold
-            what = "Task %s[%s]: this call cannot be cached: %r"
-            logger.warning(what, call.task_name, call.task_id, error, extra=call.log_fields)
+            call.log(logging.WARNING, ": this call cannot be cached: %r", error)
             return None
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _identity(self, call: Call) -> Any:
-        if callable(self.key):
-            key = self.key(tuple(call.args), dict(call.kwargs))
-            if not isinstance(key, str):
-                raise TypeError(f"cached(key=...) returned {key!r}: allowed is a str")
-            return key
-        arguments = call.arguments()
-        return arguments if self.key is None else arguments[self.key]
 
-
-def cached(max_age: float, key: str | CacheKey | None = None) -> Cached:
+def cached(max_age: float, key: TaskKey | None = None) -> Cached:
     """Answer with the task's last good value for the same arguments.
 
     Every success of the task is kept in the shared store as JSON for ``max_age`` seconds, if it takes at
@@ -175,8 +218,7 @@ class FallbackChain:
     def _warn_once(self, call: Call, why: str) -> None:
         if not self._has_warned:
             self._has_warned = True
-            what = "Task %s[%s]: its result is not kept for cached(): %s"
-            logger.warning(what, call.task_name, call.task_id, why, extra=call.log_fields)
+            call.log(logging.WARNING, ": its result is not kept for cached(): %s", why)
 
 
 def _called(function: Callable[..., Any], call: Call) -> Served | None:
@@ -185,22 +227,18 @@ def _called(function: Callable[..., Any], call: Call) -> Served | None:
     try:
         value = function(*call.args, **call.kwargs)
         _encode(value)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  a user's function
         is_expected = isinstance(error, ResilienceError)  # its own breaker refused: no traceback per task
-        fields = call.task_name, call.task_id, name, error
-        logger.warning("Task %s[%s]: fallback %s: %r", *fields, exc_info=not is_expected, extra=call.log_fields)
+        call.log(logging.WARNING, ": fallback %s: %r", name, error, exc_info=not is_expected)
         return None
     return Served(value, name)
 
 
 def as_chain(fallback: Any, task_name: str, body: Callable[..., Any]) -> FallbackChain:
-    """Make the chain that a task's ``fallback=`` describes; ``None`` makes an empty one.
-
-    What cannot work for the task with this ``body`` raises ConfigurationError.
-    """
+    """Make the chain that a task's ``fallback=`` describes; ConfigurationError for what cannot work for this body."""
     items = [] if fallback is None else fallback if isinstance(fallback, (list, tuple)) else [fallback]
     for item in items:
-        _check(item, f"task {task_name!r}: fallback", parameter_names(body))
+        _check(item, f"task {task_name!r}: fallback", _parameter_names(body))
     return FallbackChain(tuple(items))
 
 
@@ -220,7 +258,8 @@ def _check(item: Any, subject: str, parameters: Sequence[str]) -> None:
                 f"{subject} constant({item.value!r}): allowed is a value that JSON can hold"
             ) from error
     elif item is cached or item is constant or not callable(item):
-        raise ConfigurationError(f"{subject}={item!r}: {_ALLOWED}")
+        allowed = "allowed are cached(max_age=...), constant(...), a function, or a list of these"
+        raise ConfigurationError(f"{subject}={item!r}: {allowed}")
     else:
         function = _unwrapped(item)
         if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
@@ -236,9 +275,6 @@ def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(function, partial):
         function = function.func
     return function
-
-
-# --- where a result came from ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +294,7 @@ class Provenance:
 
 def write_provenance(store: Store, task_id: str, served: Served, breaker: str, ttl: float) -> None:
     """Note for ``ttl`` seconds where the result of ``task_id`` came from. Raises nothing."""
-    note = {"source": served.source, "age": served.age, "breaker": breaker}
+    note = asdict(Provenance(served.source, served.age, breaker))
     try:
         store.put(_PROVENANCE, task_id, json.dumps(note).encode(), ttl=ttl)
     except StoreError as error:

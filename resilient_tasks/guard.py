@@ -15,11 +15,11 @@ import asyncio
 import contextlib
 import functools
 import inspect
-import math
 import threading
 import uuid
 from asyncio import _get_running_loop  # the loop or None; get_running_loop() raises
-from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar, copy_context
 from functools import partial
 from time import perf_counter
 from types import AsyncGeneratorType, CoroutineType, GeneratorType, TracebackType
@@ -27,9 +27,8 @@ from typing import Any, TypeVar, cast
 
 from resilient_tasks.core.classification import Verdict, attribute_to, attributed_to
 from resilient_tasks.core.model import Outcome, parent_of, voter_of
-from resilient_tasks.dependency import NO_VALUE, Dependency, needs_no_report
+from resilient_tasks.dependency import NO_VALUE, Dependency, Pass, needs_no_report
 from resilient_tasks.errors import ConfigurationError
-from resilient_tasks.scope import Pass, Scope, current, current_scope, live, runs, shares
 from resilient_tasks.store.background import Watch, overdue
 
 REPORT_TIMEOUT = 0.25  # seconds a failed call may wait until its failure is counted, so that the next call sees it
@@ -42,6 +41,75 @@ _UNSTARTED = (
 )  # fmt: skip
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+
+# --- what is around a guard -----------------------------------------------------------------------------
+
+
+class Scope:
+    """A call in progress, as guards inside it see it; ``task_id`` is that of the task whose run it is, or ""."""
+
+    __slots__ = ("has_ended", "outer", "passes", "reported", "task_id", "trial_verdicts")
+    outer: Scope | None
+    passes: Mapping[str, Pass]  # by breaker
+    reported: tuple[str, ...]  # breakers for which guards inside have reported
+    trial_verdicts: dict[str, Verdict]  # of guards inside trials, by breaker
+
+    def __init__(self, passes: Iterable[Pass] = (), task_id: str = "") -> None:
+        self.passes = {each.breaker: each for each in passes}
+        self.task_id = task_id
+        self.outer = None
+        self.has_ended = False
+        self.reported = ()
+        self.trial_verdicts = {}
+
+    def note_report(self, breaker: str) -> None:
+        """Note that a guard inside has reported; what counts for a child need not count for its parent."""
+        self.reported = (*self.reported, breaker, parent_of(breaker) or breaker)
+
+    def note_trial(self, breaker: str, verdict: Verdict) -> None:
+        """Note the verdict of a guard inside the trial; a failure decides."""
+        known = self.trial_verdicts.get(breaker)
+        if known is None or known.outcome is not Outcome.FAILURE:
+            self.trial_verdicts[breaker] = verdict
+
+
+current: ContextVar[Scope | None] = ContextVar("resilient_tasks_scope", default=None)
+runs: list[Scope] = []  # of tasks, in this process
+
+
+@contextlib.contextmanager
+def within(scope: Scope) -> Iterator[None]:
+    """Make what the block calls part of ``scope``; if it is a task's run, threads without a context are, too."""
+    token = current.set(scope)
+    if scope.task_id:
+        runs.append(scope)
+    try:
+        yield
+    finally:
+        scope.has_ended = True
+        if scope.task_id:
+            runs.remove(scope)
+        current.reset(token)
+
+
+def current_scope() -> Scope | None:
+    """Return the innermost call in progress around this one."""
+    return next(_live(current.get()), None)
+
+
+def _live(scope: Scope | None) -> Iterator[Scope]:
+    """Yield a scope and those around it that have not ended: a coroutine may outlive the call that has started it."""
+    while scope is not None:
+        if not scope.has_ended:
+            yield scope
+        scope = scope.outer
+
+
+def _shares(scope: Scope, breaker: str) -> bool:
+    """Whether a call holds a permit or a slot, or is part of one that does."""
+    held = scope.passes.get(breaker)
+    return held is not None and (held.trial or held.leased)
 
 
 # --- plain calls ----------------------------------------------------------------------------------------
@@ -66,7 +134,7 @@ _NO_PASSES: Mapping[str, Pass] = {}
 class _PlainCall(Scope):
     """A plain call with coroutines around, which may run in between, so that it is kept in its context."""
 
-    __slots__ = ("_dependency", "_epoch", "_replaced", "value")
+    __slots__ = ("_dependency", "_epoch", "value")
     value: object
     passes = _NO_PASSES
     outer = None
@@ -74,56 +142,51 @@ class _PlainCall(Scope):
 
     def __init__(self, dependency: Dependency, epoch: int) -> None:
         self._dependency, self._epoch = dependency, epoch
-        self._replaced: tuple[str, ...] = ()
+        self.reported = ()
         self.has_ended = False
 
-    def replaced(self, breaker: str) -> None:
-        self._replaced = (*self._replaced, breaker, parent_of(breaker) or breaker)
-
     def report(self, exc: BaseException | None) -> int:
-        """End the call and report it; return a ticket to wait for, 0 if there is no hurry."""
         self.has_ended = True  # it stays in its context: taking it out costs as much as putting it in
-        dependency, is_replaced = self._dependency, self._dependency.name in self._replaced
+        dependency, is_replaced = self._dependency, self._dependency.name in self.reported
         if exc is not None:
             return dependency.report_failure(self._epoch, exc, is_replaced=is_replaced)
         if not is_replaced:
-            standing = dependency.plain
-            standing.pending.append(self._epoch)
-            if not standing.scheduled:
-                dependency.reporter.schedule(standing)
+            cached = dependency.plain
+            cached.pending.append(self._epoch)
+            if not cached.scheduled:
+                dependency.reporter.schedule(cached)
         return 0
 
 
 def _begin_plain(dependency: Dependency) -> _PlainCall | None:
-    """Begin a plain call with coroutines around; None: it needs care."""
-    standing, scope = dependency.plain, current.get()
+    cached, scope = dependency.plain, current.get()
     if (
-        not standing.admits_freely
+        not cached.admits_freely
         or runs
         or _thread.inside[0] is not None
         or (scope is not None and not (scope.has_ended and scope.outer is None))
-        or (standing.counts is not None and standing.is_behind)
+        or (cached.counts is not None and cached.is_behind)
     ):
         return None
-    plain = _PlainCall(dependency, standing.epoch)
+    plain = _PlainCall(dependency, cached.epoch)
     current.set(plain)
     return plain
 
 
 def call(dependency: Dependency, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Make one guarded call; see :meth:`Breaker.call`."""
-    inside, standing = _thread.inside, dependency.plain
+    inside, cached = _thread.inside, dependency.plain
     if (
         inside[0] is not None
-        or not standing.admits_freely
+        or not cached.admits_freely
         or runs
         or current.get() is not None
-        or (standing.counts is not None and standing.is_behind)
+        or (cached.counts is not None and cached.is_behind)
     ):
         if inspect.iscoroutinefunction(fn):
             return _await(dependency, fn(*args, **kwargs))
         return call_guarded((dependency,), fn, args, kwargs)
-    epoch = standing.epoch
+    epoch = cached.epoch
     inside[0] = dependency
     try:
         result = fn(*args, **kwargs) if kwargs else fn(*args)
@@ -132,22 +195,19 @@ def call(dependency: Dependency, fn: Callable[..., Any], args: Any, kwargs: Any)
         _wait(dependency, dependency.report_failure(epoch, exc, is_replaced=around is not dependency))
         raise
     around, inside[0] = inside[0], None
-    if type(result) not in _FINISHED and _is_unfinished(result):
+    if type(result) not in _FINISHED and (hasattr(type(result), "__await__") or isinstance(result, _UNSTARTED)):
         plain = _Call((dependency,))
         plain.begin({dependency.name: Pass(dependency.name, epoch)})
         return plain.finish(fn, result)
     if around is dependency:
-        standing.pending.append(epoch)
-        if not standing.scheduled:
-            dependency.reporter.schedule(standing)
+        cached.pending.append(epoch)
+        if not cached.scheduled:
+            dependency.reporter.schedule(cached)
     return result
 
 
 def call_guarded(dependencies: Sequence[Dependency], fn: Callable[..., Any], args: Any = (), kwargs: Any = None) -> Any:
-    """Call ``fn`` under guard of several breakers; its outcome counts for each of them.
-
-    If one refuses, ``fn`` does not run, and permits of the others are given back.
-    """
+    """Call ``fn`` under guard of several breakers; its outcome counts for each. If one refuses, ``fn`` does not run."""
     careful = _Call(dependencies)
     careful.begin(careful.admit())
     try:
@@ -167,21 +227,21 @@ async def _await(dependency: Dependency, coroutine: Coroutine[Any, Any, Any]) ->
 
 def _guarded_coroutine_function(dependency: Dependency, fn: Callable[..., Any]) -> Callable[..., Any]:
     async def guarded(*args: Any, **kwargs: Any) -> Any:
-        around = _begin_plain(dependency) or await _begin_with_care(dependency)
+        around = _begin_plain(dependency) or await _begin_async(dependency)
         try:
             around.value = result = await fn(*args, **kwargs)
         except BaseException as exc:
             await _wait_async(dependency, around.report(exc))
             raise
-        ticket = around.report(None)
-        if ticket:
-            await _wait_async(dependency, ticket)
+        receipt = around.report(None)
+        if receipt:
+            await _wait_async(dependency, receipt)
         return result
 
     return guarded
 
 
-async def _begin_with_care(dependency: Dependency) -> _Call:
+async def _begin_async(dependency: Dependency) -> _Call:
     careful = _Call((dependency,))
     careful.begin(await careful.admit_async())
     return careful
@@ -197,16 +257,16 @@ class Guard:
 
     def __enter__(self) -> None:
         dependency = self._dependency
-        standing, inside = dependency.plain, _thread.inside
+        cached, inside = dependency.plain, _thread.inside
         if (
-            standing.admits_freely
+            cached.admits_freely
             and inside[0] is None
             and not runs
             and current.get() is None
-            and standing.counts is None
+            and cached.counts is None
             and _get_running_loop() is None
         ):
-            self._epoch = standing.epoch
+            self._epoch = cached.epoch
             self._inside: list[object] | None = inside
             inside[0] = dependency
             return
@@ -227,20 +287,20 @@ class Guard:
         if exc is not None:
             _wait(dependency, dependency.report_failure(self._epoch, exc, is_replaced=around is not dependency))
         elif around is dependency:
-            standing = dependency.plain
-            standing.pending.append(self._epoch)
-            if not standing.scheduled:
-                dependency.reporter.schedule(standing)
+            cached = dependency.plain
+            cached.pending.append(self._epoch)
+            if not cached.scheduled:
+                dependency.reporter.schedule(cached)
 
     async def __aenter__(self) -> None:
-        self._call = _begin_plain(self._dependency) or await _begin_with_care(self._dependency)
+        self._call = _begin_plain(self._dependency) or await _begin_async(self._dependency)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        ticket = self._call.report(exc)  # type: ignore[union-attr]  # it was entered
-        if ticket:
-            await _wait_async(self._dependency, ticket)
+        receipt = self._call.report(exc)  # type: ignore[union-attr]  # it was entered
+        if receipt:
+            await _wait_async(self._dependency, receipt)
 
 
 # --- any other call -------------------------------------------------------------------------------------
@@ -249,14 +309,13 @@ class Guard:
 class _Call(Scope):
     """A call that needs care: a permit, a slot or a clock, or it is inside another. All its breakers must admit it."""
 
-    __slots__ = ("_dependencies", "_found", "_guards", "_holder", "_replaced", "_started", "_watches", "value")
+    __slots__ = ("_dependencies", "_guards", "_holder", "_started", "_watches", "value")
 
     def __init__(self, dependencies: Sequence[Dependency]) -> None:
         super().__init__()
         self._dependencies = dependencies
         self._guards = _guards(dependencies)
-        self._found: dict[str, Verdict] = {}
-        self._replaced: set[str] = set()
+        self._holder = ""
         self._watches: dict[str, Watch | None] = {}
         self.value: object = NO_VALUE
 
@@ -271,13 +330,13 @@ class _Call(Scope):
         return {guard.name: self._pass_by_cache(guard, for_child=guard is not of) for guard, of in self._guards}
 
     def _pass_by_cache(self, guard: Dependency, *, for_child: bool) -> Pass | None:
-        standing, name = guard.standing, guard.name
-        held = [scope.passes[name] for scope in live(self.outer) if shares(scope, name)]
-        if standing.admits_freely or (standing.admits and (for_child or held)):  # slots are the child's own
-            return Pass(name, standing.epoch, for_child=for_child)
-        if any(each.trial and each.epoch >= standing.epoch for each in held):  # it has not opened again since
-            return Pass(name, standing.epoch, trial=True, for_child=for_child)
-        if standing.refuses:
+        cached, name = guard.cached_state, guard.name
+        held = [scope.passes[name] for scope in _live(self.outer) if _shares(scope, name)]
+        if cached.admits_freely or (cached.admits and (for_child or held)):  # slots are the child's own
+            return Pass(name, cached.epoch, for_child=for_child)
+        if any(each.trial and each.epoch >= cached.epoch for each in held):  # it has not opened again since
+            return Pass(name, cached.epoch, trial=True, for_child=for_child)
+        if cached.refuses:
             raise guard.refuse()
         return None
 
@@ -296,54 +355,41 @@ class _Call(Scope):
         return passes
 
     def _ask(self, guard: Dependency, *, for_child: bool) -> Pass:
-        grant = guard.fleet.acquire(guard.spec, self._holder)
-        if not grant.admitted:
+        granted = guard.lease(self._holder, for_child=for_child)
+        if granted is None:
             raise guard.refuse()
-        if grant.leased:
-            guard.hold(self._holder, guard.policy.trial_timeout if grant.trial else math.inf)
-        return Pass(guard.name, grant.snapshot.epoch, grant.trial, leased=grant.leased, for_child=for_child)
+        return granted
 
     def _give_back(self, passes: Mapping[str, Pass]) -> None:
         for guard, _ in self._guards:
             held = passes.get(guard.name)
             if held is not None and held.leased:
-                guard.reporter.settle(guard.spec, self._holder, held.epoch, _IGNORED)
+                guard.conclude(held, _IGNORED, holder=self._holder)
 
     async def admit_async(self) -> dict[str, Pass]:
         """Admit it without blocking the event loop; under trio the loop waits for the store."""
-        if _get_running_loop() is None:
+        loop = _get_running_loop()
+        if loop is None:
             return self.admit()
         if all(guard.is_current for guard, _ in self._guards):
             known = self._admit_by_cache()
             if None not in known.values():
                 return {name: each for name, each in known.items() if each is not None}
-        granted: list[dict[str, Pass]] = []
-        is_wanted = [True]
-
-        def give_back() -> None:
-            with contextlib.suppress(IndexError):  # one of two threads gives it back: pop() is atomic
-                self._give_back(granted.pop())
-
-        def ask() -> None:
-            granted.append(self.admit())
-            if not is_wanted:
-                give_back()
-
-        asking = asyncio.ensure_future(asyncio.to_thread(ask))
+        asking = loop.run_in_executor(None, copy_context().run, self.admit)
         try:
-            await asyncio.shield(asking)
+            return await asyncio.shield(asking)
         except asyncio.CancelledError:
-            is_wanted.clear()
-            give_back()
-            asking.add_done_callback(lambda asked: asked.cancelled() or asked.exception())  # nothing else looks at it
+            asking.add_done_callback(self._give_back_granted)
             raise
-        return granted.pop()
+
+    def _give_back_granted(self, asked: asyncio.Future[dict[str, Pass]]) -> None:
+        if asked.exception() is None:
+            self._give_back(asked.result())
 
     def begin(self, passes: dict[str, Pass]) -> None:
-        """Begin the call that was granted ``passes``."""
         self.passes = passes
         for dependency in self._dependencies:
-            if dependency.slow_after < math.inf:
+            if dependency.policy.slow_call_duration is not None:
                 self._watches[dependency.name] = self._watch(dependency)
         self._started = perf_counter()
         current.set(self)
@@ -352,28 +398,18 @@ class _Call(Scope):
         """Have the call reported when it is overdue; None: a call around it is, or it is part of a trial."""
         name = dependency.name
         held = self.passes[name]
-        around = (scope.passes.get(name) for scope in live(self.outer))
+        around = (scope.passes.get(name) for scope in _live(self.outer))
         if any(each is not None and each.watched for each in around) or (held.trial and not held.leased):
             return None
         voter = dependency.fleet.voter()  # here: the watching thread is no task's
         self.passes = {**self.passes, name: held._replace(watched=True)}
-        report = partial(self._send, dependency, held, _OVERDUE, voter)
+        report = partial(dependency.conclude, held, _OVERDUE, holder=self._holder, voter=voter, each=True)
         return overdue.begin(dependency.slow_after, report, once=held.trial)  # a trial has one outcome
 
     # --- outcome ------------------------------------------------------------------------------------
 
-    def replaced(self, breaker: str) -> None:
-        """Note that a guard inside has reported; what counts for a child need not count for its parent."""
-        self._replaced |= {breaker, parent_of(breaker) or breaker}
-
-    def found(self, breaker: str, verdict: Verdict) -> None:
-        """Note the verdict of a guard inside the trial; a failure decides."""
-        known = self._found.get(breaker)
-        if known is None or known.outcome is not Outcome.FAILURE:
-            self._found[breaker] = verdict
-
     def report(self, exc: BaseException | None) -> int:
-        """End the call and report it; return a ticket to wait for, 0 if there is no hurry."""
+        """End the call and report it; return a receipt to wait for, 0 if there is no hurry."""
         counted_for = None if exc is None else attributed_to(exc)
         seconds = perf_counter() - self._started
         if exc is None:
@@ -385,7 +421,6 @@ class _Call(Scope):
         return self._close(verdicts, counted_for)
 
     async def end(self, _kind: object, exc: BaseException | None, _traceback: object) -> None:
-        """End the call, report it, and wait for that without blocking the event loop."""
         await _wait_async(self._dependencies[0], self.report(exc))
 
     def give_up(self) -> None:
@@ -415,28 +450,23 @@ class _Call(Scope):
         """Report to one breaker; ``counted_for`` is the one for which a guard inside has counted the same exception."""
         name, held = guard.name, self.passes[guard.name]
         if held.trial:
-            verdict = verdict if verdict.outcome is Outcome.FAILURE else self._found.get(name, verdict)
+            verdict = verdict if verdict.outcome is Outcome.FAILURE else self.trial_verdicts.get(name, verdict)
             if not held.leased:
-                trial = next((scope for scope in live(self.outer) if shares(scope, name)), None)
+                trial = next((scope for scope in _live(self.outer) if _shares(scope, name)), None)
                 if trial is not None:
-                    trial.found(name, verdict)
+                    trial.note_trial(name, verdict)
                 return 0
         elif held.for_child and not held.leased:
             return 0
-        elif name in self._replaced and needs_no_report(name, verdict, counted_for):
+        elif name in self.reported and needs_no_report(name, verdict, counted_for):
             verdict = _IGNORED
-        for scope in live(self.outer):
-            scope.replaced(name)
+        for scope in _live(self.outer):
+            scope.note_report(name)
         plain = _thread.inside[0]
         if isinstance(plain, Dependency) and plain.name in (name, parent_of(name)):
             _thread.inside[0] = _REPLACED
-        return self._send(guard, held, verdict, guard.voter_of(verdict), was_overdue=was_overdue)
-
-    def _send(self, guard: Dependency, held: Pass, verdict: Verdict, voter: str, *, was_overdue: bool = False) -> int:
-        if not held.leased:
-            return guard.report(held.epoch, verdict, voter=voter, each=True, was_overdue=was_overdue)
-        settle = partial(guard.reporter.settle, guard.spec, self._holder, held.epoch, verdict)
-        return settle(voter=voter, each=True, was_overdue=was_overdue)
+        voter = guard.voter_of(verdict)
+        return guard.conclude(held, verdict, holder=self._holder, voter=voter, each=True, was_overdue=was_overdue)
 
     # --- what a function returns --------------------------------------------------------------------
 
@@ -526,27 +556,31 @@ def _scope_around(dependency: Dependency) -> Scope | None:
     voter = dependency.fleet.voter()
     if voter:
         return next((run for run in running if voter_of(run.task_id) == voter), None)
-    return running[0] if len(running) == 1 else next((run for run in running if shares(run, dependency.name)), None)
+    return running[0] if len(running) == 1 else next((run for run in running if _shares(run, dependency.name)), None)
 
 
 def _in_place_of(dependency: Dependency, scope: Scope) -> Dependency:
     """Return the breaker that a guard inside ``scope`` reports for: in a child's call, that child for its parent."""
-    names = (name for around in live(scope) for name in around.passes if parent_of(name) == dependency.name)
+    names = (name for around in _live(scope) for name in around.passes if parent_of(name) == dependency.name)
     child = next(names, None)
     return dependency if child is None else dependency.child_named(child)
 
 
-def _wait(dependency: Dependency, ticket: int) -> None:
-    if ticket:
-        dependency.reporter.wait(ticket, REPORT_TIMEOUT if dependency.cached.admits else TRIAL_TIMEOUT)
+def _timeout(dependency: Dependency) -> float:
+    return REPORT_TIMEOUT if dependency.cached.admits else TRIAL_TIMEOUT
 
 
-async def _wait_async(dependency: Dependency, ticket: int) -> None:
-    if not ticket or _get_running_loop() is None:  # under trio the next call need not see the effect of this one
+def _wait(dependency: Dependency, receipt: int) -> None:
+    if receipt:
+        dependency.reporter.wait(receipt, _timeout(dependency))
+
+
+async def _wait_async(dependency: Dependency, receipt: int) -> None:
+    if not receipt or _get_running_loop() is None:  # under trio the next call need not see the effect of this one
         return
-    give_up_at = perf_counter() + (REPORT_TIMEOUT if dependency.cached.admits else TRIAL_TIMEOUT)
+    give_up_at = perf_counter() + _timeout(dependency)
     # An event would have to cross over from the reporter's thread into each loop; failures are rare enough to poll.
-    while not dependency.reporter.is_served(ticket) and perf_counter() < give_up_at:  # noqa: ASYNC110
+    while not dependency.reporter.is_served(receipt) and perf_counter() < give_up_at:  # noqa: ASYNC110
         await asyncio.sleep(_POLL_INTERVAL)
 
 
@@ -576,10 +610,6 @@ def _instead_of_decorating(name: str, fn: Any) -> str:
     if hasattr(fn.__class__, "apply_async"):  # a lazy proxy of a task has it, too
         return f"a Celery task: write @app.task(breaker={name!r})"
     return "" if callable(fn) else "not callable: allowed is a function or a coroutine function"
-
-
-def _is_unfinished(result: object) -> bool:
-    return hasattr(type(result), "__await__") or isinstance(result, _UNSTARTED)
 
 
 def _is_generator_function(fn: Any) -> bool:

@@ -5,7 +5,7 @@ import tenacity
 from celery.result import AsyncResult
 
 from resilient_tasks.breaker import Breaker
-from resilient_tasks.call import TaskKey
+from resilient_tasks.fallback import TaskKey
 from resilient_tasks.worker.task import ResilientTask
 
 __all__ = ["GuardedTask", "shared_task"]

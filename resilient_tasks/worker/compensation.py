@@ -171,7 +171,7 @@ class Compensation:
         flight may have one, or it could never return in time. A child is judged with its parent's other children: of
         400 that hang none is suspect before its first call, and together they leave one slot, spare ones included.
         """
-        if breaker.standing.snapshot.state in _UNLIMITED:
+        if breaker.cached_state.snapshot.state in _UNLIMITED:
             return False
         suspects, slots, family = self._suspects, self._slots, _family(breaker.name)
         if breaker.name in suspects and any(_is_for(call, breaker.name) for call in running):

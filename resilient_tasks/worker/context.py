@@ -18,12 +18,11 @@ from weakref import WeakKeyDictionary
 
 from celery import Celery, Task
 
-from resilient_tasks.call import Call, found_by
 from resilient_tasks.core.model import did_you_mean, is_child, parent_of
 from resilient_tasks.core.outage import CACHED_AGE, FALLBACK, OLDEST_ANSWER
 from resilient_tasks.dependency import Dependency
 from resilient_tasks.errors import ConfigurationError, UnknownBreakerError
-from resilient_tasks.fallback import Served
+from resilient_tasks.fallback import Call, Served, found_by
 from resilient_tasks.fleet import Fleet
 from resilient_tasks.settings import Settings
 from resilient_tasks.worker.definitions import check_guarded, doubts

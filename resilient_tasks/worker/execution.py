@@ -1,8 +1,7 @@
-"""What the main process and a pool process tell each other about one run of a task.
+"""One run of a guarded task, and what the main process and a pool process say to each other about it.
 
-``Admission`` goes in with the task, ``Report`` comes back with its result, ``TaskDeferred`` is how
-the body says that the message must be put aside. All three cross a pipe. The first two do so with every
-run, and packed into plain tuples: pickling an instance costs several times as much.
+``Admission`` goes in with the task, ``Report`` comes back with its result, ``TaskDeferred`` is how the body says that
+the message must be deferred. All three cross a pipe.
 """
 
 from __future__ import annotations
@@ -12,62 +11,53 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import tenacity
 from billiard.einfo import ExceptionInfo
 from celery import Task
 from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry
 
-from resilient_tasks.call import Call
 from resilient_tasks.core.classification import Verdict, attributed_to, refusal_in
-from resilient_tasks.core.model import Outcome, State, parent_of
+from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.core.outage import FAILED
+from resilient_tasks.dependency import Dependency, Pass
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError, ResilienceError
-from resilient_tasks.fallback import Served, write_provenance
-from resilient_tasks.guard import call_guarded
+from resilient_tasks.fallback import Call, Served, write_provenance
+from resilient_tasks.guard import Scope, call_guarded, current_scope, within
 from resilient_tasks.monitor import tracing
 from resilient_tasks.monitor.log import about
-from resilient_tasks.scope import Pass, Scope, current_scope, within
 from resilient_tasks.worker import celery_internals
-from resilient_tasks.worker.context import runtime_of
+from resilient_tasks.worker.context import Runtime, runtime_of
 from resilient_tasks.worker.options import DEFER
-
-if TYPE_CHECKING:
-    from resilient_tasks.dependency import Dependency
 
 logger = logging.getLogger("resilient_tasks")
 
-Packed = tuple[Any, ...]
-
 #: What Celery raises over forged callbacks and groups; the run would never end for the pool, and keep its slot.
 INVALID_CALLBACKS = (AttributeError, LookupError, TypeError, ValueError)
+#: Seconds between two looks at the breakers during a wait.
+_POLL_INTERVAL = 0.1
 
-
-def limits_of(task: Any, sent: Sequence[float | None] | None) -> tuple[float | None, float | None]:
-    """Return the hard and the soft time limit of a run in seconds: those sent with its message, else its task's."""
-    hard, soft = (*(sent or ()), None, None)[:2]
-    return hard or task.time_limit, soft or task.soft_time_limit
+_CONTROL_FLOW = (Ignore, Reject, Retry, ResilienceError)
+_REFUSING = (State.OPEN, State.FORCED_OPEN)
+_ADMITTING_TASKS = (AT_CAPACITY, State.HALF_OPEN)  # a breaker that has refused a guard may admit its task again at once
+_BODY = "_resilient_tasks_body"  # of a request: the body that runs for it
 
 
 class Admission(NamedTuple):
-    """The gate's answer to one run.
+    """The gate's answer to one run."""
 
-    Args:
-        passes: one of each of the task's breakers, in the task's order; empty when one has refused.
-        refused_by: the first breaker that refused; "" when all have admitted.
-        refused_in: the state in which it refused.
-        retry_after: seconds until it may admit again.
-        attempts: dependency failures of this task that counted so far.
-        trace: ``traceparent`` of what the task did before it was deferred; "" if it never was, or nobody traces.
-    """
+    passes: tuple[Pass, ...] = ()  # one of each of the task's breakers, in the task's order; none when one has refused
+    refused_by: str = ""  # the first breaker that refused
+    refused_in: str = ""  # the state in which it did
+    retry_after: float | None = None  # seconds until it may admit again
+    attempts: int = 0  # dependency failures of this task that counted so far
+    trace: str = ""  # ``traceparent`` of what the task did before it was deferred, where calls are traced
 
-    passes: tuple[Pass, ...] = ()
-    refused_by: str = ""
-    refused_in: str = ""
-    retry_after: float | None = None
-    attempts: int = 0
-    trace: str = ""
+    @classmethod
+    def refused(cls, refusal: BreakerOpenError, attempts: int, trace: str) -> Admission:
+        """Return the answer of a gate that refuses."""
+        return cls((), refusal.breaker, refusal.state, refusal.retry_after, attempts, trace)
 
     @property
     def refusal(self) -> BreakerOpenError | None:
@@ -76,134 +66,94 @@ class Admission(NamedTuple):
 
     def pass_of(self, breaker: str) -> Pass | None:
         """Return the pass of a breaker; None if it has given none."""
-        return next((one for one in self.passes if one.breaker == breaker), None)
+        return next((each for each in self.passes if each.breaker == breaker), None)
 
     @property
     def answerable(self) -> str:
         """The first breaker for which an outcome of the run counts, whatever it was waiting for."""
-        return next(one.breaker for one in self.passes if not one.for_child)
+        return next(each.breaker for each in self.passes if not each.for_child)
 
     def attempts_after_failure(self, breaker: str) -> int:
-        """Return the attempts that count if this run fails, and the failure is put to ``breaker``."""
-        judge = self.pass_of(breaker) or next(iter(self.passes), None)
-        return self.attempts + (judge is not None and judge.counts)
-
-    def pack(self) -> Packed:
-        """Return the same as a tuple of plain values."""
-        return (tuple(map(tuple, self.passes)), *self[1:])
-
-    @classmethod
-    def unpack(cls, packed: Packed) -> Admission:
-        """Return what was packed."""
-        passes, *others = packed
-        return cls(tuple(map(Pass._make, passes)), *others)
+        """Return the attempts that count if this run fails, and the failure is attributed to ``breaker``."""
+        admitted = self.pass_of(breaker) or next(iter(self.passes), None)
+        return self.attempts + (admitted is not None and admitted.counts)
 
 
 class Report(NamedTuple):
-    """What a run found out about its dependencies.
+    """What a run found out about its dependencies."""
 
-    Args:
-        verdicts: one for each pass of its admission, in the same order; None when the body did not run, or
-            when guards inside it have told already.
-        source: the fallback that answered; "" if none did.
-        age: age of a cached answer, seconds.
-        served_for: the breaker whose refusal or failure the fallback answered.
-        exhausted_by: the failure that has used up the task's ``max_attempts``; "" if none has.
-        exhausted_for: the breaker that this failure is put to.
-    """
-
+    #: One for each pass of its admission; None when the body did not run, or guards inside it have reported already.
     verdicts: tuple[Verdict | None, ...] = ()
-    source: str = ""
-    age: float | None = None
-    served_for: str = ""
-    exhausted_by: str = ""
-    exhausted_for: str = ""
+    source: str = ""  # the fallback that answered
+    age: float | None = None  # of a cached answer, seconds
+    served_for: str = ""  # the breaker whose refusal or failure the fallback answered
+    exhausted_by: str = ""  # the failure that has used up the task's ``max_attempts``
+    exhausted_for: str = ""  # the breaker that it is attributed to
 
     @classmethod
     def of_all(cls, verdict: Verdict, passes: Sequence[Pass]) -> Report:
         """Return the report of a run about which there is one verdict, the same for every breaker."""
         return cls((verdict,) * len(passes))
 
-    def pack(self) -> Packed:
-        """Return the same as a tuple of plain values, an empty one for what nearly every report says."""
-        return () if self == _WENT_WELL else (tuple(map(_pack_verdict, self.verdicts)), *self[1:])
 
-    @classmethod
-    def unpack(cls, packed: Packed) -> Report:
-        """Return what was packed."""
-        if not packed:
-            return _WENT_WELL
-        verdicts, *others = packed
-        return cls(tuple(map(_unpack_verdict, verdicts)), *others)
-
-
-_WENT_WELL = Report((Verdict(Outcome.SUCCESS),))
-
-
-def _pack_verdict(verdict: Verdict | None) -> Packed | None:
-    return None if verdict is None else (verdict.outcome.value, *verdict[1:])
-
-
-def _unpack_verdict(packed: Packed | None) -> Verdict | None:
-    return None if packed is None else Verdict(Outcome(packed[0]), *packed[1:])
+#: What nearly every run reports; None stands for it on the way out of the pool: pickling it costs more than the rest.
+WENT_WELL = Report((Verdict(Outcome.SUCCESS),))
 
 
 class TaskDeferred(Ignore):  # type: ignore[misc]  # Celery is untyped
-    """Raised by a task's run when its message must be put aside.
+    """Raised by a task's run when its message must be deferred.
 
-    An ``Ignore``, because Celery writes no result for it and fires no callbacks; an ordinary exception
-    would have written FAILURE in the pool process already.
-
-    Args:
-        breaker: the breaker to wait for.
-        reason: why, for people.
-        attempts: dependency failures of this task that have counted, this one included.
-        cause: what the failure of the task itself was, e.g. ``"ReadTimeout"``; "" if it was refused.
-        trace: ``traceparent`` of the run; "" if nobody traces.
-        backs_off: the breaker admits the task, and refuses what its body does: each time it waits longer.
+    An ``Ignore``, because Celery writes no result for it and fires no callbacks; an ordinary exception would have
+    written FAILURE in the pool process already. ``cause`` is what the failure of the task itself was, "" if it was
+    refused; it ``backs_off`` where the breaker admits the task, and refuses what its body does: each time it waits
+    longer.
     """
 
     def __init__(
         self, breaker: str, reason: str, attempts: int = 0, cause: str = "", trace: str = "", *, backs_off: bool = False
     ) -> None:
         super().__init__(breaker, reason, attempts, cause, trace)
+        self.breaker, self.reason, self.attempts, self.cause, self.trace = breaker, reason, attempts, cause, trace
         self.backs_off = backs_off
-        self.breaker = breaker
-        self.reason = reason
-        self.attempts = attempts
-        self.cause = cause
-        self.trace = trace
 
     def __str__(self) -> str:
         return f"deferred, waits for breaker {self.breaker!r}: {self.reason}"
 
 
+class DeferredRetry(Retry):  # type: ignore[misc]  # Celery is untyped
+    """Ends a run that would have retried while its breaker is open: a ``Retry`` of which no message is published."""
+
+    def __init__(self, exc: BaseException, refusal: BreakerOpenError) -> None:
+        super().__init__(exc=exc)
+        self._refused = refusal.args  # its parts: an exception in an attribute would be part of the failure
+
+    @property
+    def refusal(self) -> BreakerOpenError:
+        """What the next run would meet with."""
+        return BreakerOpenError(*self._refused)
+
+
+def limits_of(task: Any, sent: Sequence[float | None] | None) -> tuple[float | None, float | None]:
+    """Return the hard and the soft time limit of a run in seconds: those sent with its message, else its task's."""
+    hard, soft = (*(sent or ()), None, None)[:2]
+    return hard or task.time_limit, soft or task.soft_time_limit
+
+
+# --- in the pool ------------------------------------------------------------------------------------------
+
+
 class Run(Scope):
-    """One run of a guarded task in the pool, between its admission and its report.
+    """One run of a guarded task in the pool, between its admission and its report."""
 
-    Attributes:
-        begun: the body has begun.
-        verdicts: on the task as a whole, one for each pass.
-        served: what a fallback has answered.
-        served_for: the breaker whose refusal or failure it has answered.
-        exhausted_by: the failure that has used up the task's attempts.
-        exhausted_for: the breaker that it is attributed to.
-    """
-
-    __slots__ = (
-        "_found", "_reported", "admission", "begun", "exhausted_by", "exhausted_for", "served", "served_for",
-        "verdicts",
-    )  # fmt: skip
+    __slots__ = ("admission", "begun", "exhausted", "served", "verdicts")
 
     def __init__(self, admission: Admission, task_id: str) -> None:
         super().__init__(admission.passes, task_id)
         self.admission = admission
         self.begun = False
-        self.verdicts: Sequence[Verdict | None] = ()
-        self.served: Served | None = None
-        self.served_for = self.exhausted_by = self.exhausted_for = ""
-        self._reported: set[str] = set()  # breakers whose own guards have reported
-        self._found: dict[str, Verdict] = {}  # the worst that guards inside trials have found
+        self.verdicts: Sequence[Verdict | None] = [None] * len(admission.passes)  # on the task as a whole
+        self.served: tuple[str, float | None, str] = ("", None, "")  # by which fallback, how old, for which breaker
+        self.exhausted = ("", "")  # the failure that has used up the task's attempts, and its breaker
 
     def begin(self, task_id: str | None) -> bool:
         """Claim the run for the task body; False for calls of other tasks, or of itself, inside it."""
@@ -212,32 +162,20 @@ class Run(Scope):
         self.begun = True
         return True
 
-    def replaced(self, breaker: str) -> None:
-        """A guard inside the body has reported; what counts for a child need not count for its parent."""
-        self._reported |= {breaker, parent_of(breaker) or breaker}
-
-    def found(self, breaker: str, verdict: Verdict) -> None:
-        """A guard inside the trial has come to a verdict, which replaces that on the task as a whole."""
-        worst = self._found.get(breaker)
-        if worst is None or worst.outcome is not Outcome.FAILURE:
-            self._found[breaker] = verdict
-
     def report(self) -> Report:
         """Return what the main process should know."""
-        served = (self.served.source, self.served.age, self.served_for) if self.served else ("", None, "")
-        passes = self.admission.passes
-        verdicts = tuple(map(self._verdict, passes, self.verdicts or [None] * len(passes)))
-        return Report(verdicts, *served, self.exhausted_by, self.exhausted_for)
+        verdicts = tuple(map(self._verdict, self.admission.passes, self.verdicts))
+        return Report(verdicts, *self.served, *self.exhausted)
 
     def _verdict(self, admitted: Pass, verdict: Verdict | None) -> Verdict | None:
         if admitted.trial:
-            return self._found.get(admitted.breaker, verdict)
-        return None if admitted.breaker in self._reported else verdict
+            return self.trial_verdicts.get(admitted.breaker, verdict)
+        return None if admitted.breaker in self.reported else verdict
 
 
-def run_admitted(admission: Packed, name: str, task_id: str, *args: Any) -> tuple[int, Any, float, Packed]:
+def run_admitted(admission: Admission, name: str, task_id: str, *args: Any) -> tuple[int, Any, float, Report | None]:
     """Run a task in the pool with Celery's own tracer, and report on its dependency."""
-    run = Run(Admission.unpack(admission), task_id)
+    run = Run(admission, task_id)
     trace = celery_internals.tracer(celery_internals.current_app())
     with within(run):
         try:
@@ -246,73 +184,50 @@ def run_admitted(admission: Packed, name: str, task_id: str, *args: Any) -> tupl
             what = "Task %s[%s] has run, and its callbacks are invalid"
             logger.exception(what, name, task_id, extra=about(task_id, name))
             failed, value, runtime = 1, ExceptionInfo(internal=True), 0.0
-    return failed, value, runtime, run.report().pack()
-
-
-_CONTROL_FLOW = (Ignore, Reject, Retry, ResilienceError)
-_GLANCE = 0.1  # seconds between two looks at the breakers during a wait
+    report = run.report()
+    return failed, value, runtime, None if report == WENT_WELL else report
 
 
 def bounded(retrying: tenacity.Retrying, breakers: Sequence[Dependency], limit: float | None) -> tenacity.Retrying:
     """Return a task's ``retrying`` within bounds: no attempt after a breaker opened, no wait past the time limit.
 
-    Args:
-        retrying: as the user wrote it; a ``sleep`` of the user's own is kept.
-        breakers: all must admit before each attempt, and during each wait.
-        limit: seconds that the run may take; ``None``: no limit.
+    All breakers must admit before each attempt, and during each wait; a ``sleep`` of the user's own is kept.
     """
-    stop = _StopWhenOpen(breakers, retrying.stop)
+
+    def all_admit() -> bool:
+        return all(guard.cached_state.admits for breaker in breakers for guard in breaker.guards)
+
+    def stop(state: tenacity.RetryCallState) -> bool:
+        is_over = limit is not None and tenacity.stop_before_delay(limit)(state)
+        return not all_admit() or is_over or bool(retrying.stop(state))
+
+    def retry(state: tenacity.RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome is not None else None
+        if isinstance(error, _CONTROL_FLOW) or (error is not None and refusal_in(error) is not None):
+            return False  # ``self.retry()`` has sent a message already
+        return bool(retrying.retry(state))
+
+    def sleep(seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while all_admit() and (left := end - time.monotonic()) > 0:  # the next attempt is then refused
+            time.sleep(min(left, _POLL_INTERVAL))
+
     return retrying.copy(
-        stop=stop if limit is None else tenacity.stop_any(stop, tenacity.stop_before_delay(limit)),
-        retry=_RetryErrors(retrying.retry),
-        sleep=partial(_sleep, breakers) if retrying.sleep is tenacity.nap.sleep else retrying.sleep,
+        stop=stop,
+        retry=retry,
+        sleep=sleep if retrying.sleep is tenacity.nap.sleep else retrying.sleep,
         reraise=True,
     )
 
 
-def time_limit(task: Any) -> float | None:
-    """Return the shortest time limit of a task's run, in seconds; None if it has none."""
-    return min((float(limit) for limit in limits_of(task, task.request.timelimit) if limit), default=None)
-
-
-def _all_admit(breakers: Sequence[Dependency]) -> bool:
-    return all(guard.standing.admits for breaker in breakers for guard in breaker.guards)
-
-
-def _sleep(breakers: Sequence[Dependency], seconds: float) -> None:
-    """Wait for the next attempt; no longer than the breakers admit it, which will then refuse it."""
-    end = time.monotonic() + seconds
-    while _all_admit(breakers) and (left := end - time.monotonic()) > 0:
-        time.sleep(min(left, _GLANCE))
-
-
-class _StopWhenOpen(tenacity.stop.stop_base):
-    """Ends quick attempts when the user's own condition does, or as soon as a breaker no longer admits."""
-
-    def __init__(self, breakers: Sequence[Dependency], otherwise: Any) -> None:
-        self._breakers = breakers
-        self._otherwise = otherwise
-
-    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
-        return not _all_admit(self._breakers) or bool(self._otherwise(retry_state))
-
-
-class _RetryErrors(tenacity.retry_base):
-    """Repeats what the user's own condition does, but no control flow: ``self.retry()`` has sent a message already."""
-
-    def __init__(self, otherwise: Any) -> None:
-        self._otherwise = otherwise
-
-    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
-        outcome = retry_state.outcome
-        error = outcome.exception() if outcome is not None else None
-        is_over = isinstance(error, _CONTROL_FLOW) or (error is not None and refusal_in(error) is not None)
-        return not is_over and bool(self._otherwise(retry_state))
-
-
-_REFUSING = (State.OPEN, State.FORCED_OPEN)
-_ADMITTING_TASKS = (AT_CAPACITY, State.HALF_OPEN)  # a breaker that has refused a guard may admit its task again at once
-_BODY = "_resilient_tasks_body"  # of a request: the body that runs for it
+def serve(runtime: Runtime, task: Any, call: Call, breaker: str) -> Served | None:
+    """Return what a task's fallback answers for a call, counted and with its provenance; None if it has no answer."""
+    served: Served | None = task.options.fallback.answer(call, runtime.fleet.store)
+    if served is not None:
+        runtime.count_answer(served, breaker)
+        if call.task_id:
+            write_provenance(runtime.fleet.store, call.task_id, served, breaker, runtime.result_ttl)
+    return served
 
 
 def run_guarded(task: Any, *args: Any, **kwargs: Any) -> Any:
@@ -320,44 +235,18 @@ def run_guarded(task: Any, *args: Any, **kwargs: Any) -> Any:
 
     Raises:
         BreakerOpenError: the breaker refused and nothing else answers.
-        TaskDeferred: the message must be put aside; only from a worker's pool.
-        ConfigurationError: nobody defines the task's breaker.
+        TaskDeferred: the message must be deferred; only from a worker's pool.
+        ConfigurationError: the task's breaker is not defined.
     """
-    run = current_scope()
-    if isinstance(run, Run) and run.begin(task.request.id):
-        return _GatedBody(task, args, kwargs, run).run()
-    return _UngatedBody(task, args, kwargs).run()
-
-
-class DeferredRetry(Retry):  # type: ignore[misc]  # Celery is untyped
-    """Ends a run that would have retried while its breaker is open: a ``Retry`` of which no message is published.
-
-    Args:
-        exc: the failure; it counts.
-        refusal: what the next run would meet with.
-    """
-
-    def __init__(self, exc: BaseException, refusal: BreakerOpenError) -> None:
-        super().__init__(exc=exc)
-        self._refused = refusal.args  # its parts: an exception in an attribute would be part of the failure
-
-    @property
-    def refusal(self) -> BreakerOpenError:
-        """The refusal."""
-        return BreakerOpenError(*self._refused)
+    scope = current_scope()
+    gated = scope if isinstance(scope, Run) and scope.begin(task.request.id) else None
+    return _Body(task, args, kwargs, gated).run()
 
 
 def defer_retry(task: Any, exc: BaseException | None, *, same_message: bool) -> None:
-    """Have a run that asks for a retry put aside instead, if a breaker that it needs is open.
+    """Have a run that asks for a retry over ``exc`` deferred instead, by ``DeferredRetry``, if its breaker is open.
 
-    Args:
-        task: that asks for it.
-        exc: why; None without a failure.
-        same_message: whether the retry would be the same message again; a changed one is Celery's to send, unless
-            no retry is left.
-
-    Raises:
-        DeferredRetry: a breaker is open.
+    A retry that is another message is Celery's to send, unless no retry is left.
     """
     body = getattr(task.request, _BODY, None)
     if body is None or exc is None or not same_message or task.options.on_open != DEFER:
@@ -368,172 +257,127 @@ def defer_retry(task: Any, exc: BaseException | None, *, same_message: bool) -> 
 
 
 class _Body:
-    """One run of a body, with its breakers and fallbacks around it."""
+    """One run of a body, with its breakers and fallbacks around it.
 
-    def __init__(self, task: Any, args: Any, kwargs: Any) -> None:
-        self.task, self.args, self.kwargs = task, args, kwargs
-        self.options = task.options
-        self.runtime = runtime_of(task.app)
-        self.breakers = self._breakers()
+    ``gated`` is the run that has passed the gate and reports to it; None: the task is eager, or called directly.
+    """
+
+    def __init__(self, task: Any, args: Any, kwargs: Any, gated: Run | None) -> None:
+        self.task, self.args, self.kwargs, self.gated = task, args, kwargs, gated
+        self.options, self.runtime = task.options, runtime_of(task.app)
+        self.admission = gated.admission if gated is not None else Admission()
+        self.function: Callable[..., Any] = task.own_call or task.run
+        if gated is not None:
+            setattr(task.request, _BODY, self)
+        elif task.own_call is None and not task.request.is_eager:
+            self.function = partial(Task.__call__, task)  # a direct call gets a request of its own
+        passes = self.admission.passes
+        self.guards = [self.runtime.breaker(admitted.breaker) for admitted in passes]
+        answerable = [guard for guard, admitted in zip(self.guards, passes, strict=True) if not admitted.for_child]
+        self.breakers = answerable or self.runtime.breakers_of(task, args, kwargs)
         self._verdicts: dict[str, Verdict] = {}  # on the exception that has ended the run, by breaker
-
-    def _breakers(self) -> list[Dependency]:
-        """Return the breakers that answer for this call."""
-        return self.runtime.breakers_of(self.task, self.args, self.kwargs)
 
     def run(self) -> Any:
         """Run it and answer for it."""
         try:
-            value = self.attempts()
-        except DeferredRetry as retry:
-            refusal = retry.refusal
-            return self.answer(refusal.breaker, partial(self.refused, refusal, refusal))
-        except Retry:
-            raise  # Celery has sent the task off again: this run has no answer of its own
-        except Exception as exc:
-            found = refusal_in(exc)
-            if found is not None:
-                return self.answer(found.breaker, partial(self.refused, found, exc))
-            culprit = self.culprit(exc)
-            if culprit is None:
-                raise
-            return self.answer(culprit.name, partial(self.failed, exc, culprit))
+            value = self._attempts() if self.gated is None else self._gated_attempts(self.gated)
+        except Retry as retry:
+            if not isinstance(retry, DeferredRetry):
+                raise  # Celery has sent the task off again: this run has no answer of its own
+            return self._answer(retry.refusal, retry.refusal)
+        except Exception as exc:  # noqa: BLE001 - a user's code; it is raised again unless a fallback answers
+            return self._answer(exc, refusal_in(exc))
         if self.options.fallback:
-            self.options.fallback.remember(self.call, value, self.runtime.fleet.store)
+            self.options.fallback.remember(self._call, value, self.runtime.fleet.store)
         return value
 
     @property
-    def call(self) -> Call:
-        """What a fallback answers for."""
+    def _call(self) -> Call:
         return Call(self.task.name, self.task.run, self.args, self.kwargs, self.task.request.id or "")
 
-    def judge(self, breaker: Dependency, exc: BaseException) -> Verdict:
-        """Tell what the exception that has ended the run says about a dependency; a user's function is asked once."""
-        if breaker.name not in self._verdicts:
-            self._verdicts[breaker.name] = breaker.judge(exc)
-        return self._verdicts[breaker.name]
-
-    def culprit(self, exc: BaseException) -> Dependency | None:
-        """Return the breaker whose dependency has failed the run: that of a guard inside, else the first to say so."""
-        inside = attributed_to(exc)
-        asked = self.breakers
-        if inside is not None:
-            asked = [self.runtime.breaker(inside)] if self.runtime.defines(inside) else []
-        return next((breaker for breaker in asked if self.judge(breaker, exc).outcome is Outcome.FAILURE), None)
-
-    def attempts(self) -> Any:
-        """Make the one attempt, or the quick ones of ``retrying=``."""
-        retrying = self.options.retrying
-        if retrying is None:
-            return self.attempt()
-        return bounded(retrying, self.breakers, time_limit(self.task))(self.attempt)
-
-    def attempt(self) -> Any:
-        """Call the body once."""
-        return call_guarded(self.breakers, self.function, self.args, self.kwargs)
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """The ``__call__`` of a user's base class, else what Celery would call."""
-        function: Callable[..., Any] = self.task.own_call or self.task.run
-        return function
-
-    def answer(self, breaker: str, otherwise: Callable[[], Any]) -> Any:
-        """Return what a fallback serves; if none does, what ``otherwise`` makes of it."""
-        served = self.options.fallback.answer(self.call, self.runtime.fleet.store)
-        if served is None:
-            return otherwise()
-        self.runtime.count_answer(served, breaker)
-        if self.task.request.id:
-            ttl = self.runtime.result_ttl
-            write_provenance(self.runtime.fleet.store, self.task.request.id, served, breaker, ttl)
-        self.serve(served, breaker)
-        return served.value
-
-    def serve(self, served: Any, breaker: str) -> None:
-        """Take note that a fallback has answered."""
-
-    def refused(self, _refusal: BreakerOpenError, exc: Exception) -> NoReturn:
-        """End a run that ``exc`` has ended, which is or wraps a refusal, and no fallback has answered."""
+    def _answer(self, exc: Exception, refusal: BreakerOpenError | None) -> Any:
+        """Answer for a run that ``exc`` has ended, which is or wraps a refusal: by a fallback, else by an exception."""
+        failing = self._failing_breaker(exc) if refusal is None else None
+        if refusal is None and failing is None:
+            raise exc
+        breaker = refusal.breaker if refusal is not None else failing.name if failing is not None else ""
+        served = serve(self.runtime, self.task, self._call, breaker)
+        if served is not None:
+            if self.gated is not None:
+                self.gated.served = served.source, served.age, breaker
+            return served.value
+        if self.gated is not None and refusal is not None:
+            self._end_refused(refusal, exc)
+        if self.gated is not None and failing is not None:
+            self._end_failed(self.gated, exc, failing)
         raise exc
 
-    def failed(self, exc: Exception, _culprit: Dependency) -> NoReturn:
-        """End a run that has failed through a dependency, and no fallback has answered."""
-        raise exc
-
-
-class _UngatedBody(_Body):
-    """A run that passed no gate: eager, or a direct call."""
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """A direct call gets a request of its own, as Celery's own ``__call__`` gives it."""
-        if self.task.own_call is None and not self.task.request.is_eager:
-            return partial(Task.__call__, self.task)
-        return super().function
-
-
-class _GatedBody(_Body):
-    """A run that came through the gate and reports to it."""
-
-    def __init__(self, task: Any, args: Any, kwargs: Any, run: Run) -> None:
-        self.gated = run
-        super().__init__(task, args, kwargs)
-        setattr(task.request, _BODY, self)
-
-    def _breakers(self) -> list[Dependency]:
-        passes = self.gated.admission.passes
-        self.guards = [self.runtime.breaker(admitted.breaker) for admitted in passes]
-        answerable = [guard for guard, admitted in zip(self.guards, passes, strict=True) if not admitted.for_child]
-        return answerable or super()._breakers()
-
-    def attempts(self) -> Any:
+    def _gated_attempts(self, gated: Run) -> Any:
         """Attempt it if it is still admitted, and judge the run as a whole."""
-        tracing.record_run({each.name: each.state for each in self.breakers}, self.gated.admission.trace)
-        refusal = self.gated.admission.refusal or self._refusal_since()
+        tracing.record_run({each.name: each.state for each in self.breakers}, self.admission.trace)
+        refusal = self.admission.refusal or self._refusal_since()
         if refusal is not None:
             raise refusal
         started = perf_counter()
         try:
-            value = super().attempts()
+            value = self._attempts()
         except BaseException as exc:
-            self.gated.verdicts = [self.judge(guard, exc) for guard in self.guards]
+            gated.verdicts = [self._judge(guard, exc) for guard in self.guards]
             raise
         seconds = perf_counter() - started
-        self.gated.verdicts = [guard.judge_success(seconds, value) for guard in self.guards]
+        gated.verdicts = [guard.judge_success(seconds, value) for guard in self.guards]
         return value
 
-    def attempt(self) -> Any:
-        """Call the body; quick attempts are outcomes of their own, but for those of a trial, which has one."""
-        if self.options.retrying is None or any(admitted.trial for admitted in self.gated.admission.passes):
+    def _attempts(self) -> Any:
+        """Make the one attempt, or the quick ones of ``retrying=``."""
+        if self.options.retrying is None:
+            return self._attempt()
+        limits = limits_of(self.task, self.task.request.timelimit)
+        limit = min((float(limit) for limit in limits if limit), default=None)
+        return bounded(self.options.retrying, self.breakers, limit)(self._attempt)
+
+    def _attempt(self) -> Any:
+        """Call the body once; quick attempts are outcomes of their own, but for those of a trial, which has one."""
+        is_trial = any(admitted.trial for admitted in self.admission.passes)
+        if self.gated is not None and (self.options.retrying is None or is_trial):
             return self.function(*self.args, **self.kwargs)
-        return super().attempt()
+        return call_guarded(self.breakers, self.function, self.args, self.kwargs)
 
-    def serve(self, served: Any, breaker: str) -> None:
-        """Have the main process tell of it."""
-        self.gated.served, self.gated.served_for = served, breaker
+    def _judge(self, breaker: Dependency, exc: BaseException) -> Verdict:
+        """Return what the exception that has ended the run means for a dependency; a user's function is asked once."""
+        if breaker.name not in self._verdicts:
+            self._verdicts[breaker.name] = breaker.judge(exc)
+        return self._verdicts[breaker.name]
 
-    def refused(self, refusal: BreakerOpenError, exc: Exception) -> NoReturn:
+    def _failing_breaker(self, exc: BaseException) -> Dependency | None:
+        """Return the breaker whose dependency has failed the run: that of a guard inside, else the first that did."""
+        inside = attributed_to(exc)
+        asked = self.breakers
+        if inside is not None:
+            asked = [self.runtime.breaker(inside)] if self.runtime.defines(inside) else []
+        return next((breaker for breaker in asked if self._judge(breaker, exc).outcome is Outcome.FAILURE), None)
+
+    def _end_refused(self, refusal: BreakerOpenError, exc: Exception) -> NoReturn:
         """Defer the task until the breaker that refused admits, if that is one of this app."""
         if self.options.on_open != DEFER or not self.runtime.defines(refusal.breaker):
             self.runtime.fleet.reporter.tally(refusal.breaker, FAILED)
             raise exc
         trace = tracing.record_deferral(refusal.breaker, str(refusal))
-        attempts, is_inside = self.gated.admission.attempts, refusal.state in _ADMITTING_TASKS
+        attempts, is_inside = self.admission.attempts, refusal.state in _ADMITTING_TASKS
         raise TaskDeferred(refusal.breaker, str(refusal), attempts, trace=trace, backs_off=is_inside) from exc
 
-    def failed(self, exc: Exception, culprit: Dependency) -> NoReturn:
+    def _end_failed(self, gated: Run, exc: Exception, failing: Dependency) -> NoReturn:
         """Defer the task, unless it has used up its attempts, or its retries before the breaker opened."""
-        if self._has_retried(exc) and not self._is_open(culprit):
+        if self._has_retried(exc) and not self._is_open(failing):
             raise exc
-        name, cause = culprit.name, self.judge(culprit, exc).cause
-        attempts = self.gated.admission.attempts_after_failure(name)
+        name, cause = failing.name, self._judge(failing, exc).cause
+        attempts = self.admission.attempts_after_failure(name)
         defers = self.options.on_failure == DEFER
         if defers and attempts < self.options.max_attempts:
             reason = f"the task failed: {cause}"
             raise TaskDeferred(name, reason, attempts, cause, tracing.record_deferral(name, reason)) from exc
         if defers:
-            self.gated.exhausted_by, self.gated.exhausted_for = cause, name
+            gated.exhausted = cause, name
         self.runtime.fleet.reporter.tally(name, FAILED)
         raise exc
 
@@ -542,23 +386,23 @@ class _GatedBody(_Body):
         refusal = refusal_in(exc)
         if refusal is not None and self.runtime.defines(refusal.breaker):
             return refusal
-        culprit = self.culprit(exc)
+        failing = self._failing_breaker(exc)
         self._verdicts.clear()  # another exception may end the run
-        return culprit.refuse() if culprit is not None and self._is_open(culprit) else None
+        return failing.refuse() if failing is not None and self._is_open(failing) else None
 
-    def _is_open(self, culprit: Dependency) -> bool:
+    def _is_open(self, breaker: Dependency) -> bool:
         """Whether a breaker has opened since it admitted the run, or has admitted it as a trial."""
-        admitted = self.gated.admission.pass_of(culprit.name)
-        return (admitted is not None and admitted.trial) or culprit.state in (*_REFUSING, State.HALF_OPEN)
+        admitted = self.admission.pass_of(breaker.name)
+        return (admitted is not None and admitted.trial) or breaker.state in (*_REFUSING, State.HALF_OPEN)
 
     def _refusal_since(self) -> BreakerOpenError | None:
         """Return the refusal of a breaker that has opened since the gate let this run through."""
-        for guard, admitted in zip(self.guards, self.gated.admission.passes, strict=True):
+        for guard, admitted in zip(self.guards, self.admission.passes, strict=True):
             if not admitted.trial and guard.state in _REFUSING:
                 return guard.refuse()
         return None
 
     def _has_retried(self, exc: Exception) -> bool:
-        """Whether Celery's own retrying has had its say about this failure."""
+        """Whether Celery's own retrying has ended with this failure."""
         automatic = tuple(getattr(self.task, "autoretry_for", None) or ())
         return bool(self.task.request.retries > 0 or isinstance(exc, (MaxRetriesExceededError, *automatic)))

@@ -25,7 +25,7 @@ def breakers(state: Any, **_: Any) -> dict[str, dict[str, Any]]:
         return {}
     present = sorted(runtime.present(), key=lambda breaker: breaker.name)
     epochs = _epochs_in_store(runtime, present)
-    return {breaker.name: _view(breaker.standing, epochs.get(breaker.name)) for breaker in present}
+    return {breaker.name: _view(breaker.cached_state, epochs.get(breaker.name)) for breaker in present}
 
 
 @inspect_command()  # type: ignore[untyped-decorator]  # Celery is untyped

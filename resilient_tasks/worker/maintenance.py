@@ -140,11 +140,11 @@ class Maintenance:
     def _holds_few(self) -> bool:
         """Whether tasks wait that are over their workers' own limits, and this one has nearly run those it holds."""
         limited = (each for each in self._runtime.present() if each.policy.max_concurrency_per_worker is not None)
-        return any(each.standing.snapshot.deferred and self._holding.wants_more(each) for each in limited)
+        return any(each.cached_state.snapshot.deferred and self._holding.wants_more(each) for each in limited)
 
     def _tell_store(self) -> None:
         ledger = self._runtime.fleet.ledger
-        self._gate.tell_taken_up(ledger.taken_up)
+        self._gate.report_taken_up(ledger.taken_up)
         now = time.monotonic()
         if now >= self._declare_at:
             ledger.declare(self._runtime.breakers)
@@ -175,7 +175,7 @@ class Maintenance:
 
     def _anything_due(self) -> bool:
         now = self._runtime.fleet.view.server_now()
-        return any(anything_due(breaker, breaker.standing.snapshot, now) for breaker in self._runtime.present())
+        return any(anything_due(breaker, breaker.cached_state.snapshot, now) for breaker in self._runtime.present())
 
     def _time_for_an_idle_look(self) -> bool:
         now = time.monotonic()
@@ -260,7 +260,7 @@ class Tick:
         limited = [
             breaker
             for breaker in self._runtime.present()
-            if not breaker.standing.admits_freely or breaker.policy.max_concurrency_per_worker is not None
+            if not breaker.cached_state.admits_freely or breaker.policy.max_concurrency_per_worker is not None
         ]
         with self._lease() as held:
             if held:

@@ -9,9 +9,8 @@ import tenacity
 from pydantic import Field, InstanceOf
 
 from resilient_tasks.breaker import Breaker
-from resilient_tasks.call import ALLOWED_KEYS, TaskKey, is_task_key
 from resilient_tasks.errors import ConfigurationError
-from resilient_tasks.fallback import FallbackChain, as_chain
+from resilient_tasks.fallback import ALLOWED_KEYS, FallbackChain, TaskKey, as_chain, is_task_key
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.validation import Count, check_fields
 

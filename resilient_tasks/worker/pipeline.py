@@ -293,7 +293,7 @@ class Pipeline:
 
     def _is_stuck(self, breaker: str) -> bool:
         """Whether no task of a breaker can run, or be deferred."""
-        return self.gate.refuses_all(self.runtime.breaker(breaker)) and not self.deferral.has_room(breaker)
+        return not self.runtime.breaker(breaker).accepting and not self.deferral.has_room(breaker)
 
     def _now(self) -> float:
         return self.runtime.fleet.view.server_now()

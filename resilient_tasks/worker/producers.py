@@ -19,15 +19,15 @@ from celery.utils import uuid
 from kombu import Queue
 from kombu.common import maybe_declare
 
-from resilient_tasks.call import Call
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, DeferredQueueFullError
-from resilient_tasks.fallback import write_provenance
+from resilient_tasks.fallback import Call
 from resilient_tasks.monitor.log import about
 from resilient_tasks.store.background import renew_after_fork
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.context import find_runtime, runtime_of
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.envelope import Envelope
+from resilient_tasks.worker.execution import serve
 from resilient_tasks.worker.options import DEFER, FAIL
 from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Queues
@@ -109,14 +109,12 @@ def _serve(
     """Return what a fallback answers; None if none does, or other tasks wait for this one to run."""
     if any(map(options.get, _FOLLOWED_BY)):
         return None
-    runtime, given_id = runtime_of(task.app), options.get("task_id")
-    store = runtime.fleet.store
+    given_id = options.get("task_id")
     task_id = given_id or uuid()
-    served = task.options.fallback.answer(Call(task.name, task.run, args or (), kwargs or {}, task_id), store)
+    call = Call(task.name, task.run, args or (), kwargs or {}, task_id)
+    served = serve(runtime_of(task.app), task, call, refusal.breaker)
     if served is None:
         return None
-    runtime.count_answer(served, refusal.breaker)
-    write_provenance(store, task_id, served, refusal.breaker, runtime.result_ttl)
     if (given_id or task.store_eager_result) and not options.get("ignore_result", task.ignore_result):
         task.backend.store_result(task_id, served.value, states.SUCCESS)  # callers that know the id may wait for it
     return EagerResult(task_id, served.value, states.SUCCESS, name=task.name)

@@ -23,7 +23,7 @@ from celery.worker.request import Request
 from kombu.utils.encoding import safe_repr
 from kombu.utils.json import dumps
 
-from resilient_tasks.call import Call, key_of
+from resilient_tasks.fallback import Call, key_of
 from resilient_tasks.monitor.events import TASK_FALLBACK
 from resilient_tasks.monitor.log import about
 from resilient_tasks.store.background import TimedWriter
@@ -32,8 +32,8 @@ from resilient_tasks.worker.context import runtime_of
 from resilient_tasks.worker.envelope import HEADER, Envelope
 from resilient_tasks.worker.execution import (
     INVALID_CALLBACKS,
+    WENT_WELL,
     Admission,
-    Packed,
     Report,
     TaskDeferred,
     limits_of,
@@ -197,7 +197,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         message = self.type, self.id, self.request_dict, self.body, self.content_type, self.content_encoding
         result = pool.apply_async(
             run_admitted,
-            args=(admission.pack(), *message),
+            args=(admission, *message),
             accept_callback=self.on_accepted,
             timeout_callback=self.on_timeout,
             callback=self.on_success,
@@ -221,10 +221,10 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
 
     # --- out of the pool --------------------------------------------------------------------------
 
-    def on_success(self, failed__retval__runtime: tuple[int, Any, float, Packed], **kwargs: Any) -> Any:
+    def on_success(self, failed__retval__runtime: tuple[int, Any, float, Report | None], **kwargs: Any) -> Any:
         """Handle what the pool returned: a value, or an exception that Celery has dealt with there."""
-        failed, value, runtime, packed = failed__retval__runtime
-        report = Report.unpack(packed)
+        failed, value, runtime, report = failed__retval__runtime
+        report = report or WENT_WELL
         self.pipeline.on_result(self, report)
         if report.source:
             self.send_event(TASK_FALLBACK, breaker=report.served_for, source=report.source, age=report.age)

@@ -23,7 +23,7 @@ from resilient_tasks.worker.producers import send_task
 
 if TYPE_CHECKING:
     from resilient_tasks.breaker import Breaker
-    from resilient_tasks.call import TaskKey
+    from resilient_tasks.fallback import TaskKey
 
 #: What Celery makes a task's handler and requests of.
 _PARTS = {

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 # bottom to top; a module imports from its own layer and from lower ones
 LAYERS = [
     {"errors", "validation", "policy", "core"},
-    {"store", "call", "fallback", "monitor", "settings", "checks", "probing", "signals", "grpc_call"},
-    {"fleet", "scope", "dependency", "guard", "breaker"},
+    {"store", "fallback", "monitor", "settings", "checks", "probing", "signals", "grpc_call"},
+    {"fleet", "dependency", "guard", "breaker"},
     {"worker"},
     {"operations"},
     {"app", "prometheus", "typed"},

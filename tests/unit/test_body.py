@@ -15,10 +15,10 @@ from celery.exceptions import Ignore, Retry
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Outcome, Resilience, constant
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.scope import Pass
+from resilient_tasks.dependency import Pass
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker import celery_internals
-from resilient_tasks.worker.execution import Admission, Report, TaskDeferred, run_admitted
+from resilient_tasks.worker.execution import WENT_WELL, Admission, Report, TaskDeferred, run_admitted
 
 TASK_ID = "d3f0"
 SUCCESS, FAILURE = Verdict(Outcome.SUCCESS), Verdict(Outcome.FAILURE, "ConnectionError")
@@ -46,8 +46,8 @@ def gated(task: Any, admission: Admission) -> tuple[Any, Report]:
             task.request_stack.pop()
 
     with mock.patch.object(celery_internals, "tracer", return_value=trace):
-        _, value, _, report = run_admitted(admission.pack(), task.name, TASK_ID)
-    return value, Report.unpack(report)
+        _, value, _, report = run_admitted(admission, task.name, TASK_ID)
+    return value, report or WENT_WELL
 
 
 def seven() -> int:

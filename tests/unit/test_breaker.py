@@ -22,11 +22,12 @@ from celery import Celery
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Grant, Outcome, State, Transition
+from resilient_tasks.dependency import Pass
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreError
 from resilient_tasks.fleet import Fleet
+from resilient_tasks.guard import Scope, within
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.probing import Probe
-from resilient_tasks.scope import Pass, Scope, within
 from resilient_tasks.store.view import DENIAL_MEMORY
 from tests.support.doubles import FlakyStore, ManualClock, wait_until
 
@@ -668,10 +669,10 @@ class Call(Scope):
         self.told: list[str] = []
         self.found_in_trial: list[Outcome] = []
 
-    def replaced(self, breaker: str) -> None:
+    def note_report(self, breaker: str) -> None:
         self.told.append(breaker)
 
-    def found(self, breaker: str, verdict: Verdict) -> None:
+    def note_trial(self, breaker: str, verdict: Verdict) -> None:
         assert breaker == "payments"
         self.found_in_trial.append(verdict.outcome)
 
@@ -819,7 +820,7 @@ def test_a_probe_ends_some_time(rig: Rig, timeout: float) -> None:
 def test_verbs_lead_to_their_state_at_once(rig: Rig, verb: str, state: State) -> None:
     getattr(rig.breaker, verb)(reason="drill", actor="ann")
     assert rig.breaker.state is state
-    assert rig.breaker._dependency.standing.admits is (state in {State.DISABLED, State.SHADOW})
+    assert rig.breaker._dependency.cached_state.admits is (state in {State.DISABLED, State.SHADOW})
     getattr(rig.breaker, verb)(reason="again")
     rig.breaker.reset(reason="done")
     assert rig.breaker.state is State.CLOSED

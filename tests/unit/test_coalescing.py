@@ -10,7 +10,7 @@ import pytest
 from celery import Celery, chain, chord, group
 
 from resilient_tasks import Breaker, ConfigurationError
-from resilient_tasks.call import Call, is_task_key, key_of
+from resilient_tasks.fallback import Call, is_task_key, key_of
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.request import GatedRequest, coalesced_as, superseded_among
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from resilient_tasks.call import Call, key_of
+from resilient_tasks.fallback import Call, key_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coalescing.md").read_text()
 

@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import pytest
 
-from resilient_tasks.call import Call
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreError
 from resilient_tasks.fallback import (
     LARGEST_VALUE,
+    Call,
     FallbackChain,
     Provenance,
     Served,

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilient_tasks import BreakerPolicy, ConfigurationError, Resilience, cached
-from resilient_tasks.call import Call
 from resilient_tasks.core.rules import Rules
+from resilient_tasks.fallback import Call
 from resilient_tasks.settings import PREFIX, Settings
 from resilient_tasks.store.address import find_store
 from resilient_tasks.store.keys import Keys

@@ -62,14 +62,14 @@ def test_the_ramp_draws_one_lot_per_task(
     payments.call(lambda: None)
     clock.settle()
     clock.advance(2.0)
-    share = payments._dependency.standing.ramp_share()
+    share = payments._dependency.cached_state.ramp_share()
     assert share == pytest.approx(0.28, abs=0.02)
     monkeypatch.setattr(CachedState, "ramp_share", lambda _: share)  # a view goes on in real time
     arrived = [task_id for task_id in IDS if gate.refusing([payments._dependency], Envelope(), task_id) is None]
     entered = [task_id for task_id in arrived if not gate.admit(request(task_id, Envelope(), payments)).refused_in]
     assert entered == arrived
     assert len(arrived) / len(IDS) == pytest.approx(share, abs=0.05)
-    resumed = Envelope(breaker="payments", resumed=payments._dependency.standing.epoch)
+    resumed = Envelope(breaker="payments", resumed=payments._dependency.cached_state.epoch)
     assert not any(gate.refusing([payments._dependency], resumed, task_id) for task_id in IDS)
 
 
@@ -97,9 +97,9 @@ def test_what_was_taken_up_is_told_until_somebody_listens(gate: Gate) -> None:
     for _ in range(3):
         gate.took_up(Envelope(breaker="payments", resumed=1))
     with pytest.raises(ConnectionError):
-        gate.tell_taken_up(deaf)
-    gate.tell_taken_up(lambda *said: told.append(said))
-    gate.tell_taken_up(lambda *said: told.append(said))
+        gate.report_taken_up(deaf)
+    gate.report_taken_up(lambda *said: told.append(said))
+    gate.report_taken_up(lambda *said: told.append(said))
     assert told == [("payments", 3)]
 
 
@@ -135,7 +135,7 @@ def test_a_resumed_task_passes_the_ramp_of_the_breaker_that_it_waited_for_alone(
     accounts = resilience.breaker("accounts")
     monkeypatch.setattr(CachedState, "ramp_share", lambda _: 0.0)
     for breaker, other in ((payments, accounts), (accounts, payments)):
-        resumed = Envelope(breaker=breaker.name, resumed=breaker._dependency.standing.epoch)
+        resumed = Envelope(breaker=breaker.name, resumed=breaker._dependency.cached_state.epoch)
         assert gate.refusing([breaker._dependency], resumed, "a") is None
         assert gate.refusing([breaker._dependency, other._dependency], resumed, "a") is other._dependency
 

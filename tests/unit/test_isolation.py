@@ -14,10 +14,11 @@ from resilient_tasks import Breaker, BreakerOpenError, Resilience
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.core.pace import Pace, refill_count
+from resilient_tasks.dependency import Pass
+from resilient_tasks.guard import within
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.scope import Pass, within
 from resilient_tasks.testing import Clock
-from resilient_tasks.worker.admission import Gate, Places
+from resilient_tasks.worker.admission import Gate
 from resilient_tasks.worker.context import runtime_of
 from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.execution import Run
@@ -81,7 +82,11 @@ def test_a_cancelled_call_frees_its_slot(rig: Rig) -> None:
 
 def _settle(rig: Rig, holder: str) -> None:
     rig.fleet.reporter.settle(
-        rig.breaker._dependency.spec, holder, rig.breaker._dependency.standing.epoch, Verdict(Outcome.SUCCESS), wait=5
+        rig.breaker._dependency.spec,
+        holder,
+        rig.breaker._dependency.cached_state.epoch,
+        Verdict(Outcome.SUCCESS),
+        wait=5,
     )
 
 
@@ -139,7 +144,7 @@ def test_a_worker_runs_no_more_than_it_may(gate: Gate, payments: Breaker) -> Non
     assert first.passes[0].leased
     assert str(second.refusal) == "breaker 'payments' is at capacity"
     gate.settle(request("a", payments), first, Run(first, "a").report())
-    resumed = Envelope(breaker="payments", resumed=payments._dependency.standing.epoch)
+    resumed = Envelope(breaker="payments", resumed=payments._dependency.cached_state.epoch)
     assert gate.admit(request("b", payments, envelope=resumed)).passes
 
 
@@ -153,16 +158,6 @@ def test_a_slot_of_one_breaker_is_given_back_if_another_refuses(
     assert refused.refused_by == "accounts"
     assert payments.snapshot().in_flight == 0
     assert gate.admit(request("b", payments)).passes
-
-
-def test_places() -> None:
-    places = Places()
-    assert [places.take("payments", most=2) for _ in range(3)] == [True, True, False]
-    assert places.take("accounts", most=1)
-    places.leave("payments")
-    assert places.take("payments", most=2)
-    places.leave("accounts")
-    assert list(places._taken) == ["payments"]
 
 
 # --- the tick ------------------------------------------------------------------------------------------

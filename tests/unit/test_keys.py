@@ -12,8 +12,7 @@ from celery import Celery
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Resilience
 from resilient_tasks.core.model import Verb, child_name, is_child, key_of, parent_of
-from resilient_tasks.dependency import REMEMBERED_FOR
-from resilient_tasks.scope import Pass
+from resilient_tasks.dependency import REMEMBERED_FOR, Pass
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker import maintenance as tick
 from resilient_tasks.worker.admission import Gate

@@ -14,9 +14,9 @@ import pytest
 
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.model import Outcome, State
+from resilient_tasks.dependency import Pass
 from resilient_tasks.errors import BreakerOpenError
-from resilient_tasks.guard import call_guarded
-from resilient_tasks.scope import Pass, within
+from resilient_tasks.guard import call_guarded, within
 from tests.unit.test_breaker import (
     POLICY,
     Call,
