@@ -1,8 +1,8 @@
 """The beat entry: sends a tick only while something is due, and is there however late a schedule is assigned.
 
-Celery's own schedulers keep the entry's :class:`TickSchedule` itself. Those that keep their entries in a database
-(django-celery-beat, redbeat) know plain intervals alone: there the class of the entries turns the interval of ours
-back into a ``TickSchedule``.
+Celery's own schedulers keep the entry's :class:`TickSchedule` itself, pickled by its name. Those that keep their
+entries in a database (django-celery-beat, redbeat) know plain intervals alone: there the class of the entries turns the
+interval of ours back into a ``TickSchedule``.
 """
 
 from __future__ import annotations
@@ -11,18 +11,15 @@ import logging
 import math
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from celery import Celery
 from celery.beat import ScheduleEntry
 from celery.schedules import schedstate, schedule
 
 from resilient_tasks.errors import StoreError
-from resilient_tasks.worker.context import TICK_ENTRY, TICK_TASK, runtime_of
+from resilient_tasks.worker.context import TICK_ENTRY, TICK_TASK, Runtime, runtime_of
 from resilient_tasks.worker.maintenance import anything_due
-
-if TYPE_CHECKING:
-    from resilient_tasks.worker.context import Runtime
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -47,50 +44,39 @@ class TickSchedule(schedule):  # type: ignore[misc]  # Celery is untyped
     def is_due(self, last_run_at: Any) -> Any:
         """Return ``(due, seconds until the next look)`` as Celery's schedules do."""
         state = super().is_due(last_run_at)
-        if not state.is_due:
-            return state
-        return schedstate(is_due=self._anything_due(), next=self.seconds)
-
-    def _anything_due(self) -> bool:
-        runtime = runtime_of(self.app)
-        try:
-            runtime.fleet.view.refresh()
-            with suppress(StoreError):  # for the doctor: beat is alive, though it sends nothing while nothing is due
-                runtime.fleet.ledger.tick_sender_seen(runtime.tick_scope)
-            breakers = runtime.present()
-            snapshots = [runtime.fleet.view.state(breaker.name).snapshot for breaker in breakers]
-        except StoreError as exc:
-            logger.debug("beat cannot read the store: %s", exc)
-            return False
-        due = (anything_due(*pair, pair[1].now) for pair in zip(breakers, snapshots, strict=True))
-        return any(due) and not _piles_up(runtime)
+        return schedstate(is_due=_is_tick_due(runtime_of(self.app)), next=self.seconds) if state.is_due else state
 
 
-def _piles_up(runtime: Runtime) -> bool:
-    """Whether ticks wait that no worker takes: brokers do not delete what has expired."""
-    queues = runtime.queues
+def _is_tick_due(runtime: Runtime) -> bool:
+    fleet = runtime.fleet
     try:
-        return queues.size(runtime.control_queue) >= EXPIRY_INTERVALS
-    except queues.errors as exc:  # beat itself logs that the broker is unavailable
-        logger.debug("beat cannot count the ticks that wait: %s", type(exc).__name__)
+        fleet.view.refresh()
+        with suppress(StoreError):  # for the doctor: beat is alive, though it sends nothing while nothing is due
+            fleet.ledger.tick_sender_seen(runtime.tick_scope)
+        snapshots = [(breaker, fleet.view.state(breaker.name).snapshot) for breaker in runtime.present()]
+    except StoreError as exc:
+        logger.debug("beat cannot read the store: %s", exc)
         return False
-
-
-def tick_entry(runtime: Runtime) -> dict[str, Any]:
-    """Return the entry of the beat schedule."""
-    interval = runtime.settings.tick_interval
-    return {
-        "task": TICK_TASK,
-        "schedule": TickSchedule(timedelta(seconds=interval), app=runtime.app),
-        "options": {"queue": runtime.control_queue, "expires": EXPIRY_INTERVALS * interval, "ignore_result": True},
-    }
+    if not any(anything_due(breaker, snapshot, snapshot.now) for breaker, snapshot in snapshots):
+        return False
+    try:  # ticks that no worker takes pile up: brokers do not delete what has expired
+        return runtime.queues.size(runtime.control_queue) < EXPIRY_INTERVALS
+    except runtime.queues.errors as exc:  # beat itself logs that the broker is unavailable
+        logger.debug("beat cannot count the ticks that wait: %s", type(exc).__name__)
+        return True
 
 
 def add_tick_entry(runtime: Runtime) -> None:
     """Put the entry into the app's ``beat_schedule``, which the user may have assigned meanwhile."""
-    conf = runtime.app.conf
+    conf, interval = runtime.app.conf, runtime.settings.tick_interval
     if TICK_ENTRY not in (conf.beat_schedule or {}):
-        conf.beat_schedule = {**(conf.beat_schedule or {}), TICK_ENTRY: tick_entry(runtime)}
+        expires = EXPIRY_INTERVALS * interval
+        entry = {
+            "task": TICK_TASK,
+            "schedule": TickSchedule(timedelta(seconds=interval), app=runtime.app),
+            "options": {"queue": runtime.control_queue, "expires": expires, "ignore_result": True},
+        }
+        conf.beat_schedule = {**(conf.beat_schedule or {}), TICK_ENTRY: entry}
 
 
 def add_tick_to_scheduler(runtime: Runtime, scheduler: Any) -> None:

@@ -14,7 +14,7 @@ from resilient_tasks.store import background
 from resilient_tasks.worker import (
     celery_internals,
     inspection,  # noqa: F401 - registers ``celery inspect breakers``
-    redis_channel,
+    kombu_internals,
 )
 from resilient_tasks.worker.context import TICK_TASK, Runtime, find_runtime, runtime_of
 from resilient_tasks.worker.envelope import UNDECODABLE
@@ -31,7 +31,7 @@ class Membership(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is un
         super().__init__(worker, **kwargs)
         runtime = runtime_of(worker.app)
         runtime.validate()
-        redis_channel.install(f"{runtime.settings.namespace}.dead.{UNDECODABLE}")
+        kombu_internals.install(f"{runtime.settings.namespace}.dead.{UNDECODABLE}")
         runtime.fleet.store.check()
         runtime.fleet.view.share()
         runtime.pipeline = Pipeline(runtime)
@@ -80,27 +80,19 @@ class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is 
 
 
 def _take_ticks(connection: Any, runtime: Runtime) -> Consumer:
-    queue = own_queue(runtime.control_queue)
-    declare(connection, queue)
-    receive = _TickReceiver(runtime)
-    ticks = Consumer(connection.channel(), [queue], auto_declare=False, on_message=receive, prefetch_count=1)
-    ticks.consume()
-    return ticks
-
-
-class _TickReceiver:
-    """Acknowledges what arrives on the control queue and wakes the maintenance thread."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-
-    def __call__(self, message: Any) -> None:
+    def receive(message: Any) -> None:
         message.ack()
         name = message.headers.get("task") if isinstance(message.headers, dict) else None
         if name == TICK_TASK:
-            self._runtime.pipeline.maintenance.want_tick()
+            runtime.pipeline.maintenance.want_tick()
         else:
-            logger.warning("ignored a message on %s that is no tick: task=%.100r", self._runtime.control_queue, name)
+            logger.warning("ignored a message on %s that is no tick: task=%.100r", runtime.control_queue, name)
+
+    queue = own_queue(runtime.control_queue)
+    declare(connection, queue)
+    ticks = Consumer(connection.channel(), [queue], auto_declare=False, on_message=receive, prefetch_count=1)
+    ticks.consume()
+    return ticks
 
 
 def _quietly(close: Any) -> None:
@@ -118,18 +110,23 @@ def _leave(sender: Any, **_: Any) -> None:
         runtime.pipeline.close()
 
 
+def _runtime_of_child() -> Runtime | None:
+    runtime = find_runtime(celery_internals.current_app())
+    return runtime if runtime is not None and runtime.pipeline.pid != os.getpid() else None  # solo is no child
+
+
 @worker_process_init.connect  # type: ignore[untyped-decorator]  # Celery is untyped
 def _become_child(**_: Any) -> None:
     """In a pool process: read what the main process shares, follow nothing."""
-    runtime = find_runtime(celery_internals.current_app())
-    if runtime is not None and runtime.pipeline.pid != os.getpid():  # the solo pool is no process of its own
+    runtime = _runtime_of_child()
+    if runtime is not None:
         runtime.fleet.view.become_child()
 
 
 @worker_process_shutdown.connect  # type: ignore[untyped-decorator]  # Celery is untyped
-def _tell_the_rest(**_: Any) -> None:
+def _report_the_rest(**_: Any) -> None:
     """In a pool process that ends: it skips exit handlers, and its last outcomes may not have been sent."""
-    runtime = find_runtime(celery_internals.current_app())
-    if runtime is not None and runtime.pipeline.pid != os.getpid():
+    runtime = _runtime_of_child()
+    if runtime is not None:
         runtime.fleet.close()
         background.finish_all()

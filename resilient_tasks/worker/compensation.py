@@ -3,6 +3,9 @@
 A breaker of which a call is late is *suspect* in this worker: it gets all pool slots but one, and its other tasks
 are deferred. While late calls hold every slot, the pool grows by a spare one. In healthy times this costs one dict
 entry per call, and two looks a second at those that run.
+
+``Holding`` keeps tasks over their worker's own limit until a run ends. ``Overflow`` blocks queues whose tasks can
+neither run nor be deferred.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from resilient_tasks.core.model import State, parent_of
 from resilient_tasks.core.outage import SPARE_SLOTS, SUSPECTED
+from resilient_tasks.dependency import Dependency, answering
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
 from resilient_tasks.monitor.events import BREAKER_SUSPECT, QUEUE_BLOCKED, QUEUE_UNBLOCKED, SLOT_ADDED, SLOT_REMOVED
 from resilient_tasks.worker import celery_internals
@@ -25,7 +29,6 @@ from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.request import GatedRequest
 
 if TYPE_CHECKING:
-    from resilient_tasks.dependency import Dependency
     from resilient_tasks.worker.context import Runtime
     from resilient_tasks.worker.deferral import Deferral
 
@@ -49,14 +52,15 @@ MOST_SUSPECTS = 1000
 _UNLIMITED = frozenset({State.DISABLED, State.SHADOW})
 
 
+@dataclass(slots=True)
 class _Call:
-    """A run in the pool, for the breakers that answer for it; not started while it waits for a process."""
+    """A run in the pool, for the breakers that answer for it."""
 
-    __slots__ = ("breakers", "started")
+    breakers: Sequence[Dependency]
+    started: float | None = None  # None while it waits for a process
 
-    def __init__(self, breakers: Sequence[Dependency]) -> None:
-        self.breakers = breakers
-        self.started: float | None = None
+    def is_for(self, name: str) -> bool:
+        return any(breaker.name == name for breaker in self.breakers)
 
 
 class Compensation:
@@ -78,23 +82,18 @@ class Compensation:
         self._calm_since = math.inf
         self._grow_at = -math.inf
 
-    # --- the worker's consumer --------------------------------------------------------------------
-
     def start(self, consumer: Any) -> None:
         """Begin to look at the running calls, or go on with a consumer that has reconnected."""
         self.stop()
-        is_first, self._consumer = self._consumer is None, consumer
-        self._queues_inside = celery_internals.queues_inside(consumer.pool)
-        self._size = consumer.pool.num_processes
+        is_first, self._consumer, pool = self._consumer is None, consumer, consumer.pool
+        self._queues_inside = celery_internals.queues_inside(pool)
+        self._size = pool.num_processes
         breakers = self._runtime.breakers.values()
-        limits = [breaker.policy.slow_call_duration or math.inf for breaker in breakers]
-        self._interval = min([self._late_after, *limits])
-        if is_first and breakers and self._most_spare and not celery_internals.can_grow(consumer.pool):
-            logger.warning(
-                "the %s pool cannot add a slot: a guarded call that hangs holds up all tasks of this worker",
-                celery_internals.pool_name(consumer.pool),
-            )
-        if celery_internals.discards_unaccepted(consumer.pool):
+        self._interval = min([self._late_after, *(breaker.slow_after for breaker in breakers)])
+        if is_first and breakers and self._most_spare and not celery_internals.can_grow(pool):
+            what = "the %s pool cannot add a slot: a guarded call that hangs holds up all tasks of this worker"
+            logger.warning(what, celery_internals.pool_name(pool))
+        if celery_internals.discards_unaccepted(pool):
             for key in [key for key, call in list(self._calls.items()) if call.started is None]:
                 self._calls.pop(key, None)
         self._schedule(self._interval)
@@ -108,7 +107,7 @@ class Compensation:
     # --- calls ------------------------------------------------------------------------------------
 
     def begin(self, key: object, breakers: Sequence[Dependency]) -> None:
-        """Note that a run was submitted to the pool; ``key`` stands for it."""
+        """Note that a run was submitted to the pool; ``key`` identifies it."""
         self._calls[key] = _Call(breakers)
 
     def accept(self, key: object) -> Dependency | None:
@@ -143,10 +142,8 @@ class Compensation:
         """
         if not self._suspects or self._runtime.fleet.store.away:
             return None
-        parents = {parent_of(breaker.name) for breaker in guards}
         running = [call for call in list(self._calls.values()) if call.started is not None or not self._queues_inside]
-        answering = (breaker for breaker in guards if breaker.name not in parents)
-        return next((breaker for breaker in answering if self._is_over(breaker, running)), None)
+        return next((breaker for breaker in answering(guards) if self._is_over(breaker, running)), None)
 
     def wait(self, breaker: Dependency) -> float:
         """Return for how many seconds a task over a breaker's share is deferred: as long as it is suspect already."""
@@ -161,7 +158,6 @@ class Compensation:
         return seconds if calls else None
 
     def is_suspect(self, name: str) -> bool:
-        """Whether a breaker is suspect in this worker."""
         return name in self._suspects
 
     def _is_over(self, breaker: Dependency, running: Sequence[_Call]) -> bool:
@@ -174,12 +170,12 @@ class Compensation:
         if breaker.cached_state.snapshot.state in _UNLIMITED:
             return False
         suspects, slots, family = self._suspects, self._slots, _family(breaker.name)
-        if breaker.name in suspects and any(_is_for(call, breaker.name) for call in running):
-            suspect_calls = sum(any(one.name in suspects for one in call.breakers) for call in running)
+        if breaker.name in suspects and any(call.is_for(breaker.name) for call in running):
+            suspect_calls = sum(any(each.name in suspects for each in call.breakers) for call in running)
             return suspect_calls >= max(1, slots - 1)
         if all(_family(name) != family for name in list(suspects)):
             return False
-        siblings = sum(any(_family(one.name) == family for one in call.breakers) for call in running)
+        siblings = sum(any(_family(each.name) == family for each in call.breakers) for call in running)
         return siblings >= max(1, slots + self._most_spare - 1)
 
     @property
@@ -194,7 +190,7 @@ class Compensation:
         ``late_after``: a worker may have known nothing but an outage. Never more than ``slow_call_duration``.
         """
         usual = min(2 * (self.usual(breaker.name) or 0.0), MOST_LATE * self._late_after)
-        return min(max(self._late_after, usual), breaker.policy.slow_call_duration or math.inf)
+        return min(max(self._late_after, usual), breaker.slow_after)
 
     def _learn(self, breaker: Dependency, seconds: float, now: float) -> None:
         """Move what is usual towards one call by the share of :data:`LEARNING` since the last.
@@ -212,22 +208,19 @@ class Compensation:
     def _look(self) -> None:
         """Find late calls, and let the pool have as many slots as it needs; in the consumer's event loop."""
         now = time.monotonic()
-        next_at, late, blamed = now + self._interval, 0, Counter[str]()
+        next_at, late, late_for = now + self._interval, 0, Counter[str]()
         for call in list(self._calls.values()):
             if call.started is None:
                 continue
-            is_late = False
-            for breaker in call.breakers:
-                late_at = call.started + self._limit(breaker)
-                if now > late_at:
-                    is_late = True
-                    blamed[breaker.name] += 1
-                    self._suspect(breaker.name, now)
-                else:
-                    next_at = min(next_at, late_at)
-            late += is_late
+            late_at = {breaker.name: call.started + self._limit(breaker) for breaker in call.breakers}
+            overdue = [name for name, at in late_at.items() if now > at]
+            for name in overdue:
+                self._suspect(name, now)
+            late_for.update(overdue)
+            late += bool(overdue)
+            next_at = min([next_at, *(at for at in late_at.values() if now <= at)])
         if celery_internals.is_running(self._consumer):
-            self._fit_pool(late, now, blamed)
+            self._fit_pool(late, now, late_for)
             self._schedule(max(SHORTEST_INTERVAL, next_at - now))
 
     def _schedule(self, seconds: float) -> None:
@@ -241,20 +234,20 @@ class Compensation:
         self._suspects[name] = now
         logger.warning("breaker %s is suspect in this worker: a call is late", name, extra={"breaker": name})
         self._runtime.fleet.reporter.tally(name, SUSPECTED)
-        self._send(BREAKER_SUSPECT, breaker=name)
+        _send_event(self._consumer, BREAKER_SUSPECT, breaker=name)
 
     def _clear(self, breaker: Dependency, now: float) -> None:
         """A call has returned in time: the breaker is suspect no longer, unless others of its calls still hang."""
         limit = self._limit(breaker)
         calls = list(self._calls.values())
-        if not any(_is_for(call, breaker.name) and now - (call.started or now) > limit for call in calls):
+        if not any(call.is_for(breaker.name) and now - (call.started or now) > limit for call in calls):
             self._suspects.pop(breaker.name, None)
             what = "breaker %s is no longer suspect in this worker"
             logger.info(what, breaker.name, extra={"breaker": breaker.name})
 
     # --- spare slots ------------------------------------------------------------------------------
 
-    def _fit_pool(self, late: int, now: float, blamed: Counter[str]) -> None:
+    def _fit_pool(self, late: int, now: float, late_for: Counter[str]) -> None:
         size = int(self._consumer.pool.num_processes)
         self.spare_slots = max(0, self.spare_slots - max(0, self._size - size))  # removed by an operator or autoscale
         self._size = size
@@ -262,7 +255,7 @@ class Compensation:
             self._calm_since = math.inf
             is_growing = size < celery_internals.autoscale_maximum(self._consumer)
             if self.spare_slots < self._most_spare and not is_growing and now >= self._grow_at:
-                self._add_slot(now, blamed)
+                self._add_slot(now, late_for)
         elif self.spare_slots and late < self._slots:
             self._calm_since = min(self._calm_since, now)
             if now - self._calm_since >= LINGER and celery_internals.remove_slot(self._consumer.pool):
@@ -270,7 +263,7 @@ class Compensation:
         else:
             self._calm_since = math.inf
 
-    def _add_slot(self, now: float, blamed: Counter[str]) -> None:
+    def _add_slot(self, now: float, late_for: Counter[str]) -> None:
         pool = self._consumer.pool
         if not celery_internals.can_grow(pool):
             return
@@ -280,7 +273,7 @@ class Compensation:
             logger.warning("the %s pool has refused to grow: %s", celery_internals.pool_name(pool), exc)
             self._grow_at = now + REFUSED_FOR
             return
-        name, calls = blamed.most_common(1)[0]
+        name, calls = late_for.most_common(1)[0]
         self._runtime.fleet.reporter.tally(name, SPARE_SLOTS)
         self._resized(1, SLOT_ADDED, f"late calls hold all others, {calls} of them of breaker {name}")
 
@@ -290,20 +283,16 @@ class Compensation:
         celery_internals.change_prefetch(self._consumer, change)
         what = "spare slot %s, the pool has %d: %s"
         logger.warning(what, "added" if change > 0 else "removed", self._size, why, extra={"event": event})
-        self._send(event, slots=self._size, spare=self.spare_slots, reason=why)
-
-    def _send(self, event: str, **fields: object) -> None:
-        dispatcher = self._consumer.event_dispatcher
-        if dispatcher is not None:
-            dispatcher.send(event, **fields)
+        _send_event(self._consumer, event, slots=self._size, spare=self.spare_slots, reason=why)
 
 
 def _family(name: str) -> str:
     return parent_of(name) or name
 
 
-def _is_for(call: _Call, name: str) -> bool:
-    return any(breaker.name == name for breaker in call.breakers)
+def _send_event(consumer: Any, event: str, **fields: object) -> None:
+    if consumer.event_dispatcher is not None:
+        consumer.event_dispatcher.send(event, **fields)
 
 
 #: Seconds of work that are held; a task that has waited twice as long is deferred: its breaker's calls hang.
@@ -321,7 +310,7 @@ class Holding:
 
     def __init__(self, compensation: Compensation, defer: Callable[[GatedRequest, BreakerOpenError], None]) -> None:
         self._compensation, self._defer = compensation, defer
-        self._held: dict[str, deque[tuple[GatedRequest, float]]] = {}
+        self._held: dict[str, deque[GatedRequest]] = {}
         self._consumer: Any = None
         self._is_looking = False
 
@@ -332,15 +321,14 @@ class Holding:
 
     def hold(self, request: GatedRequest, breaker: Dependency) -> bool:
         """Keep a request until one of a breaker's runs ends; False: there are enough."""
-        has_waited = time.monotonic() - request.held_since if request.held_since else 0.0
-        if has_waited > 2 * HOLD_FOR or (not has_waited and self.room(breaker) < 1):
+        if _held_too_long(request) or (not request.held_since and self.room(breaker) < 1):
             return False
         held = self._held.setdefault(breaker.name, deque())
         if request.held_since:  # another one has been quicker
-            held.appendleft((request, request.held_since))
+            held.appendleft(request)
         else:
             request.held_since = time.monotonic()
-            held.append((request, request.held_since))
+            held.append(request)
         self._consumer.qos.increment_eventually()
         if not self._is_looking:
             self._is_looking = True
@@ -365,30 +353,30 @@ class Holding:
         if not held or not celery_internals.is_running(self._consumer):
             return
         try:
-            request, _ = held.popleft()
+            request = held.popleft()
         except IndexError:  # another thread has taken it
             return
         self._consumer.qos.decrement_eventually()
         celery_internals.submit(self._consumer, request)
 
     def _look(self) -> None:
-        """Put aside what has waited for too long, or what its breaker refuses by now."""
+        """Defer what has waited for too long, or what its breaker refuses by now."""
         if not celery_internals.is_running(self._consumer):
             return
         for breaker, held in list(self._held.items()):
-            for request, since in list(held):
-                self._look_at(breaker, request, since)
+            for request in list(held):
+                self._look_at(breaker, request)
         self._held = {breaker: held for breaker, held in self._held.items() if held}
         self._is_looking = bool(self._held)
         if self._is_looking:
             self._consumer.timer.call_after(HELD_INTERVAL, self._look)
 
-    def _look_at(self, breaker: str, request: GatedRequest, since: float) -> None:
+    def _look_at(self, breaker: str, request: GatedRequest) -> None:
         refusing, is_over = request.pipeline.refusing(request), request.deferred or request.revoked()
-        if refusing is None and not is_over and time.monotonic() - since <= 2 * HOLD_FOR:
+        if refusing is None and not is_over and not _held_too_long(request):
             return
         try:
-            self._held[breaker].remove((request, since))
+            self._held[breaker].remove(request)
         except ValueError:  # another thread has taken it
             return
         self._consumer.qos.decrement_eventually()
@@ -396,6 +384,10 @@ class Holding:
             refusal = BreakerOpenError(breaker, AT_CAPACITY, 0.0) if refusing is None else refusing.refuse()
             request.withdraw()
             self._defer(request, refusal)
+
+
+def _held_too_long(request: GatedRequest) -> bool:
+    return request.held_since > 0 and time.monotonic() - request.held_since > 2 * HOLD_FOR
 
 
 #: Seconds between two checks whether blocked queues may be consumed again.
@@ -431,48 +423,37 @@ class Overflow:
         self._look_at = float("-inf")
 
     def put_back(self, request: GatedRequest, envelope: Envelope, queue: str, breaker: str) -> None:
-        """Put a request's message back and block its queue; from any thread, done soon.
-
-        Args:
-            request: whose message.
-            envelope: what the message shall say about itself.
-            queue: where it came from.
-            breaker: for whose tasks there is no room.
-        """
+        """Requeue a message and block its queue, for want of room for tasks of ``breaker``; from any thread, soon."""
         self._returning.append(_Return(request, queue, envelope))
         self.consumer.call_soon(self._block, queue, breaker)
 
     def look(self) -> None:
-        """Have the event loop see to what is blocked or could not be put back; from any thread."""
+        """Have the event loop see to what is blocked or could not be requeued; from any thread."""
         if (self._blocked or self._returning) and time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + BLOCKED_INTERVAL
-            self.consumer.call_soon(self._unblock_what_may_go_on)
+            self.consumer.call_soon(self._unblock)
 
     def close(self) -> None:
-        """Put back what still has to be; at shutdown, when the event loop has ended."""
+        """Requeue what still has to be; at shutdown, when the event loop has ended."""
         self._return_all()
         if self._returning:
-            logger.error("%d tasks could not be put back before shutdown", len(self._returning))
+            logger.error("%d tasks could not be requeued before shutdown", len(self._returning))
 
     # --- in the event loop ------------------------------------------------------------------------
 
     def _block(self, queue: str, breaker: str) -> None:
         self._forget_former_consumer()
-        blocked = self._blocked.get(queue) or self._pause(queue)
-        if blocked is not None:
-            blocked.breakers.add(breaker)
+        if queue not in self._blocked:
+            task_consumer = self.consumer.task_consumer
+            tag = task_consumer and celery_internals.pause_queue(task_consumer, queue)
+            if tag:
+                self._blocked[queue] = _Blocked(task_consumer, tag)
+                logger.warning("queue %s is blocked: its tasks can neither run nor be deferred", queue)
+                _send_event(self.consumer, QUEUE_BLOCKED, queue=queue)
+        if queue in self._blocked:
+            self._blocked[queue].breakers.add(breaker)
             self._returning.extend(self._prefetched(queue))
         self._return_all()
-
-    def _pause(self, queue: str) -> _Blocked | None:
-        task_consumer = self.consumer.task_consumer
-        tag = task_consumer and celery_internals.pause_queue(task_consumer, queue)
-        if not tag:
-            return None
-        blocked = self._blocked[queue] = _Blocked(task_consumer, tag)
-        logger.warning("queue %s is blocked: its tasks can neither run nor be deferred", queue)
-        self._tell(QUEUE_BLOCKED, queue)
-        return blocked
 
     def _prefetched(self, queue: str) -> Iterator[_Return]:
         """Take the other messages of a queue that this worker holds and its gate would refuse."""
@@ -484,7 +465,7 @@ class Overflow:
                 yield _Return(request, queue, request.envelope)
 
     def _return_all(self) -> None:
-        """Put messages back, the newest first, so that the oldest is the next to be taken."""
+        """Requeue messages, the newest first, so that the oldest is the next to be taken."""
         items = [self._returning.popleft() for _ in range(len(self._returning))]
         items.sort(key=lambda item: item.request.arrival)
         try:
@@ -492,32 +473,23 @@ class Overflow:
                 self._deferral.put_back(*items[-1])
                 items.pop()
         except self._deferral.errors as exc:
-            logger.warning("%d tasks cannot be put back yet: %s", len(items), type(exc).__name__)
+            logger.warning("%d tasks cannot be requeued yet: %s", len(items), type(exc).__name__)
         finally:
             self._returning.extend(items)
 
-    def _unblock_what_may_go_on(self) -> None:
+    def _unblock(self) -> None:
+        """Requeue what still has to be, and consume those queues again whose tasks may go on."""
         self._return_all()
         self._forget_former_consumer()
         for queue, blocked in list(self._blocked.items()):
-            if not any(self._is_stuck(breaker) for breaker in blocked.breakers):
-                self._unblock(queue)
+            if any(map(self._is_stuck, blocked.breakers)):
+                continue
+            del self._blocked[queue]
+            if celery_internals.unpause_queue(blocked.task_consumer, queue, blocked.tag):  # else cancelled by hand
+                logger.warning("queue %s is consumed again", queue)
+            _send_event(self.consumer, QUEUE_UNBLOCKED, queue=queue)
 
     def _forget_former_consumer(self) -> None:
         """Drop what was blocked on a connection that was lost: the new one consumes all queues."""
-        for queue, blocked in list(self._blocked.items()):
-            if blocked.task_consumer is not self.consumer.task_consumer:
-                del self._blocked[queue]
-
-    def _unblock(self, queue: str) -> None:
-        blocked = self._blocked.pop(queue)
-        if celery_internals.unpause_queue(
-            blocked.task_consumer, queue, blocked.tag
-        ):  # else an operator has cancelled it
-            logger.warning("queue %s is consumed again", queue)
-        self._tell(QUEUE_UNBLOCKED, queue)
-
-    def _tell(self, event: str, queue: str) -> None:
-        dispatcher = self.consumer.event_dispatcher
-        if dispatcher is not None:
-            dispatcher.send(event, queue=queue)
+        consumer = self.consumer.task_consumer
+        self._blocked = {queue: each for queue, each in self._blocked.items() if each.task_consumer is consumer}

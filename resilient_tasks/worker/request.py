@@ -23,6 +23,7 @@ from celery.worker.request import Request
 from kombu.utils.encoding import safe_repr
 from kombu.utils.json import dumps
 
+from resilient_tasks.dependency import Dependency
 from resilient_tasks.fallback import Call, key_of
 from resilient_tasks.monitor.events import TASK_FALLBACK
 from resilient_tasks.monitor.log import about
@@ -42,7 +43,6 @@ from resilient_tasks.worker.execution import (
 from resilient_tasks.worker.options import DEFER
 
 if TYPE_CHECKING:
-    from resilient_tasks.dependency import Dependency
     from resilient_tasks.store.ledger import Ledger
     from resilient_tasks.worker.queues import Entry
 
@@ -56,33 +56,18 @@ _hooks = TimedWriter("hooks of a task", HOOKS_TIMEOUT, even_late=True)
 
 
 class Pipeline(Protocol):
-    """What a request needs of the worker's main process; ``pipeline.py`` has it."""
+    """What a request needs of the worker's main process; ``pipeline.py`` says what each does."""
 
     consumer: Any
 
-    def origin_of(self, request: GatedRequest) -> str:
-        """Return the name of the queue that a request came from."""
-
-    def refusing(self, request: GatedRequest) -> Dependency | None:
-        """Return the breaker that would refuse a request, by what is known here; None if it might be admitted."""
-
-    def on_submit(self, request: GatedRequest) -> Admission:
-        """Decide on a request that is about to enter the pool."""
-
-    def on_start(self, request: GatedRequest) -> None:
-        """Check a run that the pool has accepted."""
-
-    def on_begun(self, request: GatedRequest) -> None:
-        """Handle the begin of a run."""
-
-    def on_result(self, request: GatedRequest, report: Report) -> None:
-        """Settle a run that has returned."""
-
-    def on_deferred(self, request: GatedRequest, deferred: TaskDeferred) -> None:
-        """Defer a task whose run has asked for it."""
-
-    def on_death(self, request: GatedRequest, exc: BaseException) -> bool:
-        """Settle a run that the pool has ended; True if its task is deferred."""
+    def origin_of(self, request: GatedRequest) -> str: ...
+    def refusing(self, request: GatedRequest) -> Dependency | None: ...
+    def on_submit(self, request: GatedRequest) -> Admission: ...
+    def on_start(self, request: GatedRequest) -> None: ...
+    def on_begun(self, request: GatedRequest) -> None: ...
+    def on_result(self, request: GatedRequest, report: Report) -> None: ...
+    def on_deferred(self, request: GatedRequest, deferred: TaskDeferred) -> None: ...
+    def on_death(self, request: GatedRequest, exc: BaseException) -> bool: ...
 
 
 class ResultNotWrittenError(Exception):
@@ -90,11 +75,7 @@ class ResultNotWrittenError(Exception):
 
 
 def write_result(write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Call a method of a result backend.
-
-    Raises:
-        ResultNotWrittenError: it raised something.
-    """
+    """Call a method of a result backend; ResultNotWrittenError if it raises anything."""
     try:
         write(*args, **kwargs)
     except Exception as exc:
@@ -102,42 +83,31 @@ def write_result(write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 
 
 class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
-    """A request that passes the gate before the pool, and can be deferred at any time until its end.
-
-    Attributes:
-        envelope: what the message said about former deferrals.
-        admission: the gate's answer, until the outcome of the run is settled.
-        deferred: the message has been deferred, or is back in its queue.
-        held_since: when it was over its worker's own limit first, monotonic; 0: never.
-        arrival: grows from one request to the next.
-        dead: the message goes to the dead-letter queue; only that move acknowledges it.
-    """
+    """A request that passes the gate before the pool, and can be deferred at any time until its end."""
 
     envelope = Envelope()
-    admission: Admission | None = None
-    deferred = False
-    dead = False
-    held_since = 0.0
+    admission: Admission | None = None  # the gate's answer, until the outcome of the run is settled
+    deferred = False  # the message has been deferred, or is back in its queue
+    dead = False  # the message goes to the dead-letter queue; only that move acknowledges it
+    held_since = 0.0  # when it was over its worker's own limit first, monotonic; 0: never
     _left: Any = None  # the prefetch window that was widened for it
+    finish: Callable[..., Any] = Request.on_success
 
     def __init__(self, message: Any, **kwargs: Any) -> None:
         super().__init__(message, **kwargs)
         self.arrival = next(_arrivals)
-        if HEADER in self._request_dict:
-            self._take_envelope()
-
-    def _take_envelope(self) -> None:
-        """Keep from the task that its message has been deferred."""
-        self.envelope = Envelope.take(self._request_dict)
-        celery_internals.drop_header_of_amqp(self._request_dict, HEADER)
-        if self.envelope.exchange:  # resumed straight to its queue
-            self._delivery_info.update(exchange=self.envelope.exchange, routing_key=self.envelope.routing_key)
+        if HEADER in self._request_dict:  # of which the task is not to know
+            self.envelope = Envelope.take(self._request_dict)
+            celery_internals.drop_header_of_amqp(self._request_dict, HEADER)
+            if self.envelope.exchange:  # resumed straight to its queue
+                sent_to = {"exchange": self.envelope.exchange, "routing_key": self.envelope.routing_key}
+                self._delivery_info.update(sent_to)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Put our methods before those of the class that Celery derives for each task.
 
-        ``create_request_cls`` overrides ``execute_using_pool`` and ``on_success`` with faster copies
-        that call nobody's ``super()``.
+        ``create_request_cls`` overrides ``execute_using_pool`` and ``on_success`` with faster copies that never call
+        ``super()``.
         """
         super().__init_subclass__(**kwargs)
         if "execute_using_pool" in cls.__dict__:
@@ -146,11 +116,8 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
             cls.finish = cls.__dict__["on_success"]
             del cls.on_success
 
-    finish: Callable[..., Any] = Request.on_success
-
     @cached_property
     def pipeline(self) -> Pipeline:
-        """The pipeline of this worker's main process."""
         pipeline: Pipeline = runtime_of(self.app).pipeline
         return pipeline
 
@@ -166,7 +133,6 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
 
     @property
     def log_fields(self) -> dict[str, str]:
-        """What a log line about it says for machines."""
         return about(self.id, self.name, self.task.options.breakers[0])
 
     @cached_property
@@ -184,13 +150,24 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         waits = self.admission is None and not self.deferred
         return waits and self.defers_when_refused() and self.pipeline.refusing(self) is not None
 
-    # --- into the pool ----------------------------------------------------------------------------
+    @property
+    def reported_by(self) -> str:
+        """The worker under whose name events of this task are sent; "" if none are."""
+        return self.hostname if self._eventer and self._eventer.enabled and self.task.send_events else ""
+
+    def expires_at(self, now: float) -> float:
+        """Return the end of ``expires``, which is wall-clock time, on the store's clock; 0 if there is none."""
+        if not self.expires:
+            return 0.0
+        wall = datetime.now(timezone.utc if self.expires.tzinfo else None)
+        return now + max(float((self.expires - wall).total_seconds()), 0.0)
+
+    # --- into the pool, and out of it -------------------------------------------------------------
 
     def execute_using_pool(self, pool: Any, **_: Any) -> Any:
         """Pass the gate and submit the task to the pool.
 
-        Raises:
-            TaskRevokedError: the task was revoked, or deferred: Celery then frees the pool slot.
+        TaskRevokedError: it was revoked or deferred; Celery then frees the pool slot.
         """
         admission = self.admission = self.pipeline.on_submit(self)
         hard, soft = limits_of(self.task, self.time_limits)
@@ -210,21 +187,15 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         return result
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
-        """Handle the start of the run; the time of a trial counts from here.
-
-        Raises:
-            TaskRevokedError: it was deferred instead, because its breaker became suspect while the run was queued.
-        """
+        """Handle the start of the run; TaskRevokedError if it is deferred, its breaker being suspect by now."""
         self.pipeline.on_start(self)
         super().on_accepted(pid, time_accepted)
         self.pipeline.on_begun(self)
 
-    # --- out of the pool --------------------------------------------------------------------------
-
     def on_success(self, failed__retval__runtime: tuple[int, Any, float, Report | None], **kwargs: Any) -> Any:
         """Handle what the pool returned: a value, or an exception that Celery has dealt with there."""
-        failed, value, runtime, report = failed__retval__runtime
-        report = report or WENT_WELL
+        failed, value, runtime, found = failed__retval__runtime
+        report = found or WENT_WELL
         self.pipeline.on_result(self, report)
         if report.source:
             self.send_event(TASK_FALLBACK, breaker=report.served_for, source=report.source, age=report.age)
@@ -261,8 +232,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     def leave_window(self) -> bool:
         """Let a message that is held take no place in the prefetch window, as Celery does for one with an ETA.
 
-        Returns:
-            False if the broker's window cannot be widened.
+        False if the broker's window cannot be widened.
         """
         if self.acknowledged:
             return True
@@ -283,34 +253,19 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
             window.decrement_eventually()
 
     def acknowledge(self) -> None:
-        """Acknowledge the message, unless it goes to the dead-letter queue."""
         if not self.dead:
             super().acknowledge()
 
     def reject(self, requeue: bool = False) -> None:  # noqa: FBT001, FBT002 - Celery's signature
-        """Reject the message, unless it goes to the dead-letter queue."""
         if not self.dead:
             super().reject(requeue)
-
-    def expires_at(self, now: float) -> float:
-        """Return the end of ``expires``, which is wall-clock time, on the store's clock; 0 if there is none."""
-        if not self.expires:
-            return 0.0
-        wall = datetime.now(timezone.utc if self.expires.tzinfo else None)
-        return now + max(float((self.expires - wall).total_seconds()), 0.0)
-
-    @property
-    def reported_by(self) -> str:
-        """The worker under whose name events of this task are sent; "" if none are."""
-        return self.hostname if self._eventer and self._eventer.enabled and self.task.send_events else ""
 
     # --- an end without a run ---------------------------------------------------------------------
 
     def fail(self, error: Exception) -> None:
         """Give a task that never ran its FAILURE, with all that Celery does about a hard time limit.
 
-        Raises:
-            ResultNotWrittenError: the result backend refuses; nothing else has been done.
+        ResultNotWrittenError: the result backend refuses; nothing else has been done.
         """
         celery_internals.task_ready(self)
         write_result(
@@ -321,18 +276,14 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         _hooks.write(partial(self._call_hooks, error))
 
     def revoke(self, reason: str, *, expired: bool) -> None:
-        """Give a task that never ran REVOKED, with all that Celery does about a revoke, or its ``expires``.
-
-        Raises:
-            ResultNotWrittenError: as above.
-        """
+        """Give a task that never ran REVOKED, as Celery does on a revoke, or when it has expired; raises as above."""
         celery_internals.task_ready(self)
         write_result(
             self.task.backend.mark_as_revoked, self.id, reason, request=self.context, store_result=self.store_errors
         )
-        self.send_event("task-revoked", terminated=False, signum=None, expired=expired)
-        send = partial(signals.task_revoked.send, request=self.context, terminated=False, signum=None, expired=expired)
-        _hooks.write(partial(send, sender=self.task))
+        fields = {"terminated": False, "signum": None, "expired": expired}
+        self.send_event("task-revoked", **fields)
+        _hooks.write(partial(signals.task_revoked.send, sender=self.task, request=self.context, **fields))
 
     def _call_hooks(self, error: Exception) -> None:
         try:
@@ -356,11 +307,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
 
 
 class SupersededError(Exception):
-    """A later task with the same key runs instead.
-
-    Args:
-        latest: its id.
-    """
+    """A later task with the same key, ``latest``, runs instead."""
 
     def __init__(self, latest: str) -> None:
         super().__init__(f"superseded by {latest}")
@@ -368,9 +315,9 @@ class SupersededError(Exception):
 
 
 def coalesced_as(request: GatedRequest) -> str:
-    """Return what a task and those that it may stand for have in common; "" if there is none that it may.
+    """Return what a task and those that it may supersede have in common; "" if there is none that it may.
 
-    A task that others wait for, in a workflow or by a callback, stands for itself alone.
+    A task that others wait for, in a workflow or by a callback, supersedes none and is superseded by none.
     """
     options, context = request.task.options, request.context
     if options.coalesce is None or context.callbacks or context.chain or context.chord or context.group:
@@ -389,10 +336,7 @@ def coalesced_as(request: GatedRequest) -> str:
 def superseded_among(entries: Sequence[Entry], ledger: Ledger, *, gone: Collection[str] = ()) -> dict[str, str]:
     """Return by the ids of those waiting tasks that a later one runs instead of, the id of that one.
 
-    Args:
-        entries: the waiting tasks.
-        ledger: knows the latest of each kind.
-        gone: ids of tasks that will not run, whatever they have claimed.
+    ``gone`` are tasks that will not run, whatever they have claimed.
     """
     latest = ledger.claims({entry.envelope.coalesced_as for entry in entries} - {""})
     found = {entry.task_id: latest.get(entry.envelope.coalesced_as, entry.task_id) for entry in entries}

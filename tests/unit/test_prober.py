@@ -51,7 +51,7 @@ class Rounds:
 
     def run(self, breaker: Breaker) -> State:
         self.begin(breaker)
-        wait_until(lambda: not self.prober._lanes[breaker.name].is_busy())
+        wait_until(lambda: not self.prober._watching[breaker.name].is_alive())
         return breaker.snapshot().state
 
     def half_open(self, breaker: Breaker) -> None:
@@ -161,7 +161,7 @@ def test_one_that_hangs_delays_no_other(resilience: Resilience, rounds: Rounds, 
         rounds.half_open(breaker)
     rounds.begin(payments)
     assert rounds.run(mail) is State.CLOSED
-    assert rounds.prober._lanes["payments"].is_busy()
+    assert rounds.prober._watching["payments"].is_alive()
     released.set()
 
 
@@ -182,7 +182,7 @@ def test_runs_that_hang_are_not_piled_up(
     assert "2 probes of breaker 'payments' hang" in caplog.text
     assert payments.snapshot().failed_checks == 4
     released.set()
-    wait_until(lambda: not any(run.is_alive() for run, _ in rounds.prober._lanes["payments"].running))
+    wait_until(lambda: not any(run.is_alive() for run, _ in rounds.prober._running["payments"]))
     rounds.check(payments)
     assert payments.snapshot().failed_checks == 0
 
@@ -229,7 +229,7 @@ def test_two_workers_make_each_check_once(app: Celery, rounds: Rounds, payments:
     for prober in (rounds.prober, other.prober):
         prober.start(payments._dependency, probe, snapshot)
     for prober in (rounds.prober, other.prober):
-        wait_until(lambda: not prober._lanes["payments"].is_busy())  # noqa: B023 - called at once
+        wait_until(lambda: not prober._watching["payments"].is_alive())  # noqa: B023 - called at once
     assert check.asked == 1
 
 
@@ -264,7 +264,7 @@ def test_while_the_store_is_away_nothing_is_checked(
     assert probe is not None
     store.away = True
     rounds.prober.start(payments._dependency, probe, snapshot)
-    wait_until(lambda: not rounds.prober._lanes["payments"].is_busy())
+    wait_until(lambda: not rounds.prober._watching["payments"].is_alive())
     assert check.asked == 1
 
 

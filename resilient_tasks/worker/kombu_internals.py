@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack, suppress
-from enum import Enum, auto
 from importlib import resources
 from queue import Empty
 from time import monotonic, time
@@ -31,6 +30,8 @@ TAKE = (resources.files("resilient_tasks.worker") / "lua" / "take.lua").read_tex
 #: Seconds to wait at one queue before all are looked at again.
 WAIT = 0.1
 
+_POP, _TAKE, _WAIT = "pop", "take", "wait"  # what the server has been asked: by kombu's own BRPOP, the script, BLMOVE
+
 
 def install(unreadable: str) -> None:
     """Let all connections that this process makes from now on take messages this way; see :class:`TakingChannel`."""
@@ -43,7 +44,6 @@ class TakingQoS(redis.QoS):
     """Knows what the script has noted already; needs no memory to acknowledge."""
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """Note a delivery."""
         if self.channel.noted:
             virtual.QoS.append(self, message, delivery_tag)
         else:
@@ -77,30 +77,17 @@ class TakingQoS(redis.QoS):
             logger.warning("messages of dead workers cannot be restored yet: %s", exc)
 
 
-class _Command(Enum):
-    """What the server has been asked."""
-
-    POP = auto()  # kombu's own BRPOP
-    TAKE = auto()
-    WAIT = auto()
-
-
 class TakingChannel(redis.Channel):
-    """Takes and notes each message in one step.
-
-    Attributes:
-        noted: what is being delivered has been noted by the script.
-        unreadable: name of the queue for what kombu could make no message of.
-    """
+    """Takes and notes each message in one step."""
 
     QoS = TakingQoS
     # If the server dies while a worker holds the lock on restoring, none restores until this is over; kombu: 300 s.
     unacked_mutex_expire = 30
-    noted = False
-    unreadable = ""
+    noted = False  # what is being delivered has been noted by the script
+    unreadable = ""  # name of the queue for what kombu could make no message of
     _in_poll: Any  # annotated, because kombu's first values are of narrower types
     _brpop_sent_at: Any
-    _asked = _Command.POP
+    _asked = _POP
     _all_empty = False
     _full = False
 
@@ -114,21 +101,17 @@ class TakingChannel(redis.Channel):
             self._tags_without_acks.add(consumer_tag)
         return super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
 
-    def _consumes_without_acks(self) -> bool:
-        """Whether one of the present consumers acknowledges nothing, as Celery's of replies before it takes tasks."""
-        self._tags_without_acks &= self._consumers
-        return bool(self._tags_without_acks)
-
     def _brpop_start(self, timeout: float | None = None) -> None:
         """Take, or wait after nothing was there; :meth:`_brpop_read` reads the answer."""
-        if not self.ack_emulation or self._consumes_without_acks():
-            self._asked = _Command.POP
+        self._tags_without_acks &= self._consumers
+        if not self.ack_emulation or self._tags_without_acks:  # such as Celery's of replies before it takes tasks
+            self._asked = _POP
             super()._brpop_start(timeout)
             return
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
-        self._asked = _Command.WAIT if self._all_empty else _Command.TAKE
+        self._asked = _WAIT if self._all_empty else _TAKE
         self._in_poll = self.client.connection
         self._brpop_sent_at = monotonic()
         command = self._wait_command(queues[0]) if self._all_empty else self._take_command(queues)
@@ -148,55 +131,48 @@ class TakingChannel(redis.Channel):
         return ["BLMOVE", key, key, "RIGHT", "RIGHT", WAIT]
 
     def _brpop_read(self, **options: Any) -> Any:
-        """Deliver what was taken, or end the wait.
-
-        Raises:
-            Empty: there is nothing to deliver.
-        """
-        if self._asked is _Command.WAIT:
+        """Deliver what was taken, or end the wait; ``Empty`` if there is nothing to deliver."""
+        if self._asked == _WAIT:
             self._end_wait()
-        if self._asked is _Command.POP:
+        if self._asked == _POP:
             return super()._brpop_read(**options)
         try:
             taken = self._reply("BRPOP")
             self._all_empty = not taken
-            envelope = self._open(*taken) if taken else None
-            if envelope is None:
+            raw = self._open(*taken) if taken else None
+            if raw is None:
                 raise Empty
+            queue = bytes_to_str(taken[0]).rsplit(self.sep, 1)[0]  # the list holds one priority of it
+            self._queue_cycle.rotate(queue)
             self.noted = True
-            self.connection._deliver(envelope, self._queue_of(taken[0]))  # noqa: SLF001 - as kombu's own channel does
+            self.connection._deliver(raw, queue)
             return True
         finally:
             self.noted = False
             self._end_poll()
 
-    def _queue_of(self, key: bytes) -> str:
-        """Return the name of the queue of which a list holds one priority, and let it be the last in turn."""
-        queue: str = bytes_to_str(key).rsplit(self.sep, 1)[0]
-        self._queue_cycle.rotate(queue)
-        return queue
-
     def _open(self, key: bytes, text: bytes) -> dict[str, Any] | None:
-        """Return the envelope in a text; None if there is none, and the text is dead-lettered."""
+        """Return the message in a text; None if there is none, and the text is dead-lettered."""
         flaw = ""
-        with ExitStack() as failed:
-            failed.callback(lambda: self._lay(self._name(key), text, "rpush"))  # whatever fails, nothing is lost
+        with ExitStack() as failed:  # whatever fails, nothing is lost
+            queue = str(bytes_to_str(key)).removeprefix(self.global_keyprefix)  # clients of the channel add it
+            failed.callback(lambda: self._put_text(queue, text, "rpush"))
             try:
-                envelope = decode_raw(loads, text)
-                decode(self.decode_body, envelope["body"], envelope["properties"].get("body_encoding"))
+                raw = decode_raw(loads, text)
+                decode(self.decode_body, raw["body"], raw["properties"].get("body_encoding"))
             except DecodeError as exc:
                 flaw = str(exc)
             failed.pop_all()
         if not flaw:
-            return envelope
-        logger.error("what lay in %s is moved to %s: %s", bytes_to_str(key), self.unreadable, flaw)
+            return raw
+        logger.error("what was in %s is moved to %s: %s", bytes_to_str(key), self.unreadable, flaw)
         try:
-            self._lay(self.unreadable, text, "lpush")
+            self._put_text(self.unreadable, text, "lpush")
         except ResponseError as exc:
             logger.error("it cannot be kept: %s", exc)  # noqa: TRY400 - a full server, no mistake in the code
         return None
 
-    def _lay(self, queue: str, text: bytes, push: str) -> None:
+    def _put_text(self, queue: str, text: bytes, push: str) -> None:
         """Put a text that was taken into a queue."""
         tag: Any = None
         with suppress(DecodeError):  # the script may have noted what is no message
@@ -208,10 +184,6 @@ class TakingChannel(redis.Channel):
             if tag is not None:
                 client.hdel(self.unacked_key, tag)
                 client.zrem(self.unacked_index_key, tag)
-
-    def _name(self, key: bytes) -> str:
-        """Return the name of a list as clients of the channel know it, which add the prefix of all keys."""
-        return str(bytes_to_str(key)).removeprefix(self.global_keyprefix)
 
     def _reply(self, command: str) -> Any:
         try:

@@ -12,7 +12,7 @@ import redis
 from kombu import Connection, Consumer, Queue
 from kombu.transport import redis as kombu_redis
 
-from resilient_tasks.worker import redis_channel
+from resilient_tasks.worker import kombu_internals
 from workers.processes import Server, wait_until
 
 
@@ -31,7 +31,7 @@ def prefix(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def connection(server: Server, broker: Any, prefix: str) -> Iterator[Connection]:
-    redis_channel.install("resilient.dead.undecodable")
+    kombu_internals.install("resilient.dead.undecodable")
     with Connection(server.url(), transport_options={"global_keyprefix": prefix}) as connection:
         yield connection
 
@@ -58,8 +58,8 @@ def drain(connection: Connection, received: list[Any], count: int) -> list[Any]:
 
 
 def test_both_kinds_of_transport_take_messages_this_way(connection: Connection) -> None:
-    assert kombu_redis.Transport.Channel is redis_channel.TakingChannel
-    assert issubclass(kombu_redis.SentinelTransport.Channel, redis_channel.TakingChannel)
+    assert kombu_redis.Transport.Channel is kombu_internals.TakingChannel
+    assert issubclass(kombu_redis.SentinelTransport.Channel, kombu_internals.TakingChannel)
 
 
 def test_a_message_that_was_taken_and_never_read_comes_back(connection: Connection, broker: Any, prefix: str) -> None:
@@ -83,7 +83,7 @@ def test_whatever_a_message_holds_it_is_noted(broker: Any, where: str, value: An
     message = {"headers": {where: value}, "properties": {"delivery_tag": "a-tag", "delivery_info": info}}
     text = json.dumps(message)
     broker.lpush("work", text)
-    assert broker.eval(redis_channel.TAKE, 3, "unacked", "unacked_index", "work", 1.0) == ["work", text]
+    assert broker.eval(kombu_internals.TAKE, 3, "unacked", "unacked_index", "work", 1.0) == ["work", text]
     noted = json.loads(broker.hget("unacked", "a-tag"))
     assert json.dumps(noted[0]) == text
     assert broker.zrange("unacked_index", 0, -1) == ["a-tag"]
@@ -190,12 +190,12 @@ def test_without_emulated_acknowledgements_nothing_is_noted(
 
 
 def test_a_server_that_dies_in_mid_restore_is_waited_for_half_a_minute(connection: Connection, broker: Any) -> None:
-    assert kombu_redis.Channel.unacked_mutex_expire > redis_channel.TakingChannel.unacked_mutex_expire == 30
+    assert kombu_redis.Channel.unacked_mutex_expire > kombu_internals.TakingChannel.unacked_mutex_expire == 30
     assert connection.channel().qos.unacked_mutex_expire == 30
 
 
 def test_a_lock_on_restoring_that_the_user_has_timed_stays_so(server: Server) -> None:
-    redis_channel.install("resilient.dead.undecodable")
+    kombu_internals.install("resilient.dead.undecodable")
     with Connection(server.url(), transport_options={"unacked_mutex_expire": 5}) as connection:
         assert connection.channel().qos.unacked_mutex_expire == 5
 
