@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+from celery import Celery
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric as Family
@@ -32,9 +33,6 @@ from resilient_tasks.core.outage import Counts
 from resilient_tasks.errors import StoreError
 from resilient_tasks.worker.context import Runtime, runtime_of
 from resilient_tasks.worker.options import options_of
-
-if TYPE_CHECKING:
-    from celery import Celery
 
 __all__ = ["BreakerCollector", "register"]
 
@@ -49,149 +47,109 @@ MOST_CHILDREN = 100
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One breaker as metrics show it.
-
-    Args:
-        snapshot: the breaker now.
-        counts: what was counted since ever.
-        queue: name of its deferred queue.
-        tasks: names of the app's tasks that it guards.
-        done_in: seconds until the last waiting task is resumed; None: unknown, or none waits.
-    """
+    """One breaker as metrics show it."""
 
     snapshot: Snapshot
-    counts: Counts
-    queue: str
-    tasks: Sequence[str] = ()
-    done_in: float | None = None
+    counts: Counts  # since ever
+    queue: str  # name of its deferred queue
+    tasks: Sequence[str] = ()  # that it guards
+    done_in: float | None = None  # seconds until the last waiting task is resumed; None: unknown, or none waits
 
 
-class Metric:
-    """One metric of the catalogue.
+class Metric(NamedTuple):
+    """One metric of the catalogue; a counter's name ends in ``_total``."""
 
-    Args:
-        name: without the prefix; that of a counter, which only grows, ends in ``_total``.
-        text: its help line, also in the documentation.
-        read: its value for one breaker, None where it has none, or the path of a field; with ``label``: values by it.
-        label: its label beside ``breaker``, if it has one.
-    """
-
-    def __init__(self, name: str, text: str, read: Callable[[Subject], Any] | str, label: str = "") -> None:
-        self.name = PREFIX + name
-        self.text = text
-        self.labels = (label,) if label else ()
-        self._read = attrgetter(read) if isinstance(read, str) else read
+    name: str
+    text: str  # also in the documentation
+    labels: tuple[str, ...]  # beside ``breaker``: one, or none
+    read: Callable[[Subject], Any]  # a breaker's value, None if it has none; of a metric with a label: values by it
 
     def family(self, subjects: Sequence[Subject]) -> Family:
         """Return the values for some breakers, as prometheus-client exposes them."""
         make = CounterMetricFamily if self.name.endswith("_total") else GaugeMetricFamily
         family = make(self.name, self.text, labels=["breaker", *self.labels])
         for subject in subjects:
-            value = self._read(subject)
-            values = value if self.labels else {} if value is None else {(): value}
-            for label, each in values.items():
-                family.add_metric([subject.snapshot.name, *([str(label)] if self.labels else ())], each)
+            value = self.read(subject)
+            if self.labels:
+                for label, each in value.items():
+                    family.add_metric([subject.snapshot.name, str(label)], each)
+            elif value is not None:
+                family.add_metric([subject.snapshot.name], value)
         return family
 
 
-def _calls(subject: Subject) -> Mapping[str, int]:
-    return {outcome.lower(): subject.counts.calls.get(outcome, 0) for outcome in _COUNTED}
-
-
 def _transitions(subject: Subject) -> Mapping[str, int]:
-    entered = subject.counts.entered
-    return {state.value: entered.get(state, 0) for state in State if state in _USUAL or state in entered}
+    usual, entered = (State.CLOSED, State.OPEN, State.HALF_OPEN), subject.counts.entered  # others take an operator
+    return {state.value: entered.get(state, 0) for state in State if state in usual or state in entered}
 
 
 def _oldest(subject: Subject) -> float:
-    snapshot = subject.snapshot
-    since = snapshot.oldest_deferred_at
-    return 0.0 if since is None else max(0.0, snapshot.now - since)
+    since = subject.snapshot.oldest_deferred_at
+    return 0.0 if since is None else max(0.0, subject.snapshot.now - since)
+
+
+def _calls(subject: Subject) -> Mapping[str, int]:
+    counted = (Outcome.SUCCESS, Outcome.FAILURE, Outcome.SLOW)
+    return {outcome.lower(): subject.counts.calls.get(outcome, 0) for outcome in counted}
 
 
 def _in_flight(subject: Subject) -> int | None:
     return None if subject.snapshot.concurrency_limit is None else subject.snapshot.in_flight
 
 
-_USUAL = (State.CLOSED, State.OPEN, State.HALF_OPEN)  # the others take an operator
-_COUNTED = (Outcome.SUCCESS, Outcome.FAILURE, Outcome.SLOW)
+# name, label if it has one, help line, and its value: a function, or the path of a field
+_CATALOGUE: tuple[tuple[str, str, str, Callable[[Subject], Any] | str], ...] = (
+    ("state", "state", "1 for the state that the breaker is in, 0 for all others.",
+     lambda subject: {state.value: float(subject.snapshot.state is state) for state in State}),
+    ("state_timestamp_seconds", "", "When it entered that state, seconds since the epoch.", "snapshot.since"),
+    ("next_trial_timestamp_seconds", "",
+     "When its open time is over, seconds since the epoch; only while it is OPEN and heals by itself.",
+     "snapshot.next_probe_at"),
+    ("calls_total", "outcome", "Guarded calls by outcome (success, failure, slow), trials included.", _calls),
+    ("failure_evidence", "", "How near it is to opening by failures, 0 to 1; while OPEN as at the trip.",
+     "snapshot.evidence"),
+    ("slow_evidence", "", "The same by slow calls and calls that hang.", "snapshot.slow_evidence"),
+    ("failure_ratio", "", "Share of failures over about its window, 0 to 1; while OPEN as at the trip.",
+     "snapshot.failure_rate"),
+    ("slow_ratio", "", "Share of slow successes over about its window, likewise.", "snapshot.slow_rate"),
+    ("refused_total", "", "Calls that it refused, of tasks and of guards.", "counts.refused"),
+    ("deferred_tasks", "", "Tasks that wait for it now.", "snapshot.deferred"),
+    ("oldest_deferred_seconds", "", "How long the oldest of them has waited; 0 if none waits.", _oldest),
+    ("done_in_seconds", "", "When the last of them will be resumed, at the learned rate; absent while that is unknown.",
+     "done_in"),
+    ("deferred_total", "", "Tasks that were deferred for the first time.", "counts.deferred"),
+    ("deferred_again_total", "", "Deferrals of tasks that had been resumed before.", "counts.deferred_again"),
+    ("resumed_total", "", "Tasks that were sent back to their queues.", "counts.resumed"),
+    ("fallback_total", "source", "Answers of fallbacks by source: cached, constant, or the name of a function.",
+     lambda subject: {source.lower(): count for source, count in subject.counts.fallbacks.items()}),
+    ("failed_total", "", "Tasks that a refusal has failed, because they are not to wait.", "counts.failed"),
+    ("dead_lettered_total", "", "Tasks that went to its dead-letter queue.", "counts.dead"),
+    ("expired_total", "", "Those of them that had waited too long.", "counts.expired"),
+    ("revoked_total", "", "Tasks that were revoked while they waited.", "counts.revoked"),
+    ("dropped_total", "", "Waiting tasks that an operator dropped.", "counts.dropped"),
+    ("coalesced_total", "", "Waiting tasks that a later one with the same key has replaced.", "counts.coalesced"),
+    ("redelivered_total", "", "Tasks that the broker delivered again: some may have run twice.", "counts.redelivered"),
+    ("suspected_total", "", "How often it became suspect in a worker, because a call was late.", "counts.suspected"),
+    ("spare_slots_total", "", "Pool slots that workers have added because of its late calls.", "counts.spare_slots"),
+    ("trials_total", "", "Calls that were made under a permit.", "counts.trials"),
+    ("permits", "", "Permits in flight.", "snapshot.trials"),
+    ("in_flight", "", "Calls that hold one of its slots; only of a breaker with max_concurrency.", _in_flight),
+    ("concurrency_limit", "", "How many slots it has at present, likewise.", "snapshot.concurrency_limit"),
+    ("transitions_total", "state", "Transitions by the state that was entered.", _transitions),
+    ("hot_children", "",
+     "Its children that are not CLOSED, or that tasks wait for; absent if none. The first 100 have series, too.",
+     lambda subject: subject.snapshot.active_children or None),
+    ("info", "queue_name",
+     "Always 1; its label is the deferred queue, under the name that celery-exporter gives queues.",
+     lambda subject: {subject.queue: 1}),
+    ("task_info", "name",
+     "Always 1, once for each task that it guards, under the label that celery-exporter gives tasks.",
+     lambda subject: dict.fromkeys(subject.tasks, 1)),
+)  # fmt: skip
 
-METRICS = (
-    Metric(
-        "state",
-        "1 for the state that the breaker is in, 0 for all others.",
-        lambda subject: {state.value: float(subject.snapshot.state is state) for state in State},
-        "state",
-    ),
-    Metric("state_timestamp_seconds", "When it entered that state, seconds since the epoch.", "snapshot.since"),
-    Metric(
-        "next_trial_timestamp_seconds",
-        "When its open time is over, seconds since the epoch; only while it is OPEN and heals by itself.",
-        "snapshot.next_probe_at",
-    ),
-    Metric("calls_total", "Guarded calls by outcome (success, failure, slow), trials included.", _calls, "outcome"),
-    Metric(
-        "failure_evidence",
-        "How near it is to opening by failures, 0 to 1; while OPEN as at the trip.",
-        "snapshot.evidence",
-    ),
-    Metric("slow_evidence", "The same by slow calls and calls that hang.", "snapshot.slow_evidence"),
-    Metric(
-        "failure_ratio",
-        "Share of failures over about its window, 0 to 1; while OPEN as at the trip.",
-        "snapshot.failure_rate",
-    ),
-    Metric("slow_ratio", "Share of slow successes over about its window, likewise.", "snapshot.slow_rate"),
-    Metric("refused_total", "Calls that it refused, of tasks and of guards.", "counts.refused"),
-    Metric("deferred_tasks", "Tasks that wait for it now.", "snapshot.deferred"),
-    Metric("oldest_deferred_seconds", "How long the oldest of them has waited; 0 if none waits.", _oldest),
-    Metric(
-        "done_in_seconds",
-        "When the last of them will be resumed, at the learned rate; absent while that is unknown.",
-        "done_in",
-    ),
-    Metric("deferred_total", "Tasks that were deferred for the first time.", "counts.deferred"),
-    Metric("deferred_again_total", "Deferrals of tasks that had been resumed before.", "counts.deferred_again"),
-    Metric("resumed_total", "Tasks that were sent back to their queues.", "counts.resumed"),
-    Metric(
-        "fallback_total",
-        "Answers of fallbacks by source: cached, constant, or the name of a function.",
-        lambda subject: {source.lower(): count for source, count in subject.counts.fallbacks.items()},
-        "source",
-    ),
-    Metric("failed_total", "Tasks that a refusal has failed, because they are not to wait.", "counts.failed"),
-    Metric("dead_lettered_total", "Tasks that went to its dead-letter queue.", "counts.dead"),
-    Metric("expired_total", "Those of them that had waited too long.", "counts.expired"),
-    Metric("revoked_total", "Tasks that were revoked while they waited.", "counts.revoked"),
-    Metric("dropped_total", "Waiting tasks that an operator dropped.", "counts.dropped"),
-    Metric("coalesced_total", "Waiting tasks that a later one with the same key has replaced.", "counts.coalesced"),
-    Metric(
-        "redelivered_total", "Tasks that the broker delivered again: some may have run twice.", "counts.redelivered"
-    ),
-    Metric("suspected_total", "How often it became suspect in a worker, because a call was late.", "counts.suspected"),
-    Metric("spare_slots_total", "Pool slots that workers have added because of its late calls.", "counts.spare_slots"),
-    Metric("trials_total", "Calls that were made under a permit.", "counts.trials"),
-    Metric("permits", "Permits in flight.", "snapshot.trials"),
-    Metric("in_flight", "Calls that hold one of its slots; only of a breaker with max_concurrency.", _in_flight),
-    Metric("concurrency_limit", "How many slots it has at present, likewise.", "snapshot.concurrency_limit"),
-    Metric("transitions_total", "Transitions by the state that was entered.", _transitions, "state"),
-    Metric(
-        "hot_children",
-        "Its children that are not CLOSED, or that tasks wait for; absent if none. The first 100 have series, too.",
-        lambda subject: subject.snapshot.active_children or None,
-    ),
-    Metric(
-        "info",
-        "Always 1; its label is the deferred queue, under the name that celery-exporter gives queues.",
-        lambda subject: {subject.queue: 1},
-        "queue_name",
-    ),
-    Metric(
-        "task_info",
-        "Always 1, once for each task that it guards, under the label that celery-exporter gives tasks.",
-        lambda subject: dict.fromkeys(subject.tasks, 1),
-        "name",
-    ),
+METRICS = tuple(
+    Metric(PREFIX + name, text, (label,) if label else (), attrgetter(read) if isinstance(read, str) else read)
+    for name, label, text, read in _CATALOGUE
 )
 
 #: Metrics of the scrape itself, without labels.
@@ -203,11 +161,7 @@ HEALTH = {
 
 
 class BreakerCollector(Collector):
-    """Reads all breakers with each scrape, which takes no longer than the store's time limit allows.
-
-    Args:
-        read: reads all breakers from the store; may raise ``StoreError``.
-    """
+    """Reads all breakers with each scrape, which takes no longer than the store's timeout allows."""
 
     def __init__(self, read: Callable[[], Sequence[Subject]]) -> None:
         self._read = read
@@ -261,20 +215,15 @@ def register(app: Celery, registry: CollectorRegistry = REGISTRY) -> BreakerColl
 def _read(runtime: Runtime) -> list[Subject]:
     """Read all breakers of an app from the store, and their first active children."""
     snapshots = runtime.read(MOST_CHILDREN)
-    totals = runtime.fleet.history.totals([each.name for each in snapshots])
-    estimates = runtime.fleet.history.estimates(snapshots)
+    history, queues = runtime.fleet.history, f"{runtime.settings.namespace}.deferred."
+    totals, estimates = history.totals([each.name for each in snapshots]), history.estimates(snapshots)
     done_in = {name: estimate.done_in for name, estimate in estimates.items()}
-    tasks, queue = _tasks_by_breaker(runtime), f"{runtime.settings.namespace}.deferred.{{}}".format
-    return [
-        Subject(each, totals[each.name], queue(each.name), tasks[each.name], done_in.get(each.name))
-        for each in snapshots
-    ]
-
-
-def _tasks_by_breaker(runtime: Runtime) -> dict[str, list[str]]:
     tasks: defaultdict[str, list[str]] = defaultdict(list)
     for name, task in sorted(runtime.app.tasks.items()):
         options = options_of(task)
         for breaker in options.breakers if options is not None else ():
             tasks[breaker].append(name)
-    return tasks
+    return [
+        Subject(each, totals[each.name], queues + each.name, tasks[each.name], done_in.get(each.name))
+        for each in snapshots
+    ]

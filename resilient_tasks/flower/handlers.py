@@ -6,9 +6,8 @@ import asyncio
 import difflib
 import json
 import logging
-import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.client import responses
 from importlib import resources
@@ -20,7 +19,7 @@ from tornado import web
 from resilient_tasks.core.model import Verb
 from resilient_tasks.errors import BreakerOpenError, DeadLetterError, StoreError
 from resilient_tasks.flower import flower_internals
-from resilient_tasks.flower.service import TASK_ACTIONS, NoAnswerError, Service
+from resilient_tasks.flower.service import TASK_ACTIONS, Look, NoAnswerError, Service
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -84,6 +83,11 @@ class _Shared:
             raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, message) from error
 
 
+def _write_look(handler: Any, look: Look) -> None:
+    handler.set_header("Content-Type", "application/json; charset=UTF-8")
+    handler.write(look.as_json())
+
+
 # --- the JSON API ---------------------------------------------------------------------------------------
 
 
@@ -104,8 +108,8 @@ class _Api(_Shared, flower_internals.BaseApiHandler):
         if status_code == HTTPStatus.UNAUTHORIZED and self.application.options.basic_auth:
             self.set_header("WWW-Authenticate", 'Basic realm="flower"')
         error = kwargs.get("exc_info", (None, None, None))[1]
-        said = error.log_message % error.args if isinstance(error, web.HTTPError) and error.log_message else None
-        self.finish({"error": said or responses.get(status_code, "error")})
+        text = error.log_message % error.args if isinstance(error, web.HTTPError) and error.log_message else None
+        self.finish({"error": text or responses.get(status_code, "error")})
 
     @property
     def sent(self) -> dict[str, Any]:
@@ -124,33 +128,30 @@ class _Api(_Shared, flower_internals.BaseApiHandler):
     def reason(self) -> str:
         """The reason that the user gives."""
         reason = self.sent.get("reason") or ""
-        if not isinstance(reason, str):
-            raise web.HTTPError(HTTPStatus.BAD_REQUEST, f"reason={reason!r}: allowed is a text")
-        return reason
+        if isinstance(reason, str):
+            return reason
+        raise web.HTTPError(HTTPStatus.BAD_REQUEST, f"reason={reason!r}: allowed is a text")
 
     @property
     def rate(self) -> float | None:
         """Tasks per second; None if not given."""
-        asked = self.sent.get("rate")
-        if asked in (None, ""):
+        given = self.sent.get("rate")
+        if given in (None, ""):
             return None
-        try:
-            rate = math.nan if isinstance(asked, bool) else float(asked)
-        except (TypeError, ValueError, OverflowError):
-            rate = math.nan
-        if SLOWEST <= rate <= FASTEST:
-            return rate
+        with suppress(TypeError, ValueError, OverflowError):
+            if not isinstance(given, bool) and SLOWEST <= float(given) <= FASTEST:
+                return float(given)
         allowed = f"a number of tasks per second from {SLOWEST:g} to {FASTEST:,.0f}"
-        raise web.HTTPError(HTTPStatus.BAD_REQUEST, f"rate={asked!r}: allowed is {allowed}")
+        raise web.HTTPError(HTTPStatus.BAD_REQUEST, f"rate={given!r}: allowed is {allowed}")
 
     @property
     def task_ids(self) -> list[str]:
         """Which tasks: one ``id``, or several, separated by commas or as a JSON array."""
-        asked = self.sent.get("id")
-        ids = asked.split(",") if isinstance(asked, str) else asked
-        if not ids or not isinstance(ids, list) or not all(isinstance(each, str) and each for each in ids):
-            raise web.HTTPError(HTTPStatus.BAD_REQUEST, f"id={asked!r}: allowed are ids of tasks")
-        return ids
+        given = self.sent.get("id")
+        ids = given.split(",") if isinstance(given, str) else given
+        if ids and isinstance(ids, list) and all(isinstance(each, str) and each for each in ids):
+            return ids
+        raise web.HTTPError(HTTPStatus.BAD_REQUEST, f"id={given!r}: allowed are ids of tasks")
 
 
 class BreakersApi(_Api):
@@ -160,8 +161,7 @@ class BreakersApi(_Api):
         look = await self.service.watch.look()
         if look.read_at is None:
             raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, look.problem or "the store does not answer")
-        self.set_header("Content-Type", "application/json; charset=UTF-8")
-        self.write(look.as_json())
+        _write_look(self, look)
 
 
 class BreakerApi(_Api):
@@ -175,13 +175,15 @@ class BreakerApi(_Api):
 
 
 class VerbApi(_Api):
-    """``POST /api/breakers/NAME/VERB``."""
+    """``POST /api/breakers/NAME/VERB``, on tasks ``.../deferred/resume``, ``.../dead/replay`` and ``.../drop``."""
 
     async def post(self, name: str, verb: str) -> None:
         self.check_defined(name)
         actor = flower_internals.user_of(self)
         with self.errors_answered():
-            if verb == RESUME:
+            if verb in TASK_ACTIONS:
+                self.write({"done": await self.service.act_on_tasks(name, verb, self.task_ids, actor)})
+            elif verb == RESUME:
                 resumed = await self.service.resume(name, self.rate, actor)
                 if resumed is None:
                     self.set_status(HTTPStatus.ACCEPTED)
@@ -189,21 +191,8 @@ class VerbApi(_Api):
             elif verb in set(Verb):
                 self.write({"breaker": await self.service.command(name, Verb(verb), self.reason, actor)})
             else:
-                allowed = ", ".join(map(str, VERBS))
+                allowed = ", ".join(map(str, [*VERBS, *TASK_ACTIONS]))
                 raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no command is {verb!r}; allowed are {allowed}")
-
-
-class TasksApi(_Api):
-    """``POST /api/breakers/NAME/deferred/resume``, ``.../deferred/drop``, ``.../dead/replay`` and ``.../dead/drop``."""
-
-    async def post(self, name: str, kind: str, verb: str) -> None:
-        self.check_defined(name)
-        action = f"{kind}/{verb}"
-        if action not in TASK_ACTIONS:
-            raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no command is {action}; allowed are {', '.join(TASK_ACTIONS)}")
-        with self.errors_answered():
-            actor = flower_internals.user_of(self)
-            self.write({"done": await self.service.act_on_tasks(name, action, self.task_ids, actor)})
 
 
 # --- pages ----------------------------------------------------------------------------------------------
@@ -233,8 +222,7 @@ class BreakersPage(_Page):
     @web.authenticated
     async def get(self) -> None:
         if self.wants_json:
-            self.set_header("Content-Type", "application/json; charset=UTF-8")
-            self.write((await self.service.watch.look()).as_json())
+            _write_look(self, await self.service.watch.look())
         else:
             self.service.watch.expect_looks()  # the page is about to ask
             self.show("list.html")
@@ -319,7 +307,6 @@ def routes(service: Service) -> list[web.url]:
         web.url(r"/broker", BrokerPage, ours),
         web.url(r"/api/breakers", BreakersApi, ours),
         web.url(rf"/api/breakers/{name}", BreakerApi, ours),
-        web.url(rf"/api/breakers/{name}/{name}", VerbApi, ours),
-        web.url(rf"/api/breakers/{name}/{name}/{name}", TasksApi, ours),
+        web.url(rf"/api/breakers/{name}/([^/]+(?:/[^/]+)?)", VerbApi, ours),
         web.url(r"/api/queues/length", QueueLengths, ours),
     ]

@@ -7,20 +7,20 @@ import itertools
 import json
 import logging
 import queue
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from resilient_tasks.core.model import HELD_OPEN, Snapshot, State, Verb
-from resilient_tasks.core.outage import Estimate, Outage
+from resilient_tasks.core.outage import Outage
 from resilient_tasks.errors import DeadLetterError, StoreError
 from resilient_tasks.monitor.report import Row, counted, rows_of
-from resilient_tasks.operations.waiting import DeadLetter, DeadLetters, Deferred
+from resilient_tasks.operations.waiting import DeadLetters, Deferred
+from resilient_tasks.store.background import start_thread
 from resilient_tasks.worker.context import Runtime
 
 T = TypeVar("T")
@@ -46,17 +46,13 @@ class NoAnswerError(Exception):
 
 
 class Executor:
-    """Runs functions one after the other in one daemon thread, which delays no exit.
-
-    Args:
-        name: of what the functions ask, for error messages.
-    """
+    """Runs functions one after the other in a daemon thread, which delays no exit; ``name`` is what they ask."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._queue: queue.Queue[tuple[Future[Any], Callable[[], Any]]] = queue.Queue(_QUEUE_SIZE)
         self._busy_since: float | None = None
-        threading.Thread(target=self._run, name=f"resilient-tasks-{name}", daemon=True).start()
+        start_thread(name, self._run)
 
     async def submit(self, function: Callable[[], T], *, timeout: float) -> T:
         """Return what ``function`` returns in the thread, or raise what it raises.
@@ -88,16 +84,10 @@ class Executor:
 
 @dataclass(frozen=True)
 class Look:
-    """All breakers at one moment.
+    """All breakers at one moment: when they were read, and why they could not be read since."""
 
-    Args:
-        breakers: fields of each, by name.
-        read_at: when they were read, seconds since the epoch; None: never.
-        problem: why they could not be read since.
-    """
-
-    breakers: Mapping[str, Fields] = field(default_factory=dict)
-    read_at: float | None = None
+    breakers: Mapping[str, Fields] = field(default_factory=dict)  # fields of each, by name
+    read_at: float | None = None  # seconds since the epoch; None: never
     problem: str = ""
 
     def freshness(self) -> Fields:
@@ -148,19 +138,16 @@ class Watch:
     def expect_looks(self) -> None:
         """Read at once and often, if no page was open for a while."""
         if not self._is_watched:
-            self._begin(_FIRST_LOOK_TIMEOUT)
+            self.refresh(_FIRST_LOOK_TIMEOUT)
         self._looked_at = time.monotonic()
 
-    def refresh(self) -> None:
-        """Read at once: something has just been changed."""
-        self._begin(_CHANGE_TIMEOUT)
+    def refresh(self, timeout: float = _CHANGE_TIMEOUT) -> None:
+        """Read at once, by default because something has just been changed; looks wait for that so long."""
+        self._reading, self._timeout = asyncio.ensure_future(self._refresh()), timeout
 
     @property
     def _is_watched(self) -> bool:
         return time.monotonic() < self._looked_at + INTEREST
-
-    def _begin(self, timeout: float) -> None:
-        self._reading, self._timeout = asyncio.ensure_future(self._refresh()), timeout
 
     async def _read_regularly(self) -> None:
         for turn in itertools.count():
@@ -190,10 +177,10 @@ class Service:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._store = Executor("store")
-        self._broker = Executor("broker")
+        self._store, self._broker = Executor("store"), Executor("broker")
         self._resuming: dict[str, asyncio.Task[int]] = {}
         self.watch = Watch(lambda: self._fields(runtime.read()), self._store)
+        self.defines = runtime.defines
 
     @property
     def names(self) -> list[str]:
@@ -212,25 +199,18 @@ class Service:
         """What a broker that is unavailable raises."""
         return self._runtime.queues.errors
 
-    def defines(self, name: str) -> bool:
-        """Whether there is such a breaker, or the parent of such a child."""
-        return self._runtime.defines(name)
-
     def _fields(self, snapshots: Sequence[Snapshot]) -> list[Fields]:
         """Return the fields of breakers, with the outage under way and the estimate of when their tasks are done."""
-        estimates: dict[str, Estimate] = {}
-        outages: dict[str, Outage] = {}
+        estimates: dict[str, Fields] = {}
+        outages: dict[str, Fields] = {}
         with suppress(StoreError):  # one that keeps no history
             history = self._runtime.fleet.history
-            estimates = history.estimates(snapshots)
-            outages = history.lasting(each.name for each in snapshots if each.state in HELD_OPEN)
-        lasting = {
-            name: {"opened": each.opened, "reason": each.reason, "actor": each.actor, "causes": each.causes}
-            for name, each in outages.items()
-        }
-        waiting = {name: asdict(estimate) for name, estimate in estimates.items()}
+            estimates = {name: asdict(estimate) for name, estimate in history.estimates(snapshots).items()}
+            lasting = history.lasting(each.name for each in snapshots if each.state in HELD_OPEN)
+            shown = ("opened", "reason", "actor", "causes")
+            outages = {name: {each: getattr(outage, each) for each in shown} for name, outage in lasting.items()}
         return [
-            {**each.as_dict(), "estimate": waiting.get(each.name), "outage": lasting.get(each.name)}
+            {**each.as_dict(), "estimate": estimates.get(each.name), "outage": outages.get(each.name)}
             for each in snapshots
         ]
 
@@ -238,8 +218,7 @@ class Service:
 
     async def read(self, name: str) -> Fields:
         """Read one breaker; an idle child is in no look at all of them."""
-        spec = self._runtime.breaker(name).spec
-        read = partial(self._runtime.fleet.store.read_shared, [spec])
+        read = partial(self._runtime.fleet.store.read_shared, [self._runtime.breaker(name).spec])
         return await self._store.submit(lambda: self._fields(read())[0], timeout=TIMEOUT)
 
     async def command(self, name: str, verb: Verb, reason: str, actor: str) -> Fields:
@@ -250,7 +229,7 @@ class Service:
         return snapshot.as_dict()
 
     async def history(self, name: str) -> Fields:
-        """Return a breaker's log, the newest entry first, and what was counted in each minute of the last hour."""
+        """Return a breaker's log and what was counted in each minute of the last hour."""
         fleet, spec = self._runtime.fleet, self._runtime.breaker(name).spec
 
         def read() -> Fields:
@@ -299,23 +278,16 @@ class Service:
         return await self._broker.submit(read, timeout=READ_TIMEOUT)
 
     async def dead(self, name: str) -> Fields:
-        """Return how many dead letters a breaker has, and the oldest."""
+        """Return how many dead-lettered tasks a breaker has, and the oldest."""
 
         def read() -> Fields:
-            letters = self._dead.list(name, limit=LISTED)
-            return {"count": self._dead.count(name)[name], "tasks": [_public_fields(letter) for letter in letters]}
+            tasks = self._dead.list(name, limit=LISTED)
+            return {"count": self._dead.count(name)[name], "tasks": [task.public_fields() for task in tasks]}
 
         return await self._broker.submit(read, timeout=READ_TIMEOUT)
 
     async def act_on_tasks(self, name: str, action: str, task_ids: Sequence[str], actor: str) -> list[str]:
-        """Resume or drop deferred tasks, replay or drop dead letters; return the ids of those that were there.
-
-        Args:
-            name: of the breaker.
-            action: one of :data:`TASK_ACTIONS`.
-            task_ids: which ones.
-            actor: the user.
-        """
+        """Carry out one of :data:`TASK_ACTIONS` on tasks; return the ids of those that were there."""
         what = TASK_ACTIONS[action]
         if action.startswith("deferred/"):
             act = self._deferred.resume_some if action == "deferred/resume" else self._deferred.drop
@@ -323,12 +295,14 @@ class Service:
             await self._note({name: len(found)}, "task", what, actor)
             return list(found)
         replay_or_drop = self._dead.replay if action == "dead/replay" else self._dead.drop
+        done: Mapping[str, int] = {}
         try:
             done = await self._broker.submit(lambda: replay_or_drop(*task_ids, breaker=name), timeout=TIMEOUT)
         except DeadLetterError as error:
-            await self._note(error.done, "dead letter", what, actor)
+            done = error.done
             raise
-        await self._note(done, "dead letter", what, actor)
+        finally:
+            await self._note(done, "dead letter", what, actor)
         return list(task_ids)
 
     async def _note(self, done: Mapping[str, int], noun: str, what: str, actor: str) -> None:
@@ -340,15 +314,9 @@ class Service:
                     await self._store.submit(note, timeout=TIMEOUT)
 
     async def resume(self, name: str, rate: float | None, actor: str) -> int | None:
-        """Resume the tasks of a breaker now, without the workers' slow start; change the rate if that is under way.
+        """Resume a breaker's tasks now, so many per second or as fast as it goes; change the rate if that is under way.
 
-        Args:
-            name: of the breaker.
-            rate: tasks per second; None: as fast as it goes.
-            actor: the user.
-
-        Returns:
-            How many were resumed; None if that takes longer than :data:`TIMEOUT` and goes on.
+        Return how many were resumed; None if that takes longer than :data:`TIMEOUT` and goes on.
         """
         former = self._resuming.get(name)
         if former is not None:
@@ -385,9 +353,3 @@ TASK_ACTIONS = {
     "dead/drop": "dropped",
     "dead/replay": "replayed",
 }
-
-
-def _public_fields(letter: DeadLetter) -> Fields:
-    """Return the fields of a dead letter without its body and headers, which may hold secrets."""
-    shown = {each.name: getattr(letter, each.name) for each in fields(letter) if each.name not in ("headers", "body")}
-    return {**shown, "history": [step._asdict() for step in letter.history]}

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from celery.backends.base import DisabledBackend
@@ -19,7 +21,8 @@ from resilient_tasks.core.memory import ServerFacts
 from resilient_tasks.core.model import parent_of
 from resilient_tasks.errors import ResilienceError
 from resilient_tasks.monitor.report import counted, duration
-from resilient_tasks.worker.context import Runtime
+from resilient_tasks.store.history import History
+from resilient_tasks.worker.context import TICK_TASK, Runtime
 from resilient_tasks.worker.definitions import doubts
 from resilient_tasks.worker.inspection import library_version, resilience, rules_of
 from resilient_tasks.worker.options import DEFER, options_of
@@ -74,7 +77,7 @@ class BreakerFacts:
     slow_call_duration: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
     """Everything that the doctor checks. None: unknown. Durations in seconds."""
 
@@ -97,6 +100,7 @@ class Deployment:
     tick_age: float | None = None  # since a tick of this app's breakers has completed; infinite if none ever did
     tick_sender_age: float | None = None  # since beat, or what else sends ticks, was last seen; infinite if never
     tick_interval: float = 1.0
+    lasting_ticks: tuple[str, ...] = ()  # entries of a scheduler in a database that send ticks without an expiry
     orphans: Mapping[str, int] | None = None  # tasks that wait for breakers that no process defines, by breaker
     workers: tuple[WorkerFacts, ...] | None = None  # that answer
 
@@ -116,28 +120,36 @@ def look_at(runtime: Runtime, *, timeout: float) -> Deployment:
     broker = _look_at_broker(runtime)
     workers = None if broker["broker_trouble"] else _ask_workers(runtime, timeout)
     conf = runtime.app.conf
+    unused = runtime.settings.unknown_overrides(runtime.breakers)
     return Deployment(
         version=library_version(),
         control_queue=runtime.control_queue,
-        tasks=tuple(_tasks(runtime)),
+        tasks=_tasks(runtime),
         mistakes=tuple(map(str, runtime.mistakes())),
-        doubts=(*doubts(runtime.app), *_unused_overrides(runtime)),
+        doubts=(*doubts(runtime.app), *((_UNUSED[0].format(name), *_UNUSED[1:]) for name in unused)),
         keeps_results=not isinstance(runtime.app.backend, DisabledBackend),
         result_expires=runtime.result_ttl,
         prefetch_multiplier=conf.worker_prefetch_multiplier,
         tick_interval=runtime.settings.tick_interval,
+        lasting_ticks=_lasting_ticks(str(conf.beat_scheduler)),
         workers=workers,
         **broker,
-        **_look_at_store(runtime, workers or ()),
-        orphans=_orphans(runtime, workers),
+        **_look_at_store(runtime, workers),
     )
 
 
-def _look_at_store(runtime: Runtime, workers: tuple[WorkerFacts, ...]) -> dict[str, Any]:
+_UNUSED = (
+    "settings override breaker {0}, which is not defined",
+    "they have no effect",
+    "correct the name in RESILIENT_TASKS_BREAKERS__, or define the breaker",
+)
+
+
+def _look_at_store(runtime: Runtime, workers: tuple[WorkerFacts, ...] | None) -> dict[str, Any]:
     waits: dict[str, float] = {}
     found: dict[str, Any] = {}
+    ledger = runtime.fleet.ledger
     try:
-        ledger = runtime.fleet.ledger
         found["store"] = ServerFacts.of("store", *ledger.server_info())
         for snapshot in runtime.read():
             found["clock_ahead"] = time.time() - snapshot.now
@@ -145,38 +157,42 @@ def _look_at_store(runtime: Runtime, workers: tuple[WorkerFacts, ...]) -> dict[s
                 name = parent_of(snapshot.name) or snapshot.name
                 waits[name] = max(snapshot.now - snapshot.oldest_deferred_at, waits.get(name, 0.0))
         # Code that defines other breakers than the workers do, as in a deploy, has another scope, and theirs counts.
-        theirs = {worker.tick_scope for worker in workers if worker.policies.keys() & runtime.breakers.keys()}
+        theirs = {worker.tick_scope for worker in workers or () if worker.policies.keys() & runtime.breakers.keys()}
         scopes = {runtime.tick_scope, *theirs}
-        found["tick_age"] = _youngest(map(ledger.last_tick_age, scopes))
-        found["tick_sender_age"] = _youngest(map(ledger.tick_sender_age, scopes))
-        found["undecided"] = _undecided(runtime)
+        ages = {"tick_age": ledger.last_tick_age, "tick_sender_age": ledger.tick_sender_age}
+        for name, age_of in ages.items():
+            found[name] = min(math.inf if age is None else age for age in map(age_of, scopes))
+        found["undecided"] = _undecided(runtime.fleet.history, runtime.breakers)
+        found["orphans"] = None if workers is None else _orphans(runtime, workers)
     except ResilienceError as error:
         found = {"store_trouble": str(error)}
     found["breakers"] = tuple(
-        BreakerFacts(name, policy.trial_timeout, rules_of(spec), waits.get(name), policy.slow_call_duration)
+        BreakerFacts(
+            name=spec.name,
+            trial_timeout=spec.policy.trial_timeout,
+            rules=rules_of(spec),
+            oldest_wait=waits.get(spec.name),
+            slow_call_duration=spec.policy.slow_call_duration,
+        )
         for spec in runtime.specs()
-        for name, policy in [(spec.name, spec.policy)]
     )
     return found
 
 
-def _youngest(ages: Iterable[float | None]) -> float:
-    return min(math.inf if age is None else age for age in ages)
-
-
-def _undecided(runtime: Runtime) -> dict[str, list[str]]:
+def _undecided(history: History, breakers: Iterable[str]) -> dict[str, list[str]]:
     """Return the exceptions that no rule has known of late, by breaker."""
-    history = runtime.fleet.history
-    ever = [name for name, counts in history.totals(runtime.breakers).items() if counts.undecided]
+    ever = [name for name, counts in history.totals(breakers).items() if counts.undecided]
     lately = {name: {each for minute in history.minutes(name) for each in minute.counts.undecided} for name in ever}
     return {name: sorted(types) for name, types in lately.items() if types}
 
 
-def _unused_overrides(runtime: Runtime) -> list[tuple[str, str, str]]:
-    """Return what settings say of breakers that are not defined."""
-    why, advice = "they have no effect", "correct the name in RESILIENT_TASKS_BREAKERS__, or define the breaker"
-    unused = runtime.settings.unknown_overrides(runtime.breakers)
-    return [(f"settings override breaker {name}, which is not defined", why, advice) for name in unused]
+def _orphans(runtime: Runtime, workers: tuple[WorkerFacts, ...]) -> dict[str, int]:
+    """Return how many tasks wait for breakers that workers used to define, and neither they nor this process do."""
+    defined = set(runtime.breakers).union(*(worker.policies for worker in workers))
+    declared = runtime.fleet.ledger.abandoned(unseen_for=UNSEEN)
+    gone = [name for name in declared if (parent_of(name) or name) not in defined]
+    sizes = {name: runtime.queues.size(runtime.queues.deferred(name)) for name in gone}
+    return {name: size for name, size in sizes.items() if size}
 
 
 def _look_at_broker(runtime: Runtime) -> dict[str, Any]:
@@ -194,18 +210,16 @@ def _ask_workers(runtime: Runtime, timeout: float) -> tuple[WorkerFacts, ...]:
     """Return what each worker answers; one without the library answers that it knows no such command."""
     replies = runtime.app.control.broadcast(resilience.__name__, reply=True, timeout=timeout) or []
     answers = {name: reply for each in replies for name, reply in each.items()}
-    return tuple(WorkerFacts(name, **_known(answers[name])) for name in sorted(answers))
+    understood = {field.name for field in fields(WorkerFacts)} - {"name"}  # its version may be another
+    return tuple(
+        WorkerFacts(name, **{fact: value for fact, value in answers[name].items() if fact in understood})
+        for name in sorted(answers)
+    )
 
 
-def _known(reply: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is understood here of the reply of a worker, whatever its version."""
-    return {field.name: reply[field.name] for field in fields(WorkerFacts) if field.name in reply}
-
-
-def _tasks(runtime: Runtime) -> list[TaskFacts]:
-    guarded = [task for task in runtime.app.tasks.values() if options_of(task)]
+def _tasks(runtime: Runtime) -> tuple[TaskFacts, ...]:
     longest = runtime.app.conf.task_time_limit or runtime.app.conf.task_soft_time_limit
-    return [
+    return tuple(
         TaskFacts(
             name=task.name,
             breakers=task.options.breakers,
@@ -213,29 +227,31 @@ def _tasks(runtime: Runtime) -> list[TaskFacts]:
             acks_late=bool(task.acks_late),
             time_limit=task.time_limit or task.soft_time_limit or longest,
         )
-        for task in guarded
-    ]
+        for task in runtime.app.tasks.values()
+        if options_of(task)
+    )
 
 
-def _orphans(runtime: Runtime, workers: tuple[WorkerFacts, ...] | None) -> dict[str, int] | None:
-    """Return the waiting tasks of breakers that workers used to define, and neither they nor this process do."""
-    if workers is None:
-        return None
-    defined = set(runtime.breakers).union(*(worker.policies for worker in workers))
+def _lasting_ticks(scheduler: str) -> tuple[str, ...]:
+    """Return the tick's entries without an expiry in the database of django-celery-beat, if beat uses that."""
+    if not (scheduler == "django" or "django_celery_beat" in scheduler) or find_spec("django_celery_beat") is None:
+        return ()
+    from django.core.exceptions import AppRegistryNotReady, ImproperlyConfigured  # noqa: PLC0415 - only in Django
+    from django.db import Error  # noqa: PLC0415 - as above
+
     try:
-        declared = runtime.fleet.ledger.abandoned(unseen_for=UNSEEN)
-    except ResilienceError:
-        return None
-    gone = [name for name in declared if (parent_of(name) or name) not in defined]
-    sizes = {name: runtime.queues.size(runtime.queues.deferred(name)) for name in gone}
-    return {name: size for name, size in sizes.items() if size}
+        models = import_module("django_celery_beat.models")
+        without = models.PeriodicTask.objects.filter(task=TICK_TASK, enabled=True, expires=None, expire_seconds=None)
+        return tuple(without.order_by("name").values_list("name", flat=True))
+    except (AppRegistryNotReady, ImproperlyConfigured, RuntimeError, Error):  # Django, or its table, is not set up
+        return ()
 
 
 # --- the checks ----------------------------------------------------------------------------------------
 
 
 class Level(str, Enum):
-    """How bad it is."""
+    """How bad a finding is."""
 
     OK = "ok"
     UNKNOWN = "unknown"
@@ -247,7 +263,7 @@ class Level(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that the doctor has found: how bad it is, what, why it matters, what to do, and by which check."""
+    """What is the case, why it matters and what to do, as one check has found."""
 
     level: Level
     what: str
@@ -290,28 +306,26 @@ CHECKS: dict[str, tuple[str, ...]] = {
 
 def examine(deployment: Deployment) -> list[Finding]:
     """Return what all checks find, in their order; at least one finding for each."""
-    return [finding for check in CHECKS for finding in _examine(check, deployment)]
+    found: dict[str, list[Finding]] = {check: [] for check in CHECKS}
+    for check, level, find, what, why, advice in _RULES:
+        for item in find(deployment):
+            found[check].append(Finding(level, what.format(*item), why.format(*item), advice.format(*item), check))
+    for check, needed in CHECKS.items():
+        if any(getattr(deployment, fact) is None for fact in needed):
+            found[check].append(Finding(Level.UNKNOWN, "could not be found out", check=check))
+        elif not found[check]:
+            found[check].append(Finding(Level.OK, _all_is_well(check, deployment), check=check))
+    return [finding for findings in found.values() for finding in findings]
 
 
-def _examine(check: str, deployment: Deployment) -> list[Finding]:
-    found = [
-        Finding(level, what.format(*item), why.format(*item), advice.format(*item), check)
-        for title, level, find, what, why, advice in _RULES
-        if title == check
-        for item in find(deployment)
-    ]
-    if any(getattr(deployment, fact) is None for fact in CHECKS[check]):
-        found.append(Finding(Level.UNKNOWN, "could not be found out", check=check))
-    well = _WELL.get(check)
-    return found or [Finding(Level.OK, "all is well" if well is None else well(deployment), check=check)]
-
-
-_WELL: dict[str, Callable[[Deployment], str]] = {
-    "store": lambda d: d.store.title if d.store else "all is well",
-    "broker": lambda d: d.broker.title if d.broker else "all is well",
-    "ticks": lambda d: f"the last has completed {_ago(d.tick_age)}, beat was seen {_ago(d.tick_sender_age)}",
-    "workers": lambda d: f"{counted(len(d.workers or ()), 'worker')} answered",
-}
+def _all_is_well(check: str, deployment: Deployment) -> str:
+    server = {"store": deployment.store, "broker": deployment.broker}.get(check)
+    if server is not None:
+        return server.title
+    if check == "ticks":
+        seen = f"beat was seen {_ago(deployment.tick_sender_age)}"
+        return f"the last has completed {_ago(deployment.tick_age)}, {seen}"
+    return f"{counted(len(deployment.workers or ()), 'worker')} answered" if check == "workers" else "all is well"
 
 
 # --- what the rules look at ---------------------------------------------------------------------------
@@ -413,20 +427,18 @@ def _outdated(deployment: Deployment) -> list[tuple[object, ...]]:
     return [(store.title,)] if store and store.product == "redis" and store.version < OLDEST_SERVER else []
 
 
-def _unkept(deployment: Deployment) -> Iterator[tuple[object, ...]]:
-    holds = {"broker": "tasks, also those that wait", "store": "the breakers' states and history"}
-    yield from ((server.role, holds[server.role]) for server in _servers(deployment) if server.persistent is False)
+_HOLDS = {"broker": "tasks, also those that wait", "store": "the breakers' states and history"}
 
 
 # check, level, what to look for; then what is the case, why it matters, and what to do, filled in by each thing found.
 _RULES: tuple[tuple[str, Level, _Find, str, str, str], ...] = (
-    ("store", _ERROR, lambda d: [(d.store_trouble,)] if d.store is None else [], "the store cannot be asked: {0}",
+    ("store", _ERROR, lambda d: [(d.store_trouble,)] if d.store is None else [], "the store is unavailable: {0}",
      "each process decides for itself, and nothing is resumed",
      "start it, or correct RESILIENT_TASKS_STORE_URL and the network between"),
     ("store", _ERROR, _outdated, "the store is {0}",
      "the scripts need commands of Redis 6.2", "upgrade to Redis 6.2 or newer, or Valkey"),
     ("broker", _ERROR, lambda d: [(d.broker_trouble,)] if d.broker_trouble else [],
-     "the broker cannot be asked: {0}",
+     "the broker is unavailable: {0}",
      "no task reaches a worker, and waiting tasks go on waiting",
      "start it, or correct broker_url and the network between"),
     ("maxmemory-policy", _ERROR, lambda d: _evicting(d, with_limit=True), "the {0} has maxmemory-policy {1}",
@@ -439,7 +451,8 @@ _RULES: tuple[tuple[str, Level, _Find, str, str, str], ...] = (
      "the {0} has no maxmemory",
      "waiting tasks may fill the machine until the system kills the server; with a limit, deferring stops before it",
      "set maxmemory to less than the machine has"),
-    ("persistence", _WARNING, _unkept,
+    ("persistence", _WARNING,
+     lambda d: [(server.role, _HOLDS[server.role]) for server in _servers(d) if server.persistent is False],
      "the {0} keeps nothing on disk",
      "a restart loses {1}", "set appendonly yes"),
     ("ticks", _ERROR, lambda d: [(_ago(d.tick_age),)] if _is_late(d.tick_age, d) else [],
@@ -448,6 +461,9 @@ _RULES: tuple[tuple[str, Level, _Find, str, str, str], ...] = (
     ("ticks", _WARNING, _no_beat,
      "beat sends no ticks, last seen: {0}; workers run them by themselves",
      "breakers heal some seconds later than they could", "start celery beat"),
+    ("ticks", _WARNING, lambda d: [(name,) for name in d.lasting_ticks],
+     "the periodic task {0} sends ticks that do not expire",
+     "they pile up in the control queue while no worker runs", "set its expire seconds to a few tick intervals"),
     ("workers", _ERROR, lambda d: [()] if d.workers == () else [], "no worker answers",
      "tasks run nowhere", "start workers; one with a solo pool answers between tasks only"),
     ("control queue", _ERROR, _elsewhere, "worker {0} does not consume {1}: it {2}",

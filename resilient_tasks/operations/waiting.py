@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from typing import Any
 
@@ -41,59 +41,40 @@ BATCH, BATCH_INTERVAL = 500, 0.1
 
 @dataclass(frozen=True, slots=True)
 class WaitingTask:
-    """One task whose message is in a queue of ours. Times are seconds since the epoch on the store's clock.
+    """One task whose message is in a queue of ours. Times are seconds since the epoch on the store's clock."""
 
-    Args:
-        task_id: id of the task; ``"undecodable-..."`` for a message that names none.
-        task: name of the task; "" if the message names none.
-        breaker: the breaker that it waits, or waited, for.
-        origin: name of the queue that it came from and goes back to; "" if that is unknown.
-        reason: why it was deferred, or dead-lettered.
-        since: when it was first deferred; None if it never was.
-        attempts: dependency failures of its own that have counted.
-        args: its positional arguments as its sender has abbreviated them for people.
-        kwargs: its keyword arguments in the same way.
-    """
-
-    task_id: str
-    task: str
-    breaker: str
-    origin: str
-    reason: str
-    since: float | None
-    attempts: int
-    args: str
-    kwargs: str
+    task_id: str  # ``"undecodable-..."`` for a message that names none
+    task: str  # its name; "" if the message names none
+    breaker: str  # that it waits, or waited, for
+    origin: str  # name of the queue that it came from and goes back to; "" if that is unknown
+    reason: str  # why it was deferred, or dead-lettered
+    since: float | None  # when it was first deferred; None if it never was
+    attempts: int  # dependency failures of its own that have counted
+    args: str  # its positional arguments as its sender has abbreviated them for people
+    kwargs: str  # its keyword arguments in the same way
 
 
 @dataclass(frozen=True, slots=True)
 class DeferredTask(WaitingTask):
-    """A :class:`WaitingTask` that waits for a breaker.
+    """A :class:`WaitingTask` that waits for a breaker."""
 
-    Args:
-        not_before: until when it waits for its own sake, after a failure; None if it has never failed.
-        ends_at: when its wait ends at the latest, by ``defer_for`` or ``expires``; None if by neither.
-    """
-
-    not_before: float | None
-    ends_at: float | None
+    not_before: float | None  # until when it waits for its own sake, after a failure; None if it has never failed
+    ends_at: float | None  # when its wait ends at the latest, by ``defer_for`` or ``expires``; None if by neither
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter(WaitingTask):
-    """A :class:`WaitingTask` that has ended in a dead-letter queue, where it is replayed or dropped by hand.
+    """A :class:`WaitingTask` that has ended in a dead-letter queue, where it is replayed or dropped by hand."""
 
-    Args:
-        died_at: when it was dead-lettered; None if that is unknown.
-        history: its latest steps, oldest first.
-        headers: the message's headers as they were published.
-        body: the message's body as it was published; for what cannot be decoded, all that there is.
-    """
+    died_at: float | None  # when it was dead-lettered; None if that is unknown
+    history: tuple[Step, ...]  # its latest steps, oldest first
+    headers: Mapping[str, Any]  # the message's, as they were published
+    body: bytes  # the message's, as it was published; for what cannot be decoded, all that there is
 
-    died_at: float | None
-    history: tuple[Step, ...]
-    headers: Mapping[str, Any]
-    body: bytes
+    def public_fields(self) -> dict[str, Any]:
+        """Return its fields as JSON values, without headers and body, which may hold secrets."""
+        shown = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("headers", "body")}
+        return {**shown, "history": [step._asdict() for step in self.history]}
 
 
 class Deferred:
@@ -132,7 +113,7 @@ class Deferred:
             StoreError: the store is unavailable.
         """
         waiting = self.count(breaker)  # those that are deferred again meanwhile are not resumed again
-        return len(self._release(breaker, waiting if limit is None else min(limit, waiting), force=force))
+        return len(self._release(breaker, waiting if limit is None else min(limit, waiting), None, force=force))
 
     def resume_at(self, breaker: str, rate: float | None, *, force: bool = False) -> Iterator[tuple[int, float]]:
         """Resume the tasks that wait now in batches, so many per second; None: as fast as it goes.
@@ -153,24 +134,15 @@ class Deferred:
             yield resumed, pause
 
     def resume_some(self, breaker: str, task_ids: Collection[str], *, force: bool = False) -> tuple[str, ...]:
-        """Send some tasks back to the queues that they came from, now; see :meth:`resume`.
-
-        Args:
-            breaker: name of the breaker that they wait for.
-            task_ids: which ones.
-            force: also while the breaker refuses.
+        """Resume the tasks of these ids; arguments and errors as for :meth:`resume`.
 
         Returns:
             The ids of those that were there, but for those that were dropped or dead-lettered instead.
-
-        Raises:
-            BreakerOpenError, ConfigurationError, StoreError: as above.
         """
-        wanted = set(task_ids)
-        resumed = self._release(breaker, len(wanted), only=wanted, force=force)
+        resumed = self._release(breaker, len(set(task_ids)), set(task_ids), force=force)
         return tuple(task_id for task_id in task_ids if task_id in resumed)
 
-    def _release(self, breaker: str, limit: int, *, only: Collection[str] | None = None, force: bool) -> Sequence[str]:
+    def _release(self, breaker: str, limit: int, only: Collection[str] | None, *, force: bool) -> Sequence[str]:
         known = self._runtime.breaker(breaker)
         [snapshot] = self._runtime.fleet.store.read_shared([known.spec])
         if snapshot.state not in ADMITTING and not force:
@@ -193,9 +165,8 @@ class Deferred:
         dropped: list[str] = []
 
         def choose(entries: Sequence[Entry]) -> list[Move]:
-            doomed = [entry for entry in entries if task_ids is None or entry.task_id in task_ids]
-            moves = [self._tasks.end(entry, TaskRevokedError(DROPPED)) for entry in doomed]
-            return [move for move in moves if move is not None]
+            wanted = (entry for entry in entries if task_ids is None or entry.task_id in task_ids)
+            return [move for entry in wanted if (move := self._tasks.end(entry, TaskRevokedError(DROPPED)))]
 
         def enough() -> bool:
             return task_ids is not None and len(dropped) >= len(task_ids)
@@ -285,19 +256,24 @@ class DeadLetters:
             yield (entry for entry in entries if parent is None or entry.envelope.breaker == breaker)
 
     def _each(self, task_ids: tuple[str, ...], breaker: str | None, act: Callable[[Entry], object]) -> dict[str, int]:
-        """Do something to the dead letter of each id; raise errors only after all the others are done."""
+        """Do something to the oldest message of each id; raise errors only after all the others are done."""
         names, wanted, done = self._names(breaker), Counter(task_ids), Counter[str]()
         problems: list[str] = []
         for name in names:
+            found: list[Entry] = []
             with self._open(name) as entries:
-                for entry in _take(entries, wanted):
+                while wanted.total() and (entry := next(entries, None)) is not None:
+                    if wanted[_id_of(entry)]:
+                        wanted[_id_of(entry)] -= 1
+                        found.append(entry)
+                for entry in found:
                     try:
                         act(entry)
                         done[entry.envelope.breaker] += 1
                     except DeadLetterError as error:  # noqa: PERF203 - the others are done
                         problems.append(str(error))
-        asked = ", ".join(repr(name) for name in names) or "none"
-        problems += [f"no dead letter has the id {each!r}; breakers asked: {asked}" for each in wanted.elements()]
+        searched = ", ".join(map(repr, names)) or "none"
+        problems += [f"no dead letter has the id {each!r}; breakers asked: {searched}" for each in wanted.elements()]
         if problems:
             raise DeadLetterError("; ".join(problems), dict(done))
         return dict(done)
@@ -336,17 +312,6 @@ class DeadLetters:
         except ResultNotWrittenError as exc:  # the task comes first
             what = "the result of task %s could not be reset: %s"
             logger.warning(what, entry.task_id, exc, extra=entry.log_fields)
-
-
-def _take(entries: Iterator[Entry], wanted: Counter[str]) -> list[Entry]:
-    """Return the oldest messages with the wanted ids, looking no further than needed; they are wanted no more."""
-    found: list[Entry] = []
-    while wanted.total() and (entry := next(entries, None)) is not None:
-        task_id = _id_of(entry)
-        if wanted[task_id]:
-            wanted[task_id] -= 1
-            found.append(entry)
-    return found
 
 
 def _id_of(entry: Entry) -> str:

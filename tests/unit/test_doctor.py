@@ -64,6 +64,7 @@ def test_a_sound_deployment_is_well() -> None:
         ("ticks", "error", "the last: never", {"tick_age": math.inf}),
         ("ticks", "warning", "last seen: 5 min ago; workers run them", {"tick_sender_age": 300.0}),
         ("ticks", "warning", "last seen: never", {"tick_sender_age": math.inf}),
+        ("ticks", "warning", "task our tick sends ticks that do not expire", {"lasting_ticks": ("our tick",)}),
         ("workers", "error", "no worker answers", {"workers": ()}),
         ("control queue", "error", "from other.control", worker(control_queue="other.control")),
         ("control queue", "error", "it takes none", worker(control_queue=None)),
