@@ -17,7 +17,7 @@ from click_didyoumean import DYMGroup
 
 from resilient_tasks.errors import ResilienceError, StoreError
 
-_PLACES = {
+_COMMANDS = {
     "list": "states:list_breakers",
     "show": "states:show",
     "watch": "states:watch",
@@ -31,7 +31,7 @@ _PLACES = {
     "drop": "tasks:drop",
     "dead": "tasks:dead",
     "report": "states:report",
-    "doctor": "doctor:doctor",
+    "doctor": "services:doctor",
     "flower": "services:flower",
     "exporter": "services:exporter",
 }
@@ -47,10 +47,10 @@ class _Commands(DYMGroup):  # type: ignore[misc]  # click_didyoumean is untyped
     """Imports a command on first use, and prints one line instead of a traceback for expected errors."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
-        return list(_PLACES)
+        return list(_COMMANDS)
 
     def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
-        module, _, command = _PLACES.get(name, "").partition(":")
+        module, _, command = _COMMANDS.get(name, "").partition(":")
         return getattr(importlib.import_module(f"{__name__}.{module}"), command) if command else None
 
     def invoke(self, ctx: click.Context) -> Any:

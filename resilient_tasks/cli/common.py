@@ -58,11 +58,7 @@ def pass_runtime(command: Callable[Concatenate[Runtime, P], R]) -> Callable[P, R
 
 
 def runtime_in(ctx: click.Context) -> Runtime:
-    """Return the runtime of the app that the command line names, with all breakers that its modules define.
-
-    Raises:
-        click.ClickException: the app has none.
-    """
+    """Return the runtime of the app that the command line names, with all breakers that its modules define."""
     return _runtime_of(ctx.obj.app)
 
 
@@ -85,34 +81,40 @@ def note(runtime: Runtime, breaker: str, text: str) -> None:
 
 
 class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases of click know no argument
-    """Name of a breaker that the app defines, or of a child of it: ``payments:acme``."""
+    """Name of a breaker that the app defines, or of a child of it: ``payments:acme``.
+
+    With ``wildcard`` also ``payments:*``, which :func:`expand` knows; with ``former`` also a name that no code defines.
+    """
 
     name = "breaker"
 
+    def __init__(self, *, wildcard: bool = False, former: bool = False) -> None:
+        self._wildcard, self._former = wildcard, former
+
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name; fail with the nearest one if it is not defined."""
-        runtime = runtime_in(ctx or click.get_current_context())
+        breakers = runtime_in(ctx or click.get_current_context()).breakers
         parent, key = parent_of(value), key_of(value)
-        if parent is not None and parent in runtime.breakers and key and not is_child(value):
-            return self.child(parent, key, param, ctx)
-        if not runtime.defines(value):
-            near = difflib.get_close_matches(value, runtime.breakers, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"defined: {_some(sorted(runtime.breakers))}"
-            self.unknown(f"no breaker is named '{printable(value)}'; {hint}", param, ctx)
+        if value in breakers or (parent in breakers and is_child(value)):
+            return value
+        if parent in breakers and key == ALL_KEYS:
+            if not self._wildcard:
+                self.fail(f"'{value}' means all children of {parent}: name one breaker", param, ctx)
+            return value
+        if parent in breakers and key:
+            try:
+                return child_name(str(parent), key)
+            except ConfigurationError as error:
+                self.fail(printable(str(error)), param, ctx)
+        near = difflib.get_close_matches(value, breakers, n=1)
+        known, more = sorted(breakers)[:MOST_NAMED], len(breakers) - MOST_NAMED
+        defined = ", ".join([*known, *([f"and {more} more"] if more > 0 else [])]) or "none"
+        hint = f"did you mean {near[0]!r}?" if near else f"defined: {defined}"
+        message = f"no breaker is named '{printable(value)}'; {hint}"
+        if not self._former:
+            self.fail(message, param, ctx)
+        click.echo(message, err=True)
         return value
-
-    def child(self, parent: str, key: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the name of the child for a key as typed."""
-        if key == ALL_KEYS:
-            self.fail(f"'{parent}:{ALL_KEYS}' means all children of {parent}: name one breaker", param, ctx)
-        try:
-            return child_name(parent, key)
-        except ConfigurationError as error:
-            self.fail(printable(str(error)), param, ctx)
-
-    def unknown(self, message: str, param: click.Parameter | None, ctx: click.Context | None) -> None:
-        """Handle a name that is not defined."""
-        self.fail(message, param, ctx)
 
     def shell_complete(self, ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Return the names that begin so; none if the app cannot be found: completion must not fail."""
@@ -126,22 +128,6 @@ class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases 
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
-def _some(names: Sequence[str]) -> str:
-    """Return names in one line, however many there are."""
-    more = [f"and {len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
-    return ", ".join([*names[:MOST_NAMED], *more]) or "none"
-
-
-class BreakerNames(BreakerName):
-    """The same, or ``payments:*`` for all children of a breaker."""
-
-    name = "breakers"
-
-    def child(self, parent: str, key: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Let the wildcard pass for :func:`expand`."""
-        return f"{parent}:{ALL_KEYS}" if key == ALL_KEYS else super().child(parent, key, param, ctx)
-
-
 def expand(runtime: Runtime, names: Iterable[str]) -> list[str]:
     """Return the names, each once, with those of all children that there are now in place of wildcards."""
     found = dict[str, None]()
@@ -152,7 +138,7 @@ def expand(runtime: Runtime, names: Iterable[str]) -> list[str]:
 
 
 @contextmanager
-def asking_the_broker(runtime: Runtime) -> Iterator[None]:
+def using_the_broker(runtime: Runtime) -> Iterator[None]:
     """Turn an error of an unavailable broker into one line and an exit code."""
     try:
         yield

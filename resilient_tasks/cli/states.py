@@ -14,7 +14,6 @@ import click
 from resilient_tasks.breaker import this_user
 from resilient_tasks.cli.common import (
     BreakerName,
-    BreakerNames,
     Row,
     expand,
     is_rich,
@@ -42,7 +41,7 @@ _COLUMNS = (
 
 
 @click.command("list")
-@click.argument("names", metavar="[NAME]...", nargs=-1, type=BreakerNames())
+@click.argument("names", metavar="[NAME]...", nargs=-1, type=BreakerName(wildcard=True))
 @click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
 @pass_runtime
 def list_breakers(runtime: Runtime, names: tuple[str, ...], *, as_json: bool) -> None:
@@ -158,24 +157,26 @@ def _next_probe(snapshot: Snapshot) -> str:
     return f"in {duration(due - snapshot.now)}" if due > snapshot.now else "due"
 
 
-def _details(snapshot: Snapshot) -> Iterator[Row]:
-    yield "state", str(snapshot.state)
-    yield "since", moment(snapshot.since if snapshot.epoch else None)
-    yield "reason", snapshot.reason
-    yield "by", snapshot.actor
-    yield "evidence", evidence_of(snapshot)
-    yield "calls", str(snapshot.calls)
-    yield "failed", f"{snapshot.failures} {share(snapshot.failure_rate, snapshot.calls)}"
-    yield "slow", f"{snapshot.slow} {share(snapshot.slow_rate, snapshot.calls)}"
-    yield "openings in a row", str(snapshot.openings)
-    yield "next probe", _next_probe(snapshot)
-    yield "trials", str(snapshot.trials)
-    if snapshot.concurrency_limit is not None:
-        yield "in flight", f"{snapshot.in_flight} of {snapshot.concurrency_limit}"
-    yield "deferred", str(snapshot.deferred)
-    yield "oldest deferred", moment(snapshot.oldest_deferred_at)
-    if snapshot.would_have_opened or snapshot.state is State.SHADOW:
-        yield "would have opened", counted(snapshot.would_have_opened, "time")
+def _details(snapshot: Snapshot) -> list[Row]:
+    calls, limit, would_open = snapshot.calls, snapshot.concurrency_limit, snapshot.would_have_opened
+    shadowed = would_open or snapshot.state is State.SHADOW
+    return [
+        ("state", str(snapshot.state)),
+        ("since", moment(snapshot.since if snapshot.epoch else None)),
+        ("reason", snapshot.reason),
+        ("by", snapshot.actor),
+        ("evidence", evidence_of(snapshot)),
+        ("calls", str(calls)),
+        ("failed", f"{snapshot.failures} {share(snapshot.failure_rate, calls)}"),
+        ("slow", f"{snapshot.slow} {share(snapshot.slow_rate, calls)}"),
+        ("openings in a row", str(snapshot.openings)),
+        ("next probe", _next_probe(snapshot)),
+        ("trials", str(snapshot.trials)),
+        *([] if limit is None else [("in flight", f"{snapshot.in_flight} of {limit}")]),
+        ("deferred", str(snapshot.deferred)),
+        ("oldest deferred", moment(snapshot.oldest_deferred_at)),
+        *([("would have opened", counted(would_open, "time"))] if shadowed else []),
+    ]
 
 
 def _undecided(runtime: Runtime, name: str) -> Iterator[Row]:
@@ -189,7 +190,7 @@ def _undecided(runtime: Runtime, name: str) -> Iterator[Row]:
 
 def _command(verb: Verb, does: str) -> click.Command:
     @click.command(verb.value, help=does)
-    @click.argument("names", metavar="NAME...", nargs=-1, required=True, type=BreakerNames())
+    @click.argument("names", metavar="NAME...", nargs=-1, required=True, type=BreakerName(wildcard=True))
     @click.option("--reason", default="", metavar="TEXT", help="Stored with the state.")
     @pass_runtime
     def carry_out(runtime: Runtime, names: tuple[str, ...], reason: str) -> None:
@@ -210,22 +211,21 @@ reset = _command(Verb.RESET, "Close breakers, without evidence.")
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
-class _Span(click.ParamType):  # type: ignore[type-arg]  # older releases of click know no argument
-    """A span of time up to now, in seconds."""
-
-    name = "span"
-
-    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return ``"90min"`` as 5400.0."""
-        match = re.fullmatch(r"(\d{1,9})\s*(s|min|h|d|w)", str(value), re.ASCII)
-        if match is None:
-            self.fail(f"{value!r} is no span of time: allowed is a number with s, min, h, d or w, as 24h", param, ctx)
-        return float(match[1]) * _UNITS[match[2]]
+def _span(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:
+    """Return ``"90min"`` as 5400.0 seconds."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d{1,9})\s*(s|min|h|d|w)", value, re.ASCII)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is no span of time: allowed is a number with s, min, h, d or w, as 24h")
+    return float(match[1]) * _UNITS[match[2]]
 
 
 @click.command()
 @click.argument("name", type=BreakerName(), required=False)
-@click.option("--since", type=_Span(), help="Only outages that were not over by then, e.g. 24h, 90min, 7d.")
+@click.option(
+    "--since", metavar="SPAN", callback=_span, help="Only outages that were not over by then, e.g. 24h, 90min, 7d."
+)
 @click.option(
     "--format",
     "form",
@@ -251,34 +251,26 @@ def report(runtime: Runtime, name: str | None, *, since: float | None, form: str
     if not outages:
         click.echo("no outage is remembered")
     for outage in outages:
-        _PRINTERS[form](outage, rows_of(outage, estimates.get(outage.breaker)))
+        rows = rows_of(outage, estimates.get(outage.breaker))
+        if form == "terminal":
+            print_table(("BREAKER", outage.breaker), rows)
+        else:
+            title = f"## Outage of {_escaped(outage.breaker)}, {moment(outage.opened)}"
+            cells = [f"| {name} | {_escaped(value)} |" for name, value in rows]
+            click.echo("\n".join([title, "", "| | |", "|---|---|", *cells]))
+        click.echo()
 
 
 def _fields(outage: Outage, estimate: Estimate | None) -> dict[str, object]:
-    lasts = outage.drained is None and estimate is not None
     return {
         **asdict(outage),
         "failed_calls": outage.failed_calls,
         "average_answer_age": outage.average_answer_age,
         "drain_rate": outage.drain_rate,
-        "estimate": asdict(estimate) if lasts and estimate else None,
+        "estimate": asdict(estimate) if estimate and outage.drained is None else None,
     }
-
-
-def _print_terminal(outage: Outage, rows: Sequence[Row]) -> None:
-    print_table(("BREAKER", outage.breaker), rows)
-    click.echo()
-
-
-def _print_markdown(outage: Outage, rows: Sequence[Row]) -> None:
-    lines = [f"## Outage of {_escaped(outage.breaker)}, {moment(outage.opened)}", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {_escaped(value)} |" for name, value in rows]
-    click.echo("\n".join([*lines, ""]))
 
 
 def _escaped(text: str) -> str:
     """Return text that is no markup in Markdown, whatever it contains."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", printable(text))
-
-
-_PRINTERS = {"terminal": _print_terminal, "markdown": _print_markdown}

@@ -21,8 +21,9 @@ from typing import Any
 from celery import states
 from celery.exceptions import TaskRevokedError
 
-from resilient_tasks.core.model import ADMITTING, parent_of
+from resilient_tasks.core.model import ADMITTING, Snapshot, parent_of
 from resilient_tasks.core.outage import DROPPED
+from resilient_tasks.dependency import Dependency
 from resilient_tasks.errors import BreakerOpenError, DeadLetterError
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.celery_internals import Events
@@ -124,6 +125,7 @@ class Deferred:
         Raises:
             BreakerOpenError, ConfigurationError, StoreError: as :meth:`resume`.
         """
+        self._admitting(breaker, force=force)  # it may refuse although none waits
         waiting, asked, started = self.count(breaker), 0, time.monotonic()
         while asked < waiting:
             due = waiting if rate is None else 1 + math.floor((time.monotonic() - started) * rate)
@@ -143,11 +145,15 @@ class Deferred:
         return tuple(task_id for task_id in task_ids if task_id in resumed)
 
     def _release(self, breaker: str, limit: int, only: Collection[str] | None, *, force: bool) -> Sequence[str]:
+        known, snapshot = self._admitting(breaker, force=force)
+        return Resumer(self._runtime, self._tasks).release(known, snapshot, limit, only=only, early=True)
+
+    def _admitting(self, breaker: str, *, force: bool) -> tuple[Dependency, Snapshot]:
         known = self._runtime.breaker(breaker)
         [snapshot] = self._runtime.fleet.store.read_shared([known.spec])
         if snapshot.state not in ADMITTING and not force:
             raise BreakerOpenError(breaker, str(snapshot.state), snapshot.retry_after)
-        return Resumer(self._runtime, self._tasks).release(known, snapshot, limit, only=only, early=True)
+        return known, snapshot
 
     def drop(self, breaker: str, task_ids: Collection[str] | None = None) -> tuple[str, ...]:
         """Drop tasks that shall never run; their results are REVOKED, callbacks and chords are called.
