@@ -113,6 +113,13 @@ class Rules(NamedTuple):
         """Return the rules as stores keep them: JSON."""
         return _as_text(self)
 
+    def numbers(self) -> tuple[int, ...]:
+        """Return those that most scripts need; see ``store/lua/lib/breaker.lua``."""
+        return (
+            self.window, self.max_open_time, self.most_in_flight, self.minimum_calls, self.minimum_tasks,
+            self.failure_take, self.slow_take, int(self.slow_counts), self.revision,
+        )  # fmt: skip
+
     def or_newer(self, stored: str | None) -> Rules:
         """Return the stored rules if their revision is higher, else these."""
         if not stored or stored == self.text():

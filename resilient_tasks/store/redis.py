@@ -113,8 +113,9 @@ class RedisStore(RuledStore):
         return self._run("read", spec, 1)
 
     def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls], check: tuple[Outcome, int] | None = None) -> Seen:
-        encoded = json.dumps([[run.outcome.value, *run[1:]] for run in runs])
-        return self._run("count", spec, epoch, encoded, *(("", 0) if check is None else (check[0].value, check[1])))
+        checked = ("", 0) if check is None else (check[0].value, check[1])
+        flat = [part for run in runs for part in (*run[:3], "1" if run.each else "", "1" if run.was_overdue else "")]
+        return self._run("count", spec, epoch, *checked, *flat)
 
     def _lease(self, spec: Spec, holder: str, lease: int) -> tuple[Seen, bool]:
         seen = self._run("lease", spec, holder, lease)
@@ -217,7 +218,8 @@ class RedisStore(RuledStore):
         return _seen(spec, self._server.script(script, keys, *self._common(spec), *args))
 
     def _common(self, spec: Spec) -> tuple[Argument, ...]:
-        return (spec.rules().text(), key_of(spec.name), self._channel, spec.name)
+        rules = spec.rules()
+        return (rules.text(), key_of(spec.name), self._channel, spec.name, *rules.numbers())
 
     def _subscribe(self, client: redis.Redis) -> PubSub:
         subscription: PubSub = client.pubsub()  # type: ignore[no-untyped-call]

@@ -1,12 +1,19 @@
 -- lease(holder, lease) -> answer; see breaker.lua; done is 1: admitted, 2: with a permit, 0: denied
 -- Ask to make a call: in HALF_OPEN for a permit, and where calls in flight are limited for a slot. Both are leases in
 -- a sorted set, of which only so many may be live. A denial writes nothing that could lengthen a lease.
--- KEYS, ARGV 1..4: see breaker.lua
--- ARGV  5 holder   who asks
---       6 lease    ms
+-- KEYS, ARGV 1..13: see breaker.lua
+-- ARGV  14 holder   who asks
+--       15 lease    ms
 -- Needs breaker.lua
 
-local HOLDER, LEASE_END = ARGV[5], integer(now + math.min(tonumber(ARGV[6]), LONGEST_LEASE))
+local HOLDER, LEASE_END = ARGV[14], integer(now + math.min(tonumber(ARGV[15]), LONGEST_LEASE))
+
+-- A lease that ends later than any may is of a clock that was ahead.
+local function cut(leases)
+  for _, member in ipairs(redis.call('ZRANGEBYSCORE', leases, '(' .. integer(now + LONGEST_LEASE), '+inf')) do
+    redis.call('ZADD', leases, integer(now + LONGEST_LEASE), member)
+  end
+end
 
 -- Trials of this epoch, whatever has become of them, and in all those that are in flight.
 local function trials_used()

@@ -1,15 +1,15 @@
 -- read(declares) -> answer; see breaker.lua
 -- Look at a breaker. An unknown one is CLOSED in epoch 0, or what an older release has left it in.
--- KEYS, ARGV 1..4: see breaker.lua
--- ARGV  5 declares   1: it comes into being if it is unknown; 0: nothing is written
+-- KEYS, ARGV 1..13: see breaker.lua
+-- ARGV  14 declares   1: it comes into being if it is unknown; 0: nothing is written
 -- Needs breaker.lua
 
-if ARGV[5] == '0' and redis.call('EXISTS', STATE) == 0 then
+if ARGV[14] == '0' and redis.call('EXISTS', STATE) == 0 then
   begin('0')
 else
   load_breaker()
 end
-if ARGV[5] == '1' then
+if ARGV[14] == '1' then
   save()
 end
 return answer()

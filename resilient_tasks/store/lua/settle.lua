@@ -1,12 +1,12 @@
 -- settle(holder, epoch, outcome) -> answer; see breaker.lua; done is 1 if the holder had a slot
 -- Give a permit and a slot back, with what the call has found out. OVERDUE says that it still runs: it keeps both.
--- KEYS, ARGV 1..4: see breaker.lua
--- ARGV  5 holder    of the permit or the slot
---       6 epoch     in which the call was admitted
---       7 outcome   SUCCESS, FAILURE, SLOW, IGNORED or OVERDUE
+-- KEYS, ARGV 1..13: see breaker.lua
+-- ARGV  14 holder    of the permit or the slot
+--       15 epoch     in which the call was admitted
+--       16 outcome   SUCCESS, FAILURE, SLOW, IGNORED or OVERDUE
 -- Needs breaker.lua
 
-local HOLDER, EPOCH, OUTCOME = ARGV[5], ARGV[6], ARGV[7]
+local HOLDER, EPOCH, OUTCOME = ARGV[14], ARGV[15], ARGV[16]
 local ENDED = OUTCOME ~= 'OVERDUE'
 
 -- core/rules.py's learn

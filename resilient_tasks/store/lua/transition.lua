@@ -1,9 +1,9 @@
 -- transition(version, forgets, share, field, value, ...) -> answer; see breaker.lua; done is 1 for the one
 -- caller that made the change, 0 if the breaker is no longer as it was seen
--- KEYS, ARGV 1..4: see breaker.lua
--- ARGV  5 version   as it was seen; it grows with every transition and with every permit that becomes free
---       6 forgets   1: the evidence is emptied
---       7 share     of the active children that may be held open, if the change opens one; 0: any
+-- KEYS, ARGV 1..13: see breaker.lua
+-- ARGV  14 version   as it was seen; it grows with every transition and with every permit that becomes free
+--       15 forgets   1: the evidence is emptied
+--       16 share     of the active children that may be held open, if the change opens one; 0: any
 --       8..         fields and values that are written
 -- Needs breaker.lua
 
@@ -13,15 +13,15 @@ local function has_room(share)
 end
 
 load_breaker()
-if state.version ~= ARGV[5] or not has_room(tonumber(ARGV[7])) then
+if state.version ~= ARGV[14] or not has_room(tonumber(ARGV[16])) then
   save()
   return answer(0)
 end
-for i = 8, #ARGV, 2 do
+for i = 17, #ARGV, 2 do
   put(ARGV[i], ARGV[i + 1])
 end
 redis.call('ZREMRANGEBYSCORE', TRIALS, '-inf', integer(now))
-if ARGV[6] == '1' then
+if ARGV[15] == '1' then
   redis.call('DEL', FAILURES, SLOW)
 end
 if KEY ~= '' then

@@ -14,6 +14,9 @@
 --       2 key        of a child; empty for a breaker that is none
 --       3 channel    on which changes are published
 --       4 name       of the breaker
+--       5..13        the numbers among the rules that most scripts need, so that none has to decode the JSON: window,
+--                    max_open_time, most_in_flight, minimum_calls, minimum_tasks, failure_take, slow_take,
+--                    slow_counts as 1 or 0, revision
 -- answer: JSON {now, state, trials as a flat array, live slots, deferred, oldest, earliest deadline, active children,
 -- done}; all that may be large as text, with all its digits
 
@@ -21,7 +24,15 @@ local STATE, FAILURES, SLOW, DEFERRED, DEADLINES, TRIALS, SLOTS, CHILDREN, ACTIV
 local KEY, CHANNEL, NAME = ARGV[2], ARGV[3], ARGV[4]
 local LONGEST_LEASE, IDLE_AFTER = 60000, 3600000 -- ms
 local TAKEN_OVER = { OPEN = true, FORCED_OPEN = true, DISABLED = true, SHADOW = true }
-local now, rules = now_ms(), cjson.decode(ARGV[1])
+local now = now_ms()
+local rules = setmetatable({
+  window = tonumber(ARGV[5]), max_open_time = tonumber(ARGV[6]), most_in_flight = tonumber(ARGV[7]),
+  minimum_calls = tonumber(ARGV[8]), minimum_tasks = tonumber(ARGV[9]), failure_take = tonumber(ARGV[10]),
+  slow_take = tonumber(ARGV[11]), slow_counts = ARGV[12] == '1', revision = tonumber(ARGV[13]),
+}, { __index = function(self, name)
+  setmetatable(self, { __index = cjson.decode(ARGV[1]) })
+  return self[name]
+end })
 local state, written = {}, {} -- the fields as text, and which of them are to be written
 
 -- tostring() would round a millisecond timestamp.
@@ -34,8 +45,10 @@ local function field(name)
 end
 
 local function put(name, value)
-  state[name] = type(value) == 'number' and integer(value) or value
-  written[name] = true
+  local text = type(value) == 'number' and integer(value) or value
+  if state[name] ~= text then
+    state[name], written[name] = text, true
+  end
 end
 
 -- A breaker that is not known yet. What an operator has set under a release without schema numbers stays set, and
@@ -92,13 +105,6 @@ end
 
 local function holds(leases, member)
   return tonumber(redis.call('ZSCORE', leases, member) or 0) > now
-end
-
--- A lease that ends later than any may is of a clock that was ahead.
-local function cut(leases)
-  for _, member in ipairs(redis.call('ZRANGEBYSCORE', leases, '(' .. integer(now + LONGEST_LEASE), '+inf')) do
-    redis.call('ZADD', leases, integer(now + LONGEST_LEASE), member)
-  end
 end
 
 local function save()
