@@ -206,15 +206,22 @@ class TimedWriter:
 
     def write(self, action: Callable[[], Any]) -> bool:
         """Run ``action``; True if it was done in time, False if it was skipped, still runs or comes late."""
+        return self.begin(action)()
+
+    def begin(self, action: Callable[[], Any]) -> Callable[[], bool]:
+        """Begin to run ``action``, unless it is skipped; return what waits for it, and answers as :meth:`write`."""
         hangs = self._hanging is not None and not self._hanging.done.is_set()
         if hangs and not self._even_late:
-            return False
+            return lambda: False
         with self._starting:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = start_thread("writer", self._work)
         job = _Job(action)
         self._jobs.put(job)
-        if job.done.wait(0 if hangs else self._timeout):
+        return partial(self._wait, job, 0 if hangs else self._timeout)
+
+    def _wait(self, job: _Job, timeout: float) -> bool:
+        if job.done.wait(timeout):
             return True
         job.wanted = self._even_late
         self._hanging = job

@@ -84,6 +84,11 @@ class Ledger:
         self._server.commands([("ZREM", key, *some) for some in portions(task_ids) for key in indexes])
         self._drain(name)
 
+    def deferred_since(self, name: str, task_id: str) -> float | None:
+        """Return when a waiting task was first deferred, in seconds; None if it is not indexed."""
+        since = self._server.command("ZSCORE", self._keys.breaker(name).deferred, task_id)
+        return None if since is None else since / 1000
+
     def clear_deferred(self, name: str) -> None:
         """Forget all deferred tasks of a breaker, because its deferred queue is known to be empty."""
         keys = self._keys.breaker(name)

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from celery.states import PENDING
@@ -174,9 +175,10 @@ class Deferral:
     def _defer(self, request: GatedRequest, envelope: Envelope, *, limited: bool) -> None:
         if limited and (memory_limit := self._memory.exceeded()) is not None:
             raise DeferredQueueFullError(envelope.breaker, memory_limit=memory_limit)
-        self._index_writer.write(lambda: self._index(request.id, envelope))
+        is_indexed = self._index_writer.begin(lambda: self._index(request.id, envelope))
         info = {"breaker": envelope.breaker, "since": envelope.since, "reason": envelope.reason}
-        self._write_state(request, DEFERRED, info)
+        self._write_state(request, DEFERRED, info)  # meanwhile
+        is_indexed()
         limit = self._runtime.breaker(envelope.breaker).policy.max_deferred if limited else None
         queue = self.queues.deferred(envelope.breaker)
         try:
@@ -296,11 +298,16 @@ class Deferral:
         )
 
     def _write_state(self, request: GatedRequest, state: str, info: dict[str, Any] | None = None) -> None:
-        def write() -> None:
-            request.task.backend.store_result(request.id, info, state, request=request.context)
-
         if not request.ignore_result:  # a state that no result ever replaces
-            self._state_writer.write(write)
+            store = request.task.backend.store_result
+            self._state_writer.write(partial(store, request.id, info, state, request=request.context))
+
+    def write_state_again(self, request: GatedRequest, breaker: str, reason: str) -> None:
+        """Write the state of a task once more, if it is deferred."""
+        with suppress(StoreError):
+            since = self._runtime.fleet.ledger.deferred_since(breaker, request.id)
+            if since is not None:
+                self._write_state(request, DEFERRED, {"breaker": breaker, "since": since, "reason": reason})
 
     def close(self) -> None:
         """Give what is held one more chance and close the connection."""

@@ -185,7 +185,20 @@ def run_admitted(admission: Admission, name: str, task_id: str, *args: Any) -> t
             logger.exception(what, name, task_id, extra=about(task_id, name))
             failed, value, runtime = 1, ExceptionInfo(internal=True), 0.0
     report = run.report()
+    value = _without_traceback(value) if failed else value
     return failed, value, runtime, None if report == WENT_WELL else report
+
+
+class _Raised(NamedTuple):
+    """What Celery reads of an ``ExceptionInfo``."""
+
+    exception: TaskDeferred
+
+
+def _without_traceback(info: Any) -> Any:
+    """Return a deferral alone: to pickle a traceback takes 0.3 ms here, and 0.8 ms in the main process."""
+    error = getattr(info.exception, "exc", info.exception)
+    return _Raised(error) if isinstance(error, TaskDeferred) else info
 
 
 def bounded(retrying: tenacity.Retrying, breakers: Sequence[Dependency], limit: float | None) -> tenacity.Retrying:

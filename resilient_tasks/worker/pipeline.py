@@ -146,6 +146,12 @@ class Pipeline:
         wait = request.envelope.back_off() if deferred.backs_off else None
         self.defer(request, deferred.breaker, deferred.reason, deferred, wait=wait)
 
+    def on_retried(self, request: GatedRequest) -> None:
+        """Write the state DEFERRED again if the retry waits: the pool process writes RETRY after sending it."""
+        refusing = self.refusing(request)
+        if refusing is not None:
+            self.deferral.write_state_again(request, refusing.name, str(refusing.refuse()))
+
     def on_death(self, request: GatedRequest, exc: BaseException) -> bool:
         """Settle a run that the pool has ended; True if its task is deferred.
 

@@ -67,6 +67,7 @@ class Pipeline(Protocol):
     def on_begun(self, request: GatedRequest) -> None: ...
     def on_result(self, request: GatedRequest, report: Report) -> None: ...
     def on_deferred(self, request: GatedRequest, deferred: TaskDeferred) -> None: ...
+    def on_retried(self, request: GatedRequest) -> None: ...
     def on_death(self, request: GatedRequest, exc: BaseException) -> bool: ...
 
 
@@ -216,6 +217,11 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
             what = "Task %s[%s] has failed, and its callbacks are invalid"
             logger.exception(what, self.name, self.id, extra=self.log_fields)
             self.acknowledge()
+
+    def on_retry(self, exc_info: Any) -> None:
+        """Handle a retry that Celery has sent: another message, which may have been deferred by now."""
+        super().on_retry(exc_info)
+        self.pipeline.on_retried(self)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:  # noqa: FBT001 - Celery's signature
         """Handle a time limit; a hard one has been through :meth:`on_failure` already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -9,6 +10,7 @@ from unittest import mock
 
 import pytest
 import tenacity
+from billiard.einfo import ExceptionInfo
 from celery import Celery
 from celery.app.task import Context
 from celery.exceptions import Ignore, Retry
@@ -40,14 +42,15 @@ def gated(task: Any, admission: Admission) -> tuple[Any, Report]:
         task.request_stack.push(Context(id=task_id, called_directly=False, retries=0))
         try:
             return 0, task(), 0.0
-        except Exception as exc:
-            return 1, exc, 0.0
+        except Exception:
+            return 1, ExceptionInfo(), 0.0
         finally:
             task.request_stack.pop()
 
     with mock.patch.object(celery_internals, "tracer", return_value=trace):
         _, value, _, report = run_admitted(admission, task.name, TASK_ID)
-    return value, report or WENT_WELL
+    error = getattr(value, "exception", value)
+    return getattr(error, "exc", error), report or WENT_WELL
 
 
 def seven() -> int:
@@ -365,3 +368,19 @@ def test_an_eager_task_is_guarded_by_all(
         fails()
     clock.settle()
     assert payments.snapshot().calls == 1
+
+
+def test_a_deferral_leaves_its_traceback_in_the_pool_process(app: Celery) -> None:
+    """To pickle and read one takes a millisecond, and nothing reads it."""
+
+    def trace(_name: str, _task_id: str) -> tuple[int, Any, float]:
+        try:
+            failing(TaskDeferred("payments", "it is OPEN"))()
+        except TaskDeferred:
+            return 1, ExceptionInfo(), 0.0
+        raise AssertionError
+
+    with mock.patch.object(celery_internals, "tracer", return_value=trace):
+        _, value, *_ = run_admitted(admitted(), "tasks.pay", TASK_ID)
+    assert len(pickle.dumps(value)) < 500
+    assert pickle.loads(pickle.dumps(value)).exception.breaker == "payments"

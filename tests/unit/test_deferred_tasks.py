@@ -51,7 +51,7 @@ def tasks(app: Celery) -> DeferredTasks:
 def entry() -> Entry:
     body = json.dumps([[], {}, {}])
     message = SimpleNamespace(
-        headers={"id": "an-id", "task": "waiting-charge"}, body=body, payload=json.loads(body), delivery_info={},
+        headers={"id": "a-revoked-id", "task": "waiting-charge"}, body=body, payload=json.loads(body), delivery_info={},
         properties={}, content_type="application/json", content_encoding="utf-8",
     )  # fmt: skip
     return Entry(message, Envelope(breaker="payments"))
@@ -63,4 +63,4 @@ def test_a_revoked_task_waits_for_its_result_to_be_writable(app: Celery, tasks: 
     assert tasks.end(entry, TaskRevokedError("revoked")) is None
     backend.away = False
     assert tasks.end(entry, TaskRevokedError("revoked")) == Move(entry, None)
-    assert backend.get_state("an-id") == "REVOKED"
+    assert backend.get_state("a-revoked-id") == "REVOKED"
