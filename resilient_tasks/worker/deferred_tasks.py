@@ -42,12 +42,11 @@ logger = logging.getLogger("resilient_tasks")
 
 #: Seconds after its turn for which a task still supersedes earlier ones, which wait for their own sake after a failure.
 CLAIM_OUTLIVES_TURN = 3600.0
-#: Waiting tasks that are looked at in one go.
+#: Waiting tasks, and bytes of their messages, that are looked at in one go.
 PAGE = 500
-#: Bytes of messages that are looked at in one go.
 PAGE_SIZE = 1_000_000
 #: Seconds for which a task may still be deferred by a worker that has not received its stamp's revoke.
-HEARSAY = 60.0
+REVOKE_DELAY = 60.0
 
 #: Chooses what becomes of some waiting tasks; the others go on waiting.
 Choose = Callable[[Sequence[Entry]], Sequence[Move]]
@@ -69,20 +68,21 @@ class DeferredTasks:
     def transfer(self, breaker: str, choose: Choose, *, start: int = 0) -> tuple[int, list[Move]]:
         """Offer the oldest waiting tasks, but for the first ``start``, to ``choose`` and make its moves.
 
-        What is no task is dead-lettered, so that it holds up nothing.
-
-        Returns:
-            How many messages were looked at, and the moves that were made.
+        What is no task is dead-lettered, so that it holds up nothing. Return how many messages were looked at, and the
+        moves that were made.
         """
         ledger, queue = self._runtime.fleet.ledger, self.queues.deferred(breaker)
         made: list[Move] = []
         with self.queues.peek(queue, breaker, start=start) as entries:
             offered = _page(entries)
             planned = list(choose([entry for entry in offered if not entry.flaw]))
-            flawed = [self._dead_letter_flawed(entry) for entry in offered if entry.flaw]
+            flawed = [entry for entry in offered if entry.flaw]
+            for entry in flawed:
+                logger.warning("a message that waits for breaker %r is dead-lettered: %s", breaker, entry.flaw)
+            dead = [Move(entry, self.queues.dead(breaker), entry.envelope) for entry in flawed]
             ledger.remove_deferred(breaker, [move.entry.task_id for move in planned])  # they may come back at once
             try:
-                for move in self.queues.move(queue, [*planned, *flawed]):
+                for move in self.queues.move(queue, [*planned, *dead]):
                     made.append(move)
                     self._ended.discard(_deferral_of(move.entry))
             finally:
@@ -93,11 +93,6 @@ class DeferredTasks:
                 breaker=entry.envelope.breaker, since=entry.envelope.since,
             )  # fmt: skip
         return len(offered), made
-
-    def _dead_letter_flawed(self, entry: Entry) -> Move:
-        breaker = entry.envelope.breaker
-        logger.warning("a message that waits for breaker %r is dead-lettered: %s", breaker, entry.flaw)
-        return Move(entry, self.queues.dead(breaker), entry.envelope)
 
     def _note_unmade(self, planned: Sequence[Move], made: Sequence[Move]) -> None:
         """Index again what was not moved, and end what has no queue to go back to."""
@@ -123,22 +118,22 @@ class DeferredTasks:
     def ends(self, entries: Sequence[Entry], now: float) -> dict[str, Exception]:
         """Return by id why tasks must wait no longer: they were revoked, or have waited for too long."""
         revoked = revoked_among(entries, self._runtime.fleet.ledger)
-        errors = {entry.task_id: _expiry(entry, now) for entry in entries}
-        errors.update({task_id: TaskRevokedError(REVOKED) for task_id in revoked})
-        return {task_id: error for task_id, error in errors.items() if error is not None}
+        expired = {
+            entry.task_id: _expiry(entry, now) for entry in entries if now >= (entry.envelope.ends_at or now + 1)
+        }
+        return {**expired, **{task_id: TaskRevokedError(REVOKED) for task_id in revoked}}
 
     def remove_ended(self, entries: Sequence[Entry]) -> tuple[list[Move], list[Entry]]:
         """End those tasks that shall never run; return the moves that this takes, and the tasks that may run.
 
         One whose result cannot be written now is neither ended nor may it run.
         """
-        ledger = self._runtime.fleet.ledger
         errors = self.ends(entries, self._runtime.fleet.view.server_now())
         for entry in entries:
             unreadable = None if entry.task_id in errors else entry.unreadable()
             if unreadable is not None:
                 errors[entry.task_id] = unreadable
-        for task_id, latest in superseded_among(entries, ledger, gone=errors.keys()).items():
+        for task_id, latest in superseded_among(entries, self._runtime.fleet.ledger, gone=errors.keys()).items():
             errors.setdefault(task_id, SupersededError(latest))
         moves = [self.end(entry, errors[entry.task_id]) for entry in entries if entry.task_id in errors]
         return [move for move in moves if move], [entry for entry in entries if entry.task_id not in errors]
@@ -146,12 +141,12 @@ class DeferredTasks:
     def resume(self, entries: Sequence[Entry], epoch: int, why: str) -> list[Move]:
         """Send tasks back to the queues that they came from."""
         now = self._runtime.fleet.view.server_now()
+        moves: list[Move] = []
         for entry in entries:
             self._withdraw(entry, keep_for=CLAIM_OUTLIVES_TURN)
-            self._tell(entry, TASK_RESUMED, exception=why, traceback=None)
-        return [
-            Move(entry, self._runtime.origin(entry.envelope), entry.envelope.resume(epoch, now)) for entry in entries
-        ]
+            self._send(entry, TASK_RESUMED, exception=why, traceback=None)
+            moves.append(Move(entry, self._runtime.origin(entry.envelope), entry.envelope.resume(epoch, now)))
+        return moves
 
     def _withdraw(self, entry: Entry, *, keep_for: float = 0.0) -> None:
         """Let a task supersede earlier ones no longer: at once if it never runs, else when none can be left."""
@@ -161,10 +156,8 @@ class DeferredTasks:
     def end(self, entry: Entry, error: Exception) -> Move | None:
         """End a task that must wait no longer.
 
-        One that was revoked, dropped or superseded leaves no message; any other is dead-lettered.
-
-        Returns:
-            None if its result cannot be written now: it goes on waiting, and a later tick tries again.
+        One that was revoked, dropped or superseded leaves no message; any other is dead-lettered. None if its result
+        cannot be written now: it goes on waiting, and a later tick tries again.
         """
         breaker, kinds, move = entry.envelope.breaker, [DEAD], Move(entry, None)
         if isinstance(error, SupersededError):
@@ -189,7 +182,7 @@ class DeferredTasks:
         if _deferral_of(entry) in self._ended:
             return True
         try:
-            self._end(entry, error)
+            self._write_end(entry, error)
         except ResultNotWrittenError as exc:
             what = "Task %s[%s] cannot end yet (%s): %s"
             logger.warning(what, entry.task_name, entry.task_id, error, exc, extra=entry.log_fields)
@@ -198,17 +191,17 @@ class DeferredTasks:
         self._withdraw(entry)
         return True
 
-    def _end(self, entry: Entry, error: Exception) -> None:
+    def _write_end(self, entry: Entry, error: Exception) -> None:
         request, backend = self._request(entry), self._runtime.app.backend
         if isinstance(error, SupersededError):
             if request is not None and not request.ignore_result:
                 info = {"breaker": entry.envelope.breaker, "ran": error.latest}
                 write = request.task.backend.store_result
                 write_result(write, entry.task_id, info, states.IGNORED, request=request.context)
-            self._tell(entry, TASK_IGNORED, ran=error.latest)
+            self._send(entry, TASK_IGNORED, ran=error.latest)
         elif isinstance(error, TaskRevokedError):
             # monitors take REVOKED for older news than DEFERRED, as long as the task has not left that state
-            self._tell(entry, TASK_RESUMED, exception=str(error), traceback=None)
+            self._send(entry, TASK_RESUMED, exception=str(error), traceback=None)
             if request is not None:
                 request.revoke(str(error), expired=str(error) == EXPIRED)
             else:
@@ -217,7 +210,7 @@ class DeferredTasks:
             request.fail(error)
         else:
             write_result(backend.mark_as_failure, entry.task_id, error)
-            self._tell(entry, "task-failed", exception=repr(error), traceback=None)
+            self._send(entry, "task-failed", exception=repr(error), traceback=None)
 
     def _request(self, entry: Entry) -> GatedRequest | None:
         """Return the request that a worker would make of a message; None if it could not."""
@@ -225,12 +218,13 @@ class DeferredTasks:
             task = self._runtime.app.tasks[entry.task_name]
             check_task(task_fields(entry.message), payload_of(entry.message))
             parts = decode(celery_internals.parts_of, entry.message)
+            eventer = self._events.dispatcher(entry.envelope.reported_by)
             return GatedRequest(
                 entry.message,
                 app=self._runtime.app,
                 task=task,
                 hostname=self._events.hostname,
-                eventer=self._events.dispatcher(entry.envelope.reported_by),
+                eventer=eventer,
                 **parts,
             )
         except (NotRegistered, DecodeError, InvalidTaskError) as exc:
@@ -238,7 +232,7 @@ class DeferredTasks:
             logger.warning(what, entry.task_name, entry.task_id, exc, extra=entry.log_fields)
             return None
 
-    def _tell(self, entry: Entry, event: str, **fields: Any) -> None:
+    def _send(self, entry: Entry, event: str, **fields: Any) -> None:
         self._events.send(event, entry.envelope.reported_by, uuid=entry.task_id, **fields)
 
     def close(self) -> None:
@@ -262,11 +256,9 @@ def _page(entries: Iterator[Entry]) -> list[Entry]:
     return page
 
 
-def _expiry(entry: Entry, now: float) -> DeferralExpiredError | TaskRevokedError | None:
+def _expiry(entry: Entry, now: float) -> DeferralExpiredError | TaskRevokedError:
     """Return the error of a task that has waited longer than its ``defer_for``, or past its ``expires``."""
     envelope = entry.envelope
-    if envelope.ends_at is None or now < envelope.ends_at:
-        return None
     if envelope.ends_at == envelope.expires:
         return TaskRevokedError(EXPIRED)
     return DeferralExpiredError(envelope.breaker, now - envelope.since, envelope.deadline - envelope.since)
@@ -291,21 +283,19 @@ class RevokeRelay:
     def pass_on(self, ledger: Ledger, breakers: Iterable[str]) -> None:
         """Write to the ledger what is new, and have the tick look at tasks that wait for one of ``breakers``.
 
-        Raises:
-            StoreError: the ledger is unavailable; the next call writes it.
+        If the ledger is unavailable, it raises StoreError and the next call writes it.
         """
         ids = set(celery_internals.revoked_ids)
         stamps = {header: list(values) for header, values in celery_internals.revoked_stamps.copy().items()}
         self._expired &= ids  # what Celery has forgotten need not be distinguished
         new_ids = ids - self._ids - self._expired
-        ledger.revoke([*new_ids, *self._unheard(stamps)])
+        new_stamps = [  # Celery only ever appends to them
+            _mark(header, value) for header, values in stamps.items() for value in values[self._stamps.get(header, 0) :]
+        ]
+        ledger.revoke([*new_ids, *new_stamps])
         ledger.hasten(breakers, new_ids)
         self._ids = ids
         self._stamps = {header: len(values) for header, values in stamps.items()}
-
-    def _unheard(self, stamps: dict[str, list[object]]) -> Iterator[str]:
-        for header, values in stamps.items():  # Celery only ever appends to them
-            yield from (_mark(header, value) for value in values[self._stamps.get(header, 0) :])
 
 
 def revoked_among(entries: Sequence[Entry], ledger: Ledger) -> set[str]:
@@ -314,8 +304,8 @@ def revoked_among(entries: Sequence[Entry], ledger: Ledger) -> set[str]:
     revoked = ledger.revoked([*marks, *set().union(*marks.values())])
 
     def by_stamp(entry: Entry) -> bool:
-        heard_until = entry.envelope.since - HEARSAY
-        return any(mark in revoked and revoked[mark] > heard_until for mark in marks[entry.task_id])
+        known_until = entry.envelope.since - REVOKE_DELAY
+        return any(mark in revoked and revoked[mark] > known_until for mark in marks[entry.task_id])
 
     return {entry.task_id for entry in entries if entry.task_id in revoked or by_stamp(entry)}
 
@@ -324,12 +314,10 @@ def _marks(entry: Entry) -> Iterator[str]:
     """Yield the marks of a task's stamps."""
     headers = entry.message.headers or {}
     stamped, stamps = headers.get("stamped_headers"), headers.get("stamps")
-    if not isinstance(stamped, (list, tuple)) or not isinstance(stamps, dict):
-        return
-    for header, value in stamps.items():
-        if header in stamped:
-            values = value if isinstance(value, (list, tuple)) else [value]
-            yield from (_mark(header, one) for one in values)
+    if isinstance(stamped, (list, tuple)) and isinstance(stamps, dict):
+        for header, value in stamps.items():
+            if header in stamped:
+                yield from (_mark(header, each) for each in (value if isinstance(value, (list, tuple)) else [value]))
 
 
 def _mark(header: str, value: object) -> str:

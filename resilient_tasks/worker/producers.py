@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from celery import states
 from celery.result import EagerResult
@@ -24,24 +24,18 @@ from resilient_tasks.fallback import Call
 from resilient_tasks.monitor.log import about
 from resilient_tasks.store.background import renew_after_fork
 from resilient_tasks.worker import celery_internals
-from resilient_tasks.worker.context import find_runtime, runtime_of
+from resilient_tasks.worker.context import Runtime, find_runtime, runtime_of
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.execution import serve
 from resilient_tasks.worker.options import DEFER, FAIL
-from resilient_tasks.worker.published_queues import open_queues
-from resilient_tasks.worker.queues import Queues
 from resilient_tasks.worker.request import GatedRequest, coalesced_as
-
-if TYPE_CHECKING:
-    from resilient_tasks.worker.context import Runtime
 
 logger = logging.getLogger("resilient_tasks")
 
 FALLBACK = "fallback"
 
 Send = Callable[..., Any]
-Defer = Callable[[Queue, Any, Mapping[str, Any]], bool]
 
 #: Options of a task that a workflow sends on its way: no caller receives an error.
 _IN_A_WORKFLOW = ("group_id", "chord", "parent_id")
@@ -50,45 +44,27 @@ _FOLLOWED_BY = ("link", "chain")
 
 
 def send_task(task: Any, send: Send, args: Any, kwargs: Any, on_open: str | None, options: dict[str, Any]) -> Any:
-    """Send a guarded task, unless its breaker refuses and something else is wanted then.
-
-    Args:
-        task: the task.
-        send: Celery's ``apply_async`` with the arguments, to be called with the options.
-        args: positional arguments.
-        kwargs: keyword arguments.
-        on_open: ``"fail"``, ``"fallback"`` or None.
-        options: Celery's other options.
-
-    Returns:
-        What ``send`` returns; an ``EagerResult`` if a fallback has answered.
-
-    Raises:
-        BreakerOpenError: the breaker refuses, and ``on_open`` is ``"fail"``.
-        ConfigurationError: ``on_open`` is anything else, or the task has no fallback.
-    """
-    _check(task, on_open)
+    """Send a guarded task by Celery's ``apply_async``, unless its breaker refuses and something else is wanted then."""
+    if on_open not in (None, FAIL, FALLBACK):
+        raise ConfigurationError(f"task {task.name!r}: on_open={on_open!r}: a sender may say 'fail' or 'fallback'")
+    if on_open == FALLBACK and not task.options.fallback:
+        what = "on_open='fallback': it has no fallback, give it one by fallback="
+        raise ConfigurationError(f"task {task.name!r}: {what}")
     runtime = find_runtime(task.app) if on_open is None else runtime_of(task.app)
+    if runtime is None:
+        return send(**options)
     wanted = None if any(map(options.get, _IN_A_WORKFLOW)) else on_open
-    gated = runtime is not None and runtime.settings.gate_producers and _is_only_deferred(task)
-    refusal = _refusal(task, args or (), kwargs or {}) if runtime and (wanted or gated) else None
+    gated = runtime.settings.gate_producers and _is_only_deferred(task)
+    guards = runtime.guards_of(task, args or (), kwargs or {}) if wanted or gated else ()
+    refusal = next((guard.refuse() for guard in guards if not guard.accepting), None)
     if refusal is None:
         return send(**options)
-    served = _serve(task, args, kwargs, refusal, options) if wanted == FALLBACK else None
+    served = _serve(runtime, task, args, kwargs, refusal, options) if wanted == FALLBACK else None
     if served is not None:
         return served
     if wanted == FAIL or (wanted == FALLBACK and task.options.on_open == FAIL):
         raise refusal
-    return runtime.producers_gate.send(task, send, refusal, options) if runtime and gated else send(**options)
-
-
-def _check(task: Any, on_open: str | None) -> None:
-    if on_open not in (None, FAIL, FALLBACK):
-        raise ConfigurationError(f"task {task.name!r}: on_open={on_open!r}: a sender may say 'fail' or 'fallback'")
-    if on_open == FALLBACK and not task.options.fallback:
-        raise ConfigurationError(
-            f"task {task.name!r}: on_open='fallback': it has no fallback, give it one by fallback="
-        )
+    return runtime.producers_gate.send(task, send, refusal, options) if gated else send(**options)
 
 
 def _is_only_deferred(task: Any) -> bool:
@@ -97,22 +73,15 @@ def _is_only_deferred(task: Any) -> bool:
     return options.on_open == DEFER and not options.fallback and not task.app.conf.task_always_eager
 
 
-def _refusal(task: Any, args: Any, kwargs: Any) -> BreakerOpenError | None:
-    """Return the refusal that a worker would meet with now, as far as this process knows."""
-    guards = runtime_of(task.app).guards_of(task, args, kwargs)
-    return next((guard.refuse() for guard in guards if not guard.accepting), None)
-
-
 def _serve(
-    task: Any, args: Any, kwargs: Any, refusal: BreakerOpenError, options: Mapping[str, Any]
+    runtime: Runtime, task: Any, args: Any, kwargs: Any, refusal: BreakerOpenError, options: Mapping[str, Any]
 ) -> EagerResult | None:
     """Return what a fallback answers; None if none does, or other tasks wait for this one to run."""
     if any(map(options.get, _FOLLOWED_BY)):
         return None
     given_id = options.get("task_id")
     task_id = given_id or uuid()
-    call = Call(task.name, task.run, args or (), kwargs or {}, task_id)
-    served = serve(runtime_of(task.app), task, call, refusal.breaker)
+    served = serve(runtime, task, Call(task.name, task.run, args or (), kwargs or {}, task_id), refusal.breaker)
     if served is None:
         return None
     if (given_id or task.store_eager_result) and not options.get("ignore_result", task.ignore_result):
@@ -131,7 +100,7 @@ class ProducersGate:
     def after_fork(self) -> None:
         """Start with a new lock and without the parent's connections."""
         self._lock = threading.Lock()
-        self._opened: tuple[Queues, Deferral] | None = None
+        self._deferral: Deferral | None = None
 
     def send(self, task: Any, send: Send, refusal: BreakerOpenError, options: dict[str, Any]) -> Any:
         """Send a task with all that Celery does around it, but its message into the deferred queue."""
@@ -147,8 +116,8 @@ class ProducersGate:
         except DeferredQueueFullError:
             return False
         except Exception as exc:  # not deferred, for whatever reason: it is published, and a worker's gate sees to it
-            is_broker = self._opened is not None and isinstance(exc, self._opened[1].errors)
-            self._opened = None
+            is_broker = self._deferral is not None and isinstance(exc, self._deferral.errors)
+            self._deferral = None
             what, task_id = "Task %s[%s] is published as usual: %r", sent["headers"]["id"]
             fields = about(task_id, task.name, refusal.breaker)
             logger.warning(what, task.name, task_id, exc, exc_info=not is_broker, extra=fields)
@@ -156,26 +125,24 @@ class ProducersGate:
         return True
 
     def _defer(self, task: Any, refusal: BreakerOpenError, queue: Queue, body: Any, sent: Any) -> None:
-        if self._opened is None:
-            queues = open_queues(self._runtime.app, self._runtime.settings.namespace)
-            self._opened = queues, Deferral(self._runtime, queues)
-        queues, deferral = self._opened
-        maybe_declare(queue, queues.channel)  # as a producer does: it must be there when the task is resumed
-        message = celery_internals.compose(queues.channel, body, sent)
+        if self._deferral is None:
+            self._deferral = Deferral(self._runtime)
+        channel = self._deferral.queues.channel
+        maybe_declare(queue, channel)  # as a producer does: it must be there when the task is resumed
+        message = celery_internals.compose(channel, body, sent)
         request = GatedRequest(message, app=task.app, task=task, **celery_internals.parts_of(message))
         request.acknowledged = True  # it was never delivered
         now = self._runtime.fleet.view.server_now()
         envelope = Envelope(refusal.breaker, origin=queue.name, reason=str(refusal), expires=request.expires_at(now))
-        deferral.defer(request, envelope.begin(now, task.options.defer_for, coalesced_as(request)).defer(now))
+        envelope = envelope.begin(now, task.options.defer_for, coalesced_as(request)).defer(now)
+        self._deferral.defer(request, envelope)
 
 
 class _DeferringProducer:
-    """Stands in for kombu's producer in the sending of one task; passes on everything but the task's message."""
+    """Replaces kombu's producer in the sending of one task; passes on everything but the task's message."""
 
-    def __init__(self, producer: Any, task_id: str, defer: Defer) -> None:
-        self._producer = producer
-        self._task_id = task_id
-        self._defer = defer
+    def __init__(self, producer: Any, task_id: str, defer: Callable[[Queue, Any, Mapping[str, Any]], bool]) -> None:
+        self._producer, self._task_id, self._defer = producer, task_id, defer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._producer, name)

@@ -88,7 +88,6 @@ class PublishedQueues(Queues):
         self._declared.add(queue)
 
     def _check(self, queue: str) -> None:
-        """See :meth:`Queues.check`. Nothing is published to the queue itself, where it would wait behind others."""
         with self._exclusive():
             self._declare(queue)
             if self._emulated:  # by kombu, which knows no rights
@@ -175,7 +174,6 @@ class PublishedQueues(Queues):
 
     @contextlib.contextmanager
     def peek(self, queue: str, breaker: str, *, start: int = 0) -> Iterator[Iterator[Entry]]:
-        """See :meth:`Queues.peek`."""
         held: list[Any] = []
         with self._exclusive():
             self._declare(queue)
@@ -205,7 +203,6 @@ class PublishedQueues(Queues):
             message.ack()
 
     def move(self, queue: str, moves: Sequence[Move]) -> Iterator[Move]:
-        """See :meth:`Queues.move`."""
         for move in moves:
             message, dead = move.entry.message, self.dead(move.entry.envelope.breaker)
             if move.queue is None or self._publish(message, move.queue, move.envelope):
@@ -228,7 +225,6 @@ class PublishedQueues(Queues):
                 return 0
 
     def size(self, *queues: str) -> int:
-        """See :meth:`Queues.size`."""
         with self._exclusive():
             return sum(self._size(queue) for queue in queues)
 

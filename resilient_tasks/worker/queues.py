@@ -76,17 +76,14 @@ class Entry:
 
     @property
     def task_id(self) -> str:
-        """Id of the task; "" if the message has none."""
         return self._field("id")
 
     @property
     def task_name(self) -> str:
-        """Name of the task; "" if the message has none."""
         return self._field("task")
 
     @property
     def log_fields(self) -> dict[str, str]:
-        """What a log line about it says for machines."""
         return about(self.task_id, self.task_name, self.envelope.breaker)
 
     def unreadable(self) -> DecodeError | None:
@@ -98,6 +95,7 @@ class Entry:
         return None
 
     def _field(self, name: str) -> str:
+        """Return the id or the name of the task; "" if the message has none."""
         headers = self.message.headers or {}
         value = headers[name] if name in headers else task_fields(self.message).get(name)
         return value if isinstance(value, str) else ""
@@ -133,7 +131,6 @@ class Queues(ABC):
         return self.transport_options
 
     def deferred(self, breaker: str) -> str:
-        """Name of a breaker's deferred queue."""
         return f"{self.namespace}.deferred.{breaker}"
 
     def dead(self, breaker: str) -> str:
@@ -157,7 +154,7 @@ class Queues(ABC):
 
     @property
     def refusals(self) -> tuple[type[Exception], ...]:
-        """What a broker raises that refuses a user something."""
+        """What it raises if it refuses a user something."""
         return tuple(self._connection.channel_errors)
 
     def check(self, queue: str) -> Exception | None:
@@ -169,8 +166,7 @@ class Queues(ABC):
         return None
 
     @abstractmethod
-    def _check(self, queue: str) -> None:
-        """See :meth:`check`."""
+    def _check(self, queue: str) -> None: ...
 
     def close(self) -> None:
         """Close the connection; it reopens when used again."""
@@ -199,22 +195,12 @@ class Queues(ABC):
         self, message: Any, queue: str, envelope: Envelope | None, *,
         owned: bool, limit: int | None = None, first: bool = False,
     ) -> bool:  # fmt: skip
-        """Put a delivered message into a queue.
+        """Put a delivered message into one of our queues, or into the one that it came from.
 
-        Args:
-            message: the message as it was consumed.
-            queue: one of ours, or the one that it came from.
-            envelope: what it shall say about itself from now on; None: nothing.
-            owned: the broker still holds it as unacknowledged; False under early acknowledgement.
-            limit: most messages that the queue may hold; None: no bound.
-            first: it is the next to be taken, where that can be done, instead of the last.
-
-        Returns:
-            False if the message is no longer ours because the broker has restored it.
-
-        Raises:
-            DeferredQueueFullError: the queue holds ``limit`` messages.
-            Exception: one of :attr:`errors`; the message is where it was.
+        ``owned``: the broker still holds it as unacknowledged, as under late acknowledgement; ``first``: it is the next
+        to be taken, where that can be done. False if the message is no longer ours because the broker has restored it.
+        DeferredQueueFullError if the queue holds ``limit`` messages; after one of :attr:`errors` the message is where
+        it was.
         """
 
     @abstractmethod
@@ -223,16 +209,13 @@ class Queues(ABC):
 
     @abstractmethod
     def move(self, queue: str, moves: Sequence[Move]) -> Iterator[Move]:
-        """Move messages out of a queue that is open by :meth:`peek`; the others keep their places.
+        """Move messages out of a queue that is open by :meth:`peek`, and yield the moves as they were made.
 
-        Yields:
-            The moves as they were made. What another process has moved is left out; what has no queue to go to any
-            more is dead-lettered, or stays so.
+        What another process has moved is left out; what has no queue to go to any more is dead-lettered, or stays so.
         """
 
     @abstractmethod
-    def size(self, *queues: str) -> int:
-        """Number of messages in some queues."""
+    def size(self, *queues: str) -> int: ...
 
     def found(self) -> list[str]:
         """Return breakers with messages in their deferred queues, some at a time; none if the broker does not say."""

@@ -73,18 +73,15 @@ class RedisQueues(Queues):
 
     @property
     def refusals(self) -> tuple[type[Exception], ...]:
-        """See :meth:`Queues.refusals`. One that is full, or read-only for a moment, is no refusal."""
         return (redis.exceptions.NoPermissionError,)
 
     def _check(self, queue: str) -> None:
-        """See :meth:`Queues.check`."""
         self._run(_CHECK, [celery_internals.list_key(self.channel, queue)], ["resilient-tasks-check"])
 
     def put(
         self, message: Any, queue: str, envelope: Envelope | None, *,
         owned: bool, limit: int | None = None, first: bool = False,
     ) -> bool:  # fmt: skip
-        """See :meth:`Queues.put`."""
         raw = self._sent(message, envelope)
         raw["properties"] = {**raw["properties"], "delivery_tag": celery_internals.new_delivery_tag(self.channel)}
         tag = message.delivery_tag if owned and celery_internals.emulates_acks(message.channel) else ""
@@ -99,7 +96,6 @@ class RedisQueues(Queues):
 
     @contextmanager
     def peek(self, queue: str, breaker: str, *, start: int = 0) -> Iterator[Iterator[Entry]]:
-        """See :meth:`Queues.peek`."""
         texts = itertools.chain.from_iterable(self._oldest(celery_internals.list_key(self.channel, queue), start))
         yield (self._decoded(queue, breaker, text) for text in texts)
 
@@ -111,7 +107,6 @@ class RedisQueues(Queues):
         return self._entry(queue, breaker, message, text)
 
     def move(self, queue: str, moves: Sequence[Move]) -> Iterator[Move]:
-        """See :meth:`Queues.move`."""
         if not moves:
             return
         dead = self.dead(moves[0].entry.envelope.breaker)
@@ -159,7 +154,6 @@ class RedisQueues(Queues):
             count = max(1, min(page, _REPLY_SIZE * count // _size_of(reply)))
 
     def size(self, *queues: str) -> int:
-        """See :meth:`Queues.size`."""
         return sum(map(self._size, queues))
 
     def _size(self, queue: str) -> int:
@@ -169,7 +163,6 @@ class RedisQueues(Queues):
             return 0
 
     def found(self) -> list[str]:
-        """See :meth:`Queues.found`. Each time it goes on in the keyspace where it has ended before."""
         prefix: str = celery_internals.list_key(self.channel, self.deferred(""))
         keys: set[Any] = set()
         for _ in range(_SCANS):
@@ -182,11 +175,9 @@ class RedisQueues(Queues):
         return sorted(key.decode(errors="replace").removeprefix(prefix) for key in keys)
 
     def memory(self) -> Memory | None:
-        """See :meth:`Queues.memory`."""
         return Memory.read(self._client.info("memory"))
 
     def server_facts(self) -> ServerFacts:
-        """See :meth:`Queues.server_facts`."""
         saves = None
         with suppress(redis.ResponseError):  # managed servers keep their settings to themselves
             saves = self._client.config_get("save").get("save")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from resilient_tasks.errors import StoreError
 from resilient_tasks.worker import celery_internals
-from resilient_tasks.worker.deferred_tasks import HEARSAY, RevokeRelay, revoked_among
+from resilient_tasks.worker.deferred_tasks import REVOKE_DELAY, RevokeRelay, revoked_among
 from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.queues import Entry
 
@@ -121,14 +121,14 @@ def test_tasks_are_found_by_id_and_by_stamp(ledger: Any) -> None:
 def test_a_revoked_stamp_concerns_only_tasks_that_had_been_sent(ledger: Any) -> None:
     celery_internals.revoked_stamps["tenant"] = ["acme"]
     RevokeRelay().pass_on(ledger, ["payments"])
-    since = {"long ago": NOW - 1000, "a moment later": NOW + 1, "the day after": NOW + HEARSAY + 1}
+    since = {"long ago": NOW - 1000, "a moment later": NOW + 1, "the day after": NOW + REVOKE_DELAY + 1}
     entries = [stamped(task_id, at, tenant="acme") for task_id, at in since.items()]
     assert revoked_among(entries, ledger) == {"long ago", "a moment later"}
 
 
 def test_a_revoked_id_concerns_its_task_for_good(ledger: Any) -> None:
     ledger.revoke(["a"])
-    assert revoked_among([waiting("a", since=NOW + 2 * HEARSAY)], ledger) == {"a"}
+    assert revoked_among([waiting("a", since=NOW + 2 * REVOKE_DELAY)], ledger) == {"a"}
 
 
 JSON = st.recursive(
