@@ -79,7 +79,6 @@ class Resilience:
         runtime = Runtime(app, self._dependencies, connect=lambda: self.fleet, settings=lambda: self.settings)
         runtime.producers_gate = ProducersGate(runtime)
         _make_tasks_resilient(app)
-        _check_what_is_sent(app)
         app.steps["worker"].add(Membership)
         app.steps["consumer"].add(ControlQueue)
         _register_tick(runtime)
@@ -88,8 +87,8 @@ class Resilience:
             if app.configured:
                 beat.add_tick_entry(runtime)
 
-        app.on_after_configure.connect(add_tick_entry, weak=False)
-        app.on_after_finalize.connect(add_tick_entry, weak=False)
+        for signal in (app.on_after_configure, app.on_after_finalize):
+            signal.connect(add_tick_entry, weak=False)
 
     def breaker(self, name: str, policy: BreakerPolicy | None = None, **fields: Unpack[PolicyFields]) -> Breaker:
         """Define the breaker of one dependency.
@@ -170,9 +169,11 @@ class Resilience:
             ConfigurationError: that breaker is not defined, or ``since`` is no span of time.
             StoreError: the store is unavailable, or keeps no history.
         """
+        if since is not None and (isinstance(since, bool) or not isinstance(since, (int, float)) or since < 0):
+            raise ConfigurationError(f"since={since!r}: allowed is a number of seconds, 0 or more, or None")
         names = self._breakers if name is None else [self[name].name]
         fleet = self.fleet
-        earliest = 0.0 if since is None else fleet.view.server_now() - _span(since)
+        earliest = 0.0 if since is None else fleet.view.server_now() - since
         return fleet.history.outages(fleet.with_children(names), since=earliest)
 
     def estimate(self, name: str) -> Estimate | None:
@@ -237,16 +238,14 @@ class Resilience:
 
 
 def _make_tasks_resilient(app: Celery) -> None:
-    """Derive our class from the app's own whenever Celery makes it: ``task_cls`` may be set later."""
-    create = app.create_task_cls
+    """Derive our class from the app's own whenever Celery makes it: ``task_cls`` may be set later.
+
+    The options that any task is sent with are checked, those of other classes than ours included.
+    """
+    create, send = app.create_task_cls, app.send_task
     app.create_task_cls = lambda: resilient(create())
     if "Task" in app.__dict__:  # made already, or set by the user
         app.Task = resilient(app.Task)
-
-
-def _check_what_is_sent(app: Celery) -> None:
-    """Check the options that any task is sent with, those of other classes than ours included."""
-    send = app.send_task
 
     @wraps(send)
     def send_task(name: str, *args: Any, **options: Any) -> Any:
@@ -260,26 +259,17 @@ def _policy_in_code(name: str, policy: BreakerPolicy | None, fields: dict[str, A
     if policy is not None and not isinstance(policy, BreakerPolicy):
         raise ConfigurationError(f"breaker {name!r}: policy={policy!r}: allowed is a BreakerPolicy")
     if policy is not None and fields:
-        raise ConfigurationError(
-            f"breaker {name!r}: give a policy or its fields ({', '.join(sorted(fields))}), not both"
-        )
+        given = ", ".join(sorted(fields))
+        raise ConfigurationError(f"breaker {name!r}: give a policy or its fields ({given}), not both")
     known = BreakerPolicy.__dataclass_fields__.keys()
-    if fields.keys() - known:
-        unknown = sorted(fields.keys() - known)
-        raise ConfigurationError(
-            f"breaker {name!r}: unknown policy field {', '.join(unknown)}; allowed are {', '.join(known)}"
-            f"{did_you_mean(unknown[0], known)}"
-        )
+    unknown = sorted(fields.keys() - known)
+    if unknown:
+        what = f"unknown policy field {', '.join(unknown)}; allowed are {', '.join(known)}"
+        raise ConfigurationError(f"breaker {name!r}: {what}{did_you_mean(unknown[0], known)}")
     try:
         return policy or BreakerPolicy(**fields)
     except ConfigurationError as exc:
         raise ConfigurationError(f"breaker {name!r}: {exc}") from None
-
-
-def _span(since: float) -> float:
-    if isinstance(since, (int, float)) and not isinstance(since, bool) and since >= 0:
-        return since
-    raise ConfigurationError(f"since={since!r}: allowed is a number of seconds, 0 or more, or None")
 
 
 class _TickTask(Task):  # type: ignore[misc]  # Celery is untyped

@@ -7,7 +7,6 @@ import getpass
 import socket
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypedDict, TypeVar, overload
 from weakref import WeakValueDictionary
 
@@ -88,7 +87,7 @@ class Breaker:
     @property
     def state(self) -> State:
         """State of the breaker as this process sees it."""
-        return self._dependency.cached_state.snapshot.state
+        return self._dependency.state
 
     @property
     def accepting(self) -> bool:
@@ -177,18 +176,19 @@ class Breaker:
         Raises:
             ConfigurationError: the breaker has another probe already, or a value is not allowed.
         """
-        probe = Probe(breaker=self.name, function=fn or _nothing, **options)
-        return partial(self._register_probe, probe) if fn is None else self._register_probe(probe, fn)
-
-    def _register_probe(self, probe: Probe, fn: _F) -> _F:
         dependency = self._dependency
-        if dependency.probe is not None and dependency.probe.function is not fn:
-            raise ConfigurationError(
-                f"breaker {self.name!r} has the probe {dependency.probe.function!r} already; {fn!r} is one too many"
-            )
-        dependency.probe = replace(probe, function=fn)
-        dependency.declare(replace(dependency.spec, in_a_row=probe.successes_before_close))
-        return fn
+        probe = Probe(breaker=self.name, function=fn or (lambda: None), **options)  # checks the options
+
+        def register(fn: _F) -> _F:
+            known = dependency.probe
+            if known is not None and known.function is not fn:
+                what = f"has the probe {known.function!r} already; {fn!r} is one too many"
+                raise ConfigurationError(f"breaker {self.name!r} {what}")
+            dependency.probe = replace(probe, function=fn)
+            dependency.declare(replace(dependency.spec, in_a_row=probe.successes_before_close))
+            return fn
+
+        return register if fn is None else register(fn)
 
     def heartbeat(self) -> None:
         """Report that the dependency is well, for a ``heartbeat(ttl)`` probe.
@@ -238,10 +238,6 @@ def breaker_of(dependency: Dependency) -> Breaker:
         breaker = _breakers[dependency] = Breaker.__new__(Breaker)
         breaker._dependency = dependency  # noqa: SLF001 - as __init__ does
     return breaker
-
-
-def _nothing() -> None:
-    """Stand for the function that a decorator has not been given yet."""
 
 
 @functools.lru_cache(maxsize=1)

@@ -23,15 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class Fleet:
-    """Store, view and reporter of this process.
+    """Store, view and reporter of this process; while the shared store is unavailable, a local one decides.
 
-    Args:
-        store: the shared store; decisions fall back to a local one while it is away.
-        ledger: what workers must know in common; None for a store that no worker uses.
-        history: what has become of the breakers so far; None for a store that keeps none.
-        announce: gets each transition that this process has made; what it raises is logged.
-        task_id: returns the id of the task that runs here and now, for :meth:`voter`.
-        clock: monotonic clock in seconds, for tests that advance the time.
+    A store in memory has no ledger, of what workers must know in common, and no history. ``announce`` gets each
+    transition that this process has made, ``task_id`` returns the id of the task that runs here and now.
     """
 
     def __init__(
@@ -56,14 +51,14 @@ class Fleet:
 
     @property
     def ledger(self) -> Ledger:
-        """What the fleet's workers must know in common; a store in memory keeps none and raises ``StoreError``."""
+        """What the fleet's workers must know in common; StoreError without a shared store."""
         if self._ledger is None:
             raise StoreError(f"{self.store!r} keeps no ledger of deferred tasks: workers need a shared store")
         return self._ledger
 
     @property
     def history(self) -> History:
-        """What has become of the fleet's breakers; a store in memory keeps no history and raises ``StoreError``."""
+        """What has become of the fleet's breakers; StoreError without a shared store."""
         if self._history is None:
             raise StoreError(f"{self.store!r} keeps no history of breakers: that takes a shared store")
         return self._history
@@ -110,19 +105,15 @@ class Fleet:
         return answer.snapshot
 
     def learn(self, answer: Answer | Grant, asked: int | None = None) -> None:
-        """Update the view by a store's answer, and announce the transition that it brought about."""
+        """Update the view by a store's answer, and announce the transition that it brought about, if any."""
         self.view.update(answer.snapshot, asked)
         if answer.transition is not None:
-            self.announce(answer.transition)
+            try:
+                self._announce(answer.transition)
+            except Exception:  # whatever is given to this class
+                logger.exception("a listener failed on the transition of breaker %s", answer.transition.name)
         if isinstance(answer, Answer):
             self.view.look_for_room(answer.snapshot)
-
-    def announce(self, transition: Transition) -> None:
-        """Notify of a transition; what a listener raises is logged."""
-        try:
-            self._announce(transition)
-        except Exception:
-            logger.exception("a listener failed on the transition of breaker %s", transition.name)
 
     def close(self) -> None:
         """Send what waits, for about a second at most, and let go of threads and connections."""

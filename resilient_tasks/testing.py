@@ -65,9 +65,9 @@ class Clock:
         self.settle()
         self._now += seconds
         fleet = self._resilience.fleet
-        for standing in fleet.view.states():
+        for cached in fleet.view.states():
             asked = fleet.view.asking()
-            fleet.learn(fleet.store.advance(standing.spec), asked)
+            fleet.learn(fleet.store.advance(cached.spec), asked)
 
     def settle(self) -> None:
         """Wait until the outcomes of all calls so far are counted; a success is otherwise counted a moment later."""

@@ -44,10 +44,10 @@ app_named: Callable[[str], Celery] = find_app
 #: Forget that a request waits for or occupies a pool slot.
 task_ready: Callable[[Request], None] = worker_state.task_ready
 
-#: Ids this worker was told to revoke.
+#: Ids that this worker is to revoke.
 revoked_ids = worker_state.revoked
 
-#: Stamps this worker was told to revoke: values by header, the latest last.
+#: Stamps that this worker is to revoke: values by header, the latest last.
 revoked_stamps: dict[str, list[Any]] = worker_state.revoked_stamps
 
 #: The content types that a worker with these ``accept_content`` takes.
@@ -61,20 +61,17 @@ decode_message: Callable[[str | bytes], Any] = loads
 
 
 def current_app() -> Celery:
-    """Return the app that this process runs."""
     return _current_app._get_current_object()
 
 
 def import_task_modules(app: Celery) -> None:
-    """Import all modules that an app names or discovers, as a worker does when it starts."""
     app.loader.import_default_modules()
 
 
 def shutting_down() -> bool:
-    """Whether this worker has been told to stop, warmly or coldly."""
-    return any(
-        flag is not None and flag is not False for flag in (worker_state.should_stop, worker_state.should_terminate)
-    )
+    """Whether this worker is to stop, warmly or coldly."""
+    flags = worker_state.should_stop, worker_state.should_terminate  # exit codes: 0 is one as well
+    return any(flag is not None and flag is not False for flag in flags)
 
 
 def tracer(app: Celery) -> Callable[..., TraceResult]:
@@ -112,8 +109,8 @@ def compose(channel: Any, body: Any, sent: Mapping[str, Any]) -> Any:
 class _Composer(Producer):
     """Composes messages instead of publishing them."""
 
-    def _publish(self, *told: Any) -> Any:
-        body, priority, content_type, content_encoding, headers, properties, routing_key, _, _, exchange, *_ = told
+    def _publish(self, *args: Any) -> Any:
+        body, priority, content_type, content_encoding, headers, properties, routing_key, _, _, exchange, *_ = args
         channel, headers = self.channel, dict(headers)
         if is_emulated(channel):
             payload = channel.prepare_message(body, priority, content_type, content_encoding, headers, properties)
@@ -145,12 +142,10 @@ def call_errbacks(backend: Any, context: Any, error: Exception) -> None:
 
 
 def no_retry() -> Retry:
-    """Return what keeps redis-py from trying a command ten times, for seconds."""
     return Retry(NoBackoff(), 0)
 
 
 def is_emulated(channel: Any) -> bool:
-    """Whether a channel belongs to a transport in which kombu itself plays the broker."""
     return isinstance(channel, VirtualChannel)
 
 
@@ -169,12 +164,10 @@ def list_key(channel: Any, queue: str, priority: int = 0) -> str:
 
 
 def queue_size(channel: Any, queue: str) -> int:
-    """Return the number of messages that lie in a queue, of all priorities."""
     return int(channel._size(queue))
 
 
 def message_priority(channel: Any, raw: Mapping[str, Any]) -> int:
-    """Return a raw message's priority as the channel sorts it."""
     return int(channel._get_message_priority(raw, reverse=False))
 
 
@@ -195,12 +188,10 @@ def forget_delivery(message: Any) -> None:
 
 
 def new_delivery_tag(channel: Any) -> str:
-    """Return a delivery tag as the channel gives it to a fresh message."""
     return str(channel._next_delivery_tag())
 
 
 def reserved_requests() -> list[Request]:
-    """Return the requests that wait for a pool slot or occupy one."""
     return list(worker_state.reserved_requests)
 
 
@@ -261,21 +252,17 @@ def queue_of(task_consumer: Any, message: Any) -> str:
     for name, active in getattr(task_consumer, "_active_tags", {}).items():
         if tag is not None and active == tag:
             return str(name)
-    return _queue_by_routing(task_consumer, message.channel, info.get("exchange") or "", info.get("routing_key") or "")
-
-
-def _queue_by_routing(task_consumer: Any, channel: Any, exchange: object, routing_key: object) -> str:
     consumed = [queue.name for queue in task_consumer.queues]
+    exchange, routing_key = info.get("exchange") or "", info.get("routing_key") or ""
     if not (isinstance(exchange, str) and isinstance(routing_key, str)):  # forged
         return str(consumed[0])
-    if exchange:
-        routed = [name for name in channel._lookup(exchange, routing_key) if name in consumed]
-        return str(routed[0]) if routed else str(consumed[0])
-    return routing_key
+    if not exchange:
+        return routing_key
+    routed = [name for name in message.channel._lookup(exchange, routing_key) if name in consumed]
+    return str(routed[0] if routed else consumed[0])
 
 
 def pool_name(pool: Any) -> str:
-    """Return the name of a pool's kind as ``celery worker -P`` has it."""
     return type(pool).__module__.rpartition(".")[2].replace("thread", "threads")
 
 
@@ -303,8 +290,7 @@ def autoscale_maximum(consumer: Any) -> float:
 def add_slot(pool: Any) -> None:
     """Give a running pool one slot more, which takes a task at once; call it in the consumer's event loop.
 
-    Raises:
-        OSError, MemoryError, RuntimeError, NotImplementedError: the pool cannot grow now.
+    OSError, MemoryError, RuntimeError or NotImplementedError: the pool cannot grow now.
     """
     if queues_inside(pool):
         executor = pool.executor
@@ -386,11 +372,9 @@ class _LastItem:
         raise _ThreadEndsError
 
 
-def _is_no_thread_that_ends(record: logging.LogRecord) -> bool:
-    return record.exc_info is None or record.exc_info[0] is not _ThreadEndsError
-
-
-logging.getLogger("concurrent.futures").addFilter(_is_no_thread_that_ends)
+logging.getLogger("concurrent.futures").addFilter(
+    lambda record: record.exc_info is None or record.exc_info[0] is not _ThreadEndsError
+)
 
 
 def change_prefetch(consumer: Any, slots: int) -> None:
@@ -412,10 +396,8 @@ def submit(consumer: Any, request: Request) -> None:
 class Events:
     """Sends events from one thread on a connection of its own, best-effort.
 
-    Args:
-        app: the Celery app.
-        consumer: a worker's consumer: events are sent as far as it sends any, under its name. None: this process is
-            no worker, and events are sent under the name of the worker that has reported the task as deferred.
+    With a worker's consumer they are sent as far as it sends any, under its name; without one this process is no
+    worker, and they are sent under the name of the worker that has reported the task as deferred.
     """
 
     def __init__(self, app: Celery, consumer: Any = None) -> None:
@@ -450,7 +432,6 @@ class Events:
             self.close()
 
     def close(self) -> None:
-        """Close the connection; it reopens when used again."""
         connection, self._connection = self._connection, None
         dispatchers, self._dispatchers = self._dispatchers, {}
         for closing in (*dispatchers.values(), *filter(None, [connection])):

@@ -39,17 +39,11 @@ Decoded = TypeVar("Decoded")
 
 
 class Step(NamedTuple):
-    """One step of a task's way.
+    """One step of a task's way."""
 
-    Args:
-        at: when, in seconds on the store's clock.
-        what: ``"deferred"``, ``"failed"``, ``"resumed"`` or ``"dead"``.
-        cause: what the failure was, e.g. ``"ReadTimeout"``.
-    """
-
-    at: _Seconds
-    what: _Text
-    cause: _Text = ""
+    at: _Seconds  # on the store's clock
+    what: _Text  # "deferred", "failed", "resumed" or "dead"
+    cause: _Text = ""  # what the failure was, e.g. "ReadTimeout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +84,12 @@ class Envelope:
     @classmethod
     def take(cls, headers: MutableMapping[str, Any]) -> Envelope:
         """Like :meth:`read`, and remove it from ``headers``."""
-        envelope = cls.read(headers)
-        headers.pop(HEADER, None)
-        return envelope
+        return cls.read({HEADER: headers.pop(HEADER, None)})
 
     def write(self, headers: Mapping[str, Any]) -> dict[str, Any]:
         """Return ``headers`` with this envelope in place of any other."""
-        return {
-            **headers,
-            HEADER: {_IN_HEADER.get(name, name): value for name in _FIELDS if (value := getattr(self, name))},
-        }
+        known = ((_IN_HEADER.get(name, name), getattr(self, name)) for name in _FIELDS)
+        return {**headers, HEADER: {name: value for name, value in known if value}}
 
     @property
     def ends_at(self) -> float | None:
@@ -152,10 +142,9 @@ def without_envelope(headers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decode(decoder: Callable[..., Decoded], *args: Any) -> Decoded:
-    """Return what a decoder of kombu's makes of ``args``; no code of ours may run inside it.
+    """Return what a decoder of kombu's makes of ``args``, or raise DecodeError; no code of ours may run inside it.
 
-    Raises:
-        DecodeError: it fails. The text names the class of its error, whose own text may hold secrets.
+    The error's text names the class of the decoder's error, whose own text may hold secrets.
     """
     try:
         return decoder(*args)
@@ -164,11 +153,7 @@ def decode(decoder: Callable[..., Decoded], *args: Any) -> Decoded:
 
 
 def decode_raw(decoder: Callable[[bytes], Any], text: bytes) -> dict[str, Any]:
-    """Return the object in a Redis list of which kombu makes a message.
-
-    Raises:
-        DecodeError: it is none.
-    """
+    """Return the object in a Redis list of which kombu makes a message, or raise DecodeError."""
     raw = decode(decoder, text)
     match raw:
         case {"body": str(), "properties": {"delivery_tag": str(), "delivery_info": {"exchange": _, "routing_key": _}}}:
@@ -179,16 +164,11 @@ def decode_raw(decoder: Callable[[bytes], Any], text: bytes) -> dict[str, Any]:
 
 
 def payload_of(message: Any) -> Any:
-    """Return the decoded body of a message, or raise DecodeError."""
     return decode(getattr, message, "payload")
 
 
 def task_fields(message: Any) -> Mapping[str, Any]:
-    """Return the fields in which a message names its task: its headers, or the body of message protocol 1.
-
-    Raises:
-        DecodeError: the body cannot be decoded.
-    """
+    """Return the fields in which a message names its task: its headers, or the body of message protocol 1."""
     headers: Mapping[str, Any] = message.headers if isinstance(message.headers, dict) else {}
     if "task" in headers:
         return headers
@@ -224,14 +204,9 @@ class _TaskFields(BaseModel):
 
 
 def check_task(fields: Mapping[str, Any], payload: Any) -> None:
-    """Refuse a message on which Celery's ``Request`` would fail, and the whole worker with it.
+    """Raise InvalidTaskError for a message on which Celery's ``Request`` would fail, and the whole worker with it.
 
-    Args:
-        fields: the fields in which it names its task.
-        payload: its decoded body.
-
-    Raises:
-        InvalidTaskError: one of them is of the wrong type; Celery logs and rejects the message.
+    ``fields`` are those in which it names its task, ``payload`` is its decoded body. Celery logs and rejects it.
     """
     try:
         _TaskFields.model_validate(fields)

@@ -14,10 +14,10 @@ from resilient_tasks.fallback import ALLOWED_KEYS, FallbackChain, TaskKey, as_ch
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.validation import Count, check_fields
 
-LATEST = "latest"
 DEFER: Final = "defer"
 FAIL: Final = "fail"
 RAISE: Final = "raise"
+_AS_GIVEN = ("on_open", "max_attempts", "defer_for", "retrying", "coalesce", "coalesce_key", "breaker_key")
 _LONGEST = 100 * 365 * 24 * 3600.0  # seconds; what is meant to be longer is None
 
 
@@ -50,18 +50,12 @@ class TaskOptions:
         if task.coalesce_key is not None and task.coalesce is None:
             key = f"coalesce_key={task.coalesce_key!r}"
             raise ConfigurationError(f"task {name!r}: {key}: allowed with coalesce='latest' only")
-        on_failure = task.on_dependency_failure
+        by_default: Literal["defer", "raise"] = DEFER if task.on_open == DEFER else RAISE
         options = cls(
             breakers=_breaker_names(task, name),
             fallback=as_chain(task.fallback, name, task.run),
-            on_open=task.on_open,
-            on_failure=(DEFER if task.on_open == DEFER else RAISE) if on_failure is None else on_failure,
-            max_attempts=task.max_attempts,
-            defer_for=task.defer_for,
-            retrying=task.retrying,
-            coalesce=task.coalesce,
-            coalesce_key=task.coalesce_key,
-            breaker_key=task.breaker_key,
+            on_failure=by_default if task.on_dependency_failure is None else task.on_dependency_failure,
+            **{option: getattr(task, option) for option in _AS_GIVEN},
         )
         check_fields(options, f"task {name!r}: ")
         return options

@@ -51,11 +51,8 @@ class PublishedQueues(Queues):
     """Any other transport: durable queues without consumers, publish then acknowledge."""
 
     transport_options: ClassVar[dict[str, Any]] = {
-        "max_retries": 0,
-        "confirm_publish": True,
-        "read_timeout": 10,
-        "write_timeout": 10,
-    }
+        "max_retries": 0, "confirm_publish": True, "read_timeout": 10, "write_timeout": 10,
+    }  # fmt: skip
 
     def __init__(self, app: Celery, namespace: str) -> None:
         super().__init__(app, namespace)
@@ -66,20 +63,15 @@ class PublishedQueues(Queues):
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
-        with self._lock, contextlib.ExitStack() as failed:
-            failed.callback(self._start_anew)
-            yield
-            failed.pop_all()
-
-    def _start_anew(self) -> None:
-        self._declared.clear()
-        with contextlib.suppress(*self.errors):
-            self._connection.collect()  # a farewell would wait for a broker that reads nothing more
-
-    def _passing_channel(self) -> Any:
-        """Return a channel for one question: a broker ends the channel on which it refuses something."""
-        _ = self.channel  # opens the connection again if it was closed
-        return self._connection.channel()
+        """Use the connection alone; after an error the next use opens another."""
+        with self._lock:
+            try:
+                yield
+            except BaseException:
+                self._declared.clear()
+                with contextlib.suppress(*self.errors):
+                    self._connection.collect()  # closing it would wait for a broker that reads nothing more
+                raise
 
     def _declare(self, queue: str) -> None:
         if queue in self._declared:
@@ -218,7 +210,8 @@ class PublishedQueues(Queues):
             yield replace(move, queue=dead)
 
     def _size(self, queue: str) -> int:
-        with self._passing_channel() as passing:
+        _ = self.channel  # opens the connection again if it was closed
+        with self._connection.channel() as passing:  # a broker ends the channel on which it refuses something
             try:
                 return int(passing.queue_declare(queue, passive=True).message_count)
             except self._connection.channel_errors:
