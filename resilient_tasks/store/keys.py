@@ -6,6 +6,7 @@ All keys of one breaker and its children share a hash tag, so that one script ma
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import NamedTuple
 
 from resilient_tasks.core.model import key_of, parent_of
@@ -13,8 +14,10 @@ from resilient_tasks.errors import ConfigurationError
 
 SCHEMA = 2  # of breakers' states, logs and counts; older releases kept them without a number
 _LONGEST_NAME = 200
+_REMEMBERED = 10_000  # names: each is asked for with every call of a store
 
 
+@lru_cache(_REMEMBERED)
 def may_be_in_a_key(name: str) -> bool:
     """Whether ``name`` can be a part of keys: braces mark the hash tag."""
     readable = 0 < len(name) <= _LONGEST_NAME and name.isprintable() and name == name.strip()
@@ -52,9 +55,13 @@ class Keys:
         self.breakers = f"{namespace}:breakers"  # sorted set: name -> last declared by a worker, ms
         self.workers = f"{namespace}:workers"  # sorted set: worker -> when it last attended, ms
         self.revoked = f"{namespace}:revoked"  # sorted set: task id or stamp -> revoked at, ms
+        self._cached = lru_cache(_REMEMBERED)(self._build)
 
     def breaker(self, name: str) -> BreakerKeys:
         """Return the keys of a breaker; raise ``ConfigurationError`` if the name cannot be part of one."""
+        return self._cached(name)
+
+    def _build(self, name: str) -> BreakerKeys:
         own = {part: self.schema_2(name, part) for part in ("state", "failures", "slow", "trials", "slots")}
         parent = parent_of(name) or name
         return BreakerKeys(

@@ -280,8 +280,8 @@ class RevokeRelay:
         if expired:
             self._expired.add(request.id)
 
-    def pass_on(self, ledger: Ledger, breakers: Iterable[str]) -> None:
-        """Write to the ledger what is new, and have the tick look at tasks that wait for one of ``breakers``.
+    def pass_on(self, ledger: Ledger, breakers: Callable[[], Iterable[str]]) -> None:
+        """Write to the ledger what is new, and have the tick look at tasks that wait for one of ``breakers()``.
 
         If the ledger is unavailable, it raises StoreError and the next call writes it.
         """
@@ -293,7 +293,8 @@ class RevokeRelay:
             _mark(header, value) for header, values in stamps.items() for value in values[self._stamps.get(header, 0) :]
         ]
         ledger.revoke([*new_ids, *new_stamps])
-        ledger.hasten(breakers, new_ids)
+        if new_ids:
+            ledger.hasten(breakers(), new_ids)
         self._ids = ids
         self._stamps = {header: len(values) for header, values in stamps.items()}
 

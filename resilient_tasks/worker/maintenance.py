@@ -139,6 +139,8 @@ class Maintenance:
 
     def _holds_few(self) -> bool:
         """Whether tasks wait that are over their workers' own limits, and this one has nearly run those it holds."""
+        if all(each.policy.max_concurrency_per_worker is None for each in self._runtime.breakers.values()):
+            return False
         limited = (each for each in self._runtime.present() if each.policy.max_concurrency_per_worker is not None)
         return any(each.cached_state.snapshot.deferred and self._holding.wants_more(each) for each in limited)
 
@@ -153,7 +155,7 @@ class Maintenance:
             if self._sender_seen:
                 self._sender_seen = False
                 ledger.tick_sender_seen(self._runtime.tick_scope)
-        self._revokes.pass_on(ledger, [breaker.name for breaker in self._runtime.present()])
+        self._revokes.pass_on(ledger, lambda: [breaker.name for breaker in self._runtime.present()])
 
     def _overdue(self) -> bool:
         """Whether no tick has completed for too long, whatever beat sends."""
