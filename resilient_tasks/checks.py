@@ -6,6 +6,7 @@
 
 Each is a callable without arguments that returns if the dependency is healthy and raises
 :class:`HealthCheckError` if it is not. They keep to the time limit of the probe that runs them.
+An argument that is not allowed is a ``ConfigurationError`` as soon as the check is made.
 """
 
 from __future__ import annotations
@@ -105,26 +106,17 @@ def _time_left() -> float:
 
 
 class Check:
-    """A health check of the library's own.
-
-    Args:
-        description: the call that made it, without secrets; it begins every message.
-        look: raises if the dependency is not healthy.
-    """
+    """A health check of the library's own."""
 
     def __init__(self, description: str, look: Callable[[], None]) -> None:
-        self._description = description
-        self._look = look
+        self._description = description  # the call that made it, without secrets; it begins every message
+        self._look = look  # raises if the dependency is not healthy
 
     def __repr__(self) -> str:
         return self._description
 
     def __call__(self) -> None:
-        """Return if the dependency is healthy.
-
-        Raises:
-            HealthCheckError: it is not.
-        """
+        """Return if the dependency is healthy, else raise :class:`HealthCheckError`."""
         try:
             self._look()
         except HealthCheckError as error:
@@ -162,14 +154,10 @@ def http_check(
         expect: one status or several.
         method: of the request, which has no body.
         headers: of the request.
-
-    Raises:
-        ConfigurationError: an argument is not allowed.
     """
     parts = _parts("http_check", "url", url)
-    statuses = (expect,) if isinstance(expect, int) else expect
-    is_collection = isinstance(statuses, Collection) and bool(statuses)
-    if not is_collection or not all(type(status) is int and 100 <= status <= 599 for status in statuses):  # noqa: PLR2004 - statuses of HTTP
+    statuses = expect if isinstance(expect, Collection) else (expect,)
+    if not statuses or not all(type(status) is int and 100 <= status <= 599 for status in statuses):  # noqa: PLR2004 - statuses of HTTP
         _refuse("http_check", "expect", expect, "a status from 100 to 599, or several, such as range(200, 300)")
     if not _is_text(method) or not set(method) <= _TOKEN:
         _refuse("http_check", "method", method, "the name of an HTTP method, such as 'GET' or 'HEAD'")
@@ -196,9 +184,6 @@ def tcp_check(host: str, port: int) -> Check:
     Args:
         host: name or address.
         port: from 1 to 65535.
-
-    Raises:
-        ConfigurationError: an argument is not allowed.
     """
     if not _is_text(host):
         _refuse("tcp_check", "host", host, "a host name or address")
@@ -258,9 +243,6 @@ def consul_check(service: str, address: str = "http://127.0.0.1:8500", token: st
         service: its name in Consul.
         address: URL of Consul's HTTP interface.
         token: for Consul's access control.
-
-    Raises:
-        ConfigurationError: an argument is not allowed.
     """
     if not _is_text(service):
         _refuse("consul_check", "service", service, "the name of a service in Consul")
@@ -297,9 +279,6 @@ def grpc_check(target: str, service: str = "", *, tls: bool = False) -> Check:
         target: ``host:port``, or any other target that gRPC knows.
         service: full name of one service; empty: the server as a whole.
         tls: encrypt, and check the server's certificate by gRPC's own root certificates.
-
-    Raises:
-        ConfigurationError: an argument is not allowed, or grpcio is not installed.
     """
     if not _is_text(target) or target.startswith("-") or "\0" in target:
         _refuse("grpc_check", "target", target, "host:port")
@@ -329,9 +308,6 @@ def command_check(argv: Sequence[str]) -> Check:
 
     Args:
         argv: the program and its arguments, as a list.
-
-    Raises:
-        ConfigurationError: ``argv`` is no list of strings, or empty.
     """
     is_list = isinstance(argv, (list, tuple)) and all(isinstance(argument, str) for argument in argv)
     if not is_list or not argv or not _is_text(argv[0]) or any("\0" in argument for argument in argv):
@@ -371,9 +347,6 @@ def heartbeat(ttl: float) -> Check:
 
     Args:
         ttl: longest silence in seconds, up to seven days.
-
-    Raises:
-        ConfigurationError: ``ttl`` is not allowed.
     """
     if not isinstance(ttl, (int, float)) or isinstance(ttl, bool) or not 0 < ttl <= LONGEST_SILENCE:
         _refuse("heartbeat", "ttl", ttl, f"a positive number of seconds up to {LONGEST_SILENCE:g}")
@@ -399,9 +372,6 @@ def all_of(*checks: Callable[[], Any]) -> Check:
 
     Args:
         checks: checks of this package or functions of one's own, coroutine functions too.
-
-    Raises:
-        ConfigurationError: there are none, or one cannot be called.
     """
     return _Combined("all_of", checks)
 
@@ -411,9 +381,6 @@ def any_of(*checks: Callable[[], Any]) -> Check:
 
     Args:
         checks: checks of this package or functions of one's own, coroutine functions too.
-
-    Raises:
-        ConfigurationError: there are none, or one cannot be called.
     """
     return _Combined("any_of", checks)
 
@@ -423,13 +390,12 @@ class _Combined(Check):
         for function in functions or (None,):
             if not callable(function):
                 raise ConfigurationError(f"{name}({function!r}): allowed are one or more checks or functions")
-        names = (getattr(function, "__qualname__", repr(function)) for function in functions)
-        super().__init__(f"{name}({', '.join(names)})", self._all if name == "all_of" else self._any)
+        super().__init__(f"{name}({', '.join(map(_name_of, functions))})", self._all if name == "all_of" else self._any)
         self._functions = functions
         self._threads: list[threading.Thread] = []
 
     def __call__(self) -> None:
-        self._look()
+        self._look()  # its errors name the member that has failed
 
     def _all(self) -> None:
         for failure in self._answers():
@@ -456,13 +422,11 @@ class _Combined(Check):
             self._threads.append(thread)
             thread.start()
         for _ in self._functions:
-            yield self._next(answers)
-
-    def _next(self, answers: SimpleQueue[HealthCheckError | None]) -> HealthCheckError | None:
-        try:
-            return answers.get(timeout=_time_left())
-        except Empty:
-            return HealthCheckError(f"{self}: no answer in time")
+            try:
+                failure = answers.get(timeout=_time_left())
+            except Empty:
+                failure = HealthCheckError(f"{self}: no answer in time")
+            yield failure
 
 
 def _answer(function: Callable[[], Any], answers: SimpleQueue[HealthCheckError | None]) -> None:
@@ -471,6 +435,10 @@ def _answer(function: Callable[[], Any], answers: SimpleQueue[HealthCheckError |
     except HealthCheckError as error:
         answers.put(error)
     except BaseException as error:  # noqa: BLE001 - a check that raises anything has failed
-        answers.put(HealthCheckError(f"{getattr(function, '__qualname__', function)}: {type(error).__name__}"))
+        answers.put(HealthCheckError(f"{_name_of(function)}: {type(error).__name__}"))
     else:
         answers.put(None)
+
+
+def _name_of(function: Callable[[], Any]) -> str:
+    return getattr(function, "__qualname__", repr(function))

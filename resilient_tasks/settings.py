@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Annotated, Any, TypedDict
 
@@ -26,21 +25,14 @@ from resilient_tasks.core.memory import MEMORY_LIMIT_RULE, MemoryLimit
 from resilient_tasks.core.model import NAME_PATTERN, NAME_RULE
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.store.address import SCHEMES, hide_password, scheme_of
-from resilient_tasks.validation import check_field
+from resilient_tasks.store.address import SCHEMES, hide_password
+from resilient_tasks.validation import parse_field
 
 PREFIX = "RESILIENT_TASKS_"
 NESTED = "__"
 
 _CODE_ONLY = frozenset({"classify", "failures", "ignore"})
-_WORDS = {"none": None, "null": None, "true": True, "false": False}
 _POLICY_FIELDS = [field.name for field in fields(BreakerPolicy)]
-
-
-def _check_store_url(url: str) -> str:
-    if scheme_of(url) not in SCHEMES:
-        raise ValueError("not a Redis or Valkey URL")
-    return url
 
 
 def _check_memory_limit(text: str) -> str:
@@ -68,8 +60,11 @@ class Settings(BaseSettings):
     )
 
     # a field's description is what its error message says is allowed
-    store_url: Annotated[str, AfterValidator(_check_store_url)] | None = Field(
-        None, description=f"a URL that begins with {', '.join(f'{scheme}://' for scheme in SCHEMES)}", repr=False
+    store_url: str | None = Field(
+        None,
+        pattern=rf"^(?i:{'|'.join(map(re.escape, SCHEMES))})://",
+        description=f"a URL that begins with {', '.join(f'{scheme}://' for scheme in SCHEMES)}",
+        repr=False,
     )
     namespace: str = Field("resilient", pattern=f"^{NAME_PATTERN}$", description=NAME_RULE)
     tick_interval: float = Field(1.0, ge=0.05, le=3600, description="a number of seconds from 0.05 to 3600")
@@ -98,18 +93,16 @@ class Settings(BaseSettings):
             loaded = cls(**given)
         except ValidationError as error:
             raise ConfigurationError(_explain(error, given)) from None  # pydantic's text would show passwords
-        except SettingsError:
-            raise ConfigurationError(_explain_json()) from None
+        except SettingsError:  # only the overrides are JSON, as one variable; its value may hold a password
+            allowed = cls.model_fields["breakers"].description
+            raise ConfigurationError(f"{PREFIX}BREAKERS is no JSON: allowed is a JSON object of {allowed}") from None
         for breaker, values in loaded.breakers.items():
             for name, value in values.items():
                 _parse(breaker, name, value)
         return loaded
 
     def policy_for(self, name: str, policy: BreakerPolicy) -> BreakerPolicy:
-        """Return ``policy`` with what the settings override for the breaker ``name``.
-
-        Raises ConfigurationError if two overrides match, or the overridden policy contradicts itself.
-        """
+        """Return ``policy`` with what the settings override; raise if two match, or it then contradicts itself."""
         matches = [override for override in self.breakers if _folded(override) == _folded(name)]
         if len(matches) > 1:
             raise ConfigurationError(f"breaker {name!r}: the overrides {_listed(matches)} all match it; allowed is one")
@@ -128,12 +121,14 @@ class Settings(BaseSettings):
         by_folded: dict[str, list[str]] = {}
         for name in sorted(set(defined)):
             by_folded.setdefault(_folded(name), []).append(name)
+        unknown = []
         for override in self.breakers:
             names = by_folded.get(_folded(override), [])
             if len(names) > 1:
                 variable = _variable("breakers", override, "...")
                 raise ConfigurationError(f"{variable} matches the breakers {_listed(names)}; allowed is one")
-        return [override for override in self.breakers if _folded(override) not in by_folded]
+            unknown += [] if names else [override]
+        return unknown
 
 
 # --- what is wrong, and where -----------------------------------------------------------------------
@@ -176,12 +171,6 @@ def _explain(error: ValidationError, given: Mapping[str, Any]) -> str:
     return f"{label}={shown!r}: allowed is {field.description}"
 
 
-def _explain_json() -> str:
-    """Only the overrides are JSON, when they are given as one variable."""
-    variable = PREFIX + "BREAKERS"  # it is not quoted: what is no JSON may be anything, a password as well
-    return f"{variable} is no JSON: allowed is a JSON object of {Settings.model_fields['breakers'].description}"
-
-
 def _parse(breaker: str, name: str, value: Any) -> Any:
     """Return an overridden policy field as the policy wants it; environment variables are text."""
     variable = _variable("breakers", breaker, name)
@@ -190,22 +179,11 @@ def _parse(breaker: str, name: str, value: Any) -> Any:
     if name not in _POLICY_FIELDS:
         allowed = ", ".join(known for known in _POLICY_FIELDS if known not in _CODE_ONLY)
         raise ConfigurationError(f"{variable}={value!r}: no such policy field; allowed are {allowed}")
-    parsed = _value_of(value) if isinstance(value, str) else value
+    is_none = isinstance(value, str) and value.strip().lower() in ("none", "null")
     try:
-        check_field(BreakerPolicy, name, parsed)
+        return parse_field(BreakerPolicy, name, None if is_none else value)
     except ConfigurationError as error:
         raise ConfigurationError(f"{variable}={value!r}: {str(error).rpartition(': ')[2]}") from None
-    return parsed
-
-
-def _value_of(text: str) -> object:
-    word = text.strip().lower()
-    if word in _WORDS:
-        return _WORDS[word]
-    for number in (int, float):
-        with suppress(ValueError):
-            return number(text)
-    return text
 
 
 class SettingsFields(TypedDict, total=False):

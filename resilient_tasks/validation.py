@@ -28,24 +28,26 @@ NumberOf = Annotated[int, Field(ge=1, le=1_000_000, description="an integer from
 
 def check(subject: str, name: str, kind: Any, value: object) -> None:
     """Check one value, without conversion; raise ConfigurationError, which names subject, name and value."""
-    _check(subject, name, TypeAdapter(kind), value, _allowed(kind))
-
-
-def check_field(owner: type, name: str, value: object) -> None:
-    """Check a value for one field of a dataclass; raise ConfigurationError if it is not allowed."""
-    adapter, allowed = _fields(owner)[name]
-    _check("", name, adapter, value, allowed)
+    _parse(subject, name, TypeAdapter(kind), value, _allowed(kind))
 
 
 def check_fields(thing: Any, subject: str = "") -> None:
     """Check all fields of a dataclass; raise ConfigurationError if a value is not allowed."""
     for name, (adapter, allowed) in _fields(thing.__class__).items():
-        _check(subject, name, adapter, getattr(thing, name), allowed)
+        _parse(subject, name, adapter, getattr(thing, name), allowed)
 
 
-def _check(subject: str, name: str, adapter: TypeAdapter[Any], value: object, allowed: str) -> None:
+def parse_field(owner: type, name: str, value: object) -> Any:
+    """Return a value for one field of a dataclass, from text too; raise ConfigurationError if it is not allowed."""
+    adapter, allowed = _fields(owner)[name]
+    return _parse("", name, adapter, value, allowed, strict=not isinstance(value, str))
+
+
+def _parse(
+    subject: str, name: str, adapter: TypeAdapter[Any], value: object, allowed: str, *, strict: bool = True
+) -> Any:
     try:
-        adapter.validate_python(value, strict=True)
+        return adapter.validate_python(value, strict=strict)
     except (ValidationError, OverflowError):
         raise ConfigurationError(f"{subject}{name}={value!r}: allowed is {allowed}") from None
 

@@ -20,10 +20,10 @@ Hosts may also be listed as Celery does, ``sentinel://one;sentinel://two``, and 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import redis
@@ -46,32 +46,28 @@ class Kind(Enum):
     CLUSTER = "cluster"
 
 
-class Scheme(NamedTuple):
-    """What a scheme leads to, and how redis-py spells it."""
-
-    kind: Kind
-    redis_py: str
-
-
-SCHEMES: Mapping[str, Scheme] = {
-    "redis": Scheme(Kind.SERVER, "redis"),
-    "rediss": Scheme(Kind.SERVER, "rediss"),
-    "unix": Scheme(Kind.SERVER, "unix"),
-    "valkey": Scheme(Kind.SERVER, "redis"),
-    "valkeys": Scheme(Kind.SERVER, "rediss"),
-    "redis+socket": Scheme(Kind.SERVER, "unix"),
-    "socket": Scheme(Kind.SERVER, "unix"),
-    "sentinel": Scheme(Kind.SENTINEL, "redis"),
-    "sentinels": Scheme(Kind.SENTINEL, "rediss"),
-    "redis+cluster": Scheme(Kind.CLUSTER, "redis"),
-    "rediss+cluster": Scheme(Kind.CLUSTER, "rediss"),
+# What a scheme leads to, and how redis-py spells it.
+SCHEMES: Mapping[str, tuple[Kind, str]] = {
+    "redis": (Kind.SERVER, "redis"),
+    "rediss": (Kind.SERVER, "rediss"),
+    "unix": (Kind.SERVER, "unix"),
+    "valkey": (Kind.SERVER, "redis"),
+    "valkeys": (Kind.SERVER, "rediss"),
+    "redis+socket": (Kind.SERVER, "unix"),
+    "socket": (Kind.SERVER, "unix"),
+    "sentinel": (Kind.SENTINEL, "redis"),
+    "sentinels": (Kind.SENTINEL, "rediss"),
+    "redis+cluster": (Kind.CLUSTER, "redis"),
+    "rediss+cluster": (Kind.CLUSTER, "rediss"),
 }
 _FORMS = {
     Kind.SERVER: "scheme://[user:password@]host:port/number, or unix://path?db=number",
     Kind.SENTINEL: "scheme://[user:password@]host:port,host:port/number?master_name=name",
     Kind.CLUSTER: "scheme://[user:password@]host:port,host:port",
 }
-_PORTS = {Kind.SERVER: 6379, Kind.SENTINEL: 26379, Kind.CLUSTER: 6379}
+_NO_RETRY = Retry(NoBackoff(), 0)  # a node or a sentinel that does not answer is not tried again
+_SEARCH_OPTIONS = ("master_name", "min_other_sentinels")
+_DISCOVERY = frozenset({*_SEARCH_OPTIONS, "sentinel_username", "sentinel_password"})
 
 
 @dataclass(frozen=True)
@@ -88,19 +84,15 @@ class Address:
 
     @classmethod
     def parse(cls, url: str) -> Address:
-        """Read a URL.
-
-        Raises:
-            ConfigurationError: it is of no use; the message does not contain the password.
-        """
+        """Read a URL; a ConfigurationError that says why it is of no use does not contain the password."""
         name = scheme_of(url)
         if name not in SCHEMES:
             allowed = ", ".join(f"{scheme}://" for scheme in SCHEMES)
             raise ConfigurationError(f"store URL with scheme {name!r}: allowed are {allowed}")
         try:
-            return _read(url, SCHEMES[name])
+            return _read(url, *SCHEMES[name])
         except ValueError:  # what is said may quote the URL, and with it the password
-            form = _FORMS[SCHEMES[name].kind]
+            form = _FORMS[SCHEMES[name][0]]
             raise ConfigurationError(f"store URL {name}://...: allowed is {form}") from None
 
     def __str__(self) -> str:
@@ -128,39 +120,31 @@ class Address:
             return redis.Redis.from_pool(self.pool(options))
         nodes = [ClusterNode(host, port) for host, port in self.hosts]
         arguments = {name: value for name, value in self._arguments(options).items() if name not in ("db", "retry")}
-        # what we ask of a client is the same for both; a node that does not answer is not tried again
-        return cast("redis.Redis", RedisCluster(startup_nodes=nodes, retry=Retry(NoBackoff(), 0), **arguments))
+        # what we ask of a client is the same for both
+        return cast("redis.Redis", RedisCluster(startup_nodes=nodes, retry=_NO_RETRY, **arguments))
 
     def _arguments(self, options: Options) -> dict[str, Any]:
         """Return the arguments of a client that finds out by itself which hosts to connect to."""
         merged = {**options, **self.options}
-        arguments = {name: value for name, value in merged.items() if name not in _NOT_OF_A_SERVER}
-        return {**arguments, "ssl": True} if merged.get("connection_class") is SSLConnection else arguments
+        tls = {"ssl": True} if merged.get("connection_class") is SSLConnection else {}
+        of_a_server = ("host", "port", "connection_class", "sentinel_kwargs")
+        return {name: value for name, value in merged.items() if name not in of_a_server} | tls
 
     def _sentinels(self, options: Options) -> Sentinel:
         """Return the sentinels; to ask all of them in vain takes as long as to connect in vain to one server."""
-        asked_with = {name: value for name, value in self._arguments(options).items() if name.startswith("ssl")}
+        arguments = {name: value for name, value in self._arguments(options).items() if name.startswith("ssl")}
         for limit in ("socket_timeout", "socket_connect_timeout"):
-            asked_with[limit] = options[limit] / len(self.hosts)
+            arguments[limit] = options[limit] / len(self.hosts)
         for name in ("username", "password"):
-            asked_with[name] = self.discovery.get(f"sentinel_{name}")
-        asked_with.update(retry=Retry(NoBackoff(), 0), **options.get("sentinel_kwargs", {}))
-        return Sentinel(self.hosts, int(self.discovery.get("min_other_sentinels", 0)), sentinel_kwargs=asked_with)
-
-
-_NOT_OF_A_SERVER = frozenset({"host", "port", "connection_class", "sentinel_kwargs"})
-_DISCOVERY = frozenset({"master_name", "min_other_sentinels", "sentinel_username", "sentinel_password"})
+            arguments[name] = self.discovery.get(f"sentinel_{name}")
+        arguments.update(retry=_NO_RETRY, **options.get("sentinel_kwargs", {}))
+        return Sentinel(self.hosts, int(self.discovery.get("min_other_sentinels", 0)), sentinel_kwargs=arguments)
 
 
 def scheme_of(url: str) -> str:
     """Return the scheme of a URL; empty if it has none."""
     scheme, colon, _ = url.partition("://")
     return scheme.lower() if colon else ""
-
-
-def cert_reqs(value: str) -> str:
-    """Return the value of ``ssl_cert_reqs`` in redis-py's spelling; Celery has it like the ssl module's constants."""
-    return value.removeprefix("CERT_").lower()
 
 
 def hide_password(url: str) -> str:
@@ -170,52 +154,53 @@ def hide_password(url: str) -> str:
     return re.sub(r"([?&](?:sentinel_)?password=)[^&]*", r"\1***", hidden)
 
 
-def _read(url: str, scheme: Scheme) -> Address:
-    parts = [urlsplit(part) for part in ([url] if scheme.kind is Kind.SERVER else url.split(";"))]
-    query = {name: value for part in parts for name, value in _options(part.query)}
-    discovery = {name: query.pop(name) for name in _DISCOVERY & query.keys()} if scheme.kind is Kind.SENTINEL else {}
+def _read(url: str, kind: Kind, redis_py: str) -> Address:
+    parts = [urlsplit(part) for part in ([url] if kind is Kind.SERVER else url.split(";"))]
+    query = {name: value for part in parts for name, value in map(_option, parse_qsl(part.query))}
+    discovery = {name: query.pop(name) for name in _DISCOVERY & query.keys()} if kind is Kind.SENTINEL else {}
     users, _, hosts = zip(*(part.netloc.rpartition("@") for part in parts), strict=True)
-    found = tuple(_host(host, _PORTS[scheme.kind]) for host in ",".join(hosts).split(","))
+    port = 26379 if kind is Kind.SENTINEL else 6379
+    found = [urlsplit(f"//{host}") for host in ",".join(hosts).split(",")]
     user, path = (next(filter(None, texts), "") for texts in (users, [part.path for part in parts]))
-    server = hosts[0] if scheme.kind is Kind.SERVER else ""
-    options = parse_url(urlunsplit((scheme.redis_py, f"{user}@{server}", path, urlencode(query), "")))
-    if scheme.kind is Kind.SENTINEL and not discovery.get("master_name"):
+    server = hosts[0] if kind is Kind.SERVER else ""
+    options = parse_url(urlunsplit((redis_py, f"{user}@{server}", path, urlencode(query), "")))
+    if kind is Kind.SENTINEL and not discovery.get("master_name"):
         raise ValueError("no master_name")
-    if scheme.redis_py != "unix" and path.strip("/") and not path.strip("/").isdecimal():
+    if redis_py != "unix" and path.strip("/") and not path.strip("/").isdecimal():
         raise ValueError("a database is a number")
-    if scheme.kind is Kind.CLUSTER and options.get("db"):
+    if kind is Kind.CLUSTER and options.get("db"):
         raise ValueError("a cluster has but one database")
     secrets = {options.get("password"), discovery.get("sentinel_password"), *(part.password for part in parts)}
-    return Address(scheme.kind, found, options, discovery, frozenset(filter(None, secrets)))
+    return Address(
+        kind=kind,
+        hosts=tuple((host.hostname or "localhost", host.port or port) for host in found),
+        options=options,
+        discovery=discovery,
+        secrets=frozenset(filter(None, secrets)),
+    )
 
 
-def _options(query: str) -> Iterator[tuple[str, str]]:
-    """Yield a URL's options in redis-py's spelling."""
-    for name, value in parse_qsl(query):
-        if name == "virtual_host":
-            yield "db", value.strip("/")
-        elif name == "ssl_cert_reqs":
-            yield name, cert_reqs(value)
-        else:
-            yield name, value
+def _option(given: tuple[str, str]) -> tuple[str, str]:
+    """Return an option of a URL in redis-py's spelling."""
+    name, value = given
+    if name == "virtual_host":
+        return "db", value.strip("/")
+    return name, _cert_reqs(value) if name == "ssl_cert_reqs" else value
 
 
-def _host(text: str, default_port: int) -> tuple[str, int]:
-    parts = urlsplit(f"//{text}")
-    return parts.hostname or "localhost", parts.port or default_port
+def _cert_reqs(value: str) -> str:
+    """Return the value of ``ssl_cert_reqs`` in redis-py's spelling; Celery has it like the ssl module's constants."""
+    return value.removeprefix("CERT_").lower()
 
+
+# --- as Celery's settings have it -----------------------------------------------------------------------
 
 # Celery's and kombu's URLs carry options of their own as well; only these mean the same to a store
 _SHARED_OPTIONS = ("db", "virtual_host", "ssl_", "client_name", "protocol", "username", "password")
-_SEARCH_OPTIONS = ("master_name", "min_other_sentinels")
 _WITH_TLS = {"redis": "rediss", "valkey": "valkeys", "sentinel": "sentinels"}
 
-
-class StorePlace(NamedTuple):
-    """The URL of the shared store, and options of its connections that Celery's settings hold beside it."""
-
-    url: str
-    options: dict[str, Any]
+#: The URL of the shared store, and options of its connections that Celery's settings hold beside it.
+StorePlace = tuple[str, dict[str, Any]]
 
 
 def find_store(store_url: str | None, conf: Any = None) -> StorePlace:
@@ -228,7 +213,7 @@ def find_store(store_url: str | None, conf: Any = None) -> StorePlace:
         ConfigurationError: none of them is a Redis.
     """
     if store_url:
-        return StorePlace(store_url, {})
+        return store_url, {}
     broker, backend = _url_in(conf, "broker_url"), _url_in(conf, "result_backend")
     if scheme_of(broker) in SCHEMES:
         return _as_celery_reaches(broker, conf.broker_transport_options, conf.broker_use_ssl)
@@ -251,33 +236,24 @@ def _shown(url: str) -> str:
 
 
 def _as_celery_reaches(url: str, transport_options: Mapping[str, Any] | None, use_ssl: object) -> StorePlace:
-    tls = _tls_options(use_ssl)
-    hosts = [_shared(host.strip(), tls=bool(tls)) for host in url.split(";")]
+    given = use_ssl if isinstance(use_ssl, Mapping) else {}
+    tls = {name: value for name, value in given.items() if name.startswith("ssl_")}
+    if isinstance(tls.get("ssl_cert_reqs"), str):
+        tls["ssl_cert_reqs"] = _cert_reqs(tls["ssl_cert_reqs"])
+    first, *others = [_shared(host.strip(), tls=bool(tls)) for host in url.split(";")]
     if scheme_of(url) == "sentinel":
-        return _as_sentinels_tell(hosts, transport_options or {}, tls)
-    if scheme_of(url) == "rediss" and not tls and "ssl_" not in hosts[0]:
+        options = transport_options or {}
+        search = urlencode({name: options[name] for name in _SEARCH_OPTIONS if name in options})
+        of_sentinels = {"ssl": False, **(options.get("sentinel_kwargs") or {})}
+        found = f"{first}{'&' if '?' in first else '?'}{search}"
+        return ";".join([found, *others]), {**tls, "sentinel_kwargs": of_sentinels}
+    if scheme_of(url) == "rediss" and not tls and "ssl_" not in first:
         tls = {"ssl_cert_reqs": "none"}  # what kombu makes of it, with a warning
-    return StorePlace(hosts[0], tls)
-
-
-def _as_sentinels_tell(hosts: Sequence[str], transport_options: Mapping[str, Any], tls: dict[str, Any]) -> StorePlace:
-    of_sentinels = {"ssl": False, **(transport_options.get("sentinel_kwargs") or {})}
-    search = {name: transport_options[name] for name in _SEARCH_OPTIONS if name in transport_options}
-    first, *others = hosts
-    url = ";".join([f"{first}{'&' if '?' in first else '?'}{urlencode(search)}", *others])
-    return StorePlace(url, {**tls, "sentinel_kwargs": of_sentinels})
-
-
-def _tls_options(tls: object) -> dict[str, Any]:
-    if not isinstance(tls, Mapping):
-        return {}
-    options = {name: value for name, value in tls.items() if name.startswith("ssl_")}
-    required = options.get("ssl_cert_reqs")
-    return {**options, "ssl_cert_reqs": cert_reqs(required)} if isinstance(required, str) else options
+    return first, tls
 
 
 def _shared(url: str, *, tls: bool) -> str:
-    """Return a URL without the options that only Celery or kombu understand, with TLS if asked for."""
+    """Return a URL without the options that only Celery or kombu understand, with TLS if wanted."""
     scheme, _, rest = url.partition("://")
     place, _, query = rest.partition("?")
     kept = [(name, value) for name, value in parse_qsl(query) if name.startswith(_SHARED_OPTIONS)]

@@ -140,8 +140,8 @@ def test_where_the_store_is(broker: str, backend: str, store: str | None) -> Non
         result_backend=backend, result_backend_transport_options={}, redis_backend_use_ssl=None,
     )  # fmt: skip
     with suppress(ConfigurationError):
-        place = find_store(Settings.load(store_url=store).store_url, conf)
-        RedisStore(place.url, namespace="fuzz", **place.options).close()
+        url, options = find_store(Settings.load(store_url=store).store_url, conf)
+        RedisStore(url, namespace="fuzz", **options).close()
 
 
 # --- keys ---------------------------------------------------------------------------------------------
