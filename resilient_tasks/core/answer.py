@@ -84,14 +84,25 @@ def _as_code(value: object) -> Iterator[str]:
         yield text
 
 
+def header_of(exc: BaseException, name: str) -> str | None:
+    """Return a header of the answer that ``exc`` reports."""
+    response = attribute(exc, "response")
+    is_botocore = isinstance(response, dict)
+    headers = _metadata(response).get("HTTPHeaders") if is_botocore else attribute(response, "headers")
+    headers = attribute(exc, "headers") if headers is None else headers
+    for spelling in (name, name.lower()):
+        try:
+            value = headers.get(spelling)
+        except Exception:  # noqa: BLE001  whatever they are, these are no headers
+            return None
+        if isinstance(value, (str, int, float)):
+            return str(value).strip()
+    return None
+
+
 def _metadata(response: dict[str, Any]) -> dict[str, Any]:
     metadata = response.get("ResponseMetadata")
     return metadata if isinstance(metadata, dict) else {}
-
-
-def header_of(exc: BaseException, name: str) -> str | None:
-    """Return a header of the answer that ``exc`` reports."""
-    return _header(_headers(exc), name)
 
 
 def retry_after_of(exc: BaseException, clock: Callable[[], float]) -> float | None:
@@ -117,23 +128,6 @@ def texts_of(exc: BaseException) -> list[str]:
     details = answered(exc, "details")
     said = [body[:_BEGINNING].decode("latin-1")] if isinstance(body, bytes) else []
     return [*said, details] if isinstance(details, str) else said
-
-
-def _headers(exc: BaseException) -> Any:
-    response = attribute(exc, "response")
-    headers = _metadata(response).get("HTTPHeaders") if isinstance(response, dict) else attribute(response, "headers")
-    return attribute(exc, "headers") if headers is None else headers
-
-
-def _header(headers: Any, name: str) -> str | None:
-    for spelling in (name, name.lower()):
-        try:
-            value = headers.get(spelling)
-        except Exception:  # noqa: BLE001  whatever they are, these are no headers
-            return None
-        if isinstance(value, (str, int, float)):
-            return str(value).strip()
-    return None
 
 
 def _timestamp(date: str | None) -> float | None:

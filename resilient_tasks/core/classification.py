@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Any, NamedTuple, Union
 
 from resilient_tasks.core.answer import attribute, retry_after_of, status_of, unwrapped
@@ -68,11 +69,11 @@ def judge(
         return Verdict(Outcome.IGNORED, type(exc).__name__)
     by_rule, root = _root_cause(carried)
     outcome = _by_policy(policy_classify, failures, ignore, carried, by_rule)
+    status = status_of(root)
+    cause = f"HTTP {status}" if status is not None and status >= HTTPStatus.BAD_REQUEST else type(root).__name__
     if outcome is None:
-        return Verdict(Outcome.IGNORED, _label(root), undecided=True)
-    if outcome is not Outcome.FAILURE:
-        return Verdict(outcome, _label(root))
-    return Verdict(outcome, _label(root), retry_after_of(root, clock))
+        return Verdict(Outcome.IGNORED, cause, undecided=True)
+    return Verdict(outcome, cause, retry_after_of(root, clock) if outcome is Outcome.FAILURE else None)
 
 
 def _by_policy(
@@ -82,23 +83,17 @@ def _by_policy(
     exc: BaseException,
     by_rule: Outcome | None,
 ) -> Outcome | None:
-    asked: object = None
+    function: Any = None
     try:
-        for asked in ignore:
-            if _matches(asked, exc):
-                return Outcome.IGNORED
-        for asked in failures:
-            if _matches(asked, exc):
-                return Outcome.FAILURE
-        asked = policy_classify
-        return by_rule if policy_classify is dependency_errors else Outcome(policy_classify(exc))
+        for matchers, outcome in ((ignore, Outcome.IGNORED), (failures, Outcome.FAILURE)):
+            for function in matchers:
+                if isinstance(exc, function) if isinstance(function, type) else function(exc):
+                    return outcome
+        function = policy_classify
+        return by_rule if function is dependency_errors else Outcome(function(exc))
     except Exception as error:  # noqa: BLE001  a user's function may raise anything; it must not mask the task's own
-        _log_once(asked, error)
+        _log_once(function, error)
         return Outcome.IGNORED
-
-
-def _matches(matcher: Any, exc: BaseException) -> bool:
-    return isinstance(exc, matcher) if isinstance(matcher, type) else bool(matcher(exc))
 
 
 _logged: dict[int, object] = {}  # holds on to the functions, so that no other gets the same id
@@ -133,19 +128,15 @@ def judge_result(classify: Classify, value: object) -> Verdict:
 
     So it is for a ``classify`` that raises, or returns anything but an outcome.
     """
-    if classify is dependency_errors:
-        return _SUCCEEDED
-    try:
-        answer = classify(value)
-    except Exception as error:  # noqa: BLE001  written for exceptions alone, or broken
-        _log_once(classify, error)
-        return _SUCCEEDED
-    outcomes = {outcome.value: outcome for outcome in Outcome}
-    outcome = outcomes.get(answer, Outcome.SUCCESS) if isinstance(answer, str) else Outcome.SUCCESS
-    return Verdict(outcome, "" if outcome is Outcome.SUCCESS else "result")
-
-
-_SUCCEEDED = Verdict(Outcome.SUCCESS)
+    if classify is not dependency_errors:
+        try:
+            outcome = classify(value)
+        except Exception as error:  # noqa: BLE001  written for exceptions alone, or broken
+            _log_once(classify, error)
+        else:
+            if isinstance(outcome, str) and outcome in (Outcome.FAILURE, Outcome.SLOW, Outcome.IGNORED):
+                return Verdict(Outcome(outcome), "result")
+    return Verdict(Outcome.SUCCESS)
 
 
 # --- what an exception wraps ----------------------------------------------------------------------------
@@ -158,14 +149,11 @@ def carried_by(exc: BaseException) -> BaseException | None:
     carried = attribute(exc, "exc")
     # Retry keeps a picklable stand-in when it cannot keep the original, which Python still knows as the context.
     for original in (exc.__cause__, exc.__context__):
-        if original is not None and carried is not None and _stands_for(carried, original):
-            return original
+        if original is not None and carried is not None:
+            is_named = attribute(carried, "exc_cls_name") == type(original).__name__
+            if is_named or isinstance(original, type(carried)):
+                return original
     return carried if isinstance(carried, BaseException) else None
-
-
-def _stands_for(stand_in: object, original: BaseException) -> bool:
-    named = attribute(stand_in, "exc_cls_name")
-    return isinstance(original, type(stand_in)) or named == type(original).__name__
 
 
 def attribute_to(exc: BaseException, breaker: str) -> None:
@@ -202,26 +190,16 @@ def _root_cause(exc: BaseException) -> tuple[Outcome | None, BaseException]:
     found: dict[Meaning | None, BaseException] = {}
     for one in unwrapped(exc, opens=_is_open):
         found.setdefault(meaning_of(one), one)
-    for meaning, outcome in _BY_WEIGHT:
+    if Meaning.FAILED in found:
+        return Outcome.FAILURE, found[Meaning.FAILED]
+    for meaning in (Meaning.CLEARED, Meaning.PROBABLY_CLEARED):
         if meaning in found:
-            return outcome, found[meaning]
+            return Outcome.IGNORED, found[meaning]
     return (Outcome.FAILURE, exc) if found.keys() == {Meaning.RETRIED} else (None, exc)
-
-
-_BY_WEIGHT = (
-    (Meaning.FAILED, Outcome.FAILURE),
-    (Meaning.CLEARED, Outcome.IGNORED),
-    (Meaning.PROBABLY_CLEARED, Outcome.IGNORED),
-)
 
 
 def _is_open(exc: BaseException) -> bool:
     return meaning_of(exc) not in {Meaning.FAILED, Meaning.CLEARED}
-
-
-def _label(exc: BaseException) -> str:
-    status = status_of(exc)
-    return f"HTTP {status}" if status is not None and status >= 400 else type(exc).__name__
 
 
 def refusal_in(exc: BaseException, *, in_groups: bool = True) -> BreakerOpenError | None:

@@ -66,6 +66,7 @@ _CLEARED_NAME = re.compile(
 )
 _THROTTLED_NAME = re.compile(r"throttl|too many requests|rate ?limit")
 _RETRIES = re.compile(r"\bretr(y|ies)\b")
+_OVERLOADED_NAME = re.compile(_OVERLOADED)
 
 # Classes whose names do not say what they mean.
 _FAILED_CLASSES: dict[str, frozenset[str]] = {
@@ -183,23 +184,23 @@ def meaning_of(exc: BaseException) -> Meaning | None:
 
 def _by_answer(exc: BaseException) -> Meaning | None:
     """Decide by the answer's status, and an error code in it: AWS throttles with 400, streams break off after 200."""
-    if exc.__cause__ is not None and _package(exc) == "aiohttp" and _has_class(exc.__cause__, "HttpProcessingError"):
+    cause = exc.__cause__
+    if cause is not None and _package(exc) == "aiohttp" and is_one_of(cause, _HTTP_PROCESSING):
         return Meaning.FAILED  # what the server has sent is no HTTP; the status of 400 is aiohttp's own
     found = _by_status(status_of(exc))
     if found is Meaning.FAILED:
         return found
     codes = [_words(code) for code in codes_of(exc)]
     refusals = [code for code in codes if _CLEARED_NAME.search(code)]
-    if any(_FAILED_CODE.search(code) for code in codes if code not in refusals) or (found and _is_throttled(exc)):
+    names = [_words(cls.__name__) for cls in type(exc).__mro__ if _is_foreign(str(cls.__module__))] if found else []
+    # the class may say so beside a status of 4xx: GitHub's rate limit comes with 403
+    is_throttled = any(map(_THROTTLED_NAME.search, names))
+    if is_throttled or any(_FAILED_CODE.search(code) for code in codes if code not in refusals):
         return Meaning.FAILED
     return found or (Meaning.PROBABLY_CLEARED if refusals else None)
 
 
-def _is_throttled(exc: BaseException) -> bool:
-    """Whether the class says so, beside a status of 4xx: GitHub's rate limit comes with 403."""
-    return any(
-        _THROTTLED_NAME.search(_words(cls.__name__)) for cls in type(exc).__mro__ if _is_foreign(str(cls.__module__))
-    )
+_HTTP_PROCESSING = {"aiohttp": frozenset({"HttpProcessingError"})}
 
 
 def _by_status(status: int | None) -> Meaning | None:
@@ -226,15 +227,14 @@ def _by_mail(exc: BaseException) -> Meaning | None:
     if is_one_of(exc, {"smtplib": frozenset({"SMTPConnectError"})}):
         return Meaning.FAILED  # whatever it says, it accepts no mail
     refused = attribute(exc, "recipients")
-    replies = [attribute(exc, "smtp_code"), attribute(exc, "code") if _package(exc) == "aiosmtplib" else None]
-    pairs = [(reply, attribute(exc, "smtp_error") or attribute(exc, "message")) for reply in replies]
+    codes = [attribute(exc, "smtp_code"), attribute(exc, "code") if _package(exc) == "aiosmtplib" else None]
+    replies = [(code, attribute(exc, "smtp_error") or attribute(exc, "message")) for code in codes]
     if isinstance(refused, dict):  # smtplib: (code, text) by recipient
-        pairs += [reply for reply in refused.values() if isinstance(reply, tuple) and len(reply) == 2]  # noqa: PLR2004 - a pair
-    elif not any(isinstance(reply, int) for reply in replies):
+        replies += [reply for reply in refused.values() if isinstance(reply, tuple) and len(reply) == 2]  # noqa: PLR2004 - a pair
+    elif not any(isinstance(code, int) for code in codes):
         return None
-    return _decided(
-        any(str(code) in _SMTP_FAILURES and not _OF_THE_MESSAGE.match(_decoded(text)) for code, text in pairs)
-    )
+    texts = [(str(code), text.decode("latin-1") if isinstance(text, bytes) else str(text)) for code, text in replies]
+    return _decided(any(code in _SMTP_FAILURES and not _OF_THE_MESSAGE.match(text) for code, text in texts))
 
 
 def _by_file_transfer(exc: BaseException) -> Meaning | None:
@@ -252,9 +252,8 @@ def _by_amqp(exc: BaseException) -> Meaning | None:
 
 def _by_database(exc: BaseException) -> Meaning | None:
     """Decide whether the connection or the server has failed, not the statement."""
-    if attribute(exc, "connection_invalidated") is True:  # SQLAlchemy
-        return Meaning.FAILED
-    if attribute(exc, "code") in _CODES_BY_PACKAGE.get(_package(exc), ()):
+    has_failed = attribute(exc, "code") in _CODES_BY_PACKAGE.get(_package(exc), ())
+    if has_failed or attribute(exc, "connection_invalidated") is True:  # the latter is SQLAlchemy's
         return Meaning.FAILED
     is_database_error = any(cls.__name__ in _DATABASE_ERRORS for cls in type(exc).__mro__)
     first = exc.args[0] if is_database_error and exc.args else None
@@ -264,22 +263,18 @@ def _by_database(exc: BaseException) -> Meaning | None:
     if not is_database_error:
         return None
     number = attribute(exc, "errno") or (first[0] if first and isinstance(first, tuple) else first)
-    return _by_database_number(number) or _by_database_text(exc)
+    if number in _DATABASE_NUMBERS or (isinstance(number, int) and number in _OF_MYSQL):
+        return _decided(number in _DATABASE_NUMBERS)
+    return _by_database_text(exc)
 
 
-def _by_database_number(number: object) -> Meaning | None:
-    if number in _DATABASE_NUMBERS:
-        return Meaning.FAILED
-    return Meaning.CLEARED if isinstance(number, int) and number in _OF_MYSQL else None
-
-
-def _by_database_text(exc: BaseException) -> Meaning | None:
+def _by_database_text(exc: BaseException) -> Meaning:
     if _package(exc) == "sqlite3" or _REFUSED_TEXT.search(text_of(exc)):
         return Meaning.CLEARED
-    if _package(exc) in {"psycopg", "psycopg2"} and type(exc).__name__ == "OperationalError":
-        return Meaning.FAILED  # no state: the server was not reached
-    found = Meaning.FAILED if _fails_by_text(exc) else _by_status_in_text(exc)
-    return found or _by_class(exc) or Meaning.PROBABLY_CLEARED
+    has_no_state = _package(exc) in {"psycopg", "psycopg2"} and type(exc).__name__ == "OperationalError"
+    if has_no_state or _fails_by_text(exc):  # psycopg's server was not reached
+        return Meaning.FAILED
+    return _by_status_in_text(exc) or _by_class(exc) or Meaning.PROBABLY_CLEARED
 
 
 def _by_redis(exc: BaseException) -> Meaning | None:
@@ -300,13 +295,9 @@ def _by_system(exc: BaseException) -> Meaning | None:
         return Meaning.FAILED if not exc.args or _fails_by_text(exc) else None
     if not isinstance(exc, OSError) or (type(exc) is not OSError and exc.errno is None):
         return None
-    if exc.errno in _NETWORK_ERRNOS:
-        return Meaning.FAILED
-    return _by_system_text(exc) if exc.errno is None else None
-
-
-def _by_system_text(exc: OSError) -> Meaning | None:
-    """Decide by a text alone: asyncio joins several refusals in one, http.client has a proxy's status there."""
+    if exc.errno is not None:
+        return Meaning.FAILED if exc.errno in _NETWORK_ERRNOS else None
+    # a text alone: asyncio joins several refusals in one, http.client has a proxy's status there
     is_refused = text_of(exc).startswith("Multiple exceptions: [Errno ")
     return Meaning.FAILED if is_refused or _fails_by_text(exc) else _by_status_in_text(exc)
 
@@ -331,9 +322,6 @@ def _by_name(module: str, name: str) -> Meaning | None:
     if _RETRIES.search(words) and not _OVERLOADED_NAME.search(words):
         return Meaning.RETRIED
     return Meaning.FAILED if _FAILED_NAME.search(words) else None
-
-
-_OVERLOADED_NAME = re.compile(_OVERLOADED)
 
 
 def _by_text(exc: BaseException) -> Meaning | None:
@@ -377,14 +365,6 @@ def text_of(exc: BaseException) -> str:
         return str(exc)[:500]
     except Exception:  # noqa: BLE001  whatever a foreign ``__str__`` does
         return ""
-
-
-def _decoded(text: object) -> str:
-    return text.decode("latin-1") if isinstance(text, bytes) else str(text)
-
-
-def _has_class(exc: BaseException, name: str) -> bool:
-    return any(cls.__name__ == name for cls in type(exc).__mro__)
 
 
 def _package(exc: BaseException) -> str:

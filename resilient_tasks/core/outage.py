@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from resilient_tasks.core.model import ADMITTING, Outcome, Snapshot, State
 
@@ -75,10 +75,7 @@ class Counts:
         )
 
 
-_PLAIN = (
-    TRIALS, REFUSED, DEFERRED, DEFERRED_AGAIN, RESUMED, FAILED, DEAD, EXPIRED, REVOKED, DROPPED, COALESCED,
-    REDELIVERED, SUSPECTED, SPARE_SLOTS,
-)  # fmt: skip
+_PLAIN = [each.name for each in fields(Counts) if each.default == 0 and each.name != "cached_age"]
 
 
 def _named(counted: Mapping[str, int], prefix: str) -> dict[str, int]:
@@ -124,20 +121,20 @@ class Outage:
 
     @classmethod
     def of(cls, breaker: str, kept: Mapping[str, str]) -> Outage:
-        """Return what the store keeps as a hash."""
-        counted = {name: int(value) for name, value in kept.items() if name not in _TEXTS}
-        times = {name: counted[name] / 1000 if name in counted else None for name in ("closed", "drained")}
-        oldest = counted.get(OLDEST_ANSWER)
+        """Return what the store keeps as a hash; times in it are ms."""
+        counted = {name: int(value) for name, value in kept.items() if name not in ("reason", "actor")}
+        seconds = {name: counted[name] / 1000 for name in _TIMES if name in counted}
         return cls(
             breaker=breaker,
-            opened=counted["opened"] / 1000,
+            opened=seconds["opened"],
+            closed=seconds.get("closed"),
+            drained=seconds.get("drained"),
             reason=kept["reason"],
             actor=kept["actor"],
             openings=counted["openings"],
             counts=Counts.of(counted),
-            longest_wait=counted.get(LONGEST_WAIT, 0) / 1000,
-            oldest_answer=None if oldest is None else oldest / 1000,
-            **times,
+            longest_wait=seconds.get(LONGEST_WAIT, 0.0),
+            oldest_answer=seconds.get(OLDEST_ANSWER),
         )
 
     @property
@@ -161,10 +158,11 @@ class Outage:
         """Tasks per second that went back to work for good after it closed; None if too few did, or it goes on."""
         if self.closed is None or self.drained is None:
             return None
-        return _rate(self.counts.resumed - self.counts.deferred_again, self.drained - self.closed)
+        tasks = self.counts.resumed - self.counts.deferred_again
+        return None if tasks < _FEWEST_RESUMED else tasks / max(self.drained - self.closed, _SHORTEST_DRAIN)
 
 
-_TEXTS = frozenset({"reason", "actor"})
+_TIMES = ("opened", "closed", "drained", LONGEST_WAIT, OLDEST_ANSWER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,26 +191,22 @@ def estimate(snapshot: Snapshot, rate: float | None, deadlines: Deadlines) -> Es
     """Estimate when the tasks that wait for a breaker will be done, if ``rate`` tasks/s are resumed."""
     oldest = snapshot.oldest_deferred_at
     start = 0.0 if snapshot.state in ADMITTING else snapshot.retry_after
-    known = rate is not None and start is not None
+    done_in = late = None
+    if rate and start is not None:
+        done_in, late = start + snapshot.deferred / rate, 0
+        if deadlines.sample:  # tasks leave in the order in which they came, and so, about, do their deadlines
+            size, began = len(deadlines.sample), snapshot.now + start
+            step = snapshot.deferred / size / rate
+            missed = sum(end < began + number * step for number, end in enumerate(deadlines.sample, start=1))
+            late = round(deadlines.count * missed / size)
     return Estimate(
         breaker=snapshot.name,
         waiting=snapshot.deferred,
         oldest_wait=None if oldest is None else max(0.0, snapshot.now - oldest),
         rate=rate,
-        done_in=start + snapshot.deferred / rate if known and start is not None and rate else None,
-        late=_late(snapshot, start or 0.0, rate, deadlines) if known and rate else None,
+        done_in=done_in,
+        late=late,
     )
-
-
-def _late(snapshot: Snapshot, start: float, rate: float, deadlines: Deadlines) -> int:
-    """Tasks leave in the order in which they came, and so, about, do their deadlines."""
-    if not deadlines.sample:
-        return 0
-    step = snapshot.deferred / len(deadlines.sample)
-    missed = sum(
-        end < snapshot.now + start + number * step / rate for number, end in enumerate(deadlines.sample, start=1)
-    )
-    return round(deadlines.count * missed / len(deadlines.sample))
 
 
 def learned_rate(snapshot: Snapshot, outages: Sequence[Outage], resumed: int) -> float | None:
@@ -225,9 +219,3 @@ def learned_rate(snapshot: Snapshot, outages: Sequence[Outage], resumed: int) ->
     if snapshot.state not in ADMITTING or admitted_for < _SLOW_START or resumed <= 0:
         return former
     return resumed / min(admitted_for, _MINUTE + snapshot.now % _MINUTE)
-
-
-def _rate(tasks: int, seconds: float) -> float | None:
-    if tasks < _FEWEST_RESUMED:
-        return None
-    return tasks / max(seconds, _SHORTEST_DRAIN)

@@ -1,7 +1,7 @@
 """The doctor: what is wrong with a deployment, why it matters, and what to do.
 
-:func:`look_at` asks store, broker, workers and settings, whatever of them answers. :data:`CHECKS` are the checks in
-their order, each with the facts that it needs; ``_RULES`` are what they may find in a :class:`Deployment`.
+:func:`look_at` asks store, broker, workers and settings, whatever of them answers; ``_RULES`` are what the checks may
+find in such a :class:`Deployment`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 from celery.backends.base import DisabledBackend
 
@@ -26,6 +27,8 @@ from resilient_tasks.worker.context import TICK_TASK, Runtime
 from resilient_tasks.worker.definitions import doubts
 from resilient_tasks.worker.inspection import library_version, resilience, rules_of
 from resilient_tasks.worker.options import DEFER, options_of
+
+T = TypeVar("T")
 
 OLDEST_SERVER = (6, 2)
 #: A tick is missed when none has completed for so many seconds, however little there is to do.
@@ -103,16 +106,6 @@ class Deployment:
     lasting_ticks: tuple[str, ...] = ()  # entries of a scheduler in a database that send ticks without an expiry
     orphans: Mapping[str, int] | None = None  # tasks that wait for breakers that no process defines, by breaker
     workers: tuple[WorkerFacts, ...] | None = None  # that answer
-
-    @property
-    def answering(self) -> tuple[WorkerFacts, ...] | None:
-        """The workers that answer; None if there are none."""
-        return self.workers or None
-
-    @property
-    def answering_broker(self) -> bool | None:
-        """None if the broker does not answer."""
-        return None if self.broker_trouble else True
 
 
 def look_at(runtime: Runtime, *, timeout: float) -> Deployment:
@@ -272,49 +265,21 @@ class Finding:
     check: str = ""
 
 
-_ERROR, _WARNING = Level.ERROR, Level.WARNING
-# What is wrong: for each finding, what fills its texts.
-_Find = Callable[[Deployment], Iterable[tuple[object, ...]]]
-
-#: All checks by title, in their order, with the facts of a ``Deployment`` that they need.
-CHECKS: dict[str, tuple[str, ...]] = {
-    "store": (),
-    "broker": (),
-    "maxmemory-policy": ("store",),
-    "maxmemory": ("store",),
-    "persistence": ("store",),
-    "ticks": ("tick_age",),
-    "workers": ("workers",),
-    "control queue": ("answering",),
-    "rights": ("answering",),
-    "pools": ("answering",),
-    "versions": ("answering",),
-    "policies": ("answering",),
-    "clocks": ("clock_ahead", "answering"),
-    "undefined breakers": ("orphans",),
-    "definitions": (),
-    "undecided exceptions": ("undecided",),
-    "hanging calls": (),
-    "acks_late": (),
-    "results": (),
-    "result_expires": ("store",),
-    "trial_timeout": (),
-    "visibility_timeout": ("answering_broker",),
-    "prefetch": (),
-}
-
-
 def examine(deployment: Deployment) -> list[Finding]:
     """Return what all checks find, in their order; at least one finding for each."""
     found: dict[str, list[Finding]] = {check: [] for check in CHECKS}
+    unknown = set()
     for check, level, find, what, why, advice in _RULES:
-        for item in find(deployment):
-            found[check].append(Finding(level, what.format(*item), why.format(*item), advice.format(*item), check))
-    for check, needed in CHECKS.items():
-        if any(getattr(deployment, fact) is None for fact in needed):
-            found[check].append(Finding(Level.UNKNOWN, "could not be found out", check=check))
-        elif not found[check]:
-            found[check].append(Finding(Level.OK, _all_is_well(check, deployment), check=check))
+        try:
+            for item in find(deployment):
+                found[check].append(Finding(level, what.format(*item), why.format(*item), advice.format(*item), check))
+        except _UnknownError:  # noqa: PERF203 - the other rules go on
+            unknown.add(check)
+    for check, findings in found.items():
+        if check in unknown:
+            findings.append(Finding(Level.UNKNOWN, "could not be found out", check=check))
+        elif not findings:
+            findings.append(Finding(Level.OK, _all_is_well(check, deployment), check=check))
     return [finding for findings in found.values() for finding in findings]
 
 
@@ -328,45 +293,64 @@ def _all_is_well(check: str, deployment: Deployment) -> str:
     return f"{counted(len(deployment.workers or ()), 'worker')} answered" if check == "workers" else "all is well"
 
 
-# --- what the rules look at ---------------------------------------------------------------------------
+# --- what the rules look at: generators of what fills the texts of each finding ---------------------------
 
 
-def _servers(deployment: Deployment) -> list[ServerFacts]:
-    return [server for server in (deployment.store, deployment.broker) if server is not None]
+class _UnknownError(Exception):
+    """A fact that a rule needs could not be found out."""
 
 
-def _evicting(deployment: Deployment, *, with_limit: bool) -> Iterator[tuple[object, ...]]:
+def _known(fact: T | None) -> T:
+    if fact is None:
+        raise _UnknownError
+    return fact
+
+
+_Items = Iterable[tuple[object, ...]]
+
+
+def _servers(deployment: Deployment) -> Iterator[ServerFacts]:
+    if deployment.broker is not None:
+        yield deployment.broker
+    yield _known(deployment.store)
+
+
+def _answering(deployment: Deployment) -> Iterator[WorkerFacts]:
+    yield from _known(deployment.workers or None)
+
+
+def _with_library(deployment: Deployment) -> Iterator[WorkerFacts]:
+    return (worker for worker in _answering(deployment) if worker.version is not None)
+
+
+def _evicting(deployment: Deployment, *, with_limit: bool) -> _Items:
     for server in _servers(deployment):
         if server.policy not in {None, "", "noeviction"} and bool(server.maxmemory) is with_limit:
             yield server.role, server.policy
 
 
 def _is_late(age: float | None, deployment: Deployment) -> bool:
-    return age is not None and age > max(LONGEST_SILENCE, 10 * deployment.tick_interval)
+    return _known(age) > max(LONGEST_SILENCE, 10 * deployment.tick_interval)
 
 
-def _no_beat(deployment: Deployment) -> list[tuple[object, ...]]:
-    age = deployment.tick_sender_age
-    return [(_ago(age),)] if _is_late(age, deployment) and not _is_late(deployment.tick_age, deployment) else []
+def _no_beat(deployment: Deployment) -> _Items:
+    if not _is_late(deployment.tick_age, deployment) and _is_late(deployment.tick_sender_age, deployment):
+        yield (_ago(deployment.tick_sender_age),)
 
 
 def _ago(age: float | None) -> str:
     return "never" if age is None or age == math.inf else f"{duration(age)} ago"
 
 
-def _with_library(deployment: Deployment) -> list[WorkerFacts]:
-    return [worker for worker in deployment.workers or () if worker.version is not None]
-
-
-def _elsewhere(deployment: Deployment) -> Iterator[tuple[object, ...]]:
+def _elsewhere(deployment: Deployment) -> _Items:
     for worker in _with_library(deployment):
         if worker.control_queue != deployment.control_queue:
             takes = f"takes them from {worker.control_queue}" if worker.control_queue else "takes none"
             yield worker.name, deployment.control_queue, takes
 
 
-def _other_policies(deployment: Deployment) -> Iterator[tuple[object, ...]]:
-    for worker in deployment.workers or ():
+def _other_policies(deployment: Deployment) -> _Items:
+    for worker in _answering(deployment):
         for breaker in deployment.breakers:
             theirs = worker.policies.get(breaker.name, breaker.rules)
             differ = sorted(name for name in breaker.rules if breaker.rules[name] != theirs.get(name))
@@ -374,35 +358,35 @@ def _other_policies(deployment: Deployment) -> Iterator[tuple[object, ...]]:
                 yield worker.name, breaker.name, ", ".join(differ)
 
 
-def _wrong_clocks(deployment: Deployment) -> Iterator[tuple[object, ...]]:
-    clocks = {"this machine": deployment.clock_ahead}
-    clocks |= {f"worker {worker.name}": worker.clock_ahead for worker in deployment.workers or ()}
-    for whose, ahead in clocks.items():
+def _wrong_clocks(deployment: Deployment) -> _Items:
+    workers = ((f"worker {worker.name}", worker.clock_ahead) for worker in _answering(deployment))
+    for whose, ahead in chain([("this machine", _known(deployment.clock_ahead))], workers):
         if ahead is not None and abs(ahead) > CLOCK_TOLERANCE:
             yield whose, duration(abs(ahead)), "ahead of" if ahead > 0 else "behind"
 
 
-def _not_deployed(deployment: Deployment) -> Iterator[tuple[object, ...]]:
-    workers = _with_library(deployment)
-    known = {name for worker in workers for name in worker.policies}
-    for name in sorted({name for task in deployment.tasks for name in task.breakers} - known if workers else ()):
+def _not_deployed(deployment: Deployment) -> _Items:
+    workers = list(_with_library(deployment))
+    defined = {name for worker in workers for name in worker.policies}
+    for name in sorted({name for task in deployment.tasks for name in task.breakers} - defined if workers else ()):
         yield name, ", ".join(sorted(task.name for task in deployment.tasks if name in task.breakers))
 
 
-def _may_hang(deployment: Deployment) -> Iterator[tuple[object, ...]]:
+def _may_hang(deployment: Deployment) -> _Items:
     unbounded = {breaker.name for breaker in deployment.breakers if breaker.slow_call_duration is None}
     tasks = [task for task in deployment.tasks if not task.time_limit and unbounded.issuperset(task.breakers)]
     for name in sorted({name for task in tasks for name in task.breakers}):
         yield ", ".join(sorted(task.name for task in tasks if name in task.breakers)), name
 
 
-def _long_waits(deployment: Deployment) -> Iterator[tuple[object, ...]]:
+def _long_waits(deployment: Deployment) -> _Items:
+    _known(deployment.store)
     for breaker in deployment.breakers:
         if breaker.oldest_wait and 0 < deployment.result_expires <= breaker.oldest_wait:
             yield duration(breaker.oldest_wait), breaker.name, duration(deployment.result_expires)
 
 
-def _short_trials(deployment: Deployment) -> Iterator[tuple[object, ...]]:
+def _short_trials(deployment: Deployment) -> _Items:
     timeouts = {breaker.name: breaker.trial_timeout for breaker in deployment.breakers}
     for task in deployment.tasks:
         for name in task.breakers:
@@ -410,19 +394,19 @@ def _short_trials(deployment: Deployment) -> Iterator[tuple[object, ...]]:
                 yield task.name, duration(task.time_limit), name, duration(timeouts[name]), f"{task.time_limit:g}"
 
 
-def _redelivered(deployment: Deployment) -> Iterator[tuple[object, ...]]:
-    timeout = deployment.visibility_timeout
+def _redelivered(deployment: Deployment) -> _Items:
+    timeout = _known(None if deployment.broker_trouble else deployment.visibility_timeout or math.inf)
     for task in deployment.tasks:
-        if timeout is not None and task.acks_late and task.time_limit and timeout <= task.time_limit:
+        if task.acks_late and task.time_limit and timeout <= task.time_limit:
             yield task.name, duration(task.time_limit), duration(timeout)
 
 
-def _early(deployment: Deployment) -> list[tuple[object, ...]]:
+def _early(deployment: Deployment) -> _Items:
     early = sorted(task.name for task in deployment.tasks if task.defers and not task.acks_late)
     return [(", ".join(early),)] if early else []
 
 
-def _outdated(deployment: Deployment) -> list[tuple[object, ...]]:
+def _outdated(deployment: Deployment) -> _Items:
     store = deployment.store
     return [(store.title,)] if store and store.product == "redis" and store.version < OLDEST_SERVER else []
 
@@ -431,7 +415,8 @@ _HOLDS = {"broker": "tasks, also those that wait", "store": "the breakers' state
 
 
 # check, level, what to look for; then what is the case, why it matters, and what to do, filled in by each thing found.
-_RULES: tuple[tuple[str, Level, _Find, str, str, str], ...] = (
+_ERROR, _WARNING = Level.ERROR, Level.WARNING
+_RULES: tuple[tuple[str, Level, Callable[[Deployment], _Items], str, str, str], ...] = (
     ("store", _ERROR, lambda d: [(d.store_trouble,)] if d.store is None else [], "the store is unavailable: {0}",
      "each process decides for itself, and nothing is resumed",
      "start it, or correct RESILIENT_TASKS_STORE_URL and the network between"),
@@ -447,12 +432,12 @@ _RULES: tuple[tuple[str, Level, _Find, str, str, str], ...] = (
     ("maxmemory-policy", _WARNING, lambda d: _evicting(d, with_limit=False), "the {0} has maxmemory-policy {1}",
      "when its memory is full it evicts tasks, results and the breakers' states",
      "set maxmemory-policy noeviction"),
-    ("maxmemory", _WARNING, lambda d: [(server.role,) for server in _servers(d) if server.maxmemory == 0],
+    ("maxmemory", _WARNING, lambda d: ((server.role,) for server in _servers(d) if server.maxmemory == 0),
      "the {0} has no maxmemory",
      "waiting tasks may fill the machine until the system kills the server; with a limit, deferring stops before it",
      "set maxmemory to less than the machine has"),
     ("persistence", _WARNING,
-     lambda d: [(server.role, _HOLDS[server.role]) for server in _servers(d) if server.persistent is False],
+     lambda d: ((server.role, _HOLDS[server.role]) for server in _servers(d) if server.persistent is False),
      "the {0} keeps nothing on disk",
      "a restart loses {1}", "set appendonly yes"),
     ("ticks", _ERROR, lambda d: [(_ago(d.tick_age),)] if _is_late(d.tick_age, d) else [],
@@ -464,25 +449,25 @@ _RULES: tuple[tuple[str, Level, _Find, str, str, str], ...] = (
     ("ticks", _WARNING, lambda d: [(name,) for name in d.lasting_ticks],
      "the periodic task {0} sends ticks that do not expire",
      "they pile up in the control queue while no worker runs", "set its expire seconds to a few tick intervals"),
-    ("workers", _ERROR, lambda d: [()] if d.workers == () else [], "no worker answers",
+    ("workers", _ERROR, lambda d: [] if _known(d.workers) else [()], "no worker answers",
      "tasks run nowhere", "start workers; one with a solo pool answers between tasks only"),
     ("control queue", _ERROR, _elsewhere, "worker {0} does not consume {1}: it {2}",
      "ticks that are sent do not reach it", "give all processes one RESILIENT_TASKS_NAMESPACE"),
     ("rights", _ERROR,
-     lambda d: [(each.name, *item) for each in _with_library(d) for item in sorted(each.refused.items())],
+     lambda d: ((each.name, *item) for each in _with_library(d) for item in sorted(each.refused.items())),
      "the broker refuses worker {0} the queue {1}: {2}",
      "its tasks cannot be deferred: in an outage they stay in the memory of workers",
      "grant the rights in docs/permissions.md"),
-    ("pools", _WARNING, lambda d: [(worker.name,) for worker in d.workers or () if not worker.can_grow],
+    ("pools", _WARNING, lambda d: ((worker.name,) for worker in _answering(d) if not worker.can_grow),
      "the pool of worker {0} cannot add a slot",
      "a guarded call that hangs there holds up all other tasks of that worker",
      "use -P prefork, with -c 1 for one process, or threads"),
-    ("versions", _ERROR, lambda d: [(worker.name,) for worker in d.workers or () if worker.version is None],
+    ("versions", _ERROR, lambda d: ((worker.name,) for worker in _answering(d) if worker.version is None),
      "worker {0} runs without the library, or with one too old to answer",
      "it calls dependencies that are down, and fails tasks instead of deferring them",
      "deploy the same code to all workers"),
     ("versions", _WARNING,
-     lambda d: [(each.name, each.version, d.version) for each in _with_library(d) if each.version != d.version],
+     lambda d: ((each.name, each.version, d.version) for each in _with_library(d) if each.version != d.version),
      "worker {0} has version {1}, here it is {2}",
      "versions may decide differently", "finish the deploy"),
     ("policies", _WARNING, _other_policies, "worker {0} declares breaker {1} otherwise: {2}",
@@ -492,7 +477,7 @@ _RULES: tuple[tuple[str, Level, _Find, str, str, str], ...] = (
      "eta and expires mean another time there; breakers use the store's clock and are not affected",
      "run NTP or chrony on all machines"),
     ("undefined breakers", _WARNING,
-     lambda d: [(counted(count, "task"), breaker) for breaker, count in (d.orphans or {}).items()],
+     lambda d: [(counted(count, "task"), breaker) for breaker, count in _known(d.orphans).items()],
      "{0} wait for breaker {1}, which no process defines",
      "workers resume them once no process has defined it for ten minutes",
      "define the breaker again, or wait; 'inspect breakers' shows which workers define {1}"),
@@ -503,7 +488,7 @@ _RULES: tuple[tuple[str, Level, _Find, str, str, str], ...] = (
      "no worker starts with it", "correct the definition"),
     ("definitions", _WARNING, lambda d: d.doubts, "{0}", "{1}", "{2}"),
     ("undecided exceptions", _WARNING,
-     lambda d: [(breaker, ", ".join(types)) for breaker, types in (d.undecided or {}).items()],
+     lambda d: [(breaker, ", ".join(types)) for breaker, types in _known(d.undecided).items()],
      "calls of {0} end with exceptions that no rule knows: {1}",
      "they are not counted; if they mean that the dependency is down, its breaker stays CLOSED",
      "give the breaker failures=({1},) for those that mean an outage, ignore=(...) for the others"),
@@ -530,3 +515,6 @@ _RULES: tuple[tuple[str, Level, _Find, str, str, str], ...] = (
      "tasks wait in the memory of one worker while others are idle, and come back only when it dies",
      "set worker_prefetch_multiplier to 1 for long tasks, or to 4"),
 )  # fmt: skip
+
+#: All checks in their order.
+CHECKS = tuple(dict.fromkeys(check for check, *_ in _RULES))
