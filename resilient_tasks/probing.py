@@ -31,11 +31,7 @@ _CHECKED_WHILE = frozenset({State.CLOSED, State.SHADOW})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What :meth:`Breaker.probe` registered; its arguments are explained there.
-
-    Raises:
-        ConfigurationError: a value is out of range; the message names breaker, argument, value and what is allowed.
-    """
+    """What :meth:`Breaker.probe` registered; its arguments are explained there."""
 
     breaker: str
     function: Annotated[Callable[..., Any], Field(description="a function without arguments, or with a child's key")]

@@ -9,30 +9,16 @@ from collections.abc import Callable
 
 
 def about(task_id: str, task: str, breaker: str = "") -> dict[str, str]:
-    """Return the structured fields of a line about a task, for ``extra=``.
-
-    Args:
-        task_id: id of the task.
-        task: its name.
-        breaker: the breaker that it waits for; "" if none.
-    """
+    """Return the structured fields of a line about a task, which may wait for a breaker, for ``extra=``."""
     fields = {"task_id": task_id, "task": task}
     return {**fields, "breaker": breaker} if breaker else fields
 
 
 class Throttle:
-    """Lets so many lines of a kind pass in each interval and counts the others; safe to use from several threads.
-
-    Args:
-        most: lines of one kind that pass in one interval.
-        interval: its length in seconds; it begins with the first line.
-        clock: monotonic clock in seconds.
-    """
+    """Lets ``most`` lines of a kind pass in each interval, in seconds, and counts the others; for several threads."""
 
     def __init__(self, most: int, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most = most
-        self._interval = interval
-        self._clock = clock
+        self._most, self._interval, self._clock = most, interval, clock
         self._lock = threading.Lock()
         self._began: dict[str, float] = {}
         self._seen: Counter[str] = Counter()
@@ -45,11 +31,7 @@ class Throttle:
             return self._seen[kind] <= self._most
 
     def take_suppressed(self, *, early: bool = False) -> dict[str, int]:
-        """End the intervals that are over; return how many lines of each kind did not pass in them, if any.
-
-        Args:
-            early: end those, too, that are not over yet.
-        """
+        """End the intervals that are over, or all; return how many lines of each kind did not pass in them, if any."""
         with self._lock:
             over = [kind for kind, began in self._began.items() if early or self._clock() >= began + self._interval]
             for kind in over:

@@ -6,7 +6,7 @@ resumed run to the first run, or to the first refusal. A W3C ``traceparent`` in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -18,13 +18,7 @@ with suppress(ImportError):  # without it the functions below do nothing
 
     _W3C = TraceContextTextMapPropagator()
 
-NAME = "circuitbreaker.name"
-STATE = "circuitbreaker.state"
-REASON = "circuitbreaker.reason"
-DEFERRED = "task deferred"
-RESUMED = "task resumed"
-NOWHERE = ""
-
+_NAME, _STATE, _REASON = "circuitbreaker.name", "circuitbreaker.state", "circuitbreaker.reason"
 _TRACEPARENT = "traceparent"
 _IS_INSTALLED = "trace" in globals()
 
@@ -32,61 +26,57 @@ _IS_INSTALLED = "trace" in globals()
 def record_run(states: Mapping[str, State], first: str) -> None:
     """Describe the current span as a run of a task that breakers guard, by name and cached state.
 
-    Args:
-        states: of the task's breakers.
-        first: ``traceparent`` of what the task did before it was deferred; "" if it never was.
+    ``first`` is the ``traceparent`` of what the task did before it was deferred; "" if it never was.
     """
     span = _current_span()
     if span is None:
         return
-    span.set_attributes({NAME: _one_or_all(list(states)), STATE: _one_or_all([str(each) for each in states.values()])})
+    names, texts = list(states), list(map(str, states.values()))
+    one = len(states) == 1
+    span.set_attributes({_NAME: names[0] if one else names, _STATE: texts[0] if one else texts})
     if first:
         link = trace.get_current_span(_W3C.extract({_TRACEPARENT: first})).get_span_context()
         if link.is_valid:
             span.add_link(link)
-        span.add_event(RESUMED)
+        span.add_event("task resumed")
 
 
 def record_deferral(breaker: str, reason: str) -> str:
     """Add to the current span, a run's, that its task is deferred; return its ``traceparent``, "" without a span."""
-    span = _current_span()
-    if span is None:
-        return NOWHERE
-    span.add_event(DEFERRED, {NAME: breaker, REASON: reason})
-    return _traceparent(span)
+    return _deferred(_current_span(), breaker, reason)
 
 
 def record_refusal(task: str, headers: Mapping[str, Any], breaker: str, state: State, reason: str) -> str:
     """Make a span of a task that is deferred without a run, in the trace of its sender, which the headers name.
 
-    Returns:
-        The span's ``traceparent``; "" if it is not recorded.
+    Return the span's ``traceparent``; "" if it is not recorded.
     """
     if not _IS_INSTALLED:
-        return NOWHERE
+        return ""
     parent = propagate.extract({name: value for name, value in headers.items() if isinstance(value, str)})
     span = trace.get_tracer("resilient_tasks").start_span(f"defer/{task}", parent, trace.SpanKind.CONSUMER)
     if not span.is_recording():
-        return NOWHERE
-    span.set_attributes({NAME: breaker, STATE: str(state)})
-    span.add_event(DEFERRED, {NAME: breaker, REASON: reason})
+        return ""
+    span.set_attributes({_NAME: breaker, _STATE: str(state)})
+    traceparent = _deferred(span, breaker, reason)
     span.end()
-    return _traceparent(span)
+    return traceparent
 
 
 def _current_span() -> Any:
     """Return the span of this run; None if it is not traced."""
-    if not _IS_INSTALLED:
-        return None
-    span = trace.get_current_span()
-    return span if span.is_recording() else None
+    span = trace.get_current_span() if _IS_INSTALLED else None
+    return span if span is not None and span.is_recording() else None
+
+
+def _deferred(span: Any, breaker: str, reason: str) -> str:
+    if span is None:
+        return ""
+    span.add_event("task deferred", {_NAME: breaker, _REASON: reason})
+    return _traceparent(span)
 
 
 def _traceparent(span: Any) -> str:
     carrier: dict[str, str] = {}
     _W3C.inject(carrier, trace.set_span_in_context(span))
-    return carrier.get(_TRACEPARENT, NOWHERE)
-
-
-def _one_or_all(texts: Sequence[str]) -> str | Sequence[str]:
-    return texts[0] if len(texts) == 1 else texts
+    return carrier.get(_TRACEPARENT, "")

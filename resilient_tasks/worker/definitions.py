@@ -100,12 +100,8 @@ def doubts(app: Celery) -> Iterator[Doubt]:
         given = _given(task, app)
         unused = sorted(OPTIONS.intersection(given)) if getattr(task, "breaker", None) is None else ()
         if unused:
-            names = ", ".join(f"{name}=" for name in unused)
-            yield Doubt(
-                f"{task.name}: {names} without breaker=",
-                "it has no effect, the task is not guarded",
-                "add breaker=",
-            )
+            what = f"{task.name}: {', '.join(f'{name}=' for name in unused)} without breaker="
+            yield Doubt(what, "it has no effect, the task is not guarded", "add breaker=")
         for name, meant in _misspelt(task, given):
             yield Doubt(f"{task.name}: {name}= is no option", "it has no effect", f"did you mean {meant}=?")
 

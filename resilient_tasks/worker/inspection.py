@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
 from celery.worker.control import inspect_command
 
-from resilient_tasks.dependency import Dependency
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.base import Spec
-from resilient_tasks.store.view import CachedState
 from resilient_tasks.worker import celery_internals
-from resilient_tasks.worker.context import Runtime, find_runtime
+from resilient_tasks.worker.context import find_runtime
 
 
 @inspect_command()  # type: ignore[untyped-decorator]  # Celery is untyped
@@ -24,8 +22,20 @@ def breakers(state: Any, **_: Any) -> dict[str, dict[str, Any]]:
     if runtime is None:
         return {}
     present = sorted(runtime.present(), key=lambda breaker: breaker.name)
-    epochs = _epochs_in_store(runtime, present)
-    return {breaker.name: _view(breaker.cached_state, epochs.get(breaker.name)) for breaker in present}
+    epochs: dict[str, int] = {}
+    with suppress(StoreError):
+        read = runtime.fleet.store.read_shared([breaker.spec for breaker in present])
+        epochs = {snapshot.name: snapshot.epoch for snapshot in read}
+    found = {}
+    for breaker in present:
+        cached, epoch = breaker.cached_state, epochs.get(breaker.name)
+        found[breaker.name] = {
+            "state": str(cached.snapshot.state),
+            "epoch": cached.epoch,
+            "age": None if cached.age is None else round(cached.age, 3),
+            "agrees": None if epoch is None else epoch == cached.epoch,
+        }
+    return found
 
 
 @inspect_command()  # type: ignore[untyped-decorator]  # Celery is untyped
@@ -53,21 +63,3 @@ def library_version() -> str:
 def rules_of(spec: Spec) -> dict[str, Any]:
     """Return what a process declares of a breaker, for comparison with what others do."""
     return {name: value for name, value in spec.rules()._asdict().items() if name != "revision"}
-
-
-def _epochs_in_store(runtime: Runtime, present: Sequence[Dependency]) -> dict[str, int]:
-    """Return the epoch of each breaker that the store knows now; nothing while it is unavailable."""
-    specs = [breaker.spec for breaker in present]
-    try:
-        return {snapshot.name: snapshot.epoch for snapshot in runtime.fleet.store.read_shared(specs)}
-    except StoreError:
-        return {}
-
-
-def _view(state: CachedState, epoch: int | None) -> dict[str, Any]:
-    return {
-        "state": str(state.snapshot.state),
-        "epoch": state.epoch,
-        "age": None if state.age is None else round(state.age, 3),
-        "agrees": None if epoch is None else epoch == state.epoch,
-    }
