@@ -22,7 +22,7 @@ import pybreaker
 import redis
 
 from resilient_tasks.breaker import Breaker
-from resilient_tasks.fleet import Fleet
+from resilient_tasks.dependency import Fleet
 from resilient_tasks.store.redis import RedisStore
 from workers.processes import start_valkey
 

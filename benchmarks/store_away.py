@@ -16,7 +16,7 @@ from statistics import mean
 
 from benchmarks._rig import verdict
 from resilient_tasks.breaker import Breaker
-from resilient_tasks.fleet import Fleet
+from resilient_tasks.dependency import Fleet
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.redis import RedisStore
 from workers.processes import Server, start_valkey

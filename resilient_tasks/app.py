@@ -16,10 +16,9 @@ from celery.signals import beat_init
 from resilient_tasks.breaker import Breaker, breaker_of
 from resilient_tasks.core.model import Transition, check_name, did_you_mean
 from resilient_tasks.core.outage import Estimate, Outage
-from resilient_tasks.dependency import Dependency
+from resilient_tasks.dependency import Dependency, Fleet
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fallback import Provenance, read_provenance
-from resilient_tasks.fleet import Fleet
 from resilient_tasks.monitor import events
 from resilient_tasks.operations.waiting import DeadLetters, Deferred
 from resilient_tasks.policy import BreakerPolicy, PolicyFields

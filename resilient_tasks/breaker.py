@@ -22,7 +22,7 @@ from resilient_tasks.store.base import Spec
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # Python 3.11 has it in typing
 
-    from resilient_tasks.fleet import Fleet
+    from resilient_tasks.dependency import Fleet
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

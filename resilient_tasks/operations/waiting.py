@@ -28,11 +28,10 @@ from resilient_tasks.errors import BreakerOpenError, DeadLetterError
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.celery_internals import Events
 from resilient_tasks.worker.context import Runtime
-from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.deferred_tasks import DeferredTasks, Resumer
 from resilient_tasks.worker.envelope import UNDECODABLE, Step, without_envelope
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.request import ResultNotWrittenError, write_result
-from resilient_tasks.worker.resume import Resumer
 
 logger = logging.getLogger("resilient_tasks")
 

@@ -20,14 +20,13 @@ from celery import Celery, Task
 
 from resilient_tasks.core.model import did_you_mean, is_child, parent_of
 from resilient_tasks.core.outage import CACHED_AGE, FALLBACK, OLDEST_ANSWER
-from resilient_tasks.dependency import Dependency
+from resilient_tasks.dependency import Dependency, Fleet
 from resilient_tasks.errors import ConfigurationError, UnknownBreakerError
 from resilient_tasks.fallback import Call, Served, found_by
-from resilient_tasks.fleet import Fleet
 from resilient_tasks.settings import Settings
+from resilient_tasks.worker.broker_queues import open_queues
 from resilient_tasks.worker.definitions import check_guarded, doubts
 from resilient_tasks.worker.envelope import Envelope
-from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Queues
 
 if TYPE_CHECKING:

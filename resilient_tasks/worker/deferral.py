@@ -28,8 +28,8 @@ from resilient_tasks.errors import DeferredQueueFullError, StoreError
 from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED
 from resilient_tasks.monitor.log import Throttle
 from resilient_tasks.store.background import TimedWriter
+from resilient_tasks.worker.broker_queues import open_queues
 from resilient_tasks.worker.envelope import UNDECODABLE, Envelope, flaw_in_task
-from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Queues
 from resilient_tasks.worker.request import GatedRequest
 

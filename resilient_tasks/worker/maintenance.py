@@ -29,10 +29,9 @@ from resilient_tasks.store.background import PeriodicThread
 from resilient_tasks.store.ledger import Wait
 from resilient_tasks.store.server import portions
 from resilient_tasks.worker.celery_internals import Events
-from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks, RevokeRelay
+from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks, Resumer, RevokeRelay, no_limit
 from resilient_tasks.worker.probes import Prober
 from resilient_tasks.worker.queues import Entry, Move
-from resilient_tasks.worker.resume import Resumer, no_limit
 
 if TYPE_CHECKING:
     from resilient_tasks.dependency import Dependency

@@ -16,8 +16,7 @@ from typing import Any
 
 import psutil
 
-from resilient_tasks.worker.published_queues import PublishedQueues
-from resilient_tasks.worker.redis_queues import RedisQueues
+from resilient_tasks.worker.broker_queues import PublishedQueues, RedisQueues
 from tests.chaos import traps
 from tests.chaos.servers import KeyServer, RedisBroker
 from tests.chaos.stack import Stack, faketime_library

@@ -13,13 +13,11 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from resilient_tasks.fleet import Fleet
+from resilient_tasks.dependency import Fleet
+from resilient_tasks.worker.broker_queues import PublishedQueues, RedisQueues
 from resilient_tasks.worker.deferral import Deferral
-from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.deferred_tasks import DeferredTasks, Resumer
 from resilient_tasks.worker.pipeline import Pipeline
-from resilient_tasks.worker.published_queues import PublishedQueues
-from resilient_tasks.worker.redis_queues import RedisQueues
-from resilient_tasks.worker.resume import Resumer
 
 #: By name: the method that a worker dies after.
 WINDOWS: dict[str, tuple[type, str]] = {

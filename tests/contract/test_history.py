@@ -28,8 +28,8 @@ from resilient_tasks.core.outage import (
     Tally,
 )
 from resilient_tasks.core.pace import Pace
+from resilient_tasks.dependency import Fleet
 from resilient_tasks.errors import ConfigurationError
-from resilient_tasks.fleet import Fleet
 from resilient_tasks.store.ledger import Wait
 from tests.contract.lab import ONE_SHARED, OUTCOMES, SHARED, Lab, Subject
 

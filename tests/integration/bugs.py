@@ -9,15 +9,14 @@ from typing import Any
 
 from resilient_tasks.worker import deferred_tasks, maintenance
 from resilient_tasks.worker.admission import Gate
+from resilient_tasks.worker.broker_queues import RedisQueues
 from resilient_tasks.worker.deferral import Deferral
-from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.deferred_tasks import DeferredTasks, Resumer
 from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.maintenance import Reconciler
 from resilient_tasks.worker.pipeline import Pipeline
 from resilient_tasks.worker.queues import Entry, Queues
-from resilient_tasks.worker.redis_queues import RedisQueues
 from resilient_tasks.worker.request import GatedRequest
-from resilient_tasks.worker.resume import Resumer
 
 #: Steps that a message takes on its way, by what happens to it then.
 DEFERRING: list[tuple[Any, str]] = [

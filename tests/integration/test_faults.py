@@ -17,8 +17,8 @@ from celery.exceptions import WorkerLostError
 from kombu import Connection, Consumer, Queue
 
 from resilient_tasks.core.model import State
+from resilient_tasks.worker.broker_queues import open_queues
 from resilient_tasks.worker.envelope import Envelope
-from resilient_tasks.worker.published_queues import open_queues
 from resilient_tasks.worker.queues import Move, Queues
 from tests.integration.conftest import Shop
 from workers.processes import Server

@@ -13,7 +13,7 @@ import redis
 from celery import Celery
 from kombu import Connection, Queue
 
-from resilient_tasks.worker.published_queues import PublishedQueues
+from resilient_tasks.worker.broker_queues import PublishedQueues
 from tests.integration.depots import (
     MODULE,
     PATIENCE,

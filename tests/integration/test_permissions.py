@@ -15,7 +15,7 @@ import redis
 from celery import Celery
 from kombu import Connection
 
-from resilient_tasks.worker.published_queues import PublishedQueues
+from resilient_tasks.worker.broker_queues import PublishedQueues
 from resilient_tasks.worker.queues import own_queue
 from tests.integration.depots import MODULE, PATIENCE, Depot, are, live_through_an_outage, messages_in, send_charges
 from workers.processes import LOCALHOST, PROJECT, Program, Server, celery_command, start_valkey, wait_until

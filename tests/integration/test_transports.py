@@ -16,8 +16,8 @@ from celery.contrib.testing.worker import start_worker as start_worker_here
 from kombu import Connection, Producer, Queue
 
 from resilient_tasks import Resilience
+from resilient_tasks.worker.broker_queues import PublishedQueues
 from resilient_tasks.worker.envelope import Envelope
-from resilient_tasks.worker.published_queues import PublishedQueues
 from resilient_tasks.worker.queues import Entry
 from tests.integration import cloud
 from tests.integration.depots import (

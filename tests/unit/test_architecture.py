@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors", "validation", "policy", "core"},
     {"store", "fallback", "monitor", "settings", "checks", "probing", "signals", "grpc_call"},
-    {"fleet", "dependency", "guard", "breaker"},
+    {"dependency", "guard", "breaker"},
     {"worker"},
     {"operations"},
     {"app", "prometheus", "typed"},

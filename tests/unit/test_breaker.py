@@ -22,9 +22,8 @@ from celery import Celery
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Grant, Outcome, State, Transition
-from resilient_tasks.dependency import Pass
+from resilient_tasks.dependency import Fleet, Pass
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreError
-from resilient_tasks.fleet import Fleet
 from resilient_tasks.guard import Scope, within
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.probing import Probe

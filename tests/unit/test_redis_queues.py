@@ -6,8 +6,7 @@ import redis
 from celery import Celery
 from kombu.transport.redis import SentinelChannel
 
-from resilient_tasks.worker.published_queues import PublishedQueues
-from resilient_tasks.worker.redis_queues import RedisQueues
+from resilient_tasks.worker.broker_queues import PublishedQueues, RedisQueues
 from workers.processes import start_valkey
 
 

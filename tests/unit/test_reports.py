@@ -305,7 +305,7 @@ def test_the_last_outcomes_are_sent_at_exit() -> None:
     script = """
         from resilient_tasks.breaker import Breaker
         from resilient_tasks.core.model import Answer, Snapshot, State
-        from resilient_tasks.fleet import Fleet
+        from resilient_tasks.dependency import Fleet
         from resilient_tasks.store.local import LocalStore
 
         class Loud(LocalStore):

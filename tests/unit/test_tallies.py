@@ -15,8 +15,8 @@ from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Verb
 from resilient_tasks.core.outage import CAUSE, REFUSED, RESUMED, Tally
+from resilient_tasks.dependency import Fleet
 from resilient_tasks.errors import BreakerOpenError, StoreError
-from resilient_tasks.fleet import Fleet
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Spec
 from resilient_tasks.store.history import History

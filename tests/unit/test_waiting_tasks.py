@@ -15,13 +15,12 @@ from kombu import Producer, Queue
 
 from resilient_tasks import Breaker, Resilience
 from resilient_tasks.worker import deferred_tasks
+from resilient_tasks.worker.broker_queues import PublishedQueues
 from resilient_tasks.worker.celery_internals import Events
 from resilient_tasks.worker.context import runtime_of
-from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.deferred_tasks import DeferredTasks, Resumer
 from resilient_tasks.worker.envelope import Envelope
-from resilient_tasks.worker.published_queues import PublishedQueues
 from resilient_tasks.worker.queues import Entry, Queues
-from resilient_tasks.worker.resume import Resumer
 from workers.processes import Server, wait_until
 
 DEFERRED, DEAD, HOME = "resilient.deferred.payments", "resilient.dead.payments", "shop"
