@@ -4,7 +4,8 @@ Bare is the setting in which the library costs most in proportion: no results, n
 per task, so that little but Celery's own handling of a message is left to compare with. ``BENCH_USUAL=1``
 switches all three on, as most projects have them, ``BENCH_EVENTS=1`` task events alone. ``BENCH_TRACED=1`` makes a
 span of each task, for nobody. ``BENCH_WATCH=1`` makes each process of a worker note when it begins to refuse,
-``BENCH_RECEIVERS=1`` gives every signal a receiver, ``BENCH_COUNT=1`` has each process count its function calls.
+``BENCH_RECEIVERS=1`` gives every signal a receiver, ``BENCH_COUNT=1`` has each process count its function calls,
+``BENCH_MODULES=1`` has each note the library's modules whose functions it calls.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from resilient_tasks import signals as notifications
 USUAL = os.environ.get("BENCH_USUAL") == "1"
 EVENTS = USUAL or os.environ.get("BENCH_EVENTS") == "1"
 REFUSALS = "refusals"  # list on the broker's server: who saw the breaker refuse, and when
+NOTING = "noting"  # key on the broker's server, while modules are noted
+MODULES = "modules"  # set on the broker's server: modules of the library whose functions were called
 WATCH_INTERVAL = 0.002  # seconds
 
 app = Celery("bench", broker=os.environ["BENCH_BROKER"], backend=os.environ["BENCH_BACKEND"])
@@ -207,6 +210,20 @@ FUNCTION_CALLS = "function calls"  # hash on the broker's server: how many each 
 TOLD_EVERY = 0.1  # seconds
 
 
+def note_modules() -> None:
+    """Note each module at the first call of one of its functions, in all threads and in processes forked from here."""
+    seen: set[str] = set()
+
+    def note(frame: Any, event: str, _argument: object) -> None:
+        _, inside, module = frame.f_code.co_filename.rpartition("/resilient_tasks/")
+        if event == "call" and inside and module not in seen and SIDE.exists(NOTING):
+            seen.add(module)
+            SIDE.sadd(MODULES, module)
+
+    sys.setprofile(note)
+    threading.setprofile(note)
+
+
 def start_counting(**_: Any) -> None:
     """Count the functions that this thread calls, Python's and C's: those do not depend on the machine's other jobs."""
     calls = 0
@@ -232,6 +249,9 @@ def start_watching(**_: Any) -> None:
 if os.environ.get("BENCH_WATCH") == "1":
     signals.worker_ready.connect(start_watching)
     signals.worker_process_init.connect(start_watching)
+
+if os.environ.get("BENCH_MODULES") == "1":
+    note_modules()
 
 if os.environ.get("BENCH_COUNT") == "1":
     signals.worker_ready.connect(start_counting)
