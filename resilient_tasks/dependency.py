@@ -119,7 +119,6 @@ class Fleet:
         return self._history
 
     def with_children(self, names: Iterable[str]) -> list[str]:
-        """Return the names of some breakers and of all their children."""
         return [each for name in names for each in (name, *self.store.children(name))]
 
     def voter(self) -> str:
@@ -232,13 +231,11 @@ class Dependency:
         return self._joined
 
     def detach(self) -> None:
-        """Forget the fleet and all children; the next use finds them anew."""
         self._joined = None
         self.cached = self.plain = _NOWHERE
         self._children = {}
 
     def declare(self, spec: Spec) -> None:
-        """Declare the breaker otherwise."""
         self.spec = spec
         if self._joined is not None:
             self._joined.view.declare(spec)
@@ -258,7 +255,6 @@ class Dependency:
 
     @property
     def state(self) -> State:
-        """State of the breaker as this process sees it."""
         return self.cached_state.snapshot.state
 
     @property
@@ -370,7 +366,6 @@ class Dependency:
         return _SLOW if verdict.outcome is Outcome.IGNORED and seconds > self.slow_after else verdict
 
     def judge_success(self, seconds: float, value: object = NO_VALUE) -> Verdict:
-        """Return what a call means that took ``seconds`` and returned ``value``."""
         verdict = _SUCCESS if value is NO_VALUE else judge_result(self.policy.classify, value)
         return _SLOW if verdict.outcome is Outcome.SUCCESS and seconds > self.slow_after else verdict
 

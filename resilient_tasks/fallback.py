@@ -29,6 +29,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from kombu import serialization
+from kombu.exceptions import DecodeError, EncodeError
 from kombu.utils import json as kombu_json
 
 from resilient_tasks.errors import ConfigurationError, ResilienceError, StoreError
@@ -134,7 +135,7 @@ class Cached:
         payload, age = found
         try:
             value = serialization.loads(payload, "application/json", "utf-8", accept={"application/json"})
-        except Exception:  # noqa: BLE001  whatever a user's decoder may raise
+        except DecodeError:
             call.log(logging.ERROR, ": its last good value cannot be read", exc_info=True)
             return None
         return Served(value, "cached", age)
@@ -203,8 +204,8 @@ class FallbackChain:
             return
         try:
             encoded = _encode(value)
-        except Exception as error:  # noqa: BLE001  whatever a user's __json__ may raise
-            self._warn_once(call, f"JSON cannot hold it ({type(error).__name__})")
+        except EncodeError as error:  # around whatever a user's __json__ may raise
+            self._warn_once(call, f"JSON cannot hold it ({type(error.__context__).__name__})")
             return
         if len(encoded) > LARGEST_VALUE:
             self._warn_once(call, f"{len(encoded)} bytes are more than {LARGEST_VALUE}")
@@ -253,10 +254,9 @@ def _check(item: Any, subject: str, parameters: Sequence[str]) -> None:
     elif isinstance(item, Constant):
         try:
             _encode(item.value)
-        except Exception as error:
-            raise ConfigurationError(
-                f"{subject} constant({item.value!r}): allowed is a value that JSON can hold"
-            ) from error
+        except EncodeError as error:
+            what = f"{subject} constant({item.value!r}): allowed is a value that JSON can hold"
+            raise ConfigurationError(what) from error
     elif item is cached or item is constant or not callable(item):
         allowed = "allowed are cached(max_age=...), constant(...), a function, or a list of these"
         raise ConfigurationError(f"{subject}={item!r}: {allowed}")

@@ -94,7 +94,6 @@ def within(scope: Scope) -> Iterator[None]:
 
 
 def current_scope() -> Scope | None:
-    """Return the innermost call in progress around this one."""
     return next(_live(current.get()), None)
 
 
@@ -424,7 +423,6 @@ class _Call(Scope):
         await _wait_async(self._dependencies[0], self.report(exc))
 
     def give_up(self) -> None:
-        """End a call that was not made after all."""
         _wait(self._dependencies[0], self._close({each.name: _IGNORED for each in self._dependencies}))
 
     def _close(self, verdicts: Mapping[str, Verdict], counted_for: str | None = None) -> int:

@@ -65,11 +65,9 @@ class Gate:
         return next((each for each in limited if self._in_flight.get(each.name, 0) >= self._most_here(each)), None)
 
     def unaccepted(self) -> list[GatedRequest]:
-        """Return the runs with a slot or permit that no pool process has accepted yet."""
         return list(self._unaccepted)
 
     def took_up(self, envelope: Envelope) -> None:
-        """Note that a resumed task has reached a worker."""
         with self._lock:
             self._taken_up[envelope.breaker] += 1
 
@@ -141,7 +139,6 @@ class Gate:
         return min(of_the_fleet or math.inf, policy.max_concurrency_per_worker or math.inf)
 
     def _count(self, breaker: Dependency) -> bool:
-        """Count one more run in flight, if this worker may have one more."""
         most = self._most_here(breaker)
         with self._lock:
             has_room = self._in_flight[breaker.name] < most

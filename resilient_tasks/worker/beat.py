@@ -42,7 +42,6 @@ class TickSchedule(schedule):  # type: ignore[misc]  # Celery is untyped
         super().__init__(run_every or timedelta(seconds=1), relative, nowfun, app)
 
     def is_due(self, last_run_at: Any) -> Any:
-        """Return ``(due, seconds until the next look)`` as Celery's schedules do."""
         state = super().is_due(last_run_at)
         return schedstate(is_due=_is_tick_due(runtime_of(self.app)), next=self.seconds) if state.is_due else state
 

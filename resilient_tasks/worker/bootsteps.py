@@ -56,7 +56,6 @@ class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is 
         self._ticks: Consumer | None = None
 
     def start(self, consumer: Any) -> None:
-        """Join, and consume the control queue."""
         runtime, pipeline = runtime_of(consumer.app), pipeline_of(consumer.app)
         pipeline.start(consumer)
         try:
@@ -67,7 +66,6 @@ class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is 
         pipeline.takes_ticks = self._ticks is not None
 
     def stop(self, consumer: Any) -> None:
-        """Take no more ticks."""
         pipeline = pipeline_of(consumer.app)
         pipeline.takes_ticks = False
         pipeline.compensation.stop()

@@ -32,7 +32,6 @@ logger = logging.getLogger("resilient_tasks")
 
 
 def open_queues(app: Celery, namespace: str) -> Queues:
-    """Return the deferred and dead-letter queues of an app's broker."""
     with app.connection_for_read() as unused:
         is_redis = unused.transport.driver_type == "redis"
     return (RedisQueues if is_redis else PublishedQueues)(app, namespace)
@@ -154,7 +153,6 @@ class RedisQueues(Queues):
 
     @staticmethod
     def _sent(message: Any, envelope: Envelope | None) -> dict[str, Any]:
-        """Return a message as it is sent, with an envelope or without any."""
         raw: dict[str, Any] = message.serializable()
         raw["headers"] = envelope.write(raw["headers"]) if envelope else without_envelope(raw["headers"])
         return raw
@@ -354,7 +352,6 @@ class PublishedQueues(Queues):
                 self._requeue(queue, held)
 
     def _entries(self, queue: str, breaker: str, held: list[Any]) -> Iterator[Entry]:
-        """Yield what is in a queue; the broker holds it as unacknowledged."""
         while (message := self.channel.basic_get(queue)) is not None:
             message = self.channel.message_to_python(message)
             held.append(message)

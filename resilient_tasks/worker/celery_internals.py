@@ -69,13 +69,11 @@ def import_task_modules(app: Celery) -> None:
 
 
 def shutting_down() -> bool:
-    """Whether this worker is to stop, warmly or coldly."""
     flags = worker_state.should_stop, worker_state.should_terminate  # exit codes: 0 is one as well
     return any(flag is not None and flag is not False for flag in flags)
 
 
 def tracer(app: Celery) -> Callable[..., TraceResult]:
-    """Return the function with which Celery runs a task of this app in the pool."""
     chosen: Callable[..., TraceResult] = fast_trace_task if app.use_fast_trace_task else trace_task_ret
     return chosen
 
@@ -159,7 +157,6 @@ def plain_client(channel: Any) -> redis.Redis:
 
 
 def list_key(channel: Any, queue: str, priority: int = 0) -> str:
-    """Return the Redis list that holds one priority of a queue."""
     return str(channel.global_keyprefix + channel._q_for_pri(queue, priority))
 
 
@@ -172,12 +169,10 @@ def message_priority(channel: Any, raw: Mapping[str, Any]) -> int:
 
 
 def unacked_keys(channel: Any) -> tuple[str, str]:
-    """Return the hash and the index that hold delivered, unacknowledged messages."""
     return channel.global_keyprefix + channel.unacked_key, channel.global_keyprefix + channel.unacked_index_key
 
 
 def emulates_acks(channel: Any) -> bool:
-    """Whether unacknowledged messages are kept in Redis at all (transport option ``ack_emulation``)."""
     return bool(channel.ack_emulation)
 
 
@@ -246,7 +241,6 @@ def discards_unaccepted(pool: Any) -> bool:
 
 
 def queue_of(task_consumer: Any, message: Any) -> str:
-    """Return the name of the queue that a consumed message came from."""
     info = message.delivery_info or {}
     tag = info.get("consumer_tag")
     for name, active in getattr(task_consumer, "_active_tags", {}).items():
@@ -277,7 +271,6 @@ def queues_inside(pool: Any) -> bool:
 
 
 def can_grow(pool: Any) -> bool:
-    """Whether a running pool can be given one slot more."""
     return queues_inside(pool) or hasattr(pool, "grow")
 
 
@@ -422,7 +415,6 @@ class Events:
         return self._dispatchers.get(name)
 
     def send(self, kind: str, reported_by: str, **fields: Any) -> None:
-        """Send an event about a task that a worker has reported as deferred."""
         try:
             dispatcher = self.dispatcher(reported_by)
             if dispatcher is not None:

@@ -99,7 +99,6 @@ class Compensation:
         self._schedule(self._interval)
 
     def stop(self) -> None:
-        """Look no more until a consumer has connected again."""
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
@@ -107,7 +106,6 @@ class Compensation:
     # --- calls ------------------------------------------------------------------------------------
 
     def begin(self, key: object, breakers: Sequence[Dependency]) -> None:
-        """Note that a run was submitted to the pool; ``key`` identifies it."""
         self._calls[key] = _Call(breakers)
 
     def accept(self, key: object) -> Dependency | None:
@@ -125,7 +123,6 @@ class Compensation:
             return limiting
 
     def end(self, key: object) -> None:
-        """Note that a run has ended."""
         call = self._calls.pop(key, None)
         if call is None or call.started is None:
             return

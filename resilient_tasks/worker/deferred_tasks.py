@@ -71,7 +71,6 @@ class DeferredTasks:
         self.queues = queues or open_queues(runtime.app, runtime.settings.namespace)
 
     def count(self, breaker: str) -> int:
-        """Return the number of messages that wait on the broker."""
         return self.queues.size(self.queues.deferred(breaker))
 
     def transfer(self, breaker: str, choose: Choose, *, start: int = 0) -> tuple[int, list[Move]]:
@@ -148,7 +147,6 @@ class DeferredTasks:
         return [move for move in moves if move], [entry for entry in entries if entry.task_id not in errors]
 
     def resume(self, entries: Sequence[Entry], epoch: int, why: str) -> list[Move]:
-        """Send tasks back to the queues that they came from."""
         now = self._runtime.fleet.view.server_now()
         moves: list[Move] = []
         for entry in entries:
@@ -245,7 +243,6 @@ class DeferredTasks:
         self._events.send(event, entry.envelope.reported_by, uuid=entry.task_id, **fields)
 
     def close(self) -> None:
-        """Close connections."""
         self.queues.close()
         self._events.close()
 
@@ -277,7 +274,6 @@ def _expiry(entry: Entry, now: float) -> DeferralExpiredError | TaskRevokedError
 
 
 def no_limit(_: Dependency) -> int:
-    """Return the room that a process has which holds no tasks."""
     return LARGEST_BATCH
 
 
@@ -421,7 +417,6 @@ class RevokeRelay:
 
 
 def revoked_among(entries: Sequence[Entry], ledger: Ledger) -> set[str]:
-    """Return the ids of those waiting tasks that were revoked."""
     marks = {entry.task_id: set(_marks(entry)) for entry in entries}
     revoked = ledger.revoked([*marks, *set().union(*marks.values())])
 
@@ -433,7 +428,6 @@ def revoked_among(entries: Sequence[Entry], ledger: Ledger) -> set[str]:
 
 
 def _marks(entry: Entry) -> Iterator[str]:
-    """Yield the marks of a task's stamps."""
     headers = entry.message.headers or {}
     stamped, stamps = headers.get("stamped_headers"), headers.get("stamps")
     if isinstance(stamped, (list, tuple)) and isinstance(stamps, dict):

@@ -104,7 +104,6 @@ class Envelope:
         return replace(self, since=at, deadline=deadline, coalesced_as=coalesced_as)
 
     def defer(self, at: float, cause: str = "") -> Envelope:
-        """Return the envelope of the same task deferred; ``cause``: why it has failed, if it has."""
         return self._after(Step(at, "failed" if cause else "deferred", cause), resumed=0, died_at=0.0)
 
     def back_off(self) -> float:
@@ -113,11 +112,9 @@ class Envelope:
         return float(min(SHORTEST_BACK_OFF * 2**deferrals, LONGEST_BACK_OFF))
 
     def resume(self, epoch: int, at: float) -> Envelope:
-        """Return the envelope of the same task on its way back to the origin queue."""
         return self._after(Step(at, "resumed"), resumed=epoch, died_at=0.0)
 
     def dead_letter(self, at: float, reason: str, cause: str = "") -> Envelope:
-        """Return the envelope of the same task on its way to the dead-letter queue."""
         return self._after(Step(at, "dead", cause), reason=reason, resumed=0, died_at=at)
 
     def _after(self, step: Step, **changes: Any) -> Envelope:
@@ -132,7 +129,6 @@ _DECODER = TypeAdapter(Envelope)
 
 
 def without_envelope(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message's headers as they were before it was ever deferred."""
     headers = dict(headers)
     Envelope.take(headers)
     return headers

@@ -56,7 +56,6 @@ class Admission(NamedTuple):
 
     @classmethod
     def refused(cls, refusal: BreakerOpenError, attempts: int, trace: str) -> Admission:
-        """Return the answer of a gate that refuses."""
         return cls((), refusal.breaker, refusal.state, refusal.retry_after, attempts, trace)
 
     @property
@@ -65,7 +64,6 @@ class Admission(NamedTuple):
         return BreakerOpenError(self.refused_by, self.refused_in, self.retry_after) if self.refused_by else None
 
     def pass_of(self, breaker: str) -> Pass | None:
-        """Return the pass of a breaker; None if it has given none."""
         return next((each for each in self.passes if each.breaker == breaker), None)
 
     @property
@@ -92,7 +90,6 @@ class Report(NamedTuple):
 
     @classmethod
     def of_all(cls, verdict: Verdict, passes: Sequence[Pass]) -> Report:
-        """Return the report of a run about which there is one verdict, the same for every breaker."""
         return cls((verdict,) * len(passes))
 
 
@@ -163,7 +160,6 @@ class Run(Scope):
         return True
 
     def report(self) -> Report:
-        """Return what the main process should know."""
         verdicts = tuple(map(self._verdict, self.admission.passes, self.verdicts))
         return Report(verdicts, *self.served, *self.exhausted)
 
@@ -291,7 +287,6 @@ class _Body:
         self._verdicts: dict[str, Verdict] = {}  # on the exception that has ended the run, by breaker
 
     def run(self) -> Any:
-        """Run it and answer for it."""
         try:
             value = self._attempts() if self.gated is None else self._gated_attempts(self.gated)
         except Retry as retry:

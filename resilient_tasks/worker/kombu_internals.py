@@ -173,7 +173,6 @@ class TakingChannel(redis.Channel):
         return None
 
     def _put_text(self, queue: str, text: bytes, push: str) -> None:
-        """Put a text that was taken into a queue."""
         tag: Any = None
         with suppress(DecodeError):  # the script may have noted what is no message
             match decode(loads, text):

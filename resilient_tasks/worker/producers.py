@@ -148,7 +148,6 @@ class _DeferringProducer:
         return getattr(self._producer, name)
 
     def publish(self, body: Any, **sent: Any) -> Any:
-        """Have the task's message deferred; publish it if that is impossible, or if it is not due at once."""
         headers = sent.get("headers") or {}
         is_due = headers.get("id") == self._task_id and not headers.get("eta") and not headers.get("retries")
         queue = _destination(sent) if is_due else None

@@ -87,7 +87,6 @@ class Entry:
         return about(self.task_id, self.task_name, self.envelope.breaker)
 
     def unreadable(self) -> DecodeError | None:
-        """Return the error of a message whose body no worker can decode."""
         try:
             payload_of(self.message)
         except DecodeError as exc:
@@ -111,7 +110,6 @@ class Move:
 
     @property
     def resumes(self) -> bool:
-        """Whether the message goes back to where it came from."""
         return self.queue is not None and not self.entry.flaw and not (self.envelope and self.envelope.died_at)
 
 
@@ -134,7 +132,6 @@ class Queues(ABC):
         return f"{self.namespace}.deferred.{breaker}"
 
     def dead(self, breaker: str) -> str:
-        """Name of a breaker's dead-letter queue; children share their parent's."""
         return f"{self.namespace}.dead.{parent_of(breaker) or breaker}"
 
     def owns(self, queue: str) -> bool:
@@ -144,7 +141,6 @@ class Queues(ABC):
 
     @property
     def channel(self) -> Any:
-        """A channel on a connection of our own."""
         return self._connection.default_channel
 
     @property
@@ -222,9 +218,7 @@ class Queues(ABC):
         return []
 
     def memory(self) -> Memory | None:
-        """Return how much memory the broker uses; None if it does not say."""
         return None
 
     def server_facts(self) -> ServerFacts | None:
-        """Return what the broker's server reports of itself; None if it is no Redis."""
         return None

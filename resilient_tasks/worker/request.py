@@ -76,7 +76,6 @@ class ResultNotWrittenError(Exception):
 
 
 def write_result(write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Call a method of a result backend; ResultNotWrittenError if it raises anything."""
     try:
         write(*args, **kwargs)
     except Exception as exc:
@@ -129,7 +128,6 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
 
     @property
     def context(self) -> Any:
-        """The task's request context, for result backends."""
         return self._context
 
     @property
@@ -203,7 +201,6 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         return self.finish((failed, value, runtime), **kwargs)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:  # noqa: FBT001, FBT002 - Celery's signature
-        """Handle an exception: defer, or leave it to Celery."""
         exc = exc_info.exception
         if isinstance(exc, ExceptionWithTraceback):
             exc = exc.exc

@@ -26,7 +26,7 @@ WINDOWS: dict[str, tuple[type, str]] = {
     "message copied, not acknowledged": (PublishedQueues, "_publish"),
     "permit taken": (Fleet, "acquire"),
     "trial reported, not acknowledged": (Pipeline, "_settle"),
-    "resume promised, not made": (Resumer, "_still"),
+    "resume promised, not made": (Resumer, "_has_not_moved"),
     "resumed by script": (DeferredTasks, "_note_unmade"),
 }
 

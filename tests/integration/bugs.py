@@ -30,7 +30,7 @@ RESUMING: list[tuple[Any, str]] = [
 ]  # fmt: skip
 RECONCILING: list[tuple[Any, str]] = [(Reconciler, "reconcile"), (Reconciler, "_index")]
 DEAD_LETTERING: list[tuple[Any, str]] = [
-    (DeferredTasks, "end"), (DeferredTasks, "_request"), (GatedRequest, "fail"), (Envelope, "die"),
+    (DeferredTasks, "end"), (DeferredTasks, "_request"), (GatedRequest, "fail"), (Envelope, "dead_letter"),
     (deferred_tasks, "_expiry"), (deferred_tasks, "check_task"),
 ]  # fmt: skip
 

@@ -31,6 +31,7 @@ CELERY = {
     "celery.utils.dispatch": {"signals"},
     "billiard": {"worker"},
     "kombu": {"worker"},
+    "kombu.exceptions": {"worker", "fallback"},
     "kombu.serialization": {"worker", "fallback"},
     "kombu.utils.json": {"worker", "fallback"},
     "tests": set(),
