@@ -9,8 +9,10 @@ All that is overridden here is undocumented; ``tests/unit/test_celery_internals.
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import resources
 from queue import Empty
 from time import monotonic, time
@@ -20,13 +22,14 @@ from kombu.exceptions import DecodeError
 from kombu.transport import redis, virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
-from redis.exceptions import ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 
 from resilient_tasks.worker.envelope import decode, decode_raw
 
 logger = logging.getLogger("resilient_tasks")
 
 TAKE = (resources.files("resilient_tasks.worker") / "lua" / "take.lua").read_text()
+TAKE_DIGEST = hashlib.sha1(TAKE.encode(), usedforsecurity=False).hexdigest()
 #: Seconds to wait at one queue before all are looked at again.
 WAIT = 0.1
 
@@ -90,10 +93,19 @@ class TakingChannel(redis.Channel):
     _asked = _POP
     _all_empty = False
     _full = False
+    _knows_script = False  # the server, as far as is known
+    _kept_client: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._tags_without_acks: set[str] = set()
         super().__init__(*args, **kwargs)
+
+    @contextmanager
+    def conn_or_acquire(self, client: Any = None) -> Iterator[Any]:
+        """Yield always the same client: kombu makes one per acknowledgement, a quarter of what a task costs it."""
+        if self._kept_client is None or self._kept_client.connection_pool is not self.pool:
+            self._kept_client = self._create_client()
+        yield client or self._kept_client
 
     def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any) -> Any:  # noqa: FBT001 - kombu's signature
         """Consume a queue; what is never acknowledged must not be noted."""
@@ -120,7 +132,8 @@ class TakingChannel(redis.Channel):
     def _take_command(self, queues: list[str]) -> list[Any]:
         lists = [self._q_for_pri(queue, priority) for priority in self.priority_steps for queue in queues]
         keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key, *lists)]
-        return ["EVAL", TAKE, len(keys), *keys, time()]
+        script = ("EVALSHA", TAKE_DIGEST) if self._knows_script else ("EVAL", TAKE)
+        return [*script, len(keys), *keys, time()]
 
     def _wait_command(self, queue: str) -> list[Any]:
         """Moving the oldest message of a list to where it is waits for one, and changes nothing."""
@@ -137,7 +150,7 @@ class TakingChannel(redis.Channel):
         if self._asked == _POP:
             return super()._brpop_read(**options)
         try:
-            taken = self._reply("BRPOP")
+            taken = self._take()
             self._all_empty = not taken
             raw = self._open(*taken) if taken else None
             if raw is None:
@@ -150,6 +163,15 @@ class TakingChannel(redis.Channel):
         finally:
             self.noted = False
             self._end_poll()
+
+    def _take(self) -> Any:
+        try:
+            taken = self._reply("BRPOP")
+        except NoScriptError:  # another server, or the same one emptied: the next time it gets the text
+            self._knows_script = False
+            raise Empty from None
+        self._knows_script = True
+        return taken
 
     def _open(self, key: bytes, text: bytes) -> dict[str, Any] | None:
         """Return the message in a text; None if there is none, and the text is dead-lettered."""
