@@ -39,7 +39,7 @@ class FlowerWithBreakers(flower_internals.Flower):
         if runtime is None:
             raise SystemExit(f"app {self.capp.main!r} has no Resilience: name the app that has, as in celery -A proj")
         service = Service(runtime)
-        self.io_loop.add_callback(service.watch.start)
+        self.io_loop.add_callback(service.watch.run)
         handlers = routes(service)
         if not any(REGISTRY.restricted_registry([UP]).collect()):  # the user has registered them already
             registry = CollectorRegistry()

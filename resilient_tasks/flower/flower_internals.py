@@ -11,34 +11,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from flower import command, events
-from flower.api import BaseApiHandler
-from flower.api.tasks import GetQueueLengths
-from flower.app import Flower, rewrite_handler
-from flower.events import EventReceiver
-from flower.views import BaseHandler
-from flower.views.broker import BrokerView
-from flower.views.monitor import Metrics
+from flower import command as command
+from flower import events as events
+from flower.api import BaseApiHandler as BaseApiHandler
+from flower.api.tasks import GetQueueLengths as GetQueueLengths
+from flower.app import Flower as Flower
+from flower.app import rewrite_handler
+from flower.events import EventReceiver as EventReceiver
+from flower.views import BaseHandler as BaseHandler
+from flower.views.broker import BrokerView as BrokerView
+from flower.views.monitor import Metrics as Metrics
 from tornado import template, web
-
-__all__ = [
-    "BaseApiHandler",
-    "BaseHandler",
-    "BrokerView",
-    "EventReceiver",
-    "Flower",
-    "GetQueueLengths",
-    "Metrics",
-    "Templates",
-    "api_is_open",
-    "command",
-    "events",
-    "is_foreign",
-    "is_read_only",
-    "prefixed",
-    "raw_argument",
-    "user_of",
-]
 
 #: The user where no login is needed.
 ANONYMOUS = "flower"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import json
 import logging
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from tornado import web
 
-from resilient_tasks.core.model import Verb
+from resilient_tasks.core.model import Verb, did_you_mean
 from resilient_tasks.errors import BreakerOpenError, DeadLetterError, StoreError
 from resilient_tasks.flower import flower_internals
 from resilient_tasks.flower.service import TASK_ACTIONS, Look, NoAnswerError, Service
@@ -51,8 +50,7 @@ class _Shared:
     def check_defined(self, name: str) -> None:
         """Fail with the nearest name if there is no breaker of this one."""
         if not self.service.defines(name):
-            near = difflib.get_close_matches(name, self.service.names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, self.service.names)
             raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no breaker is named {name!r}{hint}")
 
     async def one(self, name: str) -> dict[str, Any]:
@@ -246,10 +244,9 @@ class BreakerPart(_Page):
     @web.authenticated
     async def get(self, name: str, part: str) -> None:
         self.check_defined(name)
-        parts = {"history": self.service.history, "deferred": self.service.deferred, "dead": self.service.dead}
         try:
             with self.errors_answered():
-                self.write(await parts[part](name))
+                self.write(await self.service.part(name, part))
         except web.HTTPError as error:
             self.set_status(error.status_code)
             self.write({"error": error.log_message})

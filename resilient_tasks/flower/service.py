@@ -40,6 +40,14 @@ _FIRST_LOOK_TIMEOUT, _CHANGE_TIMEOUT, _NEVER_READ_TIMEOUT = 0.05, 1.0, 5.0  # se
 _REFRESH_TIMEOUT = 10.0
 _QUEUE_SIZE = 1_000
 
+#: What can be done to tasks, and its name in the log.
+TASK_ACTIONS = {
+    "deferred/resume": "resumed",
+    "deferred/drop": "dropped",
+    "dead/drop": "dropped",
+    "dead/replay": "replayed",
+}
+
 
 class NoAnswerError(Exception):
     """Store or broker did not answer in time. A change that had begun may still be made."""
@@ -54,7 +62,7 @@ class Executor:
         self._busy_since: float | None = None
         start_thread(name, self._run)
 
-    async def submit(self, function: Callable[[], T], *, timeout: float) -> T:
+    async def submit(self, function: Callable[[], T], *, timeout: float = TIMEOUT) -> T:
         """Return what ``function`` returns in the thread, or raise what it raises.
 
         Raises:
@@ -91,12 +99,10 @@ class Look:
     problem: str = ""
 
     def freshness(self) -> Fields:
-        """Return how new this is."""
         age = None if self.read_at is None else max(0.0, time.time() - self.read_at)
         return {"read_at": self.read_at, "age": age, "problem": self.problem}
 
     def as_json(self) -> str:
-        """Return everything as a JSON object."""
         return f'{json.dumps(self.freshness())[:-1]}, "breakers": {self.breakers_json}}}'
 
     @cached_property
@@ -109,23 +115,17 @@ class Watch:
     """Reads all breakers, every second while a page is open, so that an unavailable store delays no page."""
 
     def __init__(self, read: Callable[[], Sequence[Fields]], store: Executor) -> None:
-        self._read = read
-        self._store = store
+        self._read, self._store = read, store
         self._latest = Look()
         self._looked_at = float("-inf")
         self._reading: asyncio.Task[None] | None = None
         self._timeout = _FIRST_LOOK_TIMEOUT
-        self._loop: asyncio.Task[None] | None = None
 
     @property
     def active(self) -> list[str]:
         """Names of the breakers that were not CLOSED when they were last read, or had deferred tasks."""
         breakers = self._latest.breakers.values()
         return [each["name"] for each in breakers if each["state"] != State.CLOSED or each["deferred"]]
-
-    def start(self) -> None:
-        """Read for as long as the event loop runs."""
-        self._loop = asyncio.ensure_future(self._read_regularly())
 
     async def look(self) -> Look:
         """Return the state in the store; the last one read, if the store does not answer at once."""
@@ -149,7 +149,8 @@ class Watch:
     def _is_watched(self) -> bool:
         return time.monotonic() < self._looked_at + INTEREST
 
-    async def _read_regularly(self) -> None:
+    async def run(self) -> None:
+        """Read for as long as the event loop runs."""
         for turn in itertools.count():
             if self._is_watched or turn % _IDLE_FACTOR == 0:
                 await self._refresh()
@@ -184,7 +185,6 @@ class Service:
 
     @property
     def names(self) -> list[str]:
-        """Names of all breakers."""
         return sorted(self._runtime.breakers)
 
     @property
@@ -196,8 +196,17 @@ class Service:
 
     @property
     def broker_errors(self) -> tuple[type[Exception], ...]:
-        """What a broker that is unavailable raises."""
         return self._runtime.queues.errors
+
+    @cached_property
+    def _deferred(self) -> Deferred:
+        return Deferred(self._runtime)
+
+    @cached_property
+    def _dead(self) -> DeadLetters:
+        return DeadLetters(self._runtime)
+
+    # --- read in the executors' threads ---------------------------------------------------------------
 
     def _fields(self, snapshots: Sequence[Snapshot]) -> list[Fields]:
         """Return the fields of breakers, with the outage under way and the estimate of when their tasks are done."""
@@ -214,90 +223,74 @@ class Service:
             for each in snapshots
         ]
 
-    # --- breakers -----------------------------------------------------------------------------------
+    def _read(self, names: Sequence[str]) -> list[Snapshot]:
+        return self._runtime.fleet.store.read_shared([self._runtime.breaker(name).spec for name in names])
+
+    def _read_history(self, name: str) -> Fields:
+        [snapshot], history = self._read([name]), self._runtime.fleet.history
+        minutes = history.minutes(name, since=snapshot.now - CHARTED)
+        return {
+            "now": snapshot.now,
+            "state": snapshot.state,
+            "transitions": [asdict(transition) for transition in history.transitions(name)],
+            "minutes": [{"at": each.at, "refused": each.counts.refused, **each.counts.calls} for each in minutes],
+        }
+
+    def _read_outages(self, names: Sequence[str]) -> list[tuple[Outage, list[Row]]]:
+        fleet = self._runtime.fleet
+        outages = fleet.history.outages(fleet.with_children(names))[:LISTED]
+        lasting = {outage.breaker for outage in outages if outage.drained is None}
+        estimates = fleet.history.estimates(self._read(list(lasting)))
+        return [(outage, rows_of(outage, estimates.get(outage.breaker))) for outage in outages]
+
+    def _read_deferred(self, name: str) -> Fields:
+        tasks = self._deferred.list(name, limit=LISTED)
+        return {"count": self._deferred.count(name), "tasks": [asdict(task) for task in tasks]}
+
+    def _read_dead(self, name: str) -> Fields:
+        tasks = self._dead.list(name, limit=LISTED)
+        return {"count": self._dead.count(name)[name], "tasks": [task.public_fields() for task in tasks]}
+
+    # --- for the handlers -----------------------------------------------------------------------------
 
     async def read(self, name: str) -> Fields:
         """Read one breaker; an idle child is in no look at all of them."""
-        read = partial(self._runtime.fleet.store.read_shared, [self._runtime.breaker(name).spec])
-        return await self._store.submit(lambda: self._fields(read())[0], timeout=TIMEOUT)
+        return await self._store.submit(lambda: self._fields(self._read([name]))[0])
 
-    async def command(self, name: str, verb: Verb, reason: str, actor: str) -> Fields:
-        """Run an operator command and return the state after it."""
-        command = partial(self._runtime.fleet.command, self._runtime.breaker(name).spec, verb, reason, actor)
-        snapshot = await self._store.submit(command, timeout=TIMEOUT)
-        self.watch.refresh()
-        return snapshot.as_dict()
+    async def part(self, name: str, part: str) -> Fields:
+        """Return one part of a breaker's page.
 
-    async def history(self, name: str) -> Fields:
-        """Return a breaker's log and what was counted in each minute of the last hour."""
-        fleet, spec = self._runtime.fleet, self._runtime.breaker(name).spec
-
-        def read() -> Fields:
-            [snapshot] = fleet.store.read_shared([spec])
-            minutes = fleet.history.minutes(name, since=snapshot.now - CHARTED)
-            return {
-                "now": snapshot.now,
-                "state": snapshot.state,
-                "transitions": [asdict(transition) for transition in fleet.history.transitions(name)],
-                "minutes": [{"at": each.at, "refused": each.counts.refused, **each.counts.calls} for each in minutes],
-            }
-
-        return await self._store.submit(read, timeout=TIMEOUT)
+        ``history``: its log, and what was counted in each minute of the last hour; ``deferred`` and ``dead``: how many
+        tasks wait for it or are dead-lettered, and the oldest.
+        """
+        if part == "history":
+            return await self._store.submit(partial(self._read_history, name))
+        read = self._read_deferred if part == "deferred" else self._read_dead
+        return await self._broker.submit(partial(read, name), timeout=READ_TIMEOUT)
 
     async def outages(self, name: str | None) -> list[tuple[Outage, list[Row]]]:
         """Return the outages of one breaker or of all, and of their children, the newest first, with their report."""
+        return await self._store.submit(partial(self._read_outages, self.names if name is None else [name]))
 
-        def read() -> list[tuple[Outage, list[Row]]]:
-            fleet = self._runtime.fleet
-            names = fleet.with_children(self.names if name is None else [name])
-            outages = fleet.history.outages(names)[:LISTED]
-            lasting = {outage.breaker for outage in outages if outage.drained is None}
-            snapshots = fleet.store.read_shared([self._runtime.breaker(each).spec for each in lasting])
-            estimates = fleet.history.estimates(snapshots)
-            return [(outage, rows_of(outage, estimates.get(outage.breaker))) for outage in outages]
-
-        return await self._store.submit(read, timeout=TIMEOUT)
-
-    # --- tasks --------------------------------------------------------------------------------------
-
-    @cached_property
-    def _deferred(self) -> Deferred:
-        return Deferred(self._runtime)
-
-    @cached_property
-    def _dead(self) -> DeadLetters:
-        return DeadLetters(self._runtime)
-
-    async def deferred(self, name: str) -> Fields:
-        """Return how many tasks wait for a breaker, and those that wait longest."""
-
-        def read() -> Fields:
-            tasks = self._deferred.list(name, limit=LISTED)
-            return {"count": self._deferred.count(name), "tasks": [asdict(task) for task in tasks]}
-
-        return await self._broker.submit(read, timeout=READ_TIMEOUT)
-
-    async def dead(self, name: str) -> Fields:
-        """Return how many dead-lettered tasks a breaker has, and the oldest."""
-
-        def read() -> Fields:
-            tasks = self._dead.list(name, limit=LISTED)
-            return {"count": self._dead.count(name)[name], "tasks": [task.public_fields() for task in tasks]}
-
-        return await self._broker.submit(read, timeout=READ_TIMEOUT)
+    async def command(self, name: str, verb: Verb, reason: str, actor: str) -> Fields:
+        """Run an operator command and return the state after it."""
+        spec, command = self._runtime.breaker(name).spec, self._runtime.fleet.command
+        snapshot = await self._store.submit(partial(command, spec, verb, reason, actor))
+        self.watch.refresh()
+        return snapshot.as_dict()
 
     async def act_on_tasks(self, name: str, action: str, task_ids: Sequence[str], actor: str) -> list[str]:
         """Carry out one of :data:`TASK_ACTIONS` on tasks; return the ids of those that were there."""
-        what = TASK_ACTIONS[action]
+        what, ids = TASK_ACTIONS[action], frozenset(task_ids)
         if action.startswith("deferred/"):
             act = self._deferred.resume_some if action == "deferred/resume" else self._deferred.drop
-            found = await self._broker.submit(lambda: act(name, frozenset(task_ids)), timeout=TIMEOUT)
+            found = await self._broker.submit(partial(act, name, ids))
             await self._note({name: len(found)}, "task", what, actor)
             return list(found)
         replay_or_drop = self._dead.replay if action == "dead/replay" else self._dead.drop
         done: Mapping[str, int] = {}
         try:
-            done = await self._broker.submit(lambda: replay_or_drop(*task_ids, breaker=name), timeout=TIMEOUT)
+            done = await self._broker.submit(partial(replay_or_drop, *task_ids, breaker=name))
         except DeadLetterError as error:
             done = error.done
             raise
@@ -310,8 +303,8 @@ class Service:
         for name, count in done.items():
             if count and self.defines(name):
                 with suppress(StoreError, NoAnswerError):
-                    note = partial(self._runtime.fleet.history.note, name, f"{counted(count, noun)} {what}", actor)
-                    await self._store.submit(note, timeout=TIMEOUT)
+                    note = self._runtime.fleet.history.note
+                    await self._store.submit(partial(note, name, f"{counted(count, noun)} {what}", actor))
 
     async def resume(self, name: str, rate: float | None, actor: str) -> int | None:
         """Resume a breaker's tasks now, so many per second or as fast as it goes; change the rate if that is under way.
@@ -322,7 +315,7 @@ class Service:
         if former is not None:
             former.cancel()
         task = self._resuming[name] = asyncio.ensure_future(self._resume(name, rate, actor))
-        task.add_done_callback(lambda done: self._resumed(name, done))
+        task.add_done_callback(partial(self._resumed, name))
         done, _ = await asyncio.wait({task}, timeout=TIMEOUT)
         return task.result() if done and not task.cancelled() else None
 
@@ -330,7 +323,7 @@ class Service:
         resumed = 0
         try:
             batches = self._deferred.resume_at(name, rate)
-            while (batch := await self._broker.submit(lambda: next(batches, None), timeout=TIMEOUT)) is not None:
+            while (batch := await self._broker.submit(lambda: next(batches, None))) is not None:
                 count, pause = batch
                 resumed += count
                 await asyncio.sleep(pause)  # others are served in between
@@ -344,12 +337,3 @@ class Service:
         self.watch.refresh()
         if not done.cancelled() and done.exception() is not None:
             logger.warning("resuming the tasks of breaker %s ended: %s", name, done.exception())
-
-
-#: What can be done to tasks, and its name in the log.
-TASK_ACTIONS = {
-    "deferred/resume": "resumed",
-    "deferred/drop": "dropped",
-    "dead/drop": "dropped",
-    "dead/replay": "replayed",
-}
