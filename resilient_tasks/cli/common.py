@@ -92,7 +92,6 @@ class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases 
         self._wildcard, self._former = wildcard, former
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the name; fail with the nearest one if it is not defined."""
         breakers = runtime_in(ctx or click.get_current_context()).breakers
         parent, key = parent_of(value), key_of(value)
         if value in breakers or (parent in breakers and is_child(value)):
@@ -155,7 +154,6 @@ def printable(text: str) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print a value for programs."""
     click.echo(json.dumps(value, indent=2, default=str))
 
 
@@ -168,7 +166,6 @@ def print_table(columns: Row, rows: Sequence[Row]) -> None:
 
 
 def is_rich() -> bool:
-    """Whether the output is a terminal, and rich is installed."""
     return sys.stdout.isatty() and find_spec("rich") is not None
 
 
@@ -180,7 +177,6 @@ def rich_console() -> Console:
 
 
 def plain_lines(columns: Row, rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the lines of a table in plain text."""
     lines = [columns, *([printable(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:

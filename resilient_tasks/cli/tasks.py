@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -47,15 +47,20 @@ def deferred(runtime: Runtime, name: str, *, limit: int, ids_only: bool, as_json
         tasks, count = sorted(found, key=lambda task: task.since or 0)[:limit], sum(counts.values())
     if as_json:
         print_json([asdict(task) for task in tasks])
-    elif ids_only:
-        for task in tasks:
-            click.echo(printable(task.task_id))
     else:
         columns = ("ID", "TASK", "BREAKER", "SINCE", "ATTEMPTS", "REASON")
         rows = [(t.task_id, t.task, t.breaker, moment(t.since or None), str(t.attempts), t.reason) for t in tasks]
-        print_table(columns, rows)
+        _print_tasks(columns, rows, ids_only=ids_only)
     if count > len(tasks):
         click.echo(f"{len(tasks)} of {count} waiting tasks; --limit shows more", err=True)
+
+
+def _print_tasks(columns: Row, rows: Sequence[Row], *, ids_only: bool) -> None:
+    if not ids_only:
+        print_table(columns, rows)
+        return
+    for task_id, *_ in rows:
+        click.echo(printable(task_id))
 
 
 @click.command()
@@ -155,12 +160,9 @@ def list_dead(runtime: Runtime, breaker: str | None, *, limit: int, ids_only: bo
         tasks, count = dead_letters.list(breaker, limit=limit), sum(dead_letters.count(breaker).values())
     if as_json:
         print_json([_fields(task) for task in tasks])
-    elif ids_only:
-        for task in tasks:
-            click.echo(printable(task.task_id))
     else:
         rows = [(each.task_id, each.task, each.breaker, moment(each.died_at), each.reason) for each in tasks]
-        print_table(("ID", "TASK", "BREAKER", "DIED", "REASON"), rows)
+        _print_tasks(("ID", "TASK", "BREAKER", "DIED", "REASON"), rows, ids_only=ids_only)
     if count > len(tasks):
         click.echo(f"{len(tasks)} of {count} dead letters; --limit shows more", err=True)
 

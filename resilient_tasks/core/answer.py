@@ -85,7 +85,6 @@ def _as_code(value: object) -> Iterator[str]:
 
 
 def header_of(exc: BaseException, name: str) -> str | None:
-    """Return a header of the answer that ``exc`` reports."""
     response = attribute(exc, "response")
     is_botocore = isinstance(response, dict)
     headers = _metadata(response).get("HTTPHeaders") if is_botocore else attribute(response, "headers")
@@ -152,7 +151,7 @@ def unwrapped(exc: BaseException, opens: Callable[[BaseException], bool] = lambd
 
     Wrapped is what it was raised from, or else what was being handled when it was raised (unless ``from None``),
     the members of a group, and what it holds in ``args`` and in attributes, lists and dictionaries included.
-    ``opens`` says whether to go on to what an exception wraps; it is asked after that was yielded.
+    ``opens`` says whether to go on to what an exception wraps; it is called after that was yielded.
     """
     seen, waiting = {id(exc)}, deque([exc])
     while waiting:

@@ -1,4 +1,4 @@
-"""What a finished call says about the dependency that was called.
+"""What a finished call means for the dependency that was called.
 
 ``dependency_errors`` is the default of ``BreakerPolicy.classify``: the call has failed if the dependency cannot be
 reached, does not answer in time, breaks the connection, is overloaded, or answers 5xx or 429. Everything else (other
@@ -58,10 +58,10 @@ def judge(
     *,
     clock: Callable[[], float] = time.time,
 ) -> Verdict:
-    """Judge the exception that ended a guarded call, by a policy's three settings.
+    """Classify the exception that ended a guarded call, by a policy's three settings.
 
     ``ignore`` wins over ``failures``, which win over ``policy_classify``. A user's function that raises
-    is logged once and the call is not counted; nothing is raised from here. A Celery ``Retry`` is judged by the
+    is logged once and the call is not counted; nothing is raised from here. A Celery ``Retry`` is classified by the
     exception that it carries.
     """
     carried = carried_by(exc)
@@ -143,7 +143,7 @@ def judge_result(classify: Classify, value: object) -> Verdict:
 
 
 def carried_by(exc: BaseException) -> BaseException | None:
-    """Return the exception to judge: what a Celery ``Retry`` carries, otherwise ``exc`` itself."""
+    """Return the exception to classify: what a Celery ``Retry`` carries, otherwise ``exc`` itself."""
     if not is_one_of(exc, {"celery": frozenset({"Retry"})}):
         return exc
     carried = attribute(exc, "exc")
@@ -186,7 +186,7 @@ def _is_control_flow(exc: BaseException) -> bool:
 
 
 def _root_cause(exc: BaseException) -> tuple[Outcome | None, BaseException]:
-    """Return what ``exc`` says, None if nothing decides, and the exception that says it: ``exc`` or a wrapped one."""
+    """Return what ``exc`` means, None if nothing decides, and the exception that decides: ``exc`` or a wrapped one."""
     found: dict[Meaning | None, BaseException] = {}
     for one in unwrapped(exc, opens=_is_open):
         found.setdefault(meaning_of(one), one)

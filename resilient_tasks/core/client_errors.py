@@ -1,8 +1,8 @@
-"""What one exception of a client says about the dependency, by what such exceptions have in common.
+"""What one exception of a client means for the dependency, by what such exceptions have in common.
 
 Client libraries are never imported. In this order: the answer's status, an error code in it, codes of protocols
 (gRPC, SQL, SMTP, FTP, AMQP), a network error of the operating system, then the name of the exception's class if that
-is of the standard library or of an installed package, and last its text. A user's own class is not judged by its name.
+is of the standard library or of an installed package, and last its text. A user's own class is not classified by its name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from resilient_tasks.errors import ResilienceError
 
 
 class Meaning(Enum):
-    """What one exception says; what it wraps is asked unless it is ``FAILED`` or ``CLEARED``."""
+    """What one exception means; what it wraps is looked at unless it is ``FAILED`` or ``CLEARED``."""
 
     FAILED = "the dependency has failed"
     CLEARED = "the dependency has answered, or was never asked"
@@ -141,7 +141,7 @@ _DATABASE_ERRORS = {"DBAPIError", "DatabaseError", "InterfaceError", "InternalEr
 _REDIS_REFUSALS = re.compile(r"CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|OOM|READONLY|TRYAGAIN")
 # RFC 5321: 421 the service is not available, 451 a local error in processing, 452 insufficient storage; RFC 4954: 454 a
 # temporary failure of authentication. 450 is about a mailbox, 550 to 559 are for the sender to mend. What is greylisted
-# or over quota comes as 451 and 452, too: an enhanced status (RFC 3463) tells, if its subject is neither 3 nor 4.
+# or over quota comes as 451 and 452, too: an enhanced status (RFC 3463) decides, if its subject is neither 3 nor 4.
 _SMTP_FAILURES = frozenset({"421", "451", "452", "454", "-1"})  # -1: what came was no reply
 _OF_THE_MESSAGE = re.compile(r"\s*[45]\.[12567]\.\d")
 _FTP_FAILURES = ("421", "425", "426", "451", "452")  # RFC 959, likewise; 450 is about a file
@@ -172,7 +172,7 @@ _FAILED_TEXT = re.compile(
 
 
 def meaning_of(exc: BaseException) -> Meaning | None:
-    """Return what one exception says by itself, whatever it wraps; None: nothing decides."""
+    """Return what one exception means by itself, whatever it wraps; None: nothing decides."""
     if isinstance(exc, ResilienceError):
         return Meaning.CLEARED
     for rule in _RULES:
@@ -230,7 +230,7 @@ def _by_mail(exc: BaseException) -> Meaning | None:
     codes = [attribute(exc, "smtp_code"), attribute(exc, "code") if _package(exc) == "aiosmtplib" else None]
     replies = [(code, attribute(exc, "smtp_error") or attribute(exc, "message")) for code in codes]
     if isinstance(refused, dict):  # smtplib: (code, text) by recipient
-        replies += [reply for reply in refused.values() if isinstance(reply, tuple) and len(reply) == 2]  # noqa: PLR2004 - a pair
+        replies += [reply for reply in refused.values() if isinstance(reply, tuple) and len(reply) == 2]
     elif not any(isinstance(code, int) for code in codes):
         return None
     texts = [(str(code), text.decode("latin-1") if isinstance(text, bytes) else str(text)) for code, text in replies]
@@ -245,7 +245,7 @@ def _by_file_transfer(exc: BaseException) -> Meaning | None:
 
 def _by_amqp(exc: BaseException) -> Meaning | None:
     code = attribute(exc, "reply_code") or attribute(exc, "code")
-    if _package(exc) not in {"aiormq", "amqp", "pika"} or not isinstance(code, int) or code < 300:  # noqa: PLR2004 - none
+    if _package(exc) not in {"aiormq", "amqp", "pika"} or not isinstance(code, int) or code < 300:
         return None
     return _decided(code in _AMQP_FAILURES)
 
@@ -288,7 +288,6 @@ def _by_curl(exc: BaseException) -> Meaning | None:
 
 
 def _by_system(exc: BaseException) -> Meaning | None:
-    """Decide by what the operating system reports."""
     if isinstance(exc, (ConnectionError, TimeoutError)):
         return Meaning.FAILED
     if isinstance(exc, EOFError):  # ftplib's, paramiko's and pipes' has no text; that of a file or a terminal has one

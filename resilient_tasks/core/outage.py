@@ -84,13 +84,10 @@ def _named(counted: Mapping[str, int], prefix: str) -> dict[str, int]:
 
 @dataclass(slots=True)
 class Tally:
-    """What was counted about one breaker: sums and peaks by kind."""
-
     counts: Counter[str] = field(default_factory=Counter)
     peaks: dict[str, int] = field(default_factory=dict)
 
     def merge(self, other: Tally) -> None:
-        """Add another one."""
         self.counts.update(other.counts)
         self.peaks.update({kind: max(value, self.peaks.get(kind, 0)) for kind, value in other.peaks.items()})
 
@@ -139,7 +136,6 @@ class Outage:
 
     @property
     def failed_calls(self) -> int:
-        """Calls that reached the dependency and failed."""
         return self.counts.calls.get(Outcome.FAILURE, 0)
 
     @property

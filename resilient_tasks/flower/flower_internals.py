@@ -71,7 +71,6 @@ def prefixed(handlers: list[web.url], options: Any) -> list[web.url]:
 
 
 def is_read_only(handler: Any) -> bool:
-    """Whether this Flower may change nothing."""
     return bool(handler.application.options.read_only)
 
 

@@ -54,7 +54,6 @@ class _Shared:
             raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no breaker is named {name!r}{hint}")
 
     async def one(self, name: str) -> dict[str, Any]:
-        """Return one breaker, and the age of that state."""
         self.check_defined(name)
         look = await self.service.watch.look()
         breaker = look.breakers.get(name)
@@ -65,7 +64,6 @@ class _Shared:
 
     @contextmanager
     def errors_answered(self) -> Iterator[None]:
-        """Turn an expected error into an answer."""
         try:
             yield
         except BreakerOpenError as error:
@@ -111,7 +109,6 @@ class _Api(_Shared, flower_internals.BaseApiHandler):
 
     @property
     def sent(self) -> dict[str, Any]:
-        """What was sent, as a form or as a JSON object."""
         if not self.request.headers.get("Content-Type", "").startswith("application/json"):
             return {name: flower_internals.raw_argument(self, name) for name in self.request.arguments}
         try:
@@ -124,7 +121,6 @@ class _Api(_Shared, flower_internals.BaseApiHandler):
 
     @property
     def reason(self) -> str:
-        """The reason that the user gives."""
         reason = self.sent.get("reason") or ""
         if isinstance(reason, str):
             return reason
@@ -204,7 +200,6 @@ class _Page(_Shared, flower_internals.BaseHandler):
         self.set_header("Content-Security-Policy", _CONTENT_SECURITY_POLICY)
 
     def show(self, template: str, **values: Any) -> None:
-        """Render one of our templates."""
         may_act = flower_internals.api_is_open(self) and not flower_internals.is_read_only(self)
         self.render(f"breakers/{template}", verbs=VERBS, may_act=may_act, **values)
 
@@ -215,8 +210,6 @@ class _Page(_Shared, flower_internals.BaseHandler):
 
 
 class BreakersPage(_Page):
-    """``/breakers``."""
-
     @web.authenticated
     async def get(self) -> None:
         if self.wants_json:
@@ -292,7 +285,6 @@ class Metrics(flower_internals.Metrics):
 
 
 def routes(service: Service) -> list[web.url]:
-    """Return our handlers and their addresses."""
     ours, name = {"service": service}, r"([^/]+)"
     static = str(resources.files("resilient_tasks.flower") / "static")
     return [

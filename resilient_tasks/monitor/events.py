@@ -13,12 +13,6 @@ from resilient_tasks.core.model import State, Transition
 
 logger = logging.getLogger("resilient_tasks")
 
-BREAKER_OPENED = "breaker-opened"
-BREAKER_HALF_OPENED = "breaker-half-opened"
-BREAKER_CLOSED = "breaker-closed"
-BREAKER_FORCED_OPEN = "breaker-forced-open"
-BREAKER_DISABLED = "breaker-disabled"
-BREAKER_SHADOWED = "breaker-shadowed"
 BREAKER_WOULD_OPEN = "breaker-would-open"
 
 BREAKER_SUSPECT = "breaker-suspect"
@@ -39,12 +33,12 @@ LONGEST_REASON = 500
 """Most characters of a reason or an actor that are passed on."""
 
 _EVENT_OF_STATE = {
-    State.OPEN: BREAKER_OPENED,
-    State.HALF_OPEN: BREAKER_HALF_OPENED,
-    State.CLOSED: BREAKER_CLOSED,
-    State.FORCED_OPEN: BREAKER_FORCED_OPEN,
-    State.DISABLED: BREAKER_DISABLED,
-    State.SHADOW: BREAKER_SHADOWED,
+    State.OPEN: "breaker-opened",
+    State.HALF_OPEN: "breaker-half-opened",
+    State.CLOSED: "breaker-closed",
+    State.FORCED_OPEN: "breaker-forced-open",
+    State.DISABLED: "breaker-disabled",
+    State.SHADOW: "breaker-shadowed",
 }
 
 
@@ -67,7 +61,6 @@ def log(transition: Transition) -> Transition:
 
 
 def event_type(transition: Transition) -> str:
-    """Return the type of the Celery event of ``transition``."""
     return BREAKER_WOULD_OPEN if transition.would_open else _EVENT_OF_STATE[transition.state]
 
 

@@ -24,7 +24,6 @@ class Throttle:
         self._seen: Counter[str] = Counter()
 
     def admits(self, kind: str) -> bool:
-        """Whether one more line of a kind may be written now."""
         with self._lock:
             self._began.setdefault(kind, self._clock())
             self._seen[kind] += 1

@@ -45,7 +45,6 @@ def evidence_of(snapshot: Snapshot) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a number of things: ``1 task``, ``2 tasks``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 

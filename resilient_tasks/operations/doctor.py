@@ -46,8 +46,6 @@ UNSEEN = 60.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """One worker as it answers."""
-
     name: str
     version: str | None = None  # of its library; None: it has none, or an older one that does not answer
     control_queue: str | None = None  # from which it takes ticks; None: it takes none
@@ -244,8 +242,6 @@ def _lasting_ticks(scheduler: str) -> tuple[str, ...]:
 
 
 class Level(str, Enum):
-    """How bad a finding is."""
-
     OK = "ok"
     UNKNOWN = "unknown"
     WARNING = "warning"
@@ -266,7 +262,6 @@ class Finding:
 
 
 def examine(deployment: Deployment) -> list[Finding]:
-    """Return what all checks find, in their order; at least one finding for each."""
     found: dict[str, list[Finding]] = {check: [] for check in CHECKS}
     unknown = set()
     for check, level, find, what, why, advice in _RULES:

@@ -91,7 +91,6 @@ _RETRIES = Doubt(
 
 
 def doubts(app: Celery) -> Iterator[Doubt]:
-    """Yield what may be a mistake in the definitions of an app's tasks."""
     tasks = [app.tasks[name] for name in sorted(app.tasks) if not name.startswith("celery.")]
     retrying = [task.name for task in tasks if retries_itself(task)]
     if retrying:

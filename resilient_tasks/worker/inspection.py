@@ -56,7 +56,6 @@ def resilience(state: Any, **_: Any) -> dict[str, Any]:
 
 
 def library_version() -> str:
-    """Return the version of this library."""
     return metadata.version("resilient_tasks")
 
 
