@@ -168,7 +168,7 @@ class Resilience:
             ConfigurationError: that breaker is not defined, or ``since`` is no span of time.
             StoreError: the store is unavailable, or keeps no history.
         """
-        if since is not None and (isinstance(since, bool) or not isinstance(since, (int, float)) or since < 0):
+        if since is not None and (isinstance(since, bool) or not isinstance(since, (int, float)) or not since >= 0):
             raise ConfigurationError(f"since={since!r}: allowed is a number of seconds, 0 or more, or None")
         names = self._breakers if name is None else [self[name].name]
         fleet = self.fleet

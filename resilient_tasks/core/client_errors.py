@@ -2,7 +2,7 @@
 
 Client libraries are never imported. In this order: the answer's status, an error code in it, codes of protocols
 (gRPC, SQL, SMTP, FTP, AMQP), a network error of the operating system, then the name of the exception's class if that
-is of the standard library or of an installed package, and last its text. A user's own class is not classified by its name.
+is of the standard library or of an installed package, and last its text; not by the name of a user's own class.
 """
 
 from __future__ import annotations
