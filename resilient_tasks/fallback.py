@@ -33,7 +33,7 @@ from kombu.exceptions import DecodeError, EncodeError
 from kombu.utils import json as kombu_json
 
 from resilient_tasks.errors import ConfigurationError, ResilienceError, StoreError
-from resilient_tasks.monitor.log import about
+from resilient_tasks.monitor.events import about
 from resilient_tasks.store.base import Store
 from resilient_tasks.validation import PositiveSeconds, check
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import logging
@@ -18,7 +17,7 @@ from click.shell_completion import CompletionItem
 
 from resilient_tasks.breaker import this_user
 from resilient_tasks.cli import Unavailable
-from resilient_tasks.core.model import ALL_KEYS, child_name, is_child, key_of, parent_of
+from resilient_tasks.core.model import ALL_KEYS, child_name, did_you_mean, is_child, key_of, parent_of
 from resilient_tasks.errors import ConfigurationError, StoreError
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.context import Runtime, find_runtime
@@ -105,11 +104,9 @@ class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases 
                 return child_name(str(parent), key)
             except ConfigurationError as error:
                 self.fail(printable(str(error)), param, ctx)
-        near = difflib.get_close_matches(value, breakers, n=1)
         known, more = sorted(breakers)[:MOST_NAMED], len(breakers) - MOST_NAMED
         defined = ", ".join([*known, *([f"and {more} more"] if more > 0 else [])]) or "none"
-        hint = f"did you mean {near[0]!r}?" if near else f"defined: {defined}"
-        message = f"no breaker is named '{printable(value)}'; {hint}"
+        message = f"no breaker is named '{printable(value)}'{did_you_mean(value, breakers) or f'; defined: {defined}'}"
         if not self._former:
             self.fail(message, param, ctx)
         click.echo(message, err=True)

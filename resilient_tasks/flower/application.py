@@ -12,7 +12,7 @@ from tornado import web
 from resilient_tasks.flower import flower_internals
 from resilient_tasks.flower.handlers import Metrics, routes
 from resilient_tasks.flower.service import Service
-from resilient_tasks.monitor.log import Throttle
+from resilient_tasks.monitor.events import Throttle
 from resilient_tasks.prometheus import UP, register
 from resilient_tasks.worker.context import find_runtime
 

@@ -18,7 +18,7 @@ from tornado import web
 from resilient_tasks.core.model import Verb, did_you_mean
 from resilient_tasks.errors import BreakerOpenError, DeadLetterError, StoreError
 from resilient_tasks.flower import flower_internals
-from resilient_tasks.flower.service import TASK_ACTIONS, Look, NoAnswerError, Service
+from resilient_tasks.flower.service import TASK_ACTIONS, NoAnswerError, Service
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -53,15 +53,6 @@ class _Shared:
             hint = did_you_mean(name, self.service.names)
             raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no breaker is named {name!r}{hint}")
 
-    async def one(self, name: str) -> dict[str, Any]:
-        self.check_defined(name)
-        look = await self.service.watch.look()
-        breaker = look.breakers.get(name)
-        if breaker is None and look.read_at is not None:
-            with self.errors_answered():
-                breaker = await self.service.read(name)
-        return {"breaker": breaker, **look.freshness()}
-
     @contextmanager
     def errors_answered(self) -> Iterator[None]:
         try:
@@ -79,9 +70,23 @@ class _Shared:
             raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, message) from error
 
 
-def _write_look(handler: Any, look: Look) -> None:
-    handler.set_header("Content-Type", "application/json; charset=UTF-8")
-    handler.write(look.as_json())
+async def _write_look(handler: Any, name: str | None, *, required: bool) -> None:
+    """Answer with all breakers or with one, and the age of that state; unless ``required`` with none as well."""
+    service: Service = handler.service
+    if name is not None:
+        handler.check_defined(name)
+    look = await service.watch.look()
+    if required and look.read_at is None:
+        raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, look.problem or "the store does not answer")
+    if name is None:
+        handler.set_header("Content-Type", "application/json; charset=UTF-8")
+        handler.write(look.as_json())
+        return
+    breaker = look.breakers.get(name)
+    if breaker is None and look.read_at is not None:
+        with handler.errors_answered():
+            breaker = await service.read(name)
+    handler.write({"breaker": breaker, **look.freshness()})
 
 
 # --- the JSON API ---------------------------------------------------------------------------------------
@@ -149,23 +154,10 @@ class _Api(_Shared, flower_internals.BaseApiHandler):
 
 
 class BreakersApi(_Api):
-    """``GET /api/breakers``."""
+    """``GET /api/breakers`` and ``GET /api/breakers/NAME``."""
 
-    async def get(self) -> None:
-        look = await self.service.watch.look()
-        if look.read_at is None:
-            raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, look.problem or "the store does not answer")
-        _write_look(self, look)
-
-
-class BreakerApi(_Api):
-    """``GET /api/breakers/NAME``."""
-
-    async def get(self, name: str) -> None:
-        found = await self.one(name)
-        if found["breaker"] is None:
-            raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, found["problem"] or "the store does not answer")
-        self.write(found)
+    async def get(self, name: str | None = None) -> None:
+        await _write_look(self, name, required=True)
 
 
 class VerbApi(_Api):
@@ -203,29 +195,17 @@ class _Page(_Shared, flower_internals.BaseHandler):
         may_act = flower_internals.api_is_open(self) and not flower_internals.is_read_only(self)
         self.render(f"breakers/{template}", verbs=VERBS, may_act=may_act, **values)
 
-    @property
-    def wants_json(self) -> bool:
-        """Whether the page asks for its own data, as Flower's own pages do."""
-        return bool(flower_internals.raw_argument(self, "json"))
-
 
 class BreakersPage(_Page):
+    """``/breakers`` and ``/breakers/NAME``; with ``json`` what the page shows, as Flower's own pages ask for it."""
+
     @web.authenticated
-    async def get(self) -> None:
-        if self.wants_json:
-            _write_look(self, await self.service.watch.look())
-        else:
+    async def get(self, name: str | None = None) -> None:
+        if flower_internals.raw_argument(self, "json"):
+            await _write_look(self, name, required=False)
+        elif name is None:
             self.service.watch.expect_looks()  # the page is about to ask
             self.show("list.html")
-
-
-class BreakerPage(_Page):
-    """``/breakers/NAME``."""
-
-    @web.authenticated
-    async def get(self, name: str) -> None:
-        if self.wants_json:
-            self.write(await self.one(name))
         else:
             self.check_defined(name)
             self.show("one.html", name=name)
@@ -290,12 +270,12 @@ def routes(service: Service) -> list[web.url]:
     return [
         web.url(r"/breakers", BreakersPage, ours, name="breakers"),
         web.url(r"/breakers-static/(.+)", web.StaticFileHandler, {"path": static}, name="breakers-static"),
-        web.url(rf"/breakers/{name}", BreakerPage, ours),
+        web.url(rf"/breakers/{name}", BreakersPage, ours),
         web.url(rf"/breakers/{name}/(history|deferred|dead)", BreakerPart, ours),
         web.url(r"/outages", OutagesPage, ours, name="outages"),
         web.url(r"/broker", BrokerPage, ours),
         web.url(r"/api/breakers", BreakersApi, ours),
-        web.url(rf"/api/breakers/{name}", BreakerApi, ours),
+        web.url(rf"/api/breakers/{name}", BreakersApi, ours),
         web.url(rf"/api/breakers/{name}/([^/]+(?:/[^/]+)?)", VerbApi, ours),
         web.url(r"/api/queues/length", QueueLengths, ours),
     ]

@@ -25,8 +25,7 @@ from resilient_tasks import signals
 from resilient_tasks.core import outage as counts
 from resilient_tasks.core.memory import Memory, MemoryLimit
 from resilient_tasks.errors import DeferredQueueFullError, StoreError
-from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED
-from resilient_tasks.monitor.log import Throttle
+from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED, Throttle
 from resilient_tasks.store.background import TimedWriter
 from resilient_tasks.worker.broker_queues import open_queues
 from resilient_tasks.worker.envelope import UNDECODABLE, Envelope, flaw_in_task

@@ -26,7 +26,7 @@ from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError, ResilienceErro
 from resilient_tasks.fallback import Call, Served, write_provenance
 from resilient_tasks.guard import Scope, call_guarded, current_scope, within
 from resilient_tasks.monitor import tracing
-from resilient_tasks.monitor.log import about
+from resilient_tasks.monitor.events import about
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.context import Runtime, runtime_of
 from resilient_tasks.worker.options import DEFER

@@ -21,7 +21,7 @@ from kombu.common import maybe_declare
 
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, DeferredQueueFullError
 from resilient_tasks.fallback import Call
-from resilient_tasks.monitor.log import about
+from resilient_tasks.monitor.events import about
 from resilient_tasks.store.background import renew_after_fork
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.context import Runtime, find_runtime, runtime_of

@@ -20,7 +20,7 @@ from kombu.exceptions import DecodeError
 
 from resilient_tasks.core.memory import Memory, ServerFacts
 from resilient_tasks.core.model import is_child, parent_of
-from resilient_tasks.monitor.log import about
+from resilient_tasks.monitor.events import about
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.envelope import Envelope, payload_of, task_fields
 

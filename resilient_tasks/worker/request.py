@@ -25,8 +25,7 @@ from kombu.utils.json import dumps
 
 from resilient_tasks.dependency import Dependency
 from resilient_tasks.fallback import Call, key_of
-from resilient_tasks.monitor.events import TASK_FALLBACK
-from resilient_tasks.monitor.log import about
+from resilient_tasks.monitor.events import TASK_FALLBACK, about
 from resilient_tasks.store.background import TimedWriter
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.context import runtime_of

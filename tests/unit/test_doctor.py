@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,3 +147,33 @@ def test_what_cannot_be_found_out_is_unknown_and_no_error() -> None:
         "versions", "policies", "clocks", "undefined breakers", "undecided exceptions", "result_expires",
         "visibility_timeout",
     }  # fmt: skip
+
+
+DATABASE_SCHEDULER = """
+import django
+from django.conf import settings
+from django.core.management import call_command
+from resilient_tasks.operations.doctor import _lasting_ticks
+
+DATABASE = "django_celery_beat.schedulers:DatabaseScheduler"
+assert _lasting_ticks(DATABASE) == (), "Django is not set up"
+databases = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}}
+settings.configure(INSTALLED_APPS=["django_celery_beat"], DATABASES=databases, USE_TZ=True)
+django.setup()
+assert _lasting_ticks(DATABASE) == (), "there is no table"
+call_command("migrate", verbosity=0)
+from django_celery_beat.models import IntervalSchedule, PeriodicTask
+
+every = IntervalSchedule.objects.create(every=1, period="seconds")
+tick = {"task": "resilient_tasks.tick", "interval": every}
+PeriodicTask.objects.create(name="lasting", **tick)
+PeriodicTask.objects.create(name="switched off", enabled=False, **tick)
+PeriodicTask.objects.create(name="brief", expire_seconds=1, **tick)
+PeriodicTask.objects.create(name="another task", task="report", interval=every)
+assert _lasting_ticks(DATABASE) == _lasting_ticks("django") == ("lasting",)
+assert _lasting_ticks("celery.beat:PersistentScheduler") == ()
+"""
+
+
+def test_ticks_of_a_database_scheduler_that_do_not_expire_are_found() -> None:
+    subprocess.run([sys.executable, "-c", DATABASE_SCHEDULER], check=True, timeout=120)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import resilient_tasks
-from resilient_tasks.monitor.log import Throttle, about
+from resilient_tasks.monitor.events import Throttle, about
 from tests.support.doubles import ManualClock
 
 
