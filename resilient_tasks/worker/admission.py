@@ -86,7 +86,7 @@ class Gate:
         guards, envelope = request.guards, request.envelope
         refusing = self.refusing(guards, envelope, request.id)
         if refusing is not None:
-            return Admission.refused(refusing.refuse(), envelope.attempts, envelope.trace)
+            return Admission((), refusing.refuse(), envelope.attempts, envelope.trace)
         passes: list[Pass] = []
         for_it = answering(guards)
         for breaker in guards:
@@ -95,7 +95,7 @@ class Gate:
                 self.settle(request, Admission(tuple(passes)), Report.of_all(_IGNORED, passes))
                 is_full = breaker.cached_state.admits_freely
                 denial = BreakerOpenError(breaker.name, AT_CAPACITY, 0.0) if is_full else breaker.refuse()
-                return Admission.refused(denial, envelope.attempts, envelope.trace)
+                return Admission((), denial, envelope.attempts, envelope.trace)
             passes.append(admitted)
         return Admission(tuple(passes), attempts=envelope.attempts, trace=envelope.trace)
 

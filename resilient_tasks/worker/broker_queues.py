@@ -169,7 +169,7 @@ class RedisQueues(Queues):
             if len(reply) < count:
                 return
             start += count
-            count = max(1, min(page, _REPLY_SIZE * count // _size_of(reply)))
+            count = max(1, min(page, _REPLY_SIZE * count // (sum(map(len, reply)) or 1)))
 
     def size(self, *queues: str) -> int:
         return sum(map(self._size, queues))
@@ -182,11 +182,9 @@ class RedisQueues(Queues):
 
     def found(self) -> list[str]:
         prefix: str = celery_internals.list_key(self.channel, self.deferred(""))
-        keys: set[Any] = set()
+        pattern, keys = f"{_SPECIAL.sub(_ITSELF, prefix)}*", set[Any]()
         for _ in range(_SCANS):
-            self._cursor, some = self._client.scan(
-                self._cursor, match=f"{_SPECIAL.sub(_ITSELF, prefix)}*", count=_SCANNED
-            )
+            self._cursor, some = self._client.scan(self._cursor, match=pattern, count=_SCANNED)
             keys.update(some)
             if not self._cursor:
                 break
@@ -200,10 +198,6 @@ class RedisQueues(Queues):
         with contextlib.suppress(redis.ResponseError):  # managed servers keep their settings to themselves
             saves = self._client.config_get("save").get("save")
         return ServerFacts.of("broker", self._client.info("default"), saves)
-
-
-def _size_of(texts: Sequence[bytes]) -> int:
-    return sum(map(len, texts)) or 1
 
 
 # --- any other broker ----------------------------------------------------------------------------------
@@ -251,10 +245,9 @@ class PublishedQueues(Queues):
                 raise
 
     def _declare(self, queue: str) -> None:
-        if queue in self._declared:
-            return
-        declare(self._connection, own_queue(queue, self._arguments))
-        self._declared.add(queue)
+        if queue not in self._declared:
+            declare(self._connection, own_queue(queue, self._arguments))
+            self._declared.add(queue)
 
     def _check(self, queue: str) -> None:
         with self._exclusive():
@@ -310,12 +303,8 @@ class PublishedQueues(Queues):
         One that goes back to its queue, but has changed or has been requeued so often that a quorum queue would soon
         drop it, is published anew and is then the last of its queue.
         """
-        if (
-            owned
-            and first
-            and (envelope or Envelope()) == Envelope.read(message.headers)
-            and not _requeued_often(message)
-        ):
+        is_unchanged = (envelope or Envelope()) == Envelope.read(message.headers)
+        if owned and first and is_unchanged and not _requeued_often(message):
             self._settle(message.requeue)
             return True
         sent_to = message.delivery_info.get("exchange")
@@ -349,7 +338,9 @@ class PublishedQueues(Queues):
             try:
                 yield itertools.islice(self._entries(queue, breaker, held), start, None)
             finally:
-                self._requeue(queue, held)
+                for message in held if self._emulated else reversed(held):
+                    if not message.acknowledged:
+                        self._return(message, queue)
 
     def _entries(self, queue: str, breaker: str, held: list[Any]) -> Iterator[Entry]:
         while (message := self.channel.basic_get(queue)) is not None:
@@ -357,11 +348,6 @@ class PublishedQueues(Queues):
             held.append(message)
             raw = message.body.encode() if isinstance(message.body, str) else bytes(message.body or b"")
             yield self._entry(queue, breaker, message, raw)
-
-    def _requeue(self, queue: str, messages: Sequence[Any]) -> None:
-        for message in messages if self._emulated else reversed(messages):
-            if not message.acknowledged:
-                self._return(message, queue)
 
     def _return(self, message: Any, queue: str) -> None:
         """Return a message that was only looked at; as the last of its queue before the broker drops it."""

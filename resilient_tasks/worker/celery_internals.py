@@ -128,7 +128,7 @@ class _Composer(Producer):
 def broker_errors(connection: Any) -> tuple[type[Exception], ...]:
     """Return what a broker that is away, or refuses something, raises.
 
-    kombu counts a ``KeyError`` as a lost connection to Redis, but it may be a bug of anybody's.
+    kombu counts a ``KeyError`` as a lost connection to Redis, but it may be a bug in any code.
     """
     errors = *connection.connection_errors, *connection.channel_errors, OperationalError, OSError
     return tuple(error for error in errors if error is not KeyError)
@@ -261,7 +261,7 @@ def pool_name(pool: Any) -> str:
 
 
 def is_running(consumer: Any) -> bool:
-    """Whether a worker's consumer takes tasks: not before it has connected, nor once it is told to stop."""
+    """Whether a worker's consumer takes tasks: not before it has connected, nor once it is to stop."""
     return bool(consumer.blueprint.state == RUN and consumer.pool.active and not shutting_down())
 
 

@@ -15,9 +15,9 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.core.model import State, parent_of
 from resilient_tasks.core.outage import SPARE_SLOTS, SUSPECTED
@@ -391,14 +391,6 @@ def _held_too_long(request: GatedRequest) -> bool:
 BLOCKED_INTERVAL = 1.0
 
 
-class _Return(NamedTuple):
-    """A message on its way back to its queue."""
-
-    request: GatedRequest
-    queue: str
-    envelope: Envelope
-
-
 @dataclass(slots=True)
 class _Blocked:
     """A queue that is not consumed: by which consumer, under which tag, and for want of room for which breakers."""
@@ -415,13 +407,13 @@ class Overflow:
 
     def __init__(self, deferral: Deferral, is_stuck: Callable[[str], bool]) -> None:
         self._deferral, self._is_stuck = deferral, is_stuck
-        self._returning: deque[_Return] = deque()
+        self._returning: deque[tuple[GatedRequest, str, Envelope]] = deque()  # on their way back to their queues
         self._blocked: dict[str, _Blocked] = {}
         self._look_at = float("-inf")
 
     def put_back(self, request: GatedRequest, envelope: Envelope, queue: str, breaker: str) -> None:
         """Requeue a message and block its queue, for want of room for tasks of ``breaker``; from any thread, soon."""
-        self._returning.append(_Return(request, queue, envelope))
+        self._returning.append((request, queue, envelope))
         self.consumer.call_soon(self._block, queue, breaker)
 
     def look(self) -> None:
@@ -449,22 +441,17 @@ class Overflow:
                 _send_event(self.consumer, QUEUE_BLOCKED, queue=queue)
         if queue in self._blocked:
             self._blocked[queue].breakers.add(breaker)
-            self._returning.extend(self._prefetched(queue))
+            for request in celery_internals.reserved_requests():  # what this worker holds and its gate would refuse
+                is_refused = isinstance(request, GatedRequest) and request.is_refused
+                if is_refused and request.pipeline.origin_of(request) == queue:
+                    request.withdraw()
+                    self._returning.append((request, queue, request.envelope))
         self._return_all()
-
-    def _prefetched(self, queue: str) -> Iterator[_Return]:
-        """Take the other messages of a queue that this worker holds and its gate would refuse."""
-        for request in celery_internals.reserved_requests():
-            if not isinstance(request, GatedRequest) or not request.is_refused:
-                continue
-            if request.pipeline.origin_of(request) == queue:
-                request.withdraw()
-                yield _Return(request, queue, request.envelope)
 
     def _return_all(self) -> None:
         """Requeue messages, the newest first, so that the oldest is the next to be taken."""
         items = [self._returning.popleft() for _ in range(len(self._returning))]
-        items.sort(key=lambda item: item.request.arrival)
+        items.sort(key=lambda item: item[0].arrival)
         try:
             while items:
                 self._deferral.put_back(*items[-1])

@@ -48,20 +48,9 @@ class Admission(NamedTuple):
     """The gate's answer to one run."""
 
     passes: tuple[Pass, ...] = ()  # one of each of the task's breakers, in the task's order; none when one has refused
-    refused_by: str = ""  # the first breaker that refused
-    refused_in: str = ""  # the state in which it did
-    retry_after: float | None = None  # seconds until it may admit again
+    refusal: BreakerOpenError | None = None  # of the first breaker that refused
     attempts: int = 0  # dependency failures of this task that counted so far
     trace: str = ""  # ``traceparent`` of what the task did before it was deferred, where calls are traced
-
-    @classmethod
-    def refused(cls, refusal: BreakerOpenError, attempts: int, trace: str) -> Admission:
-        return cls((), refusal.breaker, refusal.state, refusal.retry_after, attempts, trace)
-
-    @property
-    def refusal(self) -> BreakerOpenError | None:
-        """The refusal as the error that it is; None when the run was admitted."""
-        return BreakerOpenError(self.refused_by, self.refused_in, self.retry_after) if self.refused_by else None
 
     def pass_of(self, breaker: str) -> Pass | None:
         return next((each for each in self.passes if each.breaker == breaker), None)

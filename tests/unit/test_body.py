@@ -110,7 +110,7 @@ def test_attempts_are_used_up_only_where_failures_are_deferred(
 
 
 def test_a_refused_run_is_deferred_failed_or_served(app: Celery, payments: Breaker, clock: Clock) -> None:
-    refused = Admission((), "payments", "HALF_OPEN", 1.0)
+    refused = Admission((), BreakerOpenError("payments", "HALF_OPEN", 1.0))
     for options, kind in (({}, TaskDeferred), ({"on_open": "fail"}, BreakerOpenError)):
         task = app.task(shared=False, breaker="payments", name=f"t-{kind.__name__}", **options)(
             failing(AssertionError("ran"))

@@ -66,7 +66,7 @@ def test_the_ramp_draws_one_lot_per_task(
     assert share == pytest.approx(0.28, abs=0.02)
     monkeypatch.setattr(CachedState, "ramp_share", lambda _: share)  # a view goes on in real time
     arrived = [task_id for task_id in IDS if gate.refusing([payments._dependency], Envelope(), task_id) is None]
-    entered = [task_id for task_id in arrived if not gate.admit(request(task_id, Envelope(), payments)).refused_in]
+    entered = [task_id for task_id in arrived if not gate.admit(request(task_id, Envelope(), payments)).refusal]
     assert entered == arrived
     assert len(arrived) / len(IDS) == pytest.approx(share, abs=0.05)
     resumed = Envelope(breaker="payments", resumed=payments._dependency.cached_state.epoch)
@@ -85,7 +85,8 @@ def test_a_task_that_is_delivered_twice_is_one_trial_only(gate: Gate, payments: 
     clock.advance(1.0)
     first, second = (gate.admit(request("task", Envelope(), payments)) for _ in range(2))
     assert first.passes[0].trial
-    assert second.refused_in == "HALF_OPEN"
+    assert second.refusal is not None
+    assert second.refusal.state == "HALF_OPEN"
 
 
 def test_what_was_taken_up_is_told_until_somebody_listens(gate: Gate) -> None:
@@ -113,7 +114,8 @@ def test_a_task_of_several_breakers_gets_all_permits_or_none(
     assert resilience.fleet.acquire(accounts._dependency.spec, "somebody else").trial
     refused = gate.admit(request("task", Envelope(), payments, accounts))
     clock.settle()
-    assert (refused.refused_by, refused.passes) == ("accounts", ())
+    assert refused.refusal is not None
+    assert (refused.refusal.breaker, refused.passes) == ("accounts", ())
     assert payments.snapshot().trials == 0
     assert payments.snapshot().state == "HALF_OPEN"
     assert resilience.fleet.acquire(payments._dependency.spec, "the next one").trial

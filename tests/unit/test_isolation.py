@@ -155,7 +155,8 @@ def test_a_slot_of_one_breaker_is_given_back_if_another_refuses(
     resilience.fleet.acquire(accounts._dependency.spec, "somebody else")
     refused = gate.admit(request("a", payments, accounts))
     clock.settle()
-    assert refused.refused_by == "accounts"
+    assert refused.refusal is not None
+    assert refused.refusal.breaker == "accounts"
     assert payments.snapshot().in_flight == 0
     assert gate.admit(request("b", payments)).passes
 
