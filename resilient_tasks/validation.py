@@ -31,6 +31,11 @@ def check(subject: str, name: str, kind: Any, value: object) -> None:
     _parse(subject, name, TypeAdapter(kind), value, _allowed(kind))
 
 
+def parse(name: str, kind: Any, value: object) -> Any:
+    """Return a value that came as JSON or as text; raise ConfigurationError if it is not allowed."""
+    return _parse("", name, TypeAdapter(kind), value, _allowed(kind), strict=not isinstance(value, str))
+
+
 def check_fields(thing: Any, subject: str = "") -> None:
     """Check all fields of a dataclass; raise ConfigurationError if a value is not allowed."""
     for name, (adapter, allowed) in _fields(thing.__class__).items():

@@ -51,19 +51,15 @@ def pass_runtime(command: Callable[Concatenate[Runtime, P], R]) -> Callable[P, R
 
     @functools.wraps(command)
     def with_runtime(*args: P.args, **kwargs: P.kwargs) -> R:
-        return command(runtime_in(click.get_current_context()), *args, **kwargs)
+        return command(_runtime_of(click.get_current_context().obj.app), *args, **kwargs)
 
     return with_runtime
 
 
-def runtime_in(ctx: click.Context) -> Runtime:
-    """Return the runtime of the app that the command line names, with all breakers that its modules define."""
-    return _runtime_of(ctx.obj.app)
-
-
 @functools.lru_cache(maxsize=1)
 def _runtime_of(app: Celery) -> Runtime:
-    logging.getLogger("resilient_tasks").addHandler(logging.NullHandler())  # a command says itself what it did
+    """Return the runtime of an app, with all breakers that its modules define."""
+    logging.getLogger("resilient_tasks").addHandler(logging.NullHandler())  # a command prints itself what it did
     celery_internals.import_task_modules(app)
     runtime = find_runtime(app)
     if runtime is None:
@@ -91,7 +87,7 @@ class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases 
         self._wildcard, self._former = wildcard, former
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        breakers = runtime_in(ctx or click.get_current_context()).breakers
+        breakers = _runtime_of((ctx or click.get_current_context()).obj.app).breakers
         parent, key = parent_of(value), key_of(value)
         if value in breakers or (parent in breakers and is_child(value)):
             return value
@@ -115,13 +111,10 @@ class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases 
     def shell_complete(self, ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Return the names that begin so; none if the app cannot be found: completion must not fail."""
         try:
-            app = celery_internals.app_named(ctx.find_root().params["app"])
-            celery_internals.import_task_modules(app)
-            runtime = find_runtime(app)
+            runtime = _runtime_of(celery_internals.app_named(ctx.find_root().params["app"]))
         except Exception:  # noqa: BLE001 - importing the user's app may raise anything
             return []
-        names = sorted(runtime.breakers) if runtime else []
-        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        return [CompletionItem(name) for name in sorted(runtime.breakers) if name.startswith(incomplete)]
 
 
 def expand(runtime: Runtime, names: Iterable[str]) -> list[str]:

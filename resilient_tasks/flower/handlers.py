@@ -6,23 +6,26 @@ import asyncio
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http import HTTPStatus
 from http.client import responses
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any
 
 from prometheus_client import CollectorRegistry, generate_latest
+from pydantic import Field
 from tornado import web
 
 from resilient_tasks.core.model import Verb, did_you_mean
-from resilient_tasks.errors import BreakerOpenError, DeadLetterError, StoreError
+from resilient_tasks.errors import BreakerOpenError, ConfigurationError, DeadLetterError, StoreError
 from resilient_tasks.flower import flower_internals
 from resilient_tasks.flower.service import TASK_ACTIONS, NoAnswerError, Service
+from resilient_tasks.validation import parse
 
 logger = logging.getLogger("resilient_tasks")
 
-SLOWEST, FASTEST = 0.01, 100_000.0  # tasks per second that may be asked for
+_Rate = Annotated[float, Field(ge=0.01, le=100_000, description="a number of tasks per second from 0.01 to 100,000")]
+_Reason = Annotated[str, Field(description="a text")]
 RESUME = "resume"
 VERBS = {
     Verb.TRIP: "Open it as if it had tripped: it heals by itself.",
@@ -57,6 +60,8 @@ class _Shared:
     def errors_answered(self) -> Iterator[None]:
         try:
             yield
+        except ConfigurationError as error:
+            raise web.HTTPError(HTTPStatus.BAD_REQUEST, str(error)) from error
         except BreakerOpenError as error:
             advice = "its tasks would be deferred again; reset it first"
             raise web.HTTPError(HTTPStatus.CONFLICT, f"{error}: {advice}") from error
@@ -126,22 +131,13 @@ class _Api(_Shared, flower_internals.BaseApiHandler):
 
     @property
     def reason(self) -> str:
-        reason = self.sent.get("reason") or ""
-        if isinstance(reason, str):
-            return reason
-        raise web.HTTPError(HTTPStatus.BAD_REQUEST, f"reason={reason!r}: allowed is a text")
+        return str(parse("reason", _Reason, self.sent.get("reason") or ""))
 
     @property
     def rate(self) -> float | None:
         """Tasks per second; None if not given."""
         given = self.sent.get("rate")
-        if given in (None, ""):
-            return None
-        with suppress(TypeError, ValueError, OverflowError):
-            if not isinstance(given, bool) and SLOWEST <= float(given) <= FASTEST:
-                return float(given)
-        allowed = f"a number of tasks per second from {SLOWEST:g} to {FASTEST:,.0f}"
-        raise web.HTTPError(HTTPStatus.BAD_REQUEST, f"rate={given!r}: allowed is {allowed}")
+        return None if given in (None, "") else float(parse("rate", _Rate, given))
 
     @property
     def task_ids(self) -> list[str]:

@@ -130,7 +130,7 @@ class Deferred:
             due = waiting if rate is None else 1 + math.floor((time.monotonic() - started) * rate)
             batch = min(due, waiting, asked + BATCH) - asked
             asked += batch
-            resumed = self.resume(breaker, limit=batch, force=force) if batch else 0
+            resumed = len(self._release(breaker, batch, None, force=force)) if batch else 0
             pause = max(BATCH_INTERVAL, started + asked / rate - time.monotonic()) if rate and asked < waiting else 0.0
             yield resumed, pause
 
