@@ -89,14 +89,8 @@ def header_of(exc: BaseException, name: str) -> str | None:
     is_botocore = isinstance(response, dict)
     headers = _metadata(response).get("HTTPHeaders") if is_botocore else attribute(response, "headers")
     headers = attribute(exc, "headers") if headers is None else headers
-    for spelling in (name, name.lower()):
-        try:
-            value = headers.get(spelling)
-        except Exception:  # noqa: BLE001  whatever they are, these are no headers
-            return None
-        if isinstance(value, (str, int, float)):
-            return str(value).strip()
-    return None
+    found = result_or_none(lambda: [headers.get(spelling) for spelling in (name, name.lower())])  # or no headers at all
+    return next((str(value).strip() for value in found or () if isinstance(value, (str, int, float))), None)
 
 
 def _metadata(response: dict[str, Any]) -> dict[str, Any]:
@@ -138,12 +132,23 @@ def _timestamp(date: str | None) -> float | None:
         return None
 
 
+def result_or_none(function: Callable[[], Any]) -> Any:
+    """Return what a function returns; None if it raises: what clients have made may raise anything."""
+    try:
+        return function()
+    except Exception:  # noqa: BLE001  see above
+        return None
+
+
 def attribute(source: object, name: str) -> Any:
     """Return an attribute of whatever a client has made; None if it has none, or its property raises."""
-    try:
-        return getattr(source, name, None)
-    except Exception:  # noqa: BLE001  a property may raise anything
-        return None
+    return result_or_none(lambda: getattr(source, name, None))
+
+
+def answered(source: object, name: str) -> Any:
+    """Return what a method without arguments returns; None if there is none, or it raises."""
+    method = attribute(source, name)
+    return result_or_none(method) if callable(method) else None
 
 
 def unwrapped(exc: BaseException, opens: Callable[[BaseException], bool] = lambda _: True) -> Iterator[BaseException]:
@@ -175,12 +180,3 @@ def _wrapped_by(exc: BaseException) -> Iterator[BaseException]:
 def _exceptions_in(value: object) -> Iterator[BaseException]:
     values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
     return (one for one in islice(values, _UNWRAPPED_AT_MOST) if isinstance(one, BaseException))
-
-
-def answered(source: object, name: str) -> Any:
-    """Return what a method without arguments returns; None if there is none, or it raises."""
-    method = attribute(source, name)
-    try:
-        return method() if callable(method) else None
-    except Exception:  # noqa: BLE001  like a property
-        return None

@@ -16,7 +16,7 @@ from enum import Enum
 from functools import lru_cache
 from http import HTTPStatus
 
-from resilient_tasks.core.answer import answered, attribute, codes_of, header_of, status_of, texts_of
+from resilient_tasks.core.answer import answered, attribute, codes_of, header_of, result_or_none, status_of, texts_of
 from resilient_tasks.errors import ResilienceError
 
 
@@ -360,10 +360,7 @@ def _fails_by_text(exc: BaseException) -> bool:
 
 def text_of(exc: BaseException) -> str:
     """Return the beginning of an exception's text; "" if it has none, or its ``__str__`` raises."""
-    try:
-        return str(exc)[:500]
-    except Exception:  # noqa: BLE001  whatever a foreign ``__str__`` does
-        return ""
+    return str(result_or_none(lambda: str(exc)[:500]) or "")
 
 
 def _package(exc: BaseException) -> str:
