@@ -22,7 +22,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, 
 from contextvars import ContextVar, copy_context
 from functools import partial
 from time import perf_counter
-from types import AsyncGeneratorType, CoroutineType, GeneratorType, TracebackType
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, TypeVar, cast
 
 from resilient_tasks.core.classification import Verdict, attribute_to, attributed_to
@@ -275,9 +275,7 @@ class Guard:
             self._call = careful = _Call((dependency,))
             careful.begin(careful.admit())
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, _kind: object, exc: BaseException | None, _traceback: object) -> None:
         dependency, inside = self._dependency, self._inside
         if inside is None:
             _wait(dependency, self._call.report(exc))  # type: ignore[union-attr]  # it was entered
@@ -294,9 +292,7 @@ class Guard:
     async def __aenter__(self) -> None:
         self._call = _begin_plain(self._dependency) or await _begin_async(self._dependency)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, _kind: object, exc: BaseException | None, _traceback: object) -> None:
         receipt = self._call.report(exc)  # type: ignore[union-attr]  # it was entered
         if receipt:
             await _wait_async(self._dependency, receipt)
@@ -512,10 +508,8 @@ class _Awaitable:
             self._entered = stack.pop_all()
             return value
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
-        return await self._entered.__aexit__(kind, exc, traceback)
+    async def __aexit__(self, *raised: object) -> bool | None:
+        return await self._entered.__aexit__(*raised)
 
     def _resume(self, stack: contextlib.AsyncExitStack) -> _Call | None:
         """Go on with the call until the end of ``stack``; None if it has ended already."""

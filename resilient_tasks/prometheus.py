@@ -32,7 +32,7 @@ from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.core.outage import Counts
 from resilient_tasks.errors import StoreError
 from resilient_tasks.worker.context import Runtime, runtime_of
-from resilient_tasks.worker.options import options_of
+from resilient_tasks.worker.definitions import options_of
 
 __all__ = ["BreakerCollector", "register"]
 

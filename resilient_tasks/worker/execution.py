@@ -29,7 +29,7 @@ from resilient_tasks.monitor import tracing
 from resilient_tasks.monitor.events import about
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.context import Runtime, runtime_of
-from resilient_tasks.worker.options import DEFER
+from resilient_tasks.worker.definitions import DEFER
 
 logger = logging.getLogger("resilient_tasks")
 

@@ -34,10 +34,10 @@ from resilient_tasks.worker.admission import Gate
 from resilient_tasks.worker.compensation import Compensation, Holding, Overflow
 from resilient_tasks.worker.context import Runtime, runtime_of
 from resilient_tasks.worker.deferral import Deferral
+from resilient_tasks.worker.definitions import DEFER
 from resilient_tasks.worker.envelope import Envelope, check_task
 from resilient_tasks.worker.execution import Admission, Report, TaskDeferred
 from resilient_tasks.worker.maintenance import Maintenance
-from resilient_tasks.worker.options import DEFER
 from resilient_tasks.worker.request import GatedRequest, coalesced_as
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from resilient_tasks.store.background import renew_after_fork
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.context import Runtime, find_runtime, runtime_of
 from resilient_tasks.worker.deferral import Deferral
+from resilient_tasks.worker.definitions import DEFER, FAIL
 from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.execution import serve
-from resilient_tasks.worker.options import DEFER, FAIL
 from resilient_tasks.worker.request import GatedRequest, coalesced_as
 
 logger = logging.getLogger("resilient_tasks")

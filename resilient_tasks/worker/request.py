@@ -29,6 +29,7 @@ from resilient_tasks.monitor.events import TASK_FALLBACK, about
 from resilient_tasks.store.background import TimedWriter
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.context import runtime_of
+from resilient_tasks.worker.definitions import DEFER
 from resilient_tasks.worker.envelope import HEADER, Envelope
 from resilient_tasks.worker.execution import (
     INVALID_CALLBACKS,
@@ -39,7 +40,6 @@ from resilient_tasks.worker.execution import (
     limits_of,
     run_admitted,
 )
-from resilient_tasks.worker.options import DEFER
 
 if TYPE_CHECKING:
     from resilient_tasks.store.ledger import Ledger

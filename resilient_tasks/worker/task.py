@@ -16,9 +16,8 @@ import tenacity
 from celery import Celery, Task
 
 from resilient_tasks.errors import ConfigurationError
-from resilient_tasks.worker.definitions import check_guarded, warn_of_retry
+from resilient_tasks.worker.definitions import DEFER, TaskOptions, check_guarded, options_of, warn_of_retry
 from resilient_tasks.worker.execution import defer_retry, run_guarded
-from resilient_tasks.worker.options import DEFER, TaskOptions, options_of
 from resilient_tasks.worker.producers import send_task
 
 if TYPE_CHECKING:

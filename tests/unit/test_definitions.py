@@ -14,8 +14,7 @@ from celery.canvas import chain
 from resilient_tasks import ConfigurationError, Resilience, ResilientTask, constant
 from resilient_tasks.testing import in_memory
 from resilient_tasks.worker.context import runtime_of
-from resilient_tasks.worker.definitions import doubts
-from resilient_tasks.worker.options import options_of
+from resilient_tasks.worker.definitions import doubts, options_of
 
 
 class Audited(Task):

@@ -23,7 +23,7 @@ from resilient_tasks.store.address import find_store
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.local import LocalStore
 from resilient_tasks.store.redis import RedisStore
-from resilient_tasks.worker.options import TaskOptions
+from resilient_tasks.worker.definitions import TaskOptions
 
 texts = st.text() | st.text("abz09_.-: {}\n\x00", max_size=12) | st.just("x" * 1000)
 numbers = st.integers() | st.floats() | st.sampled_from([0, 1, -1, True, 10**400, -(10**400), 1e-320, 2**63])

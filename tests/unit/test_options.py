@@ -10,7 +10,7 @@ import tenacity
 from celery import Celery
 
 from resilient_tasks import BreakerPolicy, ConfigurationError, Resilience, cached, constant
-from resilient_tasks.worker.options import TaskOptions
+from resilient_tasks.worker.definitions import TaskOptions
 
 
 @pytest.fixture
