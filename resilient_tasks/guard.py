@@ -509,7 +509,7 @@ class _Awaitable:
             return value
 
     async def __aexit__(self, *raised: object) -> bool | None:
-        return await self._entered.__aexit__(*raised)
+        return await self._entered.__aexit__(*raised)  # type: ignore[arg-type]  # what Python passes
 
     def _resume(self, stack: contextlib.AsyncExitStack) -> _Call | None:
         """Go on with the call until the end of ``stack``; None if it has ended already."""
