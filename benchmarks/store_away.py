@@ -1,7 +1,7 @@
 """How much longer guarded calls take while the store refuses connections, or hangs.
 
-One process makes a call a millisecond, one in a hundred fails; the store goes away in mid-run, or was away before
-the process first used it. The delay is the mean over all calls, so what a few of them wait is spread over the
+One process makes a call a millisecond, one in a hundred fails; the store goes away in mid-run, or before the process
+first used it. The delay is the mean over all calls, so what a few of them wait is spread over the
 others, and the longest wait stands beside it.
 """
 

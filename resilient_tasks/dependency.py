@@ -266,7 +266,7 @@ class Dependency:
     @property
     def leaves_trials_to_probes(self) -> bool:
         """Whether a probe keeps tasks from being trials; while the store is unavailable no tick can run it."""
-        return self.probe_to_run is not None and not self.fleet.store.away
+        return self.probe_to_run is not None and not self.fleet.store.is_unavailable
 
     @property
     def is_current(self) -> bool:

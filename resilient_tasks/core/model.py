@@ -124,8 +124,7 @@ class Calls(NamedTuple):
     number: int = 1  # how many there were
     voter: str = ""  # the task that made them, as :func:`voter_of` calls it; "": each was made by a task of its own
     # each of them counts, as guards inside a task's body do. Whole runs of a task, its retries among them, have one
-    # vote in the window: a failure replaces a slow one, everything else that blames the dependency is not counted
-    # again
+    # vote in the window: a failure replaces a slow one, what else is attributed to the dependency is not counted again
     each: bool = False
     # the calls have been reported as OVERDUE before they ended: their ends say nothing more to the slow evidence
     was_overdue: bool = False

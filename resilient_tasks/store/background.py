@@ -185,7 +185,7 @@ class _Job:
 class TimedWriter:
     """Runs writes one after the other in a thread and waits for each, but only so long.
 
-    A result backend that is away blocks for seconds (its own retries). While a write hangs, others are
+    A result backend that is unavailable blocks for seconds (its own retries). While a write hangs, others are
     skipped, not queued, unless ``even_late``: a state written late could overtake the task's real result.
 
     Args:

@@ -155,7 +155,7 @@ class Store(Protocol):
         """
 
     def check(self) -> None:
-        """Raise ``ConfigurationError`` if something else answers at the store's address; not if it is away."""
+        """Raise ``ConfigurationError`` if something else answers at the store's address; not if it is unavailable."""
 
     def close(self) -> None:
         """Close connections. The store may be used again and reconnects."""

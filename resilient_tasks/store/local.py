@@ -4,8 +4,8 @@
 them to the same rules. It serves in users' tests, and while the shared store is unavailable.
 
 ``FailoverStore`` is the shared store while it answers, and a ``LocalStore`` while it does not, so that no task fails
-because the store is away. The local store goes on from the last state that this process knew: OPEN is honoured until
-its deadline, what an operator has set stays set, counts begin anew. The first answer of the shared store ends that, and
+because of the store. The local store goes on from the last state that this process knew: OPEN is honoured until its
+deadline, what an operator has set stays set, counts begin anew. The first answer of the shared store ends that, and
 what was decided locally is forgotten. Operators' verbs, health checks and kept values are not decided by one process:
 there a ``StoreError`` reaches the caller.
 """
@@ -396,7 +396,7 @@ class FailoverStore:
         self._offset = time.time() - clock()
         self._known: dict[str, Snapshot] = {}
         self._adopted: set[str] = set()
-        self._away = False
+        self._is_unavailable = False
         self.after_fork()
         renew_after_fork(self)
 
@@ -408,9 +408,9 @@ class FailoverStore:
         self._lock = threading.Lock()
 
     @property
-    def away(self) -> bool:
+    def is_unavailable(self) -> bool:
         """Whether the shared store did not answer when it was last asked for a decision."""
-        return self._away
+        return self._is_unavailable
 
     # --- decisions ----------------------------------------------------------------------------------
 
@@ -430,7 +430,7 @@ class FailoverStore:
         return self._decide(lambda store: store.advance(spec, jitter=jitter), spec.name)
 
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
-        local = self._local if self._away else None
+        local = self._local if self._is_unavailable else None
         try:
             return self._primary.renew(name, holders, lease=lease)
         except StoreError as error:
@@ -452,7 +452,7 @@ class FailoverStore:
             self._adopted.discard(name)
 
     def _decide(self, ask: Callable[[Store], _T], *names: str) -> _T:
-        """Ask the shared store; while it is away, the local one, which goes on with these breakers."""
+        """Ask the shared store; while it is unavailable, the local one, which goes on with these breakers."""
         try:
             answer = ask(self._primary)
         except StoreError as error:
@@ -483,14 +483,14 @@ class FailoverStore:
         return self._clock() + self._offset
 
     def _leave(self, error: StoreError) -> None:
-        if not self._away:
-            self._away = True
-            logger.warning("the shared store is away, this process decides for itself: %s", error)
+        if not self._is_unavailable:
+            self._is_unavailable = True
+            logger.warning("the shared store is unavailable, this process decides for itself: %s", error)
 
     def _return(self) -> None:
-        if self._away:
+        if self._is_unavailable:
             with self._lock:
-                self._away = False
+                self._is_unavailable = False
                 self._adopted.clear()
                 self._local.clear()
             logger.warning("the shared store answers again")

@@ -48,7 +48,7 @@ _SUCCESS = Calls(Outcome.SUCCESS)
 
 
 class Tallies:
-    """Counts of one process for the history. However long the store is away, they take bounded room.
+    """Counts of one process for the history. However long the store is unavailable, they take bounded room.
 
     They are to be sent at ``due_at``, None while there is nothing to send. Without a history nothing is counted.
     """
@@ -108,7 +108,7 @@ class Tallies:
         """Send all that was counted.
 
         Raises:
-            StoreError: the store is away; what was not confirmed is sent again, and may then count twice.
+            StoreError: the store is unavailable; what was not confirmed is sent again, and may then count twice.
         """
         with self._lock:
             counted, self._counted, self.due_at = self._counted, {}, None

@@ -1,6 +1,6 @@
 """One Redis-compatible server, or a group of them, used with a bounded delay; and the scripts that run there.
 
-A server that is away costs one caller one time limit; for a while after that every caller gets an error at
+A server that is unavailable costs one caller one time limit; for a while after that every caller gets an error at
 once, so that neither a worker with many threads nor a loop over many commands is held up by each.
 """
 
@@ -102,7 +102,7 @@ class Script:
 class Server:
     """Connections to one server; behind Sentinel or in a cluster it may be another one from time to time.
 
-    Every method may raise ``StoreError``: the server is away, or was a moment ago, or it answers with an error.
+    Every method may raise ``StoreError``: the server is unavailable, or was a moment ago, or it answers with an error.
 
     Args:
         url: as in :mod:`resilient_tasks.store.address`.
@@ -216,7 +216,7 @@ class Server:
 
     @contextmanager
     def errors_translated(self, *, remember: bool = True) -> Iterator[None]:
-        """Turn every error of redis-py into a StoreError; ``remember`` that the server is away if it does not reply.
+        """Turn every error of redis-py into a StoreError; ``remember`` if the server does not reply.
 
         Not for a subscription: that it was cut says nothing about the server, and delays no other caller.
         """
@@ -285,4 +285,4 @@ def _trouble(error: Exception) -> str:
     if isinstance(error, InvalidResponse):
         return "does not speak the Redis protocol"
     refused = isinstance(error.__cause__ or error, redis.AuthenticationError)  # a cluster's client raises it from that
-    return "refuses the credentials" if refused else "is away"
+    return "refuses the credentials" if refused else "is unavailable"

@@ -115,7 +115,7 @@ class CachedState:
 
     @property
     def retry_after(self) -> float | None:
-        """Seconds until a call may be admitted again; None when only an operator can tell."""
+        """Seconds until a call may be admitted again; None when only an operator knows."""
         if self.deadline == math.inf:
             return None
         return max(0.0, max(self.deadline, self._denied_until()) - self._clock())
@@ -388,7 +388,7 @@ class View:
             self._retry_at = self.clock() + POLL_INTERVAL
             return
         # A FailoverStore answers by its local breakers while the shared store is unavailable: that is not the change.
-        if getattr(self._store, "away", False):
+        if getattr(self._store, "is_unavailable", False):
             self._retry_at = self.clock() + POLL_INTERVAL
         else:
             state.seen = count

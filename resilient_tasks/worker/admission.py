@@ -132,7 +132,7 @@ class Gate:
 
     def _most_here(self, breaker: Dependency) -> float:
         """Return how many runs of a breaker's tasks this worker may have in flight by itself."""
-        policy, away = breaker.policy, self._runtime.fleet.store.away
+        policy, away = breaker.policy, self._runtime.fleet.store.is_unavailable
         if breaker.cached_state.snapshot.state in (State.DISABLED, State.SHADOW):
             return math.inf
         of_the_fleet = policy.most_in_flight if away else None

@@ -126,7 +126,7 @@ class _Composer(Producer):
 
 
 def broker_errors(connection: Any) -> tuple[type[Exception], ...]:
-    """Return what a broker that is away, or refuses something, raises.
+    """Return what a broker that is unavailable, or refuses something, raises.
 
     kombu counts a ``KeyError`` as a lost connection to Redis, but it may be a bug in any code.
     """

@@ -137,7 +137,7 @@ class Compensation:
 
         While the store is unavailable all may: what is deferred could not be resumed.
         """
-        if not self._suspects or self._runtime.fleet.store.away:
+        if not self._suspects or self._runtime.fleet.store.is_unavailable:
             return None
         running = [call for call in list(self._calls.values()) if call.started is not None or not self._queues_inside]
         return next((breaker for breaker in answering(guards) if self._is_over(breaker, running)), None)

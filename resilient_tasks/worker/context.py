@@ -124,21 +124,21 @@ class Runtime:
         return name in self.breakers or (is_child(name) and parent_of(name) in self.breakers)
 
     def present(self) -> list[Dependency]:
-        """Return all breakers that anybody need look at: not children that are plainly CLOSED, and wait for nobody.
+        """Return all breakers that need a look: not children that are plainly CLOSED, for which no task waits.
 
         As this process's view knows them, up to half a second ago.
         """
         return [*self.breakers.values(), *self.active_children()]
 
     def active_children(self) -> list[Dependency]:
-        """Return the children that anybody need look at."""
+        """Return the children that need a look."""
         return list(map(self.breaker, filter(self.defines, self.fleet.view.active_children())))
 
     def breakers_of(self, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Dependency]:
         """Return the breakers that answer for one call of a task, in the task's order.
 
         Raises:
-            ConfigurationError: nobody defines one, or the call has no key that may name a child.
+            ConfigurationError: one is not defined, or the call has no key that may name a child.
         """
         breakers = self._named(task.options.breakers)
         if task.options.breaker_key is None:
@@ -193,7 +193,7 @@ class Runtime:
 
     @property
     def tick_scope(self) -> str:
-        """What tells the ticks of workers apart that share a namespace but define other breakers."""
+        """What distinguishes the ticks of workers that share a namespace but define other breakers."""
         return hashlib.sha256("\n".join(sorted(self.breakers)).encode()).hexdigest()[:16]
 
     def specs(self) -> list[Spec]:
@@ -207,7 +207,7 @@ class Runtime:
             most_children: only so many of each breaker, in the order of their keys; None: all.
 
         Raises:
-            StoreError: the store is away.
+            StoreError: the store is unavailable.
         """
         specs, store = self.specs(), self.fleet.store
         snapshots = store.read_shared(specs)

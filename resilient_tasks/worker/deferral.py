@@ -188,14 +188,14 @@ class Deferral:
         request.acknowledged = True
         try:
             if mine:
-                self._tell(request, envelope)
+                self._report(request, envelope)
             else:  # the broker has restored it: its other copy decides
                 self.forget(envelope.breaker, [request.id])
         except Exception:  # must not look like a deferral that failed: the message would be put once more
             what = "Task %s[%s] is deferred, but not everything about it is reported"
             logger.exception(what, request.name, request.id, extra=request.log_fields)
 
-    def _tell(self, request: GatedRequest, envelope: Envelope) -> None:
+    def _report(self, request: GatedRequest, envelope: Envelope) -> None:
         """Report a task that has been deferred; one that is new runs instead of earlier ones with its key."""
         again = request.envelope.since > 0
         if envelope.coalesced_as and not again:
@@ -208,7 +208,7 @@ class Deferral:
             fields = {**request.log_fields, **info, "event": TASK_DEFERRED}
             logger.info("Task %s[%s] deferred: %s", request.name, request.id, envelope.reason, extra=fields)
 
-    def tell_suppressed(self, *, early: bool = False) -> None:
+    def log_suppressed(self, *, early: bool = False) -> None:
         """Log how many tasks were deferred without a line of their own; of past intervals, or all ``early``."""
         for breaker, count in self._lines.take_suppressed(early=early).items():
             logger.info("%d more tasks deferred for breaker %s", count, breaker, extra={"breaker": breaker})
@@ -311,7 +311,7 @@ class Deferral:
     def close(self) -> None:
         """Give what is held one more chance and close the connection."""
         self.retry_held(at_once=True)
-        self.tell_suppressed(early=True)
+        self.log_suppressed(early=True)
         if self._held:
             logger.error("%d tasks could not be deferred before shutdown", len(self._held))
         self.queues.close()

@@ -44,8 +44,8 @@ logger = logging.getLogger("resilient_tasks")
 
 #: Ticks may fail to complete for this many intervals before the workers start their own.
 MISSED_TICKS = 3
-#: Rounds per tick interval, for what should not wait for a tick.
-ROUNDS = 4
+#: Runs of the thread per tick interval, for what should not wait for a tick.
+RUNS_PER_TICK = 4
 #: Seconds between two declarations that this worker is alive and which breakers it defines.
 DECLARING = 10.0
 #: Seconds before a worker looks again for tasks to resume, if another was doing so.
@@ -61,7 +61,7 @@ class Maintenance:
         self._deferral = deferral
         self._overflow = overflow
         self._holding = holding
-        self._thread = PeriodicThread("maintenance", self._run, runtime.settings.tick_interval / ROUNDS)
+        self._thread = PeriodicThread("maintenance", self._run, runtime.settings.tick_interval / RUNS_PER_TICK)
         self._tick_wanted = False
         self._tick_missed = False  # it was to run one, and another worker was at a tick or filled slots
         self._room_found = False
@@ -84,14 +84,14 @@ class Maintenance:
         self._thread.start()
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Stop after the round that is under way, if that takes no longer than ``timeout`` seconds."""
+        """Stop after the run that is under way, if that takes no longer than ``timeout`` seconds."""
         self._thread.stop(timeout)
         if self._tick is not None:
             self._tick.close()
             self._tick = None
 
     def want_tick(self) -> None:
-        """Run a tick that somebody has sent, from any thread."""
+        """Run a tick that was sent, from any thread."""
         self._took_over = False
         self._sender_seen = True
         self._hasten_tick()
@@ -110,9 +110,9 @@ class Maintenance:
             self._refill(stopped)
             self._deferral.retry_held()
             self._deferral.denials.look()
-            self._deferral.tell_suppressed()
+            self._deferral.log_suppressed()
             self._overflow.look()
-            self._tell_store()
+            self._report_to_store()
             if self._tick is not None and not stopped.is_set() and self._is_time_to_tick():
                 observed_for = time.monotonic() - self._in_touch_since
                 self._tick_missed = not self._tick.run(observed_for=observed_for)
@@ -121,10 +121,10 @@ class Maintenance:
             raise
 
     def _is_time_to_tick(self) -> bool:
-        """Whether somebody has sent a tick, none has completed for too long, or one was missed and not made up for."""
+        """Whether a tick was sent, none has completed for too long, or one was missed and not made up for."""
         wanted, missed = self._tick_wanted, self._tick_missed
         self._tick_wanted = self._tick_missed = False
-        if wanted or (missed and self._nobody_ticked_for(self._runtime.settings.tick_interval / 2)):
+        if wanted or (missed and self._no_tick_for(self._runtime.settings.tick_interval / 2)):
             return True
         return self._overdue()
 
@@ -143,7 +143,7 @@ class Maintenance:
         limited = (each for each in self._runtime.present() if each.policy.max_concurrency_per_worker is not None)
         return any(each.cached_state.snapshot.deferred and self._holding.wants_more(each) for each in limited)
 
-    def _tell_store(self) -> None:
+    def _report_to_store(self) -> None:
         ledger = self._runtime.fleet.ledger
         self._gate.report_taken_up(ledger.taken_up)
         now = time.monotonic()
@@ -160,17 +160,17 @@ class Maintenance:
         """Whether no tick has completed for too long, whatever beat sends."""
         if not self._anything_due():
             self._due_since = None
-            return self._time_for_an_idle_look() and self._nobody_ticked_for(RECONCILE_INTERVAL / 2)
+            return self._time_for_an_idle_look() and self._no_tick_for(RECONCILE_INTERVAL / 2)
         now = time.monotonic()
         if self._due_since is None:
             self._due_since = now
-        patience = (1 if self._took_over else MISSED_TICKS) * self._runtime.settings.tick_interval
-        if now - self._due_since <= patience or not self._nobody_ticked_for(patience):
+        timeout = (1 if self._took_over else MISSED_TICKS) * self._runtime.settings.tick_interval
+        if now - self._due_since <= timeout or not self._no_tick_for(timeout):
             return False
-        self._took_over = True  # from now on at full pace, until somebody sends ticks again
+        self._took_over = True  # from now on at full pace, until ticks are sent again
         return True
 
-    def _nobody_ticked_for(self, seconds: float) -> bool:
+    def _no_tick_for(self, seconds: float) -> bool:
         age = self._runtime.fleet.ledger.last_tick_age(self._runtime.tick_scope)
         return age is None or age > seconds
 
@@ -237,10 +237,10 @@ class Tick:
 
         Args:
             observed_for: seconds for which this worker has been in touch with the store without a gap; only
-                who has watched long enough can tell that a breaker is abandoned.
+                who has watched long enough knows that a breaker is abandoned.
 
         Raises:
-            StoreError: the store is away.
+            StoreError: the store is unavailable.
         """
         fleet, scope = self._runtime.fleet, self._runtime.tick_scope
         with self._lease() as held:
@@ -256,7 +256,7 @@ class Tick:
         """Resume tasks that wait for a slot where one is free; False if another worker is at a tick.
 
         Raises:
-            StoreError: the store is away.
+            StoreError: the store is unavailable.
         """
         limited = [
             breaker
@@ -325,7 +325,7 @@ class Tick:
             self._shielded("abandoned", partial(self._reconciler.return_orphans, ABANDONED_AFTER))
 
     def _shielded(self, name: str, step: Callable[[], object]) -> None:
-        """Run one step; what goes wrong with one breaker holds up no other, and is told once while it lasts."""
+        """Run one step; what goes wrong with one breaker delays no other, and is logged once while it lasts."""
         try:
             step()
         except StoreError:
@@ -344,7 +344,7 @@ class Tick:
 
 #: Seconds that one tick may spend on ending the expired tasks of one breaker.
 EXPIRING = 1.0
-#: Children that are looked at in one round although nothing is known to wait for them, and because of their queues.
+#: Children that are looked at in one go although nothing is known to wait for them, and because of their queues.
 MOST_CHILDREN, MOST_FOUND = 10, 200
 #: Seconds that a message may take from the index to its queue.
 ON_ITS_WAY = 5.0
@@ -362,7 +362,7 @@ class Reconciler:
     def some_children(self) -> list[Dependency]:
         """Return children whose waiting tasks may be indexed nowhere, because a store may have lost its data.
 
-        Those that no worker attends to, but whose queues the broker knows; and, round by round, a few of all there are.
+        Those that no worker attends to, but whose queues the broker knows; and, each time, a few of all there are.
         """
         names = list(itertools.islice(self._children, MOST_CHILDREN))
         if len(names) < MOST_CHILDREN:
@@ -401,7 +401,7 @@ class Reconciler:
             continue
 
     def reconcile(self, breaker: Dependency) -> None:
-        """Index what waits on the broker: deferrals while the store was away are missing, lost copies still there."""
+        """Index what waits on the broker: deferrals without a store are missing, lost copies still there."""
         fleet = self._runtime.fleet
         waiting = self._tasks.count(breaker.name)
         snapshot = fleet.store.read([breaker.spec])[0]

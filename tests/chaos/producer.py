@@ -17,7 +17,7 @@ from tests.chaos.ledger import Event, Ledger
 RATE = 100.0
 #: Seconds after which a publish that nobody acknowledges is given up.
 PATIENCE = 3.0
-#: Seconds to wait after a publish that failed, before the next: not all tasks shall meet a broker that is away.
+#: Seconds to wait after a publish that failed, before the next: not all tasks shall meet a broker that is unavailable.
 PAUSE = 0.5
 #: How many of each task there are among ten.
 MIX = {"charge": 4, "balance": 2, "invoice": 1, "tally": 3}

@@ -79,14 +79,14 @@ def call(dependency: str, task_id: str) -> None:
 
 
 def last_known(task_id: str) -> str:
-    """Answer in the place of a task whose dependency is away."""
+    """Answer in the place of a task whose dependency is unavailable."""
     LEDGER.note(Event.DONE, task_id)
     return "last known"
 
 
 @app.task(**guarded_by("payments"))
 def charge(task_id: str) -> None:
-    """Wait for a dependency that is away."""
+    """Wait for a dependency that is unavailable."""
     call("payments", task_id)
 
 

@@ -1,4 +1,4 @@
-"""The store itself is away, frozen, emptied, restarted, or no store at all."""
+"""The store itself is unavailable, frozen, emptied, restarted, or no store at all."""
 
 from __future__ import annotations
 
@@ -112,13 +112,16 @@ def reads(store: RedisStore) -> Snapshot | None:
         return None
 
 
-# --- a server that is away ----------------------------------------------------------------------------
+# --- a server that is unavailable ----------------------------------------------------------------------------
 
 
 def test_a_refused_connection_is_told_at_once() -> None:
     port = free_port()
     store = RedisStore(f"redis://127.0.0.1:{port}/0", namespace="test")
-    with takes_less_than(PATIENCE), pytest.raises(StoreError, match=rf"store 127\.0\.0\.1:{port}/0 is away: .*refused"):
+    with (
+        takes_less_than(PATIENCE),
+        pytest.raises(StoreError, match=rf"store 127\.0\.0\.1:{port}/0 is unavailable: .*refused"),
+    ):
         store.read([PAYMENTS])
 
 
@@ -128,7 +131,7 @@ def test_a_frozen_server_delays_one_call_by_its_time_limit_and_the_next_not_at_a
     opened(store)
     own_server.program.freeze()
     try:
-        with takes_less_than(PATIENCE), pytest.raises(StoreError, match="is away"):
+        with takes_less_than(PATIENCE), pytest.raises(StoreError, match="is unavailable"):
             store.read([PAYMENTS])
         with takes_less_than(0.3):
             for _ in range(50):
@@ -254,7 +257,7 @@ def test_a_web_server_is_told_from_a_store() -> None:
 def test_a_silent_server_is_told_from_a_store() -> None:
     with line_server(lambda _: b"") as port:
         store = RedisStore(f"redis://127.0.0.1:{port}/0", namespace="test", timeout=0.2)
-        with takes_less_than(PATIENCE), pytest.raises(StoreError, match=f"127.0.0.1:{port}/0 is away"):
+        with takes_less_than(PATIENCE), pytest.raises(StoreError, match=f"127.0.0.1:{port}/0 is unavailable"):
             store.ping()
         store.close()
 
@@ -366,7 +369,7 @@ def test_encrypted_schemes_speak_tls(scheme: str, option: str) -> None:
 
     with line_server(answer) as port:
         store = RedisStore(f"{scheme}://127.0.0.1:{port}/0?ssl_cert_reqs={option}", namespace="test")
-        with pytest.raises(StoreError, match=r"is away: .*SSL"):
+        with pytest.raises(StoreError, match=r"is unavailable: .*SSL"):
             store.read([PAYMENTS])
     assert received[0].startswith(b"\x16\x03"), "a TLS handshake"
 

@@ -362,11 +362,11 @@ def test_a_person_is_told_that_what_is_shown_is_old_while_the_store_is_frozen(
     shop.server.program.freeze()
     try:
         browser.wait("document.querySelector('#live-status').innerText === 'Old'")
-        browser.wait("document.querySelector('#old-data').innerText.includes('is away')")
+        browser.wait("document.querySelector('#old-data').innerText.includes('is unavailable')")
         assert ours.client.get("/healthcheck").text == "OK"
         assert browser.text("#breakers-table tbody tr")
         verb = ours.post("/api/breakers/payments/trip")
-        assert (verb.status_code, "is away" in verb.json()["error"]) == (503, True)
+        assert (verb.status_code, "is unavailable" in verb.json()["error"]) == (503, True)
     finally:
         shop.server.program.thaw()
     browser.wait("document.querySelector('#live-status').innerText === 'Live'")

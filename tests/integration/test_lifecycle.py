@@ -159,7 +159,7 @@ def test_a_worker_starts_without_its_store(shop: Shop, tmp_path: Path) -> None:
     url = f"redis://{LOCALHOST}:{free_port()}/0"
     program = start_deploy(shop, tmp_path, "", {"RESILIENT_TASKS_STORE_URL": url})
     program.wait_for_output("ready.")
-    assert "the shared store is away" in program.output()
+    assert "the shared store is unavailable" in program.output()
 
 
 # --- every process obeys --------------------------------------------------------------------------------

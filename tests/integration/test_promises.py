@@ -35,7 +35,7 @@ def test_a_lost_server_is_noticed_by_the_next_command(server):
     store = RedisStore(server.url(), namespace="promises", cooldown=60.0)
     assert store.ping() > 0
     server.stop()
-    with pytest.raises(StoreError, match="is away"):
+    with pytest.raises(StoreError, match="is unavailable"):
         store.ping()
     with pytest.raises(StoreError, match="tried a moment ago"):
         store.ping()

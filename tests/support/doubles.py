@@ -41,7 +41,7 @@ class FlakyStore:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.inner = LocalStore(clock)
-        self.away = False
+        self.is_unavailable = False
         self.calls: Counter[str] = Counter()
         self.arguments: list[tuple[str, tuple[Any, ...]]] = []
         self._lock = threading.Lock()
@@ -53,7 +53,7 @@ class FlakyStore:
             with self._lock:
                 self.calls[name] += 1
                 self.arguments.append((name, args))
-            if self.away:
+            if self.is_unavailable:
                 raise StoreError("the cable is pulled")
             return method(*args, **kwargs)
 

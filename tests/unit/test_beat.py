@@ -236,5 +236,5 @@ def test_a_tick_is_sent_when_an_active_probe_is_due(
 def test_beat_goes_on_while_the_store_is_away(ticks: Any, resilience: Resilience, clock: Clock) -> None:
     store = FlakyStore(clock)
     resilience.use_store(store)
-    store.away = True
+    store.is_unavailable = True
     assert ticks() == 0

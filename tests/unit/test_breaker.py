@@ -349,11 +349,11 @@ def test_threads_run_side_by_side(rig: Rig) -> None:
     assert rig.figures() == (4, 0)
 
 
-# --- the store is away --------------------------------------------------------------------------------
+# --- the store is unavailable --------------------------------------------------------------------------------
 
 
 def test_no_call_fails_because_the_store_is_away(rig: Rig) -> None:
-    rig.store.away = True
+    rig.store.is_unavailable = True
     assert rig.breaker.call(rig.works) == "paid"
     rig.fail(4)
     with pytest.raises(BreakerOpenError):
@@ -367,10 +367,10 @@ def test_no_call_fails_because_the_store_is_away(rig: Rig) -> None:
 def test_the_shared_breaker_takes_over_when_it_is_back(rig: Rig) -> None:
     rig.breaker.call(rig.works)
     assert rig.fleet.reporter.flush(5)
-    rig.store.away = True
+    rig.store.is_unavailable = True
     rig.fail(4)
     assert rig.breaker.state is State.OPEN
-    rig.store.away = False
+    rig.store.is_unavailable = False
     rig.fleet.view.refresh()
     assert rig.breaker.state is State.CLOSED
     assert rig.breaker.call(rig.works) == "paid"
@@ -378,7 +378,7 @@ def test_the_shared_breaker_takes_over_when_it_is_back(rig: Rig) -> None:
 
 
 def test_a_verb_needs_the_store(rig: Rig) -> None:
-    rig.store.away = True
+    rig.store.is_unavailable = True
     with pytest.raises(StoreError):
         rig.breaker.trip()
 
@@ -502,6 +502,7 @@ def test_a_cancelled_call_is_slow_if_it_came_too_late() -> None:
     assert rig.figures() == (0, 0)
     for _ in range(4):
         asyncio.run(hang(0.21))
+    rig.fleet.reporter.flush(10.0)
     assert rig.breaker.state is State.OPEN
     rig.fleet.close()
 

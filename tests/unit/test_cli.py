@@ -108,7 +108,7 @@ def test_watch_goes_on_when_the_store_is_away(
     store = FlakyStore(clock)
     resilience.use_store(store)
     payments.isolate()
-    waits = iter([lambda: setattr(store, "away", True), lambda: None])
+    waits = iter([lambda: setattr(store, "is_unavailable", True), lambda: None])
 
     def sleep(seconds: float) -> None:
         assert seconds == 5.0
@@ -209,7 +209,7 @@ def test_a_store_that_is_away_is_one_line_and_an_exit_code(
     run: Run, resilience: Resilience, payments: Breaker, clock: Clock, command: Sequence[str]
 ) -> None:
     store = FlakyStore(clock)
-    store.away = True
+    store.is_unavailable = True
     resilience.use_store(store)
     result = run(*command)
     assert result.exit_code == 69

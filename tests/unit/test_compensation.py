@@ -249,7 +249,7 @@ def test_while_the_store_is_unavailable_no_breaker_is_limited(
     hang(worker, payments, 3)
     worker.advance(1.0)
     assert not worker.run("one more", payments)
-    monkeypatch.setattr(FailoverStore, "away", True)
+    monkeypatch.setattr(FailoverStore, "is_unavailable", True)
     assert worker.run("another", payments), "what is deferred could not be resumed"
 
 

@@ -20,13 +20,13 @@ from resilient_tasks.worker.queues import Entry, Move
 
 
 class SometimesAway(CacheBackend):
-    """A result backend that may be away."""
+    """A result backend that may be unavailable."""
 
     away = False
 
     def mark_as_revoked(self, *args: Any, **kwargs: Any) -> Any:
         if self.away:
-            raise ConnectionError("the result backend is away")
+            raise ConnectionError("the result backend is unavailable")
         return super().mark_as_revoked(*args, **kwargs)
 
 

@@ -24,7 +24,7 @@ ERRORS = [
     (ResilienceError("odd"), "odd"),
     (ConfigurationError("window=0: allowed is ..."), "window=0: allowed is ..."),
     (UnknownBreakerError("breaker 'x' is defined nowhere"), "breaker 'x' is defined nowhere"),
-    (StoreError("redis://store is away"), "redis://store is away"),
+    (StoreError("redis://store is unavailable"), "redis://store is unavailable"),
     (DeadLetterError("no dead letter has the id 'x'"), "no dead letter has the id 'x'"),
     (DeadLetterError("no dead letter has the id 'x'", {"mail": 2}), "no dead letter has the id 'x'"),
     (BreakerOpenError("payments", "OPEN", 2.5), "breaker 'payments' is OPEN, retry after 2.5 s"),

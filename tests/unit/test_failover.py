@@ -1,4 +1,4 @@
-"""Decisions go on while the shared store is away, and come back to it by themselves."""
+"""Decisions go on while the shared store is unavailable, and come back to it by themselves."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def line() -> Line:
 def test_the_shared_store_decides_while_it_answers(line: Line) -> None:
     line.fail(3)
     assert line.shared.inner.read([SPEC])[0].state is State.OPEN
-    assert not line.store.away
+    assert not line.store.is_unavailable
 
 
 def test_a_local_breaker_opens_while_the_store_is_away(line: Line) -> None:
-    line.shared.away = True
+    line.shared.is_unavailable = True
     answer = line.fail(3)
     assert answer.transition.state is State.OPEN
-    assert line.store.away
+    assert line.store.is_unavailable
     assert line.state() is State.OPEN
 
 
 def test_what_was_decided_locally_is_forgotten_when_the_store_is_back(line: Line) -> None:
-    line.shared.away = True
+    line.shared.is_unavailable = True
     line.fail(3)
-    line.shared.away = False
+    line.shared.is_unavailable = False
     assert line.state() is State.CLOSED
     assert not line.store._local._breakers
 
@@ -64,7 +64,7 @@ def test_what_was_decided_locally_is_forgotten_when_the_store_is_back(line: Line
 def test_open_is_honoured_until_its_deadline_then_local_trials_heal(line: Line) -> None:
     line.fail(3)
     line.clock.advance(4)
-    line.shared.away = True
+    line.shared.is_unavailable = True
     snapshot = line.store.read([SPEC])[0]
     assert snapshot.state is State.OPEN
     assert snapshot.retry_after == pytest.approx(6, abs=0.01)
@@ -81,7 +81,7 @@ def test_open_is_honoured_until_its_deadline_then_local_trials_heal(line: Line) 
 @pytest.mark.parametrize("verb", [Verb.ISOLATE, Verb.DISABLE, Verb.SHADOW])
 def test_what_an_operator_has_set_stays_set(line: Line, verb: Verb) -> None:
     state = line.store.command(SPEC, verb).snapshot.state
-    line.shared.away = True
+    line.shared.is_unavailable = True
     line.clock.advance(3600)
     assert line.state() is state
     line.fail(100)
@@ -93,40 +93,40 @@ def test_changes_made_by_others_are_known_as_well(line: Line) -> None:
     next(changes)
     line.shared.inner.command(SPEC, Verb.ISOLATE)
     assert next(changes) is not None
-    line.shared.away = True
+    line.shared.is_unavailable = True
     assert line.state() is State.FORCED_OPEN
 
 
 def test_the_first_answer_ends_it_and_local_decisions_are_forgotten(line: Line) -> None:
     line.state()
-    line.shared.away = True
+    line.shared.is_unavailable = True
     line.fail(3)
-    line.shared.away = False
+    line.shared.is_unavailable = False
     assert line.state() is State.CLOSED
-    assert not line.store.away
-    line.shared.away = True
+    assert not line.store.is_unavailable
+    line.shared.is_unavailable = True
     assert line.state() is State.CLOSED
 
 
 def test_the_next_absence_goes_on_from_the_newest_state(line: Line) -> None:
     line.state()
-    line.shared.away = True
+    line.shared.is_unavailable = True
     line.state()
-    line.shared.away = False
+    line.shared.is_unavailable = False
     line.fail(3)
-    line.shared.away = True
+    line.shared.is_unavailable = True
     assert line.state() is State.OPEN
 
 
 def test_time_stays_the_servers(line: Line) -> None:
     line.state()
-    line.shared.away = True
+    line.shared.is_unavailable = True
     line.clock.advance(5)
     assert line.store.read([SPEC])[0].now == pytest.approx(line.clock() + SERVER_AHEAD, abs=0.01)
 
 
 def test_no_decision_raises(line: Line) -> None:
-    line.shared.away = True
+    line.shared.is_unavailable = True
     evidence = Evidence(0, (Calls(Outcome.SUCCESS, 1),))
     assert line.store.read([SPEC, Spec("mail")])[1].name == "mail"
     assert line.store.acquire(SPEC, "holder", lease=5).admitted
@@ -137,7 +137,7 @@ def test_no_decision_raises(line: Line) -> None:
 
 
 def test_local_permits_are_renewed(line: Line) -> None:
-    line.shared.away = True
+    line.shared.is_unavailable = True
     line.fail(3)
     line.clock.advance(10)
     grant = line.store.acquire(SPEC, "holder", lease=5)
@@ -158,7 +158,7 @@ def test_local_permits_are_renewed(line: Line) -> None:
 def test_what_one_process_cannot_make_up_raises(line: Line, method: str, arguments: tuple[Any, ...]) -> None:
     getattr(line.store, method)(*arguments)
     assert line.shared.calls[method] == 1
-    line.shared.away = True
+    line.shared.is_unavailable = True
     with pytest.raises(StoreError):
         getattr(line.store, method)(*arguments)
 
@@ -166,7 +166,7 @@ def test_what_one_process_cannot_make_up_raises(line: Line, method: str, argumen
 def test_values_and_changes_raise_too(line: Line) -> None:
     line.store.put("kind", "key", b"value", ttl=5)
     assert line.store.get("kind", "key") == (b"value", 0.0)
-    line.shared.away = True
+    line.shared.is_unavailable = True
     with pytest.raises(StoreError):
         line.store.put("kind", "key", b"value", ttl=5)
     with pytest.raises(StoreError):
@@ -175,19 +175,19 @@ def test_values_and_changes_raise_too(line: Line) -> None:
 
 def test_going_and_coming_back_are_logged_once(line: Line, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        line.shared.away = True
+        line.shared.is_unavailable = True
         for _ in range(5):
             line.state()
-        line.shared.away = False
+        line.shared.is_unavailable = False
         for _ in range(5):
             line.state()
-    assert ["away" in record.message for record in caplog.records] == [True, False]
+    assert ["unavailable" in record.message for record in caplog.records] == [True, False]
 
 
 def test_an_emptied_store_is_taken_at_its_word(line: Line) -> None:
     line.fail(3)
-    line.shared.away = True
+    line.shared.is_unavailable = True
     line.state()
     line.shared.wipe(lambda: line.clock() + SERVER_AHEAD)
-    line.shared.away = False
+    line.shared.is_unavailable = False
     assert line.state() is State.CLOSED

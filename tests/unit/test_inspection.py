@@ -38,9 +38,9 @@ def test_a_view_agrees_until_the_store_knows_better(
     seen = breakers(worker)["payments"]
     assert (seen["state"], seen["epoch"], seen["agrees"]) == ("FORCED_OPEN", payments.snapshot().epoch, True)
     assert seen["age"] >= 0
-    store.away = True
+    store.is_unavailable = True
     assert breakers(worker)["payments"]["agrees"] is None
-    store.away = False
+    store.is_unavailable = False
     resilience.fleet.view.stop(timeout=5.0)  # nothing refreshes the view any more
     store.inner.command(payments._dependency.spec, Verb.RESET)
     seen = breakers(worker)["payments"]

@@ -91,7 +91,7 @@ def _settle(rig: Rig, holder: str) -> None:
 
 
 def test_while_the_store_is_away_each_process_keeps_the_limit_for_itself(rig: Rig) -> None:
-    rig.store.away = True
+    rig.store.is_unavailable = True
     with rig.breaker.guard():
         assert not rig.fleet.acquire(rig.breaker._dependency.spec, "second").admitted
     assert rig.breaker.call(rig.works) == "paid"

@@ -262,7 +262,7 @@ def test_while_the_store_is_away_nothing_is_checked(
     clock.advance(10)
     snapshot, probe = payments.snapshot(), payments._dependency.probe
     assert probe is not None
-    store.away = True
+    store.is_unavailable = True
     rounds.prober.start(payments._dependency, probe, snapshot)
     wait_until(lambda: not rounds.prober._watching["payments"].is_alive())
     assert check.asked == 1
@@ -275,12 +275,12 @@ def test_a_store_that_goes_away_during_a_check_does_not_hear_of_it(
     resilience.use_store(store)
 
     def ping() -> None:
-        store.away = True
+        store.is_unavailable = True
         raise ConnectionError
 
     payments.probe(ping, active=True, failures_before_open=1)
     rounds.check(payments)
-    store.away = False
+    store.is_unavailable = False
     assert payments.snapshot().state is State.CLOSED
 
 
@@ -301,6 +301,6 @@ def test_silence_is_failure_and_a_heartbeat_heals(rounds: Rounds, payments: Brea
 def test_a_heartbeat_that_nobody_hears_is_no_secret(resilience: Resilience, payments: Breaker, clock: Any) -> None:
     store = FlakyStore(clock)
     resilience.use_store(store)
-    store.away = True
+    store.is_unavailable = True
     with pytest.raises(StoreError):
         payments.heartbeat()

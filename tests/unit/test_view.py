@@ -194,7 +194,7 @@ def test_a_refresh_is_one_reading_of_all(view: View, store: FlakyStore) -> None:
 def test_a_refresh_that_fails_changes_nothing(view: View, store: FlakyStore) -> None:
     store.command(SPEC, Verb.ISOLATE)
     view.refresh()
-    store.away = True
+    store.is_unavailable = True
     with pytest.raises(StoreError):
         view.refresh()
     assert view.state("payments").snapshot.state is State.FORCED_OPEN
@@ -230,10 +230,10 @@ def test_a_lost_message_is_made_up_for(view: View, store: FlakyStore, monkeypatc
 
 def test_following_survives_an_outage(view: View, store: FlakyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(view_module, "POLL_INTERVAL", 0.01)
-    store.away = True
+    store.is_unavailable = True
     view.follow()
     wait_until(lambda: store.calls["read"] > 3)
-    store.away = False
+    store.is_unavailable = False
     store.command(SPEC, Verb.ISOLATE)
     wait_until(lambda: not view.state("payments").admits)
 
@@ -387,7 +387,7 @@ def test_a_child_that_cannot_read_keeps_what_it_has_and_tries_twice_a_second(
     view.share()
     view.refresh()
     become_child(view)
-    store.away = True
+    store.is_unavailable = True
     store.inner.command(SPEC, Verb.ISOLATE)
     bump(view)
     store.calls.clear()
@@ -395,7 +395,7 @@ def test_a_child_that_cannot_read_keeps_what_it_has_and_tries_twice_a_second(
         assert view.state("payments").admits
     assert store.calls == {"read": 1}
     clock.advance(POLL_INTERVAL)
-    store.away = False
+    store.is_unavailable = False
     assert not view.state("payments").admits
 
 
