@@ -30,7 +30,7 @@ from resilient_tasks.store.base import Store
 from resilient_tasks.store.redis import RedisStore
 from resilient_tasks.worker import beat
 from resilient_tasks.worker.bootsteps import ControlQueue, Membership
-from resilient_tasks.worker.context import TICK_TASK, Runtime, find_breaker, runtime_of
+from resilient_tasks.worker.context import TICK_TASK, Runtime, find_breaker, find_runtime, runtime_of
 from resilient_tasks.worker.definitions import check_sent
 from resilient_tasks.worker.producers import ProducersGate
 from resilient_tasks.worker.queues import own_queue
@@ -293,8 +293,6 @@ def _register_tick(runtime: Runtime) -> None:
 
 @beat_init.connect  # type: ignore[untyped-decorator]  # Celery is untyped
 def _complete_schedule(sender: Any, **_: Any) -> None:
-    try:
-        runtime = runtime_of(sender.app)
-    except ConfigurationError:
-        return
-    beat.add_tick_to_scheduler(runtime, sender.scheduler)
+    runtime = find_runtime(sender.app)
+    if runtime is not None:
+        beat.add_tick_to_scheduler(runtime, sender.scheduler)

@@ -229,13 +229,7 @@ def serve(runtime: Runtime, task: Any, call: Call, breaker: str) -> Served | Non
 
 
 def run_guarded(task: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run the body of a guarded task: its ``__call__``.
-
-    Raises:
-        BreakerOpenError: the breaker refused and nothing else answers.
-        TaskDeferred: the message must be deferred; only from a worker's pool.
-        ConfigurationError: the task's breaker is not defined.
-    """
+    """Run the body of a guarded task: its ``__call__``. Only in a worker's pool does it raise TaskDeferred."""
     scope = current_scope()
     gated = scope if isinstance(scope, Run) and scope.begin(task.request.id) else None
     return _Body(task, args, kwargs, gated).run()
