@@ -76,7 +76,8 @@ def show(runtime: Runtime, ctx: click.Context, name: str, *, as_json: bool) -> N
         outlook = [("outlook", in_words(estimate))] if estimate else []
         details = [*_details(snapshot), *outlook, *_undecided(runtime, name)]
         click.echo("\n".join(plain_lines(("breaker", name), details)))
-    ctx.exit(_exit_code(snapshot.state))
+    refuses = TRIALS_ONLY if snapshot.state is State.HALF_OPEN else REFUSES
+    ctx.exit(0 if snapshot.state in ADMITTING else refuses)
 
 
 @click.command()
@@ -124,12 +125,6 @@ def _read(runtime: Runtime, names: Iterable[str]) -> list[Snapshot]:
 
 def _in_order(snapshots: Iterable[Snapshot]) -> list[Snapshot]:
     return sorted(snapshots, key=lambda each: (each.state is State.CLOSED, not each.deferred, each.name))
-
-
-def _exit_code(state: State) -> int:
-    if state is State.HALF_OPEN:
-        return TRIALS_ONLY
-    return 0 if state in ADMITTING else REFUSES
 
 
 def _row(snapshot: Snapshot) -> Row:

@@ -7,12 +7,11 @@ find in such a :class:`Deployment`.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from importlib import import_module
-from importlib.util import find_spec
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -110,13 +109,12 @@ def look_at(runtime: Runtime, *, timeout: float) -> Deployment:
     broker = _look_at_broker(runtime)
     workers = None if broker["broker_trouble"] else _ask_workers(runtime, timeout)
     conf = runtime.app.conf
-    unused = runtime.settings.unknown_overrides(runtime.breakers)
     return Deployment(
         version=library_version(),
         control_queue=runtime.control_queue,
         tasks=_tasks(runtime),
         mistakes=tuple(map(str, runtime.mistakes())),
-        doubts=(*doubts(runtime.app), *((_UNUSED[0].format(name), *_UNUSED[1:]) for name in unused)),
+        doubts=tuple(doubts(runtime.app, runtime.settings.unknown_overrides(runtime.breakers))),
         keeps_results=not isinstance(runtime.app.backend, DisabledBackend),
         result_expires=runtime.result_ttl,
         prefetch_multiplier=conf.worker_prefetch_multiplier,
@@ -126,13 +124,6 @@ def look_at(runtime: Runtime, *, timeout: float) -> Deployment:
         **broker,
         **_look_at_store(runtime, workers),
     )
-
-
-_UNUSED = (
-    "settings override breaker {0}, which is not defined",
-    "they have no effect",
-    "correct the name in RESILIENT_TASKS_BREAKERS__, or define the breaker",
-)
 
 
 def _look_at_store(runtime: Runtime, workers: tuple[WorkerFacts, ...] | None) -> dict[str, Any]:
@@ -224,16 +215,14 @@ def _tasks(runtime: Runtime) -> tuple[TaskFacts, ...]:
 
 def _lasting_ticks(scheduler: str) -> tuple[str, ...]:
     """Return the tick's entries without an expiry in the database of django-celery-beat, if beat uses that."""
-    if not (scheduler == "django" or "django_celery_beat" in scheduler) or find_spec("django_celery_beat") is None:
+    models = sys.modules.get("django_celery_beat.models")  # imported by Django, if it is one of its apps
+    if models is None or not (scheduler == "django" or "django_celery_beat" in scheduler):
         return ()
-    from django.core.exceptions import AppRegistryNotReady, ImproperlyConfigured  # noqa: PLC0415 - only in Django
-    from django.db import Error  # noqa: PLC0415 - as above
-
+    database, exceptions = sys.modules["django.db"], sys.modules["django.core.exceptions"]
+    lasting = models.PeriodicTask.objects.filter(task=TICK_TASK, enabled=True, expires=None, expire_seconds=None)
     try:
-        models = import_module("django_celery_beat.models")
-        without = models.PeriodicTask.objects.filter(task=TICK_TASK, enabled=True, expires=None, expire_seconds=None)
-        return tuple(without.order_by("name").values_list("name", flat=True))
-    except (AppRegistryNotReady, ImproperlyConfigured, RuntimeError, Error):  # Django, or its table, is not set up
+        return tuple(lasting.order_by("name").values_list("name", flat=True))
+    except (database.Error, exceptions.ImproperlyConfigured):  # there is no such database, or no table in it
         return ()
 
 

@@ -227,10 +227,8 @@ class Runtime:
         """
         for mistake in self.mistakes():
             raise mistake
-        for doubt in doubts(self.app):
+        for doubt in doubts(self.app, self.settings.unknown_overrides(self.breakers)):
             logger.warning("%s: %s; %s", *doubt)
-        for unused in self.settings.unknown_overrides(self.breakers):
-            logger.warning("settings override breaker %r, which is not defined", unused)
 
     def mistakes(self) -> Iterator[ConfigurationError]:
         """Yield why each task that names a breaker and is not guarded by it is not."""

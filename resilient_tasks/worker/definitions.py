@@ -26,6 +26,7 @@ from resilient_tasks.breaker import Breaker
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fallback import ALLOWED_KEYS, FallbackChain, TaskKey, as_chain, is_task_key
 from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.settings import PREFIX
 from resilient_tasks.validation import Count, check_fields
 
 logger = logging.getLogger("resilient_tasks")
@@ -160,7 +161,8 @@ _RETRIES = Doubt(
 )
 
 
-def doubts(app: Celery) -> Iterator[Doubt]:
+def doubts(app: Celery, unknown_overrides: Iterable[str] = ()) -> Iterator[Doubt]:
+    """Yield what may be a mistake in the definitions of an app's tasks, or in settings of breakers."""
     tasks = [app.tasks[name] for name in sorted(app.tasks) if not name.startswith("celery.")]
     retrying = [task.name for task in tasks if retries_itself(task)]
     if retrying:
@@ -173,6 +175,9 @@ def doubts(app: Celery) -> Iterator[Doubt]:
             yield Doubt(what, "it has no effect, the task is not guarded", "add breaker=")
         for name, meant in _misspelt(task, given):
             yield Doubt(f"{task.name}: {name}= is no option", "it has no effect", f"did you mean {meant}=?")
+    for name in unknown_overrides:
+        what = f"settings override breaker {name}, which is not defined"
+        yield Doubt(what, "they have no effect", f"correct the name in {PREFIX}BREAKERS__, or define the breaker")
 
 
 def _given(task: Any, app: Celery) -> dict[str, Any]:
