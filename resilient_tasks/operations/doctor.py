@@ -22,9 +22,9 @@ from resilient_tasks.core.model import parent_of
 from resilient_tasks.errors import ResilienceError
 from resilient_tasks.monitor.report import counted, duration
 from resilient_tasks.store.history import History
+from resilient_tasks.worker.bootsteps import library_version, resilience, rules_of
 from resilient_tasks.worker.context import TICK_TASK, Runtime
 from resilient_tasks.worker.definitions import DEFER, doubts, options_of
-from resilient_tasks.worker.inspection import library_version, resilience, rules_of
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from celery.worker.control import Panel
 from resilient_tasks import Breaker, Resilience
 from resilient_tasks.core.model import Verb
 from resilient_tasks.testing import Clock
-from resilient_tasks.worker.inspection import breakers
+from resilient_tasks.worker.bootsteps import breakers
 from tests.support.doubles import FlakyStore
 
 
