@@ -144,14 +144,14 @@ class Compensation:
 
     def wait(self, breaker: Dependency) -> float:
         """Return for how many seconds a task over a breaker's share is deferred: as long as it is suspect already."""
-        family = _family(breaker.name)
-        since = (at for name, at in list(self._suspects.items()) if _family(name) == family)
+        parent = _parent_or_own(breaker.name)
+        since = (at for name, at in list(self._suspects.items()) if _parent_or_own(name) == parent)
         suspect_for = time.monotonic() - min(since, default=math.inf)
         return max(self._late_after, min(suspect_for, breaker.policy.open_duration))
 
     def usual(self, name: str) -> float | None:
         """Return how many seconds a breaker's calls usually take in this worker; None before any has returned."""
-        seconds, _, calls = self._usual.get(_family(name), (0.0, 0.0, 0))
+        seconds, _, calls = self._usual.get(_parent_or_own(name), (0.0, 0.0, 0))
         return seconds if calls else None
 
     def is_suspect(self, name: str) -> bool:
@@ -166,13 +166,13 @@ class Compensation:
         """
         if breaker.cached_state.snapshot.state in _UNLIMITED:
             return False
-        suspects, slots, family = self._suspects, self._slots, _family(breaker.name)
+        suspects, slots, parent = self._suspects, self._slots, _parent_or_own(breaker.name)
         if breaker.name in suspects and any(call.is_for(breaker.name) for call in running):
             suspect_calls = sum(any(each.name in suspects for each in call.breakers) for call in running)
             return suspect_calls >= max(1, slots - 1)
-        if all(_family(name) != family for name in list(suspects)):
+        if all(_parent_or_own(name) != parent for name in list(suspects)):
             return False
-        siblings = sum(any(_family(each.name) == family for each in call.breakers) for call in running)
+        siblings = sum(any(_parent_or_own(each.name) == parent for each in call.breakers) for call in running)
         return siblings >= max(1, slots + self._most_spare - 1)
 
     @property
@@ -194,11 +194,11 @@ class Compensation:
 
         The first calls of a process are slow; quicker ones after them count for more. Slower ones may be an outage.
         """
-        family = _family(breaker.name)
-        usual, at, calls = self._usual.get(family, (seconds, now, 0))
+        parent = _parent_or_own(breaker.name)
+        usual, at, calls = self._usual.get(parent, (seconds, now, 0))
         calls = min(calls + 1, FIRST_CALLS)
         weight = 1 / calls if seconds < usual and calls < FIRST_CALLS else min(1.0, (now - at) / LEARNING)
-        self._usual[family] = usual + (seconds - usual) * weight, now, calls
+        self._usual[parent] = usual + (seconds - usual) * weight, now, calls
 
     # --- suspicion --------------------------------------------------------------------------------
 
@@ -283,7 +283,7 @@ class Compensation:
         _send_event(self._consumer, event, slots=self._size, spare=self.spare_slots, reason=why)
 
 
-def _family(name: str) -> str:
+def _parent_or_own(name: str) -> str:
     return parent_of(name) or name
 
 
