@@ -14,7 +14,7 @@ from resilient_tasks.errors import ConfigurationError
 
 SCHEMA = 2  # of breakers' states, logs and counts; older releases kept them without a number
 _LONGEST_NAME = 200
-_REMEMBERED = 10_000  # names: each is asked for with every call of a store
+_REMEMBERED = 1_000  # names: each is asked for with every call of a store; the keys of one take 2 KB
 
 
 @lru_cache(_REMEMBERED)
