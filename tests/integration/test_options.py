@@ -110,6 +110,7 @@ def test_a_hard_time_limit_is_one_failure_and_defers(running: Shop) -> None:
     running.set_health("overrun", "hang")
     result = running.overrun.delay()
     running.wait_state(result, "DEFERRED")
+    running.wait(lambda: running.tolerant.snapshot().failures, "the report to arrive")
     assert running.tolerant.snapshot().failures == 1
     running.set_health("overrun", "up")
     assert result.get(timeout=90) == "in time"
