@@ -21,7 +21,7 @@ from resilient_tasks.worker.request import GatedRequest
 #: Steps that a message takes on its way, by what happens to it then.
 DEFERRING: list[tuple[Any, str]] = [
     (Envelope, "begin"), (Envelope, "write"), (Gate, "refusing"), (Pipeline, "origin_of"), (Pipeline, "_next_envelope"),
-    (Deferral, "defer"), (Deferral, "_tell"), (RedisQueues, "put"), (Envelope, "read"),
+    (Deferral, "defer"), (Deferral, "_report"), (RedisQueues, "put"), (Envelope, "read"),
 ]  # fmt: skip
 RESUMING: list[tuple[Any, str]] = [
     (Envelope, "read"), (Envelope, "resume"), (Entry, "_field"), (Queues, "_entry"), (Resumer, "release"),
