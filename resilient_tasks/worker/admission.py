@@ -59,6 +59,10 @@ class Gate:
                 return breaker
         return None
 
+    def has_queue(self, guards: Sequence[Dependency], envelope: Envelope) -> Dependency | None:
+        """Return the first breaker for a slot of which earlier tasks wait: this one has its place behind them."""
+        return next((breaker for breaker in guards if _is_waited_for(breaker.cached_state, envelope)), None)
+
     def full(self, guards: Sequence[Dependency]) -> Dependency | None:
         """Return the first breaker of which this worker runs as many tasks as ``max_concurrency_per_worker`` allows."""
         limited = (each for each in answering(guards) if each.policy.max_concurrency_per_worker)
@@ -214,12 +218,21 @@ def _watched_as(request: GatedRequest, breaker: Dependency) -> tuple[str, str]:
     return request.task.name, parent_of(breaker.name) or breaker.name
 
 
+def _was_resumed(cached: CachedState, envelope: Envelope) -> bool:
+    return envelope.resumed == cached.epoch and envelope.breaker == cached.name
+
+
+def _is_waited_for(cached: CachedState, envelope: Envelope) -> bool:
+    is_limited = cached.admits and not cached.admits_freely
+    return is_limited and cached.snapshot.deferred > 0 and not _was_resumed(cached, envelope)
+
+
 def _ramps_out(cached: CachedState, envelope: Envelope, task_id: str) -> bool:
     """Whether the ramp after a recovery keeps this task out; those that waited for this breaker have their own pace.
 
     The lot is drawn from the task's id, so that it falls alike wherever it is asked for.
     """
     share = cached.ramp_share()
-    if share >= 1.0 or (envelope.resumed == cached.epoch and envelope.breaker == cached.name):
+    if share >= 1.0 or _was_resumed(cached, envelope):
         return False
     return crc32(f"{cached.epoch}:{task_id}".encode()) >= share * 2**32

@@ -83,6 +83,8 @@ class Pipeline:
         refusing = self.gate.refusing(guards, envelope, message.headers["id"]) if guards else None
         limiting = self.compensation.limiting(guards) if refusing is None else None
         if refusing is None and limiting is None:
+            refusing = self.gate.has_queue(guards, envelope)
+        if refusing is None and limiting is None:
             return False
         request = to_request()
         if request.eta or (limiting is None and not request.defers_when_refused()):
@@ -192,17 +194,21 @@ class Pipeline:
     # --- out of the worker ------------------------------------------------------------------------
 
     def _leave_slots_to_others(self, request: GatedRequest) -> None:
-        """Defer or hold a task whose breakers admit it, but have as many runs in this worker as they may have.
+        """Defer or hold a task whose breakers admit it, if its slot is another's: of this worker, or in the fleet.
 
         Raises:
             TaskRevokedError: it is deferred or held.
         """
         limiting, full = self.compensation.limiting(request.guards), self.gate.full(request.guards)
-        if (limiting is None and full is None) or self.refusing(request) is not None:
+        waited_for = self.gate.has_queue(request.guards, request.envelope) if request.defers_when_refused() else None
+        if (limiting is None and full is None and waited_for is None) or self.refusing(request) is not None:
             return
         if limiting is not None:
             request.withdraw()
             self._defer_late(request, limiting)
+        elif waited_for is not None:
+            request.withdraw()
+            self._defer_refused(request, waited_for.refuse())
         elif full is None or not request.defers_when_refused() or not self.holding.hold(request, full):
             return
         raise TaskRevokedError(request.id)

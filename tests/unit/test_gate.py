@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -187,3 +188,16 @@ def test_a_message_that_the_broker_delivers_again_runs_and_is_counted(
     GatedRequest(message, app=app, task=app.tasks["delivered-again"]).execute_using_pool(pool)
     assert submitted == ["an-id"]
     assert counted == [("payments", REDELIVERED)]
+
+
+@pytest.mark.parametrize(("max_concurrency", "deferred", "resumed", "waits"), [
+    (4, 1, 0, True), (4, 0, 0, False), (4, 1, 7, False), (4, 1, 6, True), (None, 1, 0, False),
+])  # fmt: skip
+def test_a_task_keeps_its_place_behind_those_that_wait_for_a_slot(
+    gate: Gate, resilience: Resilience, max_concurrency: int | None, deferred: int, resumed: int, *, waits: bool
+) -> None:
+    breaker = resilience.breaker("scarce", max_concurrency=max_concurrency)._dependency
+    state = replace(breaker.cached_state.snapshot, concurrency_limit=max_concurrency, epoch=7, deferred=deferred)
+    breaker.cached_state.take(state, 0.0)
+    envelope = Envelope(breaker="scarce", resumed=resumed)
+    assert gate.has_queue([breaker], envelope) is (breaker if waits else None)
