@@ -36,9 +36,9 @@ WAIT = 0.1
 _POP, _TAKE, _WAIT = "pop", "take", "wait"  # what the server has been asked: by kombu's own BRPOP, the script, BLMOVE
 
 
-def install(unreadable: str) -> None:
+def install(unreadable: str, control: str) -> None:
     """Let all connections that this process makes from now on take messages this way; see :class:`TakingChannel`."""
-    TakingChannel.unreadable = unreadable
+    TakingChannel.unreadable, TakingChannel.control = unreadable, control
     redis.Transport.Channel = TakingChannel
     redis.SentinelTransport.Channel = TakingSentinelChannel
 
@@ -88,6 +88,7 @@ class TakingChannel(redis.Channel):
     unacked_mutex_expire = 30
     noted = False  # what is being delivered has been noted by the script
     unreadable = ""  # name of the queue for what kombu could make no message of
+    control = ""  # name of the queue of ticks
     _in_poll: Any  # annotated, because kombu's first values are of narrower types
     _brpop_sent_at: Any
     _asked = _POP
@@ -126,7 +127,7 @@ class TakingChannel(redis.Channel):
         self._asked = _WAIT if self._all_empty else _TAKE
         self._in_poll = self.client.connection
         self._brpop_sent_at = monotonic()
-        command = self._wait_command(queues[0]) if self._all_empty else self._take_command(queues)
+        command = self._wait_command(queues) if self._all_empty else self._take_command(queues)
         self.client.connection.send_command(*command)
 
     def _take_command(self, queues: list[str]) -> list[Any]:
@@ -135,8 +136,12 @@ class TakingChannel(redis.Channel):
         script = ("EVALSHA", TAKE_DIGEST) if self._knows_script else ("EVAL", TAKE)
         return [*script, len(keys), *keys, time()]
 
-    def _wait_command(self, queue: str) -> list[Any]:
-        """Moving the oldest message of a list to where it is waits for one, and changes nothing."""
+    def _wait_command(self, queues: list[str]) -> list[Any]:
+        """Moving the oldest message of a list to where it is waits for one, and changes nothing.
+
+        One list at a time: tasks must not wait for the one of ticks, but a tick may wait a moment for tasks.
+        """
+        queue = next((queue for queue in queues if queue != self.control), queues[0])
         self._queue_cycle.rotate(queue)
         key = self.global_keyprefix + queue
         if self._full:

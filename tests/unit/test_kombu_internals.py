@@ -31,7 +31,7 @@ def prefix(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def connection(server: Server, broker: Any, prefix: str) -> Iterator[Connection]:
-    kombu_internals.install("resilient.dead.undecodable")
+    kombu_internals.install("resilient.dead.undecodable", "resilient.control")
     with Connection(server.url(), transport_options={"global_keyprefix": prefix}) as connection:
         yield connection
 
@@ -141,6 +141,15 @@ def test_whatever_it_waits_for_all_queues_are_served(connection: Connection, pri
             assert drain(connection, received, number + 1)[-1] == queue
 
 
+def test_no_task_waits_for_the_queue_of_ticks(connection: Connection, server: Server, broker: Any, prefix: str) -> None:
+    channel: Any = connection.channel()
+    with Consumer(channel, [Queue("resilient.control"), Queue("work")]):
+        waits = [channel._wait_command(channel._queue_cycle.consume(2))[1] for _ in range(3)]
+    assert waits == [f"{prefix}work"] * 3
+    with Consumer(channel, [Queue("resilient.control")]):
+        assert channel._wait_command(channel._queue_cycle.consume(1))[1] == f"{prefix}resilient.control"
+
+
 def test_waiting_changes_nothing(connection: Connection, broker: Any, prefix: str) -> None:
     channel = connection.channel()
     with Consumer(channel, [Queue("work")]):
@@ -209,7 +218,7 @@ def test_a_server_that_dies_in_mid_restore_is_waited_for_half_a_minute(connectio
 
 
 def test_a_lock_on_restoring_that_the_user_has_timed_stays_so(server: Server) -> None:
-    kombu_internals.install("resilient.dead.undecodable")
+    kombu_internals.install("resilient.dead.undecodable", "resilient.control")
     with Connection(server.url(), transport_options={"unacked_mutex_expire": 5}) as connection:
         assert connection.channel().qos.unacked_mutex_expire == 5
 
