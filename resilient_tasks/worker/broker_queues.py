@@ -169,7 +169,7 @@ class RedisQueues(Queues):
             if len(reply) < count:
                 return
             start += count
-            count = max(1, min(page, _REPLY_SIZE * count // (sum(map(len, reply)) or 1)))
+            count = max(1, min(page, 4 * count, _REPLY_SIZE * count // (sum(map(len, reply)) or 1)))
 
     def size(self, *queues: str) -> int:
         return sum(map(self._size, queues))

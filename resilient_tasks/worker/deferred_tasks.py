@@ -50,6 +50,7 @@ logger = logging.getLogger("resilient_tasks")
 CLAIM_OUTLIVES_TURN = 3600.0
 #: Waiting tasks, and bytes of their messages, that are looked at in one go.
 PAGE = 500
+SMALLEST_PAGE = 10
 PAGE_SIZE = 1_000_000
 #: Seconds for which a task may still be deferred by a worker that has not received its stamp's revoke.
 REVOKE_DELAY = 60.0
@@ -73,8 +74,8 @@ class DeferredTasks:
     def count(self, breaker: str) -> int:
         return self.queues.size(self.queues.deferred(breaker))
 
-    def transfer(self, breaker: str, choose: Choose, *, start: int = 0) -> tuple[int, list[Move]]:
-        """Offer the oldest waiting tasks, but for the first ``start``, to ``choose`` and make its moves.
+    def transfer(self, breaker: str, choose: Choose, *, start: int = 0, most: int = PAGE) -> tuple[int, list[Move]]:
+        """Offer ``most`` of the oldest waiting tasks, but for the first ``start``, to ``choose`` and make its moves.
 
         What is no task is dead-lettered, so that it holds up nothing. Return how many messages were looked at, and the
         moves that were made.
@@ -82,7 +83,7 @@ class DeferredTasks:
         ledger, queue = self._runtime.fleet.ledger, self.queues.deferred(breaker)
         made: list[Move] = []
         with self.queues.peek(queue, breaker, start=start) as entries:
-            offered = _page(entries)
+            offered = _page(entries, most)
             planned = list(choose([entry for entry in offered if not entry.flaw]))
             flawed = [entry for entry in offered if entry.flaw]
             for entry in flawed:
@@ -115,12 +116,17 @@ class DeferredTasks:
                 self._settle(entry, ResilienceError(f"the queue {move.queue} that it came from is gone"))
                 self._ended.discard(_deferral_of(entry))
 
-    def transfer_all(self, breaker: str, choose: Choose, *, enough: Callable[[], bool]) -> Iterator[list[Move]]:
-        """Go on with :meth:`transfer` until that is ``enough`` or nothing is left; yield what each page has moved."""
-        start, offered = 0, PAGE  # a page may hold less: messages are of any size
+    def transfer_all(
+        self, breaker: str, choose: Choose, *, enough: Callable[[], bool], most: int = PAGE
+    ) -> Iterator[list[Move]]:
+        """Go on with :meth:`transfer` until that is ``enough`` or nothing is left; yield what each page has moved.
+
+        The first page holds ``most`` tasks, each further one twice as many.
+        """
+        start, offered = 0, most  # a page may hold less: messages are of any size
         while offered and not enough():
-            offered, moves = self.transfer(breaker, choose, start=start)
-            start += offered - len(moves)
+            offered, moves = self.transfer(breaker, choose, start=start, most=most)
+            start, most = start + offered - len(moves), min(2 * most, PAGE)
             yield moves
 
     def ends(self, entries: Sequence[Entry], now: float) -> dict[str, Exception]:
@@ -252,11 +258,11 @@ def _deferral_of(entry: Entry) -> tuple[str, float]:
     return entry.task_id if not entry.flaw else "", entry.envelope.since
 
 
-def _page(entries: Iterator[Entry]) -> list[Entry]:
+def _page(entries: Iterator[Entry], most: int) -> list[Entry]:
     """Return the next messages, and fewer of large ones."""
     page: list[Entry] = []
     size = 0
-    while len(page) < PAGE and size < PAGE_SIZE and (entry := next(entries, None)) is not None:
+    while len(page) < most and size < PAGE_SIZE and (entry := next(entries, None)) is not None:
         page.append(entry)
         size += len(entry.raw)
     return page
@@ -338,7 +344,9 @@ class Resumer:
             return [*ends, *self._tasks.resume(chosen, snapshot.epoch, why)]
 
         resumed: list[str] = []
-        for moves in self._tasks.transfer_all(breaker.name, choose, enough=lambda: left <= 0):
+        # into a free slot goes one task: to read hundreds for it would take ten times as long
+        most = PAGE if unfailed_first or only is not None else min(max(2 * limit, SMALLEST_PAGE), PAGE)
+        for moves in self._tasks.transfer_all(breaker.name, choose, enough=lambda: left <= 0, most=most):
             gone = [move for move in moves if move.resumes]
             self._origins.setdefault(breaker.name, set()).update(str(move.queue) for move in gone)
             if gone:

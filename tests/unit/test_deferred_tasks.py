@@ -14,7 +14,7 @@ from celery.exceptions import TaskRevokedError
 from resilient_tasks import Resilience
 from resilient_tasks.worker.celery_internals import Events
 from resilient_tasks.worker.context import runtime_of
-from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.deferred_tasks import PAGE, SMALLEST_PAGE, DeferredTasks, Resumer
 from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.queues import Entry, Move
 
@@ -55,6 +55,37 @@ def entry() -> Entry:
         properties={}, content_type="application/json", content_encoding="utf-8",
     )  # fmt: skip
     return Entry(message, Envelope(breaker="payments"))
+
+
+@pytest.mark.parametrize(("limit", "options", "most"), [
+    (1, {}, SMALLEST_PAGE), (100, {}, 200), (PAGE, {}, PAGE), (1, {"only": ["an-id"]}, PAGE),
+    (1, {"unfailed_first": True}, PAGE),
+])  # fmt: skip
+def test_no_more_is_read_than_free_slots_need(
+    app: Celery, tasks: DeferredTasks, monkeypatch: pytest.MonkeyPatch, limit: int, options: dict[str, Any], most: int
+) -> None:
+    asked: list[int] = []
+
+    def transfer_all(*_: Any, most: int, **__: Any) -> list[list[Move]]:
+        asked.append(most)
+        return []
+
+    monkeypatch.setattr(tasks, "transfer_all", transfer_all)
+    breaker = runtime_of(app).breaker("payments")
+    Resumer(runtime_of(app), tasks).release(breaker, breaker.cached_state.snapshot, limit, **options)
+    assert asked == [most]
+
+
+def test_pages_grow_until_there_is_enough(tasks: DeferredTasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages: list[tuple[int, int]] = []
+
+    def transfer(*_: Any, start: int, most: int) -> tuple[int, list[Move]]:
+        pages.append((start, most))
+        return (most, []) if len(pages) < 4 else (0, [])
+
+    monkeypatch.setattr(tasks, "transfer", transfer)
+    assert len(list(tasks.transfer_all("payments", lambda _: [], enough=lambda: False, most=100))) == 4
+    assert pages == [(0, 100), (100, 200), (300, 400), (700, PAGE)]
 
 
 def test_a_revoked_task_waits_for_its_result_to_be_writable(app: Celery, tasks: DeferredTasks, entry: Entry) -> None:
