@@ -111,6 +111,12 @@ class MemoryGuard:
             logger.warning("tasks are deferred again: the servers are below their memory limit")
 
 
+def keeps_place(before: Envelope, after: Envelope) -> bool:
+    """Whether a task that was resumed, and is refused without having failed, is again the next to be resumed."""
+    has_waited = before.attempted_at == after.attempted_at and before.not_before == after.not_before
+    return before.resumed > 0 and has_waited
+
+
 class Deferral:
     """Defers requests for one process, a worker's main process or a producer."""
 
@@ -181,7 +187,10 @@ class Deferral:
         limit = self._runtime.breaker(envelope.breaker).policy.max_deferred if limited else None
         queue = self.queues.deferred(envelope.breaker)
         try:
-            mine = self.queues.put(request.message, queue, envelope, owned=not request.acknowledged, limit=limit)
+            mine = self.queues.put(
+                request.message, queue, envelope,
+                owned=not request.acknowledged, limit=limit, first=keeps_place(request.envelope, envelope),
+            )  # fmt: skip
         except DeferredQueueFullError:
             self.forget(envelope.breaker, [request.id])
             raise

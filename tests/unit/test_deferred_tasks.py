@@ -14,6 +14,7 @@ from celery.exceptions import TaskRevokedError
 from resilient_tasks import Resilience
 from resilient_tasks.worker.celery_internals import Events
 from resilient_tasks.worker.context import runtime_of
+from resilient_tasks.worker.deferral import keeps_place
 from resilient_tasks.worker.deferred_tasks import PAGE, SMALLEST_PAGE, DeferredTasks, Resumer
 from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.queues import Entry, Move
@@ -74,6 +75,17 @@ def test_no_more_is_read_than_free_slots_need(
     breaker = runtime_of(app).breaker("payments")
     Resumer(runtime_of(app), tasks).release(breaker, breaker.cached_state.snapshot, limit, **options)
     assert asked == [most]
+
+
+@pytest.mark.parametrize(("before", "after", "keeps"), [
+    (Envelope(), Envelope(), False),  # it is new
+    (Envelope(resumed=7), Envelope(), True),
+    (Envelope(resumed=7, attempted_at=1.0, not_before=2.0), Envelope(attempted_at=1.0, not_before=2.0), True),
+    (Envelope(resumed=7, attempted_at=1.0), Envelope(attempted_at=3.0), False),  # it has failed
+    (Envelope(resumed=7), Envelope(not_before=9.0), False),  # it has to wait
+])  # fmt: skip
+def test_a_resumed_task_that_is_refused_keeps_its_place(before: Envelope, after: Envelope, *, keeps: bool) -> None:
+    assert keeps_place(before, after) is keeps
 
 
 def test_pages_grow_until_there_is_enough(tasks: DeferredTasks, monkeypatch: pytest.MonkeyPatch) -> None:
