@@ -103,7 +103,7 @@ export function why(reason, actor) {
     return (reason || actor) ? reason + (actor ? ` (${actor})` : "") : NOTHING;
 }
 
-// When the waiting tasks will be done, as far as anybody can tell.
+// When the waiting tasks will be done, as far as is known.
 function recovery(estimate) {
     if (!estimate) {
         return NOTHING;
@@ -210,14 +210,14 @@ async function act(event) {
     window.bootstrap.Modal.getOrCreateInstance(dialog).hide();
     try {
         const words = chosen === "resume" ? {rate: byId("act-rate").value} : {reason: byId("act-reason").value};
-        toast(told(name, await post(name, [chosen], words)), "success");
+        toast(summary(name, await post(name, [chosen], words)), "success");
     } catch (error) {
         toast(error.message, "danger");
     }
     afterwards();
 }
 
-function told(name, {breaker, resumed}) {
+function summary(name, {breaker, resumed}) {
     if (breaker) {
         return `${name} is ${breaker.state}`;
     }

@@ -23,7 +23,7 @@ local function address_of(text)
   end
 end
 
--- What has no address stumbles in the worker, noted or not.
+-- What has no address cannot be delivered by the worker, noted or not.
 local function note(text)
   local tag, exchange, routing_key = address_of(text)
   if type(tag) == 'string' and exchange and routing_key then
