@@ -140,7 +140,7 @@ _CODES_BY_PACKAGE = {
 _DATABASE_ERRORS = {"DBAPIError", "DatabaseError", "InterfaceError", "InternalError", "OperationalError"}
 _REDIS_REFUSALS = re.compile(r"CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|OOM|READONLY|TRYAGAIN")
 # RFC 5321: 421 the service is not available, 451 a local error in processing, 452 insufficient storage; RFC 4954: 454 a
-# temporary failure of authentication. 450 is about a mailbox, 550 to 559 are for the sender to correct. What is greylisted
+# temporary failure of authentication. 450 is about a mailbox, 550 to 559 are the sender's to fix. What is greylisted
 # or over quota comes as 451 and 452, too: an enhanced status (RFC 3463) decides, if its subject is neither 3 nor 4.
 _SMTP_FAILURES = frozenset({"421", "451", "452", "454", "-1"})  # -1: what came was no reply
 _OF_THE_MESSAGE = re.compile(r"\s*[45]\.[12567]\.\d")
