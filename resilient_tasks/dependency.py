@@ -150,7 +150,7 @@ class Fleet:
         """Carry out an operator's verb and return the state that it led to.
 
         The workers' policy stays in force, whatever checkout and environment the verb comes from. If the store is
-        away, nothing has changed.
+        unavailable, nothing has changed.
         """
         asked = self.view.asking()
         undeclared = replace(spec, revision=OLDEST)
@@ -321,13 +321,19 @@ class Dependency:
 
     # --- admission --------------------------------------------------------------------------------
 
+    @property
+    def refusal(self) -> BreakerOpenError:
+        """The error of a refusal at this moment."""
+        cached = self.cached_state
+        is_full = cached.admits and not cached.admits_freely
+        return BreakerOpenError(self.name, AT_CAPACITY if is_full else cached.snapshot.state.value, cached.retry_after)
+
     def refuse(self) -> BreakerOpenError:
         """Return the error of a refusal, and count it; at capacity no call is kept from the dependency for good."""
-        cached = self.cached_state
-        if cached.admits and not cached.admits_freely:
-            return BreakerOpenError(self.name, AT_CAPACITY, cached.retry_after)
-        self.fleet.reporter.tally(self.name, REFUSED)
-        return BreakerOpenError(self.name, cached.snapshot.state.value, cached.retry_after)
+        refusal = self.refusal
+        if refusal.state != AT_CAPACITY:
+            self.fleet.reporter.tally(self.name, REFUSED)
+        return refusal
 
     def lease(self, holder: str, *, for_child: bool, renewed_for: float | None = None) -> Pass | None:
         """Ask the store for a permit or a slot; None: it is denied.

@@ -197,20 +197,19 @@ class Deferral:
         request.acknowledged = True
         try:
             if mine:
-                self._report(request, envelope)
+                self._report(request, envelope, info)
             else:  # the broker has restored it: its other copy decides
                 self.forget(envelope.breaker, [request.id])
         except Exception:  # must not look like a deferral that failed: the message would be put once more
             what = "Task %s[%s] is deferred, but not everything about it is reported"
             logger.exception(what, request.name, request.id, extra=request.log_fields)
 
-    def _report(self, request: GatedRequest, envelope: Envelope) -> None:
+    def _report(self, request: GatedRequest, envelope: Envelope, info: dict[str, Any]) -> None:
         """Report a task that has been deferred; one that is new runs instead of earlier ones with its key."""
         again = request.envelope.since > 0
         if envelope.coalesced_as and not again:
             self._index_writer.write(lambda: self._runtime.fleet.ledger.claim(envelope.coalesced_as, request.id))
         self._runtime.fleet.reporter.tally(envelope.breaker, counts.DEFERRED_AGAIN if again else counts.DEFERRED)
-        info = {"breaker": envelope.breaker, "reason": envelope.reason, "since": envelope.since}
         request.send_event(TASK_DEFERRED, **info)
         signals.notify(signals.task_deferred, request.app, task_id=request.id, task=request.name, **info)
         if self._lines.admits(envelope.breaker):

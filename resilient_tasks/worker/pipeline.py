@@ -7,17 +7,17 @@
                                                    └─ on_start, run ─┬─ on_result ──► Celery writes and acknowledges
                                                       (execution.py) ├─ on_deferred ► defer
                                                                      └─ on_death ───► defer, dead_letter, or Celery
-    maintenance.py, resume.py: deferred queue ─► origin queue ─► on_arrival
+    maintenance.py: deferred queue ─► origin queue ─► on_arrival
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from celery import Celery
 from celery.exceptions import InvalidTaskError, TaskRevokedError, Terminated, TimeLimitExceeded, WorkerLostError
@@ -26,6 +26,7 @@ from celery.worker.strategy import default
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.core.outage import REDELIVERED
+from resilient_tasks.dependency import Dependency, answering
 from resilient_tasks.errors import BreakerOpenError, DeferredQueueFullError
 from resilient_tasks.monitor import tracing
 from resilient_tasks.policy import BLOCK
@@ -39,9 +40,6 @@ from resilient_tasks.worker.envelope import Envelope, check_task
 from resilient_tasks.worker.execution import Admission, Report, TaskDeferred
 from resilient_tasks.worker.maintenance import Maintenance
 from resilient_tasks.worker.request import GatedRequest, coalesced_as
-
-if TYPE_CHECKING:
-    from resilient_tasks.dependency import Dependency
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -115,7 +113,7 @@ class Pipeline:
         if request.delivery_info.get("redelivered") and not request.envelope.since:  # a deferred one may keep the mark
             self.runtime.fleet.reporter.tally(request.task.options.breakers[0], REDELIVERED)
         if admission.passes:
-            self.compensation.begin(request, _answering(request.guards, admission))
+            self.compensation.begin(request, answering(request.guards))
         return admission
 
     def on_start(self, request: GatedRequest) -> None:
@@ -152,7 +150,7 @@ class Pipeline:
         """Write the state DEFERRED again if the retry waits: the pool process writes RETRY after sending it."""
         refusing = self.refusing(request)
         if refusing is not None:
-            self.deferral.write_state_again(request, refusing.name, str(refusing.refuse()))
+            self.deferral.write_state_again(request, refusing.name, str(refusing.refusal))
 
     def on_death(self, request: GatedRequest, exc: BaseException) -> bool:
         """Settle a run that the pool has ended; True if its task is deferred.
@@ -407,13 +405,6 @@ def _announce(request: GatedRequest) -> None:
         eta=None,
         expires=request.expires and request.expires.isoformat(),
     )
-
-
-def _answering(guards: Sequence[Dependency], admission: Admission) -> Sequence[Dependency]:
-    """Return the breakers that answer for a run: not the parent of one of its children."""
-    if len(guards) == 1:
-        return guards
-    return [breaker for breaker, one in zip(guards, admission.passes, strict=True) if not one.for_child]
 
 
 def _deferred_by_time_limit(request: GatedRequest, exc: BaseException) -> TaskDeferred | None:

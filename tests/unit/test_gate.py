@@ -12,7 +12,7 @@ from celery import Celery
 from resilient_tasks import Breaker, Resilience
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome
-from resilient_tasks.core.outage import REDELIVERED
+from resilient_tasks.core.outage import REDELIVERED, REFUSED
 from resilient_tasks.store.view import CachedState
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker.admission import Gate
@@ -201,3 +201,13 @@ def test_a_task_keeps_its_place_behind_those_that_wait_for_a_slot(
     breaker.cached_state.take(state, 0.0)
     envelope = Envelope(breaker="scarce", resumed=resumed)
     assert gate.has_queue([breaker], envelope) is (breaker if waits else None)
+
+
+def test_a_refusal_counts_when_it_is_made_and_not_when_it_is_looked_at(
+    payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(payments, "OPEN")
+    dependency, counted = payments._dependency, list[str]()
+    monkeypatch.setattr(dependency.fleet.reporter, "tally", lambda _, kind: counted.append(kind))
+    assert (dependency.refusal.state, counted) == ("OPEN", [])
+    assert (dependency.refuse().state, counted) == ("OPEN", [REFUSED])

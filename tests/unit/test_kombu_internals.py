@@ -57,6 +57,15 @@ def drain(connection: Connection, received: list[Any], count: int) -> list[Any]:
     return [message.payload for message in received]
 
 
+def received_by_a_channel(connection: Connection) -> tuple[Any, Any]:
+    """Return a channel, and a message that it has received and not acknowledged."""
+    publish(connection, "a")
+    channel, received = connection.channel(), list[Any]()
+    with Consumer(channel, [Queue("work")], on_message=received.append):
+        drain(connection, received, 1)
+    return channel, received[0]
+
+
 def test_both_kinds_of_transport_take_messages_this_way(connection: Connection) -> None:
     assert kombu_redis.Transport.Channel is kombu_internals.TakingChannel
     assert issubclass(kombu_redis.SentinelTransport.Channel, kombu_internals.TakingChannel)
@@ -226,12 +235,7 @@ def test_a_lock_on_restoring_that_the_user_has_timed_stays_so(server: Server) ->
 def test_a_channel_that_cannot_put_anything_back_closes_all_the_same(
     connection: Connection, broker: Any, prefix: str
 ) -> None:
-    publish(connection, "a")
-    channel = connection.channel()
-    with Consumer(channel, [Queue("work")]) as consumer:
-        received: list[Any] = []
-        consumer.on_message = received.append
-        drain(connection, received, 1)
+    channel, _ = received_by_a_channel(connection)
     client, channel.connection.client = channel.connection.client, None
     channel._pool = None
     with pytest.raises(AttributeError):
@@ -242,16 +246,11 @@ def test_a_channel_that_cannot_put_anything_back_closes_all_the_same(
 
 
 def test_what_is_acknowledged_after_its_channel_has_closed_is_left_alone(connection: Connection, broker: Any) -> None:
-    publish(connection, "a")
-    channel = connection.channel()
-    with Consumer(channel, [Queue("work")]) as consumer:
-        received: list[Any] = []
-        consumer.on_message = received.append
-        drain(connection, received, 1)
+    channel, message = received_by_a_channel(connection)
     channel.close()
     channel._pool = None  # as when nothing could be put back
     with pytest.raises(AttributeError):
-        kombu_redis.QoS.ack(channel.qos, received[0].delivery_tag)
-    received[0].ack()
+        kombu_redis.QoS.ack(channel.qos, message.delivery_tag)
+    message.ack()
     with consuming(connection, "work") as again:
         assert drain(connection, again, 1) == ["a"]

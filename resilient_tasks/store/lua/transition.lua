@@ -4,7 +4,7 @@
 -- ARGV  14 version   as it was seen; it grows with every transition and with every permit that becomes free
 --       15 forgets   1: the evidence is emptied
 --       16 share     of the active children that may be held open, if the change opens one; 0: any
---       8..         fields and values that are written
+--       17..        fields and values that are written
 -- Needs breaker.lua
 
 local function has_room(share)
