@@ -97,11 +97,12 @@ def _let_go(post: PostOffice, queue: str, count: int) -> list[Any]:
     """Have ``count`` waiting tasks resumed to a queue that nobody consumes meanwhile, and look at their messages."""
     post.client.control.cancel_consumer(queue, reply=True)
     post.close("payments")
-    post.wait(lambda: post.waiting("payments") == 0, "all to be resumed")
     with post.client.connection_for_read() as connection:
         bound = post.client.amqp.queues[queue](connection.default_channel)
         bound.declare()
-        messages = [post.wait(bound.get, "a message on its queue") for _ in range(count)]
+        # a message counts as resumed a moment before it lies on its queue
+        post.wait(lambda: bound.queue_declare().message_count == count, "all to be resumed")
+        messages = [bound.get() for _ in range(count)]
         for message in messages:
             message.requeue()
     post.client.control.add_consumer(queue, reply=True)
