@@ -115,10 +115,10 @@ class Store(Protocol):
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         """Return the names of the children of a breaker, those used longest ago first: all, or so many of them."""
 
-    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> list[str]:
-        """Return the names of children that are not plainly CLOSED, or that tasks wait for.
+    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> dict[str, float]:
+        """Return children that are not plainly CLOSED, or that tasks wait for: name -> time of the last change.
 
-        Only those of which a transition was made at ``since`` or later, on the store's clock; ``start`` are skipped.
+        Only those that were changed, or deferred for, at ``since`` or later, on the store's clock; skips ``start``.
         """
 
     def mark_idle(self, spec: Spec) -> bool:

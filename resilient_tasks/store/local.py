@@ -242,11 +242,11 @@ class LocalStore(RuledStore):
             keys = sorted(used_at, key=lambda key: (used_at[key], key))
             return [f"{name}:{key}" for key in keys[start : None if count is None else start + count]]
 
-    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> list[str]:
+    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> dict[str, float]:
         with self._lock:
             active = sorted(self._children_of(name).active.items(), key=lambda item: item[::-1])
-            keys = [key for key, at in active if at >= to_ms(since)]
-            return [f"{name}:{key}" for key in keys[start : start + count]]
+            lately = [(f"{name}:{key}", at / 1000) for key, at in active if at >= to_ms(since)]
+            return dict(lately[start : start + count])
 
     def mark_idle(self, spec: Spec) -> bool:
         with self._lock:
@@ -442,7 +442,7 @@ class FailoverStore:
     def register(self, spec: Spec) -> bool:
         return self._decide(lambda store: store.register(spec))
 
-    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> list[str]:
+    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> dict[str, float]:
         return self._decide(lambda store: store.active_children(name, since=since, start=start, count=count))
 
     def forget(self, name: str) -> None:

@@ -156,10 +156,11 @@ class RedisStore(RuledStore):
         keys = self._server.command("ZRANGE", index, start, end) or ()
         return [f"{name}:{key.decode()}" for key in keys]
 
-    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> list[str]:
+    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> dict[str, float]:
         index = self._keys.breaker(name).active
-        keys = self._server.command("ZRANGEBYSCORE", index, to_ms(since), "+inf", "LIMIT", start, count) or ()
-        return [f"{name}:{key.decode()}" for key in keys]
+        command = "ZRANGEBYSCORE", index, to_ms(since), "+inf", "WITHSCORES", "LIMIT", start, count
+        flat = self._server.command(*command) or ()
+        return {f"{name}:{key.decode()}": float(at) / 1000 for key, at in zip(flat[::2], flat[1::2], strict=True)}
 
     def mark_idle(self, spec: Spec) -> bool:
         index, key = self._keys.breaker(spec.name).active, key_of(spec.name)

@@ -108,6 +108,11 @@ class CachedState:
         limit = self.spec.policy.most_in_flight if unknown else snapshot.concurrency_limit
         self.admits_freely = self.admits and limit is None
 
+    def has_seen(self, change_at: float) -> bool:
+        """Whether this copy is from after a change, or was published with it."""
+        snapshot = self.snapshot
+        return snapshot.now > change_at or snapshot.now == change_at == snapshot.since
+
     @property
     def age(self) -> float | None:
         """Seconds since the store answered this; None if it never answered anything."""
@@ -275,14 +280,16 @@ class View:
         known = self._states
         changed = self._store.active_children(parent, since=self._looked_at, count=MOST_AT_ONCE)
         passed = self._passed.get(parent, 0)
-        active = self._store.active_children(parent, start=passed, count=MOST_AT_ONCE)
+        active = list(self._store.active_children(parent, start=passed, count=MOST_AT_ONCE))
         former, self._active[parent] = self._active.get(parent, []), active
         self._passed[parent] = passed + len(active) if len(active) == MOST_AT_ONCE else 0
-        for name in changed:
+        names = {name for name in active if name not in known}
+        names |= {name for name in former if name in known and name not in active}
+        for name, at in changed.items():
             if name not in known:
                 self._notify(name)
-        names = {name for name in changed if name in known} | {name for name in active if name not in known}
-        names |= {name for name in former if name in known and name not in active}
+            elif not known[name].has_seen(at):
+                names.add(name)
         with self._lock:
             for name in names - known.keys():
                 self._new(replace(known[parent].spec, name=name))

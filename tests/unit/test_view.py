@@ -460,6 +460,29 @@ def test_what_becomes_of_others_costs_a_child_process_nothing(
     assert store.calls == {"read": 1}
 
 
+def test_a_refresh_reads_no_child_whose_change_has_been_received(
+    view: View, store: FlakyStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = replace(SPEC, name="payments:acme")
+    view.declare(child)
+    read: list[str] = []
+    reading = store.inner.read
+
+    def noted_read(specs: list[Spec]) -> list[Snapshot]:
+        read.extend(spec.name for spec in specs)
+        return reading(specs)
+
+    monkeypatch.setattr(store.inner, "read", noted_read)
+    view.update(store.inner.command(child, Verb.TRIP).snapshot)
+    view.refresh()
+    assert read == ["payments"]
+    clock.advance(0.1)
+    store.inner.command(child, Verb.ISOLATE)  # and the message is lost
+    view.refresh()
+    assert read == ["payments", "payments", "payments:acme"]
+    assert view.state("payments:acme").snapshot.state is State.FORCED_OPEN
+
+
 def test_a_refresh_reads_at_most_so_many_children_and_only_what_has_changed(
     view: View, store: FlakyStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
