@@ -50,16 +50,18 @@ class Ledger:
     # --- deferred tasks -----------------------------------------------------------------------------
 
     def add_deferred(
-        self, name: str, task_id: str, *, deadline: float | None = None, since: float | None = None
-    ) -> None:
-        """Index a deferred task; see :class:`Wait`."""
-        self.add_all_deferred(name, {task_id: Wait(deadline, since)})
+        self, name: str, task_id: str, *, deadline: float | None = None, since: float | None = None,
+        now: float | None = None,
+    ) -> None:  # fmt: skip
+        """Index a deferred task; see :class:`Wait`. ``now``: the store's time, if the caller knows it."""
+        self._add_deferred(name, {task_id: Wait(deadline, since)}, self._server.now() if now is None else to_ms(now))
 
     def add_all_deferred(self, name: str, waits: Mapping[str, Wait]) -> None:
         """Index deferred tasks under the time of their first deferral, and the ends of their waits, if any."""
+        self._add_deferred(name, waits, self._server.now())
+
+    def _add_deferred(self, name: str, waits: Mapping[str, Wait], now: int) -> None:
         keys, key = self._keys.breaker(name), key_of(name)
-        is_timed = not key and all(wait.since is not None for wait in waits.values())
-        now = 0 if is_timed else self._server.now()
         for some in portions(waits.items()):
             since = [(now if wait.since is None else to_ms(wait.since), task_id) for task_id, wait in some]
             ends = [(to_ms(wait.deadline), task_id) for task_id, wait in some if wait.deadline is not None]
@@ -68,7 +70,7 @@ class Ledger:
             commands += [("ZADD", keys.deadlines, *chain.from_iterable(ends))] if ends else []
             commands += [("ZREM", keys.deadlines, *endless)] if endless else []
             # last: a child that is taken off the active ones meanwhile is looked at once more after that
-            commands += [("ZADD", keys.active, now, key)] if key else []
+            commands += [("ZADD", keys.active, "NX", now, key)] if key else []
             self._server.commands(commands)
 
     def hasten(self, names: Iterable[str], task_ids: Iterable[str]) -> None:

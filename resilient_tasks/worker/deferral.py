@@ -300,9 +300,9 @@ class Deferral:
 
     def _index(self, task_id: str, envelope: Envelope) -> None:
         """Best-effort: the tick, reconciling, finds a message that is missing here."""
-        self._runtime.fleet.ledger.add_deferred(
-            envelope.breaker, task_id, deadline=envelope.ends_at, since=envelope.since
-        )
+        fleet, since = self._runtime.fleet, envelope.since
+        now = fleet.view.server_now()
+        fleet.ledger.add_deferred(envelope.breaker, task_id, deadline=envelope.ends_at, since=since, now=now)
 
     def _write_state(self, request: GatedRequest, state: str, info: dict[str, Any] | None = None) -> None:
         if not request.ignore_result:  # a state that no result ever replaces
