@@ -49,7 +49,7 @@ down: venv ## stop every stack of this checkout
 	@$(BIN)/python -m workers.stack down
 
 docs: venv ## the manual, into site/; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 lint: venv ## ruff: rules and format
 	$(BIN)/ruff check .

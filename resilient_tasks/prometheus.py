@@ -8,7 +8,7 @@ has a ``/metrics`` of its own adds them with one line::
     register(app)
 
 One process is enough: everything is read from the shared store, so several export the same values. Needs the extra
-``resilient_tasks[metrics]``. ``docs/metrics.md`` is the catalogue below for people; a test compares the two.
+``resilient_tasks[metrics]``. The manual's table of metrics is made of the catalogue below.
 """
 
 from __future__ import annotations

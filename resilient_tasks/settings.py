@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     """What an operator can set without touching code. Use :meth:`load`; a ``Settings`` is immutable.
 
     Args:
-        store_url: the shared store; ``None``: see :func:`~resilient_tasks.store.address.find_store`.
+        store_url: the shared store; ``None``: the broker if it is Redis, else the result backend if that is.
         namespace: prefix of all keys, queues and names in the store and the broker.
         tick_interval: seconds between two ticks.
         store_timeout: longest time in seconds that one command may keep the store's caller waiting.

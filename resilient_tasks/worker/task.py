@@ -36,7 +36,27 @@ class ResilientTask(Task):  # type: ignore[misc]  # Celery is untyped
     """Base class of tasks that need a dependency; ``Resilience(app)`` makes it the app's default.
 
     The attributes are task options, given in the decorator: ``@app.task(breaker="payments")``.
-    ``on_failure="defer" | "raise"`` is one of them too; Celery's handler of that name stays what it is.
+
+    Args:
+        breaker: a :class:`Breaker`, its name, or a list of them: all must admit before the task starts; it waits for
+            the first that refuses. A task without it is an ordinary Celery task.
+        breaker_key: parameter name or callable ``(args, kwargs) -> str``: a breaker of its own per tenant, host or
+            credential, ``payments:acme``.
+        fallback: one or a list of ``cached(max_age=, key=)``, a function with the task's arguments,
+            ``constant(value)``; tried in order when the breaker refuses, or when the dependency fails.
+        on_open: when the breaker refuses and no fallback answered: ``"defer"`` (the default), or ``"fail"``: FAILURE
+            with ``BreakerOpenError``, at once.
+        on_failure: when the task fails because of the dependency: ``"defer"`` it as well, or ``"raise"``: leave it to
+            Celery. The default is ``"defer"``, with ``on_open="fail"`` it is ``"raise"``. Celery's handler of that name
+            stays what it is.
+        max_attempts: failures of one task before it fails for good, 8 by default. A failure counts only if another call
+            has succeeded since this task's last failure; an outage uses up no attempts.
+        defer_for: longest time in deferral, seconds; then ``DeferralExpiredError`` and the dead-letter queue. By
+            default there is no limit.
+        retrying: a ``tenacity.Retrying``: quick attempts inside one run, each of which counts; they end when the
+            breaker opens, and before the time limit.
+        coalesce: ``"latest"``: of the waiting tasks with one key only the latest runs, the others end ``IGNORED``.
+        coalesce_key: parameter name or callable ``(args, kwargs) -> str``; by default all arguments.
     """
 
     abstract = True

@@ -35,6 +35,8 @@ from workers.processes import (
 
 PROJECT = Path(__file__).parents[1] / "django_project"
 ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+SOON = {"RESILIENT_TASKS_BREAKERS__PAYMENTS__OPEN_DURATION": "2"}
 
 
 class PaymentService:
@@ -65,30 +67,32 @@ class PaymentService:
 
 
 class Project:
-    """A Django project in a directory, with the processes that a test starts."""
+    """A project in a directory, of Django or of Celery alone, with the processes that a test starts."""
 
-    def __init__(self, root: Path, directory: Path, service: PaymentService) -> None:
-        self.root, self.directory, self.service = root, directory, service
+    def __init__(self, root: Path, directory: Path, service: PaymentService, module: str = "proj") -> None:
+        self.root, self.directory, self.service, self.module = root, directory, service, module
         self.server = start_valkey(directory / "valkey")
         self.env = {
             "BROKER_URL": self.server.url(0),
             "PAYMENTS_URL": self.service.url,
             "DIRECTORY": str(directory),
-            "DJANGO_SETTINGS_MODULE": "proj.settings",
             "PYTHONPATH": f"{root}:{ROOT}",
         }
         self._programs: list[Program] = [self.server.program]
-        self.manage("migrate", "-v0", "--run-syncdb")
+        if (root / "manage.py").exists():
+            self.env["DJANGO_SETTINGS_MODULE"] = "proj.settings"
+            self.manage("migrate", "-v0", "--run-syncdb")
 
     def manage(self, *arguments: str) -> str:
         """Run a command of Django's and return what it writes."""
-        return self._run("-m", "django", *arguments)
+        return self.run("-m", "django", *arguments)
 
     def celery(self, *arguments: str) -> str:
         """Run a command of Celery's and return what it writes."""
-        return self._run("-m", "celery", "-A", "proj", *arguments)
+        return self.run("-m", "celery", "-A", self.module, *arguments)
 
-    def _run(self, *arguments: str) -> str:
+    def run(self, *arguments: str) -> str:
+        """Run Python with these arguments and return what it writes."""
         done = subprocess.run(
             [sys.executable, *arguments],
             cwd=self.root, env={**os.environ, **self.env}, capture_output=True, text=True, check=False,
@@ -114,12 +118,12 @@ class Project:
 
     def worker(self) -> Program:
         options: dict[str, Any] = {"directory": self.directory, "env": self.env, "cwd": self.root}
-        worker = start_worker("proj", name="worker", arguments=["--without-mingle"], **options)
+        worker = start_worker(self.module, name="worker", arguments=["--without-mingle"], **options)
         self._programs.append(worker)
         return worker.wait_until_ready()
 
     def beat(self) -> Program:
-        beat = start_beat("proj", directory=self.directory, env=self.env, cwd=self.root)
+        beat = start_beat(self.module, directory=self.directory, env=self.env, cwd=self.root)
         self._programs.append(beat)
         return beat
 
@@ -146,6 +150,17 @@ class Project:
             print(f"--- {program.name}\n{program.output()}")
 
 
+def write_files(page: str, root: Path, service: PaymentService, only: str = "") -> None:
+    """Write the files that a page of the manual prints; servers are where the test has started them."""
+    text = (DOCS / f"{page}.md").read_text()
+    text = re.sub(r'"redis://[^"]+"', "__import__('os').environ['BROKER_URL']", text)
+    text = re.sub(r"https?://(localhost:8001|pay\.example)/", service.url, text)
+    for name, appends, code in re.findall(r"```python\n# ([\w/.]+)(: add at the end)?\n(.*?)```", text, re.DOTALL):
+        if (name == only) if only else (root / name).parent.exists():
+            with (root / name).open("a" if appends else "w") as file:
+                file.write(code)
+
+
 @pytest.fixture
 def service() -> Iterator[PaymentService]:
     service = PaymentService()
@@ -162,23 +177,21 @@ def project(tmp_path: Path, service: PaymentService) -> Iterator[Project]:
 
 @pytest.fixture
 def fresh_project(tmp_path: Path, service: PaymentService) -> Iterator[Project]:
-    """What ``startproject`` and ``startapp`` make, with the files that docs/django.md prints."""
+    """What ``startproject`` and ``startapp`` make, with the files that the manual prints."""
     root = tmp_path / "site"
     root.mkdir()
     for command in (["startproject", "proj", "."], ["startapp", "shop"]):
         subprocess.run([sys.executable, "-m", "django", *command], cwd=root, check=True)
-    for name, text in re.findall(r"```python\n# (\S+)\n(.*?)```", (ROOT / "docs" / "django.md").read_text(), re.DOTALL):
-        (root / name).write_text(text.replace("https://pay.example/", service.url))
-    (root / "proj" / "__init__.py").write_text("from .celery import app as celery_app\n__all__ = ('celery_app',)\n")
+    for page in ("getting-started", "django"):
+        write_files(page, root, service)
     (root / "proj" / "urls.py").write_text(
         "from django.urls import path\nfrom shop import views\n"
         "urlpatterns = [path('checkout', views.checkout), path('pay/<int:order_id>', views.pay)]\n"
     )
     with (root / "proj" / "settings.py").open("a") as settings:
-        settings.write("import os\nCELERY_BROKER_URL = CELERY_RESULT_BACKEND = os.environ['BROKER_URL']\n")
-        settings.write("DATABASES['default']['NAME'] = os.environ['DIRECTORY'] + '/db.sqlite3'\n")
-        settings.write("INSTALLED_APPS.append('shop.apps.ShopConfig')\n")
+        settings.write("import os\nDATABASES['default']['NAME'] = os.environ['DIRECTORY'] + '/db.sqlite3'\n")
     project = Project(root, tmp_path, service)
+    project.env |= SOON
     yield project
     project.close()
 
@@ -236,3 +249,26 @@ def test_a_fresh_project_with_one_line_more_lives_through_an_outage(fresh_projec
     service.status = 200
     wait(lambda: fresh_project.states() == {"SUCCESS": 40}, "all to succeed")
     assert len(service.calls) == 40
+
+
+def test_getting_started_without_django(tmp_path: Path, service: PaymentService) -> None:
+    root = tmp_path / "demo"
+    root.mkdir()
+    write_files("getting-started", root, service, only="tasks.py")
+    send_some, send_more = re.findall(r'^\$ python -c "(.*)"', (DOCS / "getting-started.md").read_text(), re.MULTILINE)
+    project = Project(root, tmp_path, service, "tasks")
+    project.env |= SOON
+    try:
+        project.worker()
+        project.run("-c", send_some)
+        wait(lambda: project.states() == {"SUCCESS": 20}, "some to succeed")
+        assert re.search(r"payments +CLOSED", project.celery("breakers", "list"))
+        service.status = 500
+        project.run("-c", send_more)
+        wait(lambda: project.states() == {"SUCCESS": 20, "DEFERRED": 100}, "more to wait")
+        assert re.search(r"payments +(OPEN|HALF_OPEN)", project.celery("breakers", "list"))
+        service.status = 200
+        wait(lambda: project.states() == {"SUCCESS": 120}, "all to succeed")
+        assert re.search(r"tasks failed +0\n", project.celery("breakers", "report"))
+    finally:
+        project.close()

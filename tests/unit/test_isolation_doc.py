@@ -1,4 +1,4 @@
-"""The snippets of docs/isolation.md run as printed, and its table tells what the policy knows."""
+"""The snippets of docs/isolation.md run as printed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 
-from resilient_tasks import BreakerPolicy
 from resilient_tasks.testing import in_memory
 
 PAGE = (Path(__file__).parents[2] / "docs" / "isolation.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-ROWS = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", PAGE, flags=re.MULTILINE))
 
 
 @pytest.fixture
@@ -38,10 +36,3 @@ def test_beyond_the_limit_a_call_is_refused(namespace: dict[str, Any]) -> None:
 def test_an_adaptive_limit_begins_at_its_lower_bound(namespace: dict[str, Any]) -> None:
     assert namespace["llm"].snapshot().concurrency_limit == 2
     assert namespace["converter"].policy.max_concurrency_per_worker == 2
-
-
-def test_the_table_says_what_the_policy_knows() -> None:
-    defaults = BreakerPolicy()
-    names = [name for name in BreakerPolicy.__dataclass_fields__ if "concurrency" in name]
-    told = {name: {"none": None, '"fixed"': "fixed", "1": 1}[cell.strip("`")] for name, cell in ROWS.items()}
-    assert told == {name: getattr(defaults, name) for name in names}

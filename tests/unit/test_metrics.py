@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +15,6 @@ from resilient_tasks import ConfigurationError, StoreError
 from resilient_tasks.core.model import Snapshot, State
 from resilient_tasks.core.outage import Counts
 from resilient_tasks.prometheus import HEALTH, METRICS, BreakerCollector, Subject, register
-
-DOC = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 
 NOW = 1_789_000_000.0
 OPEN = Subject(
@@ -126,13 +122,6 @@ def test_the_age_is_that_of_the_last_answer_and_a_store_that_is_away_is_logged_o
     now[0] = 107.0
     assert health() == health() == [0, 7, 0]
     assert caplog.text.count("metrics cannot be read: the cable is pulled") == 1
-
-
-def test_the_documentation_has_exactly_these_metrics_with_their_labels() -> None:
-    rows = re.findall(r"^\| `(celery_breaker_\w+)` \| (.*?) \| (.*?) \|$", DOC, flags=re.MULTILINE)
-    documented = [(name, tuple(re.findall(r"`(\w+)`", labels)), text) for name, labels, text in rows]
-    catalogue = [(each.name, each.labels, each.text) for each in METRICS]
-    assert documented == [*((name, (), text) for name, text in HEALTH.items()), *catalogue]
 
 
 def test_kinds_follow_names() -> None:

@@ -47,12 +47,6 @@ def test_its_receivers_are_called(told: list[Any]) -> None:
     assert told == ["shop: payments is OPEN: 3 consecutive failures, last: ReadTimeout", "17"]
 
 
-def test_its_signals_are_all_there_are() -> None:
-    table = DOC.partition("| signal |")[2].partition("\n\n")[0]
-    first_column = " ".join(re.findall(r"^\| (.*?) \|", table, flags=re.MULTILINE))
-    assert set(re.findall(r"`(\w+)`", first_column)) == set(signals.__all__)
-
-
 def test_its_recipe_posts_to_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
     namespace: dict[str, Any] = {}
     exec(CHAT, namespace)

@@ -22,10 +22,10 @@ def snippets(page: str) -> list[str]:
 
 
 [DEFINITIONS] = snippets("README.md")
-GUARDS, TIMEOUTS, SENDERS = snippets("docs/guards.md")
+_, GUARDS, TIMEOUTS, SENDERS = snippets("docs/guards.md")
 [TESTING] = snippets("docs/testing.md")
 [OPERATIONS] = snippets("docs/operations.md")
-[TUNING] = snippets("docs/deciding.md")
+[TUNING] = snippets("docs/tuning.md")
 
 
 class Pay:
@@ -104,7 +104,7 @@ def test_verbs(namespace: dict[str, Any]) -> None:
 
 
 def test_tuning() -> None:
-    namespace: dict[str, Any] = {"__name__": "deciding"}
+    namespace: dict[str, Any] = {"__name__": "tuning"}
     exec(TUNING, namespace)
     assert namespace["payments"].policy.slow_call_duration == 1
 
