@@ -61,8 +61,8 @@ types: venv ## mypy --strict
 test: lint types ## what a contributor must pass: lint, types, all tests that need nothing installed
 	$(PYTEST) $(QUICK_TESTS) $(PARALLEL) -m "not rabbitmq and not chromium and not prometheus and not chaos" $(STRICT) $(ARGS)
 
-test-all: test ## make test, then what needs more: skipped, with the reason, where its server or browser is not installed
-	$(PYTEST) tests $(PARALLEL) -rs -m "rabbitmq or chromium or prometheus or chaos" $(STRICT) $(ARGS)
+test-all: lint types ## make test and what needs more: skipped, with the reason, where its server or browser is not installed
+	$(PYTEST) tests $(PARALLEL) -rs $(STRICT) $(ARGS)
 
 chaos: venv ## random faults, every task accounted for; SEEDS=20 TASKS=2000 BROKER=redis|valkey|rabbitmq BASELINE=1
 	$(BIN)/python -m tests.chaos --seeds $(SEEDS) --tasks $(TASKS) --broker $(BROKER) $(if $(BASELINE),--baseline) $(ARGS)

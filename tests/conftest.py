@@ -12,7 +12,11 @@ from celery import _state
 from celery._state import _set_task_join_will_block
 from hypothesis import settings
 
+from tests.support import forks
+from workers import processes
 from workers.processes import Server, start_valkey
+
+processes.popen = forks.popen
 
 # no deadline: a shared machine is slow at times, and slow is not wrong
 settings.register_profile("repeatable", deadline=None, derandomize=True)
@@ -20,6 +24,21 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # a shell that runs the tests in the background has them, and all programs that they start, ignore Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let each process of xdist begin with its share of what waits for real programs: what is quick evens them out."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    slow = [item for item in items if item.path.parent.name in ("integration", "chaos")]
+    quick = [item for item in items if item not in slow]
+    slow.sort(key=lambda item: item.get_closest_marker("rabbitmq") is None)  # few processes need a node of their own
+    shares = range(processes)
+    items[:] = [
+        item
+        for share in shares
+        for kind in (slow, quick)
+        for item in kind[len(kind) * share // processes : len(kind) * (share + 1) // processes]
+    ]
 
 
 @pytest.fixture(autouse=True)

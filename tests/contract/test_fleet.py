@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import pytest
@@ -17,24 +16,17 @@ from resilient_tasks.core.model import Calls, Outcome, State, Verb
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Evidence, Spec
 from tests.contract import fleet
+from tests.support import forks
 from workers.processes import Server, wait_until
 
 
-@pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
-    """Start processes that have nothing of this one, but need not import everything anew."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.contract.fleet"])
-    return context
-
-
 @pytest.fixture
-def start(processes: ForkServerContext) -> Iterator[Callable[..., Any]]:
+def start() -> Iterator[Callable[..., Any]]:
     """Start a process; it is gone when the test ends."""
     started = []
 
     def start_one(target: Callable[..., None], *args: Any) -> Any:
-        process = processes.Process(target=target, args=args)
+        process = forks.CONTEXT.Process(target=target, args=args)
         process.start()
         started.append(process)
         return process
@@ -52,10 +44,8 @@ def all_end_well(running: list[Any], *, timeout: float = 60.0) -> None:
     assert [process.exitcode for process in running] == [0] * len(running)
 
 
-def test_twelve_processes_open_it_after_ten_failures_in_all(
-    server: Server, processes: ForkServerContext, start: Callable[..., Any]
-) -> None:
-    begin, calls = processes.Barrier(12), processes.Value("i", 0)
+def test_twelve_processes_open_it_after_ten_failures_in_all(server: Server, start: Callable[..., Any]) -> None:
+    begin, calls = forks.CONTEXT.Barrier(12), forks.CONTEXT.Value("i", 0)
     all_end_well([start(fleet.call_a_dead_service, server.url(), begin, calls) for _ in range(12)])
     snapshot = fleet.open_store(server.url()).read([fleet.BUSY])[0]
     assert (snapshot.state, snapshot.openings) == (State.OPEN, 1)
@@ -71,11 +61,9 @@ def test_no_failure_of_eight_processes_is_lost(server: Server, start: Callable[.
     assert snapshot.total_failures == 8000
 
 
-def test_sixteen_processes_share_the_permits(
-    server: Server, processes: ForkServerContext, start: Callable[..., Any]
-) -> None:
+def test_sixteen_processes_share_the_permits(server: Server, start: Callable[..., Any]) -> None:
     """A quarter of them joins while the others are at it."""
-    in_flight, most_in_flight = processes.Value("i", 0), processes.Value("i", 0)
+    in_flight, most_in_flight = forks.CONTEXT.Value("i", 0), forks.CONTEXT.Value("i", 0)
     fleet.open_store(server.url()).command(fleet.ON_TRIAL, Verb.TRIP)
     args = (fleet.make_trials, server.url(), 15, in_flight, most_in_flight)
     running = [start(*args) for _ in range(12)]
@@ -105,10 +93,8 @@ def test_an_operators_state_survives_the_processes(server: Server, start: Callab
     all_end_well([start(fleet.is_refused, server.url())])
 
 
-def test_every_process_hears_of_every_change(
-    server: Server, processes: ForkServerContext, start: Callable[..., Any]
-) -> None:
-    ready, heard = processes.Semaphore(0), processes.Queue()
+def test_every_process_hears_of_every_change(server: Server, start: Callable[..., Any]) -> None:
+    ready, heard = forks.CONTEXT.Semaphore(0), forks.CONTEXT.Queue()
     listeners = [start(fleet.listen, server.url(), ready, heard) for _ in range(3)]
     for _ in listeners:
         assert ready.acquire(timeout=30)

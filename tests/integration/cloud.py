@@ -1,14 +1,18 @@
-"""A broker as they are for rent, in memory: without order, without priorities, sure of no number. Like SQS."""
+"""Brokers: one as they are for rent, in memory, without order, without priorities, sure of no number; and files."""
 
 from __future__ import annotations
 
 import random
+import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any, ClassVar
+from uuid import uuid4
 
-from kombu.transport import TRANSPORT_ALIASES, memory
+from kombu.transport import TRANSPORT_ALIASES, filesystem, memory
+from kombu.utils.json import dumps
 
-SCHEME = "cloud"
+SCHEME, WHOLE_FILES = "cloud", "whole-files"
 
 
 class Channel(memory.Channel):
@@ -35,3 +39,21 @@ class Transport(memory.Transport):
 
 
 TRANSPORT_ALIASES[SCHEME] = f"{__name__}:Transport"
+
+
+class WholeFiles(filesystem.Channel):
+    """As kombu's own, which at times reads a file that another thread or process is still writing, and dies of it."""
+
+    def _put(self, queue: str, payload: Any, **_: Any) -> None:  # type: ignore[override] # as in kombu
+        written = Path(self.data_folder_out, f"{time.monotonic_ns()}_{uuid4()}.{queue}.msg.part")
+        written.write_text(dumps(payload))
+        written.rename(written.with_suffix(""))
+
+
+class FileTransport(filesystem.Transport):
+    """Found by :data:`WHOLE_FILES`."""
+
+    Channel = WholeFiles
+
+
+TRANSPORT_ALIASES[WHOLE_FILES] = f"{__name__}:FileTransport"

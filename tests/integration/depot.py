@@ -12,6 +12,7 @@ from celery import Celery
 from kombu import Exchange, Queue
 
 from resilient_tasks import Resilience
+from tests.integration import cloud  # noqa: F401 - its brokers are found by their schemes
 
 SIDE = redis.Redis.from_url(os.environ["DEPOT_SIDE_URL"], decode_responses=True)
 QUEUE = os.environ["DEPOT_QUEUE"]

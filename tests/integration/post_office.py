@@ -132,5 +132,5 @@ class PostOffice:
         gc.collect()  # results take leave of their backend, which must still be there
         self.operator.fleet.close()
         self.client.close()
-        self.worker.stop()
+        self.worker.kill()
         print(f"--- {self.worker.name}\n{self.worker.output()}")

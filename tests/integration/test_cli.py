@@ -25,6 +25,7 @@ from tests.integration.conftest import Shop
 from tests.integration.post_office import MODULE, PATIENCE, PostOffice
 from tests.integration.test_bad_messages import message
 from tests.integration.test_dead_letters import Events
+from tests.support import forks
 from workers.processes import PROJECT, celery_command
 
 Celery = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -32,10 +33,7 @@ Celery = Callable[..., "subprocess.CompletedProcess[str]"]
 
 def run(module: str, env: dict[str, str], *args: str, user_input: str = "") -> subprocess.CompletedProcess[str]:
     """Run one ``celery`` command to its end."""
-    return subprocess.run(
-        celery_command(module, *args), env={**os.environ, **env}, cwd=PROJECT, input=user_input,
-        capture_output=True, text=True, check=False, timeout=PATIENCE,
-    )  # fmt: skip
+    return forks.run(celery_command(module, *args), env=env, text=user_input)
 
 
 @pytest.fixture

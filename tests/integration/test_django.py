@@ -146,7 +146,7 @@ class Project:
 
     def close(self) -> None:
         for program in reversed(self._programs):
-            program.stop()
+            program.kill()
             print(f"--- {program.name}\n{program.output()}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from tests.integration.depots import (
     send_charges,
     wait_until_deferred,
 )
+from tests.support import forks
 from workers.processes import Server, celery_command, wait_until
 from workers.rabbitmq import RabbitMQ
 
@@ -70,9 +70,7 @@ def types(rabbitmq: RabbitMQ) -> dict[str, str]:
 
 def breakers(depot: Depot, *command: str) -> subprocess.CompletedProcess[str]:
     """Run a command as an operator of the depot does."""
-    env = {**os.environ, **depot.env}
-    full = celery_command(MODULE, "breakers", *command)
-    return subprocess.run(full, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return forks.run(celery_command(MODULE, "breakers", *command), env=depot.env)
 
 
 @pytest.mark.parametrize("first", ["beat", "worker"])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from kombu import Connection
 from resilient_tasks.worker.broker_queues import PublishedQueues
 from resilient_tasks.worker.queues import own_queue
 from tests.integration.depots import MODULE, PATIENCE, Depot, are, live_through_an_outage, messages_in, send_charges
+from tests.support import forks
 from workers.processes import LOCALHOST, PROJECT, Program, Server, celery_command, start_valkey, wait_until
 from workers.rabbitmq import RabbitMQ
 
@@ -73,13 +72,11 @@ def url_of(rabbitmq: RabbitMQ) -> str:
 
 def doctor(depot: Depot) -> str:
     command = celery_command(MODULE, "breakers", "doctor", "--timeout", "3")
-    env = {**os.environ, **depot.env}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False).stdout
+    return forks.run(command, env=depot.env).stdout
 
 
 def operate(depot: Depot, *command: str) -> None:
-    env = {**os.environ, **depot.env}
-    subprocess.run(celery_command(MODULE, "breakers", *command), env=env, check=True, timeout=PATIENCE)
+    forks.run(celery_command(MODULE, "breakers", *command), env=depot.env).check_returncode()
 
 
 def errors_of(worker: Program) -> list[str]:

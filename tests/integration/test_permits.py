@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import threading
@@ -23,6 +22,7 @@ from tests.integration import trials
 from tests.integration.conftest import Shop
 from tests.integration.test_faults import soon_restored
 from tests.integration.trials import NAMES, TRIAL_CALLS, Service
+from tests.support import forks
 from workers.processes import Worker
 
 SEED = int(os.environ.get("PERMITS_SEED") or random.randrange(1_000_000))
@@ -35,8 +35,7 @@ class Herd:
     """Processes that make trials, and lose their lives."""
 
     def __init__(self, shop: Shop, address: str, choices: random.Random) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.integration.trials"])
+        self._context = forks.CONTEXT
         self._arguments = shop.server.url(), address
         self._choices = choices
         self._alive: list[Any] = []

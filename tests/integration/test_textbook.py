@@ -73,7 +73,7 @@ def a(_shop: Shop, b: FlakyService, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     worker = start_worker(MODULE, name="a", directory=tmp_path, env=env, arguments=["--without-mingle"])
     yield ServiceA(project, worker.wait_until_ready())
     for program in (beat, worker):
-        program.stop()
+        program.kill()
         print(f"--- {program.name}\n{program.output()}")
     project.resilience.fleet.close()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +27,7 @@ from tests.integration.depots import (
     messages_in,
     send_charges,
 )
+from tests.support import forks
 from workers.processes import Server, celery_command, wait_until
 from workers.rabbitmq import RabbitMQ, rabbitmq_binary, start_rabbitmq
 
@@ -247,8 +246,7 @@ def test_no_message_is_looked_at_too_often(rabbitmq: RabbitMQ) -> None:
 def test_without_a_store_a_worker_says_what_to_do_and_ends(depot: Callable[..., Depot]) -> None:
     nowhere = depot("amqp://guest:secret@127.0.0.1:1//", backend="rpc://", store=None)
     command = celery_command(MODULE, "worker", "-P", "solo", "-l", "INFO")
-    env = {**os.environ, **nowhere.env}
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    ended = forks.run(command, env=nowhere.env)
     assert ended.returncode != 0
     errors = [line for line in ended.stderr.splitlines() if line.startswith("resilient_tasks.errors.")]
     assert len(errors) == 1
@@ -263,7 +261,7 @@ def test_an_outage_on_files(depot: Callable[..., Depot], tmp_path: Path) -> None
     (tmp_path / "files").mkdir()
     folders = {name: str(tmp_path / "files") for name in ("data_folder_in", "data_folder_out")}
     options: dict[str, Any] = {**folders, "control_folder": str(tmp_path / "control"), "polling_interval": 0.02}
-    on_files = depot("filesystem://", conf={"broker_transport_options": options})
+    on_files = depot(f"{cloud.WHOLE_FILES}://", conf={"broker_transport_options": options})
     on_files.worker(pool="solo", arguments=["--without-gossip", "--without-mingle"])
     live_through_an_outage(on_files, [0] * ORDERS)
 
