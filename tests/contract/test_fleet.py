@@ -78,7 +78,7 @@ def test_a_killed_holder_blocks_nobody_for_longer_than_its_lease(server: Server,
     store, lease = fleet.open_store(server.url()), 0.5
     store.command(fleet.ONE_AT_A_TIME, Verb.TRIP)
     dead = start(fleet.take_a_permit_and_die, server.url(), lease)
-    dead.join(30)
+    dead.join(60)
     assert dead.exitcode == -signal.SIGKILL
     held_since = store.read([fleet.ONE_AT_A_TIME])[0].since
     all_end_well([start(fleet.heal, server.url(), lease) for _ in range(3)])
@@ -97,10 +97,10 @@ def test_every_process_hears_of_every_change(server: Server, start: Callable[...
     ready, heard = forks.CONTEXT.Semaphore(0), forks.CONTEXT.Queue()
     listeners = [start(fleet.listen, server.url(), ready, heard) for _ in range(3)]
     for _ in listeners:
-        assert ready.acquire(timeout=30)
+        assert ready.acquire(timeout=60)
     store = fleet.open_store(server.url())
     told = [store.command(fleet.BUSY, verb).snapshot for verb in (Verb.TRIP, Verb.RESET, Verb.ISOLATE)]
-    all_heard = sorted(heard.get(timeout=30) for _ in range(9))
+    all_heard = sorted(heard.get(timeout=60) for _ in range(9))
     assert all_heard == sorted([("busy", s.state.value, s.version) for s in told] * 3)
     all_end_well(listeners)
 
@@ -136,7 +136,7 @@ def test_a_store_may_be_used_on_both_sides_of_a_fork(server: Server) -> None:
     child = multiprocessing.get_context("fork").Process(target=count_with, args=(store,))
     child.start()
     count_with(store)
-    child.join(30)
+    child.join(60)
     assert child.exitcode == 0
     assert store.read([fleet.WIDE])[0].calls == 400
 
@@ -163,7 +163,7 @@ threading.Thread(target=hold, daemon=True).start()
 held.wait()
 child = multiprocessing.get_context("fork").Process(target=store.read, args=([Spec("payments")],), daemon=True)
 child.start()
-child.join(30)
+child.join(60)
 sys.exit(child.exitcode != 0)
 """
 

@@ -69,7 +69,7 @@ def reporting(lab: Lab, breaker: Subject) -> Iterator[Callable[..., None]]:
         yield report
     finally:
         assert fleet.reporter.close(60)
-        fleet.view.stop(timeout=10)
+        fleet.view.stop(timeout=60)
 
 
 def totals(lab: Lab, breaker: Subject) -> Counts:
@@ -165,7 +165,7 @@ def test_a_trial_is_counted_as_a_call_and_as_a_trial(lab: Lab) -> None:
     assert fleet.acquire(fleet.join(breaker.spec).spec, "a").trial
     fleet.reporter.settle(breaker.spec, "a", breaker.snapshot().epoch, Verdict(FAILURE, "ReadTimeout"))
     fleet.close()
-    fleet.view.stop(timeout=10)  # its thread must not act on what the next test keeps under these names
+    fleet.view.stop(timeout=60)  # its thread must not act on what the next test keeps under these names
     counts = totals(lab, breaker)
     assert (counts.trials, counts.calls) == (1, {FAILURE: 1})
     assert counts.entered == {State.OPEN: 2, State.HALF_OPEN: 1}
@@ -513,4 +513,4 @@ def test_outages_of_children_come_with_their_parents(lab: Lab) -> None:
     with pytest.raises(ConfigurationError, match="'mail' is defined nowhere; defined: payments"):
         resilience.outages("mail")
     resilience.fleet.close()
-    resilience.fleet.view.stop(timeout=10)  # its thread must not act on what the next test keeps under these names
+    resilience.fleet.view.stop(timeout=60)  # its thread must not act on what the next test keeps under these names

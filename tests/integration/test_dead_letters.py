@@ -125,7 +125,7 @@ def test_defer_for_is_over(running: Shop, events: Events) -> None:
 
 def test_expires_is_over(running: Shop, events: Events) -> None:
     running.open("payments")
-    expires = datetime.now(timezone.utc) + timedelta(seconds=2)
+    expires = datetime.now(timezone.utc) + timedelta(seconds=5)  # it is refused before
     result = running.charge.apply_async((1,), expires=expires)
     running.wait_state(result, "REVOKED")  # nobody has resumed it
     assert isinstance(result.result, TaskRevokedError)

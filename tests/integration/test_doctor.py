@@ -33,6 +33,18 @@ def examined(app: Celery, *, timeout: float = 2.0) -> tuple[int, Findings]:
     return result.exit_code, findings
 
 
+def examined_when_answered(shop: Shop, *answers: str) -> tuple[int, Findings]:
+    """Return what is found as soon as all workers meant answer in time."""
+
+    def answered() -> bool:
+        looks.append(examined(shop.app))
+        return all(answer in str(looks[-1]) for answer in answers)
+
+    looks: list[tuple[int, Findings]] = []
+    shop.wait(answered, "all to answer in time")
+    return looks[-1]
+
+
 def said(findings: Findings, check: str, level: str) -> str:
     return "\n".join(finding["what"] for finding in findings[check] if finding["level"] == level)
 
@@ -40,7 +52,7 @@ def said(findings: Findings, check: str, level: str) -> str:
 def test_what_is_sound_and_what_is_broken(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     sound = shop.worker()
     shop.wait(lambda: shop.resilience.fleet.ledger.last_tick_age(runtime_of(shop.app).tick_scope) is not None, "a tick")
-    code, findings = examined(shop.app)
+    code, findings = examined_when_answered(shop, "worker answered")
     assert (code, said(findings, "workers", "ok"), said(findings, "policies", "ok")) == (
         0,
         "1 worker answered",
@@ -76,7 +88,7 @@ def test_what_is_sound_and_what_is_broken(shop: Shop, monkeypatch: pytest.Monkey
     shop.resilience.fleet.ledger.add_deferred("payments:acme", "a")
     shop.wait(lambda: sender_age(shop) is not None, "the worker to tell of the tick")
     try:
-        code, findings = examined(shop.app)
+        code, findings = examined_when_answered(shop, f"{other.node} declares", "plain@x")
     finally:
         shop.broker.config_set("maxmemory-policy", "noeviction")
     assert code == 1
@@ -127,7 +139,7 @@ def test_exceptions_that_no_rule_knows_are_found(shop: Shop) -> None:
     payments = shop.resilience["payments"]
     with pytest.raises(DeclinedError):
         payments.call(call)
-    assert shop.resilience.fleet.reporter.flush(5.0)
+    assert shop.resilience.fleet.reporter.flush(60)
     found = said(examined(shop.app, timeout=0.2)[1], "undecided exceptions", "warning")
     assert found == "calls of payments end with exceptions that no rule knows: DeclinedError"
     context = CLIContext(app=shop.app, no_color=True, workdir=None)

@@ -248,7 +248,7 @@ def test_without_the_result_backend_tasks_are_deferred_and_healthy_ones_run(shop
     for _ in range(50):
         shop.tally.delay()
     shop.wait(lambda: shop.waiting("payments") == 50 and shop.side.get("tally") == "50", "all of both kinds")
-    assert time.monotonic() - began < 15  # one deferral that waits for the backend takes longer than that
+    assert time.monotonic() - began < 60  # fifty deferrals that wait for the backend take many times that
     backend = _bring_back(shop, backend, fault)
     shop.close("payments")
     shop.wait(lambda: sorted(shop.runs("charge")) == sorted(charges), "all to run")

@@ -19,9 +19,8 @@ def test_a_task_with_an_eta_is_deferred_when_it_is_due(post: PostOffice) -> None
     due = datetime.now(timezone.utc) + timedelta(seconds=1.0)
     result = post.task("charge", 1).apply_async(eta=due)
     post.wait(lambda: f"Task charge[{result.id}] received" in post.worker.output(), "it to arrive")
-    assert post.waiting("payments") == 0
     post.wait_state("DEFERRED", [result])
-    assert datetime.now(timezone.utc) > due
+    assert result.info["since"] >= due.timestamp()
     assert post.through_an_outage(result) == [1]
 
 
@@ -40,7 +39,7 @@ def test_a_rate_limit_holds_for_resumed_tasks(post: PostOffice) -> None:
 
 
 def test_a_task_that_waits_for_its_rate_limit_is_deferred_when_its_turn_comes(post: PostOffice) -> None:
-    first, *_, last = [post.task("paced").apply_async() for _ in range(4)]
+    first, *_, last = [post.task("paced").apply_async() for _ in range(10)]  # two a second
     first.get(timeout=PATIENCE)
     post.open("payments")
     post.through_an_outage(last)
@@ -95,7 +94,7 @@ def test_a_compressed_message(post: PostOffice) -> None:
 
 def _let_go(post: PostOffice, queue: str, count: int) -> list[Any]:
     """Have ``count`` waiting tasks resumed to a queue that nobody consumes meanwhile, and look at their messages."""
-    post.client.control.cancel_consumer(queue, reply=True)
+    post.client.control.cancel_consumer(queue, reply=True, timeout=PATIENCE, limit=1)
     post.close("payments")
     with post.client.connection_for_read() as connection:
         bound = post.client.amqp.queues[queue](connection.default_channel)
@@ -105,7 +104,7 @@ def _let_go(post: PostOffice, queue: str, count: int) -> list[Any]:
         messages = [bound.get() for _ in range(count)]
         for message in messages:
             message.requeue()
-    post.client.control.add_consumer(queue, reply=True)
+    post.client.control.add_consumer(queue, reply=True, timeout=PATIENCE, limit=1)
     return messages
 
 

@@ -199,12 +199,12 @@ class Audience:
 
     def __enter__(self) -> Audience:  # noqa: PYI034 - Self needs Python 3.11
         self._thread.start()
-        assert self._listening.wait(10)
+        assert self._listening.wait(60)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._receiver.should_stop = True
-        self._thread.join(10)
+        self._thread.join(60)
 
     def _listen(self) -> None:
         with self._app.connection_for_read() as connection:

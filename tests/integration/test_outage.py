@@ -93,7 +93,7 @@ def test_a_pool_full_of_hanging_tasks_does_not_starve_the_tick(shop: Shop) -> No
 def test_nothing_is_published_while_nothing_is_due(shop: Shop) -> None:
     beat = shop.beat()
     worker = shop.worker()
-    assert shop.ping.delay().get(timeout=30) == "pong"
+    assert shop.ping.delay().get(timeout=60) == "pong"
     shop.open("payments")
     charge = shop.charge.delay(1)
     shop.wait(lambda: shop.waiting("payments") == 1, "it to wait")

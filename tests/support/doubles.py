@@ -67,7 +67,7 @@ class FlakyStore:
         self.inner = LocalStore(clock)
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 10.0) -> None:
+def wait_until(condition: Callable[[], object], timeout: float = 60.0) -> None:
     """Wait for a condition that another thread or process brings about."""
     give_up_at = time.monotonic() + timeout
     while not condition():

@@ -53,11 +53,11 @@ def flower_site(app: Celery, **chosen: Any) -> Iterator[httpx.Client]:
 
     thread = threading.Thread(target=serve, name="flower", daemon=True)
     thread.start()
-    assert started.wait(30), "Flower did not start"
+    assert started.wait(60), "Flower did not start"
     end: Callable[[], None] = site["end"]
     try:
         with httpx.Client(base_url=f"http://{LOCALHOST}:{site['port']}", timeout=30) as client:
             yield client
     finally:
         end()
-        thread.join(10)
+        thread.join(60)

@@ -52,7 +52,7 @@ def start_cluster(directory: Path, *, size: int = 3) -> Cluster:
         bus = client.config_get("cluster-port")["cluster-port"]
         clients[0].execute_command("CLUSTER MEET", LOCALHOST, node.port, bus)
     wait_until(
-        lambda: all(_complete(client, size) for client in clients), timeout=30, what="the cluster to be complete"
+        lambda: all(_complete(client, size) for client in clients), timeout=60, what="the cluster to be complete"
     )
     return Cluster(nodes)
 
@@ -119,7 +119,7 @@ def _start_sentinel(directory: Path, port: int, master: int) -> Program:
         sentinel failover-timeout {MASTER_NAME} 5000
     """)
     program = start_program([server_binary(), str(config), "--sentinel"], name="sentinel", directory=directory)
-    program.wait_for_output("+monitor master", timeout=15.0)
+    program.wait_for_output("+monitor master")
     return program
 
 

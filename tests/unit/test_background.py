@@ -19,7 +19,7 @@ def test_actions_go_out_in_order_and_a_bad_one_stops_none(caplog: pytest.LogCapt
     waiting.submit(lambda: 1 / 0)
     waiting.submit(lambda: sent.append(2))
     waiting.submit(done.set)
-    assert done.wait(10)
+    assert done.wait(60)
     assert sent == [1, 2]
     assert "ZeroDivisionError" in caplog.text
 
@@ -32,7 +32,7 @@ class Hold:
 
     def __call__(self) -> None:
         self.begun.set()
-        assert self.release.wait(10)
+        assert self.release.wait(60)
 
 
 def test_submitting_never_blocks_and_what_is_dropped_is_logged_once_with_its_count(
@@ -40,7 +40,7 @@ def test_submitting_never_blocks_and_what_is_dropped_is_logged_once_with_its_cou
 ) -> None:
     waiting, hold = BackgroundQueue("events", most_waiting=2), Hold()
     waiting.submit(hold)
-    assert hold.begun.wait(10)
+    assert hold.begun.wait(60)
     for _ in range(5):
         waiting.submit(lambda: None)
     assert [record.getMessage() for record in caplog.records] == ["events are dropped: 2 others wait to be sent"]
@@ -52,7 +52,7 @@ def test_what_the_end_of_a_process_cannot_wait_for_is_logged(caplog: pytest.LogC
     waiting, hold = BackgroundQueue("events"), Hold()
     for action in (hold, lambda: None):
         waiting.submit(action)
-    assert hold.begun.wait(10)
+    assert hold.begun.wait(60)
     waiting.finish(give_up_at=time.monotonic())
     assert [record.getMessage() for record in caplog.records] == ["events not sent at the end of the process: 2"]
     hold.release.set()

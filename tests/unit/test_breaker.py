@@ -67,7 +67,7 @@ class Rig:
         self.breaker.snapshot()  # what a follower has read before the time was up is no news any more
 
     def figures(self) -> tuple[int, int]:
-        assert self.fleet.reporter.flush(5)
+        assert self.fleet.reporter.flush(60)
         snapshot = self.breaker.snapshot()
         return snapshot.calls, snapshot.failures
 
@@ -251,7 +251,7 @@ def test_slow_calls_count_as_slow(use: Any, monkeypatch: pytest.MonkeyPatch) -> 
     rig = Rig(BreakerPolicy(minimum_calls=2, slow_call_duration=2.0, slow_call_rate_threshold=1.0))
     use(rig, rig.works)
     use(rig, rig.works)
-    assert rig.fleet.reporter.flush(5)
+    assert rig.fleet.reporter.flush(60)
     assert rig.breaker.state is State.OPEN
     assert rig.breaker.snapshot().slow_rate == 1.0
     rig.fleet.close()
@@ -262,13 +262,13 @@ def test_slow_calls_count_as_slow(use: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_closed_breaker_is_read_once_and_then_asks_nobody(rig: Rig) -> None:
     rig.breaker.call(rig.works)
-    assert rig.fleet.reporter.flush(5)
+    assert rig.fleet.reporter.flush(60)
     before = rig.decisions()
     for _ in range(1000):
         rig.breaker.call(rig.works)
         with rig.breaker.guard():
             rig.works()
-    assert rig.fleet.reporter.flush(5)
+    assert rig.fleet.reporter.flush(60)
     assert rig.decisions() - before <= 2
     assert rig.figures() == (2001, 0)
 
@@ -340,7 +340,7 @@ def test_a_call_from_before_the_trip_changes_nothing_afterwards(rig: Rig) -> Non
 
 
 def test_threads_run_side_by_side(rig: Rig) -> None:
-    inside = threading.Barrier(4, timeout=10)
+    inside = threading.Barrier(4, timeout=60)
     threads = [threading.Thread(target=rig.breaker.call, args=(inside.wait,)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -366,7 +366,7 @@ def test_no_call_fails_because_the_store_is_away(rig: Rig) -> None:
 
 def test_the_shared_breaker_takes_over_when_it_is_back(rig: Rig) -> None:
     rig.breaker.call(rig.works)
-    assert rig.fleet.reporter.flush(5)
+    assert rig.fleet.reporter.flush(60)
     rig.store.is_unavailable = True
     rig.fail(4)
     assert rig.breaker.state is State.OPEN
@@ -428,7 +428,7 @@ def test_asking_for_a_permit_does_not_block_the_loop(rig: Rig, monkeypatch: pyte
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         asked.set()
-        answer.wait(10)
+        answer.wait(60)
         return acquire(*args, **kwargs)
 
     monkeypatch.setattr(rig.store.inner, "acquire", slow)
@@ -460,7 +460,7 @@ def test_a_permit_that_comes_after_the_cancellation_is_given_back(rig: Rig, monk
     acquire = rig.store.inner.acquire
 
     def slow(*args: Any, **kwargs: Any) -> Any:
-        answer.wait(10)
+        answer.wait(60)
         return acquire(*args, **kwargs)
 
     monkeypatch.setattr(rig.store.inner, "acquire", slow)
@@ -607,7 +607,7 @@ def test_a_block_that_is_entered_is_part_of_the_call(rig: Rig, error: Exception 
         assert response.url == "http://pay.example"
         async with response as text:
             assert text == "paid"
-            assert not rig.fleet.reporter.flush(5) or rig.breaker.snapshot().calls == 0, "it has not ended"
+            assert not rig.fleet.reporter.flush(60) or rig.breaker.snapshot().calls == 0, "it has not ended"
             if error:
                 raise error
 
@@ -888,7 +888,7 @@ def test_a_classify_of_the_users_judges_what_calls_return(use: Callable[[Rig, An
 
 def test_a_verb_from_another_checkout_leaves_the_fleet_its_policy(rig: Rig) -> None:
     rig.fail(1)  # which declares the policy
-    rig.fleet.reporter.flush(5)
+    rig.fleet.reporter.flush(60)
     other = Fleet(rig.store, clock=rig.clock)
     old_checkout = Breaker("payments", BreakerPolicy(open_duration=60), fleet=lambda: other, revision=1)
     assert old_checkout.trip().retry_after == POLICY.open_duration

@@ -301,7 +301,7 @@ def receive(channel: Any, *queues: Queue) -> tuple[Any, MessageConsumer]:
     received: list[Any] = []
     consumer = MessageConsumer(channel, queues=list(queues), on_message=received.append)
     consumer.consume()
-    channel.connection.client.drain_events(timeout=10)
+    channel.connection.client.drain_events(timeout=60)
     return received[0], consumer
 
 
@@ -419,13 +419,13 @@ def test_a_paused_queue_gets_what_was_on_its_way_and_nothing_more(channel: Any) 
         publish(channel, "shop")
     publish(channel, "other")
     for _ in range(2):
-        channel.connection.client.drain_events(timeout=10)
+        channel.connection.client.drain_events(timeout=60)
     assert [message.delivery_info["routing_key"] for message in received] == ["shop", "other"]
     assert [queue.name for queue in consumer.queues] == ["shop", "other"]  # it still counts as consumed
     assert celery_internals.queue_size(channel, "shop") == 2
     assert celery_internals.unpause_queue(consumer, "shop", tag)
     for _ in range(2):
-        channel.connection.client.drain_events(timeout=10)
+        channel.connection.client.drain_events(timeout=60)
     assert len(received) == 4
 
 
@@ -569,7 +569,7 @@ def test_a_pool_of_threads_grows_and_shrinks_at_once(app: Celery, caplog: pytest
     first = pool.executor.submit(go_on.wait)
     second = pool.executor.submit(ran.set)
     celery_internals.add_slot(pool)
-    assert ran.wait(10), "a thread of its own takes what waits"
+    assert ran.wait(60), "a thread of its own takes what waits"
     second.result(10)
     wait_until(lambda: pool.executor._idle_semaphore._value)
     assert pool.num_processes == 2

@@ -68,7 +68,7 @@ class Service:
             def answer(self) -> None:
                 service.asked.append((self.command, self.path, dict(self.headers)))
                 if self.path == "/hangs":
-                    service.wakes.wait(30)
+                    service.wakes.wait(60)
                     return
                 status, headers, body = service.answers.get(self.path, (200, {}, b""))
                 self.send_response(status)
@@ -342,7 +342,7 @@ def test_members_share_the_time_limit_and_the_heartbeat(service: Service) -> Non
 
 def test_members_run_side_by_side() -> None:
     meeting = threading.Barrier(3)
-    run_probe(all_of(*[lambda: meeting.wait(20)] * 3), within(30))
+    run_probe(all_of(*[lambda: meeting.wait(60)] * 3), within(30))
 
 
 def test_members_may_be_coroutine_functions() -> None:
@@ -358,7 +358,7 @@ def test_members_may_be_coroutine_functions() -> None:
 
 def test_members_that_hang_are_not_piled_up() -> None:
     released = threading.Event()
-    check = all_of(lambda: released.wait(30))
+    check = all_of(lambda: released.wait(60))
     for _ in range(MOST_HANGING):
         assert "no answer in time" in str(failure(check, within(0.001)))
     assert f"{MOST_HANGING} earlier checks hang" in str(failure(check, within(0.001)))

@@ -31,7 +31,7 @@ def rig() -> Iterator[Rig]:
 
 def score(breaker: Breaker) -> int:
     """Return the slow score, of 100."""
-    breaker._dependency.fleet.reporter.flush(5)
+    breaker._dependency.fleet.reporter.flush(60)
     return round(breaker.snapshot().slow_evidence * 100)
 
 
@@ -59,7 +59,7 @@ def test_its_end_adds_nothing_more_to_the_slow_score(rig: Rig, ends: str) -> Non
 
     with contextlib.suppress(ConnectionError, KeyError):
         rig.breaker.call(hang)
-    rig.breaker._dependency.fleet.reporter.flush(5)
+    rig.breaker._dependency.fleet.reporter.flush(60)
     snapshot = rig.breaker.snapshot()
     assert round(snapshot.slow_evidence * 100) <= 2
     assert round(snapshot.evidence * 100) == (ends == "fails")

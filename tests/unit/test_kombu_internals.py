@@ -53,7 +53,7 @@ def consuming(connection: Connection, *queues: str, no_ack: bool = False) -> Ite
 def drain(connection: Connection, received: list[Any], count: int) -> list[Any]:
     """Receive messages one after the other and return their bodies."""
     while len(received) < count:
-        connection.drain_events(timeout=10)
+        connection.drain_events(timeout=60)
     return [message.payload for message in received]
 
 

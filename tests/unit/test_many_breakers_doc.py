@@ -37,7 +37,7 @@ def test_every_example_names_its_breakers(page: dict[str, Any]) -> None:
 
 def test_a_guard_and_a_probe_know_the_child(page: dict[str, Any]) -> None:
     assert page["look_up"]("acme", 7) == 7
-    page["resilience"].fleet.reporter.flush(5)
+    page["resilience"].fleet.reporter.flush(60)
     acme = page["tenants"].child("acme")
     assert acme.snapshot().calls == 1
     assert acme._dependency.probe_to_run.function.func is page["ping"]

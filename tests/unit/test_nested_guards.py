@@ -98,7 +98,7 @@ def test_all_share_one_slot(rig: Rig) -> None:
         return narrow.call(lambda: narrow.call(rig.works))
 
     assert narrow.call(both) == "paid"
-    rig.fleet.reporter.flush(5)
+    rig.fleet.reporter.flush(60)
     assert (narrow.snapshot().in_flight, narrow.snapshot().calls) == (0, 1)
 
 
@@ -261,5 +261,5 @@ def test_a_call_under_several_breakers_is_around_guards_of_each(rig: Rig) -> Non
         == "paid"
     )
     assert rig.breaker.state is State.CLOSED
-    rig.fleet.reporter.flush(5)
+    rig.fleet.reporter.flush(60)
     assert mail.snapshot().calls == 1

@@ -145,7 +145,7 @@ def test_an_interval_spaces_the_trials_of_all_workers(app: Celery, rounds: Round
 
 def test_a_probe_that_hangs_has_failed_when_its_time_is_up(rounds: Rounds, payments: Breaker) -> None:
     released = threading.Event()
-    payments.probe(lambda: released.wait(30), timeout=0.05)
+    payments.probe(lambda: released.wait(60), timeout=0.05)
     rounds.half_open(payments)
     assert rounds.run(payments) is State.OPEN
     assert payments.snapshot().reason.endswith("last: probe: no answer within 0.05 s")
@@ -154,7 +154,7 @@ def test_a_probe_that_hangs_has_failed_when_its_time_is_up(rounds: Rounds, payme
 
 def test_one_that_hangs_delays_no_other(resilience: Resilience, rounds: Rounds, payments: Breaker) -> None:
     released = threading.Event()
-    payments.probe(lambda: released.wait(30))
+    payments.probe(lambda: released.wait(60))
     mail = resilience.breaker("mail", trial_calls=1)
     mail.probe(Dependency())
     for breaker in (payments, mail):
@@ -173,7 +173,7 @@ def test_runs_that_hang_are_not_piled_up(
 
     def ping() -> None:
         begun.append(1)
-        released.wait(30)
+        released.wait(60)
 
     payments.probe(ping, timeout=0.01, active=True, failures_before_open=99)
     with caplog.at_level(logging.ERROR):
@@ -196,7 +196,7 @@ def test_one_that_hangs_for_very_long_is_no_longer_counted(
 
     def ping() -> None:
         begun.append(1)
-        released.wait(30)
+        released.wait(60)
 
     payments.probe(ping, timeout=0.01, active=True, failures_before_open=99)
     rounds.check(payments, times=3)
@@ -237,7 +237,7 @@ def test_a_check_that_ends_after_the_breaker_has_moved_says_nothing(rounds: Roun
     released = threading.Event()
 
     def ping() -> None:
-        released.wait(30)
+        released.wait(60)
         raise ConnectionError
 
     payments.probe(ping, active=True, failures_before_open=1)

@@ -81,7 +81,7 @@ def test_time_outs_inside_a_guard(namespace: dict[str, Any]) -> None:
     exec(TIMEOUTS, namespace)
     with pytest.raises(TimeoutError):
         asyncio.run(namespace["ask_payments"]())
-    namespace["resilience"].fleet.reporter.flush(5)
+    namespace["resilience"].fleet.reporter.flush(60)
     assert namespace["payments"].snapshot().failures == 1
 
 

@@ -79,7 +79,7 @@ def test_successes_wait_for_company(desk: Desk) -> None:
     desk.report(SUCCESS)
     wait_until(lambda: len(desk.recorded()) == 1)
     desk.report(*[SUCCESS] * 1000)
-    assert desk.reporter.flush(5)
+    assert desk.reporter.flush(60)
     assert [evidence.runs for evidence in desk.recorded()] == [(Calls(SUCCESS),), (Calls(SUCCESS, 1000),)]
     assert desk.view.state("payments").snapshot.calls == 1001
 
@@ -117,7 +117,7 @@ def test_a_failure_is_sent_at_once_with_what_came_before_it(desk: Desk) -> None:
 
 def test_ignored_calls_are_not_sent(desk: Desk) -> None:
     assert desk.report(IGNORED) == 0
-    assert desk.reporter.flush(5)
+    assert desk.reporter.flush(60)
     assert desk.store.calls["record"] == 0
 
 
@@ -151,7 +151,7 @@ def test_breakers_are_reported_apart(desk: Desk) -> None:
     mail = desk.view.declare(Spec("mail"))
     desk.report(SUCCESS)
     desk.reporter.report(mail, mail.epoch, Verdict(SUCCESS))
-    assert desk.reporter.flush(5)
+    assert desk.reporter.flush(60)
     assert desk.store.calls["record"] == 2
     assert desk.standing.snapshot.calls == mail.snapshot.calls == 1
 
@@ -163,7 +163,7 @@ def test_nothing_is_sent_while_disabled(desk: Desk) -> None:
     desk.store.command(SPEC, Verb.DISABLE)
     desk.view.refresh()
     desk.report(SUCCESS, FAILURE)
-    assert desk.reporter.flush(5)
+    assert desk.reporter.flush(60)
     assert desk.store.calls["record"] == 0
 
 
@@ -180,11 +180,11 @@ def test_outcomes_of_an_epoch_that_is_over_are_not_sent(desk: Desk) -> None:
 def test_what_was_admitted_before_the_store_knew_the_breaker_counts(desk: Desk) -> None:
     assert desk.standing.epoch == 0
     desk.report(SUCCESS, SUCCESS)
-    assert desk.reporter.flush(5)
+    assert desk.reporter.flush(60)
     assert desk.standing.epoch > 0
     desk.reporter.report(desk.standing, 0, Verdict(FAILURE))
     desk.report(FAILURE)
-    assert desk.reporter.flush(5)
+    assert desk.reporter.flush(60)
     assert (desk.standing.snapshot.calls, desk.standing.snapshot.failures) == (4, 2)
 
 
@@ -268,13 +268,13 @@ def test_closing_sends_what_waits_and_ends_the_thread(desk: Desk) -> None:
     assert not thread.is_alive()
     assert desk.store.inner.read([SPEC])[0].calls == 1
     desk.report(SUCCESS)
-    assert desk.reporter.flush(5)
+    assert desk.reporter.flush(60)
     assert desk.standing.snapshot.calls == 2
 
 
 def test_a_flush_is_bounded(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr(desk.store.inner, "record", lambda *_, **__: release.wait(30))
+    monkeypatch.setattr(desk.store.inner, "record", lambda *_, **__: release.wait(60))
     desk.report(SUCCESS)
     assert not desk.reporter.flush(0.05)
     release.set()
@@ -289,7 +289,7 @@ def test_a_forked_child_sends_its_own_outcomes_only(desk: Desk) -> None:
     if pid == 0:
         desk.store.arguments.clear()
         desk.report(FAILURE)
-        desk.reporter.flush(5)
+        desk.reporter.flush(60)
         sent = [(str(calls.outcome), calls.number) for evidence in desk.recorded() for calls in evidence.runs]
         os.write(writer, repr(sent).encode())
         os._exit(0)
@@ -297,7 +297,7 @@ def test_a_forked_child_sends_its_own_outcomes_only(desk: Desk) -> None:
     with os.fdopen(reader) as pipe:
         assert pipe.read() == "[('FAILURE', 1)]"
     os.waitpid(pid, 0)
-    assert desk.reporter.flush(5)
+    assert desk.reporter.flush(60)
     assert desk.standing.snapshot.calls == 3
 
 
@@ -316,7 +316,7 @@ def test_the_last_outcomes_are_sent_at_exit() -> None:
         fleet = Fleet(Loud())
         breaker = Breaker("payments", fleet=lambda: fleet)
         breaker.call(int)
-        fleet.reporter.flush(5)
+        fleet.reporter.flush(60)
         for _ in range(3):
             breaker.call(int)
     """

@@ -321,7 +321,7 @@ def test_the_tick_task_is_not_guarded_and_goes_to_the_control_queue(app: Celery,
     assert not isinstance(tick, ResilientTask)
     tick.delay()
     with app.connection_for_read() as connection:
-        message = connection.SimpleQueue("resilient.control").get(timeout=5)
+        message = connection.SimpleQueue("resilient.control").get(timeout=60)
     assert message.headers["task"] == "resilient_tasks.tick"
 
 

@@ -257,13 +257,13 @@ def test_a_connection_closed_at_the_end_is_no_news(
 
     def cut(*, timeout: float) -> Iterator[None]:
         listening.set()
-        closed.wait(10)
+        closed.wait(60)
         raise ValueError("I/O operation on closed file")
         yield None
 
     monkeypatch.setattr(store.inner, "changes", cut)
     view.follow()
-    listening.wait(10)
+    listening.wait(60)
     view.stop(timeout=0)
     closed.set()
     view.stop()

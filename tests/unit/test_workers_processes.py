@@ -60,7 +60,7 @@ def test_a_program_that_stays_silent_is_killed(tmp_path: Path) -> None:
 def test_output_of_an_earlier_run_does_not_count(tmp_path: Path) -> None:
     for word in ("first", "second"):
         program = start_program(python("import sys; print(sys.argv[1])", word), name="p", directory=tmp_path)
-        program.popen.wait(10)
+        program.popen.wait(60)
         assert program.output() == f"{word}\n"
     assert program.log.read_text() == "first\nsecond\n"
 
@@ -79,7 +79,7 @@ def test_a_record_tells_the_living_from_the_dead(tmp_path: Path) -> None:
     program = start_program(python("import time; time.sleep(60)"), name="p", directory=tmp_path, detached=True)
     assert is_recorded_alive(record)
     assert stop_recorded(record) == ["p"]
-    assert program.popen.wait(10) == -signal.SIGTERM
+    assert program.popen.wait(60) == -signal.SIGTERM
     assert not record.exists()
 
 
@@ -94,7 +94,7 @@ def test_a_frozen_program_is_killed_when_it_does_not_end(tmp_path: Path) -> None
     program = start_program(python("import time; time.sleep(60)"), name="p", directory=tmp_path)
     program.freeze()
     assert stop_recorded(tmp_path / "p.pid", timeout=0.1) == ["p"]
-    assert program.popen.wait(10) < 0  # by SIGKILL, or by the SIGTERM that it got before
+    assert program.popen.wait(60) < 0  # by SIGKILL, or by the SIGTERM that it got before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only the Linux kernel tells children that their parent died")
