@@ -113,7 +113,7 @@ class Timetable:
 
     def stop(self) -> None:
         for program in self._programs:
-            program.kill()
+            program.stop()  # or redbeat keeps its lock
             print(f"--- {program.name}\n{program.output()}")
         self.resilience.fleet.close()
 

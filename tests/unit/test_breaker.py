@@ -492,19 +492,19 @@ def test_a_cancelled_call_says_nothing(rig: Rig) -> None:
 
 
 def test_a_cancelled_call_is_slow_if_it_came_too_late() -> None:
-    rig = Rig(replace(POLICY, slow_call_duration=0.2))
-
-    async def hang(seconds: float) -> None:
+    async def hang(breaker: Breaker, seconds: float) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(rig.breaker.call(asyncio.sleep, 60), seconds)
+            await asyncio.wait_for(breaker.call(asyncio.sleep, 60), seconds)
 
-    asyncio.run(hang(0.001))
-    assert rig.figures() == (0, 0)
+    early, late = Rig(replace(POLICY, slow_call_duration=60)), Rig(replace(POLICY, slow_call_duration=0.05))
+    asyncio.run(hang(early.breaker, 0.001))
+    assert early.figures() == (0, 0)
     for _ in range(4):
-        asyncio.run(hang(0.21))
-    rig.fleet.reporter.flush(10.0)
-    assert rig.breaker.state is State.OPEN
-    rig.fleet.close()
+        asyncio.run(hang(late.breaker, 0.06))
+    late.fleet.reporter.flush(60)
+    assert late.breaker.state is State.OPEN
+    for rig in (early, late):
+        rig.fleet.close()
 
 
 def test_a_cancelled_trial_gives_its_permit_back(rig: Rig) -> None:
