@@ -254,18 +254,6 @@ def test_without_a_store_a_worker_says_what_to_do_and_ends(depot: Callable[..., 
     assert "secret" not in ended.stderr
 
 
-# --- files, with a real worker ------------------------------------------------------------------------------
-
-
-def test_an_outage_on_files(depot: Callable[..., Depot], tmp_path: Path) -> None:
-    (tmp_path / "files").mkdir()
-    folders = {name: str(tmp_path / "files") for name in ("data_folder_in", "data_folder_out")}
-    options: dict[str, Any] = {**folders, "control_folder": str(tmp_path / "control"), "polling_interval": 0.02}
-    on_files = depot(f"{cloud.WHOLE_FILES}://", conf={"broker_transport_options": options})
-    on_files.worker(pool="solo", arguments=["--without-gossip", "--without-mingle"])
-    live_through_an_outage(on_files, [0] * ORDERS)
-
-
 # --- memory, in this process ---------------------------------------------------------------------------------
 
 
