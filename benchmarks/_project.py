@@ -5,7 +5,8 @@ per task, so that little but Celery's own handling of a message is left to compa
 switches all three on, as most projects have them, ``BENCH_EVENTS=1`` task events alone. ``BENCH_TRACED=1`` makes a
 span of each task, for nobody. ``BENCH_WATCH=1`` makes each process of a worker note when it begins to refuse,
 ``BENCH_RECEIVERS=1`` gives every signal a receiver, ``BENCH_COUNT=1`` has each process count its function calls,
-``BENCH_MODULES=1`` has each note the library's modules whose functions it calls.
+``BENCH_MODULES=1`` has each note the library's modules whose functions it calls. ``BENCH_BREAKERS`` is a number of
+breakers that no task uses.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ app.conf.update(
 )
 resilience = Resilience(app)
 payments = resilience.breaker("payments")
+for number in range(int(os.environ.get("BENCH_BREAKERS", "0"))):
+    resilience.breaker(f"unused-{number:04}")
 QUICK: dict[str, Any] = {
     "consecutive_failures": 3,
     "open_duration": 2.0,
