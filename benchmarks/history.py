@@ -29,7 +29,7 @@ def measure(client: redis.Redis, store: RedisStore) -> tuple[float, float]:
     client.config_resetstat()
     began = time.process_time()
     for _ in range(BATCHES):
-        store.history.tally({"payments": Tally(Counter({Outcome.SUCCESS.value: 1000}))})
+        store.history.tally({"payments": Tally(Counter({Outcome.SUCCESS.value: 1000}))}, time.time())
     used = time.process_time() - began
     commands = client.info("commandstats")
     ours = [each["usec"] for name, each in commands.items() if not name.startswith(("cmdstat_config", "cmdstat_info"))]

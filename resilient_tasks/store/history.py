@@ -156,17 +156,17 @@ class History:
     def follow(self, transition: Transition, window: float) -> None:
         """Log a transition, and begin or end the breaker's outage; called by the process that made it."""
         name, was_admitting, admits = transition.name, transition.previous in ADMITTING, transition.state in ADMITTING
-        commands = self._logging(transition)
+        commands, opens = self._logging(transition), was_admitting and not admits
         if transition.state is not transition.previous:
             commands += _adding(self._keys.counts(name), {ENTERED + transition.state: 1}, _bounds(name).seconds)
         latest = self._latest([name]).get(name)
         is_lasting = latest is not None and latest.drained is None
-        if was_admitting and not admits and not is_lasting:
+        if opens and not is_lasting:
             commands += self._beginning(transition, window)
         elif latest is not None and is_lasting and transition.state is not transition.previous:
-            if was_admitting and not admits:  # its tasks still wait
+            if opens:  # its tasks still wait
                 commands.append(("HDEL", latest.key, "closed"))
-            if transition.state is State.OPEN or (was_admitting and not admits):
+            if opens or transition.state is State.OPEN:
                 commands.append(("HINCRBY", latest.key, "openings", 1))
         self._server.commands(commands)
         if admits and not was_admitting:
@@ -174,17 +174,22 @@ class History:
 
     def _beginning(self, transition: Transition, window: float) -> list[Command]:
         """Return what begins an outage; what came before it in the same window belongs to it."""
-        name, bounds = transition.name, _bounds(transition.name)
+        name, bounds, minute = transition.name, _bounds(transition.name), int(transition.at // _MINUTE)
         outages, key = self._keys.outages(name), self._keys.outage(name, str(transition.epoch))
-        [waiting, deferred, too_old] = self._server.commands([
+        of_window = min(math.ceil(window / _MINUTE), bounds.minutes) + 1
+        reads: list[Command] = [
             ("ZCARD", self._keys.breaker(name).deferred),
             ("HMGET", self._keys.counts(name), DEFERRED, _DEFERRED_WHEN_EMPTY),
             ("LRANGE", outages, bounds.outages - 1, -1),
-        ])  # fmt: skip
+            *(("HGETALL", self._keys.minute(name, minute - ago)) for ago in range(of_window)),
+        ]
+        waiting, deferred, too_old, *minutes = self._server.commands(
+            reads, lambda reply: _numbers(reply) if isinstance(reply, dict) else reply
+        )
         total, when_empty = (int(count or 0) for count in deferred or (0, 0))
         began = {
             "opened": to_ms(transition.at), "reason": transition.reason, "actor": transition.actor, "openings": 1,
-            "FAILURE": transition.failures, "SLOW": transition.slow, **self._causes_of(transition, window),
+            "FAILURE": transition.failures, "SLOW": transition.slow, **_causes_of(transition.failures, minutes),
             DEFERRED: max(0, min(waiting or 0, total - when_empty)),
         }  # fmt: skip
         return [
@@ -195,20 +200,6 @@ class History:
             ("EXPIRE", outages, bounds.seconds),
             *(("DEL", self._keys.outage(name, epoch.decode())) for epoch in too_old or ()),
         ]
-
-    def _causes_of(self, transition: Transition, window: float) -> dict[str, int]:
-        """Return what the failures were that opened a breaker, in all as many; minutes are as exact as it gets."""
-        minutes = min(math.ceil(window / _MINUTE), _bounds(transition.name).minutes) + 1
-        latest = int(transition.at // _MINUTE)
-        counts: Counter[str] = Counter()
-        for minute in self._counts(self._keys.minute(transition.name, latest - ago) for ago in range(minutes)):
-            if counts.total() < transition.failures:
-                counts.update({kind: count for kind, count in minute.items() if kind.startswith(CAUSE)})
-        share, seen, causes = min(1.0, transition.failures / max(counts.total(), 1)), 0, {}
-        for kind, count in counts.items():
-            causes[kind] = round((seen + count) * share) - round(seen * share)
-            seen += count
-        return causes
 
     def close(self, name: str, at: float | None = None) -> None:
         """Note that a breaker admits calls since ``at``, or now, if its outage has not closed yet."""
@@ -231,9 +222,9 @@ class History:
             commands.append(("HSETNX", latest.key, "drained", to_ms(self.now())))
         self._server.commands(commands)
 
-    def tally(self, tallies: Mapping[str, Tally]) -> None:
-        """Add what a process has counted, by breaker."""
-        now, latest, commands = self.now(), self._latest(tallies), list[Command]()
+    def tally(self, tallies: Mapping[str, Tally], now: float) -> None:
+        """Add what a process has counted, by breaker; ``now``: the store's time as the process knows it, in seconds."""
+        latest, commands = self._latest(tallies), list[Command]()
         for name, tally in tallies.items():
             bounds, outage = _bounds(name), latest.get(name)
             kept = {kind: count for kind, count in tally.counts.items() if not kind.startswith(CAUSE)}
@@ -292,6 +283,19 @@ class _Latest(NamedTuple):
 def _adding(key: str, counts: Mapping[str, int], seconds: int) -> list[Command]:
     added: list[Command] = [("HINCRBY", key, kind, count) for kind, count in counts.items() if count]
     return [*added, ("EXPIRE", key, seconds)] if added else []
+
+
+def _causes_of(failures: int, minutes: Iterable[Mapping[str, int] | None]) -> dict[str, int]:
+    """Return what the failures were that opened a breaker, in all as many; minutes are as exact as it gets."""
+    counts: Counter[str] = Counter()
+    for minute in minutes:
+        if counts.total() < failures:
+            counts.update({kind: count for kind, count in (minute or {}).items() if kind.startswith(CAUSE)})
+    share, seen, causes = min(1.0, failures / max(counts.total(), 1)), 0, {}
+    for kind, count in counts.items():
+        causes[kind] = round((seen + count) * share) - round(seen * share)
+        seen += count
+    return causes
 
 
 # --- reading what is kept; what raises an error is deleted by ``Server.commands`` -----------------------

@@ -104,8 +104,8 @@ class Tallies:
         if self.due_at is not None:
             self.due_at = self._clock()
 
-    def send(self) -> None:
-        """Send all that was counted.
+    def send(self, now: float) -> None:
+        """Send all that was counted; ``now`` is the store's time in seconds.
 
         Raises:
             StoreError: the store is unavailable; what was not confirmed is sent again, and may then count twice.
@@ -115,7 +115,7 @@ class Tallies:
         if self._history is None or not counted:
             return
         try:
-            self._history.tally(counted)
+            self._history.tally(counted, now)
         except StoreError:
             with self._lock:
                 for name, tally in self._counted.items():
@@ -433,32 +433,47 @@ class Reporter:
         return due
 
     def _work(self, states: list[CachedState]) -> None:
-        jobs: list[Callable[[], None]] = [partial(self._send, state) for state in states]
-        jobs += [partial(self._settle, self._settlements.popleft()) for _ in range(len(self._settlements))]
-        for each, job in ((self._leases, self._leases.renew), (self._tallies, self._send_tallies)):
-            if each.due_at is not None and each.due_at <= self._clock():
-                jobs.append(job)
+        reports: list[Callable[[], None]] = []
+        for state in states:
+            self._attempt(partial(self._count, state, reports))
+        settlements = [partial(self._settle, self._settlements.popleft()) for _ in range(len(self._settlements))]
+        jobs: list[Callable[[], None]] = [self._send_tallies, *reports, *settlements, self._renew]
         for job in jobs:
-            try:
-                job()
-            except Exception:  # noqa: PERF203 - no mistake of a store or a listener may end the thread
-                logger.exception("outcomes of guarded calls could not be reported")
+            self._attempt(job)
+
+    @staticmethod
+    def _attempt(job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Exception:  # no mistake of a store or a listener may end the thread
+            logger.exception("outcomes of guarded calls could not be reported")
+
+    def _is_time(self, due_at: float | None) -> bool:
+        return due_at is not None and due_at <= self._clock()
+
+    def _renew(self) -> None:
+        if self._is_time(self._leases.due_at):
+            self._leases.renew()
 
     def _send_tallies(self) -> None:
-        try:
-            self._tallies.send()
-        except StoreError as error:
-            logger.debug("what was counted waits for the store: %s", error)
+        if self._is_time(self._tallies.due_at):
+            try:
+                self._tallies.send(self._view.server_now())
+            except StoreError as error:
+                logger.debug("what was counted waits for the store: %s", error)
 
-    def _send(self, state: CachedState) -> None:
+    def _count(self, state: CachedState, reports: list[Callable[[], None]]) -> None:
+        """Count what is pending for the history, and add what reports it."""
         batches, late = _collect(state)
         for kind, count in chain.from_iterable(batch.counts() for batch in (*batches, *late)):
             self._tallies.add(state.name, kind, count)
-        if any(batch.may_open for batch in batches):  # so that no outage counts what came before it
-            self._send_tallies()
-        for batch in batches:
-            asked = self._view.asking()
-            self._learn(self._store.record(state.spec, batch.evidence(), jitter=random.random()), asked)
+        if any(batch.may_open for batch in batches):  # no outage counts what came before it
+            self._tallies.hasten()
+        reports += [partial(self._record, state.spec, batch.evidence()) for batch in batches]
+
+    def _record(self, spec: Spec, evidence: Evidence) -> None:
+        asked = self._view.asking()
+        self._learn(self._store.record(spec, evidence, jitter=random.random()), asked)
 
     def _settle(self, settlement: _Settlement) -> None:
         outcome, evidence = settlement.outcome, settlement.evidence

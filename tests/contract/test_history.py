@@ -39,7 +39,7 @@ _PAST = {"log", "counts", "minute", "outage", "outages"}
 
 
 def tally(lab: Lab, counts: dict[str, int], *, name: str = "payments") -> None:
-    lab.history.tally({name: Tally(Counter(counts))})
+    lab.history.tally({name: Tally(Counter(counts))}, lab.clock())
 
 
 def fail(lab: Lab, breaker: Subject, **causes: int) -> None:
@@ -272,7 +272,7 @@ def test_an_outage_is_remembered_from_the_first_refusal_to_the_last_waiting_task
 
     lab.clock.advance(30)
     for wait in (45_000, 30_000):
-        lab.history.tally({breaker.name: Tally(Counter({RESUMED: 1}), {LONGEST_WAIT: wait})})
+        lab.history.tally({breaker.name: Tally(Counter({RESUMED: 1}), {LONGEST_WAIT: wait})}, lab.clock())
     lab.ledger.remove_deferred(breaker.name, ["a"])
     [outage] = outages(lab)
     assert outage.drained == closed + 30

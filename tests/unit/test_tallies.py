@@ -32,7 +32,7 @@ class Book:
     away: bool = False
     heard: threading.Event = field(default_factory=threading.Event)
 
-    def tally(self, tallies: Mapping[str, Tally]) -> None:
+    def tally(self, tallies: Mapping[str, Tally], _: float) -> None:
         self.told.append(tallies)
         self.heard.set()
         if self.away:
@@ -51,14 +51,14 @@ def test_counts_and_peaks_are_added_up() -> None:
     assert not tallies.add("payments", RESUMED, 5, peak=("longest_wait", 2.5))
     assert not tallies.add("payments", RESUMED, 1, peak=("longest_wait", 1.5))
     assert not tallies.add("mail", REFUSED)
-    tallies.send()
+    tallies.send(100.0)
     [told] = book.told
     assert told == {
         "payments": Tally(Counter({REFUSED: 1, RESUMED: 6}), {"longest_wait": 2500}),
         "mail": Tally(Counter({REFUSED: 1})),
     }
     assert tallies.due_at is None
-    tallies.send()
+    tallies.send(100.0)
     assert len(book.told) == 1
 
 
@@ -67,12 +67,12 @@ def test_what_is_not_confirmed_is_sent_again_with_what_was_counted_since() -> No
     tallies = tallies_for(book)
     tallies.add("payments", REFUSED, peak=("longest_wait", 2.5))
     with pytest.raises(StoreError):
-        tallies.send()
+        tallies.send(100.0)
     assert tallies.due_at == 100.0 + TALLY_INTERVAL
     tallies.add("payments", REFUSED, 2, peak=("longest_wait", 1.5))
     tallies.add("mail", REFUSED)
     book.away = False
-    tallies.send()
+    tallies.send(100.0)
     assert book.told[-1] == {
         "payments": Tally(Counter({REFUSED: 3}), {"longest_wait": 2500}),
         "mail": Tally(Counter({REFUSED: 1})),
@@ -86,7 +86,7 @@ def test_names_are_bounded() -> None:
         tallies.add("payments", f"{CAUSE}Error{number}")
         tallies.add("payments", f"{CAUSE}Error0")
         tallies.add("payments", REFUSED)
-    tallies.send()
+    tallies.send(100.0)
     counts = book.told[0]["payments"].counts
     assert (counts[f"{CAUSE}Error0"], counts[f"{CAUSE}other"], counts[REFUSED]) == (101, 60, 100)
     assert len(counts) == 42
@@ -102,7 +102,7 @@ def test_a_child_is_counted_like_any_breaker() -> None:
     book = Book()
     tallies = tallies_for(book)
     tallies.add("payments:acme%2Feu", REFUSED)
-    tallies.send()
+    tallies.send(100.0)
     assert list(book.told[0]) == ["payments:acme%2Feu"]
 
 
