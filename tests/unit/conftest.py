@@ -1,4 +1,4 @@
-"""One app's breaker in memory, for tests that define the fixture ``app``; a module may define its own instead."""
+"""An app and its breaker in memory; a module may define its own instead."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def _channels_of_kombu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that starts a worker's bootsteps changes for the whole process how messages are taken."""
     monkeypatch.setattr(redis.Transport, "Channel", redis.Channel)
     monkeypatch.setattr(redis.SentinelTransport, "Channel", redis.SentinelChannel)
+
+
+@pytest.fixture
+def app() -> Celery:
+    return Celery("tasks", broker="memory://", backend="cache+memory://", set_as_current=False)
 
 
 @pytest.fixture

@@ -29,11 +29,6 @@ LONG_AGO = datetime(2020, 1, 1, tzinfo=timezone.utc)
 
 
 @pytest.fixture
-def app() -> Celery:
-    return Celery("beat", broker="memory://", backend="cache+memory://", set_as_current=False)
-
-
-@pytest.fixture
 def resilience(app: Celery) -> Resilience:
     return Resilience(app, tick_interval=0.5)
 

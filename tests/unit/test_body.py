@@ -30,11 +30,6 @@ def admitted(*, attempts: int = 0, trial: bool = False, counts: bool = False, ep
     return Admission((Pass("payments", epoch, trial=trial, counts=counts),), attempts=attempts)
 
 
-@pytest.fixture
-def app() -> Celery:
-    return Celery("tasks", broker="memory://", backend="cache+memory://", set_as_current=False)
-
-
 def gated(task: Any, admission: Admission) -> tuple[Any, Report]:
     """Run a task as a pool process does; return what it returned or raised, and the report."""
 

@@ -30,11 +30,6 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def app() -> Celery:
-    return Celery("cli", broker="memory://", set_as_current=False)
-
-
-@pytest.fixture
 def run(app: Celery) -> Run:
     def run(*args: str, user_input: str | None = None) -> Result:
         context = CLIContext(app=app, no_color=True, workdir=None)

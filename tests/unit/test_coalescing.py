@@ -16,11 +16,6 @@ from resilient_tasks.worker.request import GatedRequest, coalesced_as, supersede
 
 
 @pytest.fixture
-def app() -> Celery:
-    return Celery("coalescing", broker="memory://", backend="cache+memory://", set_as_current=False)
-
-
-@pytest.fixture
 def task(app: Celery, payments: Breaker) -> Callable[..., Any]:
     def make(**options: Any) -> Any:
         @app.task(bind=True, name="sync", shared=False, **{"breaker": payments, "coalesce": "latest", **options})

@@ -33,11 +33,6 @@ Serve = Callable[..., httpx.Client]
 
 
 @pytest.fixture
-def app() -> Celery:
-    return Celery("flowers", broker="memory://", set_as_current=False)
-
-
-@pytest.fixture
 def serve(app: Celery) -> Iterator[Serve]:
     """Serve Flower with some options; without others, as one in which ann has logged in."""
     with ExitStack() as sites:

@@ -27,11 +27,6 @@ IDS = [f"task-{number}" for number in range(2000)]
 
 
 @pytest.fixture
-def app() -> Celery:
-    return Celery("tasks", broker="memory://", set_as_current=False)
-
-
-@pytest.fixture
 def payments(resilience: Resilience) -> Breaker:
     return resilience.breaker("payments", trial_calls=1, open_duration=1, open_jitter=0, ramp=10)
 

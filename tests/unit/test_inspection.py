@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pytest
 from celery import Celery
 from celery.worker.control import Panel
 
@@ -13,11 +12,6 @@ from resilient_tasks.core.model import Verb
 from resilient_tasks.testing import Clock
 from resilient_tasks.worker.bootsteps import breakers
 from tests.support.doubles import FlakyStore
-
-
-@pytest.fixture
-def app() -> Celery:
-    return Celery("inspected", broker="memory://", set_as_current=False)
 
 
 def test_celery_knows_the_command() -> None:

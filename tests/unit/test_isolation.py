@@ -114,11 +114,6 @@ def test_free_slots_are_told_while_tasks_wait(rig: Rig) -> None:
 
 
 @pytest.fixture
-def app() -> Celery:
-    return Celery("tasks", broker="memory://", set_as_current=False)
-
-
-@pytest.fixture
 def payments(resilience: Resilience) -> Breaker:
     return resilience.breaker("payments", max_concurrency=2, max_concurrency_per_worker=1)
 

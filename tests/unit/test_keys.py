@@ -25,11 +25,6 @@ from tests.unit.test_gate import request
 
 
 @pytest.fixture
-def app() -> Celery:
-    return Celery("tasks", broker="memory://", backend="cache+memory://", set_as_current=False)
-
-
-@pytest.fixture
 def acme(payments: Breaker, clock: Clock) -> Breaker:
     return payments.child("acme")
 

@@ -21,11 +21,6 @@ from tests.support.doubles import FlakyStore, wait_until
 
 
 @pytest.fixture
-def app() -> Celery:
-    return Celery("prober", broker="memory://", set_as_current=False)
-
-
-@pytest.fixture
 def payments(resilience: Resilience) -> Breaker:
     return resilience.breaker("payments", trial_calls=2, open_duration=5, open_jitter=0, slow_call_duration=0.001)
 

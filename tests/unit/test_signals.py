@@ -19,11 +19,6 @@ Told = list[tuple[str, dict[str, Any]]]
 
 
 @pytest.fixture
-def app() -> Celery:
-    return Celery("shop", set_as_current=False)
-
-
-@pytest.fixture
 def told() -> Iterator[Told]:
     """Everything that signals tell while the test runs."""
     told: Told = []

@@ -13,11 +13,6 @@ from resilient_tasks.testing import Clock, force, in_memory
 
 
 @pytest.fixture
-def app() -> Celery:
-    return Celery("shop", broker="memory://", set_as_current=False)  # nothing here to derive a store from
-
-
-@pytest.fixture
 def resilience(app: Celery) -> Resilience:
     return Resilience(app)
 
