@@ -36,10 +36,6 @@ def redelivered(shop: Shop) -> int:
     return int(shop.resilience.fleet.history.totals(["payments"])["payments"].redelivered)
 
 
-def all_done(results: list[Any]) -> bool:
-    return all(result.state == "SUCCESS" for result in results)
-
-
 def copies(broker: redis.Redis) -> Counter[str]:
     """Count the copies of each task's message, wherever on the broker they are."""
     lists = [broker.lrange(queue, 0, -1) for queue in ("celery", DEFERRED_PAYMENTS)]
@@ -72,7 +68,7 @@ def test_tasks_restored_while_they_run_are_put_aside_once(shop: Shop) -> None:
     shop.wait(lambda: shop.waiting("payments") == 2 and copies(shop.broker) == dict.fromkeys(ids, 1), "one of each")
     shop.set_health("payments", "up")
     shop.close("payments")
-    shop.wait(lambda: all_done(results), "all to finish")
+    shop.wait_done(*results)
     shop.wait(lambda: not copies(shop.broker), "the broker to be empty")
     assert all(worker.running for worker in workers)
     shop.wait(lambda: redelivered(shop) >= 2, "the redeliveries to be counted")
@@ -180,7 +176,7 @@ def test_early_ack_loses_nothing_at_the_gate(shop: Shop) -> None:
     assert shop.runs("early") == []
     shop.close("tolerant")
     shop.worker()
-    shop.wait(lambda: all_done(results), "all to finish")
+    shop.wait_done(*results)
     assert sorted(shop.runs("early")) == sorted(result.id for result in results)
 
 
@@ -208,7 +204,7 @@ def test_a_killed_worker_gives_its_permits_to_another(shop: Shop) -> None:
     doomed.kill()
     shop.set_health("payments", "up")
     shop.worker(env=soon_restored(2))
-    shop.wait(lambda: all_done(results), "all to finish")
+    shop.wait_done(*results)
     shop.wait(lambda: shop.payments.snapshot().state is State.CLOSED, "the breaker to close")
 
 
@@ -297,13 +293,13 @@ def test_without_the_store_open_is_honoured_and_healthy_tasks_run(shop: Shop, st
     _take_away(store, fault)
     healthy = [shop.antidote.delay() for _ in range(20)]
     charges += [shop.charge.delay(order) for order in range(5)]
-    shop.wait(lambda: all_done(healthy), "the healthy ones")
+    shop.wait_done(*healthy)
     shop.wait(lambda: shop.waiting("payments") == 10, "the others to wait as well")
     assert shop.calls("payments") == 0
     store = _bring_back(shop, store, fault)
     with shop.breaker_in(store) as payments:
         payments.reset()
-    shop.wait(lambda: all_done(charges), "all to finish")
+    shop.wait_done(*charges)
 
 
 def test_without_the_store_a_breaker_opens_in_each_worker(shop: Shop, store: Server) -> None:
@@ -316,7 +312,7 @@ def test_without_the_store_a_breaker_opens_in_each_worker(shop: Shop, store: Ser
     assert shop.calls("payments") < 30
     shop.start_again(store)
     shop.set_health("payments", "up")
-    shop.wait(lambda: all_done(charges), "all to finish")
+    shop.wait_done(*charges)
 
 
 @pytest.mark.parametrize("command", ["FLUSHALL", "SCRIPT FLUSH"])
@@ -328,7 +324,7 @@ def test_a_store_that_forgets_strands_nothing(shop: Shop, store: Server, command
         shop.wait(lambda: shop.waiting("payments") == 10, "all to wait")
         redis.Redis.from_url(store.url()).execute_command(*command.split())
         payments.reset()
-    shop.wait(lambda: all_done(charges), "all to finish")
+    shop.wait_done(*charges)
     assert sorted(shop.runs("charge")) == sorted(result.id for result in charges)
 
 
@@ -347,7 +343,7 @@ def test_a_broker_killed_in_mid_outage_loses_nothing(shop: Shop) -> None:
     charges += _charge_through(shop, server, 10)
     shop.wait(lambda: broker.llen(DEFERRED_PAYMENTS) >= 20, "most to wait")
     shop.set_health("payments", "up")
-    shop.wait(lambda: all_done(charges), "all to finish")
+    shop.wait_done(*charges)
     assert worker.running
 
 

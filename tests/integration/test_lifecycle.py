@@ -20,11 +20,6 @@ from celery.events.state import State as EventState
 from tests.integration.conftest import Shop
 from workers.processes import LOCALHOST, Program, celery_command, free_port
 
-
-def all_done(results: list[Any]) -> bool:
-    return all(result.state == "SUCCESS" for result in results)
-
-
 # --- shutdown and pool processes -----------------------------------------------------------------
 
 
@@ -47,7 +42,7 @@ def test_a_warm_shutdown_in_mid_outage_loses_nothing(shop: Shop) -> None:
     shop.set_health("slow", "up")
     shop.close("payments")
     shop.worker()
-    shop.wait(lambda: all_done(waiting + running + queued), "all to finish")
+    shop.wait_done(*waiting, *running, *queued)
 
 
 def test_pool_processes_that_serve_one_task_each_lose_no_outcome(shop: Shop) -> None:
@@ -55,7 +50,8 @@ def test_pool_processes_that_serve_one_task_each_lose_no_outcome(shop: Shop) -> 
     shop.set_health("reckless", "down")
     results = [shop.antidote.delay() for _ in range(12)]
     failing = [shop.reckless.delay("reckless") for _ in range(8)]
-    shop.wait(lambda: all_done(results) and all(result.state == "FAILURE" for result in failing), "all to end")
+    shop.wait_done(*results)
+    shop.wait(lambda: all(result.state == "FAILURE" for result in failing), "the others to fail")
     shop.wait(lambda: shop.tolerant.snapshot().calls >= 20, "all to be counted")
     snapshot = shop.tolerant.snapshot()
     assert (snapshot.calls, snapshot.failures) == (20, 8)

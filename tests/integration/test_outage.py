@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from tests.integration.conftest import Shop
-
-
-def _all_done(results: list[Any]) -> bool:
-    return all(result.state == "SUCCESS" for result in results)
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "gevent", "solo"])
@@ -27,7 +21,7 @@ def test_tasks_wait_in_the_broker_and_finish_by_themselves(shop: Shop, pool: str
     assert results[-1].info["since"] == pytest.approx(shop.resilience.fleet.view.server_now(), abs=60)
 
     shop.set_health("payments", "up")
-    shop.wait(lambda: _all_done(results), "all to finish")
+    shop.wait_done(*results)
     assert [result.result for result in results] == list(range(40))
     assert shop.waiting("payments") == 0
     assert set(shop.runs("charge")) == {result.id for result in results}
@@ -42,14 +36,14 @@ def test_a_dead_dependency_is_called_a_few_times_and_healthy_work_goes_on(shop: 
     shop.set_health("payments", "down")
     charges = [shop.charge.delay(order) for order in range(100)]
     pings = [shop.ping.delay() for _ in range(100)]
-    shop.wait(lambda: _all_done(pings), "the pings")
+    shop.wait_done(*pings)
     shop.wait(lambda: shop.waiting("payments") == 100, "all charges to wait")
     opened = shop.payments.snapshot()
     assert opened.state == "OPEN" or opened.openings >= 1
     # three in a row open it; what the other processes were calling at that moment came on top
     assert shop.side.llen("runs:charge") <= 3 + 4 + 3 * opened.openings
     shop.set_health("payments", "up")
-    shop.wait(lambda: _all_done(charges), "the charges")
+    shop.wait_done(*charges)
 
 
 def test_a_probe_stands_in_for_tasks(shop: Shop) -> None:
@@ -62,7 +56,7 @@ def test_a_probe_stands_in_for_tasks(shop: Shop) -> None:
     task_calls = sum(1 for result in results if result.info and "failed" in result.info["reason"])
     assert task_calls <= 3 + 2
     shop.set_health("probed", "up")
-    shop.wait(lambda: _all_done(results), "all to finish")
+    shop.wait_done(*results)
 
 
 def test_workers_take_over_when_there_is_no_beat(shop: Shop) -> None:
@@ -71,7 +65,7 @@ def test_workers_take_over_when_there_is_no_beat(shop: Shop) -> None:
     results = [shop.charge.delay(order) for order in range(10)]
     shop.wait(lambda: shop.waiting("payments") == 10, "all to wait")
     shop.set_health("payments", "up")
-    shop.wait(lambda: _all_done(results), "all to finish")
+    shop.wait_done(*results)
 
 
 def test_a_pool_full_of_hanging_tasks_does_not_starve_the_tick(shop: Shop) -> None:
@@ -87,7 +81,7 @@ def test_a_pool_full_of_hanging_tasks_does_not_starve_the_tick(shop: Shop) -> No
     shop.close("payments")
     shop.wait(lambda: shop.waiting("payments") < 5, "the tick to resume the first ones")
     shop.set_health("hang", "up")
-    shop.wait(lambda: _all_done(waiting), "all to finish")
+    shop.wait_done(*waiting)
 
 
 def test_nothing_is_published_while_nothing_is_due(shop: Shop) -> None:
@@ -122,7 +116,7 @@ def test_every_transition_is_announced_once(shop: Shop) -> None:
     charge = [shop.charge.delay(order) for order in range(6)]
     shop.wait(lambda: shop.payments.snapshot().openings >= 2, "two openings")
     shop.set_health("payments", "up")
-    shop.wait(lambda: _all_done(charge), "all to finish")
+    shop.wait_done(*charge)
     log = "".join(worker.output() for worker in workers)
     lines = [line for line in log.splitlines() if "breaker" in line and "WARNING" in line]
     epochs = [line for line in lines if "payments" in line]
@@ -157,9 +151,9 @@ def test_a_queue_without_workers_does_not_hold_up_the_others(shop: Shop) -> None
     shop.wait(lambda: shop.waiting("payments") == 20, "all to wait")
     deserter.stop()
     shop.close("payments")
-    shop.wait(lambda: _all_done(others), "those whose workers live")
+    shop.wait_done(*others)
     shop.worker(queues=["deserted"])
-    shop.wait(lambda: _all_done(stranded), "those whose workers have come back")
+    shop.wait_done(*stranded)
 
 
 def test_a_worker_that_starts_while_ticks_arrive_is_ready_at_once(shop: Shop) -> None:
@@ -173,4 +167,4 @@ def test_a_worker_that_starts_while_ticks_arrive_is_ready_at_once(shop: Shop) ->
     shop.wait(lambda: shop.broker.llen("resilient.control") > 0, "ticks to arrive")
     mingling = shop.worker(mingle=True)
     assert "mingle: all alone" in mingling.output()
-    shop.wait(lambda: _all_done(results), "all to finish")
+    shop.wait_done(*results)

@@ -37,7 +37,7 @@ def wait_until_blocked(shop: Shop, worker: Worker, results: list[Any]) -> None:
 
 def finish(shop: Shop, results: list[Any]) -> None:
     shop.close("blocking")
-    shop.wait(lambda: all(result.state == "SUCCESS" for result in results), "all to finish")
+    shop.wait_done(*results)
     assert sorted(shop.runs("haul")) == sorted(ids(results))
 
 
@@ -50,7 +50,7 @@ def test_a_blocked_queue_keeps_its_backlog_in_order_and_holds_up_no_other(shop: 
     assert queued(shop) == ids(results)[MOST:]
     assert {result.state for result in results[MOST:]} == {"PENDING"}
     pings = [shop.ping.delay() for _ in range(20)]
-    shop.wait(lambda: all(ping.state == "SUCCESS" for ping in pings), "other queues")
+    shop.wait_done(*pings)
     assert queued(shop) == ids(results)[MOST:]
     assert worker.output().count("queue bulk is blocked") == 1
     assert shop.runs("haul") == []
