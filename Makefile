@@ -26,7 +26,7 @@ TEST_ALL_STRICT ?=
 STRICT := $(if $(filter 1,$(TEST_ALL_STRICT)),-p tests.support.strict_skips)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo up down docs lint types test test-all chaos bench clean
+.PHONY: help venv demo up down docs example lint types test test-all chaos bench clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ up: venv ## start the stack: Valkey, flaky HTTP service, two workers, beat, Flow
 
 down: venv ## stop every stack of this checkout
 	@$(BIN)/python -m workers.stack down
+
+example: venv ## a project with all that it needs, started: NAME=django or NAME=fastapi
+	@$(BIN)/python -m examples.run $(NAME)
 
 docs: venv ## the manual, into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)

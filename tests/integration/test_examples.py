@@ -1,18 +1,15 @@
-"""A Django project through an outage: workers, beat with a database, a website, commands, and its own tests."""
+"""The examples, and the projects of the manual, through an outage: workers, beat, websites, commands."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import sqlite3
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -21,67 +18,22 @@ from urllib.request import Request, urlopen
 import pytest
 import redis
 
+from examples import run
+from examples.service import Service
 from tests.integration.conftest import PATIENCE
-from workers.processes import (
-    Program,
-    accepts_connections,
-    free_port,
-    start_beat,
-    start_program,
-    start_valkey,
-    start_worker,
-    wait_until,
-)
+from workers.processes import wait_until
 
-PROJECT = Path(__file__).parents[1] / "django_project"
 ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 DOCS = ROOT / "docs"
 SOON = {"RESILIENT_TASKS_BREAKERS__PAYMENTS__OPEN_DURATION": "2"}
 
 
-class PaymentService:
-    """An HTTP service that answers with a status of the test's choice, and counts its calls."""
+class Project(run.Project):
+    """With what a test asks of it; of Django or of Celery alone."""
 
-    def __init__(self) -> None:
-        self.status = 200
-        self.calls: Counter[str] = Counter()
-        service = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                service.calls[self.path] += 1
-                self.send_response(service.status)
-                self.end_headers()
-
-            do_POST = do_GET  # noqa: N815 - the server looks for this name
-
-            def log_message(self, *_: Any) -> None: ...
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}/"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-class Project:
-    """A project in a directory, of Django or of Celery alone, with the processes that a test starts."""
-
-    def __init__(self, root: Path, directory: Path, service: PaymentService, module: str = "proj") -> None:
-        self.root, self.directory, self.service, self.module = root, directory, service, module
-        self.server = start_valkey(directory / "valkey")
-        self.env = {
-            "BROKER_URL": self.server.url(0),
-            "PAYMENTS_URL": self.service.url,
-            "DIRECTORY": str(directory),
-            "PYTHONPATH": f"{root}:{ROOT}",
-        }
-        self._programs: list[Program] = [self.server.program]
-        if (root / "manage.py").exists():
-            self.env["DJANGO_SETTINGS_MODULE"] = "proj.settings"
-            self.manage("migrate", "-v0", "--run-syncdb")
+    def __init__(self, root: Path, directory: Path, service: Service, app: str = "proj") -> None:
+        super().__init__(root, directory, service, app)
 
     def manage(self, *arguments: str) -> str:
         """Run a command of Django's and return what it writes."""
@@ -89,16 +41,7 @@ class Project:
 
     def celery(self, *arguments: str) -> str:
         """Run a command of Celery's and return what it writes."""
-        return self.run("-m", "celery", "-A", self.module, *arguments)
-
-    def run(self, *arguments: str) -> str:
-        """Run Python with these arguments and return what it writes."""
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=self.root, env={**os.environ, **self.env}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        return self.run("-m", "celery", "-A", self.app, *arguments)
 
     def python(self, code: str) -> str:
         """Run code in Django's shell."""
@@ -116,31 +59,18 @@ class Project:
         results = redis.Redis.from_url(self.server.url(0))
         return Counter(json.loads(results.get(key) or b"")["status"] for key in results.keys("celery-task-meta-*"))
 
-    def worker(self) -> Program:
-        options: dict[str, Any] = {"directory": self.directory, "env": self.env, "cwd": self.root}
-        worker = start_worker(self.module, name="worker", arguments=["--without-mingle"], **options)
-        self._programs.append(worker)
-        return worker.wait_until_ready()
+    def site(self) -> Callable[..., tuple[int, Any, Any]]:
+        """Start the website and return what asks it for a path; it returns status, JSON and headers."""
+        address = self.website()
 
-    def beat(self) -> Program:
-        beat = start_beat(self.module, directory=self.directory, env=self.env, cwd=self.root)
-        self._programs.append(beat)
-        return beat
-
-    def website(self) -> Callable[..., tuple[int, Any]]:
-        port = free_port()
-        command = [sys.executable, "-m", "django", "runserver", "--noreload", f"127.0.0.1:{port}"]
-        site = start_program(command, name="site", directory=self.directory, env=self.env, cwd=self.root)
-        self._programs.append(site)
-        site.wait_ready(lambda: accepts_connections(port))
-
-        def ask(path: str, method: str = "GET") -> tuple[int, Any]:
-            request = Request(f"http://127.0.0.1:{port}/{path}", method=method)
+        def ask(path: str, method: str = "GET", content: Any = None) -> tuple[int, Any, Any]:
+            body = None if content is None else json.dumps(content).encode()
+            request = Request(address + path, body, {"Content-Type": "application/json"}, method=method)
             try:
                 with urlopen(request, timeout=PATIENCE) as answer:
-                    return answer.status, json.load(answer)
+                    return answer.status, json.load(answer), answer.headers
             except HTTPError as refused:
-                return refused.code, json.load(refused)
+                return refused.code, json.load(refused), refused.headers
 
         return ask
 
@@ -150,7 +80,7 @@ class Project:
             print(f"--- {program.name}\n{program.output()}")
 
 
-def write_files(page: str, root: Path, service: PaymentService, only: str = "") -> None:
+def write_files(page: str, root: Path, service: Service, only: str = "") -> None:
     """Write the files that a page of the manual prints; servers are where the test has started them."""
     text = (DOCS / f"{page}.md").read_text()
     text = re.sub(r'"redis://[^"]+"', "__import__('os').environ['BROKER_URL']", text)
@@ -162,21 +92,21 @@ def write_files(page: str, root: Path, service: PaymentService, only: str = "") 
 
 
 @pytest.fixture
-def service() -> Iterator[PaymentService]:
-    service = PaymentService()
+def service() -> Iterator[Service]:
+    service = Service()
     yield service
     service.close()
 
 
 @pytest.fixture
-def project(tmp_path: Path, service: PaymentService) -> Iterator[Project]:
-    project = Project(PROJECT, tmp_path, service)
+def project(tmp_path: Path, service: Service) -> Iterator[Project]:
+    project = Project(EXAMPLES / "django", tmp_path, service)
     yield project
     project.close()
 
 
 @pytest.fixture
-def fresh_project(tmp_path: Path, service: PaymentService) -> Iterator[Project]:
+def fresh_project(tmp_path: Path, service: Service) -> Iterator[Project]:
     """What ``startproject`` and ``startapp`` make, with the files that the manual prints."""
     root = tmp_path / "site"
     root.mkdir()
@@ -203,7 +133,11 @@ def wait(condition: Callable[[], Any], what: str) -> None:
 def test_a_project_lives_through_an_outage(project: Project) -> None:
     project.worker()
     project.beat()
-    ask = project.website()
+    site = project.site()
+
+    def ask(path: str, method: str = "GET") -> tuple[int, Any]:
+        return site(path, method)[:2]
+
     assert ask("checkout") == (200, {"pay": "now", "state": "CLOSED"})
     assert ask("orders/0", "POST") == (202, {"number": 0})
     assert ask("orders/1/now", "POST") == (202, {"number": 1})
@@ -251,7 +185,7 @@ def test_a_fresh_project_with_one_line_more_lives_through_an_outage(fresh_projec
     assert len(service.calls) == 40
 
 
-def test_getting_started_without_django(tmp_path: Path, service: PaymentService) -> None:
+def test_getting_started_without_django(tmp_path: Path, service: Service) -> None:
     root = tmp_path / "demo"
     root.mkdir()
     write_files("getting-started", root, service, only="tasks.py")
@@ -270,5 +204,32 @@ def test_getting_started_without_django(tmp_path: Path, service: PaymentService)
         service.status = 200
         wait(lambda: project.states() == {"SUCCESS": 120}, "all to succeed")
         assert re.search(r"tasks failed +0\n", project.celery("breakers", "report"))
+    finally:
+        project.close()
+
+
+def test_an_api_that_asks_an_llm(tmp_path: Path, service: Service) -> None:
+    project = Project(EXAMPLES / "fastapi", tmp_path, service, "app")
+    project.env |= {"RESILIENT_TASKS_BREAKERS__LLM__OPEN_DURATION": "1"}
+    try:
+        project.worker()
+        ask = project.site()
+
+        def summarize(path: str = "summaries") -> tuple[int, Any, Any]:
+            return ask(path, "POST", {"text": "a long story"})
+
+        assert summarize()[:2] == (200, {"summary": "answer 1"})
+        service.status, service.retry_after = 429, 8
+        wait(lambda: summarize()[0] == 503, "the breaker to open")
+        status, content, headers = summarize()
+        assert (status, content["error"][:22]) == (503, "breaker 'llm' is OPEN,")
+        assert 1 < int(headers["Retry-After"]) <= 10, "as the LLM says, not after the second of the policy"
+        called = sum(service.calls.values())
+        later = [summarize("summaries/later")[1]["id"] for _ in range(5)]
+        wait(lambda: all(ask(f"summaries/{task}")[1]["state"] == "DEFERRED" for task in later), "all to wait")
+        assert sum(service.calls.values()) == called, "nothing reached it"
+        service.status = 200
+        wait(lambda: all(ask(f"summaries/{task}")[1]["state"] == "SUCCESS" for task in later), "all to be summarized")
+        wait(lambda: summarize()[0] == 200, "requests to be answered")
     finally:
         project.close()

@@ -33,4 +33,4 @@ CELERY_TIMEZONE = TIME_ZONE
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_BEAT_SCHEDULER = "django_celery_beat.schedulers:DatabaseScheduler"
 
-PAYMENTS_URL = os.environ.get("PAYMENTS_URL", "http://127.0.0.1:1/")
+PAYMENTS_URL = os.environ.get("SERVICE_URL", "http://127.0.0.1:1/")

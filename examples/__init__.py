@@ -1,0 +1,1 @@
+"""Projects that live through an outage: ``make example NAME=django`` or ``NAME=fastapi`` starts one."""
