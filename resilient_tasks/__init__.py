@@ -70,9 +70,13 @@ _NAMES_BY_MODULE = {
 }  # fmt: skip
 _MODULES = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 
-if not TYPE_CHECKING:  # or every name would be right for type checkers
+if TYPE_CHECKING:
+    __version__: str
+else:  # or every name would be right for type checkers
 
     def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return importlib.import_module("importlib.metadata").version("resilient-tasks")
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -34,6 +34,7 @@ _COMMANDS = {
     "doctor": "services:doctor",
     "flower": "services:flower",
     "exporter": "services:exporter",
+    "monitoring": "services:monitoring",
 }
 
 

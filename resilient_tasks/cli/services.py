@@ -1,12 +1,15 @@
-"""``doctor``, ``exporter`` and ``flower``: a deployment examined, the breakers for Prometheus, and in Flower."""
+"""``doctor``, ``exporter``, ``monitoring`` and ``flower``: a deployment examined, and watched by other programs."""
 
 from __future__ import annotations
 
 import importlib
+import shutil
 import signal
 import sys
 from dataclasses import asdict
+from importlib.resources import files
 from importlib.util import find_spec
+from pathlib import Path
 
 import click
 
@@ -64,6 +67,17 @@ def exporter(runtime: Runtime, port: int, address: str) -> None:
         thread.join()
     except KeyboardInterrupt:
         sys.exit(0)
+
+
+@click.command()
+@click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
+def monitoring(directory: Path) -> None:
+    """Write alert rules for Prometheus and a dashboard for Grafana to DIRECTORY.
+
+    Files of the same names are replaced.
+    """
+    shutil.copytree(str(files("resilient_tasks") / "monitoring"), directory, dirs_exist_ok=True)
+    click.echo(f"written to {directory}: alerts.yml, grafana/dashboards/breakers.json, and how to load them")
 
 
 @click.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)

@@ -22,7 +22,7 @@ from tests.integration.conftest import PATIENCE, Shop
 from tests.support.board import queries
 from workers.processes import LOCALHOST, PROJECT, Server, celery_command, free_port
 
-MONITORING = PROJECT / "monitoring"
+MONITORING = PROJECT / "resilient_tasks" / "monitoring"
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 

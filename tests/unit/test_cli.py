@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -347,3 +348,9 @@ def test_where_one_breaker_is_wanted_a_wildcard_is_none(
     result = run(*command, "payments:*")
     assert result.exit_code == 2
     assert "'payments:*' means all children of payments: name one breaker" in result.output
+
+
+def test_alert_rules_and_the_dashboard_are_written(run: Run, tmp_path: Path) -> None:
+    result = run("monitoring", str(tmp_path / "watched"))
+    assert (result.exit_code, result.output.partition(":")[0]) == (0, f"written to {tmp_path / 'watched'}")
+    assert {"alerts.yml", "grafana"} <= {path.name for path in (tmp_path / "watched").iterdir()}

@@ -17,7 +17,7 @@ from resilient_tasks.prometheus import HEALTH, METRICS
 from tests.support.board import queries
 
 ROOT = Path(__file__).parents[2]
-MONITORING = ROOT / "monitoring"
+MONITORING = ROOT / "resilient_tasks" / "monitoring"
 BOARD: dict[str, Any] = json.loads((MONITORING / "grafana" / "dashboards" / "breakers.json").read_text())
 ALERTS: list[dict[str, Any]] = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"][0]["rules"]
 DOC = (ROOT / "docs" / "metrics.md").read_text()

@@ -43,7 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def test_the_wheel_holds_every_source_file_script_page_and_the_type_marker(wheel: zipfile.ZipFile) -> None:
-    patterns = ("*.py", "*.lua", "*.html", "*.js", "*.css", "py.typed")
+    patterns = ("*.py", "*.lua", "*.html", "*.js", "*.css", "*.yml", "*.json", "py.typed")
     wanted = {str(path.relative_to(ROOT)) for pattern in patterns for path in PACKAGE.rglob(pattern)}
     assert "resilient_tasks/py.typed" in wanted
     assert wanted <= set(wheel.namelist())
