@@ -32,7 +32,9 @@ def test_calls_that_hang_open_the_breaker_while_they_run(shop: Shop, pool: str, 
 def test_runs_that_their_time_limit_ends_count_for_as_long_as_they_ran(shop: Shop) -> None:
     shop.worker(concurrency=2)
     shop.set_health("hanging", "hang")
+    began = time.monotonic()
     results = [shop.ask_briefly.delay() for _ in range(2)]
     shop.wait(lambda: all(result.ready() for result in results), "both to be killed")
+    most = time.monotonic() - began
     shop.wait(lambda: round(shop.hanging.snapshot().evidence * LEAST) == 2, "both failures to be counted")
-    assert round(shop.hanging.snapshot().slow_evidence * LEAST) == 4, "twice each"
+    assert 4 <= round(shop.hanging.snapshot().slow_evidence * LEAST) <= 2 * most, "once a second each"

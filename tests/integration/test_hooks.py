@@ -88,7 +88,7 @@ def test_a_chord_fails_with_its_part(shop: Shop, task: str) -> None:
 def test_revoked_and_dropped_and_expired_fire_what_a_plain_task_does(shop: Shop, events: Events) -> None:
     shop.open("payments")
     worker = shop.worker(pool="threads")
-    revoked, dropped, expired = (send(shop, shop.waits, expires=expires) for expires in (None, None, 1))
+    revoked, dropped, expired = (send(shop, shop.waits, expires=expires) for expires in (None, None, 5))
     shop.wait(lambda: shop.waiting("payments") == 3, "all to wait")
     shop.app.control.revoke(revoked.id)
     plainly = shop.plain.apply_async(**CALL, countdown=0, expires=0.001)

@@ -24,8 +24,8 @@ class Caller:
     def url(self, name: str, path: str) -> str:
         return f"http://127.0.0.1:{self._ports[name]}{path}"
 
-    async def charge(self, order_id: int) -> httpx.Response:
-        return await self.http.post(self.url("payments", f"/payments/charges/{order_id}"), timeout=0.3)
+    async def charge(self, order_id: int, timeout: float = 60) -> httpx.Response:
+        return await self.http.post(self.url("payments", f"/payments/charges/{order_id}"), timeout=timeout)
 
     async def make(self, **change: Any) -> httpx.Response:
         return await self.http.put(self.url("admin", "/payments"), json=change)
@@ -41,7 +41,7 @@ class Caller:
                 pass  # the request itself gives way to the others
             return figures
 
-        return await asyncio.wait_for(poll(), timeout=5)
+        return await asyncio.wait_for(poll(), timeout=60)
 
 
 def with_service(scenario: Callable[[Caller], Awaitable[None]]) -> None:
@@ -86,7 +86,7 @@ def test_5xx_answers_503_and_serves_nothing() -> None:
 def test_hang_says_nothing_until_the_caller_gives_up() -> None:
     async def scenario(caller: Caller) -> None:
         await caller.make(health="hang")
-        call = asyncio.create_task(caller.charge(1))
+        call = asyncio.create_task(caller.charge(1, timeout=0.5))
         await caller.stats_when("in_flight", 1)
         with pytest.raises(httpx.ReadTimeout):
             await call
@@ -112,7 +112,7 @@ def test_refuse_refuses_old_and_new_connections_and_heals() -> None:
 
 def test_more_calls_than_it_can_bear_are_turned_away_at_once() -> None:
     async def scenario(caller: Caller) -> None:
-        await caller.make(latency=0.2, capacity=2)
+        await caller.make(latency=2, capacity=2)
         answers = await asyncio.gather(*map(caller.charge, range(5)))
         assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503, 503]
 
