@@ -10,13 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypedDict, TypeVar, overload
 from weakref import WeakValueDictionary
 
-from resilient_tasks.checks import HEARTBEATS, LONGEST_SILENCE
+from resilient_tasks.checks import HEARTBEATS, LONGEST_SILENCE, Probe
 from resilient_tasks.core.model import Snapshot, State, Verb, check_name
 from resilient_tasks.dependency import Dependency
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.guard import Guard, call, decorated
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.probing import Probe
 from resilient_tasks.store.base import Spec
 
 if TYPE_CHECKING:

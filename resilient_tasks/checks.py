@@ -1,4 +1,4 @@
-"""Health checks to choose from, for :meth:`Breaker.probe`.
+"""Health checks: what :meth:`Breaker.probe` registers, and checks to choose from.
 
 ::
 
@@ -17,6 +17,7 @@ import http.client
 import importlib.util
 import inspect
 import json
+import math
 import os
 import signal
 import socket
@@ -24,49 +25,114 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, NoReturn
+from typing import Annotated, Any
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
+from pydantic import Field
+
+from resilient_tasks.core.model import Snapshot, State, key_of
 from resilient_tasks.errors import ConfigurationError
+from resilient_tasks.validation import Count, PositiveSeconds, check_fields
 
 __all__ = [
     "Check", "HealthCheckError", "all_of", "any_of", "command_check", "consul_check", "grpc_check", "heartbeat",
     "http_check", "tcp_check",
 ]  # fmt: skip
 
-LONGEST_WITHOUT_PROBE = 10.0  # seconds for a check that the user calls by hand
+LONGEST_RUN = 10.0  # seconds of one run, unless the user says otherwise
+ACTIVE_INTERVAL = 10.0  # seconds
+FAILURES_BEFORE_OPEN = 3
 HEARTBEATS = "heartbeat"  # kind of the values in the store that keep the last heartbeat of a breaker
 LONGEST_SILENCE = 7 * 24 * 3600.0  # seconds for which a heartbeat is kept
 MOST_HANGING = 10  # runs of each member of all_of and any_of that may hang; beyond that no more are started
 
 _LONGEST_CONSUL_ANSWER = 16 * 1024 * 1024  # bytes
 _LONGEST_GRPC_SERVICE = 127  # bytes: its length then takes one byte
-_GRPC_CALL = str(Path(__file__).with_name("grpc_call.py"))
 _PRINTABLE = frozenset(map(chr, range(0x21, 0x7F)))
 _TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-class HealthCheckError(ConnectionError):
-    """A health check has failed: a failure of the dependency, as any other connection error.
-
-    Args:
-        message: names the check, its target and what was found; it holds no secrets.
-        status_code: of an HTTP answer.
-        headers: of an HTTP answer; a ``Retry-After`` among them sets the open time.
-    """
-
-    def __init__(self, message: str, status_code: int | None = None, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status_code = status_code
-        self.headers = headers
+# --- probes ---------------------------------------------------------------------------------------------
 
 
-# --- running a check ------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """A breaker's health check; :meth:`Breaker.probe` explains the fields."""
+
+    breaker: str
+    function: Annotated[Callable[..., Any], Field(description="a function without arguments, or with a child's key")]
+    timeout: PositiveSeconds | None = None
+    interval: PositiveSeconds | None = None
+    active: bool = False
+    failures_before_open: Count | None = None
+    successes_before_close: Count | None = None
+
+    def __post_init__(self) -> None:
+        subject = f"probe of breaker {self.breaker!r}: "
+        check_fields(self, subject)
+        if self.failures_before_open is not None and not self.active:
+            given = f"failures_before_open={self.failures_before_open!r}"
+            raise ConfigurationError(f"{subject}{given}: allowed is None unless active=True")
+        if self.timeout is not None and self.timeout > self._longest_run:
+            longest = f"{self.interval or ACTIVE_INTERVAL:g} seconds"
+            raise ConfigurationError(f"{subject}timeout={self.timeout!r}: allowed is up to the interval of {longest}")
+
+    @property
+    def takes_key(self) -> bool:
+        """Whether it checks one child after the other: a function with one argument, the child's key."""
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError):  # of a builtin
+            return False
+        return sum(each.default is each.empty and each.kind not in _VARIADIC for each in parameters) == 1
+
+    def of_child(self, name: str) -> Probe:
+        """Return the probe of one child. It only replaces trials: healthy children may be many, and are not checked."""
+        function = partial(self.function, unquote(key_of(name)))
+        return replace(self, breaker=name, function=function, active=False, failures_before_open=None)
+
+    @property
+    def _longest_run(self) -> float:
+        """Runs of one breaker do not overlap."""
+        return self.interval or (ACTIVE_INTERVAL if self.active else math.inf)
+
+    @property
+    def limit(self) -> float:
+        """Seconds that one run may take."""
+        return self.timeout or min(LONGEST_RUN, self._longest_run)
+
+    @property
+    def failures_allowed(self) -> int:
+        """Failed runs in a row that open the breaker."""
+        return self.failures_before_open or FAILURES_BEFORE_OPEN
+
+    def is_due(self, snapshot: Snapshot) -> bool:
+        """Whether it should run now: if active while tasks are admitted, and in HALF_OPEN, spaced by the interval."""
+        checked_at = -math.inf if snapshot.checked_at is None else snapshot.checked_at
+        if snapshot.state is State.HALF_OPEN:
+            return checked_at < self.turn_began(snapshot)
+        if not self.active or snapshot.state not in (State.CLOSED, State.SHADOW):
+            return False
+        # A breaker that was never used must be created before its interval can begin.
+        return snapshot.epoch == 0 or max(checked_at, snapshot.since) < self.turn_began(snapshot)
+
+    def turn_began(self, snapshot: Snapshot) -> float:
+        """Return the instant since when one worker of the fleet may run it once, on the store's clock.
+
+        While tasks are admitted each breaker has instants of its own, so that many are not checked at once.
+        """
+        if snapshot.state is State.HALF_OPEN:
+            return snapshot.now - (self.interval or 0.0)
+        interval = self.interval or ACTIVE_INTERVAL
+        own_share = zlib.crc32(self.breaker.encode()) / 2**32
+        return snapshot.now - (snapshot.now - own_share * interval) % interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +167,27 @@ def run_check(function: Callable[[], Any]) -> None:
 
 
 def _time_left() -> float:
+    """Return the seconds that a check may take; one that the user calls by hand has those of a run."""
     run = _run.get()
-    return LONGEST_WITHOUT_PROBE if run is None else max(0.001, run.ends_at - time.monotonic())
+    return LONGEST_RUN if run is None else max(0.001, run.ends_at - time.monotonic())
+
+
+# --- checks ---------------------------------------------------------------------------------------------
+
+
+class HealthCheckError(ConnectionError):
+    """A health check has failed: a failure of the dependency, as any other connection error.
+
+    Args:
+        message: names the check, its target and what was found; it holds no secrets.
+        status_code: of an HTTP answer.
+        headers: of an HTTP answer; a ``Retry-After`` among them sets the open time.
+    """
+
+    def __init__(self, message: str, status_code: int | None = None, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status_code = status_code
+        self.headers = headers
 
 
 class Check:
@@ -127,15 +212,13 @@ class Check:
             raise HealthCheckError(f"{self}: {error.strerror or type(error).__name__}") from error
 
 
-def _refuse(check: str, argument: str, value: object, allowed: str) -> NoReturn:
-    raise ConfigurationError(f"{check}: {argument}={value!r}: allowed is {allowed}")
+def _require(is_allowed: bool, argument: str, value: object, allowed: str) -> None:  # noqa: FBT001 - the condition
+    if not is_allowed:
+        raise ConfigurationError(f"{argument}={value!r}: allowed is {allowed}")
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
-
-
-# --- HTTP and TCP ---------------------------------------------------------------------------------------
 
 
 def http_check(
@@ -155,12 +238,12 @@ def http_check(
         method: of the request, which has no body.
         headers: of the request.
     """
-    parts = _parts("http_check", "url", url)
+    parts = _parts("http_check: url", url)
     statuses = expect if isinstance(expect, Collection) else (expect,)
-    if not statuses or not all(type(status) is int and 100 <= status <= 599 for status in statuses):  # noqa: PLR2004 - statuses of HTTP
-        _refuse("http_check", "expect", expect, "a status from 100 to 599, or several, such as range(200, 300)")
-    if not _is_text(method) or not set(method) <= _TOKEN:
-        _refuse("http_check", "method", method, "the name of an HTTP method, such as 'GET' or 'HEAD'")
+    are_statuses = bool(statuses) and all(type(status) is int and 100 <= status <= 599 for status in statuses)  # noqa: PLR2004 - statuses of HTTP
+    _require(are_statuses, "http_check: expect", expect, "a status from 100 to 599, or several: range(200, 300)")
+    is_method = _is_text(method) and set(method) <= _TOKEN
+    _require(is_method, "http_check: method", method, "the name of an HTTP method, such as 'GET' or 'HEAD'")
     if not isinstance(headers, (Mapping, type(None))):
         raise ConfigurationError("http_check: headers: allowed is a mapping of strings to strings")
     for name, value in (headers or {}).items():
@@ -185,18 +268,14 @@ def tcp_check(host: str, port: int) -> Check:
         host: name or address.
         port: from 1 to 65535.
     """
-    if not _is_text(host):
-        _refuse("tcp_check", "host", host, "a host name or address")
-    if type(port) is not int or not 1 <= port <= 65_535:  # noqa: PLR2004 - the highest port
-        _refuse("tcp_check", "port", port, "an integer from 1 to 65535")
-
-    def look() -> None:
-        socket.create_connection((host, port), timeout=_time_left()).close()
-
+    _require(_is_text(host), "tcp_check: host", host, "a host name or address")
+    is_port = type(port) is int and 1 <= port <= 65_535  # noqa: PLR2004 - the highest port
+    _require(is_port, "tcp_check: port", port, "an integer from 1 to 65535")
+    look = lambda: socket.create_connection((host, port), timeout=_time_left()).close()  # noqa: E731 - one call
     return Check(f"tcp_check({host!r}, {port})", look)
 
 
-def _parts(check: str, argument: str, url: object) -> SplitResult:
+def _parts(argument: str, url: object) -> SplitResult:
     """Take an ``http://`` or ``https://`` URL apart."""
     try:
         parts = urlsplit(url if isinstance(url, str) else "")
@@ -205,7 +284,7 @@ def _parts(check: str, argument: str, url: object) -> SplitResult:
     except ValueError:
         pass
     shown = url.partition("?")[0] if isinstance(url, str) and "@" not in url else "..."  # no password, no query
-    _refuse(check, argument, shown, "http://host/path or https://host/path, in ASCII")
+    raise ConfigurationError(f"{argument}={shown!r}: allowed is http://host/path or https://host/path, in ASCII")
 
 
 def _shown(parts: SplitResult) -> str:
@@ -231,9 +310,6 @@ def _ask(
         connection.close()
 
 
-# --- services that answer for others --------------------------------------------------------------------
-
-
 def consul_check(service: str, address: str = "http://127.0.0.1:8500", token: str | None = None) -> Check:
     """Ask Consul; the dependency is healthy if at least one instance passes all its checks there.
 
@@ -244,13 +320,12 @@ def consul_check(service: str, address: str = "http://127.0.0.1:8500", token: st
         address: URL of Consul's HTTP interface.
         token: for Consul's access control.
     """
-    if not _is_text(service):
-        _refuse("consul_check", "service", service, "the name of a service in Consul")
-    if token is not None and not (_is_text(token) and token.isascii() and token.isprintable()):
-        _refuse("consul_check", "token", "...", "a string of one line, or None")
-    consul = _shown(_parts("consul_check", "address", address))
+    _require(_is_text(service), "consul_check: service", service, "the name of a service in Consul")
+    is_token = token is None or (_is_text(token) and token.isascii() and token.isprintable())
+    _require(is_token, "consul_check: token", "...", "a string of one line, or None")
+    consul = _shown(_parts("consul_check: address", address))
     path = f"/v1/health/service/{quote(service, safe='')}?passing"
-    url = _parts("consul_check", "address", address.rstrip("/") + path)
+    url = _parts("consul_check: address", address.rstrip("/") + path)
     headers = {} if token is None else {"X-Consul-Token": token}
 
     def look() -> None:
@@ -280,16 +355,17 @@ def grpc_check(target: str, service: str = "", *, tls: bool = False) -> Check:
         service: full name of one service; empty: the server as a whole.
         tls: encrypt, and check the server's certificate by gRPC's own root certificates.
     """
-    if not _is_text(target) or target.startswith("-") or "\0" in target:
-        _refuse("grpc_check", "target", target, "host:port")
-    if not isinstance(service, str) or "\0" in service or len(service.encode()) > _LONGEST_GRPC_SERVICE:
-        _refuse("grpc_check", "service", service, f"a string of up to {_LONGEST_GRPC_SERVICE} bytes")
+    is_target = _is_text(target) and not target.startswith("-") and "\0" not in target
+    _require(is_target, "grpc_check: target", target, "host:port")
+    is_service = isinstance(service, str) and "\0" not in service and len(service.encode()) <= _LONGEST_GRPC_SERVICE
+    _require(is_service, "grpc_check: service", service, f"a string of up to {_LONGEST_GRPC_SERVICE} bytes")
     if importlib.util.find_spec("grpc") is None:
         raise ConfigurationError("grpc_check needs grpcio: pip install 'resilient_tasks[grpc]'")
+    program = f"{inspect.getsource(_print_grpc_health)}\n{_print_grpc_health.__name__}()"
 
     def look() -> None:
         timeout = _time_left()
-        command = [sys.executable, _GRPC_CALL, target, service, "tls" if tls else "plain", str(timeout)]
+        command = [sys.executable, "-c", program, target, service, "tls" if tls else "plain", str(timeout)]
         _, output = _run_program(command, timeout, wants_output=True)
         if output.strip() != "SERVING":
             raise HealthCheckError(f"said {output.strip() or 'nothing'}, expected SERVING")
@@ -297,7 +373,25 @@ def grpc_check(target: str, service: str = "", *, tls: bool = False) -> Check:
     return Check(f"grpc_check({target!r}, {service!r})" if service else f"grpc_check({target!r})", look)
 
 
-# --- programs and heartbeats ----------------------------------------------------------------------------
+def _print_grpc_health() -> None:
+    """Make the call, in a process that knows nothing of this package: request and answer have one field each."""
+    import sys  # noqa: PLC0415 - the source of this function is a program
+
+    import grpc  # noqa: PLC0415 - likewise
+
+    target, service, transport, timeout = sys.argv[1:]
+    is_tls, name = transport == "tls", service.encode()
+    channel = grpc.secure_channel(target, grpc.ssl_channel_credentials()) if is_tls else grpc.insecure_channel(target)
+    request = b"\x0a" + bytes([len(name)]) + name if name else b""  # field 1, a string
+    with channel:
+        try:
+            answer = channel.unary_unary("/grpc.health.v1.Health/Check")(request, timeout=float(timeout))
+        except grpc.RpcError as error:
+            print(error.code().name)  # noqa: T201 - how a program answers
+            return
+    number = answer[1] if answer[:1] == b"\x08" else 0  # field 1, an enum; left out if it is 0
+    statuses = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
+    print(statuses[number] if number < len(statuses) else f"status {number}")  # noqa: T201 - likewise
 
 
 def command_check(argv: Sequence[str]) -> Check:
@@ -310,9 +404,9 @@ def command_check(argv: Sequence[str]) -> Check:
         argv: the program and its arguments, as a list.
     """
     is_list = isinstance(argv, (list, tuple)) and all(isinstance(argument, str) for argument in argv)
-    if not is_list or not argv or not _is_text(argv[0]) or any("\0" in argument for argument in argv):
-        shown = argv if isinstance(argv, str) else type(argv).__name__
-        _refuse("command_check", "argv", shown, "a list of strings, the program first; there is no shell")
+    is_command = is_list and bool(argv) and _is_text(argv[0]) and not any("\0" in argument for argument in argv)
+    shown = argv if isinstance(argv, str) else type(argv).__name__
+    _require(is_command, "command_check: argv", shown, "a list of strings, the program first; there is no shell")
 
     def look() -> None:
         code, _ = _run_program(argv, _time_left())
@@ -348,8 +442,8 @@ def heartbeat(ttl: float) -> Check:
     Args:
         ttl: longest silence in seconds, up to seven days.
     """
-    if not isinstance(ttl, (int, float)) or isinstance(ttl, bool) or not 0 < ttl <= LONGEST_SILENCE:
-        _refuse("heartbeat", "ttl", ttl, f"a positive number of seconds up to {LONGEST_SILENCE:g}")
+    is_ttl = isinstance(ttl, (int, float)) and not isinstance(ttl, bool) and 0 < ttl <= LONGEST_SILENCE
+    _require(is_ttl, "heartbeat: ttl", ttl, f"a positive number of seconds up to {LONGEST_SILENCE:g}")
 
     def look() -> None:
         run = _run.get()
@@ -398,9 +492,8 @@ class _Combined(Check):
         self._look()  # its errors name the member that has failed
 
     def _all(self) -> None:
-        for failure in self._answers():
-            if failure is not None:
-                raise failure
+        for failure in filter(None, self._answers()):
+            raise failure
 
     def _any(self) -> None:
         failures = []
@@ -417,7 +510,7 @@ class _Combined(Check):
             raise HealthCheckError(f"{self}: {len(self._threads)} earlier checks hang")
         answers: SimpleQueue[HealthCheckError | None] = SimpleQueue()
         for function in self._functions:
-            arguments = (_answer, function, answers)
+            arguments = (_put_failure, function, answers)
             thread = threading.Thread(target=copy_context().run, args=arguments, name=f"{function}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -429,15 +522,15 @@ class _Combined(Check):
             yield failure
 
 
-def _answer(function: Callable[[], Any], answers: SimpleQueue[HealthCheckError | None]) -> None:
+def _put_failure(function: Callable[[], Any], answers: SimpleQueue[HealthCheckError | None]) -> None:
+    failure = None
     try:
         run_check(function)
     except HealthCheckError as error:
-        answers.put(error)
+        failure = error
     except BaseException as error:  # noqa: BLE001 - a check that raises anything has failed
-        answers.put(HealthCheckError(f"{_name_of(function)}: {type(error).__name__}"))
-    else:
-        answers.put(None)
+        failure = HealthCheckError(f"{_name_of(function)}: {type(error).__name__}")
+    answers.put(failure)
 
 
 def _name_of(function: Callable[[], Any]) -> str:

@@ -17,6 +17,7 @@ from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
+from resilient_tasks.checks import Probe
 from resilient_tasks.core.classification import (
     Verdict,
     attribute_to,
@@ -43,7 +44,6 @@ from resilient_tasks.core.outage import REFUSED, TRIALS, UNDECIDED
 from resilient_tasks.core.rules import OLDEST
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError, ConfigurationError, StoreError
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.probing import Probe
 from resilient_tasks.store.base import Spec, Store
 from resilient_tasks.store.history import History
 from resilient_tasks.store.ledger import Ledger

@@ -11,13 +11,12 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from resilient_tasks.checks import HEARTBEATS, HealthCheckError, Run, run_probe
+from resilient_tasks.checks import HEARTBEATS, HealthCheckError, Probe, Run, run_probe
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.dependency import Dependency, Fleet, Pass
 from resilient_tasks.errors import StoreError
 from resilient_tasks.guard import Scope, within
-from resilient_tasks.probing import Probe
 from resilient_tasks.store.base import Evidence
 
 if TYPE_CHECKING:

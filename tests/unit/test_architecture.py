@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # bottom to top; a module imports from its own layer and from lower ones
 LAYERS = [
     {"errors", "validation", "policy", "core"},
-    {"store", "fallback", "monitor", "settings", "checks", "probing", "signals", "grpc_call"},
+    {"store", "fallback", "monitor", "settings", "checks", "signals"},
     {"dependency", "guard", "breaker"},
     {"worker"},
     {"operations"},

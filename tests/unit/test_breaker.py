@@ -20,13 +20,13 @@ import trio.lowlevel
 from celery import Celery
 
 from resilient_tasks.breaker import Breaker
+from resilient_tasks.checks import Probe
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Grant, Outcome, State, Transition
 from resilient_tasks.dependency import Fleet, Pass
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreError
 from resilient_tasks.guard import Scope, within
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.probing import Probe
 from resilient_tasks.store.view import DENIAL_MEMORY
 from tests.support.doubles import FlakyStore, ManualClock, wait_until
 

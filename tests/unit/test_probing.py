@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from resilient_tasks import ConfigurationError
+from resilient_tasks.checks import ACTIVE_INTERVAL, Probe
 from resilient_tasks.core.model import Snapshot, State
-from resilient_tasks.probing import ACTIVE_INTERVAL, Probe
 
 START = 1_789_000_000.0
 
