@@ -44,6 +44,11 @@ def defined_by(page: str, **given: Any) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.parametrize("page", ["migrating", "options"])
+def test_snippets_that_define_alone_run(page: str) -> None:
+    assert "resilience" in defined_by(page)
+
+
 # --- coalescing -----------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 
 from resilient_tasks import BreakerOpenError
 from resilient_tasks.testing import force, in_memory
@@ -22,7 +23,7 @@ def snippets(page: str) -> list[str]:
 
 
 [DEFINITIONS] = snippets("README.md")
-_, GUARDS, TIMEOUTS, SENDERS = snippets("docs/guards.md")
+WEB, GUARDS, TIMEOUTS, SENDERS = snippets("docs/guards.md")
 [TESTING] = snippets("docs/testing.md")
 [OPERATIONS] = snippets("docs/operations.md")
 [TUNING] = snippets("docs/tuning.md")
@@ -62,6 +63,17 @@ def test_its_tasks_are_guarded(namespace: dict[str, Any]) -> None:
 def test_its_policy_is_the_default_one_but_for_slow_calls(namespace: dict[str, Any]) -> None:
     default = namespace["resilience"].breaker("another").policy
     assert [name for name, *_ in namespace["payments"].policy.differences(default)] == ["slow_call_duration"]
+
+
+def test_an_api_without_celery(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESILIENT_TASKS_STORE_URL", "redis://localhost:1/0")
+    names: dict[str, Any] = {"__name__": "web"}
+    exec(WEB, names)
+    with in_memory(names["resilience"]):
+        force(names["llm"], "OPEN")
+        answer = TestClient(names["api"]).post("/summaries?text=story")
+    assert answer.status_code == 503
+    assert 10 < int(answer.headers["Retry-After"]) <= 12
 
 
 def test_guards(namespace: dict[str, Any]) -> None:
