@@ -32,9 +32,8 @@ from resilient_tasks.worker import beat
 from resilient_tasks.worker.bootsteps import ControlQueue, Membership
 from resilient_tasks.worker.context import TICK_TASK, Runtime, find_breaker, find_runtime, runtime_of
 from resilient_tasks.worker.definitions import check_sent
-from resilient_tasks.worker.producers import ProducersGate
 from resilient_tasks.worker.queues import own_queue
-from resilient_tasks.worker.task import resilient
+from resilient_tasks.worker.task import ProducersGate, resilient
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # Python 3.11 has it in typing

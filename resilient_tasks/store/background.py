@@ -26,6 +26,8 @@ from resilient_tasks.errors import StoreError
 logger = logging.getLogger("resilient_tasks")
 
 MOST_WAITING = 1_000
+MOST_WRITES = 100_000
+IDLE_TIMEOUT = 5.0  # seconds without work after which a thread ends that is needed during an outage only
 EXIT_TIMEOUT = 2.0  # seconds that the end of the process may wait for what is left
 _SHORTEST_SLEEP = 0.02  # seconds; many calls that begin one after the other are looked at together
 
@@ -155,7 +157,14 @@ class BackgroundQueue:
     def _run(self) -> None:
         actions = self._actions
         while True:
-            action = actions.get()
+            try:
+                action = actions.get(timeout=IDLE_TIMEOUT)
+            except queue.Empty:
+                with self._lock:
+                    if actions.empty():
+                        self._thread = None
+                        return
+                continue
             try:
                 action()
             except Exception as exc:  # noqa: BLE001 - whatever a broker or a receiver raises
@@ -199,9 +208,7 @@ class TimedWriter:
         self, name: str, timeout: float, *, even_late: bool = False, expected: type[Exception] = Exception
     ) -> None:
         self._name, self._timeout, self._even_late, self._expected = name, timeout, even_late, expected
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        self._queue = BackgroundQueue(f"writes to the {name}", MOST_WRITES)
         self._hanging: _Job | None = None
 
     def write(self, action: Callable[[], Any]) -> bool:
@@ -213,11 +220,8 @@ class TimedWriter:
         hangs = self._hanging is not None and not self._hanging.done.is_set()
         if hangs and not self._even_late:
             return lambda: False
-        with self._starting:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = start_thread("writer", self._work)
         job = _Job(action)
-        self._jobs.put(job)
+        self._queue.submit(partial(self._run, job))
         return partial(self._wait, job, 0 if hangs else self._timeout)
 
     def _wait(self, job: _Job, timeout: float) -> bool:
@@ -227,17 +231,15 @@ class TimedWriter:
         self._hanging = job
         return False
 
-    def _work(self) -> None:
-        while True:
-            job = self._jobs.get()
-            try:
-                if job.wanted:
-                    job.action()
-            except Exception as exc:
-                is_bug, what = not isinstance(exc, self._expected), "a task goes on without the %s: %s"
-                logger.warning(what, self._name, type(exc).__name__, exc_info=is_bug)
-            finally:
-                job.done.set()
+    def _run(self, job: _Job) -> None:
+        try:
+            if job.wanted:
+                job.action()
+        except Exception as exc:
+            is_bug, what = not isinstance(exc, self._expected), "a task goes on without the %s: %s"
+            logger.warning(what, self._name, type(exc).__name__, exc_info=is_bug)
+        finally:
+            job.done.set()
 
 
 _queues: weakref.WeakSet[BackgroundQueue] = weakref.WeakSet()

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery import Celery
 from celery.exceptions import InvalidTaskError, TaskRevokedError, Terminated, TimeLimitExceeded, WorkerLostError
@@ -45,6 +45,16 @@ logger = logging.getLogger("resilient_tasks")
 
 #: Seconds until a message is tried again that could not be handled.
 RETRY_INTERVAL = 1.0
+
+
+class Denial(NamedTuple):
+    """Why a task does not enter the pool."""
+
+    breaker: Dependency
+    is_late: bool = False  # it admits, but its late calls hold its share of this worker
+
+    def defers(self, request: GatedRequest) -> bool:
+        return self.is_late or request.defers_when_refused()
 
 
 class Pipeline:
@@ -78,37 +88,36 @@ class Pipeline:
         if envelope.resumed and self.runtime.defines(envelope.breaker):  # others may write envelopes, too
             self.gate.took_up(envelope)
         guards = self._guards(task, message)
-        refusing = self.gate.refusing(guards, envelope, message.headers["id"]) if guards else None
-        limiting = self.compensation.limiting(guards) if refusing is None else None
-        if refusing is None and limiting is None:
-            refusing = self.gate.has_queue(guards, envelope)
-        if refusing is None and limiting is None:
+        denial = self._denial(guards, envelope, message.headers["id"]) if guards else None
+        if denial is None:
             return False
         request = to_request()
-        if request.eta or (limiting is None and not request.defers_when_refused()):
+        if request.eta or not denial.defers(request):
             return False
         if not request.revoked():  # or expired: Celery has settled it then
             _announce(request)
-            if refusing is not None:
-                self._defer_refused(request, refusing.refuse())
-            elif limiting is not None:
-                self._defer_late(request, limiting)
+            self._defer_denied(request, denial)
         return True
 
     def on_submit(self, request: GatedRequest) -> Admission:
         """Decide on a request that is about to enter the pool.
 
         Raises:
-            TaskRevokedError: the task was revoked, or deferred.
+            TaskRevokedError: the task was revoked, deferred or held.
         """
         if request.deferred or request.revoked():
             raise TaskRevokedError(request.id)
-        self._leave_slots_to_others(request)
-        admission = request.admission = self.gate.admit(request)
-        refusal = admission.refusal
-        if refusal is not None and request.defers_when_refused():
+        denial = self._denial(request.guards, request.envelope, request.id)
+        if denial is not None and denial.defers(request):
             request.withdraw()
-            self._defer_refused(request, refusal)
+            self._defer_denied(request, denial)
+            raise TaskRevokedError(request.id)
+        if denial is None and self._is_held(request):
+            raise TaskRevokedError(request.id)
+        admission = request.admission = self.gate.admit(request)
+        if admission.refusal is not None and request.defers_when_refused():
+            request.withdraw()
+            self._defer_refused(request, admission.refusal)
             raise TaskRevokedError(request.id)
         if request.delivery_info.get("redelivered") and not request.envelope.since:  # a deferred one may keep the mark
             self.runtime.fleet.reporter.tally(request.task.options.breakers[0], REDELIVERED)
@@ -126,7 +135,7 @@ class Pipeline:
         if limiting is not None:
             self.discard(request)
             request.withdraw()
-            self._defer_late(request, limiting)
+            self._defer_denied(request, Denial(limiting, is_late=True))
             raise TaskRevokedError(request.id)
 
     def on_begun(self, request: GatedRequest) -> None:
@@ -191,32 +200,15 @@ class Pipeline:
 
     # --- out of the worker ------------------------------------------------------------------------
 
-    def _leave_slots_to_others(self, request: GatedRequest) -> None:
-        """Defer or hold a task whose breakers admit it, if its slot is another's: of this worker, or in the fleet.
-
-        Raises:
-            TaskRevokedError: it is deferred or held.
-        """
-        limiting, full = self.compensation.limiting(request.guards), self.gate.full(request.guards)
-        waited_for = self.gate.has_queue(request.guards, request.envelope) if request.defers_when_refused() else None
-        if (limiting is None and full is None and waited_for is None) or self.refusing(request) is not None:
-            return
-        if limiting is not None:
-            request.withdraw()
-            self._defer_late(request, limiting)
-        elif waited_for is not None:
-            request.withdraw()
-            self._defer_refused(request, waited_for.refuse())
-        elif full is None or not request.defers_when_refused() or not self.holding.hold(request, full):
-            return
-        raise TaskRevokedError(request.id)
-
     def _defer_refused(self, request: GatedRequest, refusal: BreakerOpenError) -> None:
         self.defer(request, refusal.breaker, str(refusal))
 
-    def _defer_late(self, request: GatedRequest, suspect: Dependency) -> None:
-        """Defer a task, because late calls of its breaker hold that breaker's share of this worker."""
-        self.defer(request, suspect.name, "its calls are late", wait=self.compensation.wait(suspect))
+    def _defer_denied(self, request: GatedRequest, denial: Denial) -> None:
+        if denial.is_late:
+            wait = self.compensation.wait(denial.breaker)
+            self.defer(request, denial.breaker.name, "its calls are late", wait=wait)
+        else:
+            self._defer_refused(request, denial.breaker.refuse())
 
     def defer(
         self, request: GatedRequest, breaker: str, reason: str, failed: TaskDeferred | None = None, *,
@@ -294,6 +286,23 @@ class Pipeline:
     def refusing(self, request: GatedRequest) -> Dependency | None:
         """Return the breaker that would refuse a request, by what is known here; None if it might be admitted."""
         return self.gate.refusing(request.guards, request.envelope, request.id)
+
+    def _denial(self, guards: Sequence[Dependency], envelope: Envelope, task_id: str) -> Denial | None:
+        """Return the first breaker that keeps a task from the pool by what is known here; None: none does.
+
+        It refuses, or its late calls hold its share of this worker, or earlier tasks wait for one of its slots.
+        """
+        refusing = self.gate.refusing(guards, envelope, task_id)
+        limiting = self.compensation.limiting(guards) if refusing is None else None
+        if limiting is not None:
+            return Denial(limiting, is_late=True)
+        refusing = refusing or self.gate.has_queue(guards, envelope)
+        return None if refusing is None else Denial(refusing)
+
+    def _is_held(self, request: GatedRequest) -> bool:
+        """Hold a task, instead of deferring it, while this worker runs as many of its breaker's as it may."""
+        full = self.gate.full(request.guards)
+        return full is not None and request.defers_when_refused() and self.holding.hold(request, full)
 
     def _guards(self, task: Any, message: Any) -> list[Dependency]:
         if isinstance(message.payload, dict):  # protocol 1: it is refused when it is submitted

@@ -313,7 +313,7 @@ def test_the_event_of_a_sending_is_sent(
 ) -> None:
     published: list[Any] = []
     monkeypatch.setattr(Producer, "publish", lambda _, body, **sent: published.append((body["type"], body["queue"])))
-    monkeypatch.setattr("resilient_tasks.worker.producers.ProducersGate._try_to_defer", lambda *_: True)
+    monkeypatch.setattr("resilient_tasks.worker.task.ProducersGate._try_to_defer", lambda *_: True)
     app.conf.task_send_sent_event = True
     charge = task()
     force(payments, "OPEN")
