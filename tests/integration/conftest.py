@@ -18,6 +18,7 @@ import redis
 
 from resilient_tasks import Resilience
 from resilient_tasks.breaker import Breaker
+from tests.integration.depots import Depot
 from tests.integration.post_office import PostOffice
 from workers.processes import (
     Program,
@@ -223,6 +224,21 @@ def running(_running: Shop) -> Shop:
         _running.beat()
         _running.worker(arguments=["-E"])
     return _running
+
+
+@pytest.fixture
+def depot(server: Server, tmp_path: Path) -> Iterator[Callable[..., Depot]]:
+    """Make depots on the brokers that a test names; what they have to look at is on an empty server."""
+    depots: list[Depot] = []
+    redis.Redis.from_url(server.url()).flushall()
+
+    def make(broker: str, **settings: Any) -> Depot:
+        depots.append(Depot(broker, server, tmp_path, **settings))
+        return depots[-1]
+
+    yield make
+    for each in depots:
+        each.stop()
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
-import redis
 from celery import Celery
 from kombu import Connection, Queue
 
@@ -24,7 +23,7 @@ from tests.integration.depots import (
     wait_until_deferred,
 )
 from tests.support import forks
-from workers.processes import Server, celery_command, wait_until
+from workers.processes import celery_command, wait_until
 from workers.rabbitmq import RabbitMQ
 
 pytestmark = pytest.mark.rabbitmq
@@ -41,25 +40,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def fresh(rabbitmq: RabbitMQ, server: Server) -> Iterator[RabbitMQ]:
-    """A RabbitMQ that has none of our queues, and an empty store; other tests find none of another type."""
-    redis.Redis.from_url(server.url(0)).flushall()
+def fresh(rabbitmq: RabbitMQ) -> Iterator[RabbitMQ]:
+    """A RabbitMQ that has none of our queues; other tests find none of another type."""
     rabbitmq.delete_queues("resilient.")
     yield rabbitmq
     rabbitmq.delete_queues("resilient.")
 
 
 @pytest.fixture
-def depot(fresh: RabbitMQ, server: Server, tmp_path: Path) -> Iterator[Callable[..., Depot]]:
-    depots: list[Depot] = []
-
-    def make(**settings: Any) -> Depot:
-        depots.append(Depot(fresh.url, server, tmp_path, **settings))
-        return depots[-1]
-
-    yield make
-    for each in depots:
-        each.stop()
+def depot(fresh: RabbitMQ, depot: Callable[..., Depot]) -> Callable[..., Depot]:
+    return partial(depot, fresh.url)
 
 
 def types(rabbitmq: RabbitMQ) -> dict[str, str]:

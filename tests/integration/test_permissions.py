@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
@@ -41,16 +41,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def depot(server: Server, tmp_path: Path) -> Iterator[Callable[..., Depot]]:
-    depots: list[Depot] = []
-
-    def make(broker: str, **settings: Any) -> Depot:
-        depots.append(Depot(broker, server, tmp_path, queue="celery", **settings))
-        return depots[-1]
-
-    yield make
-    for each in depots:
-        each.stop()
+def depot(depot: Callable[..., Depot]) -> Callable[..., Depot]:
+    return partial(depot, queue="celery")
 
 
 @pytest.fixture

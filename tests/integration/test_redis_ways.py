@@ -34,20 +34,6 @@ ORDERS = 30
 PRIORITIES = [order % 10 for order in range(ORDERS)]
 
 
-@pytest.fixture
-def depot(server: Server, tmp_path: Path) -> Iterator[Callable[..., Depot]]:
-    depots: list[Depot] = []
-    redis.Redis.from_url(server.url()).flushall()
-
-    def make(broker: str, **settings: Any) -> Depot:
-        depots.append(Depot(broker, server, tmp_path, **settings))
-        return depots[-1]
-
-    yield make
-    for each in depots:
-        each.stop()
-
-
 @dataclass
 class Way:
     """One way to reach a server: its settings, and Celery's."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
@@ -57,19 +55,6 @@ def rabbitmq(_rabbitmq: RabbitMQ) -> RabbitMQ:
     """The node, without queues of ours: they may be of another type."""
     _rabbitmq.delete_queues("resilient.")
     return _rabbitmq
-
-
-@pytest.fixture
-def depot(side: redis.Redis, server: Server, tmp_path: Path) -> Iterator[Callable[..., Depot]]:
-    depots: list[Depot] = []
-
-    def make(broker: str, **settings: Any) -> Depot:
-        depots.append(Depot(broker, server, tmp_path, **settings))
-        return depots[-1]
-
-    yield make
-    for each in depots:
-        each.stop()
 
 
 # --- RabbitMQ ---------------------------------------------------------------------------------------------
