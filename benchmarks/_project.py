@@ -90,6 +90,12 @@ def guarded() -> None:
     """Do nothing, behind the gate."""
 
 
+@app.task(breaker=payments, send_events=EVENTS)
+def brief() -> None:
+    """Take 5 ms, behind the gate."""
+    time.sleep(0.005)
+
+
 @probed.probe
 def probe() -> None:
     """Ask the dependency of ``probed``."""

@@ -69,12 +69,13 @@ def start_thread(name: str, target: Callable[[], object]) -> threading.Thread | 
 class PeriodicThread:
     """Calls ``run`` every ``interval`` seconds, or sooner if woken, in a daemon thread until it is stopped.
 
-    ``run`` gets the event that is set when the thread is to end. A ``StoreError`` is logged for debugging only, because
-    the store's absence has been logged once; anything else with its traceback. Either way it goes on. A fork leaves the
-    thread behind: the child may start its own.
+    ``run`` may return after how many seconds it is to be called again, if sooner. It gets the event that is set when
+    the thread is to end. A ``StoreError`` is logged for debugging only, because the store's absence has been logged
+    once; anything else with its traceback. Either way it goes on. A fork leaves the thread behind: the child may start
+    its own.
     """
 
-    def __init__(self, name: str, run: Callable[[threading.Event], object], interval: float) -> None:
+    def __init__(self, name: str, run: Callable[[threading.Event], float | None], interval: float) -> None:
         self._name, self._run, self._interval = name, run, interval
         self.after_fork()
         renew_after_fork(self)
@@ -111,14 +112,15 @@ class PeriodicThread:
     def _loop(self, woken: threading.Event, stopped: threading.Event) -> None:
         while not stopped.is_set():
             woken.clear()
+            again = None
             try:
-                self._run(stopped)
+                again = self._run(stopped)
             except StoreError as error:
                 logger.debug("%s: %s", self._name, error)
             except Exception:  # top of the thread
                 if not stopped.is_set():  # else something was closed while it was in use
                     logger.exception("%s failed and is tried again", self._name)
-            woken.wait(0 if stopped.is_set() else self._interval)
+            woken.wait(0 if stopped.is_set() else min(self._interval, math.inf if again is None else again))
 
 
 class BackgroundQueue:

@@ -54,6 +54,7 @@ class Keys:
         self.namespace = check_key_part("namespace", namespace)
         self.breakers = f"{namespace}:breakers"  # sorted set: name -> last declared by a worker, ms
         self.workers = f"{namespace}:workers"  # sorted set: worker -> when it last attended, ms
+        self.consumed = f"{namespace}:consumed"  # sorted set: queue -> when a worker that consumes it last attended, ms
         self.revoked = f"{namespace}:revoked"  # sorted set: task id or stamp -> revoked at, ms
         self._cached = lru_cache(_REMEMBERED)(self._build)
 

@@ -103,8 +103,9 @@ class Ledger:
 
     def save_pace(self, name: str, pace: Pace) -> None:
         """Keep ``pace``, but for ``outstanding``, which is only moved by the methods below."""
-        fields = [(field, getattr(pace, field)) for field in ("batch", "failures_seen", "too_large", "decided_at")]
-        self._server.command("HSET", self._keys.pace(name), *chain.from_iterable(fields))
+        kept = "batch", "failures_seen", "too_large", "decided_at", "released_at"
+        fields = chain.from_iterable((field, getattr(pace, field)) for field in kept)
+        self._server.command("HSET", self._keys.pace(name), *fields)
 
     def resumed(self, name: str, count: int) -> None:
         """Add ``count`` to the resumed tasks that no worker has taken up yet; below 0 they do not fall."""
@@ -193,15 +194,24 @@ class Ledger:
         now = self._server.now()
         self._server.commands([("ZADD", self._keys.breakers, now, name) for name in names])
 
-    def attend(self, worker: str) -> None:
-        """Note that a worker is alive."""
-        self._server.command("ZADD", self._keys.workers, self._server.now(), worker)
+    def attend(self, worker: str, queues: Iterable[str] = ()) -> None:
+        """Note that a worker is alive, and which queues it consumes."""
+        noted = (self._keys.workers, worker), *((self._keys.consumed, queue) for queue in queues)
+        now = self._server.now()
+        self._server.commands([("ZADD", key, now, name) for key, name in noted])
 
     def workers(self) -> int:
         """Return the number of workers that have attended within the last half minute."""
-        key, absent = self._keys.workers, self._server.now() - to_ms(LONGEST_ABSENCE)
-        [_, count] = self._server.commands([("ZREMRANGEBYSCORE", key, "-inf", absent), ("ZCARD", key)])
-        return count or 0
+        return len(self._attended(self._keys.workers))
+
+    def consumed_queues(self) -> set[str]:
+        """Return the queues that those workers consume."""
+        return {name.decode() for name in self._attended(self._keys.consumed)}
+
+    def _attended(self, key: str) -> Sequence[bytes]:
+        absent = self._server.now() - to_ms(LONGEST_ABSENCE)
+        [_, names] = self._server.commands([("ZREMRANGEBYSCORE", key, "-inf", absent), ("ZRANGE", key, 0, -1)])
+        return names or ()
 
     def abandoned(self, *, unseen_for: float) -> list[str]:
         """Return breakers that workers used to define and none has declared for so many seconds."""
@@ -234,8 +244,9 @@ def _number(text: bytes | None) -> int | None:
 
 def _pace(fields: Mapping[bytes, bytes]) -> Pace:
     numbers = {name.decode(): float(value) for name, value in fields.items()}
-    decided_at = numbers.pop("decided_at", 0.0)
-    pace = Pace(**{name: int(value) for name, value in numbers.items()}, decided_at=decided_at)
-    if not (pace.batch >= 0 and pace.outstanding >= 0 and math.isfinite(decided_at)):
+    times = decided_at, released_at = numbers.pop("decided_at", 0.0), numbers.pop("released_at", 0.0)
+    counts = {name: int(value) for name, value in numbers.items()}
+    pace = Pace(**counts, decided_at=decided_at, released_at=released_at)
+    if not (pace.batch >= 0 and pace.outstanding >= 0 and all(map(math.isfinite, times))):
         raise ValueError(fields)
     return pace

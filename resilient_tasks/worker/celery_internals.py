@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any
 
@@ -386,6 +386,10 @@ def submit(consumer: Any, request: Request) -> None:
         consumer.on_task_request(request)
 
 
+#: Events in one message.
+MOST_EVENTS = 500
+
+
 class Events:
     """Sends events from one thread on a connection of its own, best-effort.
 
@@ -410,15 +414,29 @@ class Events:
             self._connection = self._app.connection_for_write()
         if name and name not in self._dispatchers:
             self._dispatchers[name] = self._app.events.Dispatcher(
-                self._connection, hostname=name, buffer_while_offline=False, groups=groups
-            )
+                self._connection, hostname=name, buffer_while_offline=False, groups=groups,
+                buffer_group={"task"}, buffer_limit=MOST_EVENTS,
+            )  # fmt: skip
         return self._dispatchers.get(name)
 
-    def send(self, kind: str, reported_by: str, **fields: Any) -> None:
-        try:
+    def send(self, kind: str, reported_by: str, *, in_bulk: bool = False, **fields: Any) -> None:
+        with self._best_effort(kind):
             dispatcher = self.dispatcher(reported_by)
             if dispatcher is not None:
                 dispatcher.send(kind, **fields)
+        if not in_bulk:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what was to be sent in bulk, each worker's in one message, as Celery's own workers do."""
+        with self._best_effort("task-multi"):
+            for dispatcher in self._dispatchers.values():
+                dispatcher.flush(errors=False)
+
+    @contextmanager
+    def _best_effort(self, kind: str) -> Iterator[None]:
+        try:
+            yield
         except self._errors as exc:  # the task comes first
             logger.warning("event %s was not sent: %s", kind, type(exc).__name__)
             self.close()

@@ -89,6 +89,7 @@ class DeferredTasks:
             for entry in flawed:
                 logger.warning("a message that waits for breaker %r is dead-lettered: %s", breaker, entry.flaw)
             dead = [Move(entry, self.queues.dead(breaker), entry.envelope) for entry in flawed]
+            self._events.flush()  # before a worker can report that it has taken a task up
             ledger.remove_deferred(breaker, [move.entry.task_id for move in planned])  # they may come back at once
             try:
                 for move in self.queues.move(queue, [*planned, *dead]):
@@ -96,6 +97,7 @@ class DeferredTasks:
                     self._ended.discard(_deferral_of(move.entry))
             finally:
                 self._note_unmade(planned, made)
+                self._events.flush()
         for entry in (move.entry for move in made if move.resumes):
             signals.notify(
                 signals.task_resumed, self._runtime.app, task_id=entry.task_id, task=entry.task_name,
@@ -157,7 +159,7 @@ class DeferredTasks:
         moves: list[Move] = []
         for entry in entries:
             self._withdraw(entry, keep_for=CLAIM_OUTLIVES_TURN)
-            self._send(entry, TASK_RESUMED, exception=why, traceback=None)
+            self._send(entry, TASK_RESUMED, in_bulk=True, exception=why, traceback=None)
             moves.append(Move(entry, self._runtime.origin(entry.envelope), entry.envelope.resume(epoch, now)))
         return moves
 
@@ -327,11 +329,12 @@ class Resumer:
         ``only`` those with these ids; ``unfailed_first``: those of a page that have never failed come before the
         others; ``early``: also those whose own wait after a failure is not over.
         """
-        ledger, left, going = self._runtime.fleet.ledger, limit, 0
+        ledger, left = self._runtime.fleet.ledger, limit
+        going: dict[str, str] = {}  # tasks that workers will take up -> their queues
         why = f"resumed, breaker {breaker.name!r} is {snapshot.state}"
 
         def choose(entries: Sequence[Entry]) -> list[Move]:
-            nonlocal left, going
+            nonlocal left
             wanted = [entry for entry in entries if only is None or entry.task_id in only]
             due = [entry for entry in wanted if early or _is_due(breaker, entry, snapshot.now)]
             ends, fit = self._tasks.remove_ended(due)
@@ -339,23 +342,27 @@ class Resumer:
                 fit.sort(key=lambda entry: entry.envelope.attempted_at > 0)
             chosen = fit[:left]
             left -= len(chosen) if only is None else len(wanted)
-            going += len(chosen)
-            ledger.resumed(breaker.name, len(chosen))  # before they can be taken up
-            return [*ends, *self._tasks.resume(chosen, snapshot.epoch, why)]
+            moves = self._tasks.resume(chosen, snapshot.epoch, why)
+            consumed = ledger.consumed_queues()
+            taken = {move.entry.task_id: move.queue for move in moves if move.queue in consumed}
+            going.update(taken)
+            ledger.resumed(breaker.name, len(taken))  # before they can be taken up
+            return [*ends, *moves]
 
         resumed: list[str] = []
         # into a free slot goes one task: to read hundreds for it would take ten times as long
         most = PAGE if unfailed_first or only is not None else min(max(2 * limit, SMALLEST_PAGE), PAGE)
         for moves in self._tasks.transfer_all(breaker.name, choose, enough=lambda: left <= 0, most=most):
             gone = [move for move in moves if move.resumes]
-            self._origins.setdefault(breaker.name, set()).update(str(move.queue) for move in gone)
+            origins = (going.pop(move.entry.task_id, None) for move in gone)
+            self._origins.setdefault(breaker.name, set()).update(filter(None, origins))
             if gone:
                 since = (move.entry.envelope.since for move in gone)
                 longest = max((snapshot.now - at for at in since if at), default=0.0)
                 self._runtime.fleet.reporter.tally(breaker.name, RESUMED, len(gone), peak=(LONGEST_WAIT, longest))
             resumed += [move.entry.task_id for move in gone]
-        if len(resumed) < going:
-            ledger.taken_up(breaker.name, going - len(resumed))  # another process has moved them
+        if going:
+            ledger.taken_up(breaker.name, len(going))  # another process has moved them
         if resumed:
             logger.info("breaker %r is %s: %d tasks resumed", breaker.name, snapshot.state, len(resumed))
         return resumed
@@ -367,12 +374,12 @@ class Resumer:
     def _outstanding(self, breaker: Dependency, pace: Pace) -> int:
         """Resumed tasks that no worker has taken up: never more than lie in the queues that they went to.
 
-        None once that is so for too long: tasks for a queue without workers must not hold up those of others.
+        None once that is so for too long: the workers that were to take them up may be gone.
         """
         if not pace.outstanding:
             return 0
-        consumed = {queue.name for queue in self._runtime.app.amqp.queues.consume_from.values()}
-        outstanding = min(pace.outstanding, self._tasks.queues.size(*self._origins.get(breaker.name, consumed)))
+        origins = self._origins.get(breaker.name) or self._runtime.fleet.ledger.consumed_queues()
+        outstanding = min(pace.outstanding, self._tasks.queues.size(*origins))
         before, since = self._untouched.get(breaker.name, (0, 0.0))
         now = time.monotonic()
         if outstanding < before or not before:

@@ -24,6 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.core.model import ADMITTING, Snapshot, State, is_child
+from resilient_tasks.core.pace import PORTIONS
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.background import PeriodicThread
 from resilient_tasks.store.ledger import Wait
@@ -105,9 +106,9 @@ class Maintenance:
         self._room_found = True
         self._thread.wake()
 
-    def _run(self, stopped: threading.Event) -> None:
+    def _run(self, stopped: threading.Event) -> float | None:
         try:
-            self._refill(stopped)
+            again = self._refill()
             self._deferral.retry_held()
             self._deferral.denials.look()
             self._deferral.log_suppressed()
@@ -119,6 +120,7 @@ class Maintenance:
         except StoreError:
             self._in_touch_since = time.monotonic()
             raise
+        return again
 
     def _is_time_to_tick(self) -> bool:
         """Whether a tick was sent, none has completed for too long, or one was missed and not made up for."""
@@ -128,13 +130,23 @@ class Maintenance:
             return True
         return self._overdue()
 
-    def _refill(self, stopped: threading.Event) -> None:
-        """Resume tasks into free slots, before anything else that may take time."""
-        if self._tick is not None and (self._room_found or self._holds_few()):
-            self._room_found = False
-            if not self._tick.refill():  # another worker is at it, and may have looked before the slot was free
-                stopped.wait(REFILL_AGAIN)
-                self.want_refill()
+    def _refill(self) -> float | None:
+        """Resume tasks, before anything else that may take time; return after how many seconds to resume more."""
+        if self._tick is None:
+            return None
+        wanted, self._room_found = self._room_found or self._holds_few(), False
+        paced = self._paced()
+        if not (wanted or paced):
+            return None
+        again = self._tick.refill(paced)
+        self._room_found |= wanted and again is None  # another worker is at it, and may have looked too early
+        return REFILL_AGAIN if self._room_found else again
+
+    def _paced(self) -> list[Dependency]:
+        """Return breakers whose waiting tasks are to be resumed between ticks, too; of many, the ticks serve most."""
+        cached = ((breaker, breaker.cached_state.snapshot) for breaker in self._runtime.present())
+        waiting = (each for each, snapshot in cached if snapshot.deferred and snapshot.state in ADMITTING)
+        return list(itertools.islice(waiting, CHILDREN_AT_ONCE))
 
     def _holds_few(self) -> bool:
         """Whether tasks wait that are over their workers' own limits, and this one has nearly run those it holds."""
@@ -149,7 +161,7 @@ class Maintenance:
         now = time.monotonic()
         if now >= self._declare_at:
             ledger.declare(self._runtime.breakers)
-            ledger.attend(self._name)
+            ledger.attend(self._name, [queue.name for queue in self._runtime.app.amqp.queues.consume_from.values()])
             self._declare_at = now + DECLARING
             if self._sender_seen:
                 self._sender_seen = False
@@ -252,8 +264,10 @@ class Tick:
             fleet.ledger.tick_completed(scope)
         return True
 
-    def refill(self) -> bool:
-        """Resume tasks that wait for a slot where one is free; False if another worker is at a tick.
+    def refill(self, paced: Sequence[Dependency]) -> float | None:
+        """Resume tasks of these breakers, and those that wait for a slot where one is free.
+
+        Return after how many seconds there is more to do; None if another worker is at a tick.
 
         Raises:
             StoreError: the store is unavailable.
@@ -263,13 +277,16 @@ class Tick:
             for breaker in self._runtime.present()
             if not breaker.cached_state.admits_freely or breaker.policy.max_concurrency_per_worker is not None
         ]
+        breakers, goes_on = list({each.name: each for each in (*limited, *paced)}.values()), False
         with self._lease() as held:
-            if held:
-                specs = [breaker.spec for breaker in limited]
-                for breaker, snapshot in zip(limited, self._runtime.fleet.store.read(specs), strict=True):
-                    if snapshot.state is State.CLOSED and snapshot.deferred and snapshot.has_room:
-                        self._shielded(breaker.name, partial(self._resumer.resume, breaker, snapshot))
-        return held
+            if not held:
+                return None
+            snapshots = self._runtime.fleet.store.read([breaker.spec for breaker in breakers])
+            for breaker, snapshot in zip(breakers, snapshots, strict=True):
+                if snapshot.state in ADMITTING and snapshot.deferred and snapshot.has_room:
+                    self._shielded(breaker.name, partial(self._resumer.resume, breaker, snapshot))
+                    goes_on |= breaker in paced
+        return self._runtime.settings.tick_interval / PORTIONS if goes_on else math.inf
 
     def _lease(self) -> AbstractContextManager[bool]:
         ttl = max(SHORTEST_LEASE, LEASE_INTERVALS * self._runtime.settings.tick_interval)

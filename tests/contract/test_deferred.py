@@ -115,9 +115,11 @@ def test_the_pace_is_kept_and_outstanding_is_moved_on_its_own(lab: Lab) -> None:
     breaker = lab.breaker()
     assert lab.ledger.pace(breaker.name) == Pace()
     lab.ledger.resumed(breaker.name, 5)
-    lab.ledger.save_pace(breaker.name, Pace(6, 7, outstanding=99, decided_at=1234.567, too_large=8))
+    lab.ledger.save_pace(breaker.name, Pace(6, 7, outstanding=99, decided_at=1234.567, too_large=8, released_at=1234.6))
     lab.ledger.taken_up(breaker.name, 2)
-    assert lab.ledger.pace(breaker.name) == Pace(6, 7, outstanding=3, decided_at=1234.567, too_large=8)
+    assert lab.ledger.pace(breaker.name) == Pace(
+        6, 7, outstanding=3, decided_at=1234.567, too_large=8, released_at=1234.6
+    )
 
 
 @SHARED
