@@ -173,8 +173,9 @@ class Queues(ABC):
         """Return what a message in one of a breaker's queues says about its task."""
         message.accept = self._accept
         envelope = Envelope.read(message.headers)
-        if queue == self.deferred(breaker) or not (
-            is_child(envelope.breaker) and parent_of(envelope.breaker) == breaker
+        if envelope.breaker != breaker and (
+            queue == self.deferred(breaker)
+            or not (is_child(envelope.breaker) and parent_of(envelope.breaker) == breaker)
         ):
             envelope = replace(envelope, breaker=breaker)
         try:
