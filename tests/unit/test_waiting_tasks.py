@@ -184,6 +184,21 @@ def test_trials_are_tasks_that_have_never_failed_if_there_are_any(
     assert sorted(resumer.release(payments._dependency, snapshot, 3, unfailed_first=True)) == ["d", "e"]
 
 
+def test_only_tasks_for_queues_that_are_consumed_are_waited_for(
+    app: Celery, resilience: Resilience, payments: Breaker
+) -> None:
+    resilience.deferred.drop("payments")
+    runtime, queues = runtime_of(app), (HOME, "elsewhere", HOME)
+    for task_id, queue in zip("abc", queues, strict=True):
+        defer(app, Envelope("payments", queue), task_id)
+    ledger = runtime.fleet.ledger
+    ledger.taken_up("payments", ledger.pace("payments").outstanding)
+    ledger.attend("a worker", [HOME])
+    resumer = Resumer(runtime, DeferredTasks(runtime, Events(app), runtime.queues))
+    assert resumer.release(payments._dependency, payments.snapshot(), 3) == ["a", "b", "c"]
+    assert ledger.pace("payments").outstanding == 2
+
+
 def test_some_tasks_are_resumed_by_their_ids(app: Celery, resilience: Resilience, payments: Breaker) -> None:
     for task_id in "abc":
         defer(app, Envelope("payments", HOME, not_before=2e9), task_id)
