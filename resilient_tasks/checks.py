@@ -28,7 +28,7 @@ import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Annotated, Any
@@ -73,8 +73,10 @@ class Probe:
     active: bool = False
     failures_before_open: Count | None = None
     successes_before_close: Count | None = None
+    takes_key: bool = field(init=False)  # it checks one child after the other: a function with one argument, its key
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "takes_key", _takes_one_argument(self.function))
         subject = f"probe of breaker {self.breaker!r}: "
         check_fields(self, subject)
         if self.failures_before_open is not None and not self.active:
@@ -83,15 +85,6 @@ class Probe:
         if self.timeout is not None and self.timeout > self._longest_run:
             longest = f"{self.interval or ACTIVE_INTERVAL:g} seconds"
             raise ConfigurationError(f"{subject}timeout={self.timeout!r}: allowed is up to the interval of {longest}")
-
-    @property
-    def takes_key(self) -> bool:
-        """Whether it checks one child after the other: a function with one argument, the child's key."""
-        try:
-            parameters = inspect.signature(self.function).parameters.values()
-        except (TypeError, ValueError):  # of a builtin
-            return False
-        return sum(each.default is each.empty and each.kind not in _VARIADIC for each in parameters) == 1
 
     def of_child(self, name: str) -> Probe:
         """Return the probe of one child. It only replaces trials: healthy children may be many, and are not checked."""
@@ -133,6 +126,14 @@ class Probe:
         interval = self.interval or ACTIVE_INTERVAL
         own_share = zlib.crc32(self.breaker.encode()) / 2**32
         return snapshot.now - (snapshot.now - own_share * interval) % interval
+
+
+def _takes_one_argument(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of a builtin, or no function
+        return False
+    return sum(each.default is each.empty and each.kind not in _VARIADIC for each in parameters) == 1
 
 
 @dataclass(frozen=True, slots=True)

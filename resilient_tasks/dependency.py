@@ -372,7 +372,8 @@ class Dependency:
         return _SLOW if verdict.outcome is Outcome.IGNORED and seconds > self.slow_after else verdict
 
     def judge_success(self, seconds: float, value: object = NO_VALUE) -> Verdict:
-        verdict = _SUCCESS if value is NO_VALUE else judge_result(self.policy.classify, value)
+        is_plain = value is NO_VALUE or self.policy.classify is dependency_errors
+        verdict = _SUCCESS if is_plain else judge_result(self.policy.classify, value)
         return _SLOW if verdict.outcome is Outcome.SUCCESS and seconds > self.slow_after else verdict
 
     def conclude(

@@ -58,6 +58,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _MOST_VALUES = 10_000
 _MOST_UNREAD_CHANGES = 1_000
+_DEFAULT_RULES = Rules.from_policy(BreakerPolicy(), OLDEST).text()
 
 
 @dataclass(slots=True)
@@ -366,7 +367,7 @@ def continued(snapshot: Snapshot, now: int) -> dict[str, Any]:
         "last_success_at": here(snapshot.last_success_at), "total_failures": snapshot.total_failures,
         "ramp_since": here(snapshot.ramp_since), "checked_at": here(snapshot.checked_at) or 0,
         "learned": snapshot.concurrency_limit or 0, "backed_off": 1,
-        "rules": Rules.from_policy(BreakerPolicy(), OLDEST).text(),
+        "rules": _DEFAULT_RULES,
     }  # fmt: skip
 
 
