@@ -36,7 +36,7 @@ class Membership(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is un
         super().__init__(worker, **kwargs)
         runtime = runtime_of(worker.app)
         runtime.validate()
-        kombu_internals.install(f"{runtime.settings.namespace}.dead.{UNDECODABLE}", runtime.control_queue)
+        kombu_internals.install(f"{runtime.settings.namespace}.dead.{UNDECODABLE}")
         runtime.fleet.store.check()
         runtime.fleet.view.share()
         runtime.pipeline = Pipeline(runtime)

@@ -2,7 +2,7 @@
 
 kombu pops a message (BRPOP) and then notes it as unacknowledged, in a second step. If the worker dies in
 between, the connection is cut or the server is out of memory, the message is nowhere. Here both are one
-script. Only waiting for a message is a command of its own, and changes nothing.
+script. Waiting for a message is apart from it, and changes nothing.
 
 All that is overridden here is undocumented; ``tests/unit/test_celery_internals.py`` fails when it moves.
 """
@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from importlib import resources
 from queue import Empty
 from time import monotonic, time
-from typing import Any, NoReturn
+from typing import Any
 
 from kombu.exceptions import DecodeError
 from kombu.transport import redis, virtual
@@ -30,15 +30,18 @@ logger = logging.getLogger("resilient_tasks")
 
 TAKE = (resources.files("resilient_tasks.worker") / "lua" / "take.lua").read_text()
 TAKE_DIGEST = hashlib.sha1(TAKE.encode(), usedforsecurity=False).hexdigest()
-#: Seconds to wait at one queue before all are looked at again.
-WAIT = 0.1
+#: Seconds after which the lists are looked at without a report by the server, which shows a dead connection, too.
+LONGEST_WAIT = 1.0
+#: The same if the server reports nothing.
+POLL_INTERVAL = 0.1
 
-_POP, _TAKE, _WAIT = "pop", "take", "wait"  # what the server has been asked: by kombu's own BRPOP, the script, BLMOVE
+# What goes on: kombu's own BRPOP, the script, a look at all lists that the server remembers, the wait for its report.
+_POP, _TAKE, _WATCH, _WAIT = "pop", "take", "watch", "wait"
 
 
-def install(unreadable: str, control: str) -> None:
+def install(unreadable: str) -> None:
     """Let all connections that this process makes from now on take messages this way; see :class:`TakingChannel`."""
-    TakingChannel.unreadable, TakingChannel.control = unreadable, control
+    TakingChannel.unreadable = unreadable
     redis.Transport.Channel = TakingChannel
     redis.SentinelTransport.Channel = TakingSentinelChannel
 
@@ -81,19 +84,25 @@ class TakingQoS(redis.QoS):
 
 
 class TakingChannel(redis.Channel):
-    """Takes and notes each message in one step."""
+    """Takes and notes each message in one step.
+
+    Redis can block on many lists only by popping, and a message popped to a worker that dies is lost. So an idle worker
+    looks whether any list exists, with client-side caching switched on: the server then reports the first change of
+    each, whoever the producer is. Nothing is popped, no command is pending, and two commands a second are sent.
+    """
 
     QoS = TakingQoS
     # If the server dies while a worker holds the lock on restoring, none restores until this is over; kombu: 300 s.
     unacked_mutex_expire = 30
     noted = False  # what is being delivered has been noted by the script
     unreadable = ""  # name of the queue for what kombu could make no message of
-    control = ""  # name of the queue of ticks
     _in_poll: Any  # annotated, because kombu's first values are of narrower types
     _brpop_sent_at: Any
     _asked = _POP
     _all_empty = False
-    _full = False
+    _tracked_by: Any = None  # the socket on which the server reports changes
+    _can_track = True  # as far as is known
+    _wait_until = 0.0
     _knows_script = False  # the server, as far as is known
     _kept_client: Any = None
 
@@ -114,46 +123,65 @@ class TakingChannel(redis.Channel):
             self._tags_without_acks.add(consumer_tag)
         return super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
 
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:  # noqa: FBT001, FBT002 - kombu's signature
+        """Return the settings of connections; that on which messages are taken needs RESP3 for the server's reports."""
+        params: dict[str, Any] = super()._connparams(asynchronous=asynchronous)
+        return {**params, "protocol": 3} if asynchronous else params
+
+    def _update_queue_cycle(self) -> None:
+        super()._update_queue_cycle()
+        self._wait_until = 0.0  # the lists are others
+
     def _brpop_start(self, timeout: float | None = None) -> None:
         """Take, or wait after nothing was there; :meth:`_brpop_read` reads the answer."""
+        if self._asked == _WAIT and monotonic() < self._wait_until:
+            return
+        connection = self.client.connection
         self._tags_without_acks &= self._consumers
         if not self.ack_emulation or self._tags_without_acks:  # such as Celery's of replies before it takes tasks
+            if self._is_tracked():  # a report would look like BRPOP's answer
+                connection.send_command("CLIENT", "TRACKING", "OFF")
+                self._reply("CLIENT")
+                self._tracked_by = None
             self._asked = _POP
             super()._brpop_start(timeout)
             return
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
-        self._asked = _WAIT if self._all_empty else _TAKE
-        self._in_poll = self.client.connection
+        lists = [
+            self.global_keyprefix + self._q_for_pri(queue, priority)
+            for priority in self.priority_steps
+            for queue in queues
+        ]
+        self._asked = _WATCH if self._all_empty else _TAKE
+        self._in_poll = connection
         self._brpop_sent_at = monotonic()
-        command = self._wait_command(queues) if self._all_empty else self._take_command(queues)
-        self.client.connection.send_command(*command)
+        commands = self._watch_commands(lists) if self._all_empty else self._take_commands(lists)
+        connection.send_packed_command(connection.pack_commands(commands))
 
-    def _take_command(self, queues: list[str]) -> list[Any]:
-        lists = [self._q_for_pri(queue, priority) for priority in self.priority_steps for queue in queues]
-        keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key, *lists)]
+    def _is_tracked(self) -> bool:
+        return self._tracked_by is not None and self._tracked_by is self.client.connection._sock
+
+    def _take_commands(self, lists: list[str]) -> list[list[Any]]:
+        keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key)] + lists
         script = ("EVALSHA", TAKE_DIGEST) if self._knows_script else ("EVAL", TAKE)
-        return [*script, len(keys), *keys, time()]
+        take = [*script, len(keys), *keys, time()]
+        # No reports unless they are waited for: kombu drops a connection on which one arrives while its window is full.
+        return [["CLIENT", "TRACKING", "OFF"], take] if self._is_tracked() else [take]
 
-    def _wait_command(self, queues: list[str]) -> list[Any]:
-        """Moving the oldest message of a list to where it is waits for one, and changes nothing.
-
-        One list at a time: tasks must not wait for the one of ticks, but a tick may wait a moment for tasks.
-        """
-        queue = next((queue for queue in queues if queue != self.control), queues[0])
-        self._queue_cycle.rotate(queue)
-        key = self.global_keyprefix + queue
-        if self._full:
-            return ["BRPOP", f"{key}{self.sep}nothing", WAIT]
-        return ["BLMOVE", key, key, "RIGHT", "RIGHT", WAIT]
+    def _watch_commands(self, lists: list[str]) -> list[list[Any]]:
+        if self._can_track:
+            return [["CLIENT", "TRACKING", "ON"], ["EXISTS", *lists]]
+        return [["BRPOP", f"{lists[0]}{self.sep}nothing", POLL_INTERVAL]]
 
     def _brpop_read(self, **options: Any) -> Any:
         """Deliver what was taken, or end the wait; ``Empty`` if there is nothing to deliver."""
-        if self._asked == _WAIT:
-            self._end_wait()
         if self._asked == _POP:
             return super()._brpop_read(**options)
+        if self._asked != _TAKE:
+            self._watch() if self._asked == _WATCH else self._read_report()
+            raise Empty
         try:
             taken = self._take()
             self._all_empty = not taken
@@ -169,9 +197,37 @@ class TakingChannel(redis.Channel):
             self.noted = False
             self._end_poll()
 
-    def _take(self) -> Any:
+    def _watch(self) -> None:
+        """Learn whether all lists are empty; if so, the wait begins."""
+        connection = self.client.connection
         try:
-            taken = self._reply("BRPOP")
+            if not self._can_track:
+                self._reply("BRPOP")
+                self._all_empty = False
+                return
+            try:
+                self._reply("CLIENT")
+                self._tracked_by = connection._sock
+            except ResponseError as exc:
+                logger.info("tasks are noticed up to %s s late: the broker reports no changes: %s", POLL_INTERVAL, exc)
+                self._can_track = False
+            self._all_empty = not self._reply("EXISTS") and not connection.can_read(timeout=0)
+            if self._all_empty and self._can_track:
+                self._asked, self._wait_until = _WAIT, monotonic() + LONGEST_WAIT
+        finally:
+            self._end_poll()
+
+    def _read_report(self) -> None:
+        """Read that a list has changed; more of such reports are skipped with the next answer."""
+        self._all_empty, self._wait_until = False, 0.0
+        self._reply("", report=True)
+
+    def _take(self) -> Any:
+        if self._is_tracked():
+            self._reply("CLIENT")
+            self._tracked_by = None
+        try:
+            taken = self._reply("BRPOP")  # under this name kombu takes its prefix off the key
         except NoScriptError:  # another server, or the same one emptied: the next time it gets the text
             self._knows_script = False
             raise Empty from None
@@ -211,9 +267,12 @@ class TakingChannel(redis.Channel):
                 client.hdel(self.unacked_key, tag)
                 client.zrem(self.unacked_index_key, tag)
 
-    def _reply(self, command: str) -> Any:
+    def _reply(self, command: str, *, report: bool = False) -> Any:
+        client = self.client
         try:
-            return self.client.parse_response(self.client.connection, command)
+            if report:
+                return client.connection.read_response(push_request=True)
+            return client.parse_response(client.connection, command)
         except self.connection_errors:
             self.client.connection.disconnect()
             raise
@@ -221,17 +280,6 @@ class TakingChannel(redis.Channel):
     def _end_poll(self) -> None:
         self._in_poll = None
         self._flush_brpop_reauth()
-
-    def _end_wait(self) -> NoReturn:
-        self._all_empty = False
-        try:
-            self._reply("BLMOVE")
-            self._full = False
-        except ResponseError:  # out of memory, it refuses even a move that changes nothing
-            self._full = True
-        finally:
-            self._end_poll()
-        raise Empty
 
 
 class TakingSentinelChannel(TakingChannel, redis.SentinelChannel):

@@ -31,7 +31,7 @@ def prefix(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def connection(server: Server, broker: Any, prefix: str) -> Iterator[Connection]:
-    kombu_internals.install("resilient.dead.undecodable", "resilient.control")
+    kombu_internals.install("resilient.dead.undecodable")
     with Connection(server.url(), transport_options={"global_keyprefix": prefix}) as connection:
         yield connection
 
@@ -150,25 +150,98 @@ def test_whatever_it_waits_for_all_queues_are_served(connection: Connection, pri
             assert drain(connection, received, number + 1)[-1] == queue
 
 
-def test_no_task_waits_for_the_queue_of_ticks(connection: Connection, server: Server, broker: Any, prefix: str) -> None:
-    channel: Any = connection.channel()
-    with Consumer(channel, [Queue("resilient.control"), Queue("work")]):
-        waits = [channel._wait_command(channel._queue_cycle.consume(2))[1] for _ in range(3)]
-    assert waits == [f"{prefix}work"] * 3
-    with Consumer(channel, [Queue("resilient.control")]):
-        assert channel._wait_command(channel._queue_cycle.consume(1))[1] == f"{prefix}resilient.control"
+def wait_at(connection: Connection) -> None:
+    """Let all channels of a connection find nothing and begin to wait."""
+    with pytest.raises(TimeoutError):
+        connection.drain_events(timeout=0.2)
 
 
-def test_waiting_changes_nothing(connection: Connection, broker: Any, prefix: str) -> None:
+def test_waiting_pops_nothing_and_leaves_no_command_pending(connection: Connection, broker: Any, prefix: str) -> None:
     channel = connection.channel()
-    with Consumer(channel, [Queue("work")]):
+    with Consumer(channel, [Queue("work"), Queue("play")]):
+        wait_at(connection)
+        assert channel._asked == "wait"
+        assert channel._in_poll is None
+        assert broker.info("clients")["blocked_clients"] == 0
+        publish(connection, "a", "b", queue="play")
+        assert broker.llen(f"{prefix}play") == len("ab")
+        assert broker.hlen(f"{prefix}unacked") == 0
+
+
+@pytest.mark.parametrize("priority", [0, 9])
+def test_a_message_in_any_list_ends_the_wait(connection: Connection, priority: int) -> None:
+    queues = [f"queue-{number}" for number in range(10)]
+    kombu_internals.LONGEST_WAIT, before = 3600.0, kombu_internals.LONGEST_WAIT
+    try:
+        with consuming(connection, *queues) as received:
+            for number, queue in enumerate(reversed(queues)):
+                wait_at(connection)
+                publish(connection, queue, queue=queue, priority=priority)
+                assert drain(connection, received, number + 1)[-1] == queue
+    finally:
+        kombu_internals.LONGEST_WAIT = before
+
+
+def test_a_message_that_comes_between_the_look_and_the_wait_is_taken(connection: Connection) -> None:
+    channel: Any = connection.channel()
+    received: list[Any] = []
+    with Consumer(channel, [Queue("work"), Queue("play")], on_message=received.append):
         channel._all_empty = True
         connection.transport.cycle.on_poll_start()
-        publish(connection, "a", "b")
-        wait_until(lambda: not broker.info("clients")["blocked_clients"], what="the wait to be over")
-        waiting = broker.lrange(f"{prefix}work", 0, -1)
-        assert [text.count("delivery_tag") for text in waiting] == [1, 1]
-        assert broker.hlen(f"{prefix}unacked") == 0
+        publish(connection, "a", queue="play")
+        assert drain(connection, received, 1) == ["a"]
+
+
+def test_a_queue_that_is_added_during_the_wait_is_watched(connection: Connection) -> None:
+    received: list[Any] = []
+    with Consumer(connection.channel(), [Queue("work")], on_message=received.append) as consumer:
+        wait_at(connection)
+        consumer.add_queue(Queue("play"))
+        consumer.consume()
+        wait_at(connection)
+        publish(connection, "a", queue="play")
+        assert drain(connection, received, 1) == ["a"]
+
+
+def test_a_busy_worker_hears_of_no_changes(connection: Connection, broker: Any) -> None:
+    channel: Any = connection.channel()
+    received: list[Any] = []
+    channel.basic_qos(0, 1, False)
+    with Consumer(channel, [Queue("work"), Queue("play")], on_message=received.append):
+        wait_at(connection)
+        publish(connection, "a")
+        drain(connection, received, 1)
+        sock = channel.client.connection._sock
+        publish(connection, "b", queue="play")
+        wait_at(connection)
+        assert channel.client.connection._sock is sock
+        received[0].ack()
+        assert drain(connection, received, 2) == ["a", "b"]
+
+
+def test_a_server_that_reports_no_changes_is_asked_ten_times_a_second(
+    server: Server, connection: Connection, broker: Any, prefix: str
+) -> None:
+    broker.acl_setuser(
+        "app", enabled=True, nopass=True, keys=["*"], channels=["*"], commands=["+@all", "-client|tracking"]
+    )
+    url = server.url().replace("redis://", "redis://app:any@")
+    options = {"global_keyprefix": prefix}
+    with Connection(url, transport_options=options) as other, consuming(other, "work", "play") as received:
+        for number, queue in enumerate(["work", "play"]):
+            wait_at(other)
+            publish(other, queue, queue=queue, priority=9)
+            assert drain(other, received, number + 1)[-1] == queue
+    broker.acl_deluser("app")
+
+
+@pytest.mark.parametrize("busy", [0, 3])
+def test_a_busy_queue_leaves_the_others_their_turn(connection: Connection, busy: int) -> None:
+    for queue in ("work", "play", "rest"):
+        publish(connection, *[queue] * 4, queue=queue, priority=busy)
+    with consuming(connection, "work", "play", "rest") as received:
+        assert sorted(drain(connection, received, 3)) == ["play", "rest", "work"]
+        assert sorted(drain(connection, received, 12)) == sorted(["work", "play", "rest"] * 4)
 
 
 def test_a_server_that_is_out_of_memory_hands_out_its_messages_and_takes_acknowledgements(
@@ -227,7 +300,7 @@ def test_a_server_that_dies_in_mid_restore_is_waited_for_half_a_minute(connectio
 
 
 def test_a_lock_on_restoring_that_the_user_has_timed_stays_so(server: Server) -> None:
-    kombu_internals.install("resilient.dead.undecodable", "resilient.control")
+    kombu_internals.install("resilient.dead.undecodable")
     with Connection(server.url(), transport_options={"unacked_mutex_expire": 5}) as connection:
         assert connection.channel().qos.unacked_mutex_expire == 5
 
