@@ -208,6 +208,17 @@ def test_a_killed_worker_gives_its_permits_to_another(shop: Shop) -> None:
     shop.wait(lambda: shop.payments.snapshot().state is State.CLOSED, "the breaker to close")
 
 
+def test_killed_workers_lose_nothing_of_several_queues_and_priorities(shop: Shop) -> None:
+    queues, results = ["celery", "second", "third"], list[Any]()
+    for _ in range(3):
+        doomed = shop.worker(queues=queues, env=soon_restored(2))
+        results.extend(shop.antidote.apply_async(queue=queues[n % 3], priority=n % 10) for n in range(30))
+        shop.wait(lambda: any(result.ready() for result in results[-30:]), "one to have run")
+        doomed.kill()
+    shop.worker(queues=queues, env=soon_restored(2))
+    shop.wait_done(*results)
+
+
 def test_a_killed_pool_process_is_one_failure(shop: Shop) -> None:
     shop.worker()
     shop.set_health("slow", "hang")

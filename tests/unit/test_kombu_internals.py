@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from queue import Empty
 from typing import Any
 
 import pytest
@@ -166,6 +167,26 @@ def test_waiting_pops_nothing_and_leaves_no_command_pending(connection: Connecti
         publish(connection, "a", "b", queue="play")
         assert broker.llen(f"{prefix}play") == len("ab")
         assert broker.hlen(f"{prefix}unacked") == 0
+
+
+@pytest.mark.parametrize("published_at", range(6))
+def test_whenever_a_worker_dies_a_message_is_in_exactly_one_place(
+    connection: Connection, broker: Any, prefix: str, published_at: int
+) -> None:
+    channel: Any = connection.channel()
+    received: list[Any] = []
+    with Consumer(channel, [Queue("work"), Queue("play")], on_message=received.append):
+        for step in range(12):  # take, watch, wait: each is sent, then its answer is read
+            if step == published_at:
+                publish(connection, "a", queue="play", priority=9)
+            if step % 2 == 0:
+                connection.transport.cycle.on_poll_start()
+            elif channel.client.connection.can_read(timeout=0.1):
+                with suppress(Empty):
+                    channel._brpop_read()
+            places = broker.llen(f"{prefix}play{channel.sep}9") + broker.hlen(f"{prefix}unacked")
+            assert places == (step >= published_at)
+        assert [message.payload for message in received] == ["a"]
 
 
 @pytest.mark.parametrize("priority", [0, 9])
