@@ -26,7 +26,7 @@ from workers.processes import start_valkey, start_worker
 WITH, WITHOUT = "library", "plain Celery"
 QUEUES = (1, 3, 10)
 PRIORITIES = (0, 6)
-TASKS = 60  # of each worker in each case
+TASKS = 100  # of each worker in each case
 PAUSE = (0.02, 0.12)  # seconds, from and to
 LIMIT = 1.2  # of plain Celery's, median and 95 %
 
