@@ -115,11 +115,8 @@ class Store(Protocol):
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         """Return the names of the children of a breaker, those used longest ago first: all, or so many of them."""
 
-    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> dict[str, float]:
-        """Return children that are not plainly CLOSED, or that tasks wait for: name -> time of the last change.
-
-        Only those that were changed, or deferred for, at ``since`` or later, on the store's clock; skips ``start``.
-        """
+    def active_children(self, name: str, *, start: int = 0, count: int = 500) -> list[str]:
+        """Return the names of children that are not plainly CLOSED, or that tasks wait for; skips ``start``."""
 
     def mark_idle(self, spec: Spec) -> bool:
         """Take a child off the active ones, if it is plainly CLOSED and nothing waits for it."""
@@ -152,6 +149,12 @@ class Store(Protocol):
 
         The first None comes as soon as it listens: a caller that reads all breakers then misses nothing.
         Used by one thread. Lost messages are possible; a regular :meth:`read` makes up for them.
+        """
+
+    def changed(self, since: float) -> dict[str, float]:
+        """Return breakers that were changed, or for which tasks were deferred, at ``since`` or later: name -> when.
+
+        On the store's clock in seconds; for at least a minute. What :meth:`changes` has lost is found here.
         """
 
     def check(self) -> None:

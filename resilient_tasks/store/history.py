@@ -267,6 +267,7 @@ class History:
             ("LPUSH", key, json.dumps(entry)),
             ("LTRIM", key, 0, bounds.logged - 1),
             ("EXPIRE", key, bounds.seconds),
+            *self._keys.note_change(transition.name, to_ms(transition.at)),
         ]
 
 

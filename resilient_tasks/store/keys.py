@@ -13,6 +13,7 @@ from resilient_tasks.core.model import key_of, parent_of
 from resilient_tasks.errors import ConfigurationError
 
 SCHEMA = 2  # of breakers' states, logs and counts; older releases kept them without a number
+CHANGES_KEPT_FOR = 60  # seconds
 _LONGEST_NAME = 200
 _REMEMBERED = 1_000  # names: each is asked for with every call of a store; the keys of one take 2 KB
 
@@ -53,6 +54,7 @@ class Keys:
     def __init__(self, namespace: str) -> None:
         self.namespace = check_key_part("namespace", namespace)
         self.breakers = f"{namespace}:breakers"  # sorted set: name -> last declared by a worker, ms
+        self.changed = f"{namespace}:{SCHEMA}:changed"  # sorted set: name -> last change, ms; of the last minute
         self.workers = f"{namespace}:workers"  # sorted set: worker -> when it last attended, ms
         self.consumed = f"{namespace}:consumed"  # sorted set: queue -> when a worker that consumes it last attended, ms
         self.revoked = f"{namespace}:revoked"  # sorted set: task id or stamp -> revoked at, ms
@@ -74,6 +76,11 @@ class Keys:
             active=self.schema_2(parent, "active"),
             former=self._of_breaker(name, "state"),
         )
+
+    def note_change(self, name: str, now: int) -> list[tuple[str | int, ...]]:
+        """Return the commands that note that a breaker was changed ``now``, ms, and forget those of a minute ago."""
+        noted = ("ZADD", self.changed, "GT", now, name)
+        return [noted, ("ZREMRANGEBYSCORE", self.changed, "-inf", now - 1000 * CHANGES_KEPT_FOR)]
 
     def log(self, name: str) -> str:
         """Return the list of a breaker's transitions as JSON, the newest first; ``History.follow`` appends to it."""

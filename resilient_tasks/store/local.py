@@ -83,6 +83,7 @@ class LocalStore(RuledStore):
         self._values: dict[tuple[str, str], tuple[bytes, int, int]] = {}  # -> value, written at, ends at
         self._listeners: list[queue.Queue[Snapshot]] = []
         self._keyed: dict[str, _Children] = {}
+        self._changed: dict[str, int] = {}
         renew_after_fork(self)
 
     def __repr__(self) -> str:
@@ -222,6 +223,7 @@ class LocalStore(RuledStore):
         with self._lock:
             self._breakers.clear()
             self._keyed.clear()
+            self._changed.clear()
 
     # --- children -----------------------------------------------------------------------------------
 
@@ -243,11 +245,12 @@ class LocalStore(RuledStore):
             keys = sorted(used_at, key=lambda key: (used_at[key], key))
             return [f"{name}:{key}" for key in keys[start : None if count is None else start + count]]
 
-    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> dict[str, float]:
+    def active_children(self, name: str, *, start: int = 0, count: int = 500) -> list[str]:
         with self._lock:
-            active = sorted(self._children_of(name).active.items(), key=lambda item: item[::-1])
-            lately = [(f"{name}:{key}", at / 1000) for key, at in active if at >= to_ms(since)]
-            return dict(lately[start : start + count])
+            active = self._children_of(name).active
+            return [
+                f"{name}:{key}" for key in sorted(active, key=lambda key: (active[key], key))[start : start + count]
+            ]
 
     def mark_idle(self, spec: Spec) -> bool:
         with self._lock:
@@ -288,6 +291,10 @@ class LocalStore(RuledStore):
             return (value, (now - written_at) / 1000) if now < ends_at else None
 
     # --- changes --------------------------------------------------------------------------------------
+
+    def changed(self, since: float) -> dict[str, float]:
+        with self._lock:
+            return {name: at / 1000 for name, at in self._changed.items() if at >= to_ms(since)}
 
     def changes(self, *, timeout: float) -> Iterator[Snapshot | None]:
         listener: queue.Queue[Snapshot] = queue.Queue(_MOST_UNREAD_CHANGES)
@@ -334,6 +341,7 @@ class LocalStore(RuledStore):
         return self._keyed.setdefault(parent_of(name) or name, _Children())
 
     def _publish(self, spec: Spec) -> None:
+        self._changed[spec.name] = self._now()
         for listener in self._listeners:
             if not listener.full():
                 listener.put(self._seen(spec).snapshot())
@@ -398,6 +406,7 @@ class FailoverStore:
         self._known: dict[str, Snapshot] = {}
         self._adopted: set[str] = set()
         self._is_unavailable = False
+        self.switches = 0  # how often it was left, and returned to
         self.after_fork()
         renew_after_fork(self)
 
@@ -443,8 +452,11 @@ class FailoverStore:
     def register(self, spec: Spec) -> bool:
         return self._decide(lambda store: store.register(spec))
 
-    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> dict[str, float]:
-        return self._decide(lambda store: store.active_children(name, since=since, start=start, count=count))
+    def active_children(self, name: str, *, start: int = 0, count: int = 500) -> list[str]:
+        return self._decide(lambda store: store.active_children(name, start=start, count=count))
+
+    def changed(self, since: float) -> dict[str, float]:
+        return self._decide(lambda store: store.changed(since))
 
     def forget(self, name: str) -> None:
         """Let go of what this process knows of a child that it does not use any more."""
@@ -486,10 +498,12 @@ class FailoverStore:
     def _leave(self, error: StoreError) -> None:
         if not self._is_unavailable:
             self._is_unavailable = True
+            self.switches += 1
             logger.warning("the shared store is unavailable, this process decides for itself: %s", error)
 
     def _return(self) -> None:
         if self._is_unavailable:
+            self.switches += 1
             with self._lock:
                 self._is_unavailable = False
                 self._adopted.clear()

@@ -156,11 +156,9 @@ class RedisStore(RuledStore):
         keys = self._server.command("ZRANGE", index, start, end) or ()
         return [f"{name}:{key.decode()}" for key in keys]
 
-    def active_children(self, name: str, *, since: float = 0.0, start: int = 0, count: int = 500) -> dict[str, float]:
-        index = self._keys.breaker(name).active
-        command = "ZRANGEBYSCORE", index, to_ms(since), "+inf", "WITHSCORES", "LIMIT", start, count
-        flat = self._server.command(*command) or ()
-        return {f"{name}:{key.decode()}": float(at) / 1000 for key, at in zip(flat[::2], flat[1::2], strict=True)}
+    def active_children(self, name: str, *, start: int = 0, count: int = 500) -> list[str]:
+        keys = self._server.command("ZRANGE", self._keys.breaker(name).active, start, start + count - 1) or ()
+        return [f"{name}:{key.decode()}" for key in keys]
 
     def mark_idle(self, spec: Spec) -> bool:
         index, key = self._keys.breaker(spec.name).active, key_of(spec.name)
@@ -189,6 +187,10 @@ class RedisStore(RuledStore):
         return (kept[0], (now - kept[1]) / 1000) if kept and now < kept[2] else None
 
     # --- changes --------------------------------------------------------------------------------------
+
+    def changed(self, since: float) -> dict[str, float]:
+        flat = self._server.command("ZRANGEBYSCORE", self._keys.changed, to_ms(since), "+inf", "WITHSCORES") or ()
+        return {name.decode(): float(at) / 1000 for name, at in zip(flat[::2], flat[1::2], strict=True)}
 
     def changes(self, *, timeout: float) -> Iterator[Snapshot | None]:
         with closing(self._server.run(self._subscribe)) as subscription:

@@ -3,8 +3,9 @@
 Guards and gates hold a ``CachedState`` each, because they read it on every call. It is kept fresh in one of two ways:
 
 * A process that *follows* (a worker's main process, a web process, a script) has one thread that receives
-  transitions and reads states twice a second, which makes up for lost messages: those of all breakers, and of
-  children those that have changed, at most 500 at a time.
+  transitions, and twice a second asks which breakers have changed, which makes up for lost messages. It reads those
+  whose change it has not received, and those that need a look all the time: not CLOSED, or tasks wait for them. So what
+  is idle costs nothing, however much of it there is; every few seconds one of the others is read all the same.
 * A *child* of a prefork pool neither subscribes nor polls. Its main process counts changes, by breaker, in memory
   that was shared before the fork; the child rereads a breaker that it is about to use when that count has moved.
 
@@ -20,7 +21,7 @@ import mmap
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from zlib import crc32
 
@@ -29,12 +30,14 @@ from resilient_tasks.core.rules import ramp_share
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.background import PeriodicThread, renew_after_fork
 from resilient_tasks.store.base import Spec, Store
+from resilient_tasks.store.keys import CHANGES_KEPT_FOR
 
 logger = logging.getLogger(__name__)
 
 DENIAL_MEMORY = 1.0  # seconds for which a denied permit is not asked for again, unless something has moved
 MOST_AT_ONCE = 500  # children that are read with one refresh
-POLL_INTERVAL = 0.5  # seconds between two reads of all states, and before a failed read is tried again
+POLL_INTERVAL = 0.5  # seconds between two looks at what has changed, and before a failed one is tried again
+SWEEP_INTERVAL = 10.0  # seconds between two reads of idle breakers, one at a time
 _OVERLAP = 2.0  # seconds of changes that are looked at twice: clocks are read before and after a script
 _SHARED_COUNTS = 2**16  # of changes; breakers with the same checksum share one
 _UNSHARED = memoryview(bytearray(b"\xff" * 4)).cast("I")  # differs from every count that a cached state has seen
@@ -108,6 +111,13 @@ class CachedState:
         limit = self.spec.policy.most_in_flight if unknown else snapshot.concurrency_limit
         self.admits_freely = self.admits and limit is None
 
+    @property
+    def needs_a_look(self) -> bool:
+        """Whether this breaker is to be read with each refresh: it is unknown, not CLOSED, or waited for."""
+        snapshot = self.snapshot
+        is_waited_for = snapshot.deferred or snapshot.active_children
+        return not self.known or snapshot.state is not State.CLOSED or is_waited_for > 0
+
     def has_seen(self, change_at: float) -> bool:
         """Whether this copy is from after a change, or was published with it."""
         snapshot = self.snapshot
@@ -160,7 +170,9 @@ class View:
         self._active: dict[str, list[str]] = {}  # parent -> some of its active children
         self._passed: dict[str, int] = {}  # parent -> how many active children were looked at before
         self._unused: set[str] = set()  # children of which only others have reported
-        self._looked_at = 0.0  # the store's time of the last look at what has changed
+        self._looked_at = -math.inf  # the store's time of the last look at what has changed; -inf: all are to be read
+        self._switches = 0  # of a FailoverStore between its stores, as far as all were read since
+        self._swept_at, self._swept = -math.inf, 0  # when the last idle breaker was read, and how many were
         self._server_offset = time.time() - clock()
         self._marks = 0
         self._shared: memoryview | None = None  # counts of changes; this process writes or watches them
@@ -262,34 +274,47 @@ class View:
         return self._shared[place]
 
     def refresh(self) -> None:
-        """Read all declared breakers in one round trip, and those children that have changed.
+        """Read breakers that have changed and those that need a look all the time, in a few round trips.
 
         Raises:
             StoreError: the store did not answer; the view is as it was.
         """
-        looked_at = self.server_now() - _OVERLAP
-        snapshots = self.look(*(each.spec for each in self.states() if parent_of(each.name) is None))
-        for snapshot in snapshots:
-            if snapshot.active_children or snapshot.name in self._active:
-                self._refresh_children(snapshot.name)
-        self._looked_at = looked_at
+        began_at, switches = self.clock() - _OVERLAP, getattr(self._store, "switches", 0)
+        changed = self._store.changed(max(0.0, self._looked_at))
+        changed.update({parent: math.inf for name in changed if (parent := parent_of(name)) is not None})
+        reads_all = switches != self._switches or self.server_now() > self._looked_at + CHANGES_KEPT_FOR / 2
+        idle, others = list[Spec](), list[Spec]()
+        for each in self.states():
+            if each.spec.parent is None:
+                is_idle = not reads_all and not each.needs_a_look and each.has_seen(changed.get(each.name, -math.inf))
+                (idle if is_idle else others).append(each.spec)
+        for snapshot in self.look(*others, *self._next_to_sweep(idle)):
+            if snapshot.active_children or self._active.get(snapshot.name):
+                self._refresh_children(snapshot.name, changed)
+        self._looked_at, self._switches = began_at + self._server_offset, switches
         self._forget_unused()
 
-    def _refresh_children(self, parent: str) -> None:
+    def _next_to_sweep(self, idle: list[Spec]) -> list[Spec]:
+        if not idle or self.clock() < self._swept_at + SWEEP_INTERVAL:
+            return []
+        self._swept_at, self._swept = self.clock(), self._swept + 1
+        return [idle[self._swept % len(idle)]]
+
+    def _refresh_children(self, parent: str, changed: Mapping[str, float]) -> None:
         """Look at children that have changed, and at the next of all active ones that are not known here."""
         known = self._states
-        changed = self._store.active_children(parent, since=self._looked_at, count=MOST_AT_ONCE)
         passed = self._passed.get(parent, 0)
-        active = list(self._store.active_children(parent, start=passed, count=MOST_AT_ONCE))
+        active = self._store.active_children(parent, start=passed, count=MOST_AT_ONCE)
         former, self._active[parent] = self._active.get(parent, []), active
         self._passed[parent] = passed + len(active) if len(active) == MOST_AT_ONCE else 0
         names = {name for name in active if name not in known}
         names |= {name for name in former if name in known and name not in active}
         for name, at in changed.items():
-            if name not in known:
-                self._notify(name)
-            elif not known[name].has_seen(at):
-                names.add(name)
+            if parent_of(name) == parent:
+                if name not in known:
+                    self._notify(name)
+                elif not known[name].has_seen(at):
+                    names.add(name)
         with self._lock:
             for name in names - known.keys():
                 self._new(replace(known[parent].spec, name=name))

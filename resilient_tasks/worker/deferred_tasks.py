@@ -424,7 +424,8 @@ class RevokeRelay:
         new_stamps = [  # Celery only ever appends to them
             _mark(header, value) for header, values in stamps.items() for value in values[self._stamps.get(header, 0) :]
         ]
-        ledger.revoke([*new_ids, *new_stamps])
+        if new_ids or new_stamps:
+            ledger.revoke([*new_ids, *new_stamps])
         if new_ids:
             ledger.hasten(breakers(), new_ids)
         self._ids = ids

@@ -51,6 +51,25 @@ def _until_all_are_heard(changes: Iterable[Snapshot], *breakers: Subject) -> Ite
             return
 
 
+def test_what_has_changed_lately_is_told(lab: Lab) -> None:
+    breaker, child, idle = lab.breaker(), lab.breaker("mail:acme"), lab.breaker("idle")
+    breaker.open()
+    lab.clock.advance(10)
+    child.command(Verb.ISOLATE)
+    idle.calls("SF")
+    now = lab.clock()
+    assert lab.store.changed(0.0) == {"payments": now - 10, "mail:acme": now}
+    assert lab.store.changed(now - 5) == {"mail:acme": now}
+    assert lab.store.changed(now + 1) == {}
+
+
+@SHARED
+def test_a_deferral_is_a_change(lab: Lab) -> None:
+    lab.ledger.add_deferred("payments", "a")
+    lab.ledger.add_deferred("mail:acme", "b", now=lab.clock() + 5)
+    assert lab.store.changed(0.0) == {"payments": lab.clock(), "mail:acme": lab.clock() + 5}
+
+
 @SHARED
 def test_counting_publishes_nothing(lab: Lab) -> None:
     breaker = lab.breaker()

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 from zlib import crc32
 
 import pytest
@@ -16,7 +16,8 @@ from resilient_tasks.core.model import Snapshot, State, Verb
 from resilient_tasks.errors import StoreError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store import view as view_module
-from resilient_tasks.store.base import Spec
+from resilient_tasks.store.base import Spec, Store
+from resilient_tasks.store.local import FailoverStore
 from resilient_tasks.store.view import DENIAL_MEMORY, POLL_INTERVAL, View
 from tests.support.doubles import FlakyStore, ManualClock, wait_until
 
@@ -184,11 +185,75 @@ def test_declaring_again_keeps_the_standing(view: View) -> None:
     assert standing.spec is renewed
 
 
-def test_a_refresh_is_one_reading_of_all(view: View, store: FlakyStore) -> None:
+def names_read(store: FlakyStore) -> list[list[str]]:
+    return [[spec.name for spec in arguments[0]] for name, arguments in store.arguments if name == "read"]
+
+
+def test_the_first_refresh_reads_all_in_one_round_trip(view: View, store: FlakyStore) -> None:
     view.declare(Spec("mail"))
     view.refresh()
-    assert store.calls == {"read": 1}
-    assert all(standing.known for standing in view.states())
+    assert names_read(store) == [["payments", "mail"]]
+    assert all(cached.known for cached in view.states())
+
+
+def test_a_refresh_reads_what_has_changed_and_what_is_not_closed(
+    view: View, store: FlakyStore, clock: ManualClock
+) -> None:
+    mail, idle = Spec("mail"), Spec("idle")
+    for spec in (mail, idle):
+        view.declare(spec)
+    view.refresh()
+    clock.advance(10)
+    store.command(mail, Verb.ISOLATE)
+    for expected in (["payments", "mail"], ["mail"], ["mail"]):  # payments: swept, as it is their turn
+        store.arguments.clear()
+        clock.advance(1)
+        view.refresh()
+        [names] = names_read(store)
+        assert sorted(set(names) - {"payments", "idle"}) == ["mail"]
+        assert len(names) == len(expected)
+    store.command(mail, Verb.RESET)
+    view.refresh()
+    store.arguments.clear()
+    clock.advance(1)
+    view.refresh()
+    assert names_read(store) == []
+
+
+def test_idle_breakers_are_read_one_at_a_time(view: View, store: FlakyStore, clock: ManualClock) -> None:
+    for number in range(9):
+        view.declare(Spec(f"idle-{number}"))
+    view.refresh()
+    store.arguments.clear()
+    for _ in range(20):
+        clock.advance(view_module.SWEEP_INTERVAL / 2)
+        view.refresh()
+    assert [len(names) for names in names_read(store)] == [1] * 10
+    assert len({names[0] for names in names_read(store)}) == 10
+
+
+def test_all_are_read_when_nothing_is_known_about_changes(view: View, store: FlakyStore, clock: ManualClock) -> None:
+    view.declare(Spec("mail"))
+    view.refresh()
+    store.arguments.clear()
+    clock.advance(1_000)
+    view.refresh()
+    assert names_read(store) == [["payments", "mail"]]
+
+
+def test_all_are_read_when_the_store_was_away_meanwhile(store: FlakyStore, clock: ManualClock) -> None:
+    failover = FailoverStore(cast("Store", store), clock)
+    view = View(failover, clock)
+    view.declare(SPEC)
+    view.declare(Spec("mail"))
+    view.refresh()
+    store.is_unavailable = True
+    failover.advance(SPEC)
+    store.is_unavailable = False
+    failover.advance(SPEC)
+    store.arguments.clear()
+    view.refresh()
+    assert names_read(store) == [["payments", "mail"]]
 
 
 def test_a_refresh_that_fails_changes_nothing(view: View, store: FlakyStore) -> None:
@@ -232,7 +297,7 @@ def test_following_survives_an_outage(view: View, store: FlakyStore, monkeypatch
     monkeypatch.setattr(view_module, "POLL_INTERVAL", 0.01)
     store.is_unavailable = True
     view.follow()
-    wait_until(lambda: store.calls["read"] > 3)
+    wait_until(lambda: store.calls["changed"] > 3)
     store.is_unavailable = False
     store.command(SPEC, Verb.ISOLATE)
     wait_until(lambda: not view.state("payments").admits)
