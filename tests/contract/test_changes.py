@@ -51,7 +51,7 @@ def _until_all_are_heard(changes: Iterable[Snapshot], *breakers: Subject) -> Ite
             return
 
 
-def test_what_has_changed_lately_is_told(lab: Lab) -> None:
+def test_what_has_changed_lately_is_reported(lab: Lab) -> None:
     breaker, child, idle = lab.breaker(), lab.breaker("mail:acme"), lab.breaker("idle")
     breaker.open()
     lab.clock.advance(10)
