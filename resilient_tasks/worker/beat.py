@@ -52,11 +52,13 @@ def _is_tick_due(runtime: Runtime) -> bool:
         fleet.view.refresh()
         with suppress(StoreError):  # for the doctor: beat is alive, though it sends nothing while nothing is due
             fleet.ledger.tick_sender_seen(runtime.tick_scope)
-        snapshots = [(breaker, fleet.view.state(breaker.name).snapshot) for breaker in runtime.present()]
+        now = fleet.view.server_now()
+        due = [each for each in runtime.present() if anything_due(each, each.cached_state.snapshot, now)]
+        snapshots = fleet.view.look(*(breaker.spec for breaker in due))  # another process may have dealt with it
     except StoreError as exc:
         logger.debug("beat cannot read the store: %s", exc)
         return False
-    if not any(anything_due(breaker, snapshot, snapshot.now) for breaker, snapshot in snapshots):
+    if not any(anything_due(breaker, snapshot, snapshot.now) for breaker, snapshot in zip(due, snapshots, strict=True)):
         return False
     try:  # ticks that no worker takes pile up: brokers do not delete what has expired
         return runtime.queues.size(runtime.control_queue) < EXPIRY_INTERVALS
