@@ -28,7 +28,6 @@ from resilient_tasks.core.pace import PORTIONS
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store.background import PeriodicThread
 from resilient_tasks.store.ledger import Wait
-from resilient_tasks.store.server import portions
 from resilient_tasks.worker.celery_internals import Events
 from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks, Resumer, RevokeRelay, no_limit
 from resilient_tasks.worker.probes import Prober
@@ -146,7 +145,7 @@ class Maintenance:
         """Return breakers whose waiting tasks are to be resumed between ticks, too; of many, the ticks serve most."""
         cached = ((breaker, breaker.cached_state.snapshot) for breaker in self._runtime.present())
         waiting = (each for each, snapshot in cached if snapshot.deferred and snapshot.state in ADMITTING)
-        return list(itertools.islice(waiting, CHILDREN_AT_ONCE))
+        return list(itertools.islice(waiting, MOST_PACED))
 
     def _holds_few(self) -> bool:
         """Whether tasks wait that are over their workers' own limits, and this one has nearly run those it holds."""
@@ -203,8 +202,10 @@ LEASE_INTERVALS = 3
 SHORTEST_LEASE = 3.0
 #: Seconds between comparisons of the store's index with what really lies in the deferred queues.
 RECONCILE_INTERVAL = 10.0
-#: Share of a tick's interval that it spends on children at most, and how many it reads at once.
-CHILDREN_SHARE, CHILDREN_AT_ONCE = 0.25, 20
+#: Share of a tick's interval that it spends on children at most.
+CHILDREN_SHARE = 0.25
+#: Breakers whose waiting tasks are resumed between ticks at most.
+MOST_PACED = 20
 #: A breaker that no worker has declared for this many seconds is gone: renamed or removed by a deploy.
 ABANDONED_AFTER = 600.0
 
@@ -258,8 +259,10 @@ class Tick:
         with self._lease() as held:
             if not held:
                 return False
+            fleet.view.refresh()
             self._reconcile(observed_for)
-            self._serve_due(list(self._runtime.breakers.values()))
+            for breaker in self._runtime.breakers.values():
+                self._serve_if_due(breaker)
             self._serve_children()
             fleet.ledger.tick_completed(scope)
         return True
@@ -297,25 +300,22 @@ class Tick:
         give_up_at = time.monotonic() + CHILDREN_SHARE * self._runtime.settings.tick_interval
         children = sorted(self._runtime.active_children(), key=lambda child: child.name)
         first = bisect_right(children, self._last_child, key=lambda child: child.name)
-        for some in portions([*children[first:], *children[:first]], CHILDREN_AT_ONCE):
-            for child in some:
-                if self._reconciled.get(child.name, -math.inf) < time.monotonic() - RECONCILE_INTERVAL:
-                    self._reconciled[child.name] = time.monotonic()
-                    self._shielded(child.name, partial(self._reconciler.reconcile, child))
-            self._serve_due(some)
-            self._last_child = some[-1].name
+        for child in (*children[first:], *children[:first]):
+            if self._reconciled.get(child.name, -math.inf) < time.monotonic() - RECONCILE_INTERVAL:
+                self._reconciled[child.name] = time.monotonic()
+                self._shielded(child.name, partial(self._reconciler.reconcile, child))
+            self._serve_if_due(child)
+            self._last_child = child.name
             if time.monotonic() > give_up_at:
                 return
         self._reconciled = {child.name: self._reconciled[child.name] for child in children}
 
-    def _serve_due(self, breakers: Sequence[Dependency]) -> None:
-        store = self._runtime.fleet.store
-        snapshots = store.read([breaker.spec for breaker in breakers])
-        for breaker, snapshot in zip(breakers, snapshots, strict=True):
-            if anything_due(breaker, snapshot, snapshot.now):
-                self._shielded(breaker.name, partial(self._serve, breaker))
-            elif breaker.spec.parent is not None and snapshot.state is State.CLOSED:
-                store.mark_idle(breaker.spec)
+    def _serve_if_due(self, breaker: Dependency) -> None:
+        fleet, snapshot = self._runtime.fleet, breaker.cached_state.snapshot
+        if anything_due(breaker, snapshot, fleet.view.server_now()):
+            self._shielded(breaker.name, partial(self._serve, breaker))
+        elif breaker.spec.parent is not None and snapshot.state is State.CLOSED:
+            fleet.store.mark_idle(breaker.spec)
 
     def _serve(self, breaker: Dependency) -> None:
         fleet = self._runtime.fleet
@@ -421,6 +421,8 @@ class Reconciler:
         """Index what waits on the broker: deferrals without a store are missing, lost copies still there."""
         fleet = self._runtime.fleet
         waiting = self._tasks.count(breaker.name)
+        if not waiting and not breaker.cached_state.snapshot.deferred:
+            return
         snapshot = fleet.store.read([breaker.spec])[0]
         if waiting > 0 or snapshot.deferred == 0:
             self._empty_since.pop(breaker.name, None)
