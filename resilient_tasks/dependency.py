@@ -288,7 +288,7 @@ class Dependency:
         fleet = self.fleet
         if fleet.view.clock() < self._full_until:
             return self
-        if not fleet.store.register(replace(self.spec, name=name)):
+        if not fleet.store.register(replace(self.spec, name=name), fleet.view.server_now()):
             self._full_until = fleet.view.clock() + FULL_FOR
             return self
         return self.child_named(name)

@@ -193,7 +193,8 @@ class Ledger:
     def declare(self, names: Iterable[str]) -> None:
         """Note that a living worker defines these breakers."""
         now = self._server.now()
-        self._server.commands([("ZADD", self._keys.breakers, now, name) for name in names])
+        for some in portions(names):
+            self._server.command("ZADD", self._keys.breakers, *chain.from_iterable((now, name) for name in some))
 
     def attend(self, worker: str, queues: Iterable[str] = ()) -> None:
         """Note that a worker is alive, and which queues it consumes."""

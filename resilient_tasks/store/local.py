@@ -227,16 +227,16 @@ class LocalStore(RuledStore):
 
     # --- children -----------------------------------------------------------------------------------
 
-    def register(self, spec: Spec) -> bool:
+    def register(self, spec: Spec, now: float) -> bool:
         with self._lock:
-            used_at, key, now = self._children_of(spec.name).used_at, key_of(spec.name), self._now()
+            used_at, key, seen_at = self._children_of(spec.name).used_at, key_of(spec.name), to_ms(now)
             if key not in used_at and len(used_at) >= spec.policy.max_keys:
-                idle = [each for each, at in used_at.items() if at <= now - IDLE_AFTER]
+                idle = [each for each, at in used_at.items() if at <= seen_at - IDLE_AFTER]
                 for each in idle:
                     del used_at[each]
                 if not idle:
                     return False
-            used_at[key] = max(used_at.get(key, 0), now)
+            used_at.setdefault(key, seen_at)
             return True
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
@@ -449,8 +449,8 @@ class FailoverStore:
                 local.renew(name, holders, lease=lease)
             return [True] * len(holders)  # nothing shows that one is lost
 
-    def register(self, spec: Spec) -> bool:
-        return self._decide(lambda store: store.register(spec))
+    def register(self, spec: Spec, now: float) -> bool:
+        return self._decide(lambda store: store.register(spec, now))
 
     def active_children(self, name: str, *, start: int = 0, count: int = 500) -> list[str]:
         return self._decide(lambda store: store.active_children(name, start=start, count=count))

@@ -140,16 +140,15 @@ class RedisStore(RuledStore):
 
     # --- children -------------------------------------------------------------------------------
 
-    def register(self, spec: Spec) -> bool:
-        index, key = self._keys.breaker(spec.name).children, key_of(spec.name)
-        score, size = self._server.commands([("ZSCORE", index, key), ("ZCARD", index)])
-        now = self._server.now()
-        if score is None and (size or 0) >= spec.policy.max_keys:
-            idle = self._server.command("ZREMRANGEBYSCORE", index, "-inf", now - IDLE_AFTER)
-            if not idle:
-                return False
-        self._server.command("ZADD", index, "GT", now, key)
-        return True
+    def register(self, spec: Spec, now: float) -> bool:
+        index, key, at = self._keys.breaker(spec.name).children, key_of(spec.name), to_ms(now)
+        is_new, size = self._server.commands([("ZADD", index, "NX", at, key), ("ZCARD", index)])
+        if not is_new or (size or 0) <= spec.policy.max_keys:
+            return True
+        has_room = bool(self._server.command("ZREMRANGEBYSCORE", index, "-inf", at - IDLE_AFTER))
+        if not has_room:
+            self._server.command("ZREM", index, key)
+        return has_room
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         index, end = self._keys.breaker(name).children, -1 if count is None else start + count - 1

@@ -384,6 +384,7 @@ class Reconciler:
         names = list(itertools.islice(self._children, MOST_CHILDREN))
         if len(names) < MOST_CHILDREN:
             self._children = self._all_children()
+        names = list(filter(is_child, names))
         attended = set(self._runtime.fleet.view.active_children())
         found = [
             name
@@ -393,12 +394,15 @@ class Reconciler:
         return [self._runtime.breaker(name) for name in (*found[:MOST_FOUND], *names)]
 
     def _all_children(self) -> Iterator[str]:
-        """Yield the names of those that this process knows, then of all others: a store may have lost its data."""
+        """Yield the names of those that this process knows, then of all others: a store may have lost its data.
+
+        Parents are among them, one per request to the store.
+        """
         yield from [each.name for each in self._runtime.fleet.view.states() if each.spec.parent is not None]
         for parent in list(self._runtime.breakers):
             for start in itertools.count(0, PAGE):
                 names = self._runtime.fleet.store.children(parent, start=start, count=PAGE)
-                yield from names
+                yield from (*names, parent)
                 if len(names) < PAGE:
                     break
 
