@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,8 @@ REVOKE_DELAY = 60.0
 
 #: Seconds after which resumed tasks that no worker takes up no longer count as outstanding.
 STUCK = 10.0
+#: Seconds for which it is remembered which queues workers consume.
+CONSUMED_FOR = 1.0
 
 #: Chooses what becomes of some waiting tasks; the others go on waiting.
 Choose = Callable[[Sequence[Entry]], Sequence[Move]]
@@ -292,9 +295,14 @@ class Resumer:
         self._runtime, self._tasks, self._room = runtime, tasks, room
         self._origins: dict[str, set[str]] = {}  # breaker -> queues that its tasks were resumed to
         self._untouched: dict[str, tuple[int, float]] = {}  # breaker -> outstanding tasks, and since when
+        self._consumed: set[str] = set()  # queues that workers consume, as read at
+        self._consumed_at = -math.inf
 
-    def resume(self, breaker: Dependency, snapshot: Snapshot) -> None:
-        """Resume the next batch of a breaker that admits calls; where its calls are limited, into the free slots."""
+    def resume(self, breaker: Dependency, snapshot: Snapshot) -> bool:
+        """Resume the next batch of a breaker that admits calls; where its calls are limited, into the free slots.
+
+        Return whether more may follow before long; False if no task is due.
+        """
         ledger, policy, interval = self._runtime.fleet.ledger, breaker.policy, self._runtime.settings.tick_interval
         pace = ledger.pace(breaker.name)
         outstanding = self._outstanding(breaker, pace)
@@ -311,7 +319,8 @@ class Resumer:
         if following != pace:
             ledger.save_pace(breaker.name, following)
         if count > 0 and (is_limited or self._has_not_moved(breaker, snapshot)):
-            self.release(breaker, snapshot, count)
+            return bool(self.release(breaker, snapshot, count))
+        return True
 
     def release_trials(self, breaker: Dependency, snapshot: Snapshot) -> None:
         """Resume as many tasks as there are permits; those that have never failed first."""
@@ -343,7 +352,7 @@ class Resumer:
             chosen = fit[:left]
             left -= len(chosen) if only is None else len(wanted)
             moves = self._tasks.resume(chosen, snapshot.epoch, why)
-            consumed = ledger.consumed_queues()
+            consumed = self._consumed_queues()
             taken = {move.entry.task_id: move.queue for move in moves if move.queue in consumed}
             going.update(taken)
             ledger.resumed(breaker.name, len(taken))  # before they can be taken up
@@ -367,6 +376,12 @@ class Resumer:
             logger.info("breaker %r is %s: %d tasks resumed", breaker.name, snapshot.state, len(resumed))
         return resumed
 
+    def _consumed_queues(self) -> set[str]:
+        now = time.monotonic()
+        if now >= self._consumed_at + CONSUMED_FOR:
+            self._consumed, self._consumed_at = self._runtime.fleet.ledger.consumed_queues(), now
+        return self._consumed
+
     def _has_not_moved(self, breaker: Dependency, snapshot: Snapshot) -> bool:
         """Resuming stops in the tick in which the breaker leaves the state that allowed it."""
         return bool(self._runtime.fleet.store.read([breaker.spec])[0].epoch == snapshot.epoch)
@@ -378,7 +393,7 @@ class Resumer:
         """
         if not pace.outstanding:
             return 0
-        origins = self._origins.get(breaker.name) or self._runtime.fleet.ledger.consumed_queues()
+        origins = self._origins.get(breaker.name) or self._consumed_queues()
         outstanding = min(pace.outstanding, self._tasks.queues.size(*origins))
         before, since = self._untouched.get(breaker.name, (0, 0.0))
         now = time.monotonic()

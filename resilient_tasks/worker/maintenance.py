@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -134,17 +134,21 @@ class Maintenance:
         if self._tick is None:
             return None
         wanted, self._room_found = self._room_found or self._holds_few(), False
-        paced = self._paced()
+        paced = self._paced(self._tick.not_due)
         if not (wanted or paced):
             return None
         again = self._tick.refill(paced)
         self._room_found |= wanted and again is None  # another worker is at it, and may have looked too early
         return REFILL_AGAIN if self._room_found else again
 
-    def _paced(self) -> list[Dependency]:
+    def _paced(self, not_due: Collection[str]) -> list[Dependency]:
         """Return breakers whose waiting tasks are to be resumed between ticks, too; of many, the ticks serve most."""
         cached = ((breaker, breaker.cached_state.snapshot) for breaker in self._runtime.present())
-        waiting = (each for each, snapshot in cached if snapshot.deferred and snapshot.state in ADMITTING)
+        waiting = (
+            each
+            for each, snapshot in cached
+            if snapshot.deferred and snapshot.state in ADMITTING and each.name not in not_due
+        )
         return list(itertools.islice(waiting, MOST_PACED))
 
     def _holds_few(self) -> bool:
@@ -243,6 +247,7 @@ class Tick:
         self._reconciled_at = -math.inf
         self._reconciled: dict[str, float] = {}  # active children -> when, by the monotonic clock
         self._last_child = ""  # the one that was served last
+        self.not_due: set[str] = set()  # breakers for which this worker has found no task due since it last ran a tick
         self._troubles: dict[str, type[Exception]] = {}
 
     def run(self, *, observed_for: float = 0.0) -> bool:
@@ -259,6 +264,7 @@ class Tick:
         with self._lease() as held:
             if not held:
                 return False
+            self.not_due.clear()
             fleet.view.refresh()
             self._reconcile(observed_for)
             for breaker in self._runtime.breakers.values():
@@ -287,8 +293,8 @@ class Tick:
             snapshots = self._runtime.fleet.store.read([breaker.spec for breaker in breakers])
             for breaker, snapshot in zip(breakers, snapshots, strict=True):
                 if snapshot.state in ADMITTING and snapshot.deferred and snapshot.has_room:
-                    self._shielded(breaker.name, partial(self._resumer.resume, breaker, snapshot))
-                    goes_on |= breaker in paced
+                    self._shielded(breaker.name, partial(self._resume, breaker, snapshot))
+                    goes_on |= breaker in paced and breaker.name not in self.not_due
         return self._runtime.settings.tick_interval / PORTIONS if goes_on else math.inf
 
     def _lease(self) -> AbstractContextManager[bool]:
@@ -310,6 +316,10 @@ class Tick:
                 return
         self._reconciled = {child.name: self._reconciled[child.name] for child in children}
 
+    def _resume(self, breaker: Dependency, snapshot: Snapshot) -> None:
+        if not self._resumer.resume(breaker, snapshot):
+            self.not_due.add(breaker.name)
+
     def _serve_if_due(self, breaker: Dependency) -> None:
         fleet, snapshot = self._runtime.fleet, breaker.cached_state.snapshot
         if anything_due(breaker, snapshot, fleet.view.server_now()):
@@ -328,7 +338,7 @@ class Tick:
         if snapshot.state is State.HALF_OPEN and breaker.probe_to_run is None:
             self._resumer.release_trials(breaker, snapshot)
         elif snapshot.state in ADMITTING and snapshot.deferred:
-            self._resumer.resume(breaker, snapshot)
+            self._resume(breaker, snapshot)
             if snapshot.deferred <= PAGE:  # the index nears its end: more may wait than it says
                 self._reconciler.reconcile(breaker)
 

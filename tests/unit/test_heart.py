@@ -13,6 +13,8 @@ from resilient_tasks.worker.maintenance import RECONCILE_INTERVAL, Maintenance
 class Ticks:
     """A tick whose lease is somebody else's for a while, and the age of the last one that anybody has completed."""
 
+    not_due: frozenset[str] = frozenset()
+
     def __init__(self) -> None:
         self.lease_is_free = True
         self.age = 1.0
