@@ -38,7 +38,7 @@ DENIAL_MEMORY = 1.0  # seconds for which a denied permit is not asked for again,
 MOST_AT_ONCE = 500  # children that are read with one refresh
 POLL_INTERVAL = 0.5  # seconds between two looks at what has changed, and before a failed one is tried again
 SWEEP_INTERVAL = 10.0  # seconds between two reads of idle breakers, one at a time
-_OVERLAP = 2.0  # seconds of changes that are looked at twice: clocks are read before and after a script
+_OVERLAP = 1.0  # seconds of changes that are looked at twice: processes know the store's time roughly
 _SHARED_COUNTS = 2**16  # of changes; breakers with the same checksum share one
 _UNSHARED = memoryview(bytearray(b"\xff" * 4)).cast("I")  # differs from every count that a cached state has seen
 
@@ -119,9 +119,8 @@ class CachedState:
         return not self.known or snapshot.state is not State.CLOSED or is_waited_for > 0
 
     def has_seen(self, change_at: float) -> bool:
-        """Whether this copy is from after a change, or was published with it."""
-        snapshot = self.snapshot
-        return snapshot.now > change_at or snapshot.now == change_at == snapshot.since
+        """Whether this copy is from after a change, or shows the very transition; others know the time roughly."""
+        return change_at == self.snapshot.since or self.snapshot.now > change_at + _OVERLAP
 
     @property
     def age(self) -> float | None:
