@@ -77,7 +77,7 @@ class Keys:
             former=self._of_breaker(name, "state"),
         )
 
-    def note_change(self, name: str, now: int) -> list[tuple[str | int, ...]]:
+    def note_change(self, name: str, now: float) -> list[tuple[str | float, ...]]:
         """Return the commands that note that a breaker was changed ``now``, ms, and forget those of a minute ago."""
         noted = ("ZADD", self.changed, "GT", now, name)
         return [noted, ("ZREMRANGEBYSCORE", self.changed, "-inf", now - 1000 * CHANGES_KEPT_FOR)]

@@ -548,6 +548,13 @@ def test_a_refresh_reads_no_child_whose_change_has_been_received(
     assert view.state("payments:acme").snapshot.state is State.FORCED_OPEN
 
 
+def test_a_deferral_in_the_millisecond_of_a_transition_is_seen(view: View, clock: ManualClock) -> None:
+    view.update(snapshot(clock))
+    cached = view.state("payments")
+    assert cached.has_seen(cached.snapshot.since)
+    assert not cached.has_seen(cached.snapshot.since + 0.0005)
+
+
 def test_a_refresh_reads_at_most_so_many_children_and_only_what_has_changed(
     view: View, store: FlakyStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
