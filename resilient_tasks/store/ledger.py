@@ -71,9 +71,8 @@ class Ledger:
             commands += [("ZREM", keys.deadlines, *endless)] if endless else []
             # last: a child that is taken off the active ones meanwhile is looked at once more after that
             commands += [("ZADD", keys.active, "NX", now, key)] if key else []
-            commands += self._keys.note_change(
-                name, now + 0.5
-            )  # never the time of a transition: see CachedState.has_seen
+            # half a millisecond later, which is never the time of a transition: see CachedState.has_seen
+            commands += self._keys.note_change(name, now + 0.5)
             self._server.commands(commands)
 
     def hasten(self, names: Iterable[str], task_ids: Iterable[str]) -> None:

@@ -60,7 +60,9 @@ def open_everywhere(shop: Shop) -> None:
     shop.open("payments")
 
     def is_received() -> bool:
-        answers = shop.app.control.broadcast("breakers", reply=True, timeout=PATIENCE, limit=1)
+        with shop.app.connection_for_write() as connection:  # those of the pool may be of an earlier server's time
+            control = shop.app.control
+            answers = control.broadcast("breakers", reply=True, timeout=PATIENCE, limit=1, connection=connection)
         return [view["payments"]["state"] for answer in answers for view in answer.values()] == ["FORCED_OPEN"]
 
     shop.wait(is_received, "the worker to know that payments is open")

@@ -135,7 +135,9 @@ def test_a_resumed_task_runs_on_a_worker_without_the_library(shop: Shop, tmp_pat
         result = send(shop, "charge", 7, headers={"x-own": "kept"}, link=shop.note.si("linked").set(queue="notes"))
         deploy(shop, tmp_path, "simple", SIMPLE)
         shop.wait(lambda: shop.waiting("payments") == 1, "it to wait")
-        shop.app.control.cancel_consumer("celery", destination=["simple@localhost"], reply=True, timeout=60, limit=1)
+        with shop.app.connection_for_write() as connection:  # those of the pool may be of an earlier server's time
+            options = {"destination": ["simple@localhost"], "reply": True, "timeout": 60, "limit": 1}
+            shop.app.control.cancel_consumer("celery", connection=connection, **options)
         deploy(shop, tmp_path, "former", FORMER)
         payments.reset()
         order, task_id, headers = result.get(timeout=60)

@@ -94,7 +94,9 @@ def test_a_compressed_message(post: PostOffice) -> None:
 
 def _let_go(post: PostOffice, queue: str, count: int) -> list[Any]:
     """Have ``count`` waiting tasks resumed to a queue that nobody consumes meanwhile, and look at their messages."""
-    post.client.control.cancel_consumer(queue, reply=True, timeout=PATIENCE, limit=1)
+    control, options = post.client.control, {"reply": True, "timeout": PATIENCE, "limit": 1}
+    with post.client.connection_for_write() as connection:  # those of the pool may be of an earlier server's time
+        control.cancel_consumer(queue, connection=connection, **options)
     post.close("payments")
     with post.client.connection_for_read() as connection:
         bound = post.client.amqp.queues[queue](connection.default_channel)
@@ -104,7 +106,8 @@ def _let_go(post: PostOffice, queue: str, count: int) -> list[Any]:
         messages = [bound.get() for _ in range(count)]
         for message in messages:
             message.requeue()
-    post.client.control.add_consumer(queue, reply=True, timeout=PATIENCE, limit=1)
+    with post.client.connection_for_write() as connection:
+        control.add_consumer(queue, connection=connection, **options)
     return messages
 
 
