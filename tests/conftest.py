@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -24,6 +25,16 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # a shell that runs the tests in the background has them, and all programs that they start, ignore Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _heard_loggers() -> None:
+    """Let ``caplog`` get warnings whatever a program that ran in this process has set up before."""
+    logging.disable(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)
+    ours = logging.getLogger("resilient_tasks")
+    ours.setLevel(logging.NOTSET)
+    ours.disabled, ours.propagate = False, True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
