@@ -142,14 +142,10 @@ class Maintenance:
         return REFILL_AGAIN if self._room_found else again
 
     def _paced(self, not_due: Collection[str]) -> list[Dependency]:
-        """Return breakers whose waiting tasks are to be resumed between ticks, too; of many, the ticks serve most."""
-        cached = ((breaker, breaker.cached_state.snapshot) for breaker in self._runtime.present())
-        waiting = (
-            each
-            for each, snapshot in cached
-            if snapshot.deferred and snapshot.state in ADMITTING and each.name not in not_due
-        )
-        return list(itertools.islice(waiting, MOST_PACED))
+        """Return breakers whose waiting tasks are resumed between ticks, too: no children, there may be many."""
+        cached = [(breaker, breaker.cached_state.snapshot) for breaker in self._runtime.breakers.values()]
+        waiting = (each for each, snapshot in cached if snapshot.deferred and snapshot.state in ADMITTING)
+        return list(itertools.islice((each for each in waiting if each.name not in not_due), MOST_PACED))
 
     def _holds_few(self) -> bool:
         """Whether tasks wait that are over their workers' own limits, and this one has nearly run those it holds."""
