@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -107,6 +108,8 @@ def test_watch_goes_on_when_the_store_is_away(
     waits = iter([lambda: setattr(store, "is_unavailable", True), lambda: None])
 
     def sleep(seconds: float) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
         assert seconds == 5.0
         step = next(waits, None)
         if step is None:
