@@ -553,6 +553,8 @@ def test_a_deferral_in_the_millisecond_of_a_transition_is_seen(view: View, clock
     cached = view.state("payments")
     assert cached.has_seen(cached.snapshot.since)
     assert not cached.has_seen(cached.snapshot.since + 0.0005)
+    assert not cached.has_seen(cached.snapshot.now - 0.5), "others know the store's time roughly"
+    assert cached.has_seen(cached.snapshot.now - 5)
 
 
 def test_a_refresh_reads_at_most_so_many_children_and_only_what_has_changed(
