@@ -42,7 +42,7 @@ def doctor(runtime: Runtime, ctx: click.Context, *, as_json: bool, timeout: floa
 
 @click.command()
 @click.option("--port", type=click.IntRange(0, 65535), default=9809, show_default=True, help="0: any that is free.")
-@click.option("--address", default="0.0.0.0", show_default=True, help="Of the interface to listen on.")  # noqa: S104 - so exporters do
+@click.option("--address", default="127.0.0.1", show_default=True, help="Of the interface to listen on; 0.0.0.0: all.")
 @pass_runtime
 def exporter(runtime: Runtime, port: int, address: str) -> None:
     """Serve all breakers to Prometheus, until interrupted.

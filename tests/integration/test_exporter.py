@@ -50,7 +50,7 @@ def store(shop: Shop) -> Server:
 @pytest.fixture
 def exporter(shop: Shop, store: Server) -> str:
     """URL of an exporter's metrics."""
-    command = celery_command(shop.module, "breakers", "exporter", "--port", "0", "--address", LOCALHOST)
+    command = celery_command(shop.module, "breakers", "exporter", "--port", "0")  # on localhost
     program = shop.program(command, directory=PROJECT, env={"RESILIENT_TASKS_STORE_URL": store.url()})
     program.wait_for_output("/metrics", timeout=PATIENCE)
     [url] = re.findall(r"http://\S+/metrics", program.output())
@@ -69,7 +69,7 @@ def make_history(shop: Shop, store: Server) -> None:
 
 def test_a_scrape_tells_of_all_breakers_and_of_a_store_that_is_frozen(shop: Shop, store: Server, exporter: str) -> None:
     make_history(shop, store)
-    shop.wait(lambda: value(exporter, "refused_total", breaker="payments") == 1, "the refusal to be counted")
+    shop.wait(lambda: value(exporter, "refusals_total", breaker="payments") == 1, "the refusal to be counted")
     assert value(exporter, "up") == 1
     assert value(exporter, "calls_total", breaker="payments", outcome="success") == 3
     assert value(exporter, "state", breaker="payments", state="FORCED_OPEN") == 1
@@ -82,10 +82,10 @@ def test_a_scrape_tells_of_all_breakers_and_of_a_store_that_is_frozen(shop: Shop
     assert {name for name, _ in scrape(exporter)} == set(HEALTH)
     store.program.thaw()
     shop.wait(lambda: value(exporter, "up") == 1, "the store to answer again")
-    assert value(exporter, "refused_total", breaker="payments") == 1
+    assert value(exporter, "refusals_total", breaker="payments") == 1
     with redis.Redis.from_url(store.url()) as client:
         client.flushall()
-    shop.wait(lambda: value(exporter, "refused_total", breaker="payments") == 0, "counting to begin again")
+    shop.wait(lambda: value(exporter, "refusals_total", breaker="payments") == 0, "counting to begin again")
     assert value(exporter, "state", breaker="payments", state="CLOSED") == 1
 
 

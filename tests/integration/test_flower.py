@@ -263,7 +263,7 @@ def _counted(site: Site) -> dict[str, float]:
     lines = [line for line in site.client.get("/metrics").text.splitlines() if not line.startswith("#")]
     values = dict(line.rsplit(" ", 1) for line in lines)
     assert len(values) == len(lines), "a series is there twice"
-    names = {"deferred": "deferred_total", "resumed": "resumed_total", "now": "deferred_tasks"}
+    names = {"deferred": "deferrals_total", "resumed": "resumed_tasks_total", "now": "deferred_tasks"}
     return {key: float(values[f'celery_breaker_{name}{{breaker="tolerant"}}']) for key, name in names.items()}
 
 

@@ -58,18 +58,18 @@ def test_a_reading_becomes_series_of_all_breakers() -> None:
         name: value(values, name, breaker='pay"ments\n')
         for name in (
             "state_timestamp_seconds", "next_trial_timestamp_seconds", "failure_evidence", "slow_evidence",
-            "failure_ratio", "slow_ratio", "refused_total",
-            "deferred_tasks", "oldest_deferred_seconds", "done_in_seconds",
-            "deferred_total", "deferred_again_total", "resumed_total",
-            "failed_total", "dead_lettered_total", "expired_total", "revoked_total", "dropped_total",
-            "redelivered_total", "trials_total", "permits", "in_flight", "concurrency_limit", "hot_children",
+            "failure_ratio", "slow_ratio", "refusals_total",
+            "deferred_tasks", "oldest_deferred_seconds", "drain_eta_seconds",
+            "deferrals_total", "repeated_deferrals_total", "resumed_tasks_total", "failed_tasks_total",
+            "dead_letters_total", "expired_tasks_total", "revoked_tasks_total", "dropped_tasks_total",
+            "redeliveries_total", "trials_total", "permits", "in_flight", "concurrency_limit", "hot_children",
         )
     }  # fmt: skip
     expected = (NOW - 60, NOW + 5, 0.7, 0.2, 0.4, 0.1, 7, 3, 30, 2280, 6, 2, 4, 11, 12, 13, 14, 15, 16, 5, 2, 4, 8, 2)
     assert tuple(told.values()) == expected
     assert value(values, "calls_total", breaker=name, outcome="success") == 100
     assert value(values, "calls_total", breaker=name, outcome="slow") == 0
-    assert value(values, "fallback_total", breaker=name, source="<b>") == 1
+    assert value(values, "fallback_answers_total", breaker=name, source="<b>") == 1
     assert value(values, "transitions_total", breaker=name, state="OPEN") == 2
     assert value(values, "transitions_total", breaker=name, state="CLOSED") == 0
     assert value(values, "info", breaker=name, queue_name="resilient.deferred.payments") == 1
@@ -80,15 +80,15 @@ def test_what_a_breaker_does_not_have_has_no_series_and_what_has_not_happened_is
     names = {name for name, _ in scrape(lambda: [QUIET])}
     for absent in (
         "next_trial_timestamp_seconds",
-        "done_in_seconds",
+        "drain_eta_seconds",
         "in_flight",
         "concurrency_limit",
         "hot_children",
-        "fallback_total",
+        "fallback_answers_total",
         "task_info",
     ):
         assert f"celery_breaker_{absent}" not in names
-    assert value(scrape(lambda: [QUIET]), "refused_total", breaker="quiet") == 0
+    assert value(scrape(lambda: [QUIET]), "refusals_total", breaker="quiet") == 0
     assert value(scrape(lambda: [QUIET]), "oldest_deferred_seconds", breaker="quiet") == 0
 
 

@@ -67,7 +67,7 @@ def test_every_counter_is_asked_for_its_growth() -> None:
 
 def test_the_board_shows_every_metric_that_changes() -> None:
     shown = {metric for query in QUERIES.values() for metric, _ in selectors(query)}
-    untold = {"state_timestamp_seconds", "next_trial_timestamp_seconds", "info", "redelivered_total"}
+    untold = {"state_timestamp_seconds", "next_trial_timestamp_seconds", "info", "redeliveries_total"}
     assert {*LABELS} - shown <= {f"celery_breaker_{name}" for name in untold}
 
 
