@@ -300,17 +300,12 @@ class Dependency:
             now = self.fleet.view.clock()
             if now >= self._swept_at + SWEEP_INTERVAL:
                 self._swept_at = now
-                self._forget_idle_children()
+                for idle in [each for each, child in self._children.items() if child.is_idle]:
+                    self.fleet.view.forget(idle)
+                    self._children.pop(idle).detach()
             child = Dependency(replace(self.spec, name=name), self._find_fleet, parent=self)
             known = self._children.setdefault(name, child)
         return known
-
-    def _forget_idle_children(self) -> None:
-        for name, child in list(self._children.items()):
-            if child.is_idle:
-                del self._children[name]
-                self.fleet.view.forget(name)
-                child.detach()
 
     @property
     def is_idle(self) -> bool:

@@ -50,18 +50,14 @@ class Scope:
     """A call in progress, as guards inside it see it; ``task_id`` is that of the task whose run it is, or ""."""
 
     __slots__ = ("has_ended", "outer", "passes", "reported", "task_id", "trial_verdicts")
-    outer: Scope | None
-    passes: Mapping[str, Pass]  # by breaker
-    reported: tuple[str, ...]  # breakers for which guards inside have reported
-    trial_verdicts: dict[str, Verdict]  # of guards inside trials, by breaker
 
     def __init__(self, passes: Iterable[Pass] = (), task_id: str = "") -> None:
-        self.passes = {each.breaker: each for each in passes}
+        self.passes: Mapping[str, Pass] = {each.breaker: each for each in passes}
         self.task_id = task_id
-        self.outer = None
+        self.outer: Scope | None = None
         self.has_ended = False
-        self.reported = ()
-        self.trial_verdicts = {}
+        self.reported: tuple[str, ...] = ()  # breakers for which guards inside have reported
+        self.trial_verdicts: dict[str, Verdict] = {}  # of guards inside trials, by breaker
 
     def note_report(self, breaker: str) -> None:
         """Note that a guard inside has reported; what counts for a child need not count for its parent."""
@@ -343,17 +339,14 @@ class _Call(Scope):
         passes: dict[str, Pass] = {}
         try:
             for guard, of in self._guards:
-                passes[guard.name] = known[guard.name] or self._ask(guard, for_child=guard is not of)
+                granted = known[guard.name] or guard.lease(self._holder, for_child=guard is not of)
+                if granted is None:
+                    raise guard.refuse()  # noqa: TRY301 - what was granted before is given back
+                passes[guard.name] = granted
         except BaseException:
             self._give_back(passes)
             raise
         return passes
-
-    def _ask(self, guard: Dependency, *, for_child: bool) -> Pass:
-        granted = guard.lease(self._holder, for_child=for_child)
-        if granted is None:
-            raise guard.refuse()
-        return granted
 
     def _give_back(self, passes: Mapping[str, Pass]) -> None:
         for guard, _ in self._guards:

@@ -35,11 +35,6 @@ _CODE_ONLY = frozenset({"classify", "failures", "ignore"})
 _POLICY_FIELDS = [field.name for field in fields(BreakerPolicy)]
 
 
-def _check_memory_limit(text: str) -> str:
-    MemoryLimit.parse(text)
-    return text
-
-
 class Settings(BaseSettings):
     """What an operator can set without touching code. Use :meth:`load`; a ``Settings`` is immutable.
 
@@ -69,7 +64,7 @@ class Settings(BaseSettings):
     namespace: str = Field("resilient", pattern=f"^{NAME_PATTERN}$", description=NAME_RULE)
     tick_interval: float = Field(1.0, ge=0.05, le=3600, description="a number of seconds from 0.05 to 3600")
     store_timeout: float = Field(0.5, ge=0.01, le=60, description="a number of seconds from 0.01 to 60")
-    store_memory_limit: Annotated[str, AfterValidator(_check_memory_limit)] = Field(
+    store_memory_limit: Annotated[str, AfterValidator(lambda text: MemoryLimit.parse(text) and text)] = Field(
         "80%", description=MEMORY_LIMIT_RULE
     )
     late_after: float = Field(0.5, ge=0.01, le=3600, description="a number of seconds from 0.01 to 3600")

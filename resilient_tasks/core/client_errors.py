@@ -301,10 +301,6 @@ def _by_system(exc: BaseException) -> Meaning | None:
     return Meaning.FAILED if is_refused or _fails_by_text(exc) else _by_status_in_text(exc)
 
 
-def _by_mistake(exc: BaseException) -> Meaning | None:
-    return Meaning.CLEARED if isinstance(exc, _MISTAKES_IN_CODE) else None
-
-
 def _by_class(exc: BaseException) -> Meaning | None:
     return next(filter(None, (_by_name(str(cls.__module__), cls.__name__) for cls in type(exc).__mro__)), None)
 
@@ -346,7 +342,8 @@ def _by_other(exc: BaseException) -> Meaning | None:
 
 _RULES: tuple[Callable[[BaseException], Meaning | None], ...] = (
     _by_mail, _by_file_transfer, _by_amqp, _by_database, _by_answer, _by_proxy, _by_grpc, _by_redis,
-    _by_curl, _by_system, _by_mistake, _by_status_in_text, _by_class, _by_text, _by_other,
+    _by_curl, _by_system, lambda exc: Meaning.CLEARED if isinstance(exc, _MISTAKES_IN_CODE) else None,
+    _by_status_in_text, _by_class, _by_text, _by_other,
 )  # fmt: skip
 
 

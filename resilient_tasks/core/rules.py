@@ -359,13 +359,11 @@ class Seen:
             calls, failures, slow, _, _ = self._frozen()
             return calls, failures, slow
         latest = self.now // bucket_width(self.rules.window)
-        buckets = [[int(part) for part in text.split()] for text in self._buckets() if text.count(" ") == 3]  # noqa: PLR2004
+        texts = [self._fields.get(f"bucket_{number}") or "" for number in range(BUCKETS)]
+        buckets = [[int(part) for part in text.split()] for text in texts if text.count(" ") == 3]  # noqa: PLR2004
         live = [sums for index, *sums in buckets if latest - BUCKETS < index <= latest]
         calls, failures, slow = (sum(column) for column in zip(*live, strict=True)) if live else (0, 0, 0)
         return calls, failures, slow
-
-    def _buckets(self) -> list[str]:
-        return [self._fields.get(f"bucket_{number}") or "" for number in range(BUCKETS)]
 
     def _frozen(self) -> list[int]:
         return [int(part) for part in (self._fields.get("frozen") or "0 0 0 0 0").split()]
@@ -438,16 +436,11 @@ class Seen:
         """How many calls may be in flight now; None: any number."""
         return concurrency_limit(self.state, self._number("learned"), self.ramp_since, self.rules, self.now)
 
-    @property
-    def _is_due(self) -> bool:
-        """Whether a change is due that does not wait for the tick, as the end of an open time does."""
-        change = decide(self)
-        return change is not None and (self.state is not State.OPEN or change.transition is None)
-
     def snapshot(self) -> Snapshot:
         """Return the breaker as others see it, in seconds."""
         calls, failures, slow = self.sums
         in_flight, deferred, oldest, deadline = self._waiting
+        due = decide(self)
         return Snapshot(
             name=self.name,
             state=self.state,
@@ -476,7 +469,8 @@ class Seen:
             in_flight=in_flight if self.rules.most_in_flight else 0,
             concurrency_limit=self.concurrency_limit,
             active_children=self._number("active_children"),
-            is_due=self._is_due,
+            # the end of an open time waits for the tick
+            is_due=due is not None and (self.state is not State.OPEN or due.transition is None),
             deferred=deferred,
             oldest_deferred_at=to_seconds(oldest),
             next_deadline_at=to_seconds(deadline),
