@@ -45,20 +45,17 @@ def test_the_shared_store_decides_while_it_answers(line: Line) -> None:
     assert not line.store.is_unavailable
 
 
-def test_a_local_breaker_opens_while_the_store_is_away(line: Line) -> None:
+def test_a_local_breaker_opens_while_the_store_is_away_and_is_forgotten_when_it_is_back(line: Line) -> None:
     line.shared.is_unavailable = True
     answer = line.fail(3)
     assert answer.transition.state is State.OPEN
     assert line.store.is_unavailable
     assert line.state() is State.OPEN
-
-
-def test_what_was_decided_locally_is_forgotten_when_the_store_is_back(line: Line) -> None:
-    line.shared.is_unavailable = True
-    line.fail(3)
     line.shared.is_unavailable = False
     assert line.state() is State.CLOSED
-    assert not line.store._local._breakers
+    assert not line.store.is_unavailable
+    line.shared.is_unavailable = True
+    assert line.state() is State.CLOSED
 
 
 def test_open_is_honoured_until_its_deadline_then_local_trials_heal(line: Line) -> None:
@@ -95,17 +92,6 @@ def test_changes_made_by_others_are_known_as_well(line: Line) -> None:
     assert next(changes) is not None
     line.shared.is_unavailable = True
     assert line.state() is State.FORCED_OPEN
-
-
-def test_the_first_answer_ends_it_and_local_decisions_are_forgotten(line: Line) -> None:
-    line.state()
-    line.shared.is_unavailable = True
-    line.fail(3)
-    line.shared.is_unavailable = False
-    assert line.state() is State.CLOSED
-    assert not line.store.is_unavailable
-    line.shared.is_unavailable = True
-    assert line.state() is State.CLOSED
 
 
 def test_the_next_absence_goes_on_from_the_newest_state(line: Line) -> None:
@@ -149,28 +135,20 @@ def test_local_permits_are_renewed(line: Line) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "arguments"),
+    ("ask", "answer"),
     [
-        ("command", (SPEC, Verb.TRIP)),
-        ("get", ("kind", "key")),
+        (lambda store: store.command(SPEC, Verb.TRIP).snapshot.state, State.OPEN),
+        (lambda store: store.put("kind", "key", b"value", ttl=5), None),
+        (lambda store: store.get("kind", "key"), (b"kept", 0.0)),
+        (lambda store: next(store.changes(timeout=0.01)), None),
     ],
 )
-def test_what_one_process_cannot_make_up_raises(line: Line, method: str, arguments: tuple[Any, ...]) -> None:
-    getattr(line.store, method)(*arguments)
-    assert line.shared.calls[method] == 1
+def test_what_one_process_cannot_make_up_raises(line: Line, ask: Any, answer: object) -> None:
+    line.shared.put("kind", "key", b"kept", ttl=5)
+    assert ask(line.store) == answer
     line.shared.is_unavailable = True
     with pytest.raises(StoreError):
-        getattr(line.store, method)(*arguments)
-
-
-def test_values_and_changes_raise_too(line: Line) -> None:
-    line.store.put("kind", "key", b"value", ttl=5)
-    assert line.store.get("kind", "key") == (b"value", 0.0)
-    line.shared.is_unavailable = True
-    with pytest.raises(StoreError):
-        line.store.put("kind", "key", b"value", ttl=5)
-    with pytest.raises(StoreError):
-        next(line.store.changes(timeout=0.01))
+        ask(line.store)
 
 
 def test_going_and_coming_back_are_logged_once(line: Line, caplog: pytest.LogCaptureFixture) -> None:

@@ -23,7 +23,7 @@ from resilient_tasks.worker.context import runtime_of
 from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.execution import Run
 from tests.support.doubles import Request, wait_until
-from tests.unit.test_breaker import Call, Rig, elsewhere, every_way
+from tests.unit.test_breaker import Call, Rig, cancelled_call, elsewhere, every_way
 
 SCARCE = BreakerPolicy(max_concurrency=1, minimum_calls=100)
 
@@ -68,26 +68,9 @@ def test_a_guard_inside_a_task_shares_its_slot(rig: Rig, use: Any) -> None:
 
 
 def test_a_cancelled_call_frees_its_slot(rig: Rig) -> None:
-    async def main() -> None:
-        call = asyncio.create_task(rig.breaker.call(asyncio.sleep, 60))
-        await asyncio.sleep(0.01)
-        call.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await call
-
-    asyncio.run(main())
+    asyncio.run(cancelled_call(rig, lambda: rig.breaker.snapshot().in_flight == 1))
     wait_until(lambda: rig.breaker.snapshot().in_flight == 0)
     assert rig.breaker.call(rig.works) == "paid"
-
-
-def _settle(rig: Rig, holder: str) -> None:
-    rig.fleet.reporter.settle(
-        rig.breaker._dependency.spec,
-        holder,
-        rig.breaker._dependency.cached_state.epoch,
-        Verdict(Outcome.SUCCESS),
-        wait=5,
-    )
 
 
 def test_while_the_store_is_away_each_process_keeps_the_limit_for_itself(rig: Rig) -> None:
@@ -101,10 +84,10 @@ def test_free_slots_are_told_while_tasks_wait(rig: Rig) -> None:
     told: list[str] = []
     view = rig.fleet.view
     view.on_room = lambda: told.append("room")
-    rig.fleet.acquire(rig.breaker._dependency.spec, "first")
+    spec, epoch = rig.breaker._dependency.spec, rig.acquire("first").snapshot.epoch
     view.look_for_room(replace(rig.breaker.snapshot(), deferred=1))
     assert told == [], "no slot is free"
-    _settle(rig, "first")
+    rig.fleet.reporter.settle(spec, "first", epoch, Verdict(Outcome.SUCCESS), wait=5)
     assert told == [], "no task waits"
     view.look_for_room(replace(rig.breaker.snapshot(), deferred=1))
     assert told == ["room"]

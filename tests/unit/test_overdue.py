@@ -89,13 +89,6 @@ def test_a_call_that_may_be_overdue_first_is_not_overslept(overdue: Overdue, clo
     assert told.wait(PATIENCE)
 
 
-def test_by_the_real_clock() -> None:
-    told = threading.Event()
-    watch = Overdue().begin(0.01, told.set)
-    assert told.wait(PATIENCE)
-    assert watch.reports
-
-
 def test_a_teller_that_fails_keeps_nobody_else_from_being_told(
     overdue: Overdue, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:

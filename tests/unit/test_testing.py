@@ -53,15 +53,6 @@ def test_calls_open_a_breaker_and_trials_close_it(payments: Breaker, clock: Cloc
     assert payments.state is State.CLOSED
 
 
-def test_a_failed_trial_opens_it_for_longer(payments: Breaker, clock: Clock) -> None:
-    force(payments, "OPEN")
-    clock.advance(payments.snapshot().retry_after or 0)
-    fail_times(payments, 1)
-    clock.settle()
-    assert payments.state is State.OPEN
-    assert payments.snapshot().retry_after == 20
-
-
 def test_counts_leave_the_window_as_time_passes(payments: Breaker, clock: Clock) -> None:
     fail_times(payments, 3)
     clock.settle()
