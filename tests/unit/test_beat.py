@@ -183,9 +183,7 @@ def test_nothing_is_sent_while_nothing_is_due(ticks: Any, payments: Breaker, clo
     assert ticks() == 0
 
 
-def test_a_tick_is_sent_when_an_open_time_is_over(
-    ticks: Any, payments: Breaker, resilience: Resilience, clock: Clock
-) -> None:
+def test_a_tick_is_sent_when_an_open_time_is_over(ticks: Any, payments: Breaker, clock: Clock) -> None:
     force(payments, "OPEN")
     assert ticks() == 0
     clock._now += 20

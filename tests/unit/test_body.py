@@ -22,6 +22,7 @@ from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.execution import WENT_WELL, Admission, Report, TaskDeferred, run_admitted
 
+pytestmark = pytest.mark.usefixtures("clock")  # breakers are in memory
 TASK_ID = "d3f0"
 SUCCESS, FAILURE = Verdict(Outcome.SUCCESS), Verdict(Outcome.FAILURE, "ConnectionError")
 
@@ -59,12 +60,12 @@ def failing(error: Exception) -> Callable[[], None]:
     return body
 
 
-def test_a_success_is_reported(app: Celery, payments: Breaker, clock: Clock) -> None:
+def test_a_success_is_reported(app: Celery) -> None:
     task = app.task(shared=False, breaker="payments", name="t")(seven)
     assert gated(task, admitted()) == (7, Report((SUCCESS,)))
 
 
-def test_a_dependency_failure_puts_the_task_aside(app: Celery, payments: Breaker, clock: Clock) -> None:
+def test_a_dependency_failure_puts_the_task_aside(app: Celery) -> None:
     task = app.task(shared=False, breaker="payments", name="t")(failing(ConnectionError()))
     deferred, report = gated(task, admitted(attempts=2, counts=True))
     assert isinstance(deferred, TaskDeferred)
@@ -72,14 +73,14 @@ def test_a_dependency_failure_puts_the_task_aside(app: Celery, payments: Breaker
     assert report == Report((FAILURE,))
 
 
-def test_the_last_attempt_fails_for_good(app: Celery, payments: Breaker, clock: Clock) -> None:
+def test_the_last_attempt_fails_for_good(app: Celery) -> None:
     task = app.task(shared=False, breaker="payments", name="t", max_attempts=3)(failing(ConnectionError("still")))
     error, report = gated(task, admitted(attempts=2, counts=True))
     assert isinstance(error, ConnectionError)
     assert report == Report((FAILURE,), exhausted_by="ConnectionError", exhausted_for="payments")
 
 
-def test_a_users_classify_is_asked_once_about_a_failed_run(app: Celery, resilience: Resilience, clock: Clock) -> None:
+def test_a_users_classify_is_asked_once_about_a_failed_run(app: Celery, resilience: Resilience) -> None:
     asked: list[BaseException] = []
 
     def classify(exc: BaseException) -> Outcome:
@@ -95,16 +96,14 @@ def test_a_users_classify_is_asked_once_about_a_failed_run(app: Celery, resilien
 
 
 @pytest.mark.parametrize("options", [{"on_failure": "raise"}, {"autoretry_for": (ConnectionError,), "max_retries": 0}])
-def test_attempts_are_used_up_only_where_failures_are_deferred(
-    app: Celery, payments: Breaker, clock: Clock, options: dict[str, Any]
-) -> None:
+def test_attempts_are_used_up_only_where_failures_are_deferred(app: Celery, options: dict[str, Any]) -> None:
     task = app.task(shared=False, breaker="payments", name="t", max_attempts=1, **options)(failing(ConnectionError()))
     error, report = gated(task, admitted(counts=True))
     assert isinstance(error, ConnectionError)
     assert report.exhausted_by == ""
 
 
-def test_a_refused_run_is_deferred_failed_or_served(app: Celery, payments: Breaker, clock: Clock) -> None:
+def test_a_refused_run_is_deferred_failed_or_served(app: Celery) -> None:
     refused = Admission((), BreakerOpenError("payments", "HALF_OPEN", 1.0))
     for options, kind in (({}, TaskDeferred), ({"on_open": "fail"}, BreakerOpenError)):
         task = app.task(shared=False, breaker="payments", name=f"t-{kind.__name__}", **options)(
@@ -161,7 +160,7 @@ wrapped = pytest.mark.parametrize("wrap", [raised_from, raised_while_handling, r
 
 
 @wrapped
-def test_a_wrapped_refusal_is_a_refusal(app: Celery, payments: Breaker, clock: Clock, wrap: Any) -> None:
+def test_a_wrapped_refusal_is_a_refusal(app: Celery, wrap: Any) -> None:
     body = wrap(BreakerOpenError("payments"))
     deferring = app.task(shared=False, breaker="payments", name="t")(body)
     deferred, report = gated(deferring, admitted(counts=True))
@@ -173,7 +172,7 @@ def test_a_wrapped_refusal_is_a_refusal(app: Celery, payments: Breaker, clock: C
     assert not isinstance(gated(failing_, admitted())[0], TaskDeferred)
 
 
-def test_a_mistake_made_while_a_refusal_was_handled_is_a_mistake(app: Celery, payments: Breaker, clock: Clock) -> None:
+def test_a_mistake_made_while_a_refusal_was_handled_is_a_mistake(app: Celery) -> None:
     @app.task(shared=False, breaker="payments", name="t")
     def stumbles() -> None:
         try:
@@ -185,14 +184,12 @@ def test_a_mistake_made_while_a_refusal_was_handled_is_a_mistake(app: Celery, pa
 
 
 @pytest.mark.parametrize("state", ["AT_CAPACITY", "HALF_OPEN", "OPEN"])
-def test_a_task_backs_off_when_its_breaker_admits_it_and_refuses_its_body(
-    app: Celery, payments: Breaker, clock: Clock, state: str
-) -> None:
+def test_a_task_backs_off_when_its_breaker_admits_it_and_refuses_its_body(app: Celery, state: str) -> None:
     task = app.task(shared=False, breaker="payments", name="t")(failing(BreakerOpenError("payments", state, 0.0)))
     assert gated(task, admitted())[0].backs_off is (state != "OPEN")
 
 
-def test_a_breaker_that_opened_on_the_way_refuses(app: Celery, payments: Breaker, clock: Clock) -> None:
+def test_a_breaker_that_opened_on_the_way_refuses(app: Celery, payments: Breaker) -> None:
     task = app.task(shared=False, breaker="payments", name="t")(failing(AssertionError("ran")))
     force(payments, "OPEN")
     value, report = gated(task, admitted())
@@ -215,7 +212,7 @@ def test_a_guard_inside_a_trial_decides_it(app: Celery, payments: Breaker, clock
     assert report == Report((FAILURE,))
 
 
-def test_a_guard_inside_an_ordinary_run_speaks_for_itself(app: Celery, payments: Breaker, clock: Clock) -> None:
+def test_a_guard_inside_an_ordinary_run_speaks_for_itself(app: Celery, payments: Breaker) -> None:
     @app.task(shared=False, breaker="payments", name="t")
     def guarded() -> int:
         return payments.call(lambda: 3)
@@ -223,18 +220,14 @@ def test_a_guard_inside_an_ordinary_run_speaks_for_itself(app: Celery, payments:
     assert gated(guarded, admitted()) == (3, Report((None,)))
 
 
-def test_a_refusal_by_a_breaker_of_somebody_else_is_the_tasks_own_error(
-    app: Celery, payments: Breaker, clock: Clock
-) -> None:
+def test_a_refusal_by_a_breaker_of_somebody_else_is_the_tasks_own_error(app: Celery) -> None:
     task = app.task(shared=False, breaker="payments", name="t")(failing(BreakerOpenError("elsewhere")))
     value, _ = gated(task, admitted())
     assert isinstance(value, BreakerOpenError)
 
 
 @pytest.mark.parametrize("error", [Retry(exc=ConnectionError()), Ignore(), BreakerOpenError("payments")])
-def test_quick_attempts_never_repeat_control_flow(
-    app: Celery, payments: Breaker, clock: Clock, error: Exception
-) -> None:
+def test_quick_attempts_never_repeat_control_flow(app: Celery, error: Exception) -> None:
     calls = []
 
     @app.task(
@@ -248,7 +241,7 @@ def test_quick_attempts_never_repeat_control_flow(
     assert calls == [1]
 
 
-def test_provenance_of_an_eager_task(app: Celery, resilience: Resilience, payments: Breaker, clock: Clock) -> None:
+def test_provenance_of_an_eager_task(app: Celery, resilience: Resilience) -> None:
     task = app.task(shared=False, breaker="payments", name="t", fallback=constant("n/a"))(failing(ConnectionError()))
     result = task.apply()
     assert result.get() == "n/a"
@@ -257,7 +250,7 @@ def test_provenance_of_an_eager_task(app: Celery, resilience: Resilience, paymen
     assert (provenance.source, provenance.breaker) == ("constant", "payments")
 
 
-def test_an_unknown_breaker_is_named(app: Celery, resilience: Resilience) -> None:
+def test_an_unknown_breaker_is_named(app: Celery) -> None:
     task = app.task(shared=False, breaker="nobody", name="t")(seven)
     with pytest.raises(ConfigurationError, match="nobody"):
         task()
@@ -275,7 +268,7 @@ BOTH = Admission((Pass("payments"), Pass("accounts", counts=True)))
 SAYS_NOTHING = Verdict(Outcome.IGNORED, "ConnectionError")
 
 
-def test_the_outcome_goes_to_all_that_admitted(app: Celery, payments: Breaker, accounts: Breaker) -> None:
+def test_the_outcome_goes_to_all_that_admitted(app: Celery, accounts: Breaker) -> None:
     task = app.task(shared=False, breaker=["payments", accounts], name="t")(seven)
     assert gated(task, BOTH) == (7, Report((SUCCESS, SUCCESS)))
     task = app.task(shared=False, breaker=["payments", accounts], name="u")(failing(ConnectionError()))
@@ -284,9 +277,7 @@ def test_the_outcome_goes_to_all_that_admitted(app: Celery, payments: Breaker, a
 
 
 @pytest.mark.parametrize("error", [ConnectionError(), ValueError()])
-def test_a_failure_inside_a_guard_is_that_breakers_alone(
-    app: Celery, payments: Breaker, accounts: Breaker, error: Exception
-) -> None:
+def test_a_failure_inside_a_guard_is_that_breakers_alone(app: Celery, accounts: Breaker, error: Exception) -> None:
     @app.task(shared=False, breaker=["payments", accounts], name="t", max_attempts=2)
     def wraps() -> None:
         try:
@@ -300,7 +291,7 @@ def test_a_failure_inside_a_guard_is_that_breakers_alone(
     assert gated(wraps, BOTH._replace(attempts=1))[1].exhausted_for == "accounts"
 
 
-def test_a_mistake_after_a_failure_inside_is_nobodys(app: Celery, payments: Breaker, accounts: Breaker) -> None:
+def test_a_mistake_after_a_failure_inside_is_nobodys(app: Celery, accounts: Breaker) -> None:
     @app.task(shared=False, breaker=["payments", accounts], name="t")
     def stumbles() -> None:
         try:
@@ -311,7 +302,7 @@ def test_a_mistake_after_a_failure_inside_is_nobodys(app: Celery, payments: Brea
     assert isinstance(gated(stumbles, BOTH)[0], KeyError)
 
 
-def test_a_guard_inside_a_trial_of_two_decides_its_own(app: Celery, payments: Breaker, accounts: Breaker) -> None:
+def test_a_guard_inside_a_trial_of_two_decides_its_own(app: Celery, accounts: Breaker) -> None:
     @app.task(shared=False, breaker=["payments", accounts], name="t")
     def guarded() -> None:
         accounts.call(failing(ConnectionError()))
@@ -320,7 +311,7 @@ def test_a_guard_inside_a_trial_of_two_decides_its_own(app: Celery, payments: Br
     assert gated(guarded, admission)[1].verdicts == (SAYS_NOTHING, FAILURE)
 
 
-def test_any_breaker_that_opened_on_the_way_refuses(app: Celery, payments: Breaker, accounts: Breaker) -> None:
+def test_any_breaker_that_opened_on_the_way_refuses(app: Celery, accounts: Breaker) -> None:
     task = app.task(shared=False, breaker=["payments", accounts], name="t")(failing(AssertionError("ran")))
     force(accounts, "OPEN")
     deferred, report = gated(task, BOTH)
@@ -328,7 +319,7 @@ def test_any_breaker_that_opened_on_the_way_refuses(app: Celery, payments: Break
     assert report.verdicts == (None, None)
 
 
-def test_quick_attempts_end_when_any_breaker_opens(app: Celery, payments: Breaker, accounts: Breaker) -> None:
+def test_quick_attempts_end_when_any_breaker_opens(app: Celery, accounts: Breaker) -> None:
     calls = []
 
     @app.task(
@@ -347,9 +338,7 @@ def test_quick_attempts_end_when_any_breaker_opens(app: Celery, payments: Breake
     assert len(calls) == 2
 
 
-def test_an_eager_task_is_guarded_by_all(
-    app: Celery, payments: Breaker, accounts: Breaker, clock: Clock, resilience: Resilience
-) -> None:
+def test_an_eager_task_is_guarded_by_all(app: Celery, payments: Breaker, accounts: Breaker, clock: Clock) -> None:
     @app.task(shared=False, breaker=["payments", accounts], name="t")
     def fails() -> None:
         raise ConnectionError
@@ -365,7 +354,7 @@ def test_an_eager_task_is_guarded_by_all(
     assert payments.snapshot().calls == 1
 
 
-def test_a_deferral_leaves_its_traceback_in_the_pool_process(app: Celery) -> None:
+def test_a_deferral_leaves_its_traceback_in_the_pool_process() -> None:
     """To pickle and read one takes a millisecond, and nothing reads it."""
 
     def trace(_name: str, _task_id: str) -> tuple[int, Any, float]:

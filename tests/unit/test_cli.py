@@ -25,6 +25,7 @@ from resilient_tasks.store.local import LocalStore
 from resilient_tasks.testing import Clock
 from tests.support.doubles import FlakyStore
 
+pytestmark = pytest.mark.usefixtures("clock")  # breakers are in memory
 NASTY = "[red]a\x1b[2Jb\nc\u202ed"
 LIGHT = {"resilient_tasks.cli", "resilient_tasks.errors"}
 
@@ -61,7 +62,7 @@ def test_what_is_not_closed_comes_first(run: Run, accounts: Breaker, payments: B
     assert second.split()[:2] == ["accounts", "CLOSED"]
 
 
-def test_for_programs_it_is_json(run: Run, payments: Breaker, clock: Clock) -> None:
+def test_for_programs_it_is_json(run: Run, payments: Breaker) -> None:
     payments.trip(reason="[red]\x1b")
     [listed] = json.loads(run("list", "--json").output)
     assert (listed["name"], listed["state"], listed["retry_after"]) == ("payments", "OPEN", 10.0)
@@ -132,9 +133,7 @@ def test_watch_goes_on_when_the_store_is_away(
     ("verb", "state"),
     [("trip", "OPEN"), ("isolate", "FORCED_OPEN"), ("disable", "DISABLED"), ("shadow", "SHADOW"), ("reset", "CLOSED")],
 )
-def test_a_verb_moves_several_breakers(
-    run: Run, accounts: Breaker, payments: Breaker, clock: Clock, verb: str, state: str
-) -> None:
+def test_a_verb_moves_several_breakers(run: Run, accounts: Breaker, payments: Breaker, verb: str, state: str) -> None:
     payments.disable() if verb == "trip" else payments.trip()
     result = run(verb, "accounts", "payments", "--reason", "a test")
     assert result.exit_code == 0
@@ -143,7 +142,7 @@ def test_a_verb_moves_several_breakers(
     assert "@" in payments.snapshot().actor
 
 
-def test_an_unknown_name_gets_the_nearest_and_nothing_is_done(run: Run, payments: Breaker, clock: Clock) -> None:
+def test_an_unknown_name_gets_the_nearest_and_nothing_is_done(run: Run, payments: Breaker) -> None:
     result = run("trip", "payments", "paymnets")
     assert result.exit_code == 2
     assert "no breaker is named 'paymnets'; did you mean 'payments'?" in result.output
@@ -153,7 +152,7 @@ def test_an_unknown_name_gets_the_nearest_and_nothing_is_done(run: Run, payments
 
 
 def test_a_name_like_no_other_gets_all_that_there_are_or_some_of_very_many(
-    run: Run, resilience: Resilience, accounts: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    run: Run, resilience: Resilience, accounts: Breaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = run("show", f"zzz{NASTY}")
     assert result.exit_code == 2
@@ -173,7 +172,7 @@ def test_a_probe_that_nobody_runs_is_due(run: Run, payments: Breaker, clock: Clo
 
 
 def test_an_operators_checkout_does_not_replace_the_workers_policy(
-    run: Run, resilience: Resilience, payments: Breaker, clock: Clock
+    run: Run, resilience: Resilience, clock: Clock
 ) -> None:
     workers = LocalStore(clock)
     resilience.use_store(workers)
@@ -200,7 +199,7 @@ def test_an_app_without_breakers_is_told_so(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("command", [("list",), ("show", "payments"), ("trip", "payments"), ("resume", "payments")])
 def test_a_store_that_is_away_is_one_line_and_an_exit_code(
-    run: Run, resilience: Resilience, payments: Breaker, clock: Clock, command: Sequence[str]
+    run: Run, resilience: Resilience, clock: Clock, command: Sequence[str]
 ) -> None:
     store = FlakyStore(clock)
     store.is_unavailable = True
@@ -211,9 +210,7 @@ def test_a_store_that_is_away_is_one_line_and_an_exit_code(
 
 
 @pytest.mark.parametrize("command", [("deferred", "payments"), ("dead", "list"), ("drop", "payments", "--yes")])
-def test_a_broker_that_is_away_is_one_line_and_an_exit_code(
-    app: Celery, run: Run, payments: Breaker, command: Sequence[str]
-) -> None:
+def test_a_broker_that_is_away_is_one_line_and_an_exit_code(app: Celery, run: Run, command: Sequence[str]) -> None:
     app.conf.broker_url = "redis://:hunter2@127.0.0.1:1/0"
     result = run(*command)
     assert result.exit_code == 69
@@ -222,7 +219,7 @@ def test_a_broker_that_is_away_is_one_line_and_an_exit_code(
     assert "hunter2" not in result.output
 
 
-def test_there_is_no_negative_rate(run: Run, payments: Breaker, clock: Clock) -> None:
+def test_there_is_no_negative_rate(run: Run) -> None:
     assert {run("resume", "payments", "--rate", rate).exit_code for rate in ("-1", "0", "nan", "inf", "fast")} == {2}
 
 
@@ -242,9 +239,7 @@ def test_what_strangers_wrote_is_shown_and_not_obeyed() -> None:
     assert list(plain_lines(("A", "B"), [(NASTY, "x")])) == [f"A{' ' * 23}  B", f"{printable(NASTY)}  x"]
 
 
-def test_a_terminal_gets_a_table_without_markup(
-    run: Run, payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_gets_a_table_without_markup(run: Run, payments: Breaker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resilient_tasks.cli.common.is_rich", lambda: True)
     monkeypatch.setenv("COLUMNS", "200")
     payments.isolate(reason="[red]\x1b[2J")
@@ -256,7 +251,7 @@ def test_a_terminal_gets_a_table_without_markup(
 
 @pytest.mark.parametrize("width", [60, 80])
 def test_on_a_narrow_terminal_names_and_states_stay_whole(
-    run: Run, payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch, width: int
+    run: Run, payments: Breaker, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     monkeypatch.setattr("resilient_tasks.cli.common.is_rich", lambda: True)
     monkeypatch.setenv("COLUMNS", str(width))
@@ -306,7 +301,7 @@ def refuse() -> None:
     raise ConnectionRefusedError
 
 
-def test_children_are_listed_when_there_is_something_to_tell(run: Run, payments: Breaker, clock: Clock) -> None:
+def test_children_are_listed_when_there_is_something_to_tell(run: Run, payments: Breaker) -> None:
     for key in ("acme", "other"):
         payments.child(key).call(int)
     assert len(run("list").output.splitlines()) == 2
@@ -321,7 +316,7 @@ def test_children_are_listed_when_there_is_something_to_tell(run: Run, payments:
     assert run("show", "payments:acme").exit_code == 10
 
 
-def test_a_wildcard_stands_for_all_children(run: Run, payments: Breaker, clock: Clock) -> None:
+def test_a_wildcard_stands_for_all_children(run: Run, payments: Breaker) -> None:
     for key in ("acme", "other"):
         payments.child(key).call(int)
     result = run("isolate", "payments:*", "--reason", "maintenance")
@@ -330,7 +325,7 @@ def test_a_wildcard_stands_for_all_children(run: Run, payments: Breaker, clock: 
     assert run("reset", "payments", "payments:*", "payments:acme").output.count("CLOSED") == 3
 
 
-def test_a_key_is_taken_as_it_is_typed(run: Run, payments: Breaker, clock: Clock) -> None:
+def test_a_key_is_taken_as_it_is_typed(run: Run) -> None:
     assert run("trip", "payments:api:80").output == "payments:api%3A80 is OPEN\n"
     assert run("show", "payments:api%3A80").exit_code == 10
     result = run("trip", f"payments:{100 * 'a'}")
@@ -340,9 +335,7 @@ def test_a_key_is_taken_as_it_is_typed(run: Run, payments: Breaker, clock: Clock
 
 
 @pytest.mark.parametrize("command", [("show",), ("report",), ("dead", "list", "--breaker")])
-def test_where_one_breaker_is_wanted_a_wildcard_is_none(
-    run: Run, payments: Breaker, clock: Clock, command: Sequence[str]
-) -> None:
+def test_where_one_breaker_is_wanted_a_wildcard_is_none(run: Run, command: Sequence[str]) -> None:
     result = run(*command, "payments:*")
     assert result.exit_code == 2
     assert "'payments:*' means all children of payments: name one breaker" in result.output

@@ -253,7 +253,7 @@ def test_while_the_store_is_unavailable_no_breaker_is_limited(
     assert worker.run("another", payments), "what is deferred could not be resumed"
 
 
-def test_a_breaker_in_shadow_is_never_limited(worker: Worker, payments: Breaker, clock: Clock) -> None:
+def test_a_breaker_in_shadow_is_never_limited(worker: Worker, payments: Breaker) -> None:
     payments.shadow(reason="a first look")
     hang(worker, payments, 4)
     assert worker.run("one more", payments)
@@ -292,9 +292,7 @@ def test_a_spare_slot_that_an_operator_has_removed_is_not_removed_again(worker: 
     assert worker.pool.num_processes == 4
 
 
-def test_without_spare_slots_none_is_added(
-    app: Celery, resilience: Resilience, payments: Breaker, clock: Clock, now: ManualClock
-) -> None:
+def test_without_spare_slots_none_is_added(app: Celery, payments: Breaker, clock: Clock, now: ManualClock) -> None:
     runtime_of(app)._settings = lambda: SimpleNamespace(late_after=0.5, spare_slots=0)  # type: ignore[assignment,return-value]
     worker = Worker(app, 2, now)
     hang(worker, payments, 2)

@@ -168,7 +168,7 @@ def test_without_an_app_there_is_no_broker() -> None:
 
 
 def test_a_dead_task_is_held_unacknowledged_until_the_broker_takes_it(
-    app: Celery, payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    app: Celery, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     acknowledged: list[Any] = []
     deferral = Deferral(runtime_of(app))

@@ -23,6 +23,7 @@ from resilient_tasks.worker.pipeline import Pipeline
 from resilient_tasks.worker.request import GatedRequest
 from tests.support.doubles import Request
 
+pytestmark = pytest.mark.usefixtures("clock")  # breakers are in memory
 IDS = [f"task-{number}" for number in range(2000)]
 
 
@@ -117,9 +118,7 @@ def test_a_task_of_several_breakers_gets_all_permits_or_none(
     assert resilience.fleet.acquire(payments._dependency.spec, "the next one").trial
 
 
-def test_the_first_breaker_that_refuses_is_named(
-    gate: Gate, payments: Breaker, resilience: Resilience, clock: Clock
-) -> None:
+def test_the_first_breaker_that_refuses_is_named(gate: Gate, payments: Breaker, resilience: Resilience) -> None:
     accounts = resilience.breaker("accounts")
     force(accounts, "OPEN")
     assert gate.refusing([payments._dependency, accounts._dependency], Envelope(), "a") is accounts._dependency
@@ -128,7 +127,7 @@ def test_the_first_breaker_that_refuses_is_named(
 
 
 def test_a_resumed_task_passes_the_ramp_of_the_breaker_that_it_waited_for_alone(
-    gate: Gate, payments: Breaker, resilience: Resilience, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    gate: Gate, payments: Breaker, resilience: Resilience, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accounts = resilience.breaker("accounts")
     monkeypatch.setattr(CachedState, "ramp_share", lambda _: 0.0)
@@ -165,7 +164,7 @@ def test_a_refused_run_that_a_fallback_answers_holds_nothing(gate: Gate, payment
 
 
 def test_a_message_that_the_broker_delivers_again_runs_and_is_counted(
-    app: Celery, gate: Gate, payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    app: Celery, gate: Gate, payments: Breaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @app.task(name="delivered-again", breaker=payments, shared=False)
     def charge() -> None: ...
@@ -199,7 +198,7 @@ def test_a_task_keeps_its_place_behind_those_that_wait_for_a_slot(
 
 
 def test_a_refusal_counts_when_it_is_made_and_not_when_it_is_looked_at(
-    payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    payments: Breaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force(payments, "OPEN")
     dependency, counted = payments._dependency, list[str]()

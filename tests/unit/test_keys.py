@@ -86,13 +86,13 @@ def keyed(app: Celery, key: Any, **options: Any) -> Any:
     ],
 )
 def test_a_key_is_found_among_the_arguments(
-    app: Celery, payments: Breaker, clock: Clock, key: Any, args: Any, kwargs: Any, found: str
+    app: Celery, clock: Clock, key: Any, args: Any, kwargs: Any, found: str
 ) -> None:
     task = keyed(app, key)
     assert [guard.name for guard in runtime_of(app).guards_of(task, args, kwargs)] == ["payments", f"payments:{found}"]
 
 
-def test_a_bound_task_has_no_key_in_itself(app: Celery, payments: Breaker, clock: Clock) -> None:
+def test_a_bound_task_has_no_key_in_itself(app: Celery, clock: Clock) -> None:
     @app.task(name="bound", shared=False, bind=True, breaker="payments", breaker_key="tenant")
     def bound(self: Any, tenant: str) -> None: ...
 
@@ -107,9 +107,7 @@ def test_a_bound_task_has_no_key_in_itself(app: Celery, payments: Breaker, clock
         (lambda _args, _kwargs: None, (1,), "key None of breaker 'payments'"),
     ],
 )
-def test_a_call_without_a_key_fails_alone(
-    app: Celery, payments: Breaker, clock: Clock, key: Any, args: Any, told: str
-) -> None:
+def test_a_call_without_a_key_fails_alone(app: Celery, clock: Clock, key: Any, args: Any, told: str) -> None:
     task = keyed(app, key)
     assert runtime_of(app).guards_of(task, args, {}) == []
     gate = Gate(runtime_of(app))
@@ -143,7 +141,7 @@ def test_a_childs_calls_count_for_the_child(payments: Breaker, acme: Breaker, cl
         pass
 
 
-def test_an_open_parent_refuses_for_its_children(payments: Breaker, acme: Breaker, clock: Clock) -> None:
+def test_an_open_parent_refuses_for_its_children(payments: Breaker, acme: Breaker) -> None:
     force(payments, "OPEN")
     with pytest.raises(BreakerOpenError, match="'payments'"):
         acme.call(int)
@@ -175,7 +173,7 @@ def test_a_permit_of_the_parent_is_given_back_when_the_child_refuses(
     assert payments.snapshot().trials == 0
 
 
-def test_coroutines_are_guarded_by_both(payments: Breaker, acme: Breaker, clock: Clock) -> None:
+def test_coroutines_are_guarded_by_both(payments: Breaker, acme: Breaker) -> None:
     async def nothing() -> None: ...
 
     asyncio.run(acme.call(nothing))
@@ -201,9 +199,7 @@ def test_a_tasks_outcome_counts_for_the_child_and_a_trial_for_its_parent(
     assert (payments.snapshot().state, acme.snapshot().failures) == ("OPEN", 1)
 
 
-def test_a_failure_inside_a_childs_guard_is_no_strangers_to_the_parent(
-    app: Celery, payments: Breaker, acme: Breaker, clock: Clock
-) -> None:
+def test_a_failure_inside_a_childs_guard_is_no_strangers_to_the_parent(app: Celery, acme: Breaker) -> None:
     @app.task(shared=False, breaker="payments", name="t")
     def guarded() -> None:
         acme.call(failing)

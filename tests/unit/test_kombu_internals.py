@@ -225,7 +225,7 @@ def test_a_queue_that_is_added_during_the_wait_is_watched(connection: Connection
         assert drain(connection, received, 1) == ["a"]
 
 
-def test_a_busy_worker_hears_of_no_changes(connection: Connection, broker: Any) -> None:
+def test_a_busy_worker_hears_of_no_changes(connection: Connection) -> None:
     channel: Any = connection.channel()
     received: list[Any] = []
     channel.basic_qos(0, 1, False)
@@ -316,7 +316,7 @@ def test_without_emulated_acknowledgements_nothing_is_noted(
     assert broker.hlen(f"{prefix}unacked") == 0
 
 
-def test_a_server_that_dies_in_mid_restore_is_waited_for_half_a_minute(connection: Connection, broker: Any) -> None:
+def test_a_server_that_dies_in_mid_restore_is_waited_for_half_a_minute(connection: Connection) -> None:
     assert kombu_redis.Channel.unacked_mutex_expire > kombu_internals.TakingChannel.unacked_mutex_expire == 30
     assert connection.channel().qos.unacked_mutex_expire == 30
 
@@ -340,7 +340,7 @@ def test_a_channel_that_cannot_put_anything_back_closes_all_the_same(
     assert broker.hlen(f"{prefix}unacked") == 1
 
 
-def test_what_is_acknowledged_after_its_channel_has_closed_is_left_alone(connection: Connection, broker: Any) -> None:
+def test_what_is_acknowledged_after_its_channel_has_closed_is_left_alone(connection: Connection) -> None:
     channel, message = received_by_a_channel(connection)
     channel.close()
     channel._pool = None  # as when nothing could be put back

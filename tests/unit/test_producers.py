@@ -17,6 +17,7 @@ from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Resil
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker.envelope import Envelope
 
+pytestmark = pytest.mark.usefixtures("clock")  # breakers are in memory
 DEFERRED = "resilient.deferred.payments"
 
 
@@ -84,7 +85,7 @@ def test_trials_of_a_breaker_with_a_probe_are_not_the_producers(payments: Breake
 # --- on_open ------------------------------------------------------------------------------------------
 
 
-def test_fail_raises_and_publishes_nothing(app: Celery, task: Any, payments: Breaker, clock: Clock) -> None:
+def test_fail_raises_and_publishes_nothing(app: Celery, task: Any, payments: Breaker) -> None:
     charge = task()
     charge.apply_async((1,), on_open="fail")
     force(payments, "OPEN")
@@ -97,9 +98,7 @@ def test_fail_raises_and_publishes_nothing(app: Celery, task: Any, payments: Bre
     assert (orders(app, "celery"), orders(app, DEFERRED)) == ([1], [])
 
 
-def test_a_fallback_answers_at_once(
-    app: Celery, task: Any, resilience: Resilience, payments: Breaker, clock: Clock
-) -> None:
+def test_a_fallback_answers_at_once(app: Celery, task: Any, resilience: Resilience, payments: Breaker) -> None:
     charge = task(fallback=lambda order: order * 100)
     assert not isinstance(charge.apply_async((1,), on_open="fallback"), EagerResult)
     force(payments, "OPEN")
@@ -113,7 +112,7 @@ def test_a_fallback_answers_at_once(
 
 @pytest.mark.parametrize(("told", "state"), [({}, "PENDING"), ({"task_id": "mine"}, "SUCCESS")])
 def test_the_answer_is_in_the_backend_if_somebody_knew_the_id(
-    app: Celery, task: Any, payments: Breaker, clock: Clock, told: dict[str, str], state: str
+    app: Celery, task: Any, payments: Breaker, told: dict[str, str], state: str
 ) -> None:
     charge = task(fallback=constant("n/a"))
     force(payments, "OPEN")
@@ -121,9 +120,7 @@ def test_the_answer_is_in_the_backend_if_somebody_knew_the_id(
     assert app.AsyncResult(result.id).state == state
 
 
-def test_the_setting_of_eager_results_holds_for_answers_of_producers(
-    app: Celery, task: Any, payments: Breaker, clock: Clock
-) -> None:
+def test_the_setting_of_eager_results_holds_for_answers_of_producers(app: Celery, task: Any, payments: Breaker) -> None:
     app.conf.task_store_eager_result = True
     charge = task(fallback=constant("n/a"))
     force(payments, "OPEN")
@@ -131,9 +128,7 @@ def test_the_setting_of_eager_results_holds_for_answers_of_producers(
 
 
 @pytest.mark.parametrize("on_open", ["defer", "fail"])
-def test_without_an_answer_the_tasks_own_option_counts(
-    app: Celery, task: Any, payments: Breaker, clock: Clock, on_open: str
-) -> None:
+def test_without_an_answer_the_tasks_own_option_counts(app: Celery, task: Any, payments: Breaker, on_open: str) -> None:
     charge = task(fallback=cached(max_age=60), on_open=on_open)
     force(payments, "OPEN")
     if on_open == "fail":
@@ -144,7 +139,7 @@ def test_without_an_answer_the_tasks_own_option_counts(
     assert orders(app, "celery") == ([] if on_open == "fail" else [1])
 
 
-def test_a_task_that_something_waits_for_is_published(app: Celery, task: Any, payments: Breaker, clock: Clock) -> None:
+def test_a_task_that_something_waits_for_is_published(app: Celery, task: Any, payments: Breaker) -> None:
     charge = task(fallback=constant("n/a"))
     force(payments, "OPEN")
     charge.apply_async((1,), on_open="fallback", link=charge.s())
@@ -158,19 +153,19 @@ def test_a_task_that_something_waits_for_is_published(app: Celery, task: Any, pa
 
 
 @pytest.mark.parametrize("on_open", ["defer", "", 1, "Fail"])
-def test_another_word_is_refused(task: Any, payments: Breaker, clock: Clock, on_open: Any) -> None:
+def test_another_word_is_refused(task: Any, on_open: Any) -> None:
     expected = f"task 'charge': on_open={on_open!r}: a sender may say 'fail' or 'fallback'"
     with pytest.raises(ConfigurationError) as refused:
         task().apply_async((1,), on_open=on_open)
     assert str(refused.value) == expected
 
 
-def test_a_fallback_that_is_not_there_is_missed_before_it_is_needed(task: Any, payments: Breaker, clock: Clock) -> None:
+def test_a_fallback_that_is_not_there_is_missed_before_it_is_needed(task: Any) -> None:
     with pytest.raises(ConfigurationError, match="on_open='fallback': it has no fallback"):
         task().apply_async((1,), on_open="fallback")
 
 
-def test_a_task_without_a_breaker_has_nothing_to_be_told(app: Celery, payments: Breaker) -> None:
+def test_a_task_without_a_breaker_has_nothing_to_be_told(app: Celery) -> None:
     @app.task(name="plain", shared=False)
     def plain() -> None: ...
 
@@ -181,7 +176,7 @@ def test_a_task_without_a_breaker_has_nothing_to_be_told(app: Celery, payments: 
 
 
 def test_one_of_several_breakers_is_enough_to_refuse(
-    app: Celery, task: Any, resilience: Resilience, payments: Breaker, clock: Clock
+    app: Celery, task: Any, resilience: Resilience, payments: Breaker
 ) -> None:
     carrier = resilience.breaker("carrier")
     charge = task(breaker=[payments, carrier])
@@ -198,7 +193,7 @@ def test_one_of_several_breakers_is_enough_to_refuse(
 
 @pytest.mark.parametrize("exchange", ["direct", "topic"])
 def test_a_refused_task_is_published_into_the_deferred_queue(
-    app: Celery, task: Any, resilience: Resilience, payments: Breaker, clock: Clock, exchange: str
+    app: Celery, task: Any, payments: Breaker, clock: Clock, exchange: str
 ) -> None:
     app.conf.task_queues = [Queue("tills", Exchange(f"to-tills-{exchange}", exchange), routing_key="till.1")]
     app.conf.task_default_queue = "tills"
@@ -220,7 +215,7 @@ def test_a_refused_task_is_published_into_the_deferred_queue(
     assert messages(app, "tills") == []
 
 
-def test_what_is_admitted_is_published_as_ever(app: Celery, task: Any, payments: Breaker, clock: Clock) -> None:
+def test_what_is_admitted_is_published_as_ever(app: Celery, task: Any, payments: Breaker) -> None:
     charge = task()
     charge.delay(1)
     force(payments, "OPEN")
@@ -232,7 +227,7 @@ def test_what_is_admitted_is_published_as_ever(app: Celery, task: Any, payments:
 
 @pytest.mark.parametrize("options", [{"fallback": constant("n/a")}, {"on_open": "fail"}])
 def test_a_refusal_that_a_worker_has_to_answer_is_left_to_it(
-    app: Celery, task: Any, payments: Breaker, clock: Clock, options: dict[str, Any]
+    app: Celery, task: Any, payments: Breaker, options: dict[str, Any]
 ) -> None:
     charge = task(**options)
     force(payments, "OPEN")
@@ -246,7 +241,7 @@ def test_a_refusal_that_a_worker_has_to_answer_is_left_to_it(
     ids=["not due yet", "a retry", "routed by its exchange"],
 )
 def test_what_a_producer_cannot_put_into_its_place_is_published_as_usual(
-    app: Celery, task: Any, payments: Breaker, clock: Clock, told: dict[str, Any]
+    app: Celery, task: Any, payments: Breaker, told: dict[str, Any]
 ) -> None:
     charge = task()
     with app.connection_for_write() as connection:
@@ -256,9 +251,7 @@ def test_what_a_producer_cannot_put_into_its_place_is_published_as_usual(
     assert (orders(app, "celery"), orders(app, DEFERRED)) == ([1], [])
 
 
-def test_a_message_of_the_first_protocol_is_published_as_usual(
-    app: Celery, task: Any, payments: Breaker, clock: Clock
-) -> None:
+def test_a_message_of_the_first_protocol_is_published_as_usual(app: Celery, task: Any, payments: Breaker) -> None:
     app.conf.task_protocol = 1
     charge = task()
     force(payments, "OPEN")
@@ -266,7 +259,7 @@ def test_a_message_of_the_first_protocol_is_published_as_usual(
     assert len(messages(app, "celery")) == 1
 
 
-def test_a_full_queue_is_the_workers_business(app: Celery, resilience: Resilience, clock: Clock) -> None:
+def test_a_full_queue_is_the_workers_business(app: Celery, resilience: Resilience) -> None:
     narrow = resilience.breaker("narrow", max_deferred=1)
 
     @app.task(name="squeeze", shared=False, breaker=narrow)
@@ -279,7 +272,7 @@ def test_a_full_queue_is_the_workers_business(app: Celery, resilience: Resilienc
 
 
 def test_a_broker_that_takes_no_deferral_gets_the_task_as_usual(
-    app: Celery, task: Any, payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch,
+    app: Celery, task: Any, payments: Breaker, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     charge = task()
@@ -292,9 +285,7 @@ def test_a_broker_that_takes_no_deferral_gets_the_task_as_usual(
     assert (orders(app, "celery"), orders(app, DEFERRED)) == ([1], [2])
 
 
-def test_what_others_add_while_it_is_published_comes_along(
-    app: Celery, task: Any, payments: Breaker, clock: Clock
-) -> None:
+def test_what_others_add_while_it_is_published_comes_along(app: Celery, task: Any, payments: Breaker) -> None:
     def trace(headers: dict[str, Any], **_: Any) -> None:
         headers["traceparent"] = "00-1"
 
@@ -309,7 +300,7 @@ def test_what_others_add_while_it_is_published_comes_along(
 
 
 def test_the_event_of_a_sending_is_sent(
-    app: Celery, task: Any, payments: Breaker, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    app: Celery, task: Any, payments: Breaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published: list[Any] = []
     monkeypatch.setattr(Producer, "publish", lambda _, body, **sent: published.append((body["type"], body["queue"])))
@@ -321,7 +312,7 @@ def test_the_event_of_a_sending_is_sent(
     assert published == [("task-sent", "celery")]
 
 
-def test_members_of_workflows_wait_as_what_they_are(app: Celery, task: Any, payments: Breaker, clock: Clock) -> None:
+def test_members_of_workflows_wait_as_what_they_are(app: Celery, task: Any, payments: Breaker) -> None:
     charge = task()
     force(payments, "OPEN")
     chain(charge.si(1), charge.si(2)).apply_async()
@@ -333,7 +324,7 @@ def test_members_of_workflows_wait_as_what_they_are(app: Celery, task: Any, paym
     assert {result.state for result in whole} == {"DEFERRED"}
 
 
-def test_eager_tasks_are_sent_nowhere(app: Celery, task: Any, payments: Breaker, clock: Clock) -> None:
+def test_eager_tasks_are_sent_nowhere(app: Celery, task: Any, payments: Breaker) -> None:
     app.conf.task_always_eager = True
     charge = task()
     force(payments, "OPEN")
@@ -341,7 +332,7 @@ def test_eager_tasks_are_sent_nowhere(app: Celery, task: Any, payments: Breaker,
         charge.apply_async((1,), throw=True)
 
 
-def test_compressed_and_pickled_arguments_come_through(app: Celery, task: Any, payments: Breaker, clock: Clock) -> None:
+def test_compressed_and_pickled_arguments_come_through(app: Celery, task: Any, payments: Breaker) -> None:
     app.conf.accept_content = ["pickle"]
     charge = task()
     force(payments, "OPEN")

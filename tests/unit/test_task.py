@@ -15,6 +15,7 @@ from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Resil
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.testing import Clock, force
 
+pytestmark = pytest.mark.usefixtures("clock")  # breakers are in memory
 THREE_QUICK = tenacity.Retrying(stop=tenacity.stop_after_attempt(3), wait=tenacity.wait_none())
 
 
@@ -77,9 +78,7 @@ def test_a_run_is_counted(task: Any, run: Any, payments: Breaker, clock: Clock) 
 
 
 @pytest.mark.parametrize("on_open", ["defer", "fail"])
-def test_while_open_it_is_refused(
-    task: Any, run: Any, dependency: Dependency, payments: Breaker, clock: Clock, on_open: str
-) -> None:
+def test_while_open_it_is_refused(task: Any, run: Any, dependency: Dependency, payments: Breaker, on_open: str) -> None:
     call = task(on_open=on_open)
     force(payments, "OPEN")
     with pytest.raises(BreakerOpenError) as refused:
@@ -101,7 +100,7 @@ def test_while_open_the_fallback_answers(task: Any, run: Any, payments: Breaker,
 
 
 def test_the_fallback_answers_for_a_failure_which_counts_all_the_same(
-    task: Any, run: Any, dependency: Dependency, payments: Breaker, clock: Clock
+    task: Any, run: Any, dependency: Dependency, payments: Breaker
 ) -> None:
     call = task(fallback=constant("n/a"))
     dependency.failures_left = 3
@@ -110,9 +109,7 @@ def test_the_fallback_answers_for_a_failure_which_counts_all_the_same(
     assert payments.state == "OPEN"
 
 
-def test_a_failure_without_fallback_is_the_callers(
-    task: Any, run: Any, dependency: Dependency, payments: Breaker, clock: Clock
-) -> None:
+def test_a_failure_without_fallback_is_the_callers(task: Any, run: Any, dependency: Dependency) -> None:
     call = task()
     dependency.failures_left = 3
     for _ in range(3):
@@ -145,9 +142,7 @@ def test_retrying_makes_quick_attempts_that_all_count(
     assert (dependency.calls, payments.snapshot().calls, payments.snapshot().failures) == (3, 3, 2)
 
 
-def test_retrying_ends_when_the_breaker_opens(
-    task: Any, run: Any, dependency: Dependency, payments: Breaker, clock: Clock
-) -> None:
+def test_retrying_ends_when_the_breaker_opens(task: Any, run: Any, dependency: Dependency, payments: Breaker) -> None:
     call = task(retrying=tenacity.Retrying(stop=tenacity.stop_after_attempt(50), wait=tenacity.wait_none()))
     dependency.failures_left = 50
     with pytest.raises(ConnectionError):  # no task opens its breaker alone
@@ -158,9 +153,7 @@ def test_retrying_ends_when_the_breaker_opens(
     assert payments.state == "OPEN"
 
 
-def test_no_quick_attempt_is_waited_for_beyond_the_time_limit(
-    task: Any, run: Any, dependency: Dependency, clock: Clock
-) -> None:
+def test_no_quick_attempt_is_waited_for_beyond_the_time_limit(task: Any, run: Any, dependency: Dependency) -> None:
     hourly = tenacity.Retrying(stop=tenacity.stop_after_attempt(2), wait=tenacity.wait_fixed(3600))
     dependency.failures_left = 1
     with pytest.raises(ConnectionError):
@@ -169,7 +162,7 @@ def test_no_quick_attempt_is_waited_for_beyond_the_time_limit(
 
 
 def test_the_wait_for_a_quick_attempt_ends_when_the_breaker_opens(
-    task: Any, run: Any, dependency: Dependency, payments: Breaker, clock: Clock
+    task: Any, run: Any, dependency: Dependency, payments: Breaker
 ) -> None:
     def trip(_: tenacity.RetryCallState) -> None:
         threading.Timer(0.2, payments.trip).start()
@@ -191,13 +184,13 @@ def test_after_the_open_time_the_next_runs_are_trials(task: Any, run: Any, payme
     assert payments.state == "CLOSED"
 
 
-def test_a_refused_eager_task_is_a_failure(task: Any, payments: Breaker, clock: Clock) -> None:
+def test_a_refused_eager_task_is_a_failure(task: Any, payments: Breaker) -> None:
     force(payments, "OPEN")
     result = task().apply(args=(7,), throw=False)
     assert (result.state, type(result.result)) == ("FAILURE", BreakerOpenError)
 
 
-def test_a_direct_call_sees_its_arguments_in_the_request(app: Celery, payments: Breaker, clock: Clock) -> None:
+def test_a_direct_call_sees_its_arguments_in_the_request(app: Celery, payments: Breaker) -> None:
     @app.task(bind=True, name="seen", shared=False, breaker=payments)
     def seen(self: Any, *args: int, **kwargs: int) -> tuple:
         return self.request.args, self.request.kwargs, self.request.called_directly
@@ -228,9 +221,7 @@ class PoliteContext(Context):
 
 
 @pytest.mark.parametrize("base", [Context, PoliteContext])
-def test_a_base_class_may_have_a_call_of_its_own(
-    task: Any, run: Any, dependency: Dependency, payments: Breaker, clock: Clock, base: type
-) -> None:
+def test_a_base_class_may_have_a_call_of_its_own(task: Any, run: Any, payments: Breaker, base: type) -> None:
     call = task(base=base)
     assert run(call, 7) == 7
     assert type(call._get_current_object()).entered == 1
@@ -240,7 +231,7 @@ def test_a_base_class_may_have_a_call_of_its_own(
     assert type(call._get_current_object()).entered == 1
 
 
-def test_options_in_a_base_class_are_those_of_its_tasks(app: Celery, payments: Breaker) -> None:
+def test_options_in_a_base_class_are_those_of_its_tasks(app: Celery) -> None:
     class Payment(ResilientTask):
         abstract = True
         breaker = "payments"
@@ -283,7 +274,7 @@ def test_autoretry_goes_on_working(app: Celery, run: Any, payments: Breaker, clo
     assert payments.snapshot().failures == 1
 
 
-def test_a_shared_task_may_name_a_breaker(app: Celery, payments: Breaker, clock: Clock) -> None:
+def test_a_shared_task_may_name_a_breaker(app: Celery, payments: Breaker) -> None:
     @shared_task(name="shared-charge", breaker="payments", fallback=constant("n/a"))
     def charge(number: int) -> int:
         return number
@@ -299,7 +290,7 @@ def test_a_shared_task_may_name_a_breaker(app: Celery, payments: Breaker, clock:
 # --- tasks without a breaker ------------------------------------------------------------------------
 
 
-def test_a_task_without_a_breaker_is_exactly_celerys(app: Celery, resilience: Resilience) -> None:
+def test_a_task_without_a_breaker_is_exactly_celerys(app: Celery) -> None:
     @app.task(name="plain", shared=False)
     def plain() -> None: ...
 
@@ -315,7 +306,7 @@ def test_a_task_without_a_breaker_is_exactly_celerys(app: Celery, resilience: Re
 
 
 @pytest.mark.filterwarnings("error::DeprecationWarning")
-def test_the_tick_task_is_not_guarded_and_goes_to_the_control_queue(app: Celery, resilience: Resilience) -> None:
+def test_the_tick_task_is_not_guarded_and_goes_to_the_control_queue(app: Celery) -> None:
     app.conf.task_always_eager = False
     tick = app.tasks["resilient_tasks.tick"]
     assert not isinstance(tick, ResilientTask)
