@@ -15,6 +15,7 @@ import time
 import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -129,7 +130,11 @@ def main() -> None:
         timed = measure(bench, ROUNDS, processor_time)
         payments = bench.project.payments
         span = (
-            min(timeit.repeat(lambda: tracing.record_run({payments.name: payments.state}, ""), number=CALLS, repeat=10))
+            min(
+                timeit.repeat(
+                    partial(tracing.record_run, lambda: {payments.name: payments.state}, ""), number=CALLS, repeat=10
+                )
+            )
             / CALLS
         )
     print(f"\n{'told of a guarded no-op task':42}{'processor time (95 % confidence)':46}function calls\n")

@@ -230,6 +230,11 @@ class Dependency:
             self._joined = fleet
         return self._joined
 
+    @property
+    def has_joined(self) -> bool:
+        """Whether this process has used the breaker."""
+        return self._joined is not None
+
     def detach(self) -> None:
         self._joined = None
         self.cached = self.plain = _NOWHERE

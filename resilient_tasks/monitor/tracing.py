@@ -6,7 +6,7 @@ resumed run to the first run, or to the first refusal. A W3C ``traceparent`` in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -23,14 +23,15 @@ _TRACEPARENT = "traceparent"
 _IS_INSTALLED = "trace" in globals()
 
 
-def record_run(states: Mapping[str, State], first: str) -> None:
-    """Describe the current span as a run of a task that breakers guard, by name and cached state.
+def record_run(cached: Callable[[], Mapping[str, State]], first: str) -> None:
+    """Describe the current span as a run of a task that breakers guard, by name and ``cached`` state.
 
     ``first`` is the ``traceparent`` of what the task did before it was deferred; "" if it never was.
     """
     span = _current_span()
     if span is None:
         return
+    states = cached()
     names, texts = list(states), list(map(str, states.values()))
     one = len(states) == 1
     span.set_attributes({_NAME: names[0] if one else names, _STATE: texts[0] if one else texts})

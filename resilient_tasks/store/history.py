@@ -159,10 +159,14 @@ class History:
         commands, opens = self._logging(transition), was_admitting and not admits
         if transition.state is not transition.previous:
             commands += _adding(self._keys.counts(name), {ENTERED + transition.state: 1}, _bounds(name).seconds)
-        latest = self._latest([name]).get(name)
+        reads: list[Command] = [self._first_outage(name), *(self._before(transition, window) if opens else ())]
+        epoch, *before = self._server.commands(
+            reads, lambda reply: _numbers(reply) if isinstance(reply, dict) else reply
+        )
+        latest = self._of_epochs({name: _text(epoch)}).get(name)
         is_lasting = latest is not None and latest.drained is None
         if opens and not is_lasting:
-            commands += self._beginning(transition, window)
+            commands += self._beginning(transition, *before)
         elif latest is not None and is_lasting and transition.state is not transition.previous:
             if opens:  # its tasks still wait
                 commands.append(("HDEL", latest.key, "closed"))
@@ -172,20 +176,23 @@ class History:
         if admits and not was_admitting:
             self.close(name, transition.at)
 
-    def _beginning(self, transition: Transition, window: float) -> list[Command]:
-        """Return what begins an outage; what came before it in the same window belongs to it."""
+    def _before(self, transition: Transition, window: float) -> list[Command]:
+        """Return what reads what came before an outage, and belongs to it: all in the same window."""
         name, bounds, minute = transition.name, _bounds(transition.name), int(transition.at // _MINUTE)
-        outages, key = self._keys.outages(name), self._keys.outage(name, str(transition.epoch))
         of_window = min(math.ceil(window / _MINUTE), bounds.minutes) + 1
-        reads: list[Command] = [
+        return [
             ("ZCARD", self._keys.breaker(name).deferred),
             ("HMGET", self._keys.counts(name), DEFERRED, _DEFERRED_WHEN_EMPTY),
-            ("LRANGE", outages, bounds.outages - 1, -1),
+            ("LRANGE", self._keys.outages(name), bounds.outages - 1, -1),
             *(("HGETALL", self._keys.minute(name, minute - ago)) for ago in range(of_window)),
         ]
-        waiting, deferred, too_old, *minutes = self._server.commands(
-            reads, lambda reply: _numbers(reply) if isinstance(reply, dict) else reply
-        )
+
+    def _beginning(
+        self, transition: Transition, waiting: Any, deferred: Any, too_old: Any, *minutes: Any
+    ) -> list[Command]:
+        """Return what begins an outage, by what was there before."""
+        name, bounds = transition.name, _bounds(transition.name)
+        outages, key = self._keys.outages(name), self._keys.outage(name, str(transition.epoch))
         total, when_empty = (int(count or 0) for count in deferred or (0, 0))
         began = {
             "opened": to_ms(transition.at), "reason": transition.reason, "actor": transition.actor, "openings": 1,
@@ -250,8 +257,14 @@ class History:
     def _latest(self, names: Iterable[str]) -> dict[str, _Latest]:
         """Return the latest outage of each breaker that has had one."""
         known = list(names)
-        epochs = self._server.commands([("LINDEX", self._keys.outages(name), 0) for name in known], _text)
-        keys = {name: self._keys.outage(name, epoch) for name, epoch in zip(known, epochs, strict=True) if epoch}
+        epochs = self._server.commands([self._first_outage(name) for name in known], _text)
+        return self._of_epochs(dict(zip(known, epochs, strict=True)))
+
+    def _first_outage(self, name: str) -> Command:
+        return "LINDEX", self._keys.outages(name), 0
+
+    def _of_epochs(self, epochs: Mapping[str, str | None]) -> dict[str, _Latest]:
+        keys = {name: self._keys.outage(name, epoch) for name, epoch in epochs.items() if epoch}
         found = self._server.commands([("HMGET", key, "opened", *_Latest._fields[1:]) for key in keys.values()], _times)
         return {
             name: _Latest(key, *times)

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from typing import Any
 
 import redis
@@ -234,6 +235,7 @@ class RedisStore(RuledStore):
         return subscription
 
 
+_ANY = Spec("", revision=OLDEST)  # whatever rules are kept are newer
 _TEXTS = frozenset({"state", "reason", "actor", "rules"})  # the other fields are numbers
 _NUMBERS = re.compile(r"(-?\d{1,18}( \d{1,18})*)?")
 
@@ -283,6 +285,6 @@ def _published(data: bytes) -> Snapshot | None:
     """Return the snapshot in a message; None for one that is not ours, which the next read makes up for."""
     try:
         name, _, reply = data.decode(errors="surrogateescape").partition("\n")
-        return _seen(Spec(name, revision=OLDEST), reply).snapshot()
+        return _seen(replace(_ANY, name=name), reply).snapshot()
     except (ValueError, KeyError, TypeError):
         return None

@@ -21,7 +21,7 @@ import mmap
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from zlib import crc32
 
@@ -170,6 +170,7 @@ class View:
         self._passed: dict[str, int] = {}  # parent -> how many active children were looked at before
         self._unused: set[str] = set()  # children of which only others have reported
         self._looked_at = -math.inf  # the store's time of the last look at what has changed; -inf: all are to be read
+        self._changed: dict[str, float] = {}  # what had changed by then
         self._switches = 0  # of a FailoverStore between its stores, as far as all were read since
         self._swept_at, self._swept = -math.inf, 0  # when the last idle breaker was read, and how many were
         self._server_offset = time.time() - clock()
@@ -290,7 +291,7 @@ class View:
         for snapshot in self.look(*others, *self._next_to_sweep(idle)):
             if snapshot.active_children or self._active.get(snapshot.name):
                 self._refresh_children(snapshot.name, changed)
-        self._looked_at, self._switches = began_at + self._server_offset, switches
+        self._looked_at, self._switches, self._changed = began_at + self._server_offset, switches, changed
         self._forget_unused()
 
     def _next_to_sweep(self, idle: list[Spec]) -> list[Spec]:
@@ -299,7 +300,7 @@ class View:
         self._swept_at, self._swept = self.clock(), self._swept + 1
         return [idle[self._swept % len(idle)]]
 
-    def _refresh_children(self, parent: str, changed: Mapping[str, float]) -> None:
+    def _refresh_children(self, parent: str, changed: dict[str, float]) -> None:
         """Look at children that have changed, and at the next of all active ones that are not known here."""
         known = self._states
         passed = self._passed.get(parent, 0)
@@ -309,7 +310,7 @@ class View:
         names = {name for name in active if name not in known}
         names |= {name for name in former if name in known and name not in active}
         for name, at in changed.items():
-            if parent_of(name) == parent:
+            if parent_of(name) == parent and at != self._changed.get(name):
                 if name not in known:
                     self._notify(name)
                 elif not known[name].has_seen(at):
@@ -318,7 +319,10 @@ class View:
             for name in names - known.keys():
                 self._new(replace(known[parent].spec, name=name))
                 self._unused.add(name)
-        self.look(*(known[name].spec for name in sorted(names)[:MOST_AT_ONCE] if name in known))
+        some, others = sorted(names)[:MOST_AT_ONCE], sorted(names)[MOST_AT_ONCE:]
+        for name in others:
+            changed.pop(name, None)  # to be looked at next time
+        self.look(*(known[name].spec for name in some if name in known))
 
     def _forget_unused(self) -> None:
         with self._lock:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import tenacity
 from billiard.einfo import ExceptionInfo
@@ -232,7 +232,10 @@ def run_guarded(task: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the body of a guarded task: its ``__call__``. Only in a worker's pool does it raise TaskDeferred."""
     scope = current_scope()
     gated = scope if isinstance(scope, Run) and scope.begin(task.request.id) else None
-    return _Body(task, args, kwargs, gated).run()
+    value = _Body(task, args, kwargs, gated).run()
+    if isinstance(value, TaskDeferred):
+        raise value  # here and not deeper: Celery formats the traceback twice, which took 1 ms of this process
+    return value
 
 
 def defer_retry(task: Any, exc: BaseException | None, *, same_message: bool) -> None:
@@ -287,7 +290,7 @@ class _Body:
         return Call(self.task.name, self.task.run, self.args, self.kwargs, self.task.request.id or "")
 
     def _answer(self, exc: Exception, refusal: BreakerOpenError | None) -> Any:
-        """Answer for a run that ``exc`` has ended, which is or wraps a refusal: by a fallback, else by an exception."""
+        """Answer for a run that ``exc`` has ended, which may be a refusal: by a fallback or a deferral, else raise it."""
         failing = self._failing_breaker(exc) if refusal is None else None
         if refusal is None and failing is None:
             raise exc
@@ -298,14 +301,14 @@ class _Body:
                 self.gated.served = served.source, served.age, breaker
             return served.value
         if self.gated is not None and refusal is not None:
-            self._end_refused(refusal, exc)
+            return self._end_refused(refusal, exc)
         if self.gated is not None and failing is not None:
-            self._end_failed(self.gated, exc, failing)
+            return self._end_failed(self.gated, exc, failing)
         raise exc
 
     def _gated_attempts(self, gated: Run) -> Any:
         """Attempt it if it is still admitted, and judge the run as a whole."""
-        tracing.record_run({each.name: each.state for each in self.breakers}, self.admission.trace)
+        tracing.record_run(lambda: {each.name: each.state for each in self.breakers}, self.admission.trace)
         refusal = self.admission.refusal or self._refusal_since()
         if refusal is not None:
             raise refusal
@@ -348,17 +351,17 @@ class _Body:
             asked = [self.runtime.breaker(inside)] if self.runtime.defines(inside) else []
         return next((breaker for breaker in asked if self._judge(breaker, exc).outcome is Outcome.FAILURE), None)
 
-    def _end_refused(self, refusal: BreakerOpenError, exc: Exception) -> NoReturn:
-        """Defer the task until the breaker that refused admits, if that is one of this app."""
+    def _end_refused(self, refusal: BreakerOpenError, exc: Exception) -> TaskDeferred:
+        """Have the task deferred until the breaker that refused admits, if that is one of this app."""
         if self.options.on_open != DEFER or not self.runtime.defines(refusal.breaker):
             self.runtime.fleet.reporter.tally(refusal.breaker, FAILED)
             raise exc
         trace = tracing.record_deferral(refusal.breaker, str(refusal))
         attempts, is_inside = self.admission.attempts, refusal.state in _ADMITTING_TASKS
-        raise TaskDeferred(refusal.breaker, str(refusal), attempts, trace=trace, backs_off=is_inside) from exc
+        return TaskDeferred(refusal.breaker, str(refusal), attempts, trace=trace, backs_off=is_inside)
 
-    def _end_failed(self, gated: Run, exc: Exception, failing: Dependency) -> NoReturn:
-        """Defer the task, unless it has used up its attempts, or its retries before the breaker opened."""
+    def _end_failed(self, gated: Run, exc: Exception, failing: Dependency) -> TaskDeferred:
+        """Have the task deferred, unless it has used up its attempts, or its retries before the breaker opened."""
         if self._has_retried(exc) and not self._is_open(failing):
             raise exc
         name, cause = failing.name, self._judge(failing, exc).cause
@@ -366,7 +369,7 @@ class _Body:
         defers = self.options.on_failure == DEFER
         if defers and attempts < self.options.max_attempts:
             reason = f"the task failed: {cause}"
-            raise TaskDeferred(name, reason, attempts, cause, tracing.record_deferral(name, reason)) from exc
+            return TaskDeferred(name, reason, attempts, cause, tracing.record_deferral(name, reason))
         if defers:
             gated.exhausted = cause, name
         self.runtime.fleet.reporter.tally(name, FAILED)
@@ -389,7 +392,8 @@ class _Body:
     def _refusal_since(self) -> BreakerOpenError | None:
         """Return the refusal of a breaker that has opened since the gate let this run through."""
         for guard, admitted in zip(self.guards, self.admission.passes, strict=True):
-            if not admitted.trial and guard.state in _REFUSING:
+            # what this process has never used was read at the gate, milliseconds ago
+            if not admitted.trial and guard.has_joined and guard.state in _REFUSING:
                 return guard.refuse()
         return None
 

@@ -41,7 +41,7 @@ def test_a_deferred_task_and_its_resumed_run_are_linked_in_the_trace_of_the_send
         sender = tracing._traceparent(sent)
     first = tracing.record_refusal("charge", {"traceparent": sender, "id": 3}, "payments", State.OPEN, "it is OPEN")
     with tracer.start_as_current_span("run"):
-        tracing.record_run(MAIL, first)
+        tracing.record_run(lambda: MAIL, first)
     refused, run = only(spans, "defer/charge"), only(spans, "run")
     assert refused.context.trace_id == only(spans, "send").context.trace_id
     assert dict(refused.attributes or {}) == {"circuitbreaker.name": "payments", "circuitbreaker.state": "OPEN"}
@@ -55,7 +55,7 @@ def test_a_deferred_task_and_its_resumed_run_are_linked_in_the_trace_of_the_send
 
 def test_a_run_that_is_put_aside_is_told_so(spans: InMemorySpanExporter) -> None:
     with trace.get_tracer("shop").start_as_current_span("run"):
-        tracing.record_run(PAYMENTS | MAIL, "")
+        tracing.record_run(lambda: PAYMENTS | MAIL, "")
         traceparent = tracing.record_deferral("payments", "the task failed: ReadTimeout")
     run = only(spans, "run")
     assert dict(run.attributes or {}) == {
@@ -69,12 +69,12 @@ def test_a_run_that_is_put_aside_is_told_so(spans: InMemorySpanExporter) -> None
 
 def test_a_forged_way_back_leads_nowhere(spans: InMemorySpanExporter) -> None:
     with trace.get_tracer("shop").start_as_current_span("run"):
-        tracing.record_run(MAIL, "00-forged")
+        tracing.record_run(lambda: MAIL, "00-forged")
     assert only(spans, "run").links == ()
 
 
 def test_where_nobody_traces_nothing_is_told() -> None:
-    tracing.record_run(PAYMENTS, "")
+    tracing.record_run(lambda: PAYMENTS, "")
     assert tracing.record_deferral("payments", "it is OPEN") == ""
     assert tracing.record_refusal("charge", {}, "payments", State.OPEN, "it is OPEN") == ""
 
@@ -82,6 +82,6 @@ def test_where_nobody_traces_nothing_is_told() -> None:
 def test_without_opentelemetry_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "_IS_INSTALLED", False)
     monkeypatch.delattr(tracing, "trace")
-    tracing.record_run(PAYMENTS, "")
+    tracing.record_run(lambda: PAYMENTS, "")
     assert tracing.record_deferral("payments", "it is OPEN") == ""
     assert tracing.record_refusal("charge", {}, "payments", State.OPEN, "it is OPEN") == ""
