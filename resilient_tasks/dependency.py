@@ -135,6 +135,15 @@ class Fleet:
         self.view.follow()
         return state
 
+    def register(self, spec: Spec) -> bool:
+        """Register a child that is about to be used, and declare it; False: there is no room."""
+        asked = self.view.asking()
+        snapshot = self.store.register(spec)
+        if snapshot is not None:
+            self.view.declare(spec)
+            self.view.update(snapshot, asked)
+        return snapshot is not None
+
     def acquire(self, spec: Spec, holder: str, *, lease: float = LEASE) -> Grant:
         """Ask the store for admission; a denial is remembered for a while. Never raises ``StoreError``."""
         asked = self.view.asking()
@@ -293,7 +302,7 @@ class Dependency:
         fleet = self.fleet
         if fleet.view.clock() < self._full_until:
             return self
-        if not fleet.store.register(replace(self.spec, name=name), fleet.view.server_now()):
+        if not fleet.register(replace(self.spec, name=name)):
             self._full_until = fleet.view.clock() + FULL_FOR
             return self
         return self.child_named(name)

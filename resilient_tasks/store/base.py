@@ -109,11 +109,8 @@ class Store(Protocol):
 
     # --- children -------------------------------------------------------------------------------
 
-    def register(self, spec: Spec, now: float) -> bool:
-        """Return whether there is room for a child among its policy's ``max_keys``; idle ones make room.
-
-        ``now`` is the store's time in seconds, as the caller knows it.
-        """
+    def register(self, spec: Spec) -> Snapshot | None:
+        """Return a child, if there is room for it among its policy's ``max_keys``; idle ones make room."""
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         """Return the names of the children of a breaker, those used longest ago first: all, or so many of them."""

@@ -227,17 +227,17 @@ class LocalStore(RuledStore):
 
     # --- children -----------------------------------------------------------------------------------
 
-    def register(self, spec: Spec, now: float) -> bool:
+    def register(self, spec: Spec) -> Snapshot | None:
         with self._lock:
-            used_at, key, seen_at = self._children_of(spec.name).used_at, key_of(spec.name), to_ms(now)
+            used_at, key, seen_at = self._children_of(spec.name).used_at, key_of(spec.name), self._now()
             if key not in used_at and len(used_at) >= spec.policy.max_keys:
                 idle = [each for each, at in used_at.items() if at <= seen_at - IDLE_AFTER]
                 for each in idle:
                     del used_at[each]
                 if not idle:
-                    return False
+                    return None
             used_at.setdefault(key, seen_at)
-            return True
+        return self.read([spec])[0]
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         with self._lock:
@@ -387,7 +387,7 @@ def _next_or_none(listener: queue.Queue[Snapshot], timeout: float) -> Snapshot |
 
 
 def _snapshots_in(answer: object) -> list[Snapshot]:
-    answers = answer if isinstance(answer, list) else [getattr(answer, "snapshot", None)]
+    answers = answer if isinstance(answer, list) else [getattr(answer, "snapshot", answer)]
     return [each for each in answers if isinstance(each, Snapshot)]
 
 
@@ -449,8 +449,8 @@ class FailoverStore:
                 local.renew(name, holders, lease=lease)
             return [True] * len(holders)  # nothing shows that one is lost
 
-    def register(self, spec: Spec, now: float) -> bool:
-        return self._decide(lambda store: store.register(spec, now))
+    def register(self, spec: Spec) -> Snapshot | None:
+        return self._decide(lambda store: store.register(spec), spec.name)
 
     def active_children(self, name: str, *, start: int = 0, count: int = 500) -> list[str]:
         return self._decide(lambda store: store.active_children(name, start=start, count=count))

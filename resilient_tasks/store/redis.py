@@ -20,7 +20,7 @@ from redis.client import PubSub
 from resilient_tasks.core.model import Calls, Outcome, Snapshot, key_of
 from resilient_tasks.core.rules import KINDS, OLDEST, PARTS, Change, Seen, to_ms
 from resilient_tasks.errors import ConfigurationError, StoreError
-from resilient_tasks.store.base import IDLE_AFTER, RuledStore, Spec
+from resilient_tasks.store.base import RuledStore, Spec
 from resilient_tasks.store.history import History
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.ledger import Ledger
@@ -141,15 +141,9 @@ class RedisStore(RuledStore):
 
     # --- children -------------------------------------------------------------------------------
 
-    def register(self, spec: Spec, now: float) -> bool:
-        index, key, at = self._keys.breaker(spec.name).children, key_of(spec.name), to_ms(now)
-        is_new, size = self._server.commands([("ZADD", index, "NX", at, key), ("ZCARD", index)])
-        if not is_new or (size or 0) <= spec.policy.max_keys:
-            return True
-        has_room = bool(self._server.command("ZREMRANGEBYSCORE", index, "-inf", at - IDLE_AFTER))
-        if not has_room:
-            self._server.command("ZREM", index, key)
-        return has_room
+    def register(self, spec: Spec) -> Snapshot | None:
+        seen = self._run("read", spec, 0, spec.policy.max_keys)
+        return seen.snapshot() if seen.done else None
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         index, end = self._keys.breaker(name).children, -1 if count is None else start + count - 1

@@ -290,7 +290,7 @@ class _Body:
         return Call(self.task.name, self.task.run, self.args, self.kwargs, self.task.request.id or "")
 
     def _answer(self, exc: Exception, refusal: BreakerOpenError | None) -> Any:
-        """Answer for a run that ``exc`` has ended, which may be a refusal: by a fallback or a deferral, else raise it."""
+        """Answer for a run that ``exc`` has ended: by a fallback or a deferral, else raise it."""
         failing = self._failing_breaker(exc) if refusal is None else None
         if refusal is None and failing is None:
             raise exc

@@ -16,7 +16,7 @@ def family(lab: Lab, count: int, **policy: Any) -> tuple[Subject, list[Subject]]
     parent = lab.breaker(consecutive_failures=2, **policy)
     children = [lab.breaker(f"payments:{key}", consecutive_failures=2, **policy) for key in range(count)]
     for child in children:
-        assert lab.store.register(child.spec, lab.clock())
+        assert lab.store.register(child.spec)
         child.calls("S")
     return parent, children
 
@@ -63,11 +63,11 @@ def test_a_child_that_tasks_wait_for_is_not_left_alone(lab: Lab) -> None:
 def test_there_are_only_so_many_children_and_idle_ones_make_room(lab: Lab) -> None:
     _, (acme, other) = family(lab, 2, max_keys=2)
     late = lab.breaker("payments:late", max_keys=2)
-    assert not lab.store.register(late.spec, lab.clock())
-    assert lab.store.register(other.spec, lab.clock())
+    assert not lab.store.register(late.spec)
+    assert lab.store.register(other.spec)
     acme.command(Verb.TRIP)
     lab.clock.advance(IDLE_AFTER / 1000 + 1)
-    assert lab.store.register(late.spec, lab.clock())
+    assert lab.store.register(late.spec)
     assert sorted(lab.store.children("payments")) == ["payments:0", "payments:late"]
 
 

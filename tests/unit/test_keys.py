@@ -244,7 +244,7 @@ def test_idle_children_are_forgotten_when_there_are_many(
     clock.settle()
     now = view.clock()
     monkeypatch.setattr(view, "clock", lambda: now + REMEMBERED_FOR + 1)
-    monkeypatch.setattr(resilience.fleet.store, "register", lambda *_: True)
+    monkeypatch.setattr(resilience.fleet, "register", lambda _: True)
     for standing in view.states():
         monkeypatch.setattr(standing, "_clock", view.clock)
     hosts.child("c")
