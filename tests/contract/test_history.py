@@ -163,7 +163,7 @@ def test_a_trial_is_counted_as_a_call_and_as_a_trial(lab: Lab) -> None:
     breaker = lab.breaker().half_open()
     fleet = Fleet(lab.store, lab.ledger, lab.history)
     assert fleet.acquire(fleet.join(breaker.spec).spec, "a").trial
-    fleet.reporter.settle(breaker.spec, "a", breaker.snapshot().epoch, Verdict(FAILURE, "ReadTimeout"))
+    fleet.reporter.settle(breaker.spec, "a", breaker.snapshot().epoch, Verdict(FAILURE, "ReadTimeout"), wait=60)
     fleet.close()
     fleet.view.stop(timeout=60)  # its thread must not act on what the next test keeps under these names
     counts = totals(lab, breaker)

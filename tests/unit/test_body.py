@@ -49,6 +49,12 @@ def gated(task: Any, admission: Admission) -> tuple[Any, Report]:
     return getattr(error, "exc", error), report or WENT_WELL
 
 
+@pytest.fixture
+def make(app: Celery) -> Callable[..., Any]:
+    """Make a guarded task, by decorating its body."""
+    return lambda **options: app.task(shared=False, **{"breaker": "payments", "name": "t", **options})
+
+
 def seven() -> int:
     return 7
 
@@ -60,27 +66,27 @@ def failing(error: Exception) -> Callable[[], None]:
     return body
 
 
-def test_a_success_is_reported(app: Celery) -> None:
-    task = app.task(shared=False, breaker="payments", name="t")(seven)
+def test_a_success_is_reported(make: Any) -> None:
+    task = make()(seven)
     assert gated(task, admitted()) == (7, Report((SUCCESS,)))
 
 
-def test_a_dependency_failure_puts_the_task_aside(app: Celery) -> None:
-    task = app.task(shared=False, breaker="payments", name="t")(failing(ConnectionError()))
+def test_a_dependency_failure_puts_the_task_aside(make: Any) -> None:
+    task = make()(failing(ConnectionError()))
     deferred, report = gated(task, admitted(attempts=2, counts=True))
     assert isinstance(deferred, TaskDeferred)
     assert (deferred.breaker, deferred.attempts, deferred.cause) == ("payments", 3, "ConnectionError")
     assert report == Report((FAILURE,))
 
 
-def test_the_last_attempt_fails_for_good(app: Celery) -> None:
-    task = app.task(shared=False, breaker="payments", name="t", max_attempts=3)(failing(ConnectionError("still")))
+def test_the_last_attempt_fails_for_good(make: Any) -> None:
+    task = make(max_attempts=3)(failing(ConnectionError("still")))
     error, report = gated(task, admitted(attempts=2, counts=True))
     assert isinstance(error, ConnectionError)
     assert report == Report((FAILURE,), exhausted_by="ConnectionError", exhausted_for="payments")
 
 
-def test_a_users_classify_is_asked_once_about_a_failed_run(app: Celery, resilience: Resilience) -> None:
+def test_a_users_classify_is_asked_once_about_a_failed_run(make: Any, resilience: Resilience) -> None:
     asked: list[BaseException] = []
 
     def classify(exc: BaseException) -> Outcome:
@@ -89,32 +95,28 @@ def test_a_users_classify_is_asked_once_about_a_failed_run(app: Celery, resilien
 
     resilience.breaker("mail", classify=classify)
     error = ValueError("no such mailbox")
-    task = app.task(shared=False, breaker="mail", name="t")(failing(error))
+    task = make(breaker="mail")(failing(error))
     deferred, _ = gated(task, Admission((Pass("mail"),)))
     assert (deferred.breaker, deferred.cause) == ("mail", "ValueError")
     assert asked == [error]
 
 
 @pytest.mark.parametrize("options", [{"on_failure": "raise"}, {"autoretry_for": (ConnectionError,), "max_retries": 0}])
-def test_attempts_are_used_up_only_where_failures_are_deferred(app: Celery, options: dict[str, Any]) -> None:
-    task = app.task(shared=False, breaker="payments", name="t", max_attempts=1, **options)(failing(ConnectionError()))
+def test_attempts_are_used_up_only_where_failures_are_deferred(make: Any, options: dict[str, Any]) -> None:
+    task = make(max_attempts=1, **options)(failing(ConnectionError()))
     error, report = gated(task, admitted(counts=True))
     assert isinstance(error, ConnectionError)
     assert report.exhausted_by == ""
 
 
-def test_a_refused_run_is_deferred_failed_or_served(app: Celery) -> None:
+def test_a_refused_run_is_deferred_failed_or_served(make: Any) -> None:
     refused = Admission((), BreakerOpenError("payments", "HALF_OPEN", 1.0))
     for options, kind in (({}, TaskDeferred), ({"on_open": "fail"}, BreakerOpenError)):
-        task = app.task(shared=False, breaker="payments", name=f"t-{kind.__name__}", **options)(
-            failing(AssertionError("ran"))
-        )
+        task = make(name=f"t-{kind.__name__}", **options)(failing(AssertionError("ran")))
         value, report = gated(task, refused)
         assert isinstance(value, kind)
         assert report == Report()
-    task = app.task(shared=False, breaker="payments", name="served", fallback=constant(1))(
-        failing(AssertionError("ran"))
-    )
+    task = make(name="served", fallback=constant(1))(failing(AssertionError("ran")))
     assert gated(task, refused) == (1, Report(source="constant", served_for="payments"))
 
 
@@ -160,20 +162,20 @@ wrapped = pytest.mark.parametrize("wrap", [raised_from, raised_while_handling, r
 
 
 @wrapped
-def test_a_wrapped_refusal_is_a_refusal(app: Celery, wrap: Any) -> None:
+def test_a_wrapped_refusal_is_a_refusal(make: Any, wrap: Any) -> None:
     body = wrap(BreakerOpenError("payments"))
-    deferring = app.task(shared=False, breaker="payments", name="t")(body)
+    deferring = make()(body)
     deferred, report = gated(deferring, admitted(counts=True))
     assert (deferred.breaker, deferred.attempts, deferred.cause) == ("payments", 0, "")
     assert [verdict.outcome for verdict in report.verdicts if verdict] == [Outcome.IGNORED]
-    serving = app.task(shared=False, breaker="payments", name="u", fallback=constant("n/a"))(body)
+    serving = make(name="u", fallback=constant("n/a"))(body)
     assert gated(serving, admitted())[0] == "n/a"
-    failing_ = app.task(shared=False, breaker="payments", name="v", on_open="fail")(body)
+    failing_ = make(name="v", on_open="fail")(body)
     assert not isinstance(gated(failing_, admitted())[0], TaskDeferred)
 
 
-def test_a_mistake_made_while_a_refusal_was_handled_is_a_mistake(app: Celery) -> None:
-    @app.task(shared=False, breaker="payments", name="t")
+def test_a_mistake_made_while_a_refusal_was_handled_is_a_mistake(make: Any) -> None:
+    @make()
     def stumbles() -> None:
         try:
             failing(BreakerOpenError("payments"))()
@@ -184,13 +186,13 @@ def test_a_mistake_made_while_a_refusal_was_handled_is_a_mistake(app: Celery) ->
 
 
 @pytest.mark.parametrize("state", ["AT_CAPACITY", "HALF_OPEN", "OPEN"])
-def test_a_task_backs_off_when_its_breaker_admits_it_and_refuses_its_body(app: Celery, state: str) -> None:
-    task = app.task(shared=False, breaker="payments", name="t")(failing(BreakerOpenError("payments", state, 0.0)))
+def test_a_task_backs_off_when_its_breaker_admits_it_and_refuses_its_body(make: Any, state: str) -> None:
+    task = make()(failing(BreakerOpenError("payments", state, 0.0)))
     assert gated(task, admitted())[0].backs_off is (state != "OPEN")
 
 
-def test_a_breaker_that_opened_on_the_way_refuses(app: Celery, payments: Breaker) -> None:
-    task = app.task(shared=False, breaker="payments", name="t")(failing(AssertionError("ran")))
+def test_a_breaker_that_opened_on_the_way_refuses(make: Any, payments: Breaker) -> None:
+    task = make()(failing(AssertionError("ran")))
     force(payments, "OPEN")
     value, report = gated(task, admitted())
     assert isinstance(value, TaskDeferred)
@@ -198,8 +200,8 @@ def test_a_breaker_that_opened_on_the_way_refuses(app: Celery, payments: Breaker
     assert report == Report((None,))
 
 
-def test_a_guard_inside_a_trial_decides_it(app: Celery, payments: Breaker, clock: Clock) -> None:
-    @app.task(shared=False, breaker="payments", name="t")
+def test_a_guard_inside_a_trial_decides_it(make: Any, payments: Breaker, clock: Clock) -> None:
+    @make()
     def swallows() -> str:
         with suppress(ConnectionError):
             payments.call(failing(ConnectionError()))
@@ -212,27 +214,25 @@ def test_a_guard_inside_a_trial_decides_it(app: Celery, payments: Breaker, clock
     assert report == Report((FAILURE,))
 
 
-def test_a_guard_inside_an_ordinary_run_speaks_for_itself(app: Celery, payments: Breaker) -> None:
-    @app.task(shared=False, breaker="payments", name="t")
+def test_a_guard_inside_an_ordinary_run_speaks_for_itself(make: Any, payments: Breaker) -> None:
+    @make()
     def guarded() -> int:
         return payments.call(lambda: 3)
 
     assert gated(guarded, admitted()) == (3, Report((None,)))
 
 
-def test_a_refusal_by_a_breaker_of_somebody_else_is_the_tasks_own_error(app: Celery) -> None:
-    task = app.task(shared=False, breaker="payments", name="t")(failing(BreakerOpenError("elsewhere")))
+def test_a_refusal_by_a_breaker_of_somebody_else_is_the_tasks_own_error(make: Any) -> None:
+    task = make()(failing(BreakerOpenError("elsewhere")))
     value, _ = gated(task, admitted())
     assert isinstance(value, BreakerOpenError)
 
 
 @pytest.mark.parametrize("error", [Retry(exc=ConnectionError()), Ignore(), BreakerOpenError("payments")])
-def test_quick_attempts_never_repeat_control_flow(app: Celery, error: Exception) -> None:
+def test_quick_attempts_never_repeat_control_flow(make: Any, error: Exception) -> None:
     calls = []
 
-    @app.task(
-        shared=False, breaker="payments", name="t", retrying=tenacity.Retrying(stop=tenacity.stop_after_attempt(5))
-    )
+    @make(retrying=tenacity.Retrying(stop=tenacity.stop_after_attempt(5)))
     def once() -> None:
         calls.append(1)
         raise error
@@ -241,8 +241,8 @@ def test_quick_attempts_never_repeat_control_flow(app: Celery, error: Exception)
     assert calls == [1]
 
 
-def test_provenance_of_an_eager_task(app: Celery, resilience: Resilience) -> None:
-    task = app.task(shared=False, breaker="payments", name="t", fallback=constant("n/a"))(failing(ConnectionError()))
+def test_provenance_of_an_eager_task(make: Any, resilience: Resilience) -> None:
+    task = make(fallback=constant("n/a"))(failing(ConnectionError()))
     result = task.apply()
     assert result.get() == "n/a"
     provenance = resilience.provenance(result.id)
@@ -250,8 +250,8 @@ def test_provenance_of_an_eager_task(app: Celery, resilience: Resilience) -> Non
     assert (provenance.source, provenance.breaker) == ("constant", "payments")
 
 
-def test_an_unknown_breaker_is_named(app: Celery) -> None:
-    task = app.task(shared=False, breaker="nobody", name="t")(seven)
+def test_an_unknown_breaker_is_named(make: Any) -> None:
+    task = make(breaker="nobody")(seven)
     with pytest.raises(ConfigurationError, match="nobody"):
         task()
 
@@ -268,17 +268,17 @@ BOTH = Admission((Pass("payments"), Pass("accounts", counts=True)))
 SAYS_NOTHING = Verdict(Outcome.IGNORED, "ConnectionError")
 
 
-def test_the_outcome_goes_to_all_that_admitted(app: Celery, accounts: Breaker) -> None:
-    task = app.task(shared=False, breaker=["payments", accounts], name="t")(seven)
+def test_the_outcome_goes_to_all_that_admitted(make: Any, accounts: Breaker) -> None:
+    task = make(breaker=["payments", accounts])(seven)
     assert gated(task, BOTH) == (7, Report((SUCCESS, SUCCESS)))
-    task = app.task(shared=False, breaker=["payments", accounts], name="u")(failing(ConnectionError()))
+    task = make(breaker=["payments", accounts], name="u")(failing(ConnectionError()))
     deferred, report = gated(task, BOTH)
     assert (deferred.breaker, report.verdicts) == ("payments", (FAILURE, FAILURE))
 
 
 @pytest.mark.parametrize("error", [ConnectionError(), ValueError()])
-def test_a_failure_inside_a_guard_is_that_breakers_alone(app: Celery, accounts: Breaker, error: Exception) -> None:
-    @app.task(shared=False, breaker=["payments", accounts], name="t", max_attempts=2)
+def test_a_failure_inside_a_guard_is_that_breakers_alone(make: Any, accounts: Breaker, error: Exception) -> None:
+    @make(breaker=["payments", accounts], max_attempts=2)
     def wraps() -> None:
         try:
             accounts.call(failing(ConnectionError()))
@@ -291,8 +291,8 @@ def test_a_failure_inside_a_guard_is_that_breakers_alone(app: Celery, accounts: 
     assert gated(wraps, BOTH._replace(attempts=1))[1].exhausted_for == "accounts"
 
 
-def test_a_mistake_after_a_failure_inside_is_nobodys(app: Celery, accounts: Breaker) -> None:
-    @app.task(shared=False, breaker=["payments", accounts], name="t")
+def test_a_mistake_after_a_failure_inside_is_nobodys(make: Any, accounts: Breaker) -> None:
+    @make(breaker=["payments", accounts])
     def stumbles() -> None:
         try:
             accounts.call(failing(ConnectionError()))
@@ -302,8 +302,8 @@ def test_a_mistake_after_a_failure_inside_is_nobodys(app: Celery, accounts: Brea
     assert isinstance(gated(stumbles, BOTH)[0], KeyError)
 
 
-def test_a_guard_inside_a_trial_of_two_decides_its_own(app: Celery, accounts: Breaker) -> None:
-    @app.task(shared=False, breaker=["payments", accounts], name="t")
+def test_a_guard_inside_a_trial_of_two_decides_its_own(make: Any, accounts: Breaker) -> None:
+    @make(breaker=["payments", accounts])
     def guarded() -> None:
         accounts.call(failing(ConnectionError()))
 
@@ -311,23 +311,18 @@ def test_a_guard_inside_a_trial_of_two_decides_its_own(app: Celery, accounts: Br
     assert gated(guarded, admission)[1].verdicts == (SAYS_NOTHING, FAILURE)
 
 
-def test_any_breaker_that_opened_on_the_way_refuses(app: Celery, accounts: Breaker) -> None:
-    task = app.task(shared=False, breaker=["payments", accounts], name="t")(failing(AssertionError("ran")))
+def test_any_breaker_that_opened_on_the_way_refuses(make: Any, accounts: Breaker) -> None:
+    task = make(breaker=["payments", accounts])(failing(AssertionError("ran")))
     force(accounts, "OPEN")
     deferred, report = gated(task, BOTH)
     assert deferred.breaker == "accounts"
     assert report.verdicts == (None, None)
 
 
-def test_quick_attempts_end_when_any_breaker_opens(app: Celery, accounts: Breaker) -> None:
+def test_quick_attempts_end_when_any_breaker_opens(make: Any, accounts: Breaker) -> None:
     calls = []
 
-    @app.task(
-        shared=False,
-        breaker=["payments", accounts],
-        name="t",
-        retrying=tenacity.Retrying(stop=tenacity.stop_after_attempt(5)),
-    )
+    @make(breaker=["payments", accounts], retrying=tenacity.Retrying(stop=tenacity.stop_after_attempt(5)))
     def flaky() -> None:
         calls.append(1)
         if len(calls) == 2:
@@ -338,8 +333,8 @@ def test_quick_attempts_end_when_any_breaker_opens(app: Celery, accounts: Breake
     assert len(calls) == 2
 
 
-def test_an_eager_task_is_guarded_by_all(app: Celery, payments: Breaker, accounts: Breaker, clock: Clock) -> None:
-    @app.task(shared=False, breaker=["payments", accounts], name="t")
+def test_an_eager_task_is_guarded_by_all(make: Any, payments: Breaker, accounts: Breaker, clock: Clock) -> None:
+    @make(breaker=["payments", accounts])
     def fails() -> None:
         raise ConnectionError
 
