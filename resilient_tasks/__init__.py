@@ -53,22 +53,11 @@ __all__ = [
     "dependency_errors",
 ]
 
-_NAMES_BY_MODULE = {
-    "app": ("Resilience",),
-    "breaker": ("Breaker",),
-    "core.classification": ("dependency_errors",),
-    "core.model": ("Outcome", "Snapshot", "State"),
-    "errors": (
-        "BreakerOpenError", "ConfigurationError", "DeadLetterError", "DeferralExpiredError", "DeferredQueueFullError",
-        "ResilienceError", "StoreError",
-    ),
-    "fallback": ("Provenance", "cached", "constant"),
-    "policy": ("BreakerPolicy",),
-
-    "operations.waiting": ("DeadLetter",),
-    "worker.task": ("ResilientTask",),
-}  # fmt: skip
-_MODULES = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
+#: Where they are, each module after those that it imports: a name is looked for in one after the other.
+_MODULES = (
+    "errors", "core.model", "core.classification", "policy", "fallback", "breaker", "worker.task",
+    "operations.waiting", "app",
+)  # fmt: skip
 
 if TYPE_CHECKING:
     __version__: str
@@ -77,10 +66,11 @@ else:  # or every name would be right for type checkers
     def __getattr__(name: str) -> Any:
         if name == "__version__":
             return importlib.import_module("importlib.metadata").version("resilient-tasks")
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-        return value
+        for module in _MODULES if name in __all__ else ():
+            found = vars(importlib.import_module(f"{__name__}.{module}"))
+            if name in found:
+                return globals().setdefault(name, found[name])
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -110,14 +110,26 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """Always the same value; made by :func:`constant`."""
+    """Answer with ``value``, which must be something that JSON can hold."""
 
     value: Any
 
 
+constant = Constant
+
+
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """The last good value; made by :func:`cached`."""
+    """Answer with the task's last good value for the same arguments.
+
+    Every success of the task is kept in the shared store as JSON for ``max_age`` seconds, if it takes at
+    most 64 KiB. The store's memory is bounded by that and by the number of different calls in ``max_age``.
+
+    Args:
+        max_age: seconds for which a value is good enough.
+        key: what identifies a call; default all arguments. The name of a parameter, or a callable
+            ``(args, kwargs) -> str``.
+    """
 
     max_age: float
     key: TaskKey | None = None
@@ -155,23 +167,7 @@ class Cached:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def cached(max_age: float, key: TaskKey | None = None) -> Cached:
-    """Answer with the task's last good value for the same arguments.
-
-    Every success of the task is kept in the shared store as JSON for ``max_age`` seconds, if it takes at
-    most 64 KiB. The store's memory is bounded by that and by the number of different calls in ``max_age``.
-
-    Args:
-        max_age: seconds for which a value is good enough.
-        key: what identifies a call; default all arguments. The name of a parameter, or a callable
-            ``(args, kwargs) -> str``.
-    """
-    return Cached(max_age, key)
-
-
-def constant(value: Any) -> Constant:
-    """Answer with ``value``, which must be something that JSON can hold."""
-    return Constant(value)
+cached = Cached
 
 
 class FallbackChain:

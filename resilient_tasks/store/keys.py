@@ -104,10 +104,7 @@ class Keys:
 
     def schema_2(self, name: str, part: str) -> str:
         """Return a key of the present schema: ``<namespace>:2:{payments}:part``, of a child ``...:part:key``."""
-        check_key_part("breaker", name)
-        parent, key = parent_of(name), key_of(name)
-        tagged = f"{self.namespace}:{SCHEMA}:{{{parent or name}}}:{part}"
-        return f"{tagged}:{key}" if parent else tagged
+        return self._of_breaker(name, part, f"{self.namespace}:{SCHEMA}")
 
     def changes(self, database: int) -> str:
         """Return the channel of all transitions: Redis has one for all databases of a server."""
@@ -131,8 +128,9 @@ class Keys:
             key = f"sha256-{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
         return f"{self.namespace}:value:{kind}:{key}"
 
-    def _of_breaker(self, name: str, part: str) -> str:
+    def _of_breaker(self, name: str, part: str, prefix: str = "") -> str:
         """Return a key; a child's has the hash tag of its parent, so that one script may touch both."""
         check_key_part("breaker", name)
         parent, key = parent_of(name), key_of(name)
-        return f"{self.namespace}:{{{parent}}}:{part}:{key}" if parent else f"{self.namespace}:{{{name}}}:{part}"
+        tagged = f"{prefix or self.namespace}:{{{parent or name}}}:{part}"
+        return f"{tagged}:{key}" if parent else tagged

@@ -115,7 +115,9 @@ class LocalStore(RuledStore):
                 if check is not None:
                     failed = fields["failed_checks"] + 1 if check[0] is Outcome.FAILURE else 0
                     fields.update(failed_checks=failed, check_limit=check[1])
-            self._use_child(spec.name)
+            if spec.parent is not None:
+                used_at, key = self._children_of(spec.name).used_at, key_of(spec.name)
+                used_at[key] = max(used_at.get(key, 0), self._now())
             return self._seen(spec)
 
     def _lease(self, spec: Spec, holder: str, lease: int) -> tuple[Seen, bool]:
@@ -188,7 +190,9 @@ class LocalStore(RuledStore):
                 for tasks in kept.tasks.values():
                     tasks.clear()
             if spec.parent is not None:
-                self._note_child(spec.name, kept.fields["state"], now)
+                children, key = self._children_of(spec.name), key_of(spec.name)
+                children.used_at[key] = math.inf if kept.fields["state"] in HELD_OPEN else now
+                children.active[key] = now
             self._publish(spec)
             return self._seen(spec), True
 
@@ -263,16 +267,6 @@ class LocalStore(RuledStore):
         used_at = self._children_of(name).used_at.values()
         held_open, active = sum(at == math.inf for at in used_at), sum(at > since for at in used_at)
         return share == 0 or held_open + 1 <= share * active
-
-    def _use_child(self, name: str) -> None:
-        if parent_of(name) is not None:
-            used_at, key = self._children_of(name).used_at, key_of(name)
-            used_at[key] = max(used_at.get(key, 0), self._now())
-
-    def _note_child(self, name: str, state: State, now: int) -> None:
-        children, key = self._children_of(name), key_of(name)
-        children.used_at[key] = math.inf if state in HELD_OPEN else now
-        children.active[key] = now
 
     # --- small values -------------------------------------------------------------------------------
 
@@ -386,11 +380,6 @@ def _next_or_none(listener: queue.Queue[Snapshot], timeout: float) -> Snapshot |
         return None
 
 
-def _snapshots_in(answer: object) -> list[Snapshot]:
-    answers = answer if isinstance(answer, list) else [getattr(answer, "snapshot", answer)]
-    return [each for each in answers if isinstance(each, Snapshot)]
-
-
 class FailoverStore:
     """A store whose decisions never raise ``StoreError``.
 
@@ -473,8 +462,9 @@ class FailoverStore:
             self._adopt(names)
             return ask(self._local)
         self._return()
-        for snapshot in _snapshots_in(answer):
-            self._note(snapshot)
+        for each in answer if isinstance(answer, list) else [getattr(answer, "snapshot", answer)]:
+            if isinstance(each, Snapshot):
+                self._note(each)
         return answer
 
     def _note(self, snapshot: Snapshot) -> None:
