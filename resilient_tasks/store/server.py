@@ -73,30 +73,26 @@ class Script:
     def __call__(self, client: redis.Redis, keys: Sequence[str], *args: Argument) -> Any:
         """Run it in one round trip; two if the server has to be given the text first."""
         try:
-            return self._by_digest(client, keys, args)
+            return client.execute_command(*self._by_digest(keys, args))
         except NoScriptError:
             return client.eval(self.text, len(keys), *keys, *args)
 
     def each(self, client: redis.Redis, calls: Sequence[Call]) -> list[Any]:
         """Run it for each of several calls, all in one round trip. For scripts that may run twice."""
-        replies = self._pipelined(client, calls)
-        if any(isinstance(reply, NoScriptError) for reply in replies):
+        commands = [self._by_digest(*call) for call in calls]
+        try:
+            replies = _pipelined(client, commands)
+        except NoScriptError:
             client.script_load(self.text)
-            replies = self._pipelined(client, calls)
+            replies = _pipelined(client, commands)
         for reply in replies:
             if isinstance(reply, Exception):
                 raise reply
         return replies
 
-    def _pipelined(self, client: redis.Redis, calls: Sequence[Call]) -> list[Any]:
-        with client.pipeline(transaction=False) as pipeline:
-            for keys, args in calls:
-                self._by_digest(pipeline, keys, args)
-            return pipeline.execute(raise_on_error=False)
-
-    def _by_digest(self, client: redis.Redis, keys: Sequence[str], args: Sequence[Argument]) -> Any:
-        # not evalsha(): the pipeline of a cluster's client has no method of that name
-        return client.execute_command("EVALSHA", self.digest, len(keys), *keys, *args)
+    def _by_digest(self, keys: Sequence[str], args: Sequence[Argument]) -> Command:
+        # no method: the pipeline of a cluster's client has none for this
+        return ("EVALSHA", self.digest, len(keys), *keys, *args)
 
 
 class Server:
