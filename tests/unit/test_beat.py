@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -19,7 +19,7 @@ from resilient_tasks import Breaker, Resilience
 from resilient_tasks.core.model import Snapshot
 from resilient_tasks.store.base import Spec
 from resilient_tasks.store.local import LocalStore
-from resilient_tasks.testing import Clock, force, in_memory
+from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker.beat import TickSchedule
 from resilient_tasks.worker.context import TICK_ENTRY, TICK_TASK
 from tests.support.doubles import FlakyStore
@@ -36,12 +36,6 @@ def resilience(app: Celery) -> Resilience:
 @pytest.fixture
 def payments(resilience: Resilience) -> Breaker:
     return resilience.breaker("payments")
-
-
-@pytest.fixture
-def clock(resilience: Resilience, payments: Breaker) -> Iterator[Clock]:
-    with in_memory(resilience) as clock:
-        yield clock
 
 
 class StoreWithDeferredTask(LocalStore):
@@ -71,19 +65,14 @@ def entries_of(app: Celery, tmp_path: Path, scheduler: type = PersistentSchedule
 # --- the entry is there -----------------------------------------------------------------------------
 
 
-def test_without_any_schedule(app: Celery, resilience: Resilience, tmp_path: Path) -> None:
-    assert TICK_ENTRY in entries_of(app, tmp_path)
-
-
-def test_assigned_before(app: Celery, tmp_path: Path) -> None:
-    app.conf.beat_schedule = OWN
+@pytest.mark.parametrize("assigned", ["never", "before", "after init_app"])
+def test_whether_and_whenever_a_schedule_is_assigned(app: Celery, tmp_path: Path, assigned: str) -> None:
+    if assigned == "before":
+        app.conf.beat_schedule = OWN
     Resilience(app)
-    assert {TICK_ENTRY, "own"} <= entries_of(app, tmp_path).keys()
-
-
-def test_assigned_after_init_app(app: Celery, resilience: Resilience, tmp_path: Path) -> None:
-    app.conf.beat_schedule = OWN
-    assert {TICK_ENTRY, "own"} <= entries_of(app, tmp_path).keys()
+    if assigned == "after init_app":
+        app.conf.beat_schedule = OWN
+    assert {TICK_ENTRY, *(() if assigned == "never" else OWN)} <= entries_of(app, tmp_path).keys()
 
 
 @pytest.mark.parametrize("scheduler", [PersistentScheduler, Scheduler])
@@ -190,23 +179,15 @@ def test_a_tick_is_sent_when_an_open_time_is_over(ticks: Any, payments: Breaker,
     assert (ticks(), ticks()) == (1, 2)
 
 
-def test_a_tick_is_sent_while_tasks_wait_that_may_go(
-    ticks: Any, payments: Breaker, resilience: Resilience, clock: Clock
-) -> None:
-    resilience.use_store(StoreWithDeferredTask(clock))
-    assert ticks() == 1
-    force(payments, "FORCED_OPEN")
-    assert ticks() == 1
-
-
-def test_a_tick_is_sent_when_a_deferred_task_has_waited_long_enough(
+def test_a_tick_is_sent_while_tasks_wait_that_may_go_or_have_waited_long_enough(
     ticks: Any, payments: Breaker, resilience: Resilience, clock: Clock
 ) -> None:
     resilience.use_store(StoreWithDeferredTask(clock, deadline=clock() + 5))
-    force(payments, "FORCED_OPEN")
-    assert ticks() == 0
-    clock.advance(6)
     assert ticks() == 1
+    force(payments, "FORCED_OPEN")
+    assert ticks() == 1
+    clock.advance(6)
+    assert ticks() == 2
 
 
 def test_a_tick_is_sent_when_an_active_probe_is_due(

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -102,15 +102,10 @@ def test_all_share_one_slot(rig: Rig) -> None:
     assert (narrow.snapshot().in_flight, narrow.snapshot().calls) == (0, 1)
 
 
-def test_a_guard_inside_is_refused_when_the_breaker_has_opened_since(rig: Rig) -> None:
-    with rig.breaker.guard():
-        rig.breaker.trip()
-        with pytest.raises(BreakerOpenError):
-            rig.breaker.call(rig.works)
-
-
-def test_a_guard_inside_a_trial_is_refused_when_the_breaker_has_opened_again(rig: Rig) -> None:
-    rig.half_open()
+@pytest.mark.parametrize("is_trial", [False, True])
+def test_a_guard_inside_is_refused_when_the_breaker_has_opened_since(rig: Rig, *, is_trial: bool) -> None:
+    if is_trial:
+        rig.half_open()
     with rig.breaker.guard():
         rig.breaker.trip()
         with pytest.raises(BreakerOpenError):
@@ -208,11 +203,14 @@ elsewhere_in_the_run = pytest.mark.parametrize("run", [in_a_thread, in_a_bare_th
 
 
 @elsewhere_in_the_run
-def test_threads_of_a_run_are_part_of_its_trial(rig: Rig, run: Any) -> None:
+@pytest.mark.parametrize("others", [[], [Call(Pass("mail"), "b")]], ids=["alone", "beside another run"])
+def test_threads_of_a_run_are_part_of_its_trial(rig: Rig, run: Any, others: list[Call]) -> None:
     rig.half_open()
     rig.acquire("the task")
     task = Call(Pass("payments", rig.breaker.snapshot().epoch, trial=True, leased=True), "a")
-    with within(task):
+    with within(task), ExitStack() as stack:
+        for other in others:
+            stack.enter_context(within(other))
         assert run(lambda: rig.breaker.call(rig.works)) == "paid"
     assert rig.store.calls["acquire"] == 1
     assert task.found_in_trial == [Outcome.SUCCESS]
@@ -224,15 +222,6 @@ def test_threads_of_a_run_share_its_slot(rig: Rig, run: Any) -> None:
     rig.fleet.acquire(narrow._dependency.spec, "the task")
     with within(Call(Pass("narrow", leased=True), "a")):
         assert run(lambda: narrow.call(rig.works)) == "paid"
-
-
-def test_of_several_runs_a_thread_is_part_of_one_that_holds_a_permit(rig: Rig) -> None:
-    rig.half_open()
-    rig.acquire("the task")
-    trial = Call(Pass("payments", rig.breaker.snapshot().epoch, trial=True, leased=True), "a")
-    with within(trial), within(Call(Pass("mail"), "b")):
-        assert in_a_thread(lambda: rig.breaker.call(rig.works)) == "paid"
-    assert trial.found_in_trial == [Outcome.SUCCESS]
 
 
 def test_the_thread_of_another_task_is_part_of_no_run(rig: Rig) -> None:
@@ -254,12 +243,8 @@ def test_the_thread_of_another_task_is_part_of_no_run(rig: Rig) -> None:
 def test_a_call_under_several_breakers_is_around_guards_of_each(rig: Rig) -> None:
     mail = Breaker("mail", POLICY, fleet=lambda: rig.fleet)
     rig.half_open()
-    assert (
-        call_guarded(
-            [mail._dependency, rig.breaker._dependency], lambda: rig.breaker.call(lambda: mail.call(rig.works))
-        )
-        == "paid"
-    )
+    both = [mail._dependency, rig.breaker._dependency]
+    assert call_guarded(both, lambda: rig.breaker.call(lambda: mail.call(rig.works))) == "paid"
     assert rig.breaker.state is State.CLOSED
     rig.fleet.reporter.flush(60)
     assert mail.snapshot().calls == 1

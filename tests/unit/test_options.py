@@ -40,6 +40,10 @@ def test_defaults(app: Celery) -> None:
     assert not options.fallback
 
 
+def test_on_failure_follows_on_open(app: Celery) -> None:
+    assert options_of(app, on_open="fail").on_failure == "raise"
+
+
 def test_all_options(app: Celery) -> None:
     retrying = tenacity.Retrying()
     options = options_of(
@@ -49,11 +53,6 @@ def test_all_options(app: Celery) -> None:
     assert (options.on_open, options.on_failure, options.max_attempts) == ("fail", "defer", 3)
     assert (options.defer_for, options.retrying) == (60, retrying)
     assert options.fallback
-
-
-@pytest.mark.parametrize(("on_open", "on_failure"), [("defer", "defer"), ("fail", "raise")])
-def test_on_failure_follows_on_open(app: Celery, on_open: str, on_failure: str) -> None:
-    assert options_of(app, on_open=on_open).on_failure == on_failure
 
 
 BAD: list[tuple[str, Any, str]] = [
@@ -128,23 +127,14 @@ def _base_with(on_failure: Any) -> type:
     return type("Base", (ResilientTask,), {"abstract": True, "on_failure": on_failure})
 
 
-def test_a_handler_of_ones_own_is_no_option(app: Celery) -> None:
-    def tell(*args: Any) -> str:
-        return "told"
+@pytest.mark.parametrize(("option", "expected"), [({}, "defer"), ({"on_failure": "raise"}, "raise")])
+def test_a_handler_of_ones_own_is_no_option_and_goes_together_with_it(
+    app: Celery, option: dict[str, str], expected: str
+) -> None:
+    base = _base_with(lambda *_: "handled")
 
-    @app.task(name="telling", shared=False, lazy=False, breaker="payments", base=_base_with(tell))
-    def telling() -> None: ...
+    @app.task(name="handling", shared=False, lazy=False, breaker="payments", base=base, **option)
+    def handling() -> None: ...
 
-    assert telling.options.on_failure == "defer"
-    assert telling.on_failure() == "told"
-
-
-def test_a_handler_and_the_option_go_together(app: Celery) -> None:
-    def tell(*args: Any) -> str:
-        return "told"
-
-    @app.task(name="both", shared=False, lazy=False, breaker="payments", base=_base_with(tell), on_failure="raise")
-    def both() -> None: ...
-
-    assert both.options.on_failure == "raise"
-    assert both.on_failure() == "told"
+    assert handling.options.on_failure == expected
+    assert handling.on_failure() == "handled"

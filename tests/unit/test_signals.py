@@ -46,21 +46,11 @@ def test_each_transition_is_told_once_by_the_app_with_the_transition(
     clock.advance(payments.snapshot().retry_after or 0)
     for _ in range(3):
         payments.call(print)
-    payments.isolate()
-    payments.isolate()
-    payments.disable()
-    payments.shadow()
-    payments.reset()
+    for verb in (payments.isolate, payments.isolate, payments.disable, payments.shadow, payments.reset):
+        verb()
     wait_until(lambda: len(told) == 7)
-    assert [name for name, _ in told] == [
-        "breaker_opened",
-        "breaker_half_opened",
-        "breaker_closed",
-        "breaker_forced_open",
-        "breaker_disabled",
-        "breaker_shadowed",
-        "breaker_closed",
-    ]
+    events = ("opened", "half_opened", "closed", "forced_open", "disabled", "shadowed", "closed")
+    assert [name for name, _ in told] == [f"breaker_{event}" for event in events]
     assert all(fields["sender"] is app and fields["breaker"] == "payments" for _, fields in told)
     opened: Transition = told[0][1]["transition"]
     assert (opened.name, opened.state, opened.reason, opened.actor) == ("payments", "OPEN", "by hand", "ann")
