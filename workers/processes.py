@@ -34,7 +34,7 @@ T = TypeVar("T")
 PROJECT = Path(__file__).resolve().parent.parent
 LOCALHOST = "127.0.0.1"
 
-_STOP_TIMEOUT = 10.0
+_STOP_TIMEOUT = 60.0
 _POLL_INTERVAL = 0.02
 _PORT_RANGE = (12_000, 32_000)
 _PR_SET_PDEATHSIG = 1

@@ -78,11 +78,11 @@ class FlakyService:
     def make(self, dependency: str, health: str, *, latency: float = 0.0, capacity: int | None = None) -> None:
         """Switch a dependency's health: ``up``, ``5xx``, ``slow``, ``hang`` or ``refuse``; and what it can bear."""
         change = {"health": health, "latency": latency, **({} if capacity is None else {"capacity": capacity})}
-        httpx.put(f"{self.admin_url}/{dependency}", json=change, timeout=5).raise_for_status()
+        httpx.put(f"{self.admin_url}/{dependency}", json=change, timeout=60).raise_for_status()
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Return what reached each dependency so far."""
-        response = httpx.get(f"{self.admin_url}/stats", timeout=5).raise_for_status()
+        response = httpx.get(f"{self.admin_url}/stats", timeout=60).raise_for_status()
         figures: dict[str, dict[str, Any]] = response.json()["dependencies"]
         return figures
 

@@ -22,7 +22,7 @@ FAILURE = (Calls(Outcome.FAILURE, 1),)
 
 
 def open_store(url: str) -> RedisStore:
-    return RedisStore(url, namespace="fleet", timeout=5.0)
+    return RedisStore(url, namespace="fleet", timeout=20.0)
 
 
 def call_a_dead_service(url: str, begin: Barrier, calls: Any) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -25,6 +26,10 @@ from workers.processes import Server, free_port, start_valkey, wait_until
 PAYMENTS = Spec("payments", BreakerPolicy(minimum_calls=5, trial_calls=1, open_duration=60.0))
 FAILURES = (Calls(Outcome.FAILURE, 5),)
 PATIENCE = 30.0  # s; far below redis-py's defaults (ten tries of five seconds), far above a noisy machine's hiccups
+
+
+def new_store(url: str, *, timeout: float = 20.0, **options: Any) -> RedisStore:
+    return RedisStore(url, namespace="test", timeout=timeout, **options)
 
 
 def opened(store: RedisStore) -> int:
@@ -90,7 +95,7 @@ def test_a_permit_of_an_emptied_store_settles_nothing(server: Server, shared_sto
 
 def test_state_survives_a_restart_of_a_persistent_server(tmp_path: Path) -> None:
     server = start_valkey(tmp_path, persistent=True)
-    store = RedisStore(server.url(), namespace="test", cooldown=0.05)
+    store = new_store(server.url(), cooldown=0.05)
     epoch = opened(store)
     server.program.kill()
     with pytest.raises(StoreError):
@@ -117,7 +122,7 @@ def reads(store: RedisStore) -> Snapshot | None:
 
 def test_a_refused_connection_is_told_at_once() -> None:
     port = free_port()
-    store = RedisStore(f"redis://127.0.0.1:{port}/0", namespace="test")
+    store = new_store(f"redis://127.0.0.1:{port}/0")
     with (
         takes_less_than(PATIENCE),
         pytest.raises(StoreError, match=rf"store 127\.0\.0\.1:{port}/0 is unavailable: .*refused"),
@@ -127,8 +132,8 @@ def test_a_refused_connection_is_told_at_once() -> None:
 
 @pytest.mark.timeout(60)
 def test_a_frozen_server_delays_one_call_by_its_time_limit_and_the_next_not_at_all(own_server: Server) -> None:
-    store = RedisStore(own_server.url(), namespace="test", timeout=0.3, cooldown=30.0)
-    opened(store)
+    opened(new_store(own_server.url()))
+    store = new_store(own_server.url(), timeout=0.3, cooldown=30.0)
     own_server.program.freeze()
     try:
         with takes_less_than(PATIENCE), pytest.raises(StoreError, match="is unavailable"):
@@ -143,8 +148,7 @@ def test_a_frozen_server_delays_one_call_by_its_time_limit_and_the_next_not_at_a
 
 def test_many_threads_meet_a_frozen_server_once(own_server: Server) -> None:
     """Together they wait about one time limit, not one each."""
-    store = RedisStore(own_server.url(), namespace="test", timeout=0.3, cooldown=30.0)
-    opened(store)
+    store = new_store(own_server.url(), timeout=0.3, cooldown=30.0)
     own_server.program.freeze()
     try:
         with takes_less_than(PATIENCE), ThreadPoolExecutor(20) as pool:
@@ -154,7 +158,7 @@ def test_many_threads_meet_a_frozen_server_once(own_server: Server) -> None:
 
 
 def test_one_caller_per_cooldown_tries_again(own_server: Server) -> None:
-    store = RedisStore(own_server.url(), namespace="test", timeout=0.3, cooldown=0.5)
+    store = new_store(own_server.url(), timeout=3.0, cooldown=0.5)
     opened(store)
     own_server.program.freeze()
     try:
@@ -167,7 +171,7 @@ def test_one_caller_per_cooldown_tries_again(own_server: Server) -> None:
 
 
 def test_a_listener_is_told_that_the_server_went_away(own_server: Server) -> None:
-    store = RedisStore(own_server.url(), namespace="test", cooldown=0.05)
+    store = new_store(own_server.url(), cooldown=0.05)
     changes = store.changes(timeout=PATIENCE)
     assert next(changes) is None
     own_server.program.kill()
@@ -182,7 +186,7 @@ def test_closing_a_store_is_not_for_ever(shared_store: RedisStore) -> None:
 
 
 def test_a_full_server_answers_with_an_error_and_stays_readable(own_server: Server) -> None:
-    store = RedisStore(own_server.url(), namespace="test")
+    store = new_store(own_server.url())
     epoch = opened(store)
     with redis.Redis.from_url(own_server.url()) as client:
         client.config_set("maxmemory-policy", "noeviction")
@@ -248,7 +252,7 @@ def test_ping_tells_the_servers_time(shared_store: RedisStore) -> None:
 
 def test_a_web_server_is_told_from_a_store() -> None:
     with web_server() as port:
-        store = RedisStore(f"redis://127.0.0.1:{port}/0", namespace="test")
+        store = new_store(f"redis://127.0.0.1:{port}/0")
         with takes_less_than(PATIENCE), pytest.raises(StoreError, match=f"127.0.0.1:{port}/0 .*must be a Redis"):
             store.ping()
         store.close()
@@ -256,7 +260,7 @@ def test_a_web_server_is_told_from_a_store() -> None:
 
 def test_a_silent_server_is_told_from_a_store() -> None:
     with line_server(lambda _: b"") as port:
-        store = RedisStore(f"redis://127.0.0.1:{port}/0", namespace="test", timeout=0.2)
+        store = new_store(f"redis://127.0.0.1:{port}/0", timeout=0.2)
         with takes_less_than(PATIENCE), pytest.raises(StoreError, match=f"127.0.0.1:{port}/0 is unavailable"):
             store.ping()
         store.close()
@@ -267,7 +271,7 @@ def test_a_server_without_scripting_is_told_from_a_store() -> None:
         return b"".join(b"-ERR unknown command\r\n" if b"EVAL" in part else b"+OK\r\n" for part in commands(chunk))
 
     with line_server(answer) as port:
-        store = RedisStore(f"redis://127.0.0.1:{port}/0", namespace="test")
+        store = new_store(f"redis://127.0.0.1:{port}/0")
         with takes_less_than(PATIENCE), pytest.raises(StoreError, match="must run Lua scripts"):
             store.ping()
         store.close()
@@ -285,7 +289,7 @@ def test_all_keys_of_a_breaker_share_a_slot_and_are_declared(tmp_path: Path) -> 
         with redis.Redis.from_url(server.url()) as client:
             client.execute_command("CLUSTER ADDSLOTSRANGE 0 16383")
             wait_until(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", what="the cluster")
-        store = RedisStore(server.url(), namespace="test")
+        store = new_store(server.url())
         store.ledger.add_deferred("payments", "task", deadline=1.0)
         opened(store)
         store.command(PAYMENTS, Verb.RESET)
@@ -308,7 +312,7 @@ def test_all_keys_of_a_breaker_share_a_slot_and_are_declared(tmp_path: Path) -> 
 @pytest.mark.parametrize("scheme", ["amqp", "memcached", "http", "redis?"])
 def test_other_schemes_are_refused_by_name(scheme: str) -> None:
     with pytest.raises(ConfigurationError) as error:
-        RedisStore(f"{scheme}://user:hunter2@localhost/0", namespace="test")
+        new_store(f"{scheme}://user:hunter2@localhost/0")
     assert repr(scheme) in str(error.value)
     assert "hunter2" not in str(error.value)
 
@@ -327,7 +331,7 @@ def test_other_schemes_are_refused_by_name(scheme: str) -> None:
 )
 def test_urls_of_no_use_are_refused_without_quoting_the_password(url: str) -> None:
     with pytest.raises(ConfigurationError) as error:
-        RedisStore(url, namespace="test")
+        new_store(url)
     assert "ter2" not in str(error.value)
     assert error.value.__cause__ is None
 
@@ -347,7 +351,7 @@ def test_every_way_to_the_same_server(tmp_path: Path) -> None:
             f"valkey://default:hunter%202@127.0.0.1:{server.port}/1",
             f"unix://default:hunter%202@{path}?db=1",
         ):
-            store = RedisStore(url, namespace="test")
+            store = new_store(url)
             if "payments" not in {s.name for s in store.read([PAYMENTS]) if s.epoch}:
                 opened(store)
             assert store.read([PAYMENTS])[0].state is State.OPEN
@@ -368,7 +372,7 @@ def test_encrypted_schemes_speak_tls(scheme: str, option: str) -> None:
         return b"no TLS here\r\n"
 
     with line_server(answer) as port:
-        store = RedisStore(f"{scheme}://127.0.0.1:{port}/0?ssl_cert_reqs={option}", namespace="test")
+        store = new_store(f"{scheme}://127.0.0.1:{port}/0?ssl_cert_reqs={option}")
         with pytest.raises(StoreError, match=r"is unavailable: .*SSL"):
             store.read([PAYMENTS])
     assert received[0].startswith(b"\x16\x03"), "a TLS handshake"
@@ -377,7 +381,7 @@ def test_encrypted_schemes_speak_tls(scheme: str, option: str) -> None:
 def test_a_wrong_password_is_not_repeated(tmp_path: Path) -> None:
     server = start_valkey(tmp_path, config={"requirepass": "right"})
     try:
-        store = RedisStore(f"redis://:hunter2@127.0.0.1:{server.port}/0", namespace="test")
+        store = new_store(f"redis://:hunter2@127.0.0.1:{server.port}/0")
         with pytest.raises(StoreError, match="refuses the credentials") as error:
             store.ping()
         store.close()
@@ -390,7 +394,7 @@ def test_a_server_that_repeats_the_password_is_not_quoted() -> None:
     with line_server(
         lambda chunk: b"-ERR unknown command, args beginning with: " + chunk.split()[-1] + b"\r\n"
     ) as port:
-        store = RedisStore(f"redis://:hunter%202@127.0.0.1:{port}/0", namespace="test")
+        store = new_store(f"redis://:hunter%202@127.0.0.1:{port}/0")
         with pytest.raises(StoreError) as error:
             store.ping()
         store.close()
@@ -399,14 +403,14 @@ def test_a_server_that_repeats_the_password_is_not_quoted() -> None:
 
 
 def test_a_node_of_a_cluster_is_no_server(running_cluster: Cluster) -> None:
-    store = RedisStore(running_cluster.nodes[0].url(), namespace="test")
+    store = new_store(running_cluster.nodes[0].url())
     with pytest.raises(ConfigurationError, match=r"a node of a cluster: allowed is redis\+cluster://"):
         store.check()
     store.close()
-    RedisStore(running_cluster.url(), namespace="test").check()
+    new_store(running_cluster.url()).check()
 
 
 def test_a_server_is_no_cluster(server: Server) -> None:
-    store = RedisStore(f"redis+cluster://127.0.0.1:{server.port}", namespace="test")
+    store = new_store(f"redis+cluster://127.0.0.1:{server.port}")
     with pytest.raises(ConfigurationError, match="Cluster mode is not enabled"):
         store.check()

@@ -66,6 +66,8 @@ def _occupy(what: str, run: str, order: int) -> int:
     SIDE.rpush(f"begun:{what}", order)
     SIDE.sadd(f"in flight:{what}", run)
     SIDE.lpush(f"seen in flight:{what}", SIDE.scard(f"in flight:{what}"))
+    while SIDE.exists("hold"):
+        time.sleep(0.01)
     time.sleep(0.1)
     SIDE.srem(f"in flight:{what}", run)
     return order

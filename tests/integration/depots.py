@@ -69,7 +69,7 @@ class Depot:
     def client(self) -> Celery:
         """Return an app that sends what the project's tasks take and reads what they return."""
         app = Celery("client", broker=self.env["DEPOT_BROKER_URL"], backend=self.env["DEPOT_BACKEND_URL"])
-        app.conf.update(json.loads(self.env["DEPOT_CONF"]))
+        app.conf.update(json.loads(self.env["DEPOT_CONF"]), broker_connection_timeout=60)
         arguments = json.loads(self.env["DEPOT_QUEUE_ARGUMENTS"])
         exchange = Exchange(f"to-{self.queue}", "topic")
         app.conf.task_queues = [Queue(self.queue, exchange, routing_key="work.#", queue_arguments=arguments)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 from collections.abc import Iterator
@@ -22,11 +23,8 @@ LIMIT = 2  # of the depot's scarce breaker
 
 @pytest.fixture
 def depot(broker: str, shop: Shop, tmp_path: Path) -> Iterator[Depot]:
-    """A depot on each broker in turn; what dead workers had comes back soon."""
-    queue = f"isolation-{random.getrandbits(32):x}"
-    soon = {"visibility_timeout": 2, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
-    conf = {"broker_transport_options": soon} if broker.startswith("redis") else {}
-    depot = Depot(broker, shop.server, tmp_path, queue=queue, conf=conf)
+    """A depot on each broker in turn."""
+    depot = Depot(broker, shop.server, tmp_path, queue=f"isolation-{random.getrandbits(32):x}")
     redis.Redis.from_url(shop.server.url(0)).flushall()
     yield depot
     depot.stop()
@@ -50,6 +48,7 @@ def start(depot: Depot, **options: Any) -> Program:
 
 
 def test_tasks_beyond_the_limit_wait_outside_and_come_back_in_order(depot: Depot, broker: str) -> None:
+    depot.side.set("hold", 1)
     worker = start(depot, pool="prefork" if broker.startswith("redis") else "threads", concurrency=4)
     client = depot.client()
     results = [client.send_task("occupy", (order,)) for order in range(16)]
@@ -57,6 +56,7 @@ def test_tasks_beyond_the_limit_wait_outside_and_come_back_in_order(depot: Depot
     wait_until(lambda: reason in worker.output(), timeout=PATIENCE, what="some to wait")
     wait_until(lambda: any(each.state == "DEFERRED" for each in results), timeout=PATIENCE, what="the state of one")
     assert client.send_task("ping").get(timeout=PATIENCE) == "pong"
+    depot.side.delete("hold")
     wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
     assert most_in_flight(depot) == LIMIT
     begun = list(map(int, depot.side.lrange("begun:scarce", 0, -1)))
@@ -67,15 +67,23 @@ def test_tasks_beyond_the_limit_wait_outside_and_come_back_in_order(depot: Depot
 
 @pytest.mark.parametrize("broker", ["redis"], indirect=True)
 def test_the_limits_hold_when_workers_are_killed_and_all_tasks_finish(depot: Depot) -> None:
+    restored_soon = {"visibility_timeout": 2, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
+    depot.env["DEPOT_CONF"] = json.dumps({"broker_transport_options": restored_soon})
     workers = [start(depot, concurrency=3) for _ in range(3)]
+    shares = [f"shared_out by {worker.pid}" for worker in workers]
     client = depot.client()
+
+    def each_has_served() -> bool:
+        client.send_task("serve", (0,))
+        return depot.side.exists(*(f"seen in flight:{share}" for share in shares)) == len(shares)
+
+    wait_until(each_has_served, timeout=PATIENCE, what="each worker to serve")
     results = [client.send_task(name, (order,)) for order in range(30) for name in ("occupy", "serve")]
     for at, victim in ((5, workers[0]), (15, workers[1])):
         wait_until(partial(has_begun, depot, at), timeout=PATIENCE, what="work to go on")
         kill(depot, victim)
     wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
     assert most_in_flight(depot) == LIMIT
-    shares = [f"shared_out by {worker.pid}" for worker in workers]
     assert [most_in_flight(depot, share) for share in shares] == [1, 1, 1], "each worker keeps a limit of its own"
 
 

@@ -25,6 +25,9 @@ def test_the_outage_of_one_tenant_defers_its_tasks_alone_and_outlives_the_worker
     shop.wait(lambda: shop.waiting("tenants:acme") == len(suffering), "the tenant's tasks to wait")
     healthy = [shop.bill.delay(order, "other") for order in range(20)]
     shop.wait_done(*healthy)
+    shop.wait(
+        lambda: shop.tenants.child("other").snapshot().calls == len(healthy), "the store to know the other tenant"
+    )
     assert suffering[0].info["breaker"] == "tenants:acme"
     assert shop.waiting("tenants") == 0
     assert shop.tenants.snapshot().active_children == 1
@@ -48,16 +51,19 @@ def test_few_hosts_may_be_open_at_once(shop: Shop) -> None:
     shop.worker()
     for host in "abc":
         shop.set_health(f"hosts-{host}", "down")
-    calls = []
-    for hosts in ("ab", "aa", "bb"):  # one after the other: the first that fails three times opens
-        calls += [shop.fetch.delay(host) for host in hosts]
-        for call in calls:
-            call.get(timeout=60, propagate=False)
-    shop.wait(lambda: shop.hosts.child("b").snapshot().failures >= 3, "both to have failed")
-    assert [str(shop.hosts.child(host).snapshot().state) for host in "ab"] == ["OPEN", "CLOSED"]
+
+    def states() -> list[str]:
+        return [str(shop.hosts.child(host).snapshot().state) for host in "ab"]
+
+    calls = [shop.fetch.delay(host) for host in "abaa"]
+    shop.wait(lambda: states() == ["OPEN", "CLOSED"], "the first that fails three times to open")
+    calls += [shop.fetch.delay("b") for _ in range(2)]
+    shop.wait(lambda: shop.hosts.child("b").snapshot().failures == 3, "both to have failed")
+    assert states() == ["OPEN", "CLOSED"]
     with pytest.raises(ConnectionError):
         shop.fetch.delay("c").get(timeout=60)
     shop.wait(lambda: shop.hosts.snapshot().calls == 1, "the parent to count: two keys are all there may be")
     shop.hosts.child("a").reset()
     for call in calls:
+        call.get(timeout=60, propagate=False)
         call.forget()

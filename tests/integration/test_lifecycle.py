@@ -24,8 +24,8 @@ from workers.processes import LOCALHOST, Program, celery_command, free_port
 
 
 def test_a_warm_shutdown_in_mid_outage_loses_nothing(shop: Shop) -> None:
-    worker = shop.worker()
     shop.open("payments")
+    worker = shop.worker()
     waiting = [shop.charge.delay(order) for order in range(5)]
     shop.wait(lambda: shop.waiting("payments") == 5, "the refused ones to wait")
     shop.set_health("slow", "hang")
@@ -146,7 +146,8 @@ def web_server() -> Iterator[str]:
 
 def test_a_worker_refuses_a_store_that_is_no_redis(shop: Shop, tmp_path: Path) -> None:
     with web_server() as url:
-        line = refusal(shop, start_deploy(shop, tmp_path, "", {"RESILIENT_TASKS_STORE_URL": url}))
+        env = {"RESILIENT_TASKS_STORE_URL": url, "RESILIENT_TASKS_STORE_TIMEOUT": "60"}
+        line = refusal(shop, start_deploy(shop, tmp_path, "", env))
     assert "ConfigurationError" in line
     assert "must be a Redis or Valkey server" in line
 
@@ -195,7 +196,9 @@ class Audience:
 
     def __enter__(self) -> Audience:  # noqa: PYI034 - Self needs Python 3.11
         self._thread.start()
-        assert self._listening.wait(60)
+        with self._app.events.default_dispatcher() as dispatcher:
+            # what is sent before kombu has subscribed is lost
+            Shop.wait(lambda: dispatcher.send("heard") or self._listening.is_set(), "events to have a listener")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -206,11 +209,11 @@ class Audience:
         with self._app.connection_for_read() as connection:
             self._receiver = self._app.events.Receiver(connection, handlers={"*": self._hear})
             with self._receiver.consumer_context():
-                self._listening.set()
                 for _ in self._receiver.consume(limit=None, timeout=1, safety_interval=0):
                     pass
 
     def _hear(self, event: dict[str, Any]) -> None:
+        self._listening.set()
         self.state.event(event)
         if "uuid" in event:
             self.seen[event["uuid"]].append(self.state.tasks[event["uuid"]].state)
@@ -218,14 +221,15 @@ class Audience:
 
 def test_monitors_see_every_task_deferred_and_done(shop: Shop) -> None:
     with Audience(shop.app) as audience:
-        workers = [shop.worker() for _ in range(2)]
         shop.open("payments")
+        workers = [shop.worker() for _ in range(2)]
         ids = {shop.charge.delay(order).id for order in range(100)}
         shop.wait(lambda: shop.waiting("payments") == 100, "all to wait")
         shop.wait(lambda: {task.state for task in _tasks(audience, ids)} == {"DEFERRED"}, "all to be DEFERRED")
         shop.close("payments")
         shop.wait(lambda: {task.state for task in _tasks(audience, ids)} == {"SUCCESS"}, "all to be SUCCESS")
-        assert all({"DEFERRED", "RETRY"} < set(audience.seen[task_id]) for task_id in ids)
+        expected = {"DEFERRED", "RETRY"}
+        shop.wait(lambda: all(expected < set(audience.seen[task_id]) for task_id in ids), "each state to be seen")
         assert set(audience.state.workers) == {worker.node for worker in workers}
 
 
@@ -237,8 +241,8 @@ def _tasks(audience: Audience, ids: set[str]) -> list[Any]:
 
 
 def test_deferral_uses_up_no_retries(shop: Shop) -> None:
-    shop.worker()
     shop.open("payments")
+    shop.worker()
     result = shop.retried.delay()
     shop.wait_state(result, "DEFERRED")
     shop.close("payments")

@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.integration.conftest import Shop
 
 
-@pytest.fixture
-def running(shop: Shop) -> Shop:
+def test_a_task_waits_for_one_breaker_after_the_other_and_runs_once(shop: Shop) -> None:
+    shop.open("payments")
+    shop.open("accounts")
     shop.worker()
-    return shop
-
-
-def test_a_task_waits_for_one_breaker_after_the_other_and_runs_once(running: Shop) -> None:
-    running.open("accounts")
-    result = running.transfer.delay(1)
-    running.wait(lambda: running.waiting("accounts") == 1, "it to wait for accounts")
-    running.open("payments")
-    running.close("accounts")
-    running.wait(lambda: running.waiting("payments") == 1, "it to wait for payments")
-    assert (result.state, result.info["breaker"]) == ("DEFERRED", "payments")
-    assert running.waiting("accounts") == 0
-    assert running.runs("transfer") == []
-    running.close("payments")
+    result = shop.transfer.delay(1)
+    shop.wait(lambda: shop.waiting("payments") == 1, "it to wait for payments")
+    shop.close("payments")
+    shop.wait(lambda: shop.waiting("accounts") == 1, "it to wait for accounts")
+    assert (result.state, result.info["breaker"]) == ("DEFERRED", "accounts")
+    assert shop.waiting("payments") == 0
+    assert shop.runs("transfer") == []
+    shop.close("accounts")
     assert result.get(timeout=60) == 1
-    assert running.runs("transfer") == [result.id]
-    running.wait(lambda: running.payments.snapshot().calls == running.accounts.snapshot().calls == 1, "both to count")
+    assert shop.runs("transfer") == [result.id]
+    shop.wait(lambda: shop.payments.snapshot().calls == shop.accounts.snapshot().calls == 1, "both to count")
 
 
-def test_a_failure_is_put_to_the_dependency_that_was_called(running: Shop) -> None:
-    running.set_health("accounts", "down")
-    results = [running.transfer.delay(order) for order in range(6)]
-    running.wait(lambda: running.accounts.snapshot().state == "OPEN", "accounts to open")
-    assert running.payments.snapshot().failures == 0
-    running.wait(lambda: running.waiting("accounts") == len(results), "all to wait for accounts")
-    assert running.waiting("payments") == 0
-    running.set_health("accounts", "up")
-    running.wait_done(*results)
-    assert running.payments.snapshot().failures == 0
+def test_a_failure_is_put_to_the_dependency_that_was_called(shop: Shop) -> None:
+    shop.worker()
+    shop.set_health("accounts", "down")
+    results = [shop.transfer.delay(order) for order in range(6)]
+    shop.wait(lambda: shop.accounts.snapshot().state == "OPEN", "accounts to open")
+    assert shop.payments.snapshot().failures == 0
+    shop.wait(lambda: shop.waiting("accounts") == len(results), "all to wait for accounts")
+    assert shop.waiting("payments") == 0
+    shop.set_health("accounts", "up")
+    shop.wait_done(*results)
+    assert shop.payments.snapshot().failures == 0

@@ -21,9 +21,10 @@ def shop(_shop: Shop, tmp_path: Path) -> Iterator[Shop]:
     shop.stop()
 
 
-def heals(shop: Shop, task: str) -> None:
+def heals(shop: Shop, task: str, pool: str) -> None:
     """Open ``payments`` and let tasks come: all finish, and the breaker closes."""
     shop.payments.trip(reason="test")
+    shop.worker(concurrency=4, pool=pool)
     results = [getattr(shop, task).delay() for _ in range(6)]
     shop.wait_done(*results)
     shop.wait(lambda: shop.payments.snapshot().state == "CLOSED", "payments to close")
@@ -31,14 +32,12 @@ def heals(shop: Shop, task: str) -> None:
 
 
 def test_tasks_of_another_breaker_that_call_nested_functions_finish(shop: Shop) -> None:
-    shop.worker(concurrency=4)
-    heals(shop, "order")
+    heals(shop, "order", "prefork")
 
 
 @pools
 def test_a_trial_goes_on_in_the_threads_of_its_task(shop: Shop, pool: str) -> None:
-    shop.worker(concurrency=4, pool=pool)
-    heals(shop, "charge_in_threads")
+    heals(shop, "charge_in_threads", pool)
 
 
 @pools
@@ -50,8 +49,8 @@ def test_the_threads_of_a_task_share_its_slot(shop: Shop, pool: str) -> None:
 
 
 def test_wrapped_refusals_defer_or_fall_back(shop: Shop) -> None:
-    shop.worker(concurrency=2)
     shop.mail.isolate(reason="maintenance")
+    shop.worker(concurrency=2)
     tasks = [shop.send_in_group, shop.send_again_and_again, shop.send_with_an_error_of_its_own]
     results = [task.delay() for task in tasks]
     for result in results:

@@ -137,7 +137,7 @@ def test_rights_that_are_granted_later_are_used(restricted: RabbitMQ, depot: Cal
         timeout=PATIENCE,
         what="all to wait in one place",
     )
-    assert "the broker refuses resilient.deferred.payments no more" in worker.output()
+    worker.wait_for_output("the broker refuses resilient.deferred.payments no more", timeout=PATIENCE)
 
 
 @pytest.mark.rabbitmq

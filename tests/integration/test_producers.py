@@ -11,6 +11,7 @@ from celery import Celery, Task, chain, chord
 from kombu import Queue
 
 from resilient_tasks import Breaker, BreakerOpenError, Resilience
+from tests.integration.depots import messages_in
 from tests.integration.post_office import ABROAD, PATIENCE, PostOffice
 
 
@@ -85,7 +86,8 @@ def test_tasks_of_a_gated_website_wait_at_once_and_are_resumed_like_any_other(
     charged, described, chained, total = results = _workflows(website, expires)
     at_once = [charged, described, chained.parent.parent, *total.parent.results]
     assert {result.state for result in at_once} == {"DEFERRED"}, "no worker had to do anything"
-    assert (charged.info["breaker"], post.waiting("payments")) == ("payments", len(at_once))
+    assert charged.info["breaker"] == "payments"
+    post.wait(lambda: post.waiting("payments") == len(at_once), "all to be in the index")
     post.close("payments")
     deferred = [result.get(timeout=PATIENCE) for result in results]
     assert [deferred[0], *deferred[2:]] == [straight[0], *straight[2:]]
@@ -122,7 +124,7 @@ def test_of_several_tasks_with_one_key_only_the_latest_runs(post: PostOffice, we
     post.wait_state("IGNORED", stale)
     assert [result.info for result in stale] == [{"breaker": "payments", "ran": latest.id}] * 2
     assert sorted(post.runs("sync")) == sorted([other.id, follower.id, latest.id])
-    assert post.waiting("payments") == 0
+    post.wait(lambda: post.waiting("payments") == 0, "the index to be empty")
 
 
 def test_resumed_tasks_keep_their_order_in_each_queue_and_priority(post: PostOffice, website: Website) -> None:
@@ -134,7 +136,8 @@ def test_resumed_tasks_keep_their_order_in_each_queue_and_priority(post: PostOff
     superseded = [website.task("sync").apply_async(("acme", version), queue=left) for version in range(12)][:-1]
     for order in range(24):  # into queues that no worker empties
         website.task("charge").apply_async((order,), queue=(left, right)[order % 2], priority=3 * (order % 3 == 0))
-    assert post.waiting("payments") == 36
+    post.wait(lambda: post.waiting("payments") == 36, "all to be in the index")
+    post.wait(lambda: messages_in(post.client, "post.deferred.payments") == [36], "all to lie on the broker")
     assert [post.operator.deferred.resume("payments", limit=9, force=True) for _ in range(3)] == [9, 9, 7]
     post.wait_state("IGNORED", superseded)
     for remainder, queue in enumerate((left, right)):

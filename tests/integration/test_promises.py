@@ -20,7 +20,7 @@ def server(tmp_path) -> Iterator[Server]:
 
 
 def test_a_subscription_that_was_cut_does_not_make_the_store_away(server):
-    store = RedisStore(server.url(), namespace="promises", cooldown=60.0)
+    store = RedisStore(server.url(), namespace="promises", timeout=20.0, cooldown=60.0)
     changes = store.changes(timeout=5.0)
     assert next(changes) is None
     with redis.Redis.from_url(server.url()) as client:
@@ -32,7 +32,7 @@ def test_a_subscription_that_was_cut_does_not_make_the_store_away(server):
 
 
 def test_a_lost_server_is_noticed_by_the_next_command(server):
-    store = RedisStore(server.url(), namespace="promises", cooldown=60.0)
+    store = RedisStore(server.url(), namespace="promises", timeout=20.0, cooldown=60.0)
     assert store.ping() > 0
     server.stop()
     with pytest.raises(StoreError, match="is unavailable"):

@@ -130,7 +130,7 @@ def breaker_behind(sentinels: Sentinels) -> Iterator[Breaker]:
     """Return the depot's breaker, found by a URL of the store's own."""
     options = f"master_name={MASTER_NAME}&sentinel_password={SENTINELS_PASSWORD}"
     url = f"sentinel://:{quote(PASSWORD)}@{','.join(sentinels.hosts)}/0?{options}"
-    resilience = Resilience(store_url=url, store_timeout=5.0)
+    resilience = Resilience(store_url=url, store_timeout=20.0)
     try:
         yield resilience.breaker("payments")
     finally:
@@ -155,7 +155,7 @@ def test_a_failover_in_mid_outage(depot: Callable[..., Depot], sentinels: Sentin
     former = sentinels.master()
     with redis.Redis(port=former.port, password=PASSWORD) as master:
         master.set("fence", "")  # a connection waits for its own writes, and so for all before them
-        assert master.wait(1, 10_000) == 1, "the replica has what was acknowledged"
+        assert master.wait(1, 60_000) == 1, "the replica has what was acknowledged"
     former.program.kill()
     wait_until(lambda: sentinels.master() is not former, timeout=PATIENCE, what="another master")
     with breaker_behind(sentinels) as payments:
@@ -166,7 +166,7 @@ def test_a_failover_in_mid_outage(depot: Callable[..., Depot], sentinels: Sentin
         project.side.set("health", "up")
         wait_until(are("SUCCESS", results + again), timeout=PATIENCE, what="all to finish")
         wait_until(lambda: state_of(payments) is State.CLOSED, timeout=PATIENCE, what="the breaker to close")
-        assert payments.snapshot().deferred == 0
+        wait_until(lambda: payments.snapshot().deferred == 0, timeout=PATIENCE, what="the index to be empty")
 
 
 # --- a cluster for the store ----------------------------------------------------------------------------------

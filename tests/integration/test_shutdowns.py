@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from resilient_tasks.core.model import State
-from tests.integration.conftest import Shop
+from tests.integration.conftest import PATIENCE, Shop
 
 
 class Outage:
@@ -55,7 +55,7 @@ def test_a_cold_shutdown_in_mid_outage_loses_nothing(shop: Shop) -> None:
 
 
 def test_what_fails_in_the_grace_of_a_soft_shutdown_is_put_aside(shop: Shop) -> None:
-    outage = Outage(shop, arguments=["worker_soft_shutdown_timeout=1"])
+    outage = Outage(shop, arguments=["worker_soft_shutdown_timeout=8"])
     outage.worker.send_signal(signal.SIGQUIT)
     shop.wait(lambda: "Initiating Soft Shutdown" in outage.worker.output(), "the grace to begin")
     shop.set_health("slow", "down")
@@ -84,9 +84,9 @@ def test_other_pools_shut_down_warmly_without_loss(shop: Shop, pool: str, slots:
 
 
 def test_a_trial_cut_off_by_a_cold_shutdown_gives_its_permit_back(shop: Shop) -> None:
-    worker = shop.worker()
     shop.set_health("payments", "hang")
     shop.payments.trip()
+    worker = shop.worker()
     results = [shop.charge.delay(order) for order in range(4)]
     shop.wait(lambda: shop.calls("payments") == 2, "trials to fill the pool")
     half_open = shop.payments.snapshot()
@@ -101,6 +101,7 @@ def test_a_trial_cut_off_by_a_cold_shutdown_gives_its_permit_back(shop: Shop) ->
 
 
 def test_beats_may_come_twice_and_die(shop: Shop) -> None:
+    shop.accounts.trip()  # then it is HALF_OPEN until somebody calls: a tick is due all the time
     shop.open("payments")
     results = [shop.charge.delay(order) for order in range(30)]
     shop.worker()
@@ -108,7 +109,7 @@ def test_beats_may_come_twice_and_die(shop: Shop) -> None:
     shop.wait(lambda: shop.waiting("payments") == 30, "all to wait")
     shop.close("payments")
     for beat in beats:
-        beat.wait_for_output("Sending due task resilient-tasks-tick", timeout=60)
+        beat.wait_for_output("Sending due task resilient-tasks-tick", timeout=PATIENCE)
     for beat in beats:
         beat.kill()
     shop.wait_done(*results)

@@ -271,11 +271,11 @@ def test_an_outage_in_memory(
         dependency()
         return order
 
-    with start_worker_here(app, pool=pool, perform_ping_check=False):
+    with start_worker_here(app, pool=pool, perform_ping_check=False, shutdown_timeout=PATIENCE):
         results = [charge.delay(order) for order in range(ORDERS)]
         wait_until(are("DEFERRED", results), timeout=PATIENCE, what="all to be deferred")
         dependency.up = True
         wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
     assert [result.result for result in results] == list(range(ORDERS))
     assert payments.snapshot().state == "CLOSED"
-    assert "resilient-tasks-heart" not in {thread.name for thread in threading.enumerate()}
+    assert "resilient-tasks-maintenance" not in {thread.name for thread in threading.enumerate()}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import Shop
+from tests.integration.conftest import PATIENCE, Shop
 from workers.processes import PROJECT, Program
 
 FORMER = "d43ce6d"  # the last commit whose stores keep rates over a window, under keys without a schema number
@@ -85,8 +85,8 @@ def test_a_deploy_of_this_version_loses_no_task_and_forgets_no_operator(
 ) -> None:
     (tmp_path / "two_versions.py").write_text(SHOP)
     assert "former" in run(shop, tmp_path, former_python, "import resilient_tasks; print(resilient_tasks.__file__)")
-    before = start(shop, tmp_path, former_python, "before")
     run(shop, tmp_path, former_python, "mail.isolate(reason='maintenance', actor='ada')")
+    before = start(shop, tmp_path, former_python, "before")
     shop.side.set("down", 1)
 
     def send(task: str, orders: range) -> list[Any]:
@@ -105,7 +105,7 @@ def test_a_deploy_of_this_version_loses_no_task_and_forgets_no_operator(
     shop.wait(lambda: shop.waiting("mail") >= 15, "tasks to wait while both versions run")
 
     shop.side.delete("down")
-    before.stop()
+    before.stop(timeout=PATIENCE)
     shop.wait_done(*charges)
     assert {result.get() for result in charges} == set(range(60))
     assert shop.side.scard("charged") == 60

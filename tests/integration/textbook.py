@@ -30,7 +30,7 @@ def other_source(item: str) -> str:
 @app.task(breaker=b, fallback=[other_source, cached(max_age=3600)], on_open="fail")
 def look_up(item: str) -> Any:
     """Ask service B."""
-    with urllib.request.urlopen(f"{B}/items/{item}", timeout=0.5) as response:
+    with urllib.request.urlopen(f"{B}/items/{item}", timeout=3) as response:
         return json.load(response)["answer"]
 
 

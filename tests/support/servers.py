@@ -60,7 +60,7 @@ def start_cluster(directory: Path, *, size: int = 3) -> Cluster:
 def start_cluster_node(directory: Path) -> Server:
     """Start a server in cluster mode that serves no slots yet."""
     # the default, 10000 above the port, is no port at all for some
-    config = {"cluster-enabled": "yes", "cluster-port": str(free_port()), "cluster-node-timeout": "2000"}
+    config = {"cluster-enabled": "yes", "cluster-port": str(free_port()), "cluster-node-timeout": "5000"}
     return start_valkey(directory, config=config)
 
 
@@ -115,7 +115,7 @@ def _start_sentinel(directory: Path, port: int, master: int) -> Program:
         sentinel sentinel-pass {SENTINELS_PASSWORD}
         sentinel monitor {MASTER_NAME} {LOCALHOST} {master} 2
         sentinel auth-pass {MASTER_NAME} "{PASSWORD}"
-        sentinel down-after-milliseconds {MASTER_NAME} 1000
+        sentinel down-after-milliseconds {MASTER_NAME} 5000
         sentinel failover-timeout {MASTER_NAME} 5000
     """)
     program = start_program([server_binary(), str(config), "--sentinel"], name="sentinel", directory=directory)

@@ -173,11 +173,13 @@ def test_runs_that_hang_are_not_piled_up(
     payments.probe(ping, timeout=0.01, active=True, failures_before_open=99)
     with caplog.at_level(logging.ERROR):
         rounds.check(payments, times=4)
+    wait_until(lambda: len(begun) >= 2)
     assert len(begun) == 2
     assert "2 probes of breaker 'payments' hang" in caplog.text
     assert payments.snapshot().failed_checks == 4
     released.set()
     wait_until(lambda: not any(run.is_alive() for run, _ in rounds.prober._running["payments"]))
+    payments.probe(ping, active=True, failures_before_open=99)
     rounds.check(payments)
     assert payments.snapshot().failed_checks == 0
 
@@ -195,7 +197,7 @@ def test_one_that_hangs_for_very_long_is_no_longer_counted(
 
     payments.probe(ping, timeout=0.01, active=True, failures_before_open=99)
     rounds.check(payments, times=3)
-    assert len(begun) == 3
+    wait_until(lambda: len(begun) == 3)
     released.set()
 
 

@@ -108,7 +108,7 @@ def test_a_failure_is_sent_at_once_with_what_came_before_it(desk: Desk) -> None:
     desk.report(SUCCESS)
     wait_until(lambda: len(desk.recorded()) == 1)
     ticket = desk.report(SUCCESS, SUCCESS, SLOW, FAILURE, cause="ReadTimeout", retry_after=3.0)
-    assert desk.reporter.wait(ticket, 5)
+    assert desk.reporter.wait(ticket, 60)
     sent = [run for evidence in desk.recorded()[1:] for run in evidence.runs]
     assert [calls.outcome for calls in sent] == [SUCCESS, SLOW, FAILURE]
     assert desk.recorded()[-1].cause == "ReadTimeout"
@@ -127,7 +127,7 @@ def test_waiting_for_a_success_takes_no_time(desk: Desk) -> None:
 
 def test_the_next_look_sees_what_a_failure_did(desk: Desk) -> None:
     for _ in range(5):
-        desk.reporter.wait(desk.report(FAILURE, cause="HTTP 503"), 5)
+        desk.reporter.wait(desk.report(FAILURE, cause="HTTP 503"), 60)
     assert desk.standing.snapshot.state is State.OPEN
     assert [(told.state, told.reason) for told in desk.told] == [
         (State.OPEN, "evidence 5 of 5: of the last 5 calls 5 failed, last: HTTP 503")
@@ -142,7 +142,7 @@ def test_many_threads_lose_nothing(desk: Desk) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert desk.reporter.flush(10)
+    assert desk.reporter.flush(60)
     assert desk.standing.snapshot.calls == 8000
     assert desk.standing.snapshot.failures == 4000
 
@@ -168,12 +168,12 @@ def test_nothing_is_sent_while_disabled(desk: Desk) -> None:
 
 
 def test_outcomes_of_an_epoch_that_is_over_are_not_sent(desk: Desk) -> None:
-    desk.reporter.wait(desk.report(SUCCESS, FAILURE), 5)
+    desk.reporter.wait(desk.report(SUCCESS, FAILURE), 60)
     sent = desk.store.calls["record"]
     former = desk.standing.epoch
     desk.store.command(SPEC, Verb.TRIP)
     desk.view.refresh()
-    desk.reporter.wait(desk.reporter.report(desk.standing, former, Verdict(FAILURE)), 5)
+    desk.reporter.wait(desk.reporter.report(desk.standing, former, Verdict(FAILURE)), 60)
     assert desk.store.calls["record"] == sent
 
 
@@ -196,16 +196,16 @@ def test_a_mistake_in_the_store_does_not_end_the_thread(
 ) -> None:
     with monkeypatch.context() as broken:
         broken.setattr(desk.store.inner, "record", lambda *_, **__: 1 / 0)
-        desk.reporter.wait(desk.report(FAILURE), 5)
+        desk.reporter.wait(desk.report(FAILURE), 60)
     assert "ZeroDivisionError" in caplog.text
-    desk.reporter.wait(desk.report(FAILURE), 5)
+    desk.reporter.wait(desk.report(FAILURE), 60)
     assert desk.standing.snapshot.failures == 1
 
 
 def test_a_listener_that_guards_a_call_does_not_wait_for_itself(desk: Desk) -> None:
     answers: list[bool] = []
     desk.reporter._learn = lambda *_: answers.append(desk.reporter.wait(10**9, 60))
-    desk.reporter.wait(desk.report(*[FAILURE] * 5), 5)
+    desk.reporter.wait(desk.report(*[FAILURE] * 5), 60)
     wait_until(lambda: answers)
     assert not any(answers)  # one for each batch: five failures may travel in two
 
@@ -215,7 +215,7 @@ def test_a_listener_that_guards_a_call_does_not_wait_for_itself(desk: Desk) -> N
 
 def test_a_settled_trial_closes_the_breaker(desk: Desk) -> None:
     holder = desk.half_open()
-    desk.reporter.settle(SPEC, holder, desk.standing.epoch, Verdict(SUCCESS), wait=5)
+    desk.reporter.settle(SPEC, holder, desk.standing.epoch, Verdict(SUCCESS), wait=60)
     assert desk.standing.snapshot.state is State.CLOSED
     assert [told.state for told in desk.told] == [State.CLOSED]
 
@@ -231,7 +231,7 @@ def test_a_held_permit_outlives_its_lease(desk: Desk) -> None:
         desk.advance(LEASE / 3)
         wait_until(functools.partial(renewed_at_least, step))
     assert desk.store.read([SPEC])[0].trials == 1
-    desk.reporter.settle(SPEC, holder, desk.standing.epoch, Verdict(SUCCESS), wait=5)
+    desk.reporter.settle(SPEC, holder, desk.standing.epoch, Verdict(SUCCESS), wait=60)
     assert desk.standing.snapshot.state is State.CLOSED
 
 

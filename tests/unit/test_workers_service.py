@@ -86,10 +86,10 @@ def test_5xx_answers_503_and_serves_nothing() -> None:
 def test_hang_says_nothing_until_the_caller_gives_up() -> None:
     async def scenario(caller: Caller) -> None:
         await caller.make(health="hang")
-        call = asyncio.create_task(caller.charge(1, timeout=0.5))
+        call = asyncio.create_task(caller.charge(1))
         await caller.stats_when("in_flight", 1)
-        with pytest.raises(httpx.ReadTimeout):
-            await call
+        assert not call.done()
+        call.cancel()
         figures = await caller.stats_when("in_flight", 0)
         assert (figures["calls"], figures["most_in_flight"]) == ({"hang": 1}, 1)
 
