@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import wraps
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,7 @@ class Resilience:
 
         Args:
             name: letters, digits, ``_``, ``-`` and ``.``; it becomes part of keys and queue names.
-            policy: its policy, or give the policy's fields by name.
+            policy: its policy, or give the policy's fields by name; ``description`` and ``runbook`` also beside one.
             fields: fields of :class:`~resilient_tasks.policy.BreakerPolicy`.
 
         Returns:
@@ -256,7 +257,7 @@ def _make_tasks_resilient(app: Celery) -> None:
 def _policy_in_code(name: str, policy: BreakerPolicy | None, fields: dict[str, Any]) -> BreakerPolicy:
     if policy is not None and not isinstance(policy, BreakerPolicy):
         raise ConfigurationError(f"breaker {name!r}: policy={policy!r}: allowed is a BreakerPolicy")
-    if policy is not None and fields:
+    if policy is not None and fields.keys() - {"description", "runbook"}:
         given = ", ".join(sorted(fields))
         raise ConfigurationError(f"breaker {name!r}: give a policy or its fields ({given}), not both")
     known = BreakerPolicy.__dataclass_fields__.keys()
@@ -265,7 +266,7 @@ def _policy_in_code(name: str, policy: BreakerPolicy | None, fields: dict[str, A
         what = f"unknown policy field {', '.join(unknown)}; allowed are {', '.join(known)}"
         raise ConfigurationError(f"breaker {name!r}: {what}{did_you_mean(unknown[0], known)}")
     try:
-        return policy or BreakerPolicy(**fields)
+        return replace(policy or BreakerPolicy(), **fields) if fields else policy or BreakerPolicy()
     except ConfigurationError as exc:
         raise ConfigurationError(f"breaker {name!r}: {exc}") from None
 

@@ -24,6 +24,10 @@ _Window = Annotated[Seconds, Field(ge=0.1, description="from 0.1 to 2,592,000 se
 _Multiplier = Annotated[float, Field(ge=1, le=100, description="a number from 1 to 100")]
 _Share = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
 _Pace = Annotated[float, Field(gt=0, le=1_000_000_000, description="a positive number per second up to 1,000,000,000")]
+_Text = Annotated[str, Field(max_length=1000, description="a text of up to 1,000 characters")]
+_Link = Annotated[
+    str, Field(max_length=2000, pattern=r"^(https?://\S+)?$", description="a URL that begins with https:// or http://")
+]
 _Classify = Annotated[Classify, Field(description="a callable")]
 _Matchers = Annotated[tuple[Matcher, ...], Field(description="exception types or predicates")]
 
@@ -73,6 +77,8 @@ class BreakerPolicy:
             for which every value is a SUCCESS. It is not called for ``with`` blocks that end without an exception.
         failures: exception types or predicates that always count as failures, regardless of ``classify``.
         ignore: exception types or predicates that are never counted; they win over ``failures``.
+        description: *Tell.* What the dependency is, and whom to call when it is down; shown to people.
+        runbook: URL of what to do then.
 
     Raises:
         ConfigurationError: a value is out of range; the message names field, value and what is allowed.
@@ -105,6 +111,8 @@ class BreakerPolicy:
     classify: _Classify = dependency_errors
     failures: _Matchers = ()
     ignore: _Matchers = ()
+    description: _Text = ""
+    runbook: _Link = ""
 
     def __post_init__(self) -> None:
         for name in ("failures", "ignore"):
@@ -185,3 +193,5 @@ class PolicyFields(TypedDict, total=False):
     classify: _Classify
     failures: Matcher | Sequence[Matcher]
     ignore: Matcher | Sequence[Matcher]
+    description: _Text
+    runbook: _Link

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +31,6 @@ from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.core.outage import Counts
 from resilient_tasks.errors import StoreError
 from resilient_tasks.worker.context import Runtime, runtime_of
-from resilient_tasks.worker.definitions import options_of
 
 __all__ = ["BreakerCollector", "register"]
 
@@ -218,11 +216,7 @@ def _read(runtime: Runtime) -> list[Subject]:
     history, queues = runtime.fleet.history, f"{runtime.settings.namespace}.deferred."
     totals, estimates = history.totals([each.name for each in snapshots]), history.estimates(snapshots)
     done_in = {name: estimate.done_in for name, estimate in estimates.items()}
-    tasks: defaultdict[str, list[str]] = defaultdict(list)
-    for name, task in sorted(runtime.app.tasks.items()):
-        options = options_of(task)
-        for breaker in options.breakers if options is not None else ():
-            tasks[breaker].append(name)
+    tasks = runtime.tasks_by_breaker()
     return [
         Subject(each, totals[each.name], queues + each.name, tasks[each.name], done_in.get(each.name))
         for each in snapshots

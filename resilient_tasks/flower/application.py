@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -38,7 +39,7 @@ class FlowerWithBreakers(flower_internals.Flower):
         runtime = find_runtime(self.capp)
         if runtime is None:
             raise SystemExit(f"app {self.capp.main!r} has no Resilience: name the app that has, as in celery -A proj")
-        service = Service(runtime)
+        service = Service(runtime, partial(flower_internals.run_times, self))
         self.io_loop.add_callback(service.watch.run)
         handlers = routes(service)
         if not any(REGISTRY.restricted_registry([UP]).collect()):  # the user has registered them already

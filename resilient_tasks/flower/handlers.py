@@ -27,14 +27,6 @@ logger = logging.getLogger("resilient_tasks")
 _Rate = Annotated[float, Field(ge=0.01, le=100_000, description="a number of tasks per second from 0.01 to 100,000")]
 _Reason = Annotated[str, Field(description="a text")]
 RESUME = "resume"
-VERBS = {
-    Verb.TRIP: "Open it as if it had tripped: it heals by itself.",
-    Verb.ISOLATE: "Refuse all calls, probes too, until reset.",
-    Verb.DISABLE: "Admit all calls and count nothing, until reset.",
-    Verb.SHADOW: "Admit all calls, count, and report when it would have opened, until reset.",
-    Verb.RESET: "Close it, without evidence.",
-    RESUME: "Send the waiting tasks back to their queues now, without the workers' slow start.",
-}
 
 # text that a user has written into a name, an argument or a reason runs as no script, whatever else fails
 _CONTENT_SECURITY_POLICY = (
@@ -173,7 +165,7 @@ class VerbApi(_Api):
             elif verb in set(Verb):
                 self.write({"breaker": await self.service.command(name, Verb(verb), self.reason, actor)})
             else:
-                allowed = ", ".join(map(str, [*VERBS, *TASK_ACTIONS]))
+                allowed = ", ".join(map(str, [*Verb, RESUME, *TASK_ACTIONS]))
                 raise web.HTTPError(HTTPStatus.NOT_FOUND, f"no command is {verb!r}; allowed are {allowed}")
 
 
@@ -189,7 +181,7 @@ class _Page(_Shared, flower_internals.BaseHandler):
 
     def show(self, template: str, **values: Any) -> None:
         may_act = flower_internals.api_is_open(self) and not flower_internals.is_read_only(self)
-        self.render(f"breakers/{template}", verbs=VERBS, may_act=may_act, **values)
+        self.render(f"breakers/{template}", may_act=may_act, **values)
 
 
 class BreakersPage(_Page):
@@ -204,18 +196,25 @@ class BreakersPage(_Page):
             self.show("list.html")
         else:
             self.check_defined(name)
-            self.show("one.html", name=name)
+            policy, tasks = self.service.about(name)
+            self.show("one.html", name=name, policy=policy, tasks=tasks)
 
 
 class BreakerPart(_Page):
-    """``/breakers/NAME/history``, ``.../deferred`` and ``.../dead``: what a breaker's page loads when it is needed."""
+    """What pages load when needed: ``/breakers/NAME/history``, ``.../deferred`` and ``.../dead``, ``/dead-letters``.
+
+    ``search`` finds tasks by id, name, arguments and reason.
+    """
 
     @web.authenticated
-    async def get(self, name: str, part: str) -> None:
-        self.check_defined(name)
+    async def get(self, name: str | None = None, part: str = "") -> None:
+        if name is not None:
+            self.check_defined(name)
+        search = flower_internals.raw_argument(self, "search") if "search" in self.request.arguments else None
         try:
             with self.errors_answered():
-                self.write(await self.service.part(name, part))
+                read = self.service.dead_letters() if name is None else self.service.part(name, part, search)
+                self.write(await read)
         except web.HTTPError as error:
             self.set_status(error.status_code)
             self.write({"error": error.log_message})
@@ -268,6 +267,7 @@ def routes(service: Service) -> list[web.url]:
         web.url(r"/breakers-static/(.+)", web.StaticFileHandler, {"path": static}, name="breakers-static"),
         web.url(rf"/breakers/{name}", BreakersPage, ours),
         web.url(rf"/breakers/{name}/(history|deferred|dead)", BreakerPart, ours),
+        web.url(r"/dead-letters", BreakerPart, ours),
         web.url(r"/outages", OutagesPage, ours, name="outages"),
         web.url(r"/broker", BrokerPage, ours),
         web.url(r"/api/breakers", BreakersApi, ours),

@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
-from resilient_tasks.core.model import HELD_OPEN, Snapshot, State, Verb
+from resilient_tasks.core.model import HELD_OPEN, Snapshot, State, Verb, parent_of
 from resilient_tasks.core.outage import Outage
 from resilient_tasks.errors import DeadLetterError, StoreError
 from resilient_tasks.monitor.report import Row, counted, rows_of
 from resilient_tasks.operations.waiting import DeadLetters, Deferred
+from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.background import start_thread
 from resilient_tasks.worker.context import Runtime
 
@@ -31,6 +32,8 @@ logger = logging.getLogger("resilient_tasks")
 TIMEOUT = 5.0  # seconds for which a handler waits for something to be done
 READ_TIMEOUT = 2.0  # the same for the broker's tasks, which a page only shows
 LISTED = 100  # most tasks, outages or breakers on one page
+SEARCHED = 5_000  # most tasks that a search looks at
+DURATIONS_OVER = 300.0  # seconds of which the durations of tasks are told
 CHARTED = 3600.0  # seconds that a breaker's chart shows
 REFRESH = 1.0  # seconds between two reads of all breakers while a page is open
 INTEREST = 10.0  # seconds after the last look for which that goes on
@@ -39,6 +42,8 @@ _IDLE_FACTOR = 5  # reads are so many times rarer while no page is open
 _FIRST_LOOK_TIMEOUT, _CHANGE_TIMEOUT, _NEVER_READ_TIMEOUT = 0.05, 1.0, 5.0  # seconds that a look waits for a new read
 _REFRESH_TIMEOUT = 10.0
 _QUEUE_SIZE = 1_000
+
+_SEARCHED = ("task_id", "task", "args", "kwargs", "reason")  # fields of a task
 
 #: What can be done to tasks, and its name in the log.
 TASK_ACTIONS = {
@@ -176,8 +181,8 @@ class Watch:
 class Service:
     """One app's breakers and their tasks, read and changed for Flower's handlers."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime, run_times: Callable[[Sequence[str], float], Fields]) -> None:
+        self._runtime, self._run_times = runtime, run_times
         self._store, self._broker = Executor("store"), Executor("broker")
         self._resuming: dict[str, asyncio.Task[int]] = {}
         self.watch = Watch(lambda: self._fields(runtime.read()), self._store)
@@ -243,13 +248,19 @@ class Service:
         estimates = fleet.history.estimates(self._read(list(lasting)))
         return [(outage, rows_of(outage, estimates.get(outage.breaker))) for outage in outages]
 
-    def _read_deferred(self, name: str) -> Fields:
-        tasks = self._deferred.list(name, limit=LISTED)
-        return {"count": self._deferred.count(name), "tasks": [asdict(task) for task in tasks]}
-
-    def _read_dead(self, name: str) -> Fields:
-        tasks = self._dead.list(name, limit=LISTED)
-        return {"count": self._dead.count(name)[name], "tasks": [task.public_fields() for task in tasks]}
+    def _read_tasks(self, name: str, part: str, search: str | None) -> Fields:
+        limit, tasks = LISTED if search is None else SEARCHED, list[Fields]()
+        if part == "deferred":
+            count, tasks = self._deferred.count(name), [asdict(each) for each in self._deferred.list(name, limit=limit)]
+        else:
+            count = self._dead.count(name)[name]
+            tasks = [each.public_fields() for each in self._dead.list(name, limit=limit)]
+        if search is None:
+            return {"count": count, "tasks": tasks}
+        found = [
+            each for each in tasks if search.casefold() in " ".join(str(each[key]) for key in _SEARCHED).casefold()
+        ]
+        return {"count": count, "tasks": found[:LISTED], "ids": [each["task_id"] for each in found]}
 
     # --- for the handlers -----------------------------------------------------------------------------
 
@@ -257,16 +268,27 @@ class Service:
         """Read one breaker; an idle child is in no look at all of them."""
         return await self._store.submit(lambda: self._fields(self._read([name]))[0])
 
-    async def part(self, name: str, part: str) -> Fields:
+    def about(self, name: str) -> tuple[BreakerPolicy, list[str]]:
+        """Return the policy of a breaker, as this process declares it, and the names of the tasks that it guards."""
+        return self._runtime.breaker(name).policy, self._runtime.tasks_by_breaker()[parent_of(name) or name]
+
+    async def part(self, name: str, part: str, search: str | None = None) -> Fields:
         """Return one part of a breaker's page.
 
-        ``history``: its log, and what was counted in each minute of the last hour; ``deferred`` and ``dead``: how many
-        tasks wait for it or are dead-lettered, and the oldest.
+        ``history``: its log, what was counted in each minute of the last hour, and how long its tasks take.
+        ``deferred`` and ``dead``: how many tasks wait for it or are dead-lettered, and the oldest; with ``search`` the
+        oldest in which that text is, and the ids of all of them.
         """
         if part == "history":
-            return await self._store.submit(partial(self._read_history, name))
-        read = self._read_deferred if part == "deferred" else self._read_dead
-        return await self._broker.submit(partial(read, name), timeout=READ_TIMEOUT)
+            history = await self._store.submit(partial(self._read_history, name))
+            tasks = [] if parent_of(name) else self.about(name)[1]  # no event tells a task's key
+            return {**history, "durations": self._run_times(tasks, history["now"] - DURATIONS_OVER)}
+        timeout = READ_TIMEOUT if search is None else TIMEOUT
+        return await self._broker.submit(partial(self._read_tasks, name, part, search), timeout=timeout)
+
+    async def dead_letters(self) -> dict[str, int]:
+        """Return how many dead letters there are, by breaker."""
+        return await self._broker.submit(self._dead.count, timeout=READ_TIMEOUT)
 
     async def outages(self, name: str | None) -> list[tuple[Outage, list[Row]]]:
         """Return the outages of one breaker or of all, and of their children, the newest first, with their report."""

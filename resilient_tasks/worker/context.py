@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -25,7 +26,7 @@ from resilient_tasks.errors import ConfigurationError, UnknownBreakerError
 from resilient_tasks.fallback import Call, Served, found_by
 from resilient_tasks.settings import Settings
 from resilient_tasks.worker.broker_queues import open_queues
-from resilient_tasks.worker.definitions import check_guarded, doubts
+from resilient_tasks.worker.definitions import check_guarded, doubts, options_of
 from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.queues import Queues
 
@@ -195,6 +196,15 @@ class Runtime:
     def tick_scope(self) -> str:
         """What distinguishes the ticks of workers that share a namespace but define other breakers."""
         return hashlib.sha256("\n".join(sorted(self.breakers)).encode()).hexdigest()[:16]
+
+    def tasks_by_breaker(self) -> Mapping[str, list[str]]:
+        """Return the names of the tasks that each breaker guards; of a child's parent alone."""
+        tasks: defaultdict[str, list[str]] = defaultdict(list)
+        for name, task in sorted(self.app.tasks.items()):
+            options = options_of(task)
+            for breaker in options.breakers if options is not None else ():
+                tasks[breaker].append(name)
+        return tasks
 
     def specs(self) -> list[Spec]:
         """Return all breakers as this process declares them, without their children."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,11 @@ def test_deferred_and_dead_tasks_are_listed_resumed_dropped_and_replayed(shop: S
     waiting = ours.get("/breakers/payments/deferred")
     assert (waiting["count"], [task["task_id"] for task in waiting["tasks"]]) == (3, ["a", "b", "c"])
     assert waiting["tasks"][0]["args"] == f"({NASTY!r},)"
+    found = ours.get("/breakers/payments/dead?search=MADE+up")
+    assert (found["count"], found["ids"], len(found["tasks"])) == (3, ["x", "y", "z"], 3)
+    assert ours.get("/breakers/payments/dead?search=nothing+like+it")["ids"] == []
+    assert ours.get("/breakers/payments/deferred?search=")["ids"] == ["a", "b", "c"]
+    assert ours.get("/dead-letters")["payments"] == 3
     assert ours.post("/api/breakers/payments/deferred/drop", id="a").json() == {"done": ["a"]}
     assert ours.post("/api/breakers/payments/deferred/resume", id="b,nobody").json() == {"done": ["b"]}
     assert ours.post("/api/breakers/payments/resume").json() == {"resumed": 1}
@@ -298,11 +304,31 @@ def shots(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return lambda name: directory / f"{name}.png"
 
 
+def see_on_all_screens(browser: Browser, shots: Callable[[str], Path], page: str, *, height: int = 1000) -> None:
+    """Save a page as telephones and desks show it, light and dark; nothing is cut, nobody scrolls sideways."""
+    for width in (390, 1400):
+        with browser.as_wide_as(width):
+            assert browser.run(f"document.documentElement.scrollWidth <= {width}")
+            assert browser.run(CUT) == []
+        for scheme in ("light", "dark"):
+            browser.prefer(scheme)
+            browser.wait(f"document.documentElement.dataset.bsTheme === '{scheme}'")
+            browser.screenshot(shots(f"{page}-{width}-{scheme}"), width=width, height=height)
+
+
+# texts that do not fit into where they stand, and are not shown beyond it
+CUT = """[...document.querySelectorAll("#breakers-page *, #breaker-page *, #outages-page *")].filter((each) =>
+    each.checkVisibility() && each.scrollWidth > each.clientWidth + 1 && each.tagName !== "INPUT"
+    && ["hidden", "clip"].includes(getComputedStyle(each).overflowX) && !each.classList.contains("visually-hidden")
+).map((each) => each.outerHTML.slice(0, 200))"""
+
+
 @pytest.mark.chromium
 def test_a_person_sees_what_is_open_and_isolates_a_breaker_by_click(
     shop: Shop, ours: Site, browser: Browser, shots: Callable[[str], Path]
 ) -> None:
     put_aside(shop, "deferred", WAITING, *"abc")
+    put_aside(shop, "dead", WAITING.dead_letter(2.0, "made up"), *"xy")
     browser.open(f"{ours.url}/breakers")
     row = 'tr[data-breaker="payments"]'
     browser.wait(f"document.querySelector('{row}') && document.querySelector('#live-status').innerText === 'Live'")
@@ -310,18 +336,22 @@ def test_a_person_sees_what_is_open_and_isolates_a_breaker_by_click(
     browser.click(f"{row} button")
     browser.wait("document.activeElement.id === 'act-reason'")
     browser.write(f"{NASTY} maintenance")
+    assert browser.text("#act-go") == "Isolate payments"
     browser.click("#act-go")
     browser.wait(f"document.querySelector('{row} .reason').innerText.includes('(ann)')")
     assert f"{NASTY} maintenance (ann)" in browser.text(f"{row} .reason")
     assert "FORCED_OPEN" in browser.text(row)
     assert shop.payments.snapshot().actor == "ann"
     assert browser.text("#breakers-table tbody tr").startswith("payments")
-    for scheme in ("light", "dark"):
-        browser.prefer(scheme)
-        browser.wait(f"document.documentElement.dataset.bsTheme === '{scheme}'")
-        browser.screenshot(shots(f"breakers-{scheme}"))
+    browser.wait(f"document.querySelector('{row} .text-end [href*=dead]')?.innerText === '2'")
+    assert browser.text("#count-dead") == "2"
+    see_on_all_screens(browser, shots, "breakers")
     assert browser.fits(480)
-    browser.screenshot(shots("breakers-narrow"), width=480)
+    browser.click('[data-column="name"] button')
+    names = "[...document.querySelectorAll('#breakers-table tbody tr')].map((row) => row.dataset.breaker)"
+    assert browser.run(names) == sorted(shop.resilience.breakers)
+    browser.click('[data-column="name"] button')
+    assert browser.run(names) == sorted(shop.resilience.breakers, reverse=True)
     shop.close("payments")
     browser.wait(f"document.querySelector('{row}').innerText.includes('CLOSED')")
     assert browser.complaints == []
@@ -341,15 +371,67 @@ def test_a_person_sees_one_breaker_and_drops_its_tasks_by_click(
     browser.wait("document.querySelector('#state').innerText === 'FORCED_OPEN'")
     browser.wait("document.querySelector('#log tbody').innerText.includes('FORCED_OPEN')")
     assert browser.run("document.querySelectorAll('#chart .band-FORCED_OPEN').length") == 2
-    for scheme in ("light", "dark"):
-        browser.prefer(scheme)
-        browser.wait(f"document.documentElement.dataset.bsTheme === '{scheme}'")
-        browser.screenshot(shots(f"breaker-{scheme}"), height=1400)
+    see_on_all_screens(browser, shots, "breaker", height=2200)
     assert browser.fits(480)
-    browser.screenshot(shots("breaker-narrow"), width=480, height=1800)
+    offered = "[...document.querySelectorAll('.breaker-verbs button:not([hidden])')].map((each) => each.dataset.verb)"
+    assert browser.run(offered) == ["trip", "disable", "shadow", "reset"]
+    assert browser.run("getComputedStyle(document.querySelector('#deferred [data-verb=resume]')).display") == "none"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", browser.text("#log time"))
+    assert browser.run("document.querySelector('#log time').title").endswith(" UTC")
     browser.click('#dead tr[data-task="x"] [data-verb="replay"]')
     browser.wait("document.querySelectorAll('#dead tbody tr').length === 2")
     assert shop.broker.llen("celery") == 1
+    assert browser.complaints == []
+
+
+@pytest.mark.chromium
+def test_a_person_finds_dead_letters_selects_them_all_and_drops_or_replays_them(
+    shop: Shop, ours: Site, browser: Browser
+) -> None:
+    ids = [f"{number:03}" for number in range(450)]
+    put_aside(shop, "dead", WAITING.dead_letter(2.0, "made up"), *ids)
+    put_aside(shop, "dead", WAITING.dead_letter(2.0, "its worker was killed"), *"xyz")
+    browser.open(f"{ours.url}/breakers/payments")
+    browser.wait("document.querySelectorAll('#dead tbody tr').length === 100")
+    assert browser.run("document.querySelector('#dead [data-bulk=drop]').disabled")
+    browser.click("#dead [type=search]")
+    browser.write("KILLED")
+    browser.click("#dead [type=submit]")
+    browser.wait("document.querySelectorAll('#dead tbody tr').length === 3")
+    browser.click("#dead .all")
+    assert browser.text("#dead [data-bulk=drop]") == "Drop 3 dead letters"
+    browser.click("#dead [data-bulk=drop]")
+    browser.wait("document.activeElement.id === 'sure-go'")
+    assert browser.text("#sure-go") == "Drop 3 dead letters"
+    browser.click("#sure-go")
+    browser.wait("document.querySelector('#dead .task-count').innerText.startsWith('0 OF 450')")
+    browser.wait("document.querySelector('.modal-backdrop') === null")
+    browser.run("document.querySelector('#dead [type=search]').value = ''")
+    browser.click("#dead [type=submit]")
+    browser.wait("document.querySelectorAll('#dead tbody tr').length === 100")
+    browser.click("#dead .all")
+    browser.click("#dead .every")
+    browser.wait("document.querySelector('#dead [data-bulk=replay]').innerText === 'Replay 450 dead letters'")
+    browser.click("#dead [data-bulk=replay]")
+    browser.wait("document.activeElement.id === 'sure-go'")
+    browser.click("#sure-go")
+    browser.wait("document.querySelector('#dead table').hidden")
+    assert shop.broker.llen("celery") == 450
+    assert shop.broker.llen("resilient.dead.payments") == 0
+    assert browser.complaints == []
+
+
+@pytest.mark.chromium
+def test_a_person_reads_about_outages_what_has_happened_and_no_zeros(
+    shop: Shop, ours: Site, browser: Browser, shots: Callable[[str], Path]
+) -> None:
+    shop.payments.isolate(reason=NASTY, actor="ann@desk")
+    shop.close("payments")
+    browser.open(f"{ours.url}/outages")
+    browser.wait("document.querySelector('#outages-page time') !== null")
+    assert NASTY in browser.text("#outages-page dl")
+    assert browser.run("[...document.querySelectorAll('#outages-page dd')].every((each) => each.innerText !== '0')")
+    see_on_all_screens(browser, shots, "outages")
     assert browser.complaints == []
 
 

@@ -151,22 +151,26 @@ class Browser:
 
     def fits(self, width: int) -> bool:
         """Whether nobody has to scroll a window of such a width sideways; the window has its own width again after."""
-        with self._as_wide_as(width):
+        with self.as_wide_as(width):
             return bool(self.run(f"document.documentElement.scrollWidth <= {width}"))
 
     @contextlib.contextmanager
-    def _as_wide_as(self, width: int) -> Iterator[None]:
+    def as_wide_as(self, width: int) -> Iterator[None]:
+        """Be a window of such a width."""
         size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+        usual = self.run("innerWidth")
         self._call("Emulation.setDeviceMetricsOverride", **size)
         try:
+            self.wait(f"innerWidth === {width}")
             yield
         finally:
             self._call("Emulation.clearDeviceMetricsOverride")
+            self.wait(f"innerWidth === {usual}")
 
     def screenshot(self, path: Path, *, width: int = 1400, height: int = 1000) -> None:
         """Save what a person sees in a window of such a width as a PNG."""
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
-        with self._as_wide_as(width):
+        with self.as_wide_as(width):
             self.run("scrollTo({top: 0, behavior: 'instant'})")  # what floats above the page lies in its way else
             shot = self._call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 from celery import Celery
+from celery.events.state import State
 from flower.options import default_options
 from flower.urls import settings
 from tornado.httpserver import HTTPServer
@@ -38,7 +39,11 @@ def flower_site(app: Celery, **chosen: Any) -> Iterator[httpx.Client]:
             ended = asyncio.Event()
             loop = asyncio.get_running_loop()
             flower = FlowerWithBreakers(
-                capp=app, options=options_of(**chosen), io_loop=IOLoop.current(), events=SimpleNamespace(), **settings
+                capp=app,
+                options=options_of(**chosen),
+                io_loop=IOLoop.current(),
+                events=SimpleNamespace(state=State()),
+                **settings,
             )
             server = HTTPServer(flower)
             sockets = bind_sockets(0, LOCALHOST)

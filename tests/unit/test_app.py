@@ -109,6 +109,8 @@ def test_a_breaker_defined_twice_differently_is_a_mistake() -> None:
         (("payments",), {"opne_duration": 1}, "breaker 'payments': unknown policy field opne_duration; allowed are"),
         (("payments", 0.5), {}, "breaker 'payments': policy=0.5: allowed is a BreakerPolicy"),
         (("payments", BreakerPolicy()), {"window": 1}, r"give a policy or its fields \(window\), not both"),
+        (("payments",), {"runbook": "javascript:alert(1)"}, "runbook='javascript.*: allowed is a URL that begins with"),
+        (("payments",), {"description": 5}, "description=5: allowed is a text of up to 1,000 characters"),
         (("pay ments",), {}, "breaker name 'pay ments': allowed is"),
         (("",), {}, "breaker name '': allowed is"),
         ((3,), {}, "breaker name 3: allowed is"),

@@ -7,17 +7,20 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
 import httpx
 import pytest
 from celery import Celery
+from celery.events.state import State
 from prometheus_client import REGISTRY
 
-from resilient_tasks import Breaker, Resilience
+from resilient_tasks import Breaker, BreakerPolicy, Resilience
 from resilient_tasks.core.model import child_name
 from resilient_tasks.errors import StoreError
+from resilient_tasks.flower import flower_internals
 from resilient_tasks.flower.application import FlowerWithBreakers, Receiver
 from resilient_tasks.flower.service import Executor, NoAnswerError
 from resilient_tasks.prometheus import register
@@ -77,11 +80,40 @@ def test_every_page_leads_to_the_breakers(site: httpx.Client, address: str) -> N
     assert page.headers["content-type"].startswith("text/html")
 
 
+@pytest.mark.parametrize("name", ["gateway", "gateway:acme"])
+def test_a_breakers_page_says_what_it_is_whom_to_call_and_what_uses_it(
+    serve: Serve, app: Celery, resilience: Resilience, clock: Clock, name: str
+) -> None:
+    policy = BreakerPolicy(open_duration=7)
+    runbook = "https://wiki.example/gateway?a=1&b=%22"
+    resilience.breaker("gateway", policy, description=f"call Ann {NASTY}", runbook=runbook)
+
+    @app.task(breaker="gateway", name="shop.pay")
+    def pay() -> None: ...
+
+    page = serve().get(f"/breakers/{name}").text
+    assert "call Ann &lt;/td&gt;&lt;script&gt;" in page
+    assert f'href="{runbook.replace("&", "&amp;")}"' in page
+    assert "<dd>shop.pay</dd>" in page
+    assert "<dt>open_duration</dt><dd>7</dd>" in page
+    assert "<script>alert" not in page
+
+
+def test_durations_are_those_of_runs_that_succeeded_lately() -> None:
+    flower = SimpleNamespace(events=SimpleNamespace(state=State()))
+    for clock, (at, runtime) in enumerate([(100.0, 9.0), *((1000.0, float(number)) for number in range(100))]):
+        event = {"hostname": "w@h", "uuid": str(clock), "timestamp": at, "local_received": at, "clock": clock}
+        flower.events.state.event({**event, "type": "task-received", "name": "shop.pay"})
+        flower.events.state.event({**event, "type": "task-succeeded", "runtime": runtime})
+    assert flower_internals.run_times(flower, ["shop.pay"], 900) == {"runs": 100, "p50": 50, "p95": 95}
+    assert flower_internals.run_times(flower, ["shop.other"], 900) == {"runs": 0}
+
+
 def test_pages_let_only_our_own_scripts_run(site: httpx.Client) -> None:
     page = site.get("/breakers/payments")
     assert "default-src 'self'" in page.headers["content-security-policy"]
     assert "<script>" not in page.text
-    for script in ("list.js", "one.js", "common.js", "breakers.css"):
+    for script in ("list.js", "one.js", "outages.js", "common.js", "elements.js", "chart.js", "breakers.css"):
         assert site.get(f"/breakers-static/{script}").status_code == 200
 
 

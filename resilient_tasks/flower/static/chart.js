@@ -2,8 +2,10 @@
 const SVG = "http://www.w3.org/2000/svg";
 const [HEIGHT, LEFT, TOP, BOTTOM] = [240, 48, 20, 24];
 const FLOOR = HEIGHT - BOTTOM;
-const [MINUTE, MINUTES] = [60, 60];
-const NARROW = 600; // pixels
+const MINUTE = 60;
+const [SHORTEST, LONGEST] = [10, 60]; // minutes that are shown
+const RECENT = 5; // minutes of which the calls per second are told
+const LABEL = 70; // pixels between two labels of the time
 const KINDS = ["SUCCESS", "SLOW", "FAILURE", "refused"];
 
 function shape(tag, attributes, text) {
@@ -24,7 +26,7 @@ function box(x, y, width, height, kind, title) {
 }
 
 function clock(seconds) {
-    return new Date(seconds * 1000).toLocaleTimeString([], {hour: "2-digit", minute: "2-digit"});
+    return new Date(seconds * 1000).toLocaleTimeString([], {hour: "2-digit", minute: "2-digit", hourCycle: "h23"});
 }
 
 // The next of 1, 2, 5, 10, 20, 50, ... that is not below a number.
@@ -48,9 +50,24 @@ export function spans(transitions, state, from, to) {
     return [...found, {state: current, from: began, to}].filter((span) => span.to > span.from);
 }
 
-export function draw(svg, {minutes, transitions, state, now}) {
+// The minute in which what is known of a breaker begins, not more than so many minutes ago.
+function beginning({minutes, transitions, now}, most) {
+    const known = Math.min(now, ...minutes.map(({at}) => at), ...transitions.map(({at}) => at));
+    return Math.max(Math.floor(known / MINUTE), Math.floor(now / MINUTE) + 1 - most) * MINUTE;
+}
+
+// Calls per second over the last minutes; null before there was any.
+export function perSecondOf(past) {
+    const from = beginning(past, RECENT);
+    const calls = past.minutes.filter(({at}) => at >= from)
+        .reduce((sum, {SUCCESS = 0, SLOW = 0, FAILURE = 0}) => sum + SUCCESS + SLOW + FAILURE, 0);
+    return past.minutes.length ? calls / Math.max(past.now - from, 1) : null;
+}
+
+export function draw(svg, past) {
+    const {minutes, transitions, state, now} = past;
     const to = (Math.floor(now / MINUTE) + 1) * MINUTE;
-    const from = to - MINUTES * MINUTE;
+    const from = Math.min(beginning(past, LONGEST), to - SHORTEST * MINUTE);
     const most = roundUp(Math.max(...minutes.map((each) => KINDS.reduce((sum, kind) => sum + (each[kind] ?? 0), 0)), 1));
     const width = Math.max(320, svg.clientWidth); // one unit is one pixel, or letters would shrink in narrow windows
     const right = width - 8;
@@ -58,7 +75,7 @@ export function draw(svg, {minutes, transitions, state, now}) {
     const y = (calls) => FLOOR - (FLOOR - TOP) * calls / most;
     svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     svg.replaceChildren(
-        ...spans(transitions, state, from, now).flatMap((span) => band(span, x)), ...axes(from, to, most, x, y, width < NARROW ? 20 : 10),
+        ...spans(transitions, state, from, now).flatMap((span) => band(span, x)), ...axes(from, to, most, x, y),
         ...minutes.filter(({at}) => at >= from).flatMap((minute) => bars(minute, x, y)),
     );
 }
@@ -73,13 +90,13 @@ function band(span, x) {
     ];
 }
 
-function axes(from, to, most, x, y, labelled) {
+function axes(from, to, most, x, y) {
     const shapes = [];
     for (const calls of [0, most / 2, most].filter(Number.isInteger)) {
         shapes.push(shape("line", {x1: LEFT, x2: x(to), y1: y(calls), y2: y(calls), class: "grid"}));
         shapes.push(shape("text", {x: LEFT - 6, y: y(calls) + 4, "text-anchor": "end"}, calls.toLocaleString()));
     }
-    const tick = labelled * MINUTE;
+    const tick = MINUTE * [1, 2, 5, 10, 20].find((minutes) => x(from + minutes * MINUTE) - x(from) >= LABEL);
     for (let at = Math.ceil(from / tick) * tick; at < to; at += tick) {
         shapes.push(shape("text", {x: x(at), y: HEIGHT - 6, "text-anchor": "middle"}, clock(at)));
     }

@@ -1,5 +1,7 @@
 // What both pages share: elements, words for figures, requests, the dialog of an operator's verb.
-// Text from outside goes into the page by textContent only.
+import {NOTHING, byId, el, moment} from "./elements.js";
+
+export * from "./elements.js";
 
 const BADGES = {
     CLOSED: "text-bg-success",
@@ -14,22 +16,7 @@ const URGENCY = {OPEN: 0, FORCED_OPEN: 0, HALF_OPEN: 1, DISABLED: 2, SHADOW: 2, 
 const UNITS = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]];
 const OLD_AFTER = 5; // seconds
 
-export const NOTHING = "—";
-
 // --- elements ------------------------------------------------------------------------------------
-
-export function byId(id) {
-    return document.getElementById(id);
-}
-
-export function el(tag, attributes = {}, ...children) {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) {
-        element.setAttribute(name, value);
-    }
-    element.append(...children);
-    return element;
-}
 
 export function badge(state) {
     return el("span", {class: `badge ${BADGES[state] ?? "text-bg-secondary"}`}, state);
@@ -69,8 +56,13 @@ export function duration(seconds) {
     return parts.slice(0, 2).join(" ") || "0 s";
 }
 
-export function moment(seconds) {
-    return seconds ? new Date(seconds * 1000).toLocaleString() : NOTHING;
+export function perSecond(rate) {
+    return rate === null ? NOTHING : `${rate.toLocaleString([], {maximumSignificantDigits: rate < 100 ? 2 : 4})}/s`;
+}
+
+export function short(seconds) {
+    const digits = {maximumSignificantDigits: 2};
+    return seconds < 1 ? `${(seconds * 1000).toLocaleString([], digits)} ms` : `${seconds.toLocaleString([], digits)} s`;
 }
 
 export function share(rate, calls) {
@@ -84,15 +76,15 @@ export function evidence({evidence: failures, slow_evidence: slow, minimum_calls
 }
 
 export function figures(breaker) {
-    const {now, since, epoch, outage, oldest_deferred_at: oldest, next_probe_at: probe, reason, actor} = breaker;
+    const {now, oldest_deferred_at: oldest, next_probe_at: probe, reason, actor} = breaker;
     return {
         evidence: evidence(breaker),
         failed: share(breaker.failure_rate, breaker.calls),
         slow: share(breaker.slow_rate, breaker.calls),
         calls: breaker.calls.toLocaleString(),
         deferred: breaker.deferred.toLocaleString(),
-        oldest: duration(oldest === null ? null : now - oldest),
-        since: epoch ? duration(now - (outage?.opened ?? since)) : NOTHING,
+        oldest: duration(oldest === null ? null : wait(breaker)),
+        since: duration(age(breaker)),
         reason: why(reason, actor),
         recovery: recovery(breaker.estimate),
         probe: probe === null ? NOTHING : `in ${duration(probe - now)}`,
@@ -101,6 +93,16 @@ export function figures(breaker) {
 
 export function why(reason, actor) {
     return (reason || actor) ? reason + (actor ? ` (${actor})` : "") : NOTHING;
+}
+
+// Seconds for which the first task has waited; 0 if none waits.
+export function wait({now, oldest_deferred_at: oldest}) {
+    return oldest === null ? 0 : now - oldest;
+}
+
+// Seconds since its state, or the outage under way, began.
+export function age({now, since, epoch, outage}) {
+    return epoch ? now - (outage?.opened ?? since) : null;
 }
 
 // When the waiting tasks will be done, as far as is known.
@@ -121,6 +123,8 @@ export function pageUrl(name, ...rest) {
     return [`${root}/breakers`, ...[name, ...rest].filter(Boolean).map(encodeURIComponent)].join("/");
 }
 
+export const deadLettersUrl = `${root}/dead-letters`;
+
 export function taskUrl(id) {
     return `${root}/task/${encodeURIComponent(id)}`;
 }
@@ -128,7 +132,8 @@ export function taskUrl(id) {
 async function answerOf(response) {
     const answer = await response.json().catch(() => ({}));
     if (!response.ok) {
-        throw new Error(answer.error || `${response.status} ${response.statusText}`);
+        const error = new Error(answer.error || `${response.status} ${response.statusText}`);
+        throw Object.assign(error, {status: response.status});
     }
     return answer;
 }
@@ -171,15 +176,17 @@ export function live(page, url, show) {
 
 function tellAge({age, read_at: readAt, problem}) {
     const old = problem || age === null || age > OLD_AFTER;
-    const seen = readAt ? `seen at ${new Date(readAt * 1000).toLocaleTimeString()}, ${duration(age)} ago` : "never seen";
+    const seen = readAt ? ["seen at ", moment(readAt), `, ${duration(age)} ago`] : ["never seen"];
     byId("old-data").classList.toggle("d-none", !old);
-    byId("old-data").textContent = old ? `This is old: ${seen}. ${problem}` : "";
+    byId("old-data").replaceChildren(...(old ? ["This is old: ", ...seen, `. ${problem}`] : []));
     byId("live-dot").className = `status-dot ${old ? "status-dot-error" : "status-dot-live"}`;
     byId("live-status").textContent = old ? "Old" : "Live";
 }
 
 // --- an operator's verb ----------------------------------------------------------------------------
 
+const ADMITTING = ["CLOSED", "DISABLED", "SHADOW"];
+const TARGETS = {trip: "OPEN", isolate: "FORCED_OPEN", disable: "DISABLED", shadow: "SHADOW", reset: "CLOSED"};
 const dialog = byId("act");
 const verb = byId("act-verb");
 let acting = null; // name of the breaker that the dialog is about
@@ -187,11 +194,27 @@ let afterwards = () => {};
 
 export const mayAct = dialog.dataset.allowed === "1";
 
-export function ask(name, chosen, then) {
-    acting = name;
+export function admits({state}) {
+    return ADMITTING.includes(state);
+}
+
+// Whether a verb would change anything.
+export function makesSense(each, breaker) {
+    if (each === "resume") {
+        return breaker.deferred > 0 && admits(breaker);
+    }
+    const {evidence: failures, slow_evidence: slow, openings, ramp_since: ramp} = breaker;
+    return TARGETS[each] !== breaker.state || (each === "reset" && Boolean(failures || slow || openings || ramp));
+}
+
+export function ask(breaker, chosen, then) {
+    acting = breaker.name;
     afterwards = then;
-    verb.value = chosen ?? "isolate";
-    byId("act-title").textContent = name;
+    for (const option of verb.options) {
+        option.hidden = option.disabled = !makesSense(option.value, breaker);
+    }
+    verb.value = chosen ?? (breaker.state === "FORCED_OPEN" ? "reset" : "isolate");
+    byId("act-title").textContent = breaker.name;
     byId("act-reason").value = byId("act-rate").value = "";
     explain();
     window.bootstrap.Modal.getOrCreateInstance(dialog).show();
@@ -200,8 +223,13 @@ export function ask(name, chosen, then) {
 function explain() {
     const resumes = verb.value === "resume";
     byId("act-hint").textContent = verb.selectedOptions[0].dataset.hint;
+    byId("act-go").textContent = resumes ? `Resume tasks of ${acting}` : `${capitalized(verb.value)} ${acting}`;
     byId("act-with-rate").classList.toggle("d-none", !resumes);
     byId("act-with-reason").classList.toggle("d-none", resumes);
+}
+
+export function capitalized(text) {
+    return text[0].toUpperCase() + text.slice(1);
 }
 
 async function act(event) {
@@ -227,3 +255,21 @@ function summary(name, {breaker, resumed}) {
 verb.addEventListener("change", explain);
 dialog.querySelector("form").addEventListener("submit", act);
 dialog.addEventListener("shown.bs.modal", () => byId(verb.value === "resume" ? "act-rate" : "act-reason").focus());
+
+// Ask once more before something is done; the button says what.
+export function sure(title, text, button) {
+    const asked = byId("sure");
+    const modal = window.bootstrap.Modal.getOrCreateInstance(asked);
+    byId("sure-title").textContent = title;
+    byId("sure-text").textContent = text;
+    byId("sure-go").textContent = button;
+    return new Promise((resolve) => {
+        byId("sure-go").onclick = () => {
+            resolve(true);
+            modal.hide();
+        };
+        asked.addEventListener("hidden.bs.modal", () => resolve(false), {once: true});
+        asked.addEventListener("shown.bs.modal", () => byId("sure-go").focus(), {once: true});
+        modal.show();
+    });
+}
