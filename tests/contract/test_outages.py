@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -250,36 +251,29 @@ def test_ping_tells_the_servers_time(shared_store: RedisStore) -> None:
     assert shared_store.ping() == pytest.approx(time.time(), abs=60)
 
 
-def test_a_web_server_is_told_from_a_store() -> None:
-    with web_server() as port:
-        store = new_store(f"redis://127.0.0.1:{port}/0")
-        with takes_less_than(PATIENCE), pytest.raises(StoreError, match=f"127.0.0.1:{port}/0 .*must be a Redis"):
+def without_scripting(chunk: bytes) -> bytes:
+    """Answer each of the commands that a client has sent."""
+    commands = chunk.split(b"\r\n*") if chunk else []
+    return b"".join(b"-ERR unknown command\r\n" if b"EVAL" in command else b"+OK\r\n" for command in commands)
+
+
+@pytest.mark.parametrize(
+    ("start", "timeout", "complaint"),
+    [
+        (web_server, 20.0, "must be a Redis"),
+        (partial(line_server, lambda _: b""), 0.2, "is unavailable"),
+        (partial(line_server, without_scripting), 20.0, "must run Lua scripts"),
+    ],
+    ids=["a web server", "a silent server", "a server without scripting"],
+)
+def test_another_server_is_no_store(
+    start: Callable[[], AbstractContextManager[int]], timeout: float, complaint: str
+) -> None:
+    with start() as port:
+        store = new_store(f"redis://127.0.0.1:{port}/0", timeout=timeout)
+        with takes_less_than(PATIENCE), pytest.raises(StoreError, match=f"127.0.0.1:{port}/0 .*{complaint}"):
             store.ping()
         store.close()
-
-
-def test_a_silent_server_is_told_from_a_store() -> None:
-    with line_server(lambda _: b"") as port:
-        store = new_store(f"redis://127.0.0.1:{port}/0", timeout=0.2)
-        with takes_less_than(PATIENCE), pytest.raises(StoreError, match=f"127.0.0.1:{port}/0 is unavailable"):
-            store.ping()
-        store.close()
-
-
-def test_a_server_without_scripting_is_told_from_a_store() -> None:
-    def answer(chunk: bytes) -> bytes:
-        return b"".join(b"-ERR unknown command\r\n" if b"EVAL" in part else b"+OK\r\n" for part in commands(chunk))
-
-    with line_server(answer) as port:
-        store = new_store(f"redis://127.0.0.1:{port}/0")
-        with takes_less_than(PATIENCE), pytest.raises(StoreError, match="must run Lua scripts"):
-            store.ping()
-        store.close()
-
-
-def commands(chunk: bytes) -> list[bytes]:
-    """Split what a client sent into its commands."""
-    return [b"*" + part for part in chunk.split(b"\r\n*")] if chunk else []
 
 
 def test_all_keys_of_a_breaker_share_a_slot_and_are_declared(tmp_path: Path) -> None:

@@ -241,16 +241,6 @@ def test_ten_thousand_are_listed_found_and_dropped(shop: Shop) -> None:
     assert letters.count("payments") == {"payments": 9_997}
 
 
-def test_the_known_are_served_and_the_unknown_are_named(shop: Shop) -> None:
-    ids = bury(shop, 3)
-    letters = shop.resilience.dead_letters
-    with pytest.raises(DeadLetterError, match="no dead letter has the id 'nobody'; breakers asked: 'payments'"):
-        letters.drop(ids[1], "nobody", breaker="payments")
-    assert [letter.task_id for letter in letters.list()] == [ids[0], ids[2]]
-    with pytest.raises(DeadLetterError, match="'accounts'"):
-        letters.show(ids[0], breaker="accounts")
-
-
 def test_a_letter_whose_origin_cannot_take_it_stays(shop: Shop) -> None:
     shop.broker.hset("no-list", "a", "b")
     header = Envelope(breaker="payments", origin="no-list").dead_letter(2.0, "made up")

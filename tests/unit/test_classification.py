@@ -294,12 +294,6 @@ def test_an_error_that_says_no_and_wraps_a_failure_is_a_failure() -> None:
     assert dependency_errors(raised_from(foreign("hvac.exceptions.InvalidRequest"), TimeoutError())) is Outcome.FAILURE
 
 
-def test_chains_of_causes_end_somewhere() -> None:
-    first, second = RuntimeError(), RuntimeError()
-    first.__cause__, second.__cause__ = second, first
-    assert dependency_errors(first) is Outcome.IGNORED
-
-
 def test_one_dependency_error_in_a_group_is_enough() -> None:
     group_class = type("BaseExceptionGroup", (Exception,), {})
     group = group_class()

@@ -125,8 +125,10 @@ def test_a_result_backend_that_is_away_stops_no_replay(
 
 def test_what_is_unknown_is_named_after_the_others_are_served(app: Celery, letters: DeadLetters) -> None:
     task_id = bury(app)
+    with pytest.raises(DeadLetterError, match="breakers asked: 'accounts'"):
+        letters.show(task_id, breaker="accounts")
     with pytest.raises(DeadLetterError, match="no dead letter has the id 'nobody'; breakers asked: 'payments'"):
-        letters.drop("nobody", task_id)
+        letters.drop("nobody", task_id, breaker="payments")
     assert letters.count() == {"payments": 0}
 
 
