@@ -19,17 +19,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from resilient_tasks.core.model import (
     HELD_OPEN,
-    Answer,
     Calls,
-    Grant,
     Outcome,
     Snapshot,
     State,
-    Verb,
     key_of,
     parent_of,
 )
@@ -50,11 +47,12 @@ from resilient_tasks.core.rules import (
 from resilient_tasks.errors import StoreError
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.background import renew_after_fork
-from resilient_tasks.store.base import IDLE_AFTER, Evidence, RuledStore, Spec, Store
+from resilient_tasks.store.base import IDLE_AFTER, RuledStore, Spec, Store
 from resilient_tasks.store.keys import check_key_part
 
 logger = logging.getLogger(__name__)
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 _MOST_VALUES = 10_000
 _MOST_UNREAD_CHANGES = 1_000
@@ -380,6 +378,35 @@ def _next_or_none(listener: queue.Queue[Snapshot], timeout: float) -> Snapshot |
         return None
 
 
+def _decided(method: Callable[Concatenate[Any, _P], _T]) -> Callable[Concatenate[FailoverStore, _P], _T]:
+    """Return a method that asks the shared store, or the local one while that is unavailable."""
+
+    def decide(self: FailoverStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            answer: _T = getattr(self._primary, method.__name__)(*args, **kwargs)
+        except StoreError as error:
+            self._leave(error)
+            specs: Any = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+            self._adopt(spec.name for spec in specs if isinstance(spec, Spec))
+            return cast("_T", getattr(self._local, method.__name__)(*args, **kwargs))
+        self._return()
+        self._note_all(answer)
+        return answer
+
+    return decide
+
+
+def _shared(method: Callable[Concatenate[Any, _P], _T]) -> Callable[Concatenate[FailoverStore, _P], _T]:
+    """Return a method that asks the shared store or raises ``StoreError``."""
+
+    def ask(self: FailoverStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        answer: _T = getattr(self._primary, method.__name__)(*args, **kwargs)
+        self._note_all(answer)
+        return answer
+
+    return ask
+
+
 class FailoverStore:
     """A store whose decisions never raise ``StoreError``.
 
@@ -413,20 +440,9 @@ class FailoverStore:
 
     # --- decisions ----------------------------------------------------------------------------------
 
-    def read(self, specs: Sequence[Spec]) -> list[Snapshot]:
-        return self._decide(lambda store: store.read(specs), *(spec.name for spec in specs))
-
-    def acquire(self, spec: Spec, holder: str, *, lease: float, jitter: float = 0.0) -> Grant:
-        return self._decide(lambda store: store.acquire(spec, holder, lease=lease, jitter=jitter), spec.name)
-
-    def record(self, spec: Spec, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
-        return self._decide(lambda store: store.record(spec, evidence, jitter=jitter), spec.name)
-
-    def settle(self, spec: Spec, holder: str, outcome: Outcome, evidence: Evidence, *, jitter: float = 0.0) -> Answer:
-        return self._decide(lambda store: store.settle(spec, holder, outcome, evidence, jitter=jitter), spec.name)
-
-    def advance(self, spec: Spec, *, jitter: float = 0.0) -> Answer:
-        return self._decide(lambda store: store.advance(spec, jitter=jitter), spec.name)
+    read, acquire, record = _decided(Store.read), _decided(Store.acquire), _decided(Store.record)
+    settle, advance, register = _decided(Store.settle), _decided(Store.advance), _decided(Store.register)
+    active_children, changed = _decided(Store.active_children), _decided(Store.changed)
 
     def renew(self, name: str, holders: Sequence[str], *, lease: float) -> list[bool]:
         local = self._local if self._is_unavailable else None
@@ -438,34 +454,16 @@ class FailoverStore:
                 local.renew(name, holders, lease=lease)
             return [True] * len(holders)  # nothing shows that one is lost
 
-    def register(self, spec: Spec) -> Snapshot | None:
-        return self._decide(lambda store: store.register(spec), spec.name)
-
-    def active_children(self, name: str, *, start: int = 0, count: int = 500) -> list[str]:
-        return self._decide(lambda store: store.active_children(name, start=start, count=count))
-
-    def changed(self, since: float) -> dict[str, float]:
-        return self._decide(lambda store: store.changed(since))
-
     def forget(self, name: str) -> None:
         """Let go of what this process knows of a child that it does not use any more."""
         with self._lock:
             self._known.pop(name, None)
             self._adopted.discard(name)
 
-    def _decide(self, ask: Callable[[Store], _T], *names: str) -> _T:
-        """Ask the shared store; while it is unavailable, the local one, which goes on with these breakers."""
-        try:
-            answer = ask(self._primary)
-        except StoreError as error:
-            self._leave(error)
-            self._adopt(names)
-            return ask(self._local)
-        self._return()
+    def _note_all(self, answer: object) -> None:
         for each in answer if isinstance(answer, list) else [getattr(answer, "snapshot", answer)]:
             if isinstance(each, Snapshot):
                 self._note(each)
-        return answer
 
     def _note(self, snapshot: Snapshot) -> None:
         self._known[snapshot.name] = snapshot
@@ -506,41 +504,13 @@ class FailoverStore:
         """Read breakers from the shared store or not at all, for people who ask what the fleet knows."""
         return self._primary.read(specs)
 
-    def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
-        answer = self._primary.command(spec, verb, reason=reason, actor=actor, jitter=jitter)
-        self._note(answer.snapshot)
-        return answer
-
-    def begin_health_check(self, spec: Spec, *, since: float) -> bool:
-        return self._primary.begin_health_check(spec, since=since)
-
-    def report_health_check(
-        self, spec: Spec, outcome: Outcome, evidence: Evidence, *, limit: int, jitter: float = 0.0
-    ) -> Answer:
-        answer = self._primary.report_health_check(spec, outcome, evidence, limit=limit, jitter=jitter)
-        self._note(answer.snapshot)
-        return answer
+    command, children, mark_idle = _shared(Store.command), _shared(Store.children), _shared(Store.mark_idle)
+    begin_health_check = _shared(Store.begin_health_check)
+    report_health_check = _shared(Store.report_health_check)
+    put, get, check, close = _shared(Store.put), _shared(Store.get), _shared(Store.check), _shared(Store.close)
 
     def changes(self, *, timeout: float) -> Iterator[Snapshot | None]:
         for snapshot in self._primary.changes(timeout=timeout):
             if snapshot is not None:
                 self._note(snapshot)
             yield snapshot
-
-    def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
-        return self._primary.children(name, start=start, count=count)
-
-    def mark_idle(self, spec: Spec) -> bool:
-        return self._primary.mark_idle(spec)
-
-    def put(self, kind: str, key: str, value: bytes, *, ttl: float) -> None:
-        self._primary.put(kind, key, value, ttl=ttl)
-
-    def get(self, kind: str, key: str) -> tuple[bytes, float] | None:
-        return self._primary.get(kind, key)
-
-    def check(self) -> None:
-        self._primary.check()
-
-    def close(self) -> None:
-        self._primary.close()
