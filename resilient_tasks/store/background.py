@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from resilient_tasks.errors import StoreError
 
@@ -32,18 +32,11 @@ EXIT_TIMEOUT = 2.0  # seconds that the end of the process may wait for what is l
 _SHORTEST_SLEEP = 0.02  # seconds; many calls that begin one after the other are looked at together
 
 
-class Forkable(Protocol):
-    """Something with locks, threads or connections."""
-
-    def after_fork(self) -> None:
-        """Replace them; called in the child before anything else runs there."""
+_owners: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-_owners: weakref.WeakSet[Forkable] = weakref.WeakSet()
-
-
-def renew_after_fork(owner: Forkable) -> None:
-    """Call ``owner.after_fork()`` in every process forked from this one, for as long as the owner lives."""
+def renew_after_fork(owner: Any) -> None:
+    """Have ``owner.after_fork()`` replace its locks, threads and connections in a forked process, before it is used."""
     _owners.add(owner)
 
 
