@@ -59,10 +59,10 @@ class Project:
             raise RuntimeError(done.stdout + done.stderr)
         return done.stdout + done.stderr
 
-    def worker(self) -> Program:
+    def worker(self, *arguments: str) -> Program:
         """Start a worker and wait until it consumes."""
         worker = start_worker(
-            self.app, name="worker", arguments=["--without-mingle"],
+            self.app, name="worker", arguments=["--without-mingle", *arguments],
             directory=self.directory, env=self.env, cwd=self.root,
         )  # fmt: skip
         self._programs.append(worker)

@@ -48,7 +48,7 @@ class StartError(RuntimeError):
     """A program ended or stayed silent instead of becoming ready. The message holds the end of its log."""
 
 
-def wait_until(condition: Callable[[], T], *, timeout: float = 60.0, what: str = "condition") -> T:
+def wait_until(condition: Callable[[], T], *, timeout: float = 120.0, what: str = "condition") -> T:
     """Poll ``condition`` until it returns something true, and return that.
 
     Args:
@@ -121,7 +121,7 @@ class Program:
             file.seek(self.log_start)
             return file.read().decode(errors="replace")
 
-    def wait_ready(self, is_ready: Callable[[], bool], *, timeout: float = 60.0) -> None:
+    def wait_ready(self, is_ready: Callable[[], bool], *, timeout: float = 120.0) -> None:
         """Wait until ``is_ready`` answers true.
 
         Raises:
@@ -139,7 +139,7 @@ class Program:
             self.kill()
             raise StartError(f"{self.name} ended with {self.popen.returncode}\n{self._last_lines()}")
 
-    def wait_for_output(self, text: str, *, timeout: float = 60.0) -> None:
+    def wait_for_output(self, text: str, *, timeout: float = 120.0) -> None:
         """Wait until ``text`` appears in :meth:`output`; raises like :meth:`wait_ready`."""
         self.wait_ready(lambda: text in self.output(), timeout=timeout)
 
@@ -385,7 +385,7 @@ class Worker(Program):
 
     node: str = ""
 
-    def wait_until_ready(self, *, timeout: float = 60.0) -> Worker:
+    def wait_until_ready(self, *, timeout: float = 120.0) -> Worker:
         """Wait until the worker consumes, and return it.
 
         Raises:

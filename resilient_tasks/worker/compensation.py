@@ -292,8 +292,10 @@ def _send_event(consumer: Any, event: str, **fields: object) -> None:
         consumer.event_dispatcher.send(event, **fields)
 
 
-#: Seconds of work that are held; a task that has waited twice as long is deferred: its breaker's calls hang.
+#: Seconds of work that are held.
 HOLD_FOR = 2.0
+#: Seconds after which a task that is held is deferred: its breaker's calls hang.
+HELD_AT_MOST = 4.0
 #: Most tasks of one breaker that are held.
 MOST_HELD = 1000
 #: Tasks that are held per slot before any call has returned.
@@ -384,7 +386,7 @@ class Holding:
 
 
 def _held_too_long(request: GatedRequest) -> bool:
-    return request.held_since > 0 and time.monotonic() - request.held_since > 2 * HOLD_FOR
+    return request.held_since > 0 and time.monotonic() - request.held_since > HELD_AT_MOST
 
 
 #: Seconds between two checks whether blocked queues may be consumed again.

@@ -21,6 +21,7 @@ from resilient_tasks.checks import (
     http_check,
     tcp_check,
 )
+from tests.support import patience  # noqa: F401 - makes this process patient
 
 SIDE: Any = redis.Redis.from_url(os.environ["SHOP_SIDE_URL"], decode_responses=True)
 SERVICE = os.environ["CLINIC_SERVICE"]  # host:port of an HTTP server whose health the test decides
@@ -44,7 +45,7 @@ def ask(patient: str) -> None:
 web = resilience.breaker("web", **QUICK)
 host, port = SERVICE.split(":")
 is_open, answers = tcp_check(host, int(port)), http_check(f"http://{SERVICE}/health")
-web.probe(all_of(is_open, any_of(answers, answers)), interval=INTERVAL, active=True, failures_before_open=2)
+web.probe(all_of(is_open, any_of(answers, answers)), interval=2 * INTERVAL, active=True, failures_before_open=2)
 
 thorough = resilience.breaker("thorough", **QUICK)
 thorough.probe(
@@ -54,12 +55,11 @@ thorough.probe(
         consul_check("ward", address=f"http://{SERVICE}", token="t0ken"),
         command_check(["test", "-e", os.environ["CLINIC_FILE"]]),
     ),
-    interval=INTERVAL,
-    successes_before_close=1,
+    successes_before_close=1,  # without an interval, for it starts two programs, which takes a second at times
 )
 
 convalescent = resilience.breaker("convalescent", **QUICK)
-convalescent.probe(partial(ask, "convalescent"), interval=INTERVAL, successes_before_close=4)
+convalescent.probe(partial(ask, "convalescent"), interval=INTERVAL, successes_before_close=6)
 
 remote = resilience.breaker("remote", **QUICK)
 remote.probe(heartbeat(ttl=3), interval=INTERVAL, active=True, failures_before_open=1)

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +35,7 @@ from workers.rabbitmq import RabbitMQ, rabbitmq_binary, start_rabbitmq
 # seconds; what is waited for comes true in a second or two on an idle machine
 PATIENCE = float(os.environ.get("SHOP_PATIENCE", "120"))
 MODULE = "tests.integration.shop"
+NEVER_LATE = {"RESILIENT_TASKS_LATE_AFTER": "3600"}  # no call is taken for one that hangs
 
 
 class Shop:
@@ -103,9 +104,10 @@ class Shop:
     @contextmanager
     def breaker_in(self, store: Server, name: str = "payments") -> Iterator[Breaker]:
         """Return a breaker of the shop as an operator sees it who works on another store than the default one."""
-        resilience = Resilience(store_url=store.url())
+        resilience = Resilience(store_url=store.url(), store_timeout=20)
         try:
             yield resilience.breaker(name, self.project.resilience.breakers[name].policy)
+            assert resilience.fleet.reporter.flush(PATIENCE)
         finally:
             resilience.fleet.close()
 
@@ -133,13 +135,41 @@ class Shop:
 
     def start_over(self) -> None:
         """Forget what former tests have left while workers go on: nothing waits, all breakers are closed and empty."""
+        breakers = self.project.resilience.breakers
         self.side.flushdb()  # what hangs goes on
-        self.wait(lambda: not self.broker.hlen("unacked") and not self.broker.llen("celery"), "the workers to be idle")
-        for name, breaker in self.project.resilience.breakers.items():
-            self.broker.delete(f"resilient.deferred.{name}", f"resilient.dead.{name}")
+        for breaker in breakers.values():
+            breaker.reset(reason="test")
+        self.wait(lambda: self._dropped(breakers) == 0, "the workers to be idle")
+        for name, breaker in breakers.items():
             self.project.resilience.fleet.ledger.clear_deferred(name)
             breaker.reset(reason="test")
         self.side.flushdb()
+
+    def _dropped(self, breakers: Iterable[str]) -> int:
+        """Drop what waits and what is dead; return how many messages are anywhere else at the same moment."""
+        with self.broker.pipeline() as pipeline:
+            pipeline.delete(*(f"resilient.{queue}.{name}" for queue in ("deferred", "dead") for name in breakers))
+            pipeline.hlen("unacked").llen("celery")
+            return sum(pipeline.execute()[1:])
+
+    def control(self, command: str, *nodes: str, **arguments: Any) -> dict[str, Any]:
+        """Return what each of some workers (default: all) answers to a control command.
+
+        It is sent again and again: a worker is ready a moment before it listens.
+        """
+
+        def answers() -> list[dict[str, Any]]:
+            asked = nodes or [each.node for each in self._programs if isinstance(each, Worker) and each.running]
+            replies: list[dict[str, Any]] = []
+            if asked:
+                with self.project.app.connection_for_write() as connection:  # the pool's may be of an earlier server
+                    replies = self.project.app.control.broadcast(
+                        command, arguments, asked, reply=True, timeout=5, connection=connection
+                    )  # fmt: skip
+            found = {node: answer for reply in replies for node, answer in reply.items()}
+            return [found] if found.keys() == set(asked) else []
+
+        return wait_until(answers, timeout=PATIENCE, what=f"all to answer {command}")[0]
 
     def set_health(self, dependency: str, health: str) -> None:
         """Make a dependency ``up``, ``down`` or ``hang``."""
@@ -154,8 +184,20 @@ class Shop:
         return int(self.broker.llen(f"resilient.deferred.{breaker}"))
 
     def open(self, breaker: str) -> None:
-        """Open a breaker that stays open until told otherwise, and let every worker know."""
+        """Open a breaker that stays open until told otherwise; return once every worker knows."""
         self.project.resilience.breakers[breaker].isolate(reason="test")
+        self.wait_until_known(breaker)
+
+    def trip(self, breaker: str) -> None:
+        """Open a breaker that tries to heal; return once every worker knows."""
+        self.project.resilience.breakers[breaker].trip(reason="test")
+        self.wait_until_known(breaker)
+
+    def wait_until_known(self, breaker: str) -> None:
+        """Wait until every worker knows the present state of a breaker, or a later one."""
+        epoch = self.project.resilience.breakers[breaker].snapshot().epoch
+        seen = lambda: [views[breaker]["epoch"] for views in self.control("breakers").values()]  # noqa: E731
+        self.wait(lambda: min(seen(), default=epoch) >= epoch, f"all to know of {breaker}")
 
     def close(self, breaker: str) -> None:
         """Close it again."""
@@ -222,7 +264,7 @@ def running(_running: Shop) -> Shop:
     else:
         _running.clear()
         _running.beat()
-        _running.worker(arguments=["-E"])
+        _running.worker(env=NEVER_LATE)
     return _running
 
 
@@ -265,7 +307,7 @@ def _post(broker: str, _shop: Shop, tmp_path_factory: pytest.TempPathFactory) ->
     directory = tmp_path_factory.mktemp("post")
     backends = {
         "files": f"file://{directory}",
-        "sqlite": f"db+sqlite:///{directory}/results",
+        "sqlite": f"db+sqlite:///{directory}/results?timeout=60",
         "rpc": "rpc://",
         "nothing": "disabled",
     }

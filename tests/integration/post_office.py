@@ -46,11 +46,12 @@ class PostOffice:
             "POST_BACKENDS": json.dumps(backends),
             "RESILIENT_TASKS_STORE_URL": server.url(SIDE),
             "RESILIENT_TASKS_NAMESPACE": "post",
+            "RESILIENT_TASKS_LATE_AFTER": "3600",  # no call is taken for one that hangs
         }
         os.environ.update({name: value for name, value in self.env.items() if name.startswith("POST_")})
         self.project = importlib.import_module(MODULE)
         self.client = self.producer()
-        self.operator = Resilience(self.producer(), store_url=server.url(SIDE), namespace="post")
+        self.operator = Resilience(self.producer(), store_url=server.url(SIDE), store_timeout=20, namespace="post")
         for name, breaker in self.project.resilience.breakers.items():
             self.operator.breaker(name, breaker.policy)
         self._count = itertools.count(1)
@@ -120,6 +121,10 @@ class PostOffice:
         """Wait until all results have a state."""
         wanted = list(results)
         self.wait(lambda: {result.state for result in wanted} == {state}, f"all to be {state}")
+
+    def wait_until_deferred(self, count: int, breaker: str = "payments") -> None:
+        """Wait until so many messages lie in a deferred queue; their states and the index tell of them before."""
+        self.wait(lambda: self.operator.deferred.count(breaker) == count, f"{count} to wait")
 
     def through_an_outage(self, *results: AsyncResult) -> list[Any]:
         """See that tasks wait while payments are refused and finish afterwards; return their results."""

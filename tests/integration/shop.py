@@ -13,8 +13,9 @@ from celery import Celery
 
 from resilient_tasks import Resilience, cached, constant
 from resilient_tasks.core.model import State
-from resilient_tasks.worker import maintenance
+from resilient_tasks.worker import compensation, maintenance
 from tests.integration.trials import visit
+from tests.support import patience  # noqa: F401 - makes this process patient
 
 SIDE: Any = redis.Redis.from_url(os.environ["SHOP_SIDE_URL"], decode_responses=True)  # tests look over its shoulder
 
@@ -34,6 +35,7 @@ app.conf.update(
 )
 resilience = Resilience(app, tick_interval=0.25)
 maintenance.DECLARING, maintenance.ABANDONED_AFTER = 0.5, 3.0  # a test cannot wait for ten minutes
+compensation.HELD_AT_MOST = float(os.environ.get("SHOP_HELD_AT_MOST", compensation.HELD_AT_MOST))
 QUICK: dict[str, Any] = {
     "consecutive_failures": 3,
     "open_duration": 0.5,
@@ -52,7 +54,8 @@ knocked = resilience.breaker("knocked", **QUICK)
 narrow = resilience.breaker("narrow", **QUICK, max_deferred=2)
 tenants = resilience.breaker("tenants", **QUICK)
 hosts = resilience.breaker("hosts", **{**QUICK, "open_duration": 30}, max_open_ratio=0.5, max_keys=2)
-hanging = resilience.breaker("hanging", slow_call_duration=1)
+hanging = resilience.breaker("hanging", slow_call_duration=1, open_duration=60.0)
+limited = resilience.breaker("limited", slow_call_duration=1, minimum_calls=100)
 alone = resilience.breaker("alone", **QUICK, max_concurrency_per_worker=1)
 blocking = resilience.breaker("blocking", **QUICK, max_deferred=2, overflow="block")
 
@@ -145,7 +148,7 @@ def poison(self, dependency: str) -> str:
     return call(dependency)
 
 
-@app.task(bind=True, breaker="tolerant", max_attempts=1, time_limit=1)
+@app.task(bind=True, breaker="tolerant", max_attempts=1)
 def fragile(self, *args, dependency: str) -> list:
     """A task whose first failure is its last; tells what it sees of its message."""
     call(dependency)
@@ -170,7 +173,7 @@ def ask_inside() -> None:
         wait_until_healthy("hanging")
 
 
-@app.task(breaker="hanging", time_limit=2.5, on_failure="raise")
+@app.task(breaker="limited", time_limit=2.5, on_failure="raise")
 def ask_briefly() -> None:
     wait_until_healthy("hanging")
 

@@ -13,7 +13,7 @@ import pytest
 
 from resilient_tasks import Breaker, BreakerOpenError, Resilience
 from resilient_tasks.core.model import State
-from tests.integration.conftest import Shop
+from tests.integration.conftest import PATIENCE, Shop
 from workers.stack import start_service
 
 CAPACITY, CALLERS, CALLS = 8, 16, 400
@@ -42,10 +42,10 @@ class Traffic:
 def test_the_limit_converges_to_what_a_service_can_bear(shop: Shop, tmp_path: Path) -> None:
     service = start_service(tmp_path)
     service.make("payments", "up", latency=0.1, capacity=CAPACITY)
-    resilience = Resilience(store_url=shop.server.url(0))
+    resilience = Resilience(store_url=shop.server.url(0), store_timeout=20)
     metered = resilience.breaker("metered", concurrency="adaptive", max_concurrency=64)
     try:
-        with httpx.Client() as client, ThreadPoolExecutor(CALLERS) as callers:
+        with httpx.Client(timeout=PATIENCE) as client, ThreadPoolExecutor(CALLERS) as callers:
             url = f"{service.environment['PAYMENTS_URL']}/charges/1"
             traffic = Traffic(metered, lambda: client.post(url).raise_for_status())
             for done in [callers.submit(traffic.go_on) for _ in range(CALLERS)]:

@@ -62,7 +62,7 @@ class Timetable:
         self._count = itertools.count(1)
         self._programs: list[Program] = []
         self.app = Celery("timetable", broker=server.url(), set_as_current=False)
-        self.resilience = Resilience(self.app)
+        self.resilience = Resilience(self.app, store_timeout=20)
         self.payments = self.resilience.breaker("payments", open_duration=0.5, open_jitter=0.0)
         self.run(MIGRATE)
 

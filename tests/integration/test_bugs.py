@@ -55,26 +55,13 @@ class Bug:
         self.shop.side.delete(f"bug:{self.step}", f"hits:{self.step}")
 
 
-def open_everywhere(shop: Shop) -> None:
-    """Open payments, and wait until the worker has received it: no task runs any more."""
-    shop.open("payments")
-
-    def is_received() -> bool:
-        with shop.app.connection_for_write() as connection:  # those of the pool may be of an earlier server's time
-            control = shop.app.control
-            answers = control.broadcast("breakers", reply=True, timeout=PATIENCE, limit=1, connection=connection)
-        return [view["payments"]["state"] for answer in answers for view in answer.values()] == ["FORCED_OPEN"]
-
-    shop.wait(is_received, "the worker to know that payments is open")
-
-
 def ids(results: list[Any]) -> dict[str, int]:
     return {result.id: 1 for result in results}
 
 
 def test_a_bug_in_deferring(shop: Shop, worker: Worker) -> None:
     for owner, name in bugs.DEFERRING:
-        open_everywhere(shop)
+        shop.open("payments")
         bug = Bug(shop, worker, step_name(owner, name))
         results = [shop.charge.delay(number) for number in range(TASKS)]
         bug.strikes()
@@ -90,7 +77,7 @@ def test_a_bug_in_deferring(shop: Shop, worker: Worker) -> None:
 
 def test_a_bug_in_resuming(shop: Shop, worker: Worker) -> None:
     for owner, name in bugs.RESUMING:
-        open_everywhere(shop)
+        shop.open("payments")
         results = [shop.charge.delay(number) for number in range(TASKS)]
         shop.wait(lambda: shop.waiting("payments") == TASKS, "all to wait")
         bug = Bug(shop, worker, step_name(owner, name))
@@ -104,7 +91,7 @@ def test_a_bug_in_resuming(shop: Shop, worker: Worker) -> None:
 
 def test_a_bug_in_reconciling(shop: Shop, worker: Worker) -> None:
     for owner, name in bugs.RECONCILING:
-        open_everywhere(shop)
+        shop.open("payments")
         results = [shop.charge.delay(number) for number in range(TASKS)]
         shop.wait(lambda: shop.waiting("payments") == TASKS, "all to wait")
         bug = Bug(shop, worker, step_name(owner, name))
@@ -117,13 +104,13 @@ def test_a_bug_in_reconciling(shop: Shop, worker: Worker) -> None:
 
 
 def test_a_bug_in_dead_lettering(shop: Shop, worker: Worker) -> None:
-    open_everywhere(shop)
+    shop.open("payments")
     for count, (owner, name) in enumerate(bugs.DEAD_LETTERING, 1):
         bug = Bug(shop, worker, step_name(owner, name))
         result = shop.urgent.delay()
         bug.strikes()
         assert copies(shop.broker) == ids([result]), bug.step
-        assert result.state == "DEFERRED"
+        shop.wait_state(result, "DEFERRED")
         bug.mend()
         shop.wait_state(result, "FAILURE")
         shop.wait(lambda: shop.broker.llen("resilient.dead.payments") == count, "the dead letter")  # noqa: B023
@@ -132,7 +119,7 @@ def test_a_bug_in_dead_lettering(shop: Shop, worker: Worker) -> None:
 @pytest.fixture
 def waiting(shop: Shop) -> Iterator[list[Any]]:
     worker = shop.worker(pool="threads")
-    open_everywhere(shop)
+    shop.open("payments")
     results = [shop.charge.delay(number) for number in range(TASKS)]
     shop.wait(lambda: shop.waiting("payments") == TASKS, "all to wait")
     yield results

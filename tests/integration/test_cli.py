@@ -52,6 +52,7 @@ def test_with_all_workers_dead_tasks_are_listed_dropped_and_resumed(post: PostOf
     results = [post.task("charge", number).apply_async() for number in range(4)]
     ids = [result.id for result in results]
     post.wait_state("DEFERRED", results)
+    post.wait_until_deferred(4)
     post.worker.stop()
     listed = json.loads(breakers("deferred", "payments", "--json").stdout)
     assert {task["task_id"] for task in listed} == set(ids)
@@ -79,9 +80,9 @@ def test_with_all_workers_dead_tasks_are_listed_dropped_and_resumed(post: PostOf
 def test_forced_to_resume_an_open_breaker_defers_its_tasks_again_once(post: PostOffice, breakers: Celery) -> None:
     post.open("payments")
     result = post.task("charge", 1).apply_async()
-    post.wait_state("DEFERRED", [result])
+    post.wait_until_deferred(1)
     assert breakers("resume", "payments", "--force").stdout == "1 task resumed for payments\n"
-    post.wait(lambda: post.operator.deferred.count("payments") == 1, "it to be deferred again")
+    post.wait_until_deferred(1)
     assert post.through_an_outage(result) == [1]
 
 
@@ -89,7 +90,7 @@ def test_whoever_waits_for_a_dropped_task_hears_of_it(post: PostOffice, breakers
     post.open("payments")
     members = [post.task("charge", number) for number in range(2)]
     whole = chord(members, post.task("charge_all")).apply_async()
-    post.wait_state("DEFERRED", whole.parent.results)
+    post.wait_until_deferred(2)
     assert "2 tasks dropped" in breakers("drop", "payments", user_input="y\n").stdout
     post.wait_state("REVOKED", whole.parent.results)
     post.wait_state("FAILURE", [whole])
@@ -141,7 +142,6 @@ def test_monitors_hear_of_it_from_the_worker_that_has_put_the_tasks_aside(shop: 
     put_aside(shop, "deferred", Envelope(breaker="payments", origin="celery", reported_by="w1@desk"), "a", "b")
     put_aside(shop, "deferred", Envelope(breaker="payments", origin="celery"), "untold")
     with contextlib.closing(Events(shop)) as events:
-        shop.wait(lambda: shop.broker.exists("_kombu.binding.celeryev"), "events to have a listener")
         here(shop, "drop", "payments", "--id", "a", "--yes")
         here(shop, "resume", "payments")
         for kind, task_id in ("task-retried", "a"), ("task-revoked", "a"), ("task-retried", "b"):
@@ -217,8 +217,9 @@ def test_a_worker_obeys_and_tells_what_it_sees(shop: Shop) -> None:
     isolated = run(shop.module, shop.env, "breakers", "isolate", "payments", "--reason", "\x1b[2J[red]by hand")
     assert isolated.stdout == "payments is FORCED_OPEN\n"
     assert isolated.stderr == ""
+    shop.wait_until_known("payments")
     result = shop.charge.delay(1)
-    shop.wait_state(result, "DEFERRED")
+    shop.wait(lambda: shop.waiting("payments") == shop.payments.snapshot().deferred == 1, "it to wait")
     table = run(shop.module, shop.env, "breakers", "list")
     line = table.stdout.splitlines()[1].split()
     assert (line[0], line[1], table.stderr) == ("payments", "FORCED_OPEN", "")

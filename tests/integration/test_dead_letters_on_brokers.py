@@ -21,7 +21,7 @@ SEEN = ("args", "kwargs", "headers", "expires", "reply_to", "correlation_id", "t
 def letters(post: PostOffice) -> Iterator[DeadLetters]:
     """The API as a process has it that is no worker; all that former tests have left is dropped."""
     app = post.producer()
-    resilience = Resilience(app, store_url=post.env["RESILIENT_TASKS_STORE_URL"], namespace="post")
+    resilience = Resilience(app, store_url=post.env["RESILIENT_TASKS_STORE_URL"], store_timeout=20, namespace="post")
     for name, breaker in post.operator.breakers.items():
         resilience.breaker(name, breaker.policy)
     letters = resilience.dead_letters
@@ -75,7 +75,7 @@ def test_what_waits_too_long(post: PostOffice, letters: DeadLetters) -> None:
     post.open("payments")
     late = post.task("charge_soon", 1).apply_async()
     # RabbitMQ itself drops a message that expires, even one that waits
-    expired = post.task("charge", 2).apply_async(expires=8)
+    expired = post.task("charge", 2).apply_async(expires=15)
     patient = post.task("charge", 3).apply_async(expires=3600)
     post.wait_state("FAILURE", [late])
     post.wait_state("REVOKED", [expired])
@@ -98,7 +98,7 @@ def test_what_waits_too_long(post: PostOffice, letters: DeadLetters) -> None:
 def test_what_nobody_can_decode(post: PostOffice, letters: DeadLetters) -> None:
     post.open("payments")
     waiting = post.task("charge", 1).apply_async()
-    post.wait_state("DEFERRED", [waiting])
+    post.wait_until_deferred(1)
     with post.client.connection_for_write() as connection:
         for headers in ({"id": "broken", "task": "charge"}, {}, {"id": 5}):
             Producer(connection).publish(

@@ -16,7 +16,7 @@ from resilient_tasks import Resilience, cli
 from resilient_tasks.operations import doctor
 from resilient_tasks.worker.context import TICK_TASK, runtime_of
 from tests.chaos.stack import faketime_library
-from tests.integration.conftest import Shop
+from tests.integration.conftest import PATIENCE, Shop
 from workers.processes import PROJECT
 
 Findings = dict[str, list[dict[str, Any]]]
@@ -33,99 +33,80 @@ def examined(app: Celery, *, timeout: float = 2.0) -> tuple[int, Findings]:
     return result.exit_code, findings
 
 
-def examined_when_answered(shop: Shop, *answers: str) -> tuple[int, Findings]:
-    """Return what is found as soon as all workers meant answer in time."""
-
-    def answered() -> bool:
-        looks.append(examined(shop.app))
-        return all(answer in str(looks[-1]) for answer in answers)
-
+def wait_for_findings(shop: Shop, app: Celery, exit_code: int, *expected: tuple[str, str, str]) -> Findings:
+    """Return what is found as soon as all workers answer in time: checks, levels and parts of what is said."""
     looks: list[tuple[int, Findings]] = []
-    shop.wait(answered, "all to answer in time")
-    return looks[-1]
+
+    def are_there() -> bool:
+        looks.append(examined(app))
+        code, findings = looks[-1]
+        return code == exit_code and all(what in said(findings, check, level) for check, level, what in expected)
+
+    try:
+        shop.wait(are_there, "the findings")
+    except TimeoutError:
+        raise AssertionError(looks[-1]) from None
+    return looks[-1][1]
 
 
 def said(findings: Findings, check: str, level: str) -> str:
-    return "\n".join(finding["what"] for finding in findings[check] if finding["level"] == level)
+    return "\n".join(finding["what"] for finding in findings.get(check, []) if finding["level"] == level)
 
 
 def test_what_is_sound_and_what_is_broken(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     sound = shop.worker()
     shop.wait(lambda: shop.resilience.fleet.ledger.last_tick_age(runtime_of(shop.app).tick_scope) is not None, "a tick")
-    code, findings = examined_when_answered(shop, "worker answered")
-    assert (code, said(findings, "workers", "ok"), said(findings, "policies", "ok")) == (
-        0,
-        "1 worker answered",
-        "all is well",
-    )
-    assert "early" in said(findings, "acks_late", "warning")
-    assert "beat sends no ticks, last seen: never" in said(findings, "ticks", "warning")
+    wait_for_findings(
+        shop, shop.app, 0,
+        ("workers", "ok", "1 worker answered"), ("policies", "ok", "all is well"), ("acks_late", "warning", "early"),
+        ("ticks", "warning", "beat sends no ticks, last seen: never"),
+    )  # fmt: skip
     shop.app.tasks[TICK_TASK].delay()  # as beat sends it with a scheduler that is not Celery's own
 
     other = shop.worker(
         env={"RESILIENT_TASKS_BREAKERS__PAYMENTS__WINDOW": "7", "RESILIENT_TASKS_NAMESPACE": "elsewhere"}
     )
-    plain = [
-        sys.executable,
-        "-m",
-        "celery",
-        "-b",
-        shop.server.url(0),
-        "worker",
-        "-P",
-        "solo",
-        "-Q",
-        "plain",
-        "-n",
-        "plain@x",
-    ]
-    shop.program([*plain, "-l", "INFO", "--without-mingle"], directory=PROJECT).wait_for_output(
-        "plain@x ready.", timeout=60
-    )
+    plain = [sys.executable, "-m", "celery", "-b", shop.server.url(0), "worker", "-P", "solo", "-Q", "plain"]
+    command = [*plain, "-n", "plain@x", "-l", "INFO", "--without-mingle"]
+    shop.program(command, directory=PROJECT).wait_for_output("plain@x ready.", timeout=PATIENCE)
     shop.broker.config_set("maxmemory-policy", "allkeys-lru")
     monkeypatch.setitem(shop.app.conf, "result_expires", 0.001)
-    shop.open("payments")
+    shop.payments.isolate()
     shop.resilience.fleet.ledger.add_deferred("payments:acme", "a")
     shop.wait(lambda: sender_age(shop) is not None, "the worker to tell of the tick")
     try:
-        code, findings = examined_when_answered(shop, f"{other.node} declares", "plain@x")
+        node = other.node
+        findings = wait_for_findings(
+            shop, shop.app, 1,
+            ("maxmemory-policy", "warning", "the broker has maxmemory-policy allkeys-lru"),
+            ("control queue", "error", f"{node} does not consume resilient.control: it takes them from elsewhere.cont"),
+            ("policies", "warning", f"{node} declares breaker payments otherwise: window"),
+            ("versions", "error", "worker plain@x runs without the library"),
+            ("result_expires", "error", "longer than results are kept"), ("ticks", "ok", "beat was seen"),
+        )  # fmt: skip
     finally:
         shop.broker.config_set("maxmemory-policy", "noeviction")
-    assert code == 1
-    assert "the broker has maxmemory-policy allkeys-lru" in said(findings, "maxmemory-policy", "warning")
-    assert f"{other.node} does not consume resilient.control: it takes them from elsewhere.control" in said(
-        findings, "control queue", "error"
-    )
-    assert f"{other.node} declares breaker payments otherwise: window" in said(findings, "policies", "warning")
-    assert "worker plain@x runs without the library" in said(findings, "versions", "error")
     assert sound.node not in said(findings, "versions", "error")
-    assert "longer than results are kept" in said(findings, "result_expires", "error")
-    assert "beat was seen" in said(findings, "ticks", "ok")
 
 
 def test_code_that_defines_one_breaker_more_than_the_workers_finds_their_ticks(shop: Shop) -> None:
     shop.worker()
     shop.wait(lambda: shop.resilience.fleet.ledger.last_tick_age(runtime_of(shop.app).tick_scope) is not None, "a tick")
     newer = Celery("newer", broker=shop.app.conf.broker_url, backend=shop.app.conf.result_backend, set_as_current=False)
-    resilience = Resilience(newer, tick_interval=0.25)
+    resilience = Resilience(newer, tick_interval=0.25, store_timeout=20)
     for name in [*shop.resilience.breakers, "stock", "guarded_in_a_web_process"]:
         resilience.breaker(name)
 
     @newer.task(name="restock", breaker="stock", shared=False)
     def restock() -> None: ...
 
-    looks: list[tuple[int, Findings]] = []
-
-    def answered() -> str:
-        looks.append(examined(newer))
-        return said(looks[-1][1], "workers", "ok")
-
-    shop.wait(answered, "the worker to answer in time")
-    code, findings = looks[-1]
-    assert code == 0, findings
-    assert "beat sends no ticks" in said(findings, "ticks", "warning")
-    found = said(findings, "undefined breakers", "warning")
-    assert found == "tasks name breaker stock, which no worker defines that answers: restock"
+    missing = "tasks name breaker stock, which no worker defines that answers: restock"
+    findings = wait_for_findings(
+        shop, newer, 0,
+        ("workers", "ok", "1 worker answered"), ("ticks", "warning", "beat sends no ticks"),
+        ("undefined breakers", "warning", missing),
+    )  # fmt: skip
+    assert said(findings, "undefined breakers", "warning") == missing
     resilience.fleet.close()
 
 
@@ -139,7 +120,7 @@ def test_exceptions_that_no_rule_knows_are_found(shop: Shop) -> None:
     payments = shop.resilience["payments"]
     with pytest.raises(DeclinedError):
         payments.call(call)
-    assert shop.resilience.fleet.reporter.flush(60)
+    assert shop.resilience.fleet.reporter.flush(PATIENCE)
     found = said(examined(shop.app, timeout=0.2)[1], "undecided exceptions", "warning")
     assert found == "calls of payments end with exceptions that no rule knows: DeclinedError"
     context = CLIContext(app=shop.app, no_color=True, workdir=None)
@@ -163,14 +144,8 @@ def test_a_clock_that_is_fast_is_found(shop: Shop) -> None:
         pytest.skip("faketime is not installed")
     clock = {"LD_PRELOAD": str(library), "FAKETIME": "+150", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
     worker = shop.worker(pool="threads", env=clock)
-    found = ""
-
-    def told() -> str:
-        nonlocal found
-        found = said(examined(shop.app)[1], "clocks", "warning")
-        return found
-
-    shop.wait(told, "the worker to answer in time")
+    findings = wait_for_findings(shop, shop.app, 0, ("clocks", "warning", worker.node))
+    found = said(findings, "clocks", "warning")
     assert re.fullmatch(rf"the clock of worker {worker.node} is 2 min [23]\d s ahead of the store's", found)
 
 

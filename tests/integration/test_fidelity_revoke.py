@@ -69,7 +69,7 @@ def test_a_chord_fails_with_its_revoked_member(post: PostOffice) -> None:
 
 def test_expired_while_deferred(post: PostOffice) -> None:
     post.open("payments")
-    soon = datetime.now(timezone.utc) + timedelta(seconds=5)  # it is refused before
+    soon = datetime.now(timezone.utc) + timedelta(seconds=15)  # it is refused before
     doomed, spared = post.task("charge", 1).apply_async(expires=soon), post.task("charge", 2).apply_async(expires=600)
     post.wait_state("DEFERRED", [spared])
     post.wait_state("REVOKED", [doomed])  # before anything is resumed

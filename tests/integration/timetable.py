@@ -9,6 +9,7 @@ from celery import Celery
 from django.conf import settings
 
 from resilient_tasks import Resilience
+from tests.support import patience  # noqa: F401 - makes this process patient
 
 settings.configure(
     USE_TZ=True,

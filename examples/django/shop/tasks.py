@@ -17,6 +17,6 @@ def charge(number: int) -> int:
     return number
 
 
-@shared_task(breaker=prices, fallback=[cached(max_age=60), constant("on request")])
+@shared_task(breaker=prices, fallback=[cached(max_age=3600), constant("on request")])
 def price(number: int) -> str:
     return f"{number}.00"
