@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 from tornado import web
 
 from resilient_tasks.flower import flower_internals
 from resilient_tasks.flower.handlers import Metrics, routes
 from resilient_tasks.flower.service import Service
 from resilient_tasks.monitor.events import Throttle
-from resilient_tasks.prometheus import UP, register
-from resilient_tasks.worker.context import find_runtime
+from resilient_tasks.prometheus import PREFIX, UP, register
+from resilient_tasks.worker.context import Runtime, find_runtime
 
 logger = logging.getLogger("resilient_tasks")
+
+RUN_TIMES = f"{PREFIX}task_runtime_seconds"
 
 _TEXTS = (
     "name", "args", "kwargs", "result", "exception", "traceback", "eta", "expires", "queue", "exchange", "routing_key",
@@ -45,8 +52,30 @@ class FlowerWithBreakers(flower_internals.Flower):
         if not any(REGISTRY.restricted_registry([UP]).collect()):  # the user has registered them already
             registry = CollectorRegistry()
             register(self.capp, registry)
+            registry.register(RunTimes(runtime))
             handlers.append(web.url(r"/metrics", Metrics, {"registry": registry}))
         self.add_handlers(".*", flower_internals.prefixed(handlers, self.options))
+
+
+class RunTimes(Collector):
+    """How long the tasks of each breaker run, made of the same of each task, which Flower learns from events."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one histogram, with a series per worker: those of a worker that is forgotten end and never fall."""
+        found = defaultdict[tuple[str, tuple[tuple[str, str], ...]], float](float)
+        tasks = self._runtime.tasks_by_breaker().items()
+        names = [flower_internals.RUN_TIMES + kind for kind in ("_bucket", "_count", "_sum")]
+        for sample in (each for family in REGISTRY.restricted_registry(names).collect() for each in family.samples):
+            task, name = sample.labels["task"], sample.name.replace(flower_internals.RUN_TIMES, RUN_TIMES)
+            others = [label for label in sample.labels.items() if label[0] != "task"]
+            for breaker in (breaker for breaker, guarded in tasks if task in guarded):
+                found[name, (("breaker", breaker), *others)] += sample.value
+        family = Metric(RUN_TIMES, "How long runs of its tasks took that succeeded, by their events.", "histogram")
+        family.samples = [Sample(name, dict(labels), value) for (name, labels), value in found.items()]
+        yield family
 
 
 class Receiver(flower_internals.EventReceiver):

@@ -27,6 +27,9 @@ from tornado import template, web
 #: The user where no login is needed.
 ANONYMOUS = "flower"
 
+#: Flower's histogram of how long tasks run.
+RUN_TIMES = "flower_task_runtime_seconds"
+
 _OURS = "breakers/"
 _PAGES = ("list.html", "one.html", "outages.html")
 _END_OF_NAVIGATION = "</ul>"

@@ -126,17 +126,24 @@ def test_the_states_of_tasks_are_right_at_every_step_in_stock_flower_and_in_ours
         both([long.id], "STARTED")
         shop.set_health("slow", "up")
         both([long.id], "SUCCESS")
+        durations = ours.get("/breakers/payments/history")["durations"]
+        assert durations["runs"] >= 401
+        assert durations["p50"] <= durations["p95"]
+        runs = re.findall(r'\ncelery_breaker_task_runtime_seconds_count\{breaker="payments",.*\} (\d+)', told(ours))
+        assert sum(map(int, runs)) >= 401
     finally:
         stock.stop()
 
 
 def test_prometheus_is_told_of_breakers_behind_what_flower_tells(shop: Shop, ours: Site) -> None:
-    def told() -> str:
-        return ours.client.get("/metrics").raise_for_status().text
+    shop.wait(lambda: "\ncelery_breaker_up 1.0\n" in told(ours), "the store to be read")
+    assert '\ncelery_breaker_state{breaker="payments",state="CLOSED"} 1.0\n' in told(ours)
+    assert "\nflower_events_total" in told(ours) or "# HELP flower_events_total " in told(ours)
 
-    shop.wait(lambda: "\ncelery_breaker_up 1.0\n" in told(), "the store to be read")
-    assert '\ncelery_breaker_state{breaker="payments",state="CLOSED"} 1.0\n' in told()
-    assert "\nflower_events_total" in told() or "# HELP flower_events_total " in told()
+
+def told(site: Site) -> str:
+    """Return what Prometheus would read."""
+    return site.client.get("/metrics").raise_for_status().text
 
 
 def test_events_that_make_no_sense_keep_nobody_from_being_heard(shop: Shop, ours: Site) -> None:

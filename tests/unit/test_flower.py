@@ -109,6 +109,30 @@ def test_durations_are_those_of_runs_that_succeeded_lately() -> None:
     assert flower_internals.run_times(flower, ["shop.other"], 900) == {"runs": 0}
 
 
+def test_how_long_a_breakers_tasks_run_is_what_flower_knows_of_each_of_them(
+    app: Celery, serve: Serve, resilience: Resilience, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FlowerWithBreakers, "purge_offline_worker_metrics", lambda _: None)
+    resilience.breaker("gateway")
+    runtime = flower_internals.events.get_prometheus_metrics().runtime
+    for name in ("pay", "refund"):
+
+        @app.task(breaker="gateway", name=f"shop.{name}")
+        def task() -> None: ...
+
+        runtime.labels("w@h", f"shop.{name}").observe(0.3)
+    runtime.labels("other@h", "shop.pay").observe(7)
+    runtime.labels("w@h", "shop.unguarded").observe(7)
+    text = serve().get("/metrics").text
+    name = "celery_breaker_task_runtime_seconds"
+    assert f'{name}_count{{breaker="gateway",worker="w@h"}} 2.0\n' in text
+    assert f'{name}_sum{{breaker="gateway",worker="w@h"}} 0.6\n' in text
+    assert f'{name}_bucket{{breaker="gateway",le="0.25",worker="w@h"}} 0.0\n' in text
+    assert f'{name}_bucket{{breaker="gateway",le="0.5",worker="w@h"}} 2.0\n' in text
+    assert f'{name}_count{{breaker="gateway",worker="other@h"}} 1.0\n' in text
+    runtime.clear()
+
+
 def test_pages_let_only_our_own_scripts_run(site: httpx.Client) -> None:
     page = site.get("/breakers/payments")
     assert "default-src 'self'" in page.headers["content-security-policy"]

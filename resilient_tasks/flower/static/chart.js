@@ -66,8 +66,8 @@ export function perSecondOf(past) {
 
 export function draw(svg, past) {
     const {minutes, transitions, state, now} = past;
-    const to = (Math.floor(now / MINUTE) + 1) * MINUTE;
-    const from = Math.min(beginning(past, LONGEST), to - SHORTEST * MINUTE);
+    const from = beginning(past, LONGEST);
+    const to = Math.max((Math.floor(now / MINUTE) + 1) * MINUTE, from + SHORTEST * MINUTE);
     const most = roundUp(Math.max(...minutes.map((each) => KINDS.reduce((sum, kind) => sum + (each[kind] ?? 0), 0)), 1));
     const width = Math.max(320, svg.clientWidth); // one unit is one pixel, or letters would shrink in narrow windows
     const right = width - 8;
