@@ -21,6 +21,7 @@ from resilient_tasks.core.memory import ServerFacts
 from resilient_tasks.core.model import parent_of
 from resilient_tasks.errors import ResilienceError
 from resilient_tasks.monitor.report import counted, duration
+from resilient_tasks.store.base import Spec
 from resilient_tasks.store.history import History
 from resilient_tasks.worker.bootsteps import library_version, resilience, rules_of
 from resilient_tasks.worker.context import TICK_TASK, Runtime
@@ -65,17 +66,6 @@ class TaskFacts:
     time_limit: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class BreakerFacts:
-    """One breaker as this process declares it, and what waits for it or its children. Durations in seconds."""
-
-    name: str
-    trial_timeout: float
-    rules: Mapping[str, object]
-    oldest_wait: float | None = None
-    slow_call_duration: float | None = None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
     """Everything that the doctor checks. None: unknown. Durations in seconds."""
@@ -85,7 +75,8 @@ class Deployment:
     tasks: tuple[TaskFacts, ...] = ()  # that name a breaker
     mistakes: tuple[str, ...] = ()  # why workers do not start
     doubts: tuple[tuple[str, str, str], ...] = ()  # what may be a mistake in a definition, why it matters, what to do
-    breakers: tuple[BreakerFacts, ...] = ()
+    breakers: tuple[Spec, ...] = ()  # as this process declares them
+    oldest_waits: Mapping[str, float] = field(default_factory=dict)  # of tasks that wait for a breaker or its children
     keeps_results: bool = True
     undecided: Mapping[str, Sequence[str]] | None = None  # exceptions of the last hours that no rule knows, by breaker
     result_expires: float = 86400.0  # how long results, and what is known of chords, are kept; 0: for ever
@@ -115,6 +106,7 @@ def look_at(runtime: Runtime, *, timeout: float) -> Deployment:
         tasks=_tasks(runtime),
         mistakes=tuple(map(str, runtime.mistakes())),
         doubts=tuple(doubts(runtime.app, runtime.settings.unknown_overrides(runtime.breakers))),
+        breakers=tuple(runtime.specs()),
         keeps_results=not isinstance(runtime.app.backend, DisabledBackend),
         result_expires=runtime.result_ttl,
         prefetch_multiplier=conf.worker_prefetch_multiplier,
@@ -128,7 +120,7 @@ def look_at(runtime: Runtime, *, timeout: float) -> Deployment:
 
 def _look_at_store(runtime: Runtime, workers: tuple[WorkerFacts, ...] | None) -> dict[str, Any]:
     waits: dict[str, float] = {}
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"oldest_waits": waits}
     ledger = runtime.fleet.ledger
     try:
         found["store"] = ServerFacts.of("store", *ledger.server_info())
@@ -146,17 +138,7 @@ def _look_at_store(runtime: Runtime, workers: tuple[WorkerFacts, ...] | None) ->
         found["undecided"] = _undecided(runtime.fleet.history, runtime.breakers)
         found["orphans"] = None if workers is None else _orphans(runtime, workers)
     except ResilienceError as error:
-        found = {"store_trouble": str(error)}
-    found["breakers"] = tuple(
-        BreakerFacts(
-            name=spec.name,
-            trial_timeout=spec.policy.trial_timeout,
-            rules=rules_of(spec),
-            oldest_wait=waits.get(spec.name),
-            slow_call_duration=spec.policy.slow_call_duration,
-        )
-        for spec in runtime.specs()
-    )
+        return {"store_trouble": str(error)}
     return found
 
 
@@ -335,9 +317,10 @@ def _elsewhere(deployment: Deployment) -> _Items:
 def _other_policies(deployment: Deployment) -> _Items:
     for worker in _answering(deployment):
         for breaker in deployment.breakers:
-            theirs = worker.policies.get(breaker.name, breaker.rules)
-            differ = sorted(name for name in breaker.rules if breaker.rules[name] != theirs.get(name))
-            if dict(theirs) != dict(breaker.rules):
+            ours = rules_of(breaker)
+            theirs = worker.policies.get(breaker.name, ours)
+            differ = sorted(name for name in ours if ours[name] != theirs.get(name))
+            if dict(theirs) != ours:
                 yield worker.name, breaker.name, ", ".join(differ)
 
 
@@ -356,7 +339,7 @@ def _not_deployed(deployment: Deployment) -> _Items:
 
 
 def _may_hang(deployment: Deployment) -> _Items:
-    unbounded = {breaker.name for breaker in deployment.breakers if breaker.slow_call_duration is None}
+    unbounded = {breaker.name for breaker in deployment.breakers if breaker.policy.slow_call_duration is None}
     tasks = [task for task in deployment.tasks if not task.time_limit and unbounded.issuperset(task.breakers)]
     for name in sorted({name for task in tasks for name in task.breakers}):
         yield ", ".join(sorted(task.name for task in tasks if name in task.breakers)), name
@@ -364,13 +347,13 @@ def _may_hang(deployment: Deployment) -> _Items:
 
 def _long_waits(deployment: Deployment) -> _Items:
     _known(deployment.store)
-    for breaker in deployment.breakers:
-        if breaker.oldest_wait and 0 < deployment.result_expires <= breaker.oldest_wait:
-            yield duration(breaker.oldest_wait), breaker.name, duration(deployment.result_expires)
+    for breaker, wait in deployment.oldest_waits.items():
+        if 0 < deployment.result_expires <= wait:
+            yield duration(wait), breaker, duration(deployment.result_expires)
 
 
 def _short_trials(deployment: Deployment) -> _Items:
-    timeouts = {breaker.name: breaker.trial_timeout for breaker in deployment.breakers}
+    timeouts = {breaker.name: breaker.policy.trial_timeout for breaker in deployment.breakers}
     for task in deployment.tasks:
         for name in task.breakers:
             if task.time_limit and timeouts.get(name, task.time_limit) < task.time_limit:

@@ -13,20 +13,24 @@ from typing import Any
 import pytest
 
 from resilient_tasks.core.memory import ServerFacts
-from resilient_tasks.operations.doctor import CHECKS, BreakerFacts, Deployment, Level, TaskFacts, WorkerFacts, examine
+from resilient_tasks.operations.doctor import CHECKS, Deployment, Level, TaskFacts, WorkerFacts, examine
+from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.store.base import Spec
+from resilient_tasks.worker.bootsteps import rules_of
 
-RULES = {"window": 30_000, "trial_calls": 3}
+PAYMENTS, TIMED = Spec("payments"), Spec("payments", BreakerPolicy(slow_call_duration=2.0))
+RULES = rules_of(PAYMENTS)
 STORE = ServerFacts("store", (7, 0, 15), "redis", "noeviction", maxmemory=10**9, persistent=True)
 BROKER = replace(STORE, role="broker")
 WORKER = WorkerFacts("celery@one", "1.0", "resilient.control", clock_ahead=0.1, policies={"payments": RULES})
 TASK = TaskFacts("charge", ("payments",), defers=True, acks_late=True, time_limit=30.0)
 UNBOUNDED = replace(TASK, time_limit=None)
-PAYMENTS = BreakerFacts("payments", trial_timeout=60.0, rules=RULES, oldest_wait=12.0)
 SOUND = Deployment(
     version="1.0",
     control_queue="resilient.control",
     tasks=(TASK,),
     breakers=(PAYMENTS,),
+    oldest_waits={"payments": 12.0},
     store=STORE,
     broker=BROKER,
     visibility_timeout=3600.0,
@@ -74,7 +78,12 @@ def test_a_sound_deployment_is_well() -> None:
         ("pools", "warning", "celery@two cannot add a slot", worker(can_grow=False)),
         ("versions", "error", "celery@two runs without", worker(version=None)),
         ("versions", "warning", "0.9, here it is 1.0", worker(version="0.9")),
-        ("policies", "warning", "payments otherwise: window", worker(policies={"payments": {**RULES, "window": 1}})),
+        (
+            "policies",
+            "warning",
+            "payments otherwise: window",
+            worker(policies={"payments": {**RULES, "window": 1}}),
+        ),
         ("clocks", "warning", "celery@two is 1 min ahead of", worker(clock_ahead=60.0)),
         ("clocks", "warning", "this machine is 1 min behind", {"clock_ahead": -60.0}),
         ("undefined breakers", "warning", "2 tasks wait for breaker mail", {"orphans": {"mail": 2}}),
@@ -91,7 +100,7 @@ def test_a_sound_deployment_is_well() -> None:
         ("acks_late", "warning", "charge may be deferred", {"tasks": (replace(TASK, acks_late=False),)}),
         ("results", "warning", "no result backend", {"keeps_results": False}),
         ("result_expires", "error", "waited 12 s", {"result_expires": 10.0}),
-        ("trial_timeout", "warning", "is 10 s", {"breakers": (replace(PAYMENTS, trial_timeout=10.0),)}),
+        ("trial_timeout", "warning", "is 10 s", {"breakers": (Spec("payments", BreakerPolicy(trial_timeout=10.0)),)}),
         ("visibility_timeout", "warning", "is 20 s", {"visibility_timeout": 20.0}),
         ("prefetch", "warning", "multiplier is 0", {"prefetch_multiplier": 0}),
     ],
@@ -110,7 +119,11 @@ def test_a_check_finds_what_is_wrong(check: str, level: str, said: str, wrong: d
         {"store": replace(STORE, version=(8, 1), product="valkey")},
         {"result_expires": 0.0},
         {"tasks": (replace(TASK, defers=False, acks_late=False),)},
-        {"tasks": (UNBOUNDED,), "breakers": (replace(PAYMENTS, slow_call_duration=2.0),)},
+        {
+            "tasks": (UNBOUNDED,),
+            "breakers": (TIMED,),
+            "workers": (replace(WORKER, policies={"payments": rules_of(TIMED)}),),
+        },
         {"breakers": (PAYMENTS, replace(PAYMENTS, name="stock"))},  # of guards in a web process: no worker need know it
         {"broker": None, "visibility_timeout": None},  # RabbitMQ
         {"tick_age": 15.0, "tick_sender_age": 50.0},
