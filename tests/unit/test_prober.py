@@ -76,14 +76,18 @@ def told(resilience: Resilience) -> list[Transition]:
 
 
 class Dependency:
-    """A health check that a test can make fail."""
+    """A health check that a test can make fail, or hang until it is released."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, hangs: bool = False) -> None:
         self.failure: BaseException | None = None
         self.asked = 0
+        self.released = threading.Event()
+        if not hangs:
+            self.released.set()
 
     def __call__(self) -> None:
         self.asked += 1
+        self.released.wait(60)
         if self.failure is not None:
             raise self.failure
 
@@ -139,17 +143,15 @@ def test_an_interval_spaces_the_trials_of_all_workers(app: Celery, rounds: Round
 
 
 def test_a_probe_that_hangs_has_failed_when_its_time_is_up(rounds: Rounds, payments: Breaker) -> None:
-    released = threading.Event()
-    payments.probe(lambda: released.wait(60), timeout=0.05)
+    check = payments.probe(Dependency(hangs=True), timeout=0.05)
     rounds.half_open(payments)
     assert rounds.run(payments) is State.OPEN
     assert payments.snapshot().reason.endswith("last: probe: no answer within 0.05 s")
-    released.set()
+    check.released.set()
 
 
 def test_one_that_hangs_delays_no_other(resilience: Resilience, rounds: Rounds, payments: Breaker) -> None:
-    released = threading.Event()
-    payments.probe(lambda: released.wait(60))
+    check = payments.probe(Dependency(hangs=True))
     mail = resilience.breaker("mail", trial_calls=1)
     mail.probe(Dependency())
     for breaker in (payments, mail):
@@ -157,29 +159,23 @@ def test_one_that_hangs_delays_no_other(resilience: Resilience, rounds: Rounds, 
     rounds.begin(payments)
     assert rounds.run(mail) is State.CLOSED
     assert rounds.prober._watching["payments"].is_alive()
-    released.set()
+    check.released.set()
 
 
 def test_runs_that_hang_are_not_piled_up(
     rounds: Rounds, payments: Breaker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(probe_module, "MOST_ABANDONED", 2)
-    released, begun = threading.Event(), []
-
-    def ping() -> None:
-        begun.append(1)
-        released.wait(60)
-
-    payments.probe(ping, timeout=0.01, active=True, failures_before_open=99)
+    check = payments.probe(Dependency(hangs=True), timeout=0.01, active=True, failures_before_open=99)
     with caplog.at_level(logging.ERROR):
         rounds.check(payments, times=4)
-    wait_until(lambda: len(begun) >= 2)
-    assert len(begun) == 2
+    wait_until(lambda: check.asked >= 2)
+    assert check.asked == 2
     assert "2 probes of breaker 'payments' hang" in caplog.text
     assert payments.snapshot().failed_checks == 4
-    released.set()
+    check.released.set()
     wait_until(lambda: not any(run.is_alive() for run, _ in rounds.prober._running["payments"]))
-    payments.probe(ping, active=True, failures_before_open=99)
+    payments.probe(check, active=True, failures_before_open=99)
     rounds.check(payments)
     assert payments.snapshot().failed_checks == 0
 
@@ -189,16 +185,10 @@ def test_one_that_hangs_for_very_long_is_no_longer_counted(
 ) -> None:
     monkeypatch.setattr(probe_module, "MOST_ABANDONED", 1)
     monkeypatch.setattr(probe_module, "GIVEN_UP_AFTER", 0.0)
-    released, begun = threading.Event(), []
-
-    def ping() -> None:
-        begun.append(1)
-        released.wait(60)
-
-    payments.probe(ping, timeout=0.01, active=True, failures_before_open=99)
+    check = payments.probe(Dependency(hangs=True), timeout=0.01, active=True, failures_before_open=99)
     rounds.check(payments, times=3)
-    wait_until(lambda: len(begun) == 3)
-    released.set()
+    wait_until(lambda: check.asked == 3)
+    check.released.set()
 
 
 # --- active -------------------------------------------------------------------------------------------
@@ -231,18 +221,13 @@ def test_two_workers_make_each_check_once(app: Celery, rounds: Rounds, payments:
 
 
 def test_a_check_that_ends_after_the_breaker_has_moved_says_nothing(rounds: Rounds, payments: Breaker) -> None:
-    released = threading.Event()
-
-    def ping() -> None:
-        released.wait(60)
-        raise ConnectionError
-
-    payments.probe(ping, active=True, failures_before_open=1)
+    check = payments.probe(Dependency(hangs=True), active=True, failures_before_open=1)
+    check.failure = ConnectionError()
     payments._dependency.fleet.store.advance(payments._dependency.spec)
     rounds.clock.advance(10)
     rounds.begin(payments)
     payments.disable()
-    released.set()
+    check.released.set()
     assert rounds.run(payments) is State.DISABLED
     payments.reset()
     assert payments.snapshot().failed_checks == 0
