@@ -77,18 +77,7 @@ def assert_guarded(app: Celery, task: Any, **options: Any) -> None:
 # --- whatever class the app has, and whenever it was set ----------------------------------------------
 
 
-def by_string() -> tuple[Celery, Resilience]:
-    app = new_app(task_cls="tests.unit.test_definitions:Audited")
-    return app, Resilience(app)
-
-
-def by_class() -> tuple[Celery, Resilience]:
-    app = new_app(task_cls=Audited)
-    return app, Resilience(app)
-
-
-def by_class_of_the_app() -> tuple[Celery, Resilience]:
-    app = new_app(OwnApp)
+def with_resilience(app: Celery) -> tuple[Celery, Resilience]:
     return app, Resilience(app)
 
 
@@ -102,13 +91,13 @@ def set_later() -> tuple[Celery, Resilience]:
 def by_attribute() -> tuple[Celery, Resilience]:
     app = new_app()
     app.Task = type("ContextTask", (Audited, app.Task), {"abstract": True})
-    return app, Resilience(app)
+    return with_resilience(app)
 
 
 def used_before() -> tuple[Celery, Resilience]:
     app = new_app(task_cls=Audited)
     assert issubclass(app.Task, Audited)
-    return app, Resilience(app)
+    return with_resilience(app)
 
 
 def by_init_app() -> tuple[Celery, Resilience]:
@@ -118,7 +107,16 @@ def by_init_app() -> tuple[Celery, Resilience]:
 
 
 @pytest.mark.parametrize(
-    "make", [by_string, by_class, by_class_of_the_app, set_later, by_attribute, used_before, by_init_app]
+    "make",
+    [
+        lambda: with_resilience(new_app(task_cls="tests.unit.test_definitions:Audited")),
+        lambda: with_resilience(new_app(task_cls=Audited)),
+        lambda: with_resilience(new_app(OwnApp)),
+        set_later,
+        by_attribute,
+        used_before,
+        by_init_app,
+    ],
 )
 def test_the_apps_own_class_stays_and_is_ours(make: Callable[[], tuple[Celery, Resilience]]) -> None:
     app, resilience = make()
@@ -168,9 +166,12 @@ def test_shared_tasks_from_before_and_after_the_app() -> None:
 
 
 @pytest.mark.parametrize("as_instance", [True, False])
+@pytest.mark.parametrize("of_app", [True, False])
 @pytest.mark.parametrize("own_name", ["charge", None])
-def test_classes(app: Celery, resilience: Resilience, own_name: str | None, *, as_instance: bool) -> None:
-    class Charge(ResilientTask):
+def test_classes(app: Celery, resilience: Resilience, own_name: str | None, *, of_app: bool, as_instance: bool) -> None:
+    base: Any = app.Task if of_app else ResilientTask
+
+    class Charge(base):
         name = own_name
         breaker = "payments"
         max_attempts = 2
@@ -181,16 +182,6 @@ def test_classes(app: Celery, resilience: Resilience, own_name: str | None, *, a
     task = app.register_task(Charge() if as_instance else Charge)
     assert task.name == own_name or task.name.endswith(".Charge")
     assert_guarded(app, task, max_attempts=2)
-
-
-def test_a_class_from_the_apps_own_base(app: Celery, resilience: Resilience) -> None:
-    class Charge(app.Task):
-        breaker = "payments"
-
-        def run(self, order: int) -> int:
-            return order
-
-    assert_guarded(app, app.register_task(Charge()))
 
 
 def test_a_mistake_in_a_class_without_a_name_names_the_task(app: Celery, resilience: Resilience) -> None:
@@ -280,12 +271,8 @@ DERIVE = "is no ResilientTask: derive it from resilient_tasks.ResilientTask:"
 # --- what cannot be guarded is said wherever it is used -----------------------------------------------
 
 
-def plain_base(app: Celery) -> Any:
-    return app.task(name="charge", shared=False, base=Audited, breaker="payments")(charge)
-
-
-def stock_base(app: Celery) -> Any:
-    return app.task(name="charge", shared=False, base=Task, breaker="payments")(charge)
+def with_base(base: type) -> Callable[[Celery], Any]:
+    return lambda app: app.task(name="charge", shared=False, base=base, breaker="payments")(charge)
 
 
 def breaker_set_afterwards(app: Celery) -> Any:
@@ -295,18 +282,15 @@ def breaker_set_afterwards(app: Celery) -> Any:
     return task
 
 
-def mixed_base(app: Celery) -> Any:
-    mixin = type("Locking", (Task,), {"abstract": True})
-    base = type("Mine", (Audited, mixin), {"abstract": True})
-    return app.task(name="charge", shared=False, base=base, breaker="payments")(charge)
+MIXED = type("Mine", (Audited, type("Locking", (Task,), {"abstract": True})), {"abstract": True})
 
 
 @pytest.mark.parametrize(
     ("define", "advice"),
     [
-        (plain_base, f"its base Audited {DERIVE} class Audited(ResilientTask)"),
-        (mixed_base, f"its base Mine {DERIVE} class Mine(ResilientTask, Audited, Locking)"),
-        (stock_base, "its base Task is no ResilientTask: leave base= out, and call Resilience(app) before"),
+        (with_base(Audited), f"its base Audited {DERIVE} class Audited(ResilientTask)"),
+        (with_base(MIXED), f"its base Mine {DERIVE} class Mine(ResilientTask, Audited, Locking)"),
+        (with_base(Task), "its base Task is no ResilientTask: leave base= out, and call Resilience(app) before"),
         (breaker_set_afterwards, "in an attribute of the instance: give it in the decorator, the class or"),
     ],
 )
