@@ -41,14 +41,6 @@ def test_an_app_may_come_later(app: Celery) -> None:
     runtime_of(app).validate()
 
 
-def test_an_app_that_made_its_tasks_before_is_told_at_start_up(app: Celery) -> None:
-    define(app, breaker="payments")
-    app.finalize()
-    Resilience(app).breaker("payments")
-    with pytest.raises(ConfigurationError, match=r"task 'charge' names breaker 'payments' but .* no ResilientTask"):
-        runtime_of(app).validate()
-
-
 def test_a_breaker_may_be_defined_after_the_tasks_that_name_it(app: Celery) -> None:
     resilience = Resilience(app)
     define(app, breaker="payments")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tenacity
-from celery import Celery, Task, shared_task
+from celery import Celery, Task
 from celery.app.trace import task_has_custom
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Resilience, ResilientTask, cached, constant
@@ -272,19 +272,6 @@ def test_autoretry_goes_on_working(app: Celery, run: Any, payments: Breaker, clo
     assert insistent.delay().get() == 2
     clock.settle()
     assert payments.snapshot().failures == 1
-
-
-def test_a_shared_task_may_name_a_breaker(app: Celery, payments: Breaker) -> None:
-    @shared_task(name="shared-charge", breaker="payments", fallback=constant("n/a"))
-    def charge(number: int) -> int:
-        return number
-
-    app.finalize()
-    task = app.tasks["shared-charge"]
-    assert isinstance(task, ResilientTask)
-    assert task.delay(7).get() == 7
-    force(payments, "OPEN")
-    assert task.delay(7).get() == "n/a"
 
 
 # --- tasks without a breaker ------------------------------------------------------------------------

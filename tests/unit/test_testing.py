@@ -85,16 +85,6 @@ def test_an_eager_task_is_served_by_its_fallback_while_open(app: Celery, payment
     assert balance.apply(args=[1]).get() == 0
 
 
-def test_an_eager_task_without_fallback_is_refused_while_open(app: Celery, payments: Breaker, clock: Clock) -> None:
-    @app.task(breaker=payments)
-    def charge(order_id: int) -> int:
-        return order_id
-
-    force(payments, "OPEN")
-    with pytest.raises(BreakerOpenError, match="payments"):
-        charge.apply(args=[1]).get()
-
-
 def test_a_breaker_defined_inside_goes_by_the_same_clock(resilience: Resilience, clock: Clock) -> None:
     mail = resilience.breaker("mail", open_duration=5, open_jitter=0)
     force(mail, "OPEN")
