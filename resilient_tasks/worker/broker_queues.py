@@ -114,9 +114,9 @@ class RedisQueues(Queues):
         return bool(answer)
 
     @contextlib.contextmanager
-    def peek(self, queue: str, breaker: str, *, start: int = 0) -> Iterator[Iterator[Entry]]:
-        texts = itertools.chain.from_iterable(self._oldest(celery_internals.list_key(self.channel, queue), start))
-        yield (self._decoded(queue, breaker, text) for text in texts)
+    def peek(self, queue: str, breaker: str, *, start: int = 0, most: int = 0) -> Iterator[Iterator[Entry]]:
+        replies = self._oldest(celery_internals.list_key(self.channel, queue), start, most)
+        yield (self._decoded(queue, breaker, text) for text in itertools.chain.from_iterable(replies))
 
     def _decoded(self, queue: str, breaker: str, text: bytes) -> Entry:
         try:
@@ -157,7 +157,7 @@ class RedisQueues(Queues):
         raw["headers"] = envelope.write(raw["headers"]) if envelope else without_envelope(raw["headers"])
         return raw
 
-    def _oldest(self, key: str, start: int = 0, page: int = _PAGE) -> Iterator[list[bytes]]:
+    def _oldest(self, key: str, start: int, most: int) -> Iterator[list[bytes]]:
         """Read a list from its oldest message on, but for the first ``start``, reply by reply.
 
         Large messages come a few at a time: until it is sent, a reply takes memory of the server as well.
@@ -168,7 +168,8 @@ class RedisQueues(Queues):
             yield reply[::-1]
             if len(reply) < count:
                 return
-            start += count
+            start, most = start + count, most - count
+            page = most if 0 < most < _PAGE else _PAGE
             count = max(1, min(page, 4 * count, _REPLY_SIZE * count // (sum(map(len, reply)) or 1)))
 
     def size(self, *queues: str) -> int:
@@ -331,7 +332,7 @@ class PublishedQueues(Queues):
             logger.warning("a message could not be acknowledged or requeued", exc_info=True)
 
     @contextlib.contextmanager
-    def peek(self, queue: str, breaker: str, *, start: int = 0) -> Iterator[Iterator[Entry]]:
+    def peek(self, queue: str, breaker: str, *, start: int = 0, most: int = 0) -> Iterator[Iterator[Entry]]:  # noqa: ARG002 - fetched one by one
         held: list[Any] = []
         with self._exclusive():
             self._declare(queue)

@@ -85,7 +85,7 @@ class DeferredTasks:
         """
         ledger, queue = self._runtime.fleet.ledger, self.queues.deferred(breaker)
         made: list[Move] = []
-        with self.queues.peek(queue, breaker, start=start) as entries:
+        with self.queues.peek(queue, breaker, start=start, most=most) as entries:
             offered = _page(entries, most)
             planned = list(choose([entry for entry in offered if not entry.flaw]))
             flawed = [entry for entry in offered if entry.flaw]
@@ -360,7 +360,7 @@ class Resumer:
 
         resumed: list[str] = []
         # into a free slot goes one task: to read hundreds for it would take ten times as long
-        most = PAGE if unfailed_first or only is not None else min(max(2 * limit, SMALLEST_PAGE), PAGE)
+        most = PAGE if unfailed_first or only is not None else min(limit + SMALLEST_PAGE, PAGE)
         for moves in self._tasks.transfer_all(breaker.name, choose, enough=lambda: left <= 0, most=most):
             gone = [move for move in moves if move.resumes]
             origins = (going.pop(move.entry.task_id, None) for move in gone)

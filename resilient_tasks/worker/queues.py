@@ -201,8 +201,13 @@ class Queues(ABC):
         """
 
     @abstractmethod
-    def peek(self, queue: str, breaker: str, *, start: int = 0) -> AbstractContextManager[Iterator[Entry]]:
-        """Open one of a breaker's queues: its messages from number ``start`` on, oldest first, stay where they are."""
+    def peek(
+        self, queue: str, breaker: str, *, start: int = 0, most: int = 0
+    ) -> AbstractContextManager[Iterator[Entry]]:
+        """Open one of a breaker's queues: its messages from number ``start`` on, oldest first, stay where they are.
+
+        A caller that knows that it wants ``most`` says so: no more need be fetched.
+        """
 
     @abstractmethod
     def move(self, queue: str, moves: Sequence[Move]) -> Iterator[Move]:

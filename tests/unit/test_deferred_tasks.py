@@ -59,7 +59,7 @@ def entry() -> Entry:
 
 
 @pytest.mark.parametrize(("limit", "options", "most"), [
-    (1, {}, SMALLEST_PAGE), (100, {}, 200), (PAGE, {}, PAGE), (1, {"only": ["an-id"]}, PAGE),
+    (1, {}, 1 + SMALLEST_PAGE), (100, {}, 100 + SMALLEST_PAGE), (PAGE, {}, PAGE), (1, {"only": ["an-id"]}, PAGE),
     (1, {"unfailed_first": True}, PAGE),
 ])  # fmt: skip
 def test_no_more_is_read_than_free_slots_need(
