@@ -132,8 +132,10 @@ class Ledger:
 
     def revoked(self, names: Sequence[str]) -> dict[str, float]:
         """Return those of ``names`` that were revoked, with the time of the latest revoke, in seconds."""
-        scores = self._server.commands([("ZSCORE", self._keys.revoked, name) for name in names])
-        return {name: at / 1000 for name, at in zip(names, scores, strict=True) if at is not None}
+        asked = portions(names)
+        found = self._server.commands([("ZMSCORE", self._keys.revoked, *some) for some in asked])
+        scores = chain.from_iterable(each or [None] * len(some) for each, some in zip(found, asked, strict=True))
+        return {name: float(at) / 1000 for name, at in zip(names, scores, strict=True) if at is not None}
 
     # --- coalescing ---------------------------------------------------------------------------------
 
