@@ -26,7 +26,7 @@ from contextlib import contextmanager
 
 from resilient_tasks.app import Resilience
 from resilient_tasks.breaker import Breaker
-from resilient_tasks.core.model import Snapshot, State, Verb
+from resilient_tasks.core.model import TARGETS, Snapshot, State
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.store.local import LocalStore
 
@@ -34,13 +34,7 @@ _BEGINNING = 1_000_000.0
 _TIMEOUT = 5.0  # seconds for outcomes of calls to reach the store in memory
 _POLL_INTERVAL = 0.02  # seconds
 
-_VERB_TO = {
-    "CLOSED": Verb.RESET,
-    "OPEN": Verb.TRIP,
-    "FORCED_OPEN": Verb.ISOLATE,
-    "DISABLED": Verb.DISABLE,
-    "SHADOW": Verb.SHADOW,
-}
+_VERB_TO = {str(state): verb for verb, state in TARGETS.items()}
 
 
 class Clock:

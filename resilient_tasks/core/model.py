@@ -136,15 +136,25 @@ def voter_of(task_id: str | None) -> str:
 
 
 class Verb(str, Enum):
-    """What an operator can do to a breaker, and the state it leads to."""
+    """What an operator can do to a breaker."""
 
-    TRIP = "trip"  # OPEN, as if it had tripped
-    ISOLATE = "isolate"  # FORCED_OPEN
-    DISABLE = "disable"  # DISABLED
-    SHADOW = "shadow"  # SHADOW
-    RESET = "reset"  # CLOSED with an empty window
+    TRIP = "trip"
+    ISOLATE = "isolate"
+    DISABLE = "disable"
+    SHADOW = "shadow"
+    RESET = "reset"
 
     __str__ = str.__str__
+
+
+#: The state that each leads to.
+TARGETS = {
+    Verb.RESET: State.CLOSED,  # without evidence
+    Verb.TRIP: State.OPEN,  # as if it had tripped
+    Verb.ISOLATE: State.FORCED_OPEN,
+    Verb.DISABLE: State.DISABLED,
+    Verb.SHADOW: State.SHADOW,
+}
 
 
 @dataclass(frozen=True, slots=True)

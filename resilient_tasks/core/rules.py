@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from resilient_tasks.core.model import Calls, Outcome, Snapshot, State, Transition, Verb
+from resilient_tasks.core.model import TARGETS, Calls, Outcome, Snapshot, State, Transition, Verb
 from resilient_tasks.policy import ADAPTIVE, BreakerPolicy
 
 COUNTING = frozenset({State.CLOSED, State.SHADOW})
@@ -32,13 +32,6 @@ UNIT = 1_000_000  # one bad call
 _ALL = 10**15  # more than any score: a success takes all of it
 MOST_TASKS = 1000  # remembered per score; a run of one more adds again
 BUCKETS = 5  # of a quarter of the window each: sums for people cover one window to one and a quarter
-_TARGETS = {
-    Verb.TRIP: State.OPEN,
-    Verb.ISOLATE: State.FORCED_OPEN,
-    Verb.DISABLE: State.DISABLED,
-    Verb.SHADOW: State.SHADOW,
-    Verb.RESET: State.CLOSED,
-}
 
 
 def to_ms(seconds: float) -> int:
@@ -575,7 +568,7 @@ def _after_trials(seen: Seen, cause: str, retry_after: int | None, jitter: float
 
 def command(seen: Seen, verb: Verb, reason: str, actor: str, jitter: float) -> Change | None:
     """Return what an operator's verb makes of a breaker; None: it is in that state already."""
-    target = _TARGETS[verb]
+    target = TARGETS[verb]
     if seen.state is not target:
         openings = 0 if verb is Verb.RESET else None
         change = seen.enter(target, reason, actor, jitter=jitter, openings=openings)

@@ -94,4 +94,4 @@ def _shared_lab(url: str, client: redis.Redis, on_end: Callable[[Callable[[], ob
         on_end(opened.close)
         return opened
 
-    return Lab(store("test"), ServerClock(client), lambda: store("other"))
+    return Lab(store("test"), ServerClock(client=client), lambda: store("other"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 import redis
@@ -50,16 +50,10 @@ def ledger_of(store: Store) -> Ledger:
     return store.ledger
 
 
-class Clock(Protocol):
-    """A clock that stands still until it is advanced."""
-
-    def __call__(self) -> float: ...
-
-    def advance(self, seconds: float) -> None: ...
-
-
 @dataclass
 class LocalClock:
+    """A clock that stands still until it is advanced."""
+
     now: float = START
 
     def __call__(self) -> float:
@@ -70,23 +64,16 @@ class LocalClock:
 
 
 @dataclass
-class ServerClock:
+class ServerClock(LocalClock):
     """The time in keys of the server, where ``CLOCK_LUA`` reads it: a script reads only keys of its own node."""
 
-    client: redis.Redis
-    now: float = START
+    client: redis.Redis = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        self.set()
-
-    def __call__(self) -> float:
-        return self.now
+        self.advance(0)
 
     def advance(self, seconds: float) -> None:
-        self.now = round(self.now + seconds, 3)
-        self.set()
-
-    def set(self) -> None:
+        super().advance(seconds)
         for key in CLOCK_KEYS:
             self.client.set(key, round(self.now * 1000))
 
@@ -96,7 +83,7 @@ class Lab:
     """A store, the clock it goes by, and a way to open it a second time under another namespace."""
 
     store: Store
-    clock: Clock
+    clock: LocalClock
     other_namespace: Callable[[], Store]
 
     @property
@@ -123,7 +110,7 @@ class Subject:
     """A breaker under test. ``calls`` are letters: S success, F failure, L slow (late), I ignored, O overdue."""
 
     store: Store
-    clock: Clock
+    clock: LocalClock
     spec: Spec
     transitions: list[Transition] = field(default_factory=list)
 
