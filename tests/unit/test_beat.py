@@ -33,11 +33,6 @@ def resilience(app: Celery) -> Resilience:
     return Resilience(app, tick_interval=0.5)
 
 
-@pytest.fixture
-def payments(resilience: Resilience) -> Breaker:
-    return resilience.breaker("payments")
-
-
 class StoreWithDeferredTask(LocalStore):
     """A store that knows of one task that waits."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from celery import Celery
 
@@ -13,19 +11,8 @@ from resilient_tasks.testing import Clock, force, in_memory
 
 
 @pytest.fixture
-def resilience(app: Celery) -> Resilience:
-    return Resilience(app)
-
-
-@pytest.fixture
 def payments(resilience: Resilience) -> Breaker:
     return resilience.breaker("payments", minimum_calls=4, open_duration=10, trial_calls=2, open_jitter=0, ramp=0)
-
-
-@pytest.fixture
-def clock(resilience: Resilience, payments: Breaker) -> Iterator[Clock]:
-    with in_memory(resilience) as clock:
-        yield clock
 
 
 def fail() -> None:
