@@ -63,7 +63,7 @@ class RabbitMQ:
     def delete_queues(self, prefix: str) -> None:
         """Delete all queues whose names begin with ``prefix``, with what is in them. Takes a second or two."""
         names = self.control("list_queues", "name").split()
-        with Connection(self.url) as connection:
+        with Connection(self.url, connect_timeout=60) as connection:
             for name in names:
                 if name.startswith(prefix):
                     connection.default_channel.queue_delete(name)

@@ -89,7 +89,7 @@ def test_whoever_comes_first(depot: Callable[..., Depot], fresh: RabbitMQ, defau
 def test_what_exists_otherwise_is_an_error_and_holds_up_nothing(
     depot: Callable[..., Depot], fresh: RabbitMQ, arguments: dict[str, Any]
 ) -> None:
-    with Connection(fresh.url) as connection:
+    with Connection(fresh.url, connect_timeout=60) as connection:
         Queue(CONTROL, queue_arguments=arguments)(connection.default_channel).declare()
         Queue(DEFERRED, queue_arguments={"x-max-priority": 5})(connection.default_channel).declare()
     otherwise = depot(queue="depot-otherwise")

@@ -142,7 +142,7 @@ def test_rights_that_are_granted_later_are_used(restricted: RabbitMQ, depot: Cal
 
 @pytest.mark.rabbitmq
 def test_queues_that_an_operator_declares_need_no_right_to_configure(restricted: RabbitMQ) -> None:
-    with Connection(restricted.url) as connection:
+    with Connection(restricted.url, connect_timeout=60) as connection:
         own_queue("resilient.deferred.payments")(connection.default_channel).declare()
     restricted.control("set_permissions", "-p", "/", USER, "^$", r"^amq\.default$", r"^resilient\..*$")
     queues = PublishedQueues(Celery("app", broker=url_of(restricted), set_as_current=False), "resilient")

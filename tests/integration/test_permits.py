@@ -130,7 +130,7 @@ def choices() -> random.Random:
 
 
 def test_sixteen_processes_killed_at_random_never_exceed_the_permits(shop: Shop, choices: random.Random) -> None:
-    service, store = Service(choices, healthy=0.8), RedisStore(shop.server.url(), namespace="permits")
+    service, store = Service(choices, healthy=0.8), RedisStore(shop.server.url(), namespace="permits", timeout=20.0)
     with service.open() as address, Chronicle(store).kept() as chronicle, ticking(store):
         herd = Herd(shop, address, choices)
         for _ in range(PROCESSES):
@@ -146,7 +146,7 @@ def test_sixteen_processes_killed_at_random_never_exceed_the_permits(shop: Shop,
 
 
 def test_workers_killed_at_random_never_exceed_the_permits(shop: Shop, choices: random.Random) -> None:
-    service, store = Service(choices, healthy=0.0), RedisStore(shop.server.url(), namespace="resilient")
+    service, store = Service(choices, healthy=0.0), RedisStore(shop.server.url(), namespace="resilient", timeout=20.0)
     with service.open() as address, Chronicle(store).kept() as chronicle:
         shop.side.set("service", address)
         shop.knocked.trip()

@@ -207,7 +207,7 @@ def test_no_message_is_looked_at_too_often(rabbitmq: RabbitMQ) -> None:
     app.conf.broker_transport_options = {"confirm_publish": False}
     queues = PublishedQueues(app, "often")
     limited = {"x-queue-type": "quorum", "x-delivery-limit": 20}
-    with Connection(rabbitmq.url) as connection:
+    with Connection(rabbitmq.url, connect_timeout=60) as connection:
         channel = connection.default_channel
         Queue(queues.deferred("payments"), queue_arguments=limited)(channel).declare()
         Queue("often")(channel).declare()

@@ -91,7 +91,7 @@ def visit(address: str, name: str, *, caller: int) -> None:
 def call_all_the_time(store_url: str, address: str, seed: int) -> None:
     """Call one dependency after the other; whatever is no trial fails, so that breakers soon open again."""
     choices = random.Random(seed)
-    resilience = Resilience(store_url=store_url, namespace="permits")
+    resilience = Resilience(store_url=store_url, store_timeout=20, namespace="permits")
     breakers = [resilience.breaker(name, POLICY) for name in NAMES]
     while True:
         breaker = choices.choice(breakers)
