@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from resilient_tasks import BreakerOpenError
 from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.core.outage import Outage
 from tests.integration.conftest import PATIENCE, Shop
@@ -22,7 +23,13 @@ def test_an_outage_is_told_as_it_was(shop: Shop) -> None:
     charges = [shop.charge.delay(order) for order in range(ORDERS)]
     shop.wait(lambda: shop.waiting("payments") == ORDERS, "all to wait")
     shop.wait(lambda: shop.accounts.snapshot().state == State.OPEN or not shop.balance.delay(1), "accounts to open")
-    shop.wait_state(shop.strict.delay(1), "FAILURE")
+
+    def is_refused() -> bool:
+        result = shop.strict.delay(1)
+        shop.wait_state(result, "FAILURE")
+        return isinstance(result.result, BreakerOpenError)
+
+    shop.wait(is_refused)  # and no trial
 
     def estimate() -> Any:
         return shop.resilience.estimate("payments")
@@ -79,6 +86,7 @@ def test_outages_of_a_tenant_and_by_hand_are_told_as_they_were(shop: Shop) -> No
     shop.wait_done(*bills)
 
     shop.payments.isolate(reason="maintenance", actor="ann@desk")
+    shop.wait_until_known("payments")
     charges = [shop.charge.delay(order) for order in range(5)]
     shop.wait(lambda: shop.waiting("payments") == len(charges), "all to wait")
     shop.resilience.deferred.drop("payments", [charges[0].id])

@@ -52,7 +52,7 @@ def test_a_refusal_inside_the_body_uses_no_retry_up(running: Shop) -> None:
 
 def test_trials_use_no_retries_up_and_count(running: Shop) -> None:
     running.set_health("payments", "down")
-    running.payments.trip(reason="test")
+    running.trip("payments")
     result = running.doomed.delay()
     running.wait(lambda: len(running.runs("doomed")) >= 3, "trials to fail")
     assert result.state == "DEFERRED"
