@@ -43,7 +43,14 @@ resilience = Resilience(app)
 
 # The README's policy, which is the default one, with a time from which a call counts as slow.
 payments = resilience.breaker(
-    "payments", failure_rate_threshold=0.5, minimum_calls=10, window=30, open_duration=10, slow_call_duration=1
+    "payments",
+    failure_rate_threshold=0.5,
+    minimum_calls=10,
+    window=30,
+    open_duration=10,
+    slow_call_duration=1,
+    description="The payment provider. Owner: team checkout, #checkout-oncall",
+    runbook="https://wiki.example/payments-is-down",
 )
 accounts = resilience.breaker("accounts", slow_call_duration=1)
 mail = resilience.breaker("mail", slow_call_duration=1)

@@ -74,7 +74,9 @@ def show(runtime: Runtime, ctx: click.Context, name: str, *, as_json: bool) -> N
         print_json({**snapshot.as_dict(), "estimate": estimate and asdict(estimate)})
     else:
         outlook = [("outlook", in_words(estimate))] if estimate else []
-        details = [*_details(snapshot), *outlook, *_undecided(runtime, name)]
+        policy = runtime.breaker(name).policy
+        about = [(field, text) for field in ("description", "runbook") if (text := getattr(policy, field))]
+        details = [*_details(snapshot), *outlook, *_undecided(runtime, name), *about]
         click.echo("\n".join(plain_lines(("breaker", name), details)))
     refuses = TRIALS_ONLY if snapshot.state is State.HALF_OPEN else REFUSES
     ctx.exit(0 if snapshot.state in ADMITTING else refuses)

@@ -23,6 +23,7 @@ from resilient_tasks.operations.waiting import DeadLetters, Deferred
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.background import start_thread
 from resilient_tasks.worker.context import Runtime
+from resilient_tasks.worker.envelope import UNDECODABLE
 
 T = TypeVar("T")
 Fields = dict[str, Any]
@@ -262,6 +263,9 @@ class Service:
         ]
         return {"count": count, "tasks": found[:LISTED], "ids": [each["task_id"] for each in found]}
 
+    def _count_dead(self, names: Sequence[str]) -> dict[str, int]:
+        return {name: count for name in names if (count := self._dead.count(name)[name])}
+
     # --- for the handlers -----------------------------------------------------------------------------
 
     async def read(self, name: str) -> Fields:
@@ -287,8 +291,12 @@ class Service:
         return await self._broker.submit(partial(self._read_tasks, name, part, search), timeout=timeout)
 
     async def dead_letters(self) -> dict[str, int]:
-        """Return how many dead letters there are, by breaker."""
-        return await self._broker.submit(self._dead.count, timeout=READ_TIMEOUT)
+        """Return how many dead letters there are, by breaker that has any; others are served in between."""
+        names, counts = [*self.names, UNDECODABLE], dict[str, int]()
+        for first in range(0, len(names), LISTED):
+            count = partial(self._count_dead, names[first : first + LISTED])
+            counts |= await self._broker.submit(count, timeout=READ_TIMEOUT)
+        return counts
 
     async def outages(self, name: str | None) -> list[tuple[Outage, list[Row]]]:
         """Return the outages of one breaker or of all, and of their children, the newest first, with their report."""

@@ -376,6 +376,14 @@ def test_a_person_sees_what_is_open_and_isolates_a_breaker_by_click(
     assert browser.complaints == []
 
 
+# where the first calls of a breaker that is so old stand in its chart, which may show an hour
+LEFTMOST = """import("/breakers-static/chart.js").then(({{draw}}) => {{
+    const svg = document.querySelector("#chart");
+    draw(svg, {{minutes: [{{at: {at}, SUCCESS: 5}}], transitions: [], state: "CLOSED", now: 3610}});
+    return Number(svg.querySelector(".bar-SUCCESS")?.getAttribute("x") ?? 0);
+}})"""
+
+
 @pytest.mark.chromium
 def test_a_person_sees_one_breaker_and_drops_its_tasks_by_click(
     shop: Shop, ours: Site, browser: Browser, shots: Callable[[str], Path]
@@ -395,6 +403,8 @@ def test_a_person_sees_one_breaker_and_drops_its_tasks_by_click(
     offered = "[...document.querySelectorAll('.breaker-verbs button:not([hidden])')].map((each) => each.dataset.verb)"
     assert browser.run(offered) == ["trip", "disable", "shadow", "reset"]
     assert browser.run("getComputedStyle(document.querySelector('#deferred [data-verb=resume]')).display") == "none"
+    assert browser.run(LEFTMOST.format(at=3480)) == browser.run(LEFTMOST.format(at=3120)) == 49
+    assert browser.run(LEFTMOST.format(at=0)) < browser.run(LEFTMOST.format(at=60)) == 49
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", browser.text("#log time"))
     assert browser.run("document.querySelector('#log time').title").endswith(" UTC")
     browser.click('#dead tr[data-task="x"] [data-verb="replay"]')
@@ -449,7 +459,9 @@ def test_a_person_reads_about_outages_what_has_happened_and_no_zeros(
     browser.open(f"{ours.url}/outages")
     browser.wait("document.querySelector('#outages-page time') !== null")
     assert NASTY in browser.text("#outages-page dl")
-    assert browser.run("[...document.querySelectorAll('#outages-page dd')].every((each) => each.innerText !== '0')")
+    assert browser.run(
+        "[...document.querySelectorAll('#outages-page dd')].every((each) => !['0', '0 s'].includes(each.innerText))"
+    )
     see_on_all_screens(browser, shots, "outages")
     assert browser.complaints == []
 

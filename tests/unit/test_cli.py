@@ -91,6 +91,13 @@ def test_the_exit_code_of_show_is_that_of_the_state(
     assert re.search(rf"state +{state}\n", result.output)
 
 
+def test_show_tells_whom_to_call(run: Run, resilience: Resilience, clock: Clock) -> None:
+    resilience.breaker("gateway", description="call Ann", runbook="https://wiki.example/gateway")
+    shown = run("show", "gateway").output
+    assert re.search(r"description +call Ann\n", shown)
+    assert re.search(r"runbook +https://wiki\.example/gateway\n", shown)
+
+
 def test_show_counts_how_often_shadow_would_have_opened(run: Run, payments: Breaker, clock: Clock) -> None:
     assert "would have opened" not in run("show", "payments").output
     payments.shadow()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import flower
 import pytest
 from celery.events import EventReceiver
+from celery.events.state import State
 from flower import command
 from flower.api import BaseApiHandler
 from flower.app import Flower
@@ -36,6 +38,14 @@ def test_events_are_received_by_what_flowers_module_names() -> None:
     received = inspect.getsource(EventReceiver._receive)
     assert "isinstance(body, list)" in received
     assert "callbacks=[self._receive]" in inspect.getsource(EventReceiver.get_consumers)
+
+
+def test_flower_remembers_how_long_tasks_ran() -> None:
+    source = inspect.getsource(flower_internals.events.PrometheusMetrics)
+    assert re.search(
+        rf"Histogram\(\s*'{flower_internals.RUN_TIMES}',\s*\"Task runtime\",\s*\['worker', 'task'\]", source
+    )
+    assert issubclass(flower_internals.events.EventsState, State)
 
 
 def test_the_navigation_gets_one_item_at_the_end_of_its_first_list() -> None:
