@@ -1,8 +1,9 @@
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, overload
 
 import tenacity
 from celery.result import AsyncResult
+from typing_extensions import TypeVar
 
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.fallback import TaskKey
@@ -12,17 +13,24 @@ __all__ = ["GuardedTask", "shared_task"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_Bind = TypeVar("_Bind", Literal[True], Literal[False], default=Literal[False])
 
 class GuardedTask(ResilientTask, Generic[_P, _R]):
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R: ...
     def delay(self, *args: _P.args, **kwargs: _P.kwargs) -> AsyncResult[_R]: ...
+
+class _Decorator(Generic[_Bind]):
+    @overload
+    def __call__(self: _Decorator[Literal[True]], fn: Callable[Concatenate[Any, _P], _R], /) -> GuardedTask[_P, _R]: ...
+    @overload
+    def __call__(self: _Decorator[Literal[False]], fn: Callable[_P, _R], /) -> GuardedTask[_P, _R]: ...
 
 @overload
 def shared_task(fun: Callable[_P, _R], /) -> GuardedTask[_P, _R]: ...
 @overload
 def shared_task(
     *,
-    bind: Literal[True],
+    bind: _Bind = ...,
     breaker: Breaker | str | Sequence[Breaker | str] | None = ...,
     breaker_key: TaskKey | None = ...,
     fallback: Any = ...,
@@ -34,20 +42,4 @@ def shared_task(
     coalesce: Literal["latest"] | None = ...,
     coalesce_key: TaskKey | None = ...,
     **options: Any,
-) -> Callable[[Callable[Concatenate[Any, _P], _R]], GuardedTask[_P, _R]]: ...
-@overload
-def shared_task(
-    *,
-    bind: Literal[False] = ...,
-    breaker: Breaker | str | Sequence[Breaker | str] | None = ...,
-    breaker_key: TaskKey | None = ...,
-    fallback: Any = ...,
-    on_open: Literal["defer", "fail"] = ...,
-    on_failure: Literal["defer", "raise"] | Callable[..., Any] | None = ...,
-    max_attempts: int = ...,
-    defer_for: float | None = ...,
-    retrying: tenacity.Retrying | None = ...,
-    coalesce: Literal["latest"] | None = ...,
-    coalesce_key: TaskKey | None = ...,
-    **options: Any,
-) -> Callable[[Callable[_P, _R]], GuardedTask[_P, _R]]: ...
+) -> _Decorator[_Bind]: ...
