@@ -98,11 +98,11 @@ class Lab:
         return self.store.history
 
     def breaker(self, name: str = "payments", *, revision: int = 0, **policy: Any) -> Subject:
-        """Return a breaker with the policy that the scenarios are told with, unless said otherwise."""
-        told: dict[str, Any] = {
+        """Return a breaker with the policy that the scenarios are written for, unless given otherwise."""
+        default: dict[str, Any] = {
             "failure_rate_threshold": 0.5, "minimum_calls": 5, "window": 20.0, "open_duration": 5.0, "open_jitter": 0.0,
         }  # fmt: skip
-        return Subject(self.store, self.clock, Spec(name, BreakerPolicy(**{**told, **policy}), revision))
+        return Subject(self.store, self.clock, Spec(name, BreakerPolicy(**{**default, **policy}), revision))
 
 
 @dataclass
@@ -127,7 +127,7 @@ class Subject:
 
     def calls(
         self,
-        letters: str,
+        outcomes: str,
         *,
         epoch: int | None = None,
         voter: str = "",
@@ -136,16 +136,16 @@ class Subject:
         **evidence: Any,
     ) -> Answer:
         """Report one outcome after the other, as calls admitted in the present epoch, or in ``epoch``."""
-        for letter in letters:
+        for letter in outcomes:
             admitted_in = self.snapshot().epoch if epoch is None else epoch
             runs = (Calls(OUTCOMES[letter], 1, voter, each, was_overdue),)
-            answer = self._told(self.store.record(self.spec, Evidence(admitted_in, runs, **evidence)))
+            answer = self._noted(self.store.record(self.spec, Evidence(admitted_in, runs, **evidence)))
         return answer
 
     def batch(self, *runs: tuple[str, int], **evidence: Any) -> Answer:
         """Report runs of equal outcomes at once."""
         encoded = tuple(Calls(OUTCOMES[letter], count) for letter, count in runs)
-        return self._told(self.store.record(self.spec, Evidence(self.snapshot().epoch, encoded, **evidence)))
+        return self._noted(self.store.record(self.spec, Evidence(self.snapshot().epoch, encoded, **evidence)))
 
     def ask(self, holder: str = "holder", *, lease: float = 10.0) -> Grant:
         grant = self.store.acquire(self.spec, holder, lease=lease)
@@ -154,29 +154,29 @@ class Subject:
 
     def settle(self, holder: str, letter: str, *, epoch: int | None = None, **evidence: Any) -> Answer:
         admitted_in = self.snapshot().epoch if epoch is None else epoch
-        told = Evidence(admitted_in, (), **evidence)
-        return self._told(self.store.settle(self.spec, holder, OUTCOMES[letter], told))
+        reported = Evidence(admitted_in, (), **evidence)
+        return self._noted(self.store.settle(self.spec, holder, OUTCOMES[letter], reported))
 
-    def trials(self, letters: str) -> State:
+    def trials(self, outcomes: str) -> State:
         """Make one trial after the other and return the state after the last."""
-        for number, letter in enumerate(letters):
+        for number, letter in enumerate(outcomes):
             holder = f"trial {number} at {self.clock()}"
             assert self.ask(holder).trial
             self.settle(holder, letter)
         return self.state
 
     def advance(self) -> Answer:
-        return self._told(self.store.advance(self.spec))
+        return self._noted(self.store.advance(self.spec))
 
-    def health_checks(self, letters: str, *, limit: int = 3, **evidence: Any) -> Answer:
+    def health_checks(self, outcomes: str, *, limit: int = 3, **evidence: Any) -> Answer:
         """Report one health check after the other, as made in the present epoch."""
-        for letter in letters:
-            told = Evidence(self.snapshot().epoch, (), **evidence)
-            answer = self._told(self.store.report_health_check(self.spec, OUTCOMES[letter], told, limit=limit))
+        for letter in outcomes:
+            reported = Evidence(self.snapshot().epoch, (), **evidence)
+            answer = self._noted(self.store.report_health_check(self.spec, OUTCOMES[letter], reported, limit=limit))
         return answer
 
     def command(self, verb: Verb, *, reason: str = "", actor: str = "") -> Answer:
-        return self._told(self.store.command(self.spec, verb, reason=reason, actor=actor))
+        return self._noted(self.store.command(self.spec, verb, reason=reason, actor=actor))
 
     def open(self) -> Subject:
         """Trip it with failures."""
@@ -191,6 +191,6 @@ class Subject:
         assert self.advance().snapshot.state is State.HALF_OPEN
         return self
 
-    def _told(self, answer: Answer) -> Answer:
+    def _noted(self, answer: Answer) -> Answer:
         self.transitions += [answer.transition] if answer.transition else []
         return answer

@@ -11,7 +11,7 @@ from resilient_tasks.store.base import IDLE_AFTER
 from tests.contract.lab import SHARED, Lab, Subject
 
 
-def family(lab: Lab, count: int, **policy: Any) -> tuple[Subject, list[Subject]]:
+def parent_with_children(lab: Lab, count: int, **policy: Any) -> tuple[Subject, list[Subject]]:
     """Return a breaker and children of it, each of which has been used once."""
     parent = lab.breaker(consecutive_failures=2, **policy)
     children = [lab.breaker(f"payments:{key}", consecutive_failures=2, **policy) for key in range(count)]
@@ -28,7 +28,7 @@ def active(parent: Subject) -> list[str]:
 
 
 def test_a_child_opens_alone(lab: Lab) -> None:
-    parent, (acme, other) = family(lab, 2)
+    parent, (acme, other) = parent_with_children(lab, 2)
     acme.calls("FF")
     assert (acme.state, other.state, parent.state) == (State.OPEN, State.CLOSED, State.CLOSED)
     assert parent.snapshot().calls == 0
@@ -38,7 +38,7 @@ def test_a_child_opens_alone(lab: Lab) -> None:
 
 
 def test_a_child_that_has_healed_is_left_alone(lab: Lab) -> None:
-    parent, (acme,) = family(lab, 1, trial_calls=1, ramp=3.0)
+    parent, (acme,) = parent_with_children(lab, 1, trial_calls=1, ramp=3.0)
     acme.calls("FF")
     assert not lab.store.mark_idle(acme.spec)
     lab.clock.advance(5)
@@ -52,7 +52,7 @@ def test_a_child_that_has_healed_is_left_alone(lab: Lab) -> None:
 
 @SHARED
 def test_a_child_that_tasks_wait_for_is_not_left_alone(lab: Lab) -> None:
-    parent, (acme,) = family(lab, 1)
+    parent, (acme,) = parent_with_children(lab, 1)
     lab.ledger.add_deferred(acme.name, "a task")
     assert active(parent) == ["0"]
     assert not lab.store.mark_idle(acme.spec)
@@ -61,7 +61,7 @@ def test_a_child_that_tasks_wait_for_is_not_left_alone(lab: Lab) -> None:
 
 
 def test_there_are_only_so_many_children_and_idle_ones_make_room(lab: Lab) -> None:
-    _, (acme, other) = family(lab, 2, max_keys=2)
+    _, (acme, other) = parent_with_children(lab, 2, max_keys=2)
     late = lab.breaker("payments:late", max_keys=2)
     assert not lab.store.register(late.spec)
     assert lab.store.register(other.spec)
@@ -72,7 +72,7 @@ def test_there_are_only_so_many_children_and_idle_ones_make_room(lab: Lab) -> No
 
 
 def test_no_more_than_a_share_of_the_children_is_held_open(lab: Lab) -> None:
-    parent, children = family(lab, 4, max_open_ratio=0.5)
+    parent, children = parent_with_children(lab, 4, max_open_ratio=0.5)
     for child in children:
         child.calls("FFF")
     assert [child.state for child in children] == [State.OPEN, State.OPEN, State.CLOSED, State.CLOSED]
@@ -86,7 +86,7 @@ def test_no_more_than_a_share_of_the_children_is_held_open(lab: Lab) -> None:
 
 
 def test_in_shadow_a_child_opens_whatever_the_others_do(lab: Lab) -> None:
-    _, children = family(lab, 2, max_open_ratio=0.5)
+    _, children = parent_with_children(lab, 2, max_open_ratio=0.5)
     children[0].calls("FF")
     children[1].command(Verb.SHADOW)
     children[1].calls("FF")
@@ -96,7 +96,7 @@ def test_in_shadow_a_child_opens_whatever_the_others_do(lab: Lab) -> None:
 @SHARED
 @pytest.mark.parametrize("state", [State.CLOSED, State.OPEN, State.FORCED_OPEN])
 def test_a_state_that_says_nothing_any_more_ends(lab: Lab, state: State) -> None:
-    _, (acme,) = family(lab, 1)
+    _, (acme,) = parent_with_children(lab, 1)
     if state is not State.CLOSED:
         acme.command(Verb.TRIP if state is State.OPEN else Verb.ISOLATE)
     ttl = ttl_of(lab, acme)

@@ -31,7 +31,7 @@ def test_a_permit_given_back_moves_the_version_that_views_watch(lab: Lab) -> Non
 
 
 @pytest.mark.parametrize(
-    ("trial_calls", "trial_successes", "letters", "ends_in"),
+    ("trial_calls", "trial_successes", "outcomes", "ends_in"),
     [
         (4, None, "SSS", State.HALF_OPEN),
         (4, None, "SSSS", State.CLOSED),
@@ -49,10 +49,10 @@ def test_a_permit_given_back_moves_the_version_that_views_watch(lab: Lab) -> Non
     ],
 )
 def test_trials_decide_as_soon_as_they_can(
-    lab: Lab, trial_calls: int, trial_successes: int | None, letters: str, ends_in: State
+    lab: Lab, trial_calls: int, trial_successes: int | None, outcomes: str, ends_in: State
 ) -> None:
     breaker = lab.breaker(trial_calls=trial_calls, trial_successes=trial_successes).half_open()
-    assert breaker.trials(letters) is ends_in
+    assert breaker.trials(outcomes) is ends_in
 
 
 def test_closing_empties_the_window_and_starts_the_ramp(lab: Lab) -> None:
@@ -105,8 +105,8 @@ def test_calls_that_started_while_closed_change_nothing_on_trial(lab: Lab) -> No
 def test_settling_without_a_permit_changes_nothing(lab: Lab) -> None:
     breaker = lab.breaker(trial_calls=1).half_open()
     before = breaker.snapshot()
-    assert breaker.settle("stranger", "F").snapshot == before
-    assert breaker.settle("stranger", "S").snapshot == before
+    assert breaker.settle("unknown", "F").snapshot == before
+    assert breaker.settle("unknown", "S").snapshot == before
 
 
 def test_a_permit_is_settled_once(lab: Lab) -> None:
@@ -147,7 +147,7 @@ def test_a_lease_that_runs_out_is_a_failure(lab: Lab, found_by: str) -> None:
     assert breaker.transitions[-1].previous is State.HALF_OPEN
 
 
-def test_a_dead_holder_blocks_nobody_however_often_others_ask(lab: Lab) -> None:
+def test_a_dead_holder_blocks_no_other_however_often_others_ask(lab: Lab) -> None:
     breaker = lab.breaker(trial_calls=2, trial_successes=1).half_open()
     breaker.ask("dead", lease=3)
     breaker.ask("alive", lease=100)
@@ -177,7 +177,7 @@ def test_renewed_permits_live_on(lab: Lab) -> None:
     breaker.ask("b", lease=1)
     for _ in range(10):
         lab.clock.advance(0.9)
-        assert lab.store.renew(breaker.name, ["a", "stranger", "b"], lease=1) == [True, False, True]
+        assert lab.store.renew(breaker.name, ["a", "unknown", "b"], lease=1) == [True, False, True]
     assert breaker.advance().snapshot.trials == 2
     lab.clock.advance(1)
     assert lab.store.renew(breaker.name, ["a"], lease=1) == [False]
@@ -203,26 +203,26 @@ def test_asking_again_with_a_live_permit_renews_it(lab: Lab) -> None:
 
 
 def test_renewing_an_unknown_breaker_finds_no_permit(lab: Lab) -> None:
-    assert lab.store.renew("nobody", ["a", "b"], lease=1) == [False, False]
+    assert lab.store.renew("unknown", ["a", "b"], lease=1) == [False, False]
 
 
 def test_a_trial_that_outlives_its_epoch_is_still_one_in_flight(lab: Lab) -> None:
     breaker = lab.breaker(trial_calls=2).half_open()
-    epoch = breaker.ask("straggler", lease=1).snapshot.epoch
+    epoch = breaker.ask("earlier", lease=1).snapshot.epoch
     breaker.ask("a")
     breaker.settle("a", "F")
-    assert lab.store.renew(breaker.name, ["straggler"], lease=1000) == [True]
+    assert lab.store.renew(breaker.name, ["earlier"], lease=1000) == [True]
     lab.clock.advance(10)
-    assert [breaker.ask(holder).trial for holder in ("b", "c", "straggler")] == [True, False, False]
+    assert [breaker.ask(holder).trial for holder in ("b", "c", "earlier")] == [True, False, False]
     assert breaker.snapshot().trials == 2
-    breaker.settle("straggler", "F", epoch=epoch)
+    breaker.settle("earlier", "F", epoch=epoch)
     assert breaker.state is State.HALF_OPEN, "its outcome comes too late"
     assert [breaker.ask(holder).trial for holder in "cd"] == [True, False]
 
 
-def test_a_straggler_whose_lease_runs_out_is_no_failure_of_this_epoch(lab: Lab) -> None:
+def test_one_of_an_earlier_epoch_whose_lease_runs_out_is_no_failure_of_this_epoch(lab: Lab) -> None:
     breaker = lab.breaker(trial_calls=2).half_open()
-    breaker.ask("straggler", lease=20)
+    breaker.ask("earlier", lease=20)
     breaker.ask("a")
     breaker.settle("a", "F")
     lab.clock.advance(10)
@@ -230,12 +230,12 @@ def test_a_straggler_whose_lease_runs_out_is_no_failure_of_this_epoch(lab: Lab) 
     lab.clock.advance(10)
     assert breaker.ask("c").trial
     assert breaker.state is State.HALF_OPEN
-    assert lab.store.renew(breaker.name, ["straggler"], lease=20) == [False]
+    assert lab.store.renew(breaker.name, ["earlier"], lease=20) == [False]
 
 
-def test_stragglers_are_in_flight_until_they_end_whatever_the_breaker_does(lab: Lab) -> None:
+def test_trials_of_an_earlier_epoch_are_in_flight_until_they_end_whatever_the_breaker_does(lab: Lab) -> None:
     breaker = lab.breaker(trial_calls=2, trial_successes=1).half_open()
-    breaker.ask("straggler", lease=1000)
+    breaker.ask("earlier", lease=1000)
     breaker.trials("S")
     assert (breaker.state, breaker.snapshot().trials) == (State.CLOSED, 1)
     breaker.half_open()

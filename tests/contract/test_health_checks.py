@@ -22,7 +22,7 @@ def test_so_many_failures_in_a_row_open_it(lab: Lab) -> None:
     assert (snapshot.state, snapshot.calls, snapshot.failed_checks) == (State.OPEN, 0, 0)
     assert snapshot.reason == "health check failed 3 times in a row, last: HTTP 503"
     assert snapshot.retry_after == pytest.approx(5.0)
-    assert [told.state for told in breaker.transitions] == [State.OPEN]
+    assert [made.state for made in breaker.transitions] == [State.OPEN]
 
 
 def test_retry_after_sets_the_open_time(lab: Lab) -> None:
@@ -39,13 +39,13 @@ def test_tasks_that_succeed_meanwhile_do_not_interrupt_the_row(lab: Lab) -> None
     assert breaker.health_checks("F").snapshot.state is State.OPEN
 
 
-def test_in_shadow_it_tells_once_that_it_would_have_opened(lab: Lab) -> None:
+def test_in_shadow_it_reports_once_that_it_would_have_opened(lab: Lab) -> None:
     breaker = lab.breaker()
     breaker.command(Verb.SHADOW)
-    told = breaker.health_checks("FFF", cause="HTTP 503").transition
-    assert told is not None
-    assert (told.state, told.would_open) == (State.SHADOW, True)
-    assert told.reason == "health check failed 3 times in a row, last: HTTP 503"
+    made = breaker.health_checks("FFF", cause="HTTP 503").transition
+    assert made is not None
+    assert (made.state, made.would_open) == (State.SHADOW, True)
+    assert made.reason == "health check failed 3 times in a row, last: HTTP 503"
     assert breaker.health_checks("FFFF").transition is None
     assert breaker.state is State.SHADOW
 

@@ -1,4 +1,4 @@
-"""What an operator can do, and who is told."""
+"""What an operator can do, and who receives it."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ def test_disable_admits_all_and_counts_nothing(lab: Lab) -> None:
     assert (grant.admitted, grant.trial) == (True, False)
 
 
-def test_shadow_counts_admits_and_tells_once_that_it_would_have_opened(lab: Lab) -> None:
+def test_shadow_counts_admits_and_reports_once_that_it_would_have_opened(lab: Lab) -> None:
     breaker = lab.breaker()
     breaker.command(Verb.SHADOW)
     assert breaker.calls("FFFF", cause="ReadTimeout").transition is None
 
     answer = breaker.batch(("F", 1), ("S", 5), cause="ReadTimeout")
 
-    told, snapshot = answer.transition, answer.snapshot
-    assert told is not None
-    assert (told.previous, told.state, told.would_open, told.epoch) == (
+    made, snapshot = answer.transition, answer.snapshot
+    assert made is not None
+    assert (made.previous, made.state, made.would_open, made.epoch) == (
         State.SHADOW,
         State.SHADOW,
         True,
         snapshot.epoch,
     )
-    assert (told.calls, told.failures) == (10, 5)
-    assert told.reason == "evidence 5 of 5: of the last 10 calls 5 failed, last: ReadTimeout"
+    assert (made.calls, made.failures) == (10, 5)
+    assert made.reason == "evidence 5 of 5: of the last 10 calls 5 failed, last: ReadTimeout"
     assert (snapshot.state, snapshot.would_open, snapshot.calls) == (State.SHADOW, True, 10)
     assert breaker.ask().admitted
     assert breaker.calls("FFFFFFFF").transition is None
@@ -120,29 +120,29 @@ def test_each_verb_in_each_state_makes_one_transition_or_none(lab: Lab, state: S
     enter(breaker, state)
     before = breaker.snapshot()
     answer = breaker.command(verb, reason="because", actor="ada")
-    snapshot, told = answer.snapshot, answer.transition
+    snapshot, made = answer.snapshot, answer.transition
     assert snapshot.state is STATES[verb]
     if state is STATES[verb]:
-        assert told is None
+        assert made is None
         assert (snapshot.epoch, snapshot.reason, snapshot.since) == (before.epoch, before.reason, before.since)
     else:
-        assert told is not None
-        assert (told.previous, told.state, told.epoch) == (state, STATES[verb], snapshot.epoch)
-        assert (told.reason, told.actor, told.at) == ("because", "ada", lab.clock())
+        assert made is not None
+        assert (made.previous, made.state, made.epoch) == (state, STATES[verb], snapshot.epoch)
+        assert (made.reason, made.actor, made.at) == ("because", "ada", lab.clock())
         assert (snapshot.reason, snapshot.actor, snapshot.since) == ("because", "ada", lab.clock())
         assert snapshot.epoch == before.epoch + 1
         assert snapshot.version > before.version
 
 
-def test_every_transition_is_told_once_in_order(lab: Lab) -> None:
+def test_every_transition_is_returned_once_in_order(lab: Lab) -> None:
     breaker = lab.breaker(trial_calls=1).half_open()
     breaker.trials("F")
     lab.clock.advance(10)
     breaker.trials("S")
     breaker.command(Verb.ISOLATE)
     states = [State.OPEN, State.HALF_OPEN, State.OPEN, State.HALF_OPEN, State.CLOSED, State.FORCED_OPEN]
-    assert [told.state for told in breaker.transitions] == states
-    epochs = [told.epoch for told in breaker.transitions]
+    assert [made.state for made in breaker.transitions] == states
+    epochs = [made.epoch for made in breaker.transitions]
     assert epochs == sorted(set(epochs))
 
 

@@ -11,7 +11,7 @@ from tests.contract.lab import ONE_OF_EACH, Lab
 
 
 @pytest.mark.parametrize(
-    ("threshold", "letters", "then"),
+    ("threshold", "outcomes", "then"),
     [
         (0.5, "FFFF", "F"),
         (0.5, "FFFSFF", "F"),
@@ -23,9 +23,9 @@ from tests.contract.lab import ONE_OF_EACH, Lab
         (0.4, "FFFSSSFFF", "F"),
     ],
 )
-def test_it_opens_when_the_evidence_reaches_minimum_calls(lab: Lab, threshold: float, letters: str, then: str) -> None:
+def test_it_opens_when_the_evidence_reaches_minimum_calls(lab: Lab, threshold: float, outcomes: str, then: str) -> None:
     breaker = lab.breaker(failure_rate_threshold=threshold)
-    assert breaker.batch(*[(letter, 1) for letter in letters]).snapshot.state is State.CLOSED
+    assert breaker.batch(*[(letter, 1) for letter in outcomes]).snapshot.state is State.CLOSED
     assert breaker.transitions == []
 
     answer = breaker.calls(then, cause="ReadTimeout")

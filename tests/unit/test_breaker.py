@@ -39,8 +39,8 @@ class Rig:
     def __init__(self, policy: BreakerPolicy = POLICY) -> None:
         self.clock = ManualClock()
         self.store = FlakyStore(self.clock)
-        self.told: list[Transition] = []
-        self.fleet = Fleet(self.store, announce=self.told.append, clock=self.clock)
+        self.made: list[Transition] = []
+        self.fleet = Fleet(self.store, announce=self.made.append, clock=self.clock)
         self.breaker = Breaker("payments", policy, fleet=lambda: self.fleet)
         self.ran = 0
 
@@ -180,7 +180,7 @@ def test_failures_reach_the_caller_until_it_trips_and_the_next_call_does_not_run
         use(rig, rig.works)
     assert rig.ran == 4
     assert (refused.value.breaker, refused.value.state, refused.value.retry_after) == ("payments", "OPEN", 5.0)
-    assert [(told.previous, told.state) for told in rig.told] == [(State.CLOSED, State.OPEN)]
+    assert [(made.previous, made.state) for made in rig.made] == [(State.CLOSED, State.OPEN)]
 
 
 @every_way
@@ -190,7 +190,7 @@ def test_trials_close_the_breaker(rig: Rig, use: Any) -> None:
     assert rig.breaker.state is State.HALF_OPEN
     assert use(rig, rig.works) == "paid"
     assert rig.breaker.state is State.CLOSED
-    assert [told.state for told in rig.told] == [State.OPEN, State.HALF_OPEN, State.CLOSED]
+    assert [made.state for made in rig.made] == [State.OPEN, State.HALF_OPEN, State.CLOSED]
     assert rig.figures() == (0, 0)
 
 
@@ -645,15 +645,15 @@ def test_a_function_that_returns_a_generator_has_been_called(rig: Rig) -> None:
 
 
 class Call(Scope):
-    """What is around a guard, and takes down what it is told."""
+    """What is around a guard, and notes what is reported."""
 
     def __init__(self, held: Pass, task_id: str = "") -> None:
         super().__init__([held], task_id)
-        self.told: list[str] = []
+        self.noted: list[str] = []
         self.found_in_trial: list[Outcome] = []
 
     def note_report(self, breaker: str) -> None:
-        self.told.append(breaker)
+        self.noted.append(breaker)
 
     def note_trial(self, breaker: str, verdict: Verdict) -> None:
         assert breaker == "payments"
@@ -665,11 +665,11 @@ def test_a_guard_inside_a_task_answers_in_its_stead(rig: Rig, use: Any) -> None:
     task = Call(Pass("payments"))
     with within(task):
         use(rig, rig.works)
-        assert set(task.told) == {"payments"}
-        task.told.clear()
+        assert set(task.noted) == {"payments"}
+        task.noted.clear()
         with pytest.raises(ConnectionResetError):
             use(rig, rig.fails)
-    assert set(task.told) == {"payments"}
+    assert set(task.noted) == {"payments"}
     assert rig.figures() == (2, 1)
 
 
@@ -683,7 +683,7 @@ def test_a_guard_inside_a_trial_needs_no_permit_of_its_own(rig: Rig, use: Any) -
         for _ in range(3):
             assert use(rig, rig.works) == "paid"
     assert rig.store.calls["acquire"] == 2
-    assert task.told == []
+    assert task.noted == []
     assert set(task.found_in_trial) - {Outcome.IGNORED} == {Outcome.SUCCESS}
     assert rig.breaker.snapshot().trials == 2
 
@@ -800,16 +800,16 @@ def test_verbs_lead_to_their_state_at_once(rig: Rig, verb: str, state: State) ->
     getattr(rig.breaker, verb)(reason="again")
     rig.breaker.reset(reason="done")
     assert rig.breaker.state is State.CLOSED
-    assert (rig.told[0].state, rig.told[0].reason, rig.told[0].actor) == (state, "drill", "ann")
-    assert len(rig.told) == 2
-    assert "@" in rig.told[1].actor
+    assert (rig.made[0].state, rig.made[0].reason, rig.made[0].actor) == (state, "drill", "ann")
+    assert len(rig.made) == 2
+    assert "@" in rig.made[1].actor
 
 
 def test_shadow_admits_counts_and_reports_once_and_disabled_admits_and_counts_nothing(rig: Rig) -> None:
     rig.breaker.shadow()
     rig.fail(8)
     assert (rig.breaker.state, rig.figures()) == (State.SHADOW, (8, 8))
-    assert [made.would_open for made in rig.told] == [False, True]
+    assert [made.would_open for made in rig.made] == [False, True]
     rig.breaker.disable()
     reports = rig.store.calls["record"]
     rig.fail(8)

@@ -101,8 +101,8 @@ def service() -> Iterator[Service]:
 
 
 @pytest.fixture
-def nobody() -> Iterator[int]:
-    """A port on which nobody listens."""
+def refusing() -> Iterator[int]:
+    """A port that refuses connections."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
@@ -110,12 +110,12 @@ def nobody() -> Iterator[int]:
 
 @pytest.fixture
 def silence() -> Iterator[int]:
-    """A port on which somebody listens who never says anything."""
+    """A port that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield listener.getsockname()[1]
 
 
-def test_http_asks_what_it_was_told_to(service: Service) -> None:
+def test_http_asks_what_it_was_configured_to(service: Service) -> None:
     http_check(f"{service.url}/health?deep=1", method="head", headers={"X-Team": "shop"})()
     method, path, headers = service.asked[0]
     assert (method, path, headers["X-Team"]) == ("HEAD", "/health?deep=1", "shop")
@@ -158,8 +158,8 @@ def test_http_brings_back_retry_after(service: Service) -> None:
     assert (verdict.outcome, verdict.cause, verdict.retry_after) == (Outcome.FAILURE, "HTTP 503", 17.0)
 
 
-def test_http_says_what_went_wrong_on_the_way(service: Service, nobody: int, silence: int) -> None:
-    assert str(failure(http_check(f"http://127.0.0.1:{nobody}/x"))).endswith("/x'): Connection refused")
+def test_http_says_what_went_wrong_on_the_way(service: Service, refusing: int, silence: int) -> None:
+    assert str(failure(http_check(f"http://127.0.0.1:{refusing}/x"))).endswith("/x'): Connection refused")
     assert str(failure(http_check(f"http://127.0.0.1:{silence}/"), within(BRIEF))).endswith("no answer in time")
     assert str(failure(http_check(f"{service.url}/hangs"), within(BRIEF))).endswith("no answer in time")
     assert "SSL" in str(failure(http_check(f"https://127.0.0.1:{service.port}/")))
@@ -182,9 +182,9 @@ def test_http_does_not_take_everything_for_an_answer() -> None:
 # --- tcp ----------------------------------------------------------------------------------------------
 
 
-def test_tcp(silence: int, nobody: int) -> None:
+def test_tcp(silence: int, refusing: int) -> None:
     tcp_check("127.0.0.1", silence)()
-    assert str(failure(tcp_check("127.0.0.1", nobody))) == f"tcp_check('127.0.0.1', {nobody}): Connection refused"
+    assert str(failure(tcp_check("127.0.0.1", refusing))) == f"tcp_check('127.0.0.1', {refusing}): Connection refused"
     assert "tcp_check('no.such.host.invalid', 80): " in str(failure(tcp_check("no.such.host.invalid", 80)))
 
 
@@ -212,9 +212,9 @@ def test_grpc(health_server: HealthServer) -> None:
     assert "said NOT_FOUND" in str(failure(grpc_check(target, "nobody")))
 
 
-def test_grpc_says_what_went_wrong_on_the_way(nobody: int, silence: int) -> None:
-    assert "said UNAVAILABLE" in str(failure(grpc_check(f"127.0.0.1:{nobody}")))
-    assert "said UNAVAILABLE" in str(failure(grpc_check(f"127.0.0.1:{nobody}", tls=True)))
+def test_grpc_says_what_went_wrong_on_the_way(refusing: int, silence: int) -> None:
+    assert "said UNAVAILABLE" in str(failure(grpc_check(f"127.0.0.1:{refusing}")))
+    assert "said UNAVAILABLE" in str(failure(grpc_check(f"127.0.0.1:{refusing}", tls=True)))
     assert "no answer in time" in str(failure(grpc_check(f"127.0.0.1:{silence}"), within(BRIEF)))
 
 
@@ -311,15 +311,15 @@ def test_consul_may_be_unwell_itself(service: Service, answer: Any, found: str) 
 # --- all_of, any_of -----------------------------------------------------------------------------------
 
 
-def test_all_of(silence: int, nobody: int) -> None:
-    well, ill = tcp_check("127.0.0.1", silence), tcp_check("127.0.0.1", nobody)
+def test_all_of(silence: int, refusing: int) -> None:
+    well, ill = tcp_check("127.0.0.1", silence), tcp_check("127.0.0.1", refusing)
     all_of(well, ok)()
     assert str(failure(all_of(well, ill))) == f"{ill!r}: Connection refused"
     assert repr(all_of(well, ok)) == f"all_of({well!r}, ok)"
 
 
-def test_any_of(silence: int, nobody: int) -> None:
-    well, ill = tcp_check("127.0.0.1", silence), tcp_check("127.0.0.1", nobody)
+def test_any_of(silence: int, refusing: int) -> None:
+    well, ill = tcp_check("127.0.0.1", silence), tcp_check("127.0.0.1", refusing)
     any_of(ill, well)()
 
     def rude() -> None:
@@ -331,8 +331,8 @@ def test_any_of(silence: int, nobody: int) -> None:
     assert "s3cret" not in message
 
 
-def test_the_first_to_decide_is_enough(service: Service, nobody: int) -> None:
-    slow, ill = http_check(f"{service.url}/hangs"), tcp_check("127.0.0.1", nobody)
+def test_the_first_to_decide_is_enough(service: Service, refusing: int) -> None:
+    slow, ill = http_check(f"{service.url}/hangs"), tcp_check("127.0.0.1", refusing)
     any_of(slow, ok)()
     assert "refused" in str(failure(all_of(slow, ill)))
     assert not service.wakes.is_set(), "the slow one has not been waited for"
@@ -371,7 +371,7 @@ def test_members_that_hang_are_not_piled_up() -> None:
 # --- errors -------------------------------------------------------------------------------------------
 
 
-def test_the_error_blames_the_dependency_and_survives_pickle() -> None:
+def test_the_error_is_attributed_to_the_dependency_and_survives_pickle() -> None:
     error = HealthCheckError("http_check('http://b/'): answered 503", 503, {"Retry-After": "5"})
     assert dependency_errors(error) is Outcome.FAILURE
     restored = pickle.loads(pickle.dumps(error))
@@ -425,7 +425,7 @@ def test_mistakes_are_found_at_once(function: Callable[..., Any], arguments: tup
         function(*arguments)
 
 
-def test_mistakes_do_not_tell_secrets() -> None:
+def test_mistakes_show_no_secrets() -> None:
     for make in (
         lambda: http_check("ftp://ada:s3cret@host/"),
         lambda: http_check("ftp://host/?key=s3cret"),

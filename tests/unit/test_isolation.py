@@ -64,7 +64,7 @@ def test_a_guard_inside_a_task_shares_its_slot(rig: Rig, use: Any) -> None:
     with within(task):
         assert use(rig, rig.works) == "paid"
     assert rig.store.calls["acquire"] == 1
-    assert set(task.told) == {"payments"}
+    assert set(task.noted) == {"payments"}
 
 
 def test_a_cancelled_call_frees_its_slot(rig: Rig) -> None:
@@ -81,16 +81,16 @@ def test_while_the_store_is_away_each_process_keeps_the_limit_for_itself(rig: Ri
 
 
 def test_free_slots_are_told_while_tasks_wait(rig: Rig) -> None:
-    told: list[str] = []
+    noticed: list[str] = []
     view = rig.fleet.view
-    view.on_room = lambda: told.append("room")
+    view.on_room = lambda: noticed.append("room")
     spec, epoch = rig.breaker._dependency.spec, rig.acquire("first").snapshot.epoch
     view.look_for_room(replace(rig.breaker.snapshot(), deferred=1))
-    assert told == [], "no slot is free"
+    assert noticed == [], "no slot is free"
     rig.fleet.reporter.settle(spec, "first", epoch, Verdict(Outcome.SUCCESS), wait=5)
-    assert told == [], "no task waits"
+    assert noticed == [], "no task waits"
     view.look_for_room(replace(rig.breaker.snapshot(), deferred=1))
-    assert told == ["room"]
+    assert noticed == ["room"]
 
 
 # --- the gate --------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def test_a_slot_of_one_breaker_is_given_back_if_another_refuses(
     gate: Gate, payments: Breaker, resilience: Resilience, clock: Clock
 ) -> None:
     accounts = resilience.breaker("accounts", max_concurrency=1)
-    resilience.fleet.acquire(accounts._dependency.spec, "somebody else")
+    resilience.fleet.acquire(accounts._dependency.spec, "another task")
     refused = gate.admit(request("a", payments, accounts))
     clock.settle()
     assert refused.refusal is not None

@@ -235,9 +235,9 @@ def test_the_thread_of_another_task_is_part_of_no_run(rig: Rig) -> None:
     task = Call(Pass("payments"), "a")
     with within(task):
         assert in_a_bare_thread(another_task) == "paid"
-        assert task.told == []
+        assert task.noted == []
         assert in_a_bare_thread(lambda: rig.breaker.call(rig.works)) == "paid"
-        assert task.told == ["payments"]
+        assert task.noted == ["payments"]
 
 
 def test_a_call_under_several_breakers_is_around_guards_of_each(rig: Rig) -> None:

@@ -30,36 +30,36 @@ def look(overdue: Overdue) -> None:
 
 
 def test_a_call_is_reported_each_time_that_it_passes_its_time(overdue: Overdue, clock: ManualClock) -> None:
-    told: list[str] = []
-    hangs = overdue.begin(5, lambda: told.append("hangs"))
-    quick = overdue.begin(5, lambda: told.append("quick"))
-    longer = overdue.begin(50, lambda: told.append("longer"))
+    reported: list[str] = []
+    hangs = overdue.begin(5, lambda: reported.append("hangs"))
+    quick = overdue.begin(5, lambda: reported.append("quick"))
+    longer = overdue.begin(50, lambda: reported.append("longer"))
     assert not overdue.end(quick)
     clock.advance(5)
     look(overdue)
-    wait_until(lambda: told == ["hangs"])
+    wait_until(lambda: reported == ["hangs"])
     clock.advance(5)
     look(overdue)
-    wait_until(lambda: told == ["hangs"] * 2)
+    wait_until(lambda: reported == ["hangs"] * 2)
     assert overdue.end(hangs)
     assert not overdue.end(longer)
     clock.advance(100)
     look(overdue)
     wait_until(lambda: overdue._wakes_at == float("inf"))
-    assert told == ["hangs"] * 2
+    assert reported == ["hangs"] * 2
 
 
 def test_a_process_that_was_frozen_makes_up_for_nothing(overdue: Overdue, clock: ManualClock) -> None:
-    told: list[str] = []
-    overdue.begin(1, lambda: told.append("hangs"))
+    reported: list[str] = []
+    overdue.begin(1, lambda: reported.append("hangs"))
     clock.advance(100)
     look(overdue)
-    wait_until(lambda: told)
+    wait_until(lambda: reported)
     clock.advance(0.9)
     look(overdue)
     clock.advance(0.2)
     look(overdue)
-    wait_until(lambda: len(told) == 2)
+    wait_until(lambda: len(reported) == 2)
 
 
 def test_no_call_is_overslept_however_many_threads_begin_some() -> None:
@@ -81,26 +81,26 @@ def test_no_call_is_overslept_however_many_threads_begin_some() -> None:
 
 
 def test_a_call_that_may_be_overdue_first_is_not_overslept(overdue: Overdue, clock: ManualClock) -> None:
-    told = threading.Event()
-    overdue.begin(1000, told.clear)
-    overdue.begin(1, told.set)
+    reported = threading.Event()
+    overdue.begin(1000, reported.clear)
+    overdue.begin(1, reported.set)
     clock.advance(1)
     look(overdue)
-    assert told.wait(PATIENCE)
+    assert reported.wait(PATIENCE)
 
 
-def test_a_teller_that_fails_keeps_nobody_else_from_being_told(
+def test_a_report_that_fails_hinders_no_other(
     overdue: Overdue, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = threading.Event()
+    reported = threading.Event()
     overdue.begin(1, lambda: 1 / 0)
     clock.advance(1)
     look(overdue)
     wait_until(lambda: "could not be reported" in caplog.text)
-    overdue.begin(1, told.set)
+    overdue.begin(1, reported.set)
     clock.advance(1)
     look(overdue)
-    assert told.wait(PATIENCE)
+    assert reported.wait(PATIENCE)
 
 
 def test_a_forked_process_watches_its_own_calls_only(overdue: Overdue) -> None:
