@@ -35,6 +35,7 @@ def test_a_transition_is_one_celery_event_of_plain_values() -> None:
         "slow": 1,
         "failure_rate": 0.6,
     }
+    assert event_fields(replace(OPENED, calls=0, failures=0))["failure_rate"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -51,10 +52,6 @@ def test_a_transition_is_one_celery_event_of_plain_values() -> None:
 )
 def test_each_state_has_its_event(state: State, would_open: bool, event: str) -> None:  # noqa: FBT001
     assert event_type(replace(OPENED, state=state, would_open=would_open)) == event
-
-
-def test_without_calls_the_rate_is_zero() -> None:
-    assert event_fields(replace(OPENED, calls=0, failures=0))["failure_rate"] == 0.0
 
 
 @pytest.mark.parametrize("state", list(State))
