@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -44,105 +45,94 @@ class Caller:
         return await asyncio.wait_for(poll(), timeout=60)
 
 
-def with_service(scenario: Callable[[Caller], Awaitable[None]]) -> None:
-    async def run() -> None:
-        async with running_service("127.0.0.1", FREE_PORTS) as ports, httpx.AsyncClient() as http:
-            await scenario(Caller(ports, http))
+def with_service(scenario: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Run a test with a service and its caller, the first of its arguments."""
 
-    asyncio.run(run())
+    def test(**given: Any) -> None:
+        async def run() -> None:
+            async with running_service("127.0.0.1", FREE_PORTS) as ports, httpx.AsyncClient() as http:
+                await scenario(Caller(ports, http), **given)
 
+        asyncio.run(run())
 
-def test_answers_and_counts_while_up() -> None:
-    async def scenario(caller: Caller) -> None:
-        answer = await caller.charge(42)
-        assert (answer.status_code, answer.json()["id"]) == (200, "42")
-        figures = await caller.stats()
-        assert (figures["calls"], figures["served"], figures["unique"]) == ({"up": 1}, 1, 1)
-        assert figures["arrivals_while_failing"] == []
-
-    with_service(scenario)
+    _, *others = inspect.signature(scenario).parameters.values()
+    vars(test)["__signature__"] = inspect.Signature(others)
+    return test
 
 
-def test_an_id_served_twice_is_seen() -> None:
-    async def scenario(caller: Caller) -> None:
-        for order_id in (1, 2, 1):
+@with_service
+async def test_answers_and_counts_while_up(caller: Caller) -> None:
+    answer = await caller.charge(42)
+    assert (answer.status_code, answer.json()["id"]) == (200, "42")
+    figures = await caller.stats()
+    assert (figures["calls"], figures["served"], figures["unique"]) == ({"up": 1}, 1, 1)
+    assert figures["arrivals_while_failing"] == []
+
+
+@with_service
+async def test_an_id_served_twice_is_seen(caller: Caller) -> None:
+    for order_id in (1, 2, 1):
+        await caller.charge(order_id)
+    assert (await caller.stats())["repeated"] == {"1": 2}
+
+
+@with_service
+async def test_5xx_answers_503_and_serves_nothing(caller: Caller) -> None:
+    await caller.make(health="5xx")
+    assert (await caller.charge(1)).status_code == 503
+    figures = await caller.stats()
+    assert (figures["calls"], figures["served"]) == ({"5xx": 1}, 0)
+    assert len(figures["arrivals_while_failing"]) == 1
+
+
+@with_service
+async def test_hang_says_nothing_until_the_caller_gives_up(caller: Caller) -> None:
+    await caller.make(health="hang")
+    call = asyncio.create_task(caller.charge(1))
+    await caller.stats_when("in_flight", 1)
+    assert not call.done()
+    call.cancel()
+    figures = await caller.stats_when("in_flight", 0)
+    assert (figures["calls"], figures["most_in_flight"]) == ({"hang": 1}, 1)
+
+
+@with_service
+async def test_refuse_refuses_old_and_new_connections_and_heals(caller: Caller) -> None:
+    await caller.charge(1)  # leaves a connection open for reuse
+    await caller.make(health="refuse")
+    for order_id in (2, 3):
+        with pytest.raises(httpx.ConnectError):
             await caller.charge(order_id)
-        assert (await caller.stats())["repeated"] == {"1": 2}
-
-    with_service(scenario)
-
-
-def test_5xx_answers_503_and_serves_nothing() -> None:
-    async def scenario(caller: Caller) -> None:
-        await caller.make(health="5xx")
-        assert (await caller.charge(1)).status_code == 503
-        figures = await caller.stats()
-        assert (figures["calls"], figures["served"]) == ({"5xx": 1}, 0)
-        assert len(figures["arrivals_while_failing"]) == 1
-
-    with_service(scenario)
+    await caller.make(health="up")
+    assert (await caller.charge(4)).status_code == 200
+    assert (await caller.stats())["calls"] == {"up": 2}
 
 
-def test_hang_says_nothing_until_the_caller_gives_up() -> None:
-    async def scenario(caller: Caller) -> None:
-        await caller.make(health="hang")
-        call = asyncio.create_task(caller.charge(1))
-        await caller.stats_when("in_flight", 1)
-        assert not call.done()
-        call.cancel()
-        figures = await caller.stats_when("in_flight", 0)
-        assert (figures["calls"], figures["most_in_flight"]) == ({"hang": 1}, 1)
-
-    with_service(scenario)
+@with_service
+async def test_more_calls_than_it_can_bear_are_turned_away_at_once(caller: Caller) -> None:
+    await caller.make(latency=2, capacity=2)
+    answers = await asyncio.gather(*map(caller.charge, range(5)))
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503, 503]
 
 
-def test_refuse_refuses_old_and_new_connections_and_heals() -> None:
-    async def scenario(caller: Caller) -> None:
-        await caller.charge(1)  # leaves a connection open for reuse
-        await caller.make(health="refuse")
-        for order_id in (2, 3):
-            with pytest.raises(httpx.ConnectError):
-                await caller.charge(order_id)
-        await caller.make(health="up")
-        assert (await caller.charge(4)).status_code == 200
-        assert (await caller.stats())["calls"] == {"up": 2}
-
-    with_service(scenario)
-
-
-def test_more_calls_than_it_can_bear_are_turned_away_at_once() -> None:
-    async def scenario(caller: Caller) -> None:
-        await caller.make(latency=2, capacity=2)
-        answers = await asyncio.gather(*map(caller.charge, range(5)))
-        assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503, 503]
-
-    with_service(scenario)
-
-
-def test_health_checks_are_counted_apart() -> None:
-    async def scenario(caller: Caller) -> None:
-        await caller.http.get(caller.url("payments", "/payments/health"))
-        figures = await caller.stats()
-        assert (figures["probes"], figures["calls"], figures["served"]) == ({"up": 1}, {}, 0)
-
-    with_service(scenario)
+@with_service
+async def test_health_checks_are_counted_apart(caller: Caller) -> None:
+    await caller.http.get(caller.url("payments", "/payments/health"))
+    figures = await caller.stats()
+    assert (figures["probes"], figures["calls"], figures["served"]) == ({"up": 1}, {}, 0)
 
 
 @pytest.mark.parametrize("change", [{"health": "sick"}, {"latency": "long"}, {"capacity": "high"}])
-def test_a_wrong_change_is_told_what_is_allowed(change: dict[str, str]) -> None:
-    async def scenario(caller: Caller) -> None:
-        answer = await caller.make(**change)
-        assert answer.status_code == 400
-        assert "up, 5xx, slow, hang, refuse" in answer.json()["error"]
-        assert (await caller.stats())["health"] == "up"
-
-    with_service(scenario)
+@with_service
+async def test_a_wrong_change_is_told_what_is_allowed(caller: Caller, change: dict[str, str]) -> None:
+    answer = await caller.make(**change)
+    assert answer.status_code == 400
+    assert "up, 5xx, slow, hang, refuse" in answer.json()["error"]
+    assert (await caller.stats())["health"] == "up"
 
 
-def test_an_unknown_dependency_is_told_which_there_are() -> None:
-    async def scenario(caller: Caller) -> None:
-        answer = await caller.http.put(caller.url("admin", "/fax"), json={})
-        assert answer.status_code == 404
-        assert "payments, accounts, mail" in answer.json()["error"]
-
-    with_service(scenario)
+@with_service
+async def test_an_unknown_dependency_is_told_which_there_are(caller: Caller) -> None:
+    answer = await caller.http.put(caller.url("admin", "/fax"), json={})
+    assert answer.status_code == 404
+    assert "payments, accounts, mail" in answer.json()["error"]
