@@ -23,7 +23,6 @@ from resilient_tasks.fallback import (
     read_provenance,
     write_provenance,
 )
-from resilient_tasks.store.base import Store
 
 
 class SmallValues:
@@ -52,13 +51,8 @@ class SmallValues:
 
 
 @pytest.fixture
-def values() -> SmallValues:
+def store() -> Any:
     return SmallValues()
-
-
-@pytest.fixture
-def store(values: SmallValues) -> Store:
-    return cast("Store", values)
 
 
 def balance(account_id: int, currency: str = "EUR") -> int:
@@ -76,7 +70,7 @@ def a_call(*args: Any, **kwargs: Any) -> Call:
 # --- functions and constants ------------------------------------------------------------------------
 
 
-def test_no_fallback_is_an_empty_chain_that_answers_nothing(store: Store) -> None:
+def test_no_fallback_is_an_empty_chain_that_answers_nothing(store: Any) -> None:
     chain = chain_for(None)
     assert not chain
     assert chain.answer(a_call(1), store) is None
@@ -96,7 +90,7 @@ class OtherSource:
         ([lambda account_id, currency: None, constant(7)], Served(None, "<lambda>")),  # None is an answer
     ],
 )
-def test_a_function_gets_the_arguments_of_the_task(store: Store, function: Any, served: Served) -> None:
+def test_a_function_gets_the_arguments_of_the_task(store: Any, function: Any, served: Served) -> None:
     chain = chain_for(function)
     assert chain
     assert chain.answer(a_call(2, currency="USDT"), store) == served
@@ -106,7 +100,7 @@ def test_a_function_gets_the_arguments_of_the_task(store: Store, function: Any, 
     ("error", "has_traceback"), [(LookupError("no other source"), True), (BreakerOpenError("other-source"), False)]
 )
 def test_a_function_that_raises_is_logged_and_the_next_one_is_tried(
-    store: Store, caplog: pytest.LogCaptureFixture, error: Exception, *, has_traceback: bool
+    store: Any, caplog: pytest.LogCaptureFixture, error: Exception, *, has_traceback: bool
 ) -> None:
     def broken(account_id: int) -> int:
         raise error
@@ -119,12 +113,12 @@ def test_a_function_that_raises_is_logged_and_the_next_one_is_tried(
     assert bool(record.exc_info) is has_traceback
 
 
-def test_when_all_fail_there_is_no_answer(store: Store) -> None:
+def test_when_all_fail_there_is_no_answer(store: Any) -> None:
     chain = chain_for([lambda account_id: 1 / 0, cached(max_age=5)])
     assert chain.answer(a_call(1), store) is None
 
 
-def test_changing_a_constant_that_was_served_changes_no_later_answer(store: Store) -> None:
+def test_changing_a_constant_that_was_served_changes_no_later_answer(store: Any) -> None:
     chain = chain_for(constant([1]))
     first = chain.answer(a_call(1), store)
     assert first is not None
@@ -135,19 +129,19 @@ def test_changing_a_constant_that_was_served_changes_no_later_answer(store: Stor
 # --- cached -----------------------------------------------------------------------------------------
 
 
-def test_the_last_good_value_is_served_with_its_age(values: SmallValues, store: Store) -> None:
+def test_the_last_good_value_is_served_with_its_age(store: Any) -> None:
     chain = chain_for(cached(max_age=60))
     call = a_call(1)
     chain.remember(call, {"eur": 10}, store)
     chain.remember(call, {"eur": 12}, store)
-    values.now += 59
+    store.now += 59
     assert chain.answer(call, store) == Served({"eur": 12}, "cached", 59.0)
-    values.now += 2
+    store.now += 2
     assert chain.answer(call, store) is None
-    assert values.ttls == [60]
+    assert store.ttls == [60]
 
 
-def test_one_call_written_in_different_ways_is_one_key(store: Store) -> None:
+def test_one_call_written_in_different_ways_is_one_key(store: Any) -> None:
     chain = chain_for(cached(max_age=60))
     chain.remember(a_call(1), 10, store)
     for args, kwargs in ([1, "EUR"], {}), ([1], {"currency": "EUR"}), ([], {"currency": "EUR", "account_id": 1}):
@@ -157,13 +151,13 @@ def test_one_call_written_in_different_ways_is_one_key(store: Store) -> None:
 @pytest.mark.parametrize(
     "other", [a_call(2), a_call("1"), a_call(1, "USD"), a_call(account_id=3), Call("shop.other", balance, [1])]
 )
-def test_other_arguments_or_another_task_are_another_key(store: Store, other: Call) -> None:
+def test_other_arguments_or_another_task_are_another_key(store: Any, other: Call) -> None:
     chain = chain_for(cached(max_age=60))
     chain.remember(a_call(1), 10, store)
     assert chain.answer(other, store) is None
 
 
-def test_variadic_bodies(store: Store) -> None:
+def test_variadic_bodies(store: Any) -> None:
     def body(*args: Any, **kwargs: Any) -> None: ...
 
     chain = chain_for(cached(max_age=60), body)
@@ -179,7 +173,7 @@ def test_variadic_bodies(store: Store) -> None:
         (lambda args, kwargs: f"{args[0] % 2}{kwargs.get('currency')}", a_call(3, currency="USD"), a_call(1)),
     ],
 )
-def test_a_parameter_or_a_callable_as_key(store: Store, key: Any, same: Call, other: Call) -> None:
+def test_a_parameter_or_a_callable_as_key(store: Any, key: Any, same: Call, other: Call) -> None:
     chain = chain_for(cached(max_age=60, key=key))
     chain.remember(a_call(1, currency="USD"), 10, store)
     assert chain.answer(same, store) == Served(10, "cached", 0.0)
@@ -195,12 +189,10 @@ def test_a_parameter_or_a_callable_as_key(store: Store, key: Any, same: Call, ot
         (None, a_call(1, "EUR", "too many")),
     ],
 )
-def test_a_call_that_has_no_key_is_a_miss(
-    values: SmallValues, store: Store, caplog: pytest.LogCaptureFixture, key: Any, call: Call
-) -> None:
+def test_a_call_that_has_no_key_is_a_miss(store: Any, caplog: pytest.LogCaptureFixture, key: Any, call: Call) -> None:
     chain = chain_for([cached(max_age=60, key=key), constant(7)])
     chain.remember(call, 10, store)
-    assert values.kept == {}
+    assert store.kept == {}
     assert chain.answer(call, store) == Served(7, "constant")
     assert "shop.balance[17]: this call cannot be cached" in caplog.text
 
@@ -218,7 +210,7 @@ def test_a_call_that_has_no_key_is_a_miss(
         uuid.UUID(int=7),
     ],
 )
-def test_values_come_back_as_celery_results_do(store: Store, value: Any) -> None:
+def test_values_come_back_as_celery_results_do(store: Any, value: Any) -> None:
     chain = chain_for(cached(max_age=60))
     call = a_call(1)
     chain.remember(call, value, store)
@@ -227,51 +219,51 @@ def test_values_come_back_as_celery_results_do(store: Store, value: Any) -> None
 
 @pytest.mark.parametrize("value", ["x" * (LARGEST_VALUE - 1), object()])
 def test_a_value_too_large_or_not_json_is_not_kept_and_warned_of_once(
-    values: SmallValues, store: Store, caplog: pytest.LogCaptureFixture, value: Any
+    store: Any, caplog: pytest.LogCaptureFixture, value: Any
 ) -> None:
     chain = chain_for(cached(max_age=60))
     for account in 1, 2:
         chain.remember(a_call(account), value, store)
-    assert values.kept == {}
+    assert store.kept == {}
     assert [(record.levelno, "shop.balance" in record.getMessage()) for record in caplog.records] == [
         (logging.WARNING, True)
     ]
 
 
-def test_a_value_that_cannot_be_read_is_a_miss(values: SmallValues, store: Store) -> None:
+def test_a_value_that_cannot_be_read_is_a_miss(store: Any) -> None:
     chain = chain_for([cached(max_age=60), constant(7)])
     call = a_call(1)
     chain.remember(call, 10, store)
-    [entry] = values.kept
-    values.kept[entry] = (b"{broken", values.now, 60)
+    [entry] = store.kept
+    store.kept[entry] = (b"{broken", store.now, 60)
     assert chain.answer(call, store) == Served(7, "constant")
 
 
-def test_two_ages_share_one_entry_that_lives_as_long_as_the_longer(values: SmallValues, store: Store) -> None:
+def test_two_ages_share_one_entry_that_lives_as_long_as_the_longer(store: Any) -> None:
     fresh, stale = cached(max_age=10), cached(max_age=60)
     chain = chain_for([fresh, lambda account_id: 1 / 0, stale])
     call = a_call(1)
     chain.remember(call, 10, store)
-    values.now += 30
-    assert values.ttls == [60]
+    store.now += 30
+    assert store.ttls == [60]
     assert fresh.answer(call, store) is None
     assert chain.answer(call, store) == Served(10, "cached", 30.0)
 
 
-def test_nothing_is_written_for_a_chain_without_cached(values: SmallValues, store: Store) -> None:
+def test_nothing_is_written_for_a_chain_without_cached(store: Any) -> None:
     chain = chain_for([balance, constant(1)])
     chain.remember(a_call(1), 10, store)
-    assert values.kept == {}
+    assert store.kept == {}
 
 
-def test_a_store_that_is_away_is_a_miss_and_harms_nobody(values: SmallValues, store: Store) -> None:
+def test_a_store_that_is_away_is_a_miss_and_harms_nobody(store: Any) -> None:
     chain = chain_for([cached(max_age=60), constant(7)])
     call = a_call(1)
-    values.away = True
+    store.away = True
     chain.remember(call, 10, store)
     assert chain.answer(call, store) == Served(7, "constant")
-    values.away = False
-    assert values.kept == {}
+    store.away = False
+    assert store.kept == {}
 
 
 # --- mistakes found at definition -------------------------------------------------------------------
@@ -324,16 +316,16 @@ def test_a_key_must_be_one_parameter_not_all_of_them() -> None:
 # --- provenance -------------------------------------------------------------------------------------
 
 
-def test_provenance_is_kept_beside_the_result(values: SmallValues, store: Store) -> None:
+def test_provenance_is_kept_beside_the_result(store: Any) -> None:
     write_provenance(store, "task-1", Served(10, "cached", 30.0), "payments", ttl=60)
     assert read_provenance(store, "task-1") == Provenance("cached", 30.0, "payments")
     assert read_provenance(store, "task-2") is None
-    values.now += 60
+    store.now += 60
     assert read_provenance(store, "task-1") is None
 
 
-def test_a_store_that_is_away_loses_provenance_and_cannot_tell_it(values: SmallValues, store: Store) -> None:
-    values.away = True
+def test_a_store_that_is_away_loses_provenance_and_cannot_tell_it(store: Any) -> None:
+    store.away = True
     write_provenance(store, "task-1", Served(10, "constant"), "payments", ttl=60)  # costs the note, not the task
     with pytest.raises(StoreError):
         read_provenance(store, "task-1")
