@@ -39,16 +39,19 @@ def test_a_rate_limit_holds_for_resumed_tasks(post: PostOffice) -> None:
 
 
 def test_a_task_that_waits_for_its_rate_limit_is_deferred_when_its_turn_comes(post: PostOffice) -> None:
+    sent: list[Any] = []
+
     def last_of_ten() -> Any:
-        """Return a task that is not on its turn yet when the breaker opens."""
+        """Return a task whose turn has not come when the breaker opens."""
         post.close("payments")
-        first, *_, last = [post.task("paced").apply_async() for _ in range(10)]  # two a second
-        first.get(timeout=PATIENCE)
+        sent.extend(post.task("paced").apply_async() for _ in range(10))  # two a second
+        sent[-10].get(timeout=PATIENCE)
         post.open("payments")
-        post.wait(lambda: last.state in ("DEFERRED", "SUCCESS"), "its turn")
-        return last if last.state == "DEFERRED" else None
+        post.wait(lambda: sent[-1].state in ("DEFERRED", "SUCCESS"), "its turn")
+        return sent[-1] if sent[-1].state == "DEFERRED" else None
 
     post.through_an_outage(post.wait(last_of_ten, "it to open in time"))
+    post.wait_state("SUCCESS", sent)
 
 
 # --- how often ----------------------------------------------------------------------------------------
