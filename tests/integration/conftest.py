@@ -54,7 +54,7 @@ class Shop:
         }
         self._count = itertools.count(1)
         self._programs: list[Program] = []
-        os.environ.update(self.env)
+        os.environ.update(self.env, RESILIENT_TASKS_STORE_TIMEOUT="20")
         self.project: ModuleType = importlib.import_module(module)
 
     def __getattr__(self, name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from celery import chord
+from celery.utils import uuid
 
 from tests.integration.conftest import Shop
 from tests.integration.test_dead_letters import Events
@@ -43,9 +44,10 @@ def hooks(shop: Shop, result: Any) -> list[str]:
 
 def send(shop: Shop, task: Any, **options: Any) -> Any:
     """Send a task that holds two locks, with error callbacks of both kinds."""
-    result = task.apply_async(**CALL, link_error=[shop.errback.s(), shop.errback_by_id.s()], **options)
-    shop.side.mset({f"once:{result.id}": 1, f"singleton:{result.id}": 1})
-    return result
+    task_id = uuid()
+    shop.side.mset({f"once:{task_id}": 1, f"singleton:{task_id}": 1})
+    errbacks = [shop.errback.s(), shop.errback_by_id.s()]
+    return task.apply_async(**CALL, task_id=task_id, link_error=errbacks, **options)
 
 
 def event_types(events: Events, result: Any) -> list[str]:
