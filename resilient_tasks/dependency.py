@@ -49,7 +49,7 @@ from resilient_tasks.store.history import History
 from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.store.local import FailoverStore
 from resilient_tasks.store.reporter import LEASE, Reporter
-from resilient_tasks.store.view import CachedState, View
+from resilient_tasks.store.view import UNSHARED, CachedState, View
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -63,6 +63,7 @@ _SUCCESS, _SLOW = Verdict(Outcome.SUCCESS), Verdict(Outcome.SLOW)
 # admits nothing, for breakers that have not joined their fleet yet
 _NOWHERE = CachedState(Spec("nowhere"), perf_counter)
 _NOWHERE.admits = _NOWHERE.admits_freely = False
+_NOWHERE.watch(UNSHARED, 0)  # always behind
 
 
 class Pass(NamedTuple):
@@ -202,7 +203,10 @@ class Dependency:
         self.parent = parent
         self.spec = spec
         self.name = spec.name
+        self.family = self.name if parent is None else parent.name
         self.policy: BreakerPolicy = spec.policy
+        # whether the runs of its tasks are limited, in the fleet or in each worker
+        self.is_limited = (spec.policy.max_concurrency_per_worker or spec.policy.most_in_flight) is not None
         self.probe: Probe | None = None
         self.slow_after = math.inf if spec.policy.slow_call_duration is None else spec.policy.slow_call_duration
         self._find_fleet = find_fleet
@@ -257,10 +261,11 @@ class Dependency:
     @property
     def cached_state(self) -> CachedState:
         """Brought up to date; that of a child is read anew from time to time, because nothing follows a CLOSED one."""
-        view = self.fleet.view
-        view.catch_up(self.cached)
-        if self._is_old:
-            view.look(self.spec)
+        if self.parent is not None or self.cached.is_behind:
+            view = self.fleet.view
+            view.catch_up(self.cached)
+            if self._is_old:
+                view.look(self.spec)
         return self.cached
 
     @property

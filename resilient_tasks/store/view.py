@@ -40,7 +40,7 @@ POLL_INTERVAL = 0.5  # seconds between two looks at what has changed, and before
 SWEEP_INTERVAL = 10.0  # seconds between two reads of idle breakers, one at a time
 _OVERLAP = 1.0  # seconds of changes that are looked at twice: processes know the store's time roughly
 _SHARED_COUNTS = 2**16  # of changes; breakers with the same checksum share one
-_UNSHARED = memoryview(bytearray(b"\xff" * 4)).cast("I")  # differs from every count that a cached state has seen
+UNSHARED = memoryview(bytearray(b"\xff" * 4)).cast("I")  # differs from every count that a cached state has seen
 
 # What waits to be reported about one breaker: epoch, call, cause, Retry-After; the bare epoch is a success, the
 # commonest thing by far.
@@ -58,6 +58,7 @@ class CachedState:
         known: the store has answered something.
         admits: calls are admitted, where they are limited with a slot: CLOSED, DISABLED or SHADOW.
         admits_freely: and they need not even ask the store, because there is no limit.
+        ramps: it has recovered, and may admit only a share of the tasks yet.
         epoch: of ``snapshot``; the outcome of a call belongs to the epoch that admitted it.
         counts: of changes, which another process writes; see :meth:`watch`.
         deadline: on the view's clock, when trials may begin: -inf at once, +inf only by an operator.
@@ -68,7 +69,7 @@ class CachedState:
 
     __slots__ = (
         "_clock", "_denied", "_place", "_read_at", "admits", "admits_freely", "counts", "deadline", "due_at", "epoch",
-        "known", "mark", "name", "pending", "scheduled", "seen", "snapshot", "spec", "urgent",
+        "known", "mark", "name", "pending", "ramps", "scheduled", "seen", "snapshot", "spec", "urgent",
     )  # fmt: skip
 
     def __init__(self, spec: Spec, clock: Callable[[], float]) -> None:
@@ -110,6 +111,7 @@ class CachedState:
         unknown = snapshot.epoch == 0
         limit = self.spec.policy.most_in_flight if unknown else snapshot.concurrency_limit
         self.admits_freely = self.admits and limit is None
+        self.ramps = snapshot.ramp_since is not None and snapshot.state is State.CLOSED
 
     @property
     def needs_a_look(self) -> bool:
@@ -150,7 +152,7 @@ class CachedState:
     def ramp_share(self) -> float:
         """Return the share of tasks to admit, 0.1 to 1.0: it grows while the breaker is fresh from a recovery."""
         since, ramp = self.snapshot.ramp_since, self.spec.policy.ramp
-        if since is None or ramp <= 0 or self.snapshot.state is not State.CLOSED:
+        if since is None or ramp <= 0 or not self.ramps:
             return 1.0
         elapsed = self.snapshot.now - since + self._clock() - self._read_at
         return min(1.0, ramp_share(max(0.0, elapsed), ramp))
@@ -398,7 +400,7 @@ class View:
             if self._is_child:
                 self._watch(state)
             else:
-                state.watch(_UNSHARED, 0)
+                state.watch(UNSHARED, 0)
 
     def catch_up(self, state: CachedState) -> None:
         """Reread a breaker that has changed, as far as the main process knows."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from zlib import crc32
 
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.model import Outcome, State, parent_of, voter_of
+from resilient_tasks.core.model import Outcome, State, voter_of
 from resilient_tasks.dependency import Dependency, Pass, answering
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
 from resilient_tasks.store.background import Watch, overdue
@@ -55,18 +55,27 @@ class Gate:
         """
         for breaker in breakers:
             cached = breaker.cached_state
-            if _ramps_out(cached, envelope, task_id) if cached.admits_freely else not breaker.accepting:
+            if not cached.admits_freely:
+                if not breaker.accepting:
+                    return breaker
+            elif cached.ramps and _ramps_out(cached, envelope, task_id):
                 return breaker
         return None
 
     def has_queue(self, guards: Sequence[Dependency], envelope: Envelope) -> Dependency | None:
         """Return the first breaker for a slot of which earlier tasks wait: this one has its place behind them."""
-        return next((breaker for breaker in guards if _is_waited_for(breaker.cached_state, envelope)), None)
+        for breaker in guards:
+            if not breaker.cached.admits_freely and _is_waited_for(breaker.cached_state, envelope):
+                return breaker
+        return None
 
     def full(self, guards: Sequence[Dependency]) -> Dependency | None:
         """Return the first breaker of which this worker runs as many tasks as ``max_concurrency_per_worker`` allows."""
-        limited = (each for each in answering(guards) if each.policy.max_concurrency_per_worker)
-        return next((each for each in limited if self._in_flight.get(each.name, 0) >= self._most_here(each)), None)
+        for breaker in answering(guards):
+            is_limited = breaker.policy.max_concurrency_per_worker is not None
+            if is_limited and self._in_flight.get(breaker.name, 0) >= self._most_here(breaker):
+                return breaker
+        return None
 
     def unaccepted(self) -> list[GatedRequest]:
         return list(self._unaccepted)
@@ -91,6 +100,11 @@ class Gate:
         refusing = self.refusing(guards, envelope, request.id)
         if refusing is not None:
             return Admission((), refusing.refuse(), envelope.attempts, envelope.trace)
+        return self.grant(request)
+
+    def grant(self, request: GatedRequest) -> Admission:
+        """Decide on a request that no breaker refuses by what is known here."""
+        guards, envelope = request.guards, request.envelope
         passes: list[Pass] = []
         for_it = answering(guards)
         for breaker in guards:
@@ -106,22 +120,24 @@ class Gate:
     def _pass(self, breaker: Dependency, request: GatedRequest, *, for_child: bool) -> Pass | None:
         """Return one breaker's pass; None if it denies a permit or a slot. A slot is the child's to give."""
         cached = breaker.cached_state
-        is_counted = not for_child and _is_counted(breaker)
+        is_counted = breaker.is_limited and not for_child
         if is_counted and not self._count(breaker):
             return None
-        if cached.admits_freely or (cached.admits and for_child):
-            admitted = Pass(breaker.name, cached.epoch, for_child=for_child)
-        else:
-            leased = breaker.lease(request.holder, for_child=for_child, renewed_for=LONGEST_WAIT)
-            if leased is None:
+        trial = leased = False
+        epoch = cached.epoch
+        if not cached.admits_freely and not (cached.admits and for_child):
+            lease = breaker.lease(request.holder, for_child=for_child, renewed_for=LONGEST_WAIT)
+            if lease is None:
                 if is_counted:
                     self._uncount(breaker.name)
                 return None
-            admitted = leased
-        if is_counted or admitted.leased:
+            _, epoch, trial, _, leased, _, _ = lease
+        if is_counted or leased:
             self._unaccepted.add(request)
-        counts = not admitted.trial and self._would_count(cached, request.envelope)
-        return admitted._replace(counts=counts, watched=self._is_watched(request, breaker, admitted))
+        counts = not trial and self._would_count(cached, request.envelope)
+        is_watched = breaker.slow_after < math.inf and (leased or not for_child)
+        watched = is_watched and self._is_watched(request, breaker, trial=trial)
+        return Pass(breaker.name, epoch, trial, counts, leased, for_child, watched)
 
     def _would_count(self, cached: CachedState, envelope: Envelope) -> bool:
         """Whether a failure now uses up an attempt: only if the dependency has served a task since the last one.
@@ -157,11 +173,9 @@ class Gate:
 
     # --- the run ----------------------------------------------------------------------------------
 
-    def _is_watched(self, request: GatedRequest, breaker: Dependency, admitted: Pass) -> bool:
-        """Whether a run is reported when it is overdue, unless its quick attempts, guards or child breaker are."""
-        if breaker.policy.slow_call_duration is None or (admitted.for_child and not admitted.leased):
-            return False
-        has_attempts = request.task.options.retrying is not None and not admitted.trial
+    def _is_watched(self, request: GatedRequest, breaker: Dependency, *, trial: bool) -> bool:
+        """Whether a run is reported when it is overdue, unless its quick attempts or the guards inside it are."""
+        has_attempts = request.task.options.retrying is not None and not trial
         return not has_attempts and _watched_as(request, breaker) not in self._guarded_inside
 
     def hold(self, request: GatedRequest, admission: Admission) -> None:
@@ -181,9 +195,9 @@ class Gate:
         self._unaccepted.discard(request)
         passes = zip(request.guards, admission.passes, report.verdicts, strict=False)  # of the first, if one refused
         for breaker, admitted, found in passes:
-            was_overdue = self._end_watch(request, breaker, found)
+            was_overdue = admitted.watched and self._end_watch(request, breaker, found)
             verdict = _SLOW if was_overdue and found == _SUCCESS else found
-            if not admitted.for_child and _is_counted(breaker):
+            if breaker.is_limited and not admitted.for_child:
                 self._uncount(breaker.name)
             if admitted.leased or (verdict is not None and not admitted.for_child):
                 self._report(request, breaker, admitted, verdict or _IGNORED, was_overdue=was_overdue)
@@ -209,13 +223,8 @@ class Gate:
         breaker.conclude(admitted, verdict, holder=holder, voter=voter, was_overdue=was_overdue)
 
 
-def _is_counted(breaker: Dependency) -> bool:
-    """Whether the runs of a breaker's tasks are limited, in the fleet or here."""
-    return breaker.policy.max_concurrency_per_worker is not None or breaker.policy.most_in_flight is not None
-
-
 def _watched_as(request: GatedRequest, breaker: Dependency) -> tuple[str, str]:
-    return request.task.name, parent_of(breaker.name) or breaker.name
+    return request.task.name, breaker.family
 
 
 def _was_resumed(cached: CachedState, envelope: Envelope) -> bool:

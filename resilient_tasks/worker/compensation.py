@@ -70,7 +70,7 @@ class Compensation:
         self._runtime = runtime
         self._lock = threading.Lock()
         self._calls: dict[object, _Call] = {}
-        self._suspects: dict[str, float] = {}  # since when, monotonic
+        self.suspects: dict[str, float] = {}  # since when, monotonic
         self._usual: dict[str, tuple[float, float, int]] = {}  # seconds that calls take, learned when, from how many
         self._consumer: Any = None
         self._timer: Any = None
@@ -129,7 +129,7 @@ class Compensation:
         now = time.monotonic()
         for breaker in call.breakers:
             self._learn(breaker, now - call.started, now)
-            if breaker.name in self._suspects and now - call.started <= self._limit(breaker):
+            if breaker.name in self.suspects and now - call.started <= self._limit(breaker):
                 self._clear(breaker, now)
 
     def limiting(self, guards: Sequence[Dependency]) -> Dependency | None:
@@ -137,15 +137,15 @@ class Compensation:
 
         While the store is unavailable all may: what is deferred could not be resumed.
         """
-        if not self._suspects or self._runtime.fleet.store.is_unavailable:
+        if not self.suspects or self._runtime.fleet.store.is_unavailable:
             return None
         running = [call for call in list(self._calls.values()) if call.started is not None or not self._queues_inside]
         return next((breaker for breaker in answering(guards) if self._is_over(breaker, running)), None)
 
     def wait(self, breaker: Dependency) -> float:
         """Return for how many seconds a task over a breaker's share is deferred: as long as it is suspect already."""
-        parent = _parent_or_own(breaker.name)
-        since = (at for name, at in list(self._suspects.items()) if _parent_or_own(name) == parent)
+        parent = breaker.family
+        since = (at for name, at in list(self.suspects.items()) if _parent_or_own(name) == parent)
         suspect_for = time.monotonic() - min(since, default=math.inf)
         return max(self._late_after, min(suspect_for, breaker.policy.open_duration))
 
@@ -155,7 +155,7 @@ class Compensation:
         return seconds if calls else None
 
     def is_suspect(self, name: str) -> bool:
-        return name in self._suspects
+        return name in self.suspects
 
     def _is_over(self, breaker: Dependency, running: Sequence[_Call]) -> bool:
         """Whether a breaker may have no more calls in flight here.
@@ -166,13 +166,13 @@ class Compensation:
         """
         if breaker.cached_state.snapshot.state in _UNLIMITED:
             return False
-        suspects, slots, parent = self._suspects, self._slots, _parent_or_own(breaker.name)
+        suspects, slots, parent = self.suspects, self._slots, breaker.family
         if breaker.name in suspects and any(call.is_for(breaker.name) for call in running):
             suspect_calls = sum(any(each.name in suspects for each in call.breakers) for call in running)
             return suspect_calls >= max(1, slots - 1)
         if all(_parent_or_own(name) != parent for name in list(suspects)):
             return False
-        siblings = sum(any(_parent_or_own(each.name) == parent for each in call.breakers) for call in running)
+        siblings = sum(any(each.family == parent for each in call.breakers) for call in running)
         return siblings >= max(1, slots + self._most_spare - 1)
 
     @property
@@ -194,7 +194,7 @@ class Compensation:
 
         The first calls of a process are slow; quicker ones after them count for more. Slower ones may be an outage.
         """
-        parent = _parent_or_own(breaker.name)
+        parent = breaker.family
         usual, at, calls = self._usual.get(parent, (seconds, now, 0))
         calls = min(calls + 1, FIRST_CALLS)
         weight = 1 / calls if seconds < usual and calls < FIRST_CALLS else min(1.0, (now - at) / LEARNING)
@@ -224,11 +224,11 @@ class Compensation:
         self._timer = self._consumer.timer.call_after(seconds, self._look)
 
     def _suspect(self, name: str, now: float) -> None:
-        if name in self._suspects:
+        if name in self.suspects:
             return
-        if len(self._suspects) >= MOST_SUSPECTS:
-            del self._suspects[next(iter(self._suspects))]
-        self._suspects[name] = now
+        if len(self.suspects) >= MOST_SUSPECTS:
+            del self.suspects[next(iter(self.suspects))]
+        self.suspects[name] = now
         logger.warning("breaker %s is suspect in this worker: a call is late", name, extra={"breaker": name})
         self._runtime.fleet.reporter.tally(name, SUSPECTED)
         _send_event(self._consumer, BREAKER_SUSPECT, breaker=name)
@@ -238,7 +238,7 @@ class Compensation:
         limit = self._limit(breaker)
         calls = list(self._calls.values())
         if not any(call.is_for(breaker.name) and now - (call.started or now) > limit for call in calls):
-            self._suspects.pop(breaker.name, None)
+            self.suspects.pop(breaker.name, None)
             what = "breaker %s is no longer suspect in this worker"
             logger.info(what, breaker.name, extra={"breaker": breaker.name})
 

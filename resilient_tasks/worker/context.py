@@ -48,7 +48,7 @@ def runtime_of(app: Celery) -> Runtime:
     Raises:
         ConfigurationError: no ``Resilience`` was initialised with it.
     """
-    runtime = find_runtime(app)
+    runtime = _runtimes.get(app)
     if runtime is None:
         raise ConfigurationError(f"app {app.main!r} has no Resilience: call Resilience(app) or init_app(app)")
     return runtime
@@ -149,12 +149,11 @@ class Runtime:
     def guards_of(self, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Dependency]:
         """Return the breakers that must admit a call, parents before their children; none if its key makes no sense."""
         try:
-            breakers = self.breakers_of(task, args, kwargs)
+            if task.options.breaker_key is None:
+                return self._named(task.options.breakers)
+            return [guard for breaker in self.breakers_of(task, args, kwargs) for guard in breaker.guards]
         except ConfigurationError:
             return []
-        if task.options.breaker_key is None:
-            return breakers
-        return [guard for breaker in breakers for guard in breaker.guards]
 
     def _named(self, names: tuple[str, ...]) -> list[Dependency]:
         """Return the breakers of some names, found once: this is asked for every run."""

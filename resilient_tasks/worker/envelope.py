@@ -73,7 +73,7 @@ class Envelope:
     @classmethod
     def read(cls, headers: object) -> Envelope:
         """Return the envelope in ``headers``; an empty one if there is none or it is invalid."""
-        raw = headers.get(HEADER) if isinstance(headers, Mapping) else None
+        raw = headers.get(HEADER) if isinstance(headers, dict) else None
         if raw is None:  # nearly every message there is
             return _NO_ENVELOPE
         try:

@@ -332,8 +332,8 @@ class _Body:
 
     def _attempt(self) -> Any:
         """Call the body once; quick attempts are outcomes of their own, but for those of a trial, which has one."""
-        is_trial = any(admitted.trial for admitted in self.admission.passes)
-        if self.gated is not None and (self.options.retrying is None or is_trial):
+        retrying, passes = self.options.retrying, self.admission.passes
+        if self.gated is not None and (retrying is None or any(admitted.trial for admitted in passes)):
             return self.function(*self.args, **self.kwargs)
         return call_guarded(self.breakers, self.function, self.args, self.kwargs)
 

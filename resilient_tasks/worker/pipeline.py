@@ -112,9 +112,10 @@ class Pipeline:
             request.withdraw()
             self._defer_denied(request, denial)
             raise TaskRevokedError(request.id)
-        if denial is None and self._is_held(request):
+        full = self.gate.full(request.guards) if denial is None else None
+        if full is not None and request.defers_when_refused() and self.holding.hold(request, full):
             raise TaskRevokedError(request.id)
-        admission = request.admission = self.gate.admit(request)
+        admission = request.admission = (self.gate.grant if denial is None else self.gate.admit)(request)
         if admission.refusal is not None and request.defers_when_refused():
             request.withdraw()
             self._defer_refused(request, admission.refusal)
@@ -293,21 +294,17 @@ class Pipeline:
         It refuses, or its late calls hold its share of this worker, or earlier tasks wait for one of its slots.
         """
         refusing = self.gate.refusing(guards, envelope, task_id)
-        limiting = self.compensation.limiting(guards) if refusing is None else None
+        limiting = self.compensation.limiting(guards) if self.compensation.suspects and refusing is None else None
         if limiting is not None:
             return Denial(limiting, is_late=True)
         refusing = refusing or self.gate.has_queue(guards, envelope)
         return None if refusing is None else Denial(refusing)
 
-    def _is_held(self, request: GatedRequest) -> bool:
-        """Hold a task, instead of deferring it, while this worker runs as many of its breaker's as it may."""
-        full = self.gate.full(request.guards)
-        return full is not None and request.defers_when_refused() and self.holding.hold(request, full)
-
     def _guards(self, task: Any, message: Any) -> list[Dependency]:
-        if isinstance(message.payload, dict):  # protocol 1: it is refused when it is submitted
+        payload = message.payload
+        if isinstance(payload, dict):  # protocol 1: it is refused when it is submitted
             return []
-        args, kwargs, _ = message.payload
+        args, kwargs, _ = payload
         return self.runtime.guards_of(task, args, kwargs)
 
     def _is_stuck(self, breaker: str) -> bool:

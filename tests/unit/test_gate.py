@@ -131,6 +131,8 @@ def test_a_resumed_task_passes_the_ramp_of_the_breaker_that_it_waited_for_alone(
 ) -> None:
     accounts = resilience.breaker("accounts")
     monkeypatch.setattr(CachedState, "ramp_share", lambda _: 0.0)
+    for recovered in (payments, accounts):
+        recovered._dependency.cached_state.ramps = True
     for breaker, other in ((payments, accounts), (accounts, payments)):
         resumed = Envelope(breaker=breaker.name, resumed=breaker._dependency.cached_state.epoch)
         assert gate.refusing([breaker._dependency], resumed, "a") is None
