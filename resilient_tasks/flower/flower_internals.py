@@ -33,13 +33,6 @@ RUN_TIMES = "flower_task_runtime_seconds"
 _OURS = "breakers/"
 _PAGES = ("list.html", "one.html", "outages.html")
 _END_OF_NAVIGATION = "</ul>"
-_OUR_ITEM = """
-        <li class="nav-item">
-          <a class="nav-link{% if active_tab == 'breakers' %} active{% end %}"
-            href="{{ reverse_url('breakers') }}"
-            {% if active_tab == 'breakers' %}aria-current="page"{% end %}>Breakers</a>
-        </li>
-      """
 
 
 class Templates(template.Loader):
@@ -56,15 +49,18 @@ class Templates(template.Loader):
 
     def _create_template(self, name: str) -> template.Template:
         if name.startswith(_OURS):
-            ours = resources.files("resilient_tasks.flower") / "templates" / name.removeprefix(_OURS)
-            return template.Template(ours.read_text("utf-8"), name=name, loader=self)
+            return template.Template(_ours(name.removeprefix(_OURS)), name=name, loader=self)
         if name == "navbar.html":
             return template.Template(self._navigation(), name=name, loader=self)
         return super()._create_template(name)
 
     def _navigation(self) -> str:
         theirs = Path(self.root, "navbar.html").read_text("utf-8")
-        return theirs.replace(_END_OF_NAVIGATION, _OUR_ITEM + _END_OF_NAVIGATION, 1)
+        return theirs.replace(_END_OF_NAVIGATION, _ours("item.html") + _END_OF_NAVIGATION, 1)
+
+
+def _ours(name: str) -> str:
+    return (resources.files("resilient_tasks.flower") / "templates" / name).read_text("utf-8")
 
 
 def prefixed(handlers: list[web.url], options: Any) -> list[web.url]:

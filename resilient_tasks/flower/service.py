@@ -44,7 +44,7 @@ _FIRST_LOOK_TIMEOUT, _CHANGE_TIMEOUT, _NEVER_READ_TIMEOUT = 0.05, 1.0, 5.0  # se
 _REFRESH_TIMEOUT = 10.0
 _QUEUE_SIZE = 1_000
 
-_SEARCHED = ("task_id", "task", "args", "kwargs", "reason")  # fields of a task
+_SEARCHABLE = ("task_id", "task", "args", "kwargs", "reason")  # fields of a task
 
 #: What can be done to tasks, and its name in the log.
 TASK_ACTIONS = {
@@ -258,9 +258,8 @@ class Service:
             tasks = [each.public_fields() for each in self._dead.list(name, limit=limit)]
         if search is None:
             return {"count": count, "tasks": tasks}
-        found = [
-            each for each in tasks if search.casefold() in " ".join(str(each[key]) for key in _SEARCHED).casefold()
-        ]
+        wanted = search.casefold()
+        found = [each for each in tasks if any(wanted in str(each[field]).casefold() for field in _SEARCHABLE)]
         return {"count": count, "tasks": found[:LISTED], "ids": [each["task_id"] for each in found]}
 
     def _count_dead(self, names: Sequence[str]) -> dict[str, int]:
@@ -287,8 +286,8 @@ class Service:
             history = await self._store.submit(partial(self._read_history, name))
             tasks = [] if parent_of(name) else self.about(name)[1]  # no event tells a task's key
             return {**history, "durations": self._run_times(tasks, history["now"] - DURATIONS_OVER)}
-        timeout = READ_TIMEOUT if search is None else TIMEOUT
-        return await self._broker.submit(partial(self._read_tasks, name, part, search), timeout=timeout)
+        read = partial(self._read_tasks, name, part, search)
+        return await self._broker.submit(read, timeout=READ_TIMEOUT if search is None else TIMEOUT)
 
     async def dead_letters(self) -> dict[str, int]:
         """Return how many dead letters there are, by breaker that has any; others are served in between."""

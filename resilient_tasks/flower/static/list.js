@@ -64,7 +64,8 @@ function actions(name) {
 
 function write({row, state, cells}, breaker) {
     const count = dead?.[breaker.name] ?? 0;
-    const shown = {...figures(breaker), dead: dead === null ? NOTHING : count.toLocaleString()};
+    const unknown = dead === null || breaker.name.includes(":"); // those of a child are among its parent's
+    const shown = {...figures(breaker), dead: unknown ? NOTHING : count.toLocaleString()};
     if (state.textContent !== breaker.state) {
         state.replaceChildren(badge(breaker.state));
         row.dataset.state = breaker.state;

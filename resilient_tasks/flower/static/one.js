@@ -12,6 +12,7 @@ const VERBS = {deferred: ["resume", "drop"], dead: ["replay", "drop"]};
 const NOUNS = {deferred: ["deferred task", "deferred tasks"], dead: ["dead letter", "dead letters"]};
 const PAST = {resume: "resumed", drop: "dropped", replay: "replayed"};
 const AT_ONCE = 200; // tasks of one request
+const SEARCHED = 5000; // tasks that can be found, and selected, at once
 
 // --- figures -------------------------------------------------------------------------------------
 
@@ -46,7 +47,7 @@ function state(breaker, shown) {
     const {outage} = breaker;
     const durations = past?.durations.runs ? past.durations : null;
     const told = durations && `Of ${durations.runs.toLocaleString()} runs of its tasks that succeeded in the last 5 minutes, by their events`;
-    byId("facts").replaceChildren(...[
+    const facts = [
         ["Since", breaker.epoch ? moment(outage?.opened ?? breaker.since) : NOTHING], ["Causes", causes(outage)],
         ...(outage && outage.reason !== breaker.reason ? [["Latest", shown.reason]] : []), ["Next probe", shown.probe], ["Deferred", shown.deferred],
         ["Oldest wait", shown.oldest], ["Recovery", shown.recovery], ["Evidence", shown.evidence],
@@ -56,7 +57,17 @@ function state(breaker, shown) {
         ["Calls", shown.calls, "In about the last window"], ["Failed", `${breaker.failures} · ${shown.failed}`],
         ["Slow", `${breaker.slow} · ${shown.slow}`], ["Openings in a row", breaker.openings],
         ["Trials in flight", breaker.trials],
-    ].map(fact));
+    ].map(fact);
+    const known = [...byId("facts").children];
+    if (known.length !== facts.length) {
+        byId("facts").replaceChildren(...facts);
+        return;
+    }
+    facts.forEach((each, place) => { // what a person points at stays, if it is the same
+        if (!known[place].isEqualNode(each)) {
+            known[place].replaceWith(each);
+        }
+    });
 }
 
 function fact([term, value, title]) {
@@ -207,10 +218,10 @@ function choose(kind) {
     const every = section.querySelector(".every");
     if (all && found[kind]) {
         const {tasks, ids, count: there} = found[kind];
-        const more = ids ? ids.length : there;
+        const more = ids ? ids.length : Math.min(there, SEARCHED);
         all.checked = tasks.length > 0 && tasks.every((task) => selected[kind].has(task.task_id));
         every.hidden = !all.checked || more <= count;
-        every.textContent = `Select all ${more.toLocaleString()}${ids ? " found" : ""}`;
+        every.textContent = `Select ${more < there && !ids ? "the oldest" : "all"} ${more.toLocaleString()}${ids ? " found" : ""}`;
     }
 }
 
