@@ -72,7 +72,7 @@ function state(breaker, shown) {
 
 function fact([term, value, title]) {
     const text = value instanceof Node ? value.textContent : String(value);
-    const kinds = [text.length > 40 ? "wide" : "", /^(0 · )?(—|0|0%)$/.test(text) ? "nothing" : ""].join(" ");
+    const kinds = [text.length > 24 ? "wide" : "", /^(0 · )?(—|0|0%)$/.test(text) ? "nothing" : ""].join(" ");
     return el("div", {class: kinds, ...(title ? {title} : {})}, el("dt", {}, term), el("dd", {}, value instanceof Node ? value : text));
 }
 
@@ -165,7 +165,7 @@ function named(kind, count) {
 // Do something to tasks, a part of them at a time, until all are done or an error is the broker's or the store's.
 async function carryOut(kind, verb, ids) {
     const what = ids.length === 1 ? `${NOUNS[kind][0]} ${ids[0]}` : named(kind, ids.length);
-    if (verb === "drop" && !await sure(`Drop ${what}?`, "It is gone for good and never runs.", `Drop ${what}`)) {
+    if (verb === "drop" && !await sure(`Drop ${what}?`, "What is dropped is gone for good and never runs.", `Drop ${what}`)) {
         return;
     }
     if (ids.length > 1 && verb !== "drop" && !await sure(
