@@ -139,7 +139,7 @@ def compare_commands(client: redis.Redis, fleet: Fleet, breaker: Breaker, rival:
     }.items():
         requests, commands = commands_of(client, job)
         print(f"{name:44}{requests:10}{commands:10}")
-    print("\n(requests: round trips, our poll twice a second among them; commands: with those inside scripts)")
+    print("\n(requests: round trips, our poll once or twice a second among them; commands: with those inside scripts)")
 
 
 # --- threads ------------------------------------------------------------------------------------------

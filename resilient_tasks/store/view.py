@@ -3,9 +3,9 @@
 Guards and gates hold a ``CachedState`` each, because they read it on every call. It is kept fresh in one of two ways:
 
 * A process that *follows* (a worker's main process, a web process, a script) has one thread that receives
-  transitions, and twice a second asks which breakers have changed, which makes up for lost messages. It reads those
-  whose change it has not received, and those that need a look all the time: not CLOSED, or tasks wait for them. So what
-  is idle costs nothing, however much of it there is; every few seconds one of the others is read all the same.
+  transitions, and once or twice a second asks which breakers have changed, which makes up for lost messages. It reads
+  those whose change it has not received, and those that need a look all the time: not CLOSED, or tasks wait for them.
+  So what is idle costs nothing, however much of it there is; now and then one of the others is read all the same.
 * A *child* of a prefork pool neither subscribes nor polls. Its main process counts changes, by breaker, in memory
   that was shared before the fork; the child rereads a breaker that it is about to use when that count has moved.
 
@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 DENIAL_MEMORY = 1.0  # seconds for which a denied permit is not asked for again, unless something has moved
 MOST_AT_ONCE = 500  # children that are read with one refresh
 POLL_INTERVAL = 0.5  # seconds between two looks at what has changed, and before a failed one is tried again
-SWEEP_INTERVAL = 10.0  # seconds between two reads of idle breakers, one at a time
+IDLE_POLL_INTERVAL = 1.0  # the same while nothing changes and no breaker needs a look
+SWEEP_INTERVAL = 30.0  # seconds between two reads of idle breakers, one at a time
 _OVERLAP = 1.0  # seconds of changes that are looked at twice: processes know the store's time roughly
 _SHARED_COUNTS = 2**16  # of changes; breakers with the same checksum share one
 UNSHARED = memoryview(bytearray(b"\xff" * 4)).cast("I")  # differs from every count that a cached state has seen
@@ -275,8 +276,10 @@ class View:
             self._shared[place] = (self._shared[place] + 1) % 2**32
         return self._shared[place]
 
-    def refresh(self) -> None:
+    def refresh(self) -> bool:
         """Read breakers that have changed and those that need a look all the time, in a few round trips.
+
+        Return whether there were any.
 
         Raises:
             StoreError: the store did not answer; the view is as it was.
@@ -295,6 +298,7 @@ class View:
                 self._refresh_children(snapshot.name, changed)
         self._looked_at, self._switches, self._changed = began_at + self._server_offset, switches, changed
         self._forget_unused()
+        return bool(changed or others)
 
     def _next_to_sweep(self, idle: list[Spec]) -> list[Spec]:
         if not idle or self.clock() < self._swept_at + SWEEP_INTERVAL:
@@ -372,15 +376,15 @@ class View:
             self._thread.stop(timeout)
 
     def _receive_changes(self, stopped: threading.Event) -> None:
-        self.refresh()
+        interval = POLL_INTERVAL if self.refresh() else IDLE_POLL_INTERVAL
         read_at = time.monotonic()
         for snapshot in self._store.changes(timeout=POLL_INTERVAL):
             if snapshot is not None:
                 self.update(snapshot)
             if stopped.is_set():
                 return
-            if time.monotonic() >= read_at + POLL_INTERVAL:
-                self.refresh()
+            if time.monotonic() >= read_at + interval:
+                interval = POLL_INTERVAL if self.refresh() else IDLE_POLL_INTERVAL
                 read_at = time.monotonic()
 
     # --- a child of a prefork pool ----------------------------------------------------------------
