@@ -64,13 +64,13 @@ class CachedState:
         counts: of changes, which another process writes; see :meth:`watch`.
         deadline: on the view's clock, when trials may begin: -inf at once, +inf only by an operator.
         pending: outcomes that the ``Reporter`` has not sent yet.
-        scheduled: the ``Reporter`` knows that something is pending; it is to be sent at ``due_at``, or if ``urgent``
-            at once.
+        scheduled: the ``Reporter`` knows that something is pending; it is to be sent some time after ``sent_at``, the
+            time of the last report, or if ``urgent`` at once.
     """
 
     __slots__ = (
-        "_clock", "_denied", "_place", "_read_at", "admits", "admits_freely", "counts", "deadline", "due_at", "epoch",
-        "known", "mark", "name", "pending", "ramps", "scheduled", "seen", "snapshot", "spec", "urgent",
+        "_clock", "_denied", "_place", "_read_at", "admits", "admits_freely", "counts", "deadline", "epoch",
+        "known", "mark", "name", "pending", "ramps", "scheduled", "seen", "sent_at", "snapshot", "spec", "urgent",
     )  # fmt: skip
 
     def __init__(self, spec: Spec, clock: Callable[[], float]) -> None:
@@ -80,7 +80,7 @@ class CachedState:
         self.mark = 0  # the view's count of updates when this one was made
         self.pending: deque[int | Occurrence] = deque(maxlen=_MOST_PENDING)
         self.scheduled = self.urgent = False
-        self.due_at = -math.inf
+        self.sent_at = -math.inf
         self._denied = _NEVER_DENIED
         self.seen = 0  # the count of changes when this copy was made
         self.watch(None, 0)
@@ -120,6 +120,12 @@ class CachedState:
         snapshot = self.snapshot
         is_waited_for = snapshot.deferred or snapshot.active_children
         return not self.known or snapshot.state is not State.CLOSED or is_waited_for > 0
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether this breaker is CLOSED, and nothing speaks against it."""
+        snapshot = self.snapshot
+        return self.known and snapshot.state is State.CLOSED and not (snapshot.evidence or snapshot.slow_evidence)
 
     def has_seen(self, change_at: float) -> bool:
         """Whether this copy is from after a change, or shows the very transition; others know the time roughly."""
