@@ -94,7 +94,7 @@ def test_revoked_and_dropped_and_expired_fire_what_a_plain_task_does(shop: Shop,
     revoked, dropped, expired = (send(shop, shop.waits, expires=expires) for expires in (None, None, 15))
     shop.wait(lambda: shop.waiting("payments") == 3, "all to wait")
     shop.app.control.revoke(revoked.id)
-    plainly = shop.plain.apply_async(**CALL, countdown=0, expires=0.001)
+    plainly = shop.plain.apply_async(**CALL, countdown=1, expires=0.5)
     assert shop.resilience.deferred.drop("payments", [dropped.id]) == (dropped.id,)
     for result in (revoked, dropped, expired, plainly):
         shop.wait_state(result, "REVOKED")
