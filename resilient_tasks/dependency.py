@@ -49,7 +49,7 @@ from resilient_tasks.store.history import History
 from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.store.local import FailoverStore
 from resilient_tasks.store.reporter import LEASE, Reporter
-from resilient_tasks.store.view import UNSHARED, CachedState, View
+from resilient_tasks.store.view import CachedState, View
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -63,7 +63,6 @@ _SUCCESS, _SLOW = Verdict(Outcome.SUCCESS), Verdict(Outcome.SLOW)
 # admits nothing, for breakers that have not joined their fleet yet
 _NOWHERE = CachedState(Spec("nowhere"), perf_counter)
 _NOWHERE.admits = _NOWHERE.admits_freely = False
-_NOWHERE.watch(UNSHARED, 0)  # always behind
 
 
 class Pass(NamedTuple):
@@ -143,6 +142,8 @@ class Fleet:
         if snapshot is not None:
             self.view.declare(spec)
             self.view.update(snapshot, asked)
+            if snapshot.is_due:  # the process that counted has ended before it could decide
+                self.learn(self.store.advance(spec))
         return snapshot is not None
 
     def acquire(self, spec: Spec, holder: str, *, lease: float = LEASE) -> Grant:
@@ -261,7 +262,7 @@ class Dependency:
     @property
     def cached_state(self) -> CachedState:
         """Brought up to date; that of a child is read anew from time to time, because nothing follows a CLOSED one."""
-        if self.parent is not None or self.cached.is_behind:
+        if self._joined is None or self.parent is not None or self.cached.is_behind:
             view = self.fleet.view
             view.catch_up(self.cached)
             if self._is_old:
@@ -319,7 +320,7 @@ class Dependency:
             now = self.fleet.view.clock()
             if now >= self._swept_at + SWEEP_INTERVAL:
                 self._swept_at = now
-                for idle in [each for each, child in self._children.items() if child.is_idle]:
+                for idle in [each for each, child in list(self._children.items()) if child.is_idle]:
                     self.fleet.view.forget(idle)
                     self._children.pop(idle).detach()
             child = Dependency(replace(self.spec, name=name), self._find_fleet, parent=self)

@@ -1,10 +1,11 @@
 """``Reporter``: outcomes on their way to the store, noted by any thread without I/O and sent in batches by one.
 
-A success waits for others: up to a tenth of a second while there is evidence against its breaker, which it reduces, and
-else up to two seconds, because then it changes nothing. So a busy process sends at most ten small messages a second per
-breaker however many calls it makes. What may open the breaker is sent at once, with the successes before it: a
-failure, or a success where nothing but the number of calls keeps the breaker closed. A caller that must know that its
-report has arrived (its next call should already see the breaker open) waits for the ticket that reporting returned.
+A success waits up to a tenth of a second for others, so that a busy process sends ten small messages a second per
+breaker however many calls it makes. Not longer: what arrives after the first failures of other processes takes away
+their evidence; 20 processes that kept theirs for two seconds opened after 29 failed calls and not after 10. What may
+open the breaker is sent at once, with the successes before it: a failure, or a success where nothing but the number of
+calls keeps the breaker closed. A caller that must know that its report has arrived (its next call should already see
+the breaker open) waits for the ticket that reporting returned.
 
 The same thread settles trials, renews permits and slots, and sends counts for the history. All that waits is bounded.
 """
@@ -37,7 +38,6 @@ from resilient_tasks.store.view import CachedState, View
 logger = logging.getLogger(__name__)
 
 BATCH_INTERVAL = 0.1  # seconds between two reports of successes of one breaker
-HEALTHY_BATCH_INTERVAL = 2.0  # the same while nothing speaks against it
 EXIT_TIMEOUT = 0.9  # seconds that the end of the process may wait for the last reports
 LEASE = 5.0  # seconds; a permit whose holder dies is free after at most this long
 RENEW_INTERVAL = LEASE / 3  # seconds between two renewals
@@ -199,12 +199,6 @@ class _Batch:
         ended = (calls for calls in self.runs if calls.outcome is not Outcome.OVERDUE)
         yield from ((calls.outcome.value, calls.number) for calls in ended)
         yield from ((CAUSE + cause, count) for cause, count in self.causes.items())
-
-
-def _due_at(state: CachedState) -> float:
-    if state.urgent:
-        return 0.0
-    return state.sent_at + (HEALTHY_BATCH_INTERVAL if state.is_healthy else BATCH_INTERVAL)
 
 
 def _collect(state: CachedState) -> tuple[list[_Batch], list[_Batch]]:
@@ -426,18 +420,18 @@ class Reporter:
         return self._is_dismissed() or self._asked > self._served or self._seconds_until_due() == 0
 
     def _seconds_until_due(self) -> float | None:
-        due = [_due_at(state) for state in self._busy]
+        due = [0.0 if state.urgent else state.due_at for state in self._busy]
         due += [at for at in (self._leases.due_at, self._tallies.due_at) if at is not None]
         return max(0.0, min(due) - self._clock()) if due else None
 
     def _take_due(self) -> list[CachedState]:
         now = self._clock()
-        due = [state for state in self._busy if _due_at(state) <= now]
+        due = [state for state in self._busy if state.urgent or state.due_at <= now]
         for state in due:
             # First this, then collecting: an outcome that comes in between schedules itself again.
             del self._busy[state]
             state.scheduled = state.urgent = False
-            state.sent_at = now
+            state.due_at = now + BATCH_INTERVAL
         return due
 
     def _work(self, states: list[CachedState]) -> None:

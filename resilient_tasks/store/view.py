@@ -41,7 +41,7 @@ IDLE_POLL_INTERVAL = 1.0  # the same while nothing changes and no breaker needs 
 SWEEP_INTERVAL = 30.0  # seconds between two reads of idle breakers, one at a time
 _OVERLAP = 1.0  # seconds of changes that are looked at twice: processes know the store's time roughly
 _SHARED_COUNTS = 2**16  # of changes; breakers with the same checksum share one
-UNSHARED = memoryview(bytearray(b"\xff" * 4)).cast("I")  # differs from every count that a cached state has seen
+_UNSHARED = memoryview(bytearray(b"\xff" * 4)).cast("I")  # differs from every count that a cached state has seen
 
 # What waits to be reported about one breaker: epoch, call, cause, Retry-After; the bare epoch is a success, the
 # commonest thing by far.
@@ -64,13 +64,13 @@ class CachedState:
         counts: of changes, which another process writes; see :meth:`watch`.
         deadline: on the view's clock, when trials may begin: -inf at once, +inf only by an operator.
         pending: outcomes that the ``Reporter`` has not sent yet.
-        scheduled: the ``Reporter`` knows that something is pending; it is to be sent some time after ``sent_at``, the
-            time of the last report, or if ``urgent`` at once.
+        scheduled: the ``Reporter`` knows that something is pending; it is to be sent at ``due_at``, or if ``urgent``
+            at once.
     """
 
     __slots__ = (
-        "_clock", "_denied", "_place", "_read_at", "admits", "admits_freely", "counts", "deadline", "epoch",
-        "known", "mark", "name", "pending", "ramps", "scheduled", "seen", "sent_at", "snapshot", "spec", "urgent",
+        "_clock", "_denied", "_place", "_read_at", "admits", "admits_freely", "counts", "deadline", "due_at", "epoch",
+        "known", "mark", "name", "pending", "ramps", "scheduled", "seen", "snapshot", "spec", "urgent",
     )  # fmt: skip
 
     def __init__(self, spec: Spec, clock: Callable[[], float]) -> None:
@@ -80,7 +80,7 @@ class CachedState:
         self.mark = 0  # the view's count of updates when this one was made
         self.pending: deque[int | Occurrence] = deque(maxlen=_MOST_PENDING)
         self.scheduled = self.urgent = False
-        self.sent_at = -math.inf
+        self.due_at = -math.inf
         self._denied = _NEVER_DENIED
         self.seen = 0  # the count of changes when this copy was made
         self.watch(None, 0)
@@ -120,12 +120,6 @@ class CachedState:
         snapshot = self.snapshot
         is_waited_for = snapshot.deferred or snapshot.active_children
         return not self.known or snapshot.state is not State.CLOSED or is_waited_for > 0
-
-    @property
-    def is_healthy(self) -> bool:
-        """Whether this breaker is CLOSED, and nothing speaks against it."""
-        snapshot = self.snapshot
-        return self.known and snapshot.state is State.CLOSED and not (snapshot.evidence or snapshot.slow_evidence)
 
     def has_seen(self, change_at: float) -> bool:
         """Whether this copy is from after a change, or shows the very transition; others know the time roughly."""
@@ -302,7 +296,9 @@ class View:
         for snapshot in self.look(*others, *self._next_to_sweep(idle)):
             if snapshot.active_children or self._active.get(snapshot.name):
                 self._refresh_children(snapshot.name, changed)
-        self._looked_at, self._switches, self._changed = began_at + self._server_offset, switches, changed
+        self._switches = switches
+        if switches == getattr(self._store, "switches", 0) and not getattr(self._store, "is_unavailable", False):
+            self._looked_at, self._changed = began_at + self._server_offset, changed
         self._forget_unused()
         return bool(changed or others)
 
@@ -410,7 +406,7 @@ class View:
             if self._is_child:
                 self._watch(state)
             else:
-                state.watch(UNSHARED, 0)
+                state.watch(_UNSHARED, 0)
 
     def catch_up(self, state: CachedState) -> None:
         """Reread a breaker that has changed, as far as the main process knows."""

@@ -124,8 +124,9 @@ class Gate:
         if is_counted and not self._count(breaker):
             return None
         trial = leased = False
-        epoch = cached.epoch
-        if not cached.admits_freely and not (cached.admits and for_child):
+        is_free = cached.admits_freely or (cached.admits and for_child)
+        epoch = cached.epoch  # after that: see CachedState.take
+        if not is_free:
             lease = breaker.lease(request.holder, for_child=for_child, renewed_for=LONGEST_WAIT)
             if lease is None:
                 if is_counted:

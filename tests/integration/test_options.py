@@ -113,7 +113,8 @@ def test_a_hard_time_limit_is_one_failure_and_defers(running: Shop) -> None:
     running.set_health("overrun", "up")
     assert result.get(timeout=90) == "in time"
     runs = int(running.side.get("runs:overrun"))
-    running.wait(lambda: running.tolerant.snapshot().calls == runs, "all runs to be counted")
+    # more, if a success of a former test was reported after the counts were reset
+    running.wait(lambda: running.tolerant.snapshot().calls >= runs, "all runs to be counted")
     assert running.tolerant.snapshot().failures == runs - 1
 
 

@@ -11,7 +11,7 @@ import pytest
 from celery import Celery
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Resilience
-from resilient_tasks.core.model import Verb, child_name, is_child, key_of, parent_of
+from resilient_tasks.core.model import Calls, Outcome, Verb, child_name, is_child, key_of, parent_of
 from resilient_tasks.dependency import REMEMBERED_FOR, Pass
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker import maintenance as tick
@@ -252,6 +252,15 @@ def test_idle_children_are_forgotten_when_there_are_many(
     assert hosts.child("b") is opened
     first.call(int)  # whoever still holds it finds its state anew
     assert first.state == "CLOSED"
+
+
+def test_a_change_that_is_due_is_made_when_a_child_is_used(
+    payments: Breaker, resilience: Resilience, clock: Clock
+) -> None:
+    spec = replace(payments._dependency.spec, name="payments:acme")
+    store: Any = resilience.fleet.store
+    store._primary._count(spec, 0, [Calls(Outcome.FAILURE, 3, "", True)])  # and the process that did it has died
+    assert payments.child("acme").state == "OPEN"
 
 
 def test_a_child_that_others_have_opened_is_known_here(

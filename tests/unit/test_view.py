@@ -293,6 +293,32 @@ def test_a_lost_message_is_made_up_for(view: View, store: FlakyStore, monkeypatc
     wait_until(lambda: not view.state("payments").admits)
 
 
+def test_a_change_is_looked_at_again_if_the_store_was_away_meanwhile(
+    store: FlakyStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = replace(SPEC, name="payments:a")
+    view = View(FailoverStore(cast("Store", store), clock), clock)
+    for spec in (SPEC, child):
+        view.declare(spec)
+    view.refresh()
+    view.look(child)
+    clock.advance(60)
+    store.command(child, Verb.ISOLATE)
+    with monkeypatch.context() as away:
+        away.setattr(store.inner, "changed", lambda since, ask=store.inner.changed: pull(store, ask(since)))
+        view.refresh()
+    store.is_unavailable = False
+    assert view.state(child.name).admits, "a local store has answered"
+    clock.advance(5)
+    view.refresh()
+    assert not view.state(child.name).admits
+
+
+def pull(store: FlakyStore, answer: Any) -> Any:
+    store.is_unavailable = True
+    return answer
+
+
 def test_following_survives_an_outage(view: View, store: FlakyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(view_module, "POLL_INTERVAL", 0.01)
     store.is_unavailable = True
