@@ -26,7 +26,7 @@ TEST_ALL_STRICT ?=
 STRICT := $(if $(filter 1,$(TEST_ALL_STRICT)),-p tests.support.strict_skips)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo up down docs example lint types test test-all chaos bench clean
+.PHONY: help venv demo up down docs example lint types test test-all matrix chaos bench clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ test: lint types ## what a contributor must pass: lint, types, all tests that ne
 
 test-all: lint types ## make test and what needs more: skipped, with the reason, where its server or browser is not installed
 	$(PYTEST) tests $(PARALLEL) -rs $(STRICT) $(ARGS)
+
+matrix: venv ## the quick tests with older versions of Celery, kombu, redis-py, Flower and Python; ARGS="'redis-py 7'"
+	$(BIN)/python -m tests.matrix $(ARGS)
 
 chaos: venv ## random faults, every task accounted for; SEEDS=20 TASKS=2000 BROKER=redis|valkey|rabbitmq BASELINE=1
 	$(BIN)/python -m tests.chaos --seeds $(SEEDS) --tasks $(TASKS) --broker $(BROKER) $(if $(BASELINE),--baseline) $(ARGS)

@@ -272,7 +272,7 @@ def test_a_consumer_reports_a_message_that_its_strategy_finds_invalid() -> None:
 
     consumer = SimpleNamespace(
         strategies={"double": invalid}, on_unknown_message=None, on_unknown_task=None, on_task_message=(),
-        on_invalid_task=lambda _body, _message, exc: reported.append(exc), call_soon_ack=None,
+        on_invalid_task=lambda _body, _message, exc: reported.append(exc), call_soon_ack=None, call_soon=None,
         _restore_prefetch_count_after_connection_restart=None, _maximum_prefetch_restored=True,
     )  # fmt: skip
     on_task_received = Consumer.create_task_handler(consumer, promise=lambda *_, **__: None)
@@ -585,9 +585,18 @@ def test_a_pool_of_threads_grows_and_shrinks_at_once(app: Celery, caplog: pytest
 
 
 def test_the_green_pool_grows_where_its_submitter_waits(app: Celery) -> None:
-    source = inspect.getsource(pytest.importorskip("celery.concurrency.gevent").TaskPool)
-    assert "self._pool = self.Pool(self.limit)" in source
-    assert all(part in source for part in ("def grow", "self._pool._semaphore.release()", "def shrink"))
+    gevent = pytest.importorskip("gevent")
+    pool = pytest.importorskip("celery.concurrency.gevent").TaskPool(1, app=app)
+    pool.on_start()
+    busy, ran = pool._pool.spawn(gevent.sleep, 60), threading.Event()
+    submitter = gevent.spawn(pool._pool.spawn, ran.set)
+    gevent.sleep(0)  # now it waits for a slot
+    celery_internals.add_slot(pool)
+    submitter.join(10)
+    assert submitter.successful()
+    pool._pool.join(0.1)
+    assert ran.is_set()
+    busy.kill()
     assert celery_internals.can_grow(SimpleNamespace(grow=None))
     assert not celery_internals.can_grow(solo.TaskPool(app=app))
     assert celery_internals.pool_name(solo.TaskPool(app=app)) == "solo"
