@@ -1,7 +1,7 @@
 """``History``: the past of the fleet's breakers, for people, pages and metrics.
 
 It lies in the shared store beside the breakers and decides nothing. The process that made a transition logs it; counts
-arrive from every process about every two seconds. Everything is bounded.
+arrive from every process about once a second. Everything is bounded.
 """
 
 from __future__ import annotations
