@@ -141,9 +141,7 @@ class Fleet:
         snapshot = self.store.register(spec)
         if snapshot is not None:
             self.view.declare(spec)
-            self.view.update(snapshot, asked)
-            if snapshot.is_due:  # the process that counted has ended before it could decide
-                self.learn(self.store.advance(spec))
+            self.view.take(spec, snapshot, asked)
         return snapshot is not None
 
     def acquire(self, spec: Spec, holder: str, *, lease: float = LEASE) -> Grant:

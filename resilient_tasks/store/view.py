@@ -327,10 +327,10 @@ class View:
             for name in names - known.keys():
                 self._new(replace(known[parent].spec, name=name))
                 self._unused.add(name)
-        some, others = sorted(names)[:MOST_AT_ONCE], sorted(names)[MOST_AT_ONCE:]
-        for name in others:
+        in_order = sorted(names)
+        for name in in_order[MOST_AT_ONCE:]:
             changed.pop(name, None)  # to be looked at next time
-        self.look(*(known[name].spec for name in some if name in known))
+        self.look(*(known[name].spec for name in in_order[:MOST_AT_ONCE] if name in known))
 
     def _forget_unused(self) -> None:
         with self._lock:
@@ -352,11 +352,15 @@ class View:
         asked = self.asking()
         snapshots = self._store.read(specs)
         for spec, snapshot in zip(specs, snapshots, strict=True):
-            self.update(snapshot, asked)
-            self.look_for_room(snapshot)
-            if snapshot.is_due:  # the process that counted has ended before it could decide
-                self.on_answer(self._store.advance(spec))
+            self.take(spec, snapshot, asked)
         return snapshots
+
+    def take(self, spec: Spec, snapshot: Snapshot, asked: int) -> None:
+        """Take over what was read of a breaker, and make a change that is due and that no process has made."""
+        self.update(snapshot, asked)
+        self.look_for_room(snapshot)
+        if snapshot.is_due:  # the process that counted has ended before it could decide
+            self.on_answer(self._store.advance(spec))
 
     def look_for_room(self, snapshot: Snapshot) -> None:
         """Notify if tasks wait for a slot and there is one. Not after each denial: it might go on for ever."""
