@@ -37,7 +37,7 @@ from resilient_tasks.worker.context import Runtime, runtime_of
 from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.definitions import DEFER
 from resilient_tasks.worker.envelope import Envelope, check_task
-from resilient_tasks.worker.execution import Admission, Report, TaskDeferred
+from resilient_tasks.worker.execution import Admission, Deferred, Report
 from resilient_tasks.worker.maintenance import Maintenance
 from resilient_tasks.worker.request import GatedRequest, coalesced_as
 
@@ -150,7 +150,7 @@ class Pipeline:
         if report.exhausted_by:
             self.dead_letter(request, report.exhausted_for, report.exhausted_by)
 
-    def on_deferred(self, request: GatedRequest, deferred: TaskDeferred) -> None:
+    def on_deferred(self, request: GatedRequest, deferred: Deferred) -> None:
         """Defer a task whose run has asked for it; what it found out has been settled."""
         request.withdraw()
         wait = request.envelope.back_off() if deferred.backs_off else None
@@ -212,7 +212,7 @@ class Pipeline:
             self._defer_refused(request, denial.breaker.refuse())
 
     def defer(
-        self, request: GatedRequest, breaker: str, reason: str, failed: TaskDeferred | None = None, *,
+        self, request: GatedRequest, breaker: str, reason: str, failed: Deferred | None = None, *,
         wait: float | None = None,
     ) -> None:  # fmt: skip
         """Defer a message until a breaker admits, ``wait`` seconds at least; the verdict on the request is final."""
@@ -245,7 +245,7 @@ class Pipeline:
         self.deferral.defer_if_permitted(request, make(), again, limited=limited)
 
     def _next_envelope(
-        self, request: GatedRequest, breaker: str, reason: str, failed: TaskDeferred | None, wait: float | None
+        self, request: GatedRequest, breaker: str, reason: str, failed: Deferred | None, wait: float | None
     ) -> Envelope:
         now, options, policy = self._now(), request.task.options, self.runtime.breaker(breaker).policy
         trace = self._trace(request, breaker, reason) if failed is None else failed.trace
@@ -413,7 +413,7 @@ def _announce(request: GatedRequest) -> None:
     )
 
 
-def _deferred_by_time_limit(request: GatedRequest, exc: BaseException) -> TaskDeferred | None:
+def _deferred_by_time_limit(request: GatedRequest, exc: BaseException) -> Deferred | None:
     """Return what a run would have raised itself, had the time limit not killed it."""
     admission = request.admission
     if not admission or not admission.passes or not isinstance(exc, TimeLimitExceeded):
@@ -422,7 +422,7 @@ def _deferred_by_time_limit(request: GatedRequest, exc: BaseException) -> TaskDe
         return None
     breaker = admission.answerable
     attempts = admission.attempts_after_failure(breaker)
-    return TaskDeferred(breaker, "the task exceeded its time limit", attempts, type(exc).__name__)
+    return Deferred(breaker, "the task exceeded its time limit", attempts, type(exc).__name__)
 
 
 def _deny(request: GatedRequest, full: DeferredQueueFullError, *, limited: bool) -> None:  # noqa: ARG001 - it is not let in

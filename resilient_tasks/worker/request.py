@@ -35,8 +35,8 @@ from resilient_tasks.worker.execution import (
     INVALID_CALLBACKS,
     WENT_WELL,
     Admission,
+    Deferred,
     Report,
-    TaskDeferred,
     limits_of,
     run_admitted,
 )
@@ -65,7 +65,7 @@ class Pipeline(Protocol):
     def on_start(self, request: GatedRequest) -> None: ...
     def on_begun(self, request: GatedRequest) -> None: ...
     def on_result(self, request: GatedRequest, report: Report) -> None: ...
-    def on_deferred(self, request: GatedRequest, deferred: TaskDeferred) -> None: ...
+    def on_deferred(self, request: GatedRequest, deferred: Deferred) -> None: ...
     def on_retried(self, request: GatedRequest) -> None: ...
     def on_death(self, request: GatedRequest, exc: BaseException) -> bool: ...
 
@@ -195,6 +195,8 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         failed, value, runtime, found = failed__retval__runtime
         report = found or WENT_WELL
         self.pipeline.on_result(self, report)
+        if report.deferred is not None:
+            return self.pipeline.on_deferred(self, report.deferred)
         if report.source:
             self.send_event(TASK_FALLBACK, breaker=report.served_for, source=report.source, age=report.age)
         return self.finish((failed, value, runtime), **kwargs)
@@ -203,8 +205,6 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         exc = exc_info.exception
         if isinstance(exc, ExceptionWithTraceback):
             exc = exc.exc
-        if isinstance(exc, TaskDeferred):
-            return self.pipeline.on_deferred(self, exc)
         if not return_ok and self.pipeline.on_death(self, exc):
             return None
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -13,14 +14,16 @@ import tenacity
 from billiard.einfo import ExceptionInfo
 from celery import Celery
 from celery.app.task import Context
+from celery.app.trace import trace_task_ret
 from celery.exceptions import Ignore, Retry
+from celery.signals import task_postrun
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Outcome, Resilience, constant
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.dependency import Pass
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker import celery_internals
-from resilient_tasks.worker.execution import WENT_WELL, Admission, Report, TaskDeferred, run_admitted
+from resilient_tasks.worker.execution import WENT_WELL, Admission, Deferred, Report, run_admitted
 
 pytestmark = pytest.mark.usefixtures("clock")  # breakers are in memory
 TASK_ID = "d3f0"
@@ -45,8 +48,9 @@ def gated(task: Any, admission: Admission) -> tuple[Any, Report]:
 
     with mock.patch.object(celery_internals, "tracer", return_value=trace):
         _, value, _, report = run_admitted(admission, task.name, TASK_ID)
+    report = report or WENT_WELL
     error = getattr(value, "exception", value)
-    return getattr(error, "exc", error), report or WENT_WELL
+    return report.deferred or getattr(error, "exc", error), report._replace(deferred=None)
 
 
 @pytest.fixture
@@ -74,7 +78,7 @@ def test_a_success_is_reported(make: Any) -> None:
 def test_a_dependency_failure_puts_the_task_aside(make: Any) -> None:
     task = make()(failing(ConnectionError()))
     deferred, report = gated(task, admitted(attempts=2, counts=True))
-    assert isinstance(deferred, TaskDeferred)
+    assert isinstance(deferred, Deferred)
     assert (deferred.breaker, deferred.attempts, deferred.cause) == ("payments", 3, "ConnectionError")
     assert report == Report((FAILURE,))
 
@@ -111,7 +115,7 @@ def test_attempts_are_used_up_only_where_failures_are_deferred(make: Any, option
 
 def test_a_refused_run_is_deferred_failed_or_served(make: Any) -> None:
     refused = Admission((), BreakerOpenError("payments", "HALF_OPEN", 1.0))
-    for options, kind in (({}, TaskDeferred), ({"on_open": "fail"}, BreakerOpenError)):
+    for options, kind in (({}, Deferred), ({"on_open": "fail"}, BreakerOpenError)):
         task = make(name=f"t-{kind.__name__}", **options)(failing(AssertionError("ran")))
         value, report = gated(task, refused)
         assert isinstance(value, kind)
@@ -171,7 +175,7 @@ def test_a_wrapped_refusal_is_a_refusal(make: Any, wrap: Any) -> None:
     serving = make(name="u", fallback=constant("n/a"))(body)
     assert gated(serving, admitted())[0] == "n/a"
     failing_ = make(name="v", on_open="fail")(body)
-    assert not isinstance(gated(failing_, admitted())[0], TaskDeferred)
+    assert not isinstance(gated(failing_, admitted())[0], Deferred)
 
 
 def test_a_mistake_made_while_a_refusal_was_handled_is_a_mistake(make: Any) -> None:
@@ -195,7 +199,7 @@ def test_a_breaker_that_opened_on_the_way_refuses(make: Any, payments: Breaker) 
     task = make()(failing(AssertionError("ran")))
     force(payments, "OPEN")
     value, report = gated(task, admitted())
-    assert isinstance(value, TaskDeferred)
+    assert isinstance(value, Deferred)
     assert not value.cause
     assert report == Report((None,))
 
@@ -349,17 +353,20 @@ def test_an_eager_task_is_guarded_by_all(make: Any, payments: Breaker, accounts:
     assert payments.snapshot().calls == 1
 
 
-def test_a_deferral_leaves_its_traceback_in_the_pool_process() -> None:
-    """To pickle and read one takes a millisecond, and nothing reads it."""
-
-    def trace(_name: str, _task_id: str) -> tuple[int, Any, float]:
-        try:
-            failing(TaskDeferred("payments", "it is OPEN"))()
-        except TaskDeferred:
-            return 1, ExceptionInfo(), 0.0
-        raise AssertionError
-
-    with mock.patch.object(celery_internals, "tracer", return_value=trace):
-        _, value, *_ = run_admitted(admitted(), "tasks.pay", TASK_ID)
-    assert len(pickle.dumps(value)) < 500
-    assert pickle.loads(pickle.dumps(value)).exception.breaker == "payments"
+def test_celerys_tracer_lets_a_deferral_pass(make: Any, app: Celery) -> None:
+    """It cleans up, and writes neither a result nor a traceback, which takes a millisecond to format."""
+    task = make()(failing(ConnectionError()))
+    ended: list[Any] = []
+    task_postrun.connect(lambda **sent: ended.append(sent["task_id"]), sender=task, weak=False)
+    tracer = partial(trace_task_ret, app=app)
+    with (
+        mock.patch.object(celery_internals, "tracer", return_value=tracer),
+        mock.patch.object(app.backend, "store_result") as written,
+    ):
+        found = run_admitted(admitted(), task.name, TASK_ID, {"id": TASK_ID}, ((), {}, {}), None, None)
+    assert found[3] is not None
+    assert found[3].deferred == Deferred("payments", "the task failed: ConnectionError", 0, "ConnectionError")
+    assert len(pickle.dumps(found)) < 500
+    assert not written.called
+    assert ended == [TASK_ID]
+    assert task.request_stack.top is None
