@@ -13,9 +13,8 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from resilient_tasks.checks import Probe
 from resilient_tasks.core.classification import (
@@ -200,6 +199,7 @@ class Dependency:
 
     def __init__(self, spec: Spec, find_fleet: Callable[[], Fleet], parent: Dependency | None = None) -> None:
         self.parent = parent
+        self.guards = (self,) if parent is None else (parent, self)  # the breakers that a call must pass
         self.spec = spec
         self.name = spec.name
         self.family = self.name if parent is None else parent.name
@@ -214,11 +214,6 @@ class Dependency:
 
     def __repr__(self) -> str:
         return f"<Dependency {self.name!r}>"
-
-    @property
-    def guards(self) -> tuple[Dependency, ...]:
-        """The breakers that a call must pass: a child's parent, and the breaker itself."""
-        return (self,) if self.parent is None else (self.parent, self)
 
     @property
     def probe_to_run(self) -> Probe | None:
@@ -394,9 +389,11 @@ class Dependency:
         was_overdue: bool = False,
     ) -> int:  # fmt: skip
         """Report a call, and settle the permit or slot that it holds; see :meth:`Reporter.report`."""
+        how: Any = {"voter": voter, "each": each, "was_overdue": was_overdue}
         reporter = self.fleet.reporter
-        report = partial(reporter.settle, self.spec, holder) if held.leased else partial(reporter.report, self.cached)
-        return report(held.epoch, verdict, voter=voter, each=each, was_overdue=was_overdue)
+        if held.leased:
+            return reporter.settle(self.spec, holder, held.epoch, verdict, **how)
+        return reporter.report(self.cached, held.epoch, verdict, **how)
 
     def voter_of(self, verdict: Verdict) -> str:
         """Return the task that votes by a verdict; "" outside any task, and for a success, which needs no voter."""
@@ -412,12 +409,11 @@ class Dependency:
         return self.fleet.reporter.report(self.cached, epoch, verdict, voter=self.voter_of(verdict), each=True)
 
 
-def answering(guards: Sequence[Dependency]) -> Sequence[Dependency]:
-    """Return the breakers that answer for a call: not the parent of a child among them."""
-    if len(guards) == 1:
-        return guards
-    parents = {parent_of(guard.name) for guard in guards}
-    return [guard for guard in guards if guard.name not in parents]
+def with_parents(breakers: Sequence[Dependency]) -> Sequence[Dependency]:
+    """Return all breakers that must admit a call for which some count: each after its parent."""
+    if len(breakers) == 1:
+        return breakers[0].guards
+    return [guard for breaker in breakers for guard in breaker.guards]
 
 
 def needs_no_report(name: str, verdict: Verdict, counted_for: str | None) -> bool:

@@ -16,7 +16,7 @@ from zlib import crc32
 
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, State, voter_of
-from resilient_tasks.dependency import Dependency, Pass, answering
+from resilient_tasks.dependency import Dependency, Pass
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
 from resilient_tasks.store.background import Watch, overdue
 from resilient_tasks.store.view import CachedState
@@ -48,30 +48,25 @@ class Gate:
 
     # --- what is known here -----------------------------------------------------------------------
 
-    def refusing(self, breakers: Sequence[Dependency], envelope: Envelope, task_id: str) -> Dependency | None:
+    def refusing(
+        self, guards: Sequence[Dependency], envelope: Envelope, task_id: str, *, in_line: bool = False
+    ) -> Dependency | None:
         """Return the first breaker that refuses a task by what is known here, so that it need not wait for a pool slot.
 
-        None: all admit it, or must be asked for a permit.
+        None: all admit it, or must be asked for a permit. ``in_line``: not before tasks that wait for a slot already.
         """
-        for breaker in breakers:
-            cached = breaker.cached_state
-            if not cached.admits_freely:
-                if not breaker.accepting:
-                    return breaker
-            elif cached.ramps and _ramps_out(cached, envelope, task_id):
-                return breaker
-        return None
-
-    def has_queue(self, guards: Sequence[Dependency], envelope: Envelope) -> Dependency | None:
-        """Return the first breaker for a slot of which earlier tasks wait: this one has its place behind them."""
         for breaker in guards:
-            if not breaker.cached.admits_freely and _is_waited_for(breaker.cached_state, envelope):
+            cached = breaker.cached_state
+            if cached.admits_freely:
+                if cached.ramps and _ramps_out(cached, envelope, task_id):
+                    return breaker
+            elif not breaker.accepting or (in_line and _is_waited_for(cached, envelope)):
                 return breaker
         return None
 
-    def full(self, guards: Sequence[Dependency]) -> Dependency | None:
+    def full(self, breakers: Sequence[Dependency]) -> Dependency | None:
         """Return the first breaker of which this worker runs as many tasks as ``max_concurrency_per_worker`` allows."""
-        for breaker in answering(guards):
+        for breaker in breakers:
             is_limited = breaker.policy.max_concurrency_per_worker is not None
             if is_limited and self._in_flight.get(breaker.name, 0) >= self._most_here(breaker):
                 return breaker
@@ -96,30 +91,25 @@ class Gate:
 
     def admit(self, request: GatedRequest) -> Admission:
         """Decide on a request that is about to enter the pool: it gets all permits that it needs, or none."""
-        guards, envelope = request.guards, request.envelope
-        refusing = self.refusing(guards, envelope, request.id)
-        if refusing is not None:
-            return Admission((), refusing.refuse(), envelope.attempts, envelope.trace)
-        return self.grant(request)
+        refusing = self.refusing(request.guards, request.envelope, request.id)
+        return self.grant(request) if refusing is None else _denied(request, refusing.refuse())
 
     def grant(self, request: GatedRequest) -> Admission:
         """Decide on a request that no breaker refuses by what is known here."""
-        guards, envelope = request.guards, request.envelope
         passes: list[Pass] = []
-        for_it = answering(guards)
-        for breaker in guards:
-            admitted = self._pass(breaker, request, for_child=breaker not in for_it)
+        for breaker in request.guards:
+            admitted = self._pass(breaker, request)
             if admitted is None:
                 self.settle(request, Admission(tuple(passes)), Report.of_all(_IGNORED, passes))
                 is_full = breaker.cached_state.admits_freely
-                denial = BreakerOpenError(breaker.name, AT_CAPACITY, 0.0) if is_full else breaker.refuse()
-                return Admission((), denial, envelope.attempts, envelope.trace)
+                refusal = BreakerOpenError(breaker.name, AT_CAPACITY, 0.0) if is_full else breaker.refuse()
+                return _denied(request, refusal)
             passes.append(admitted)
-        return Admission(tuple(passes), attempts=envelope.attempts, trace=envelope.trace)
+        return Admission(tuple(passes), None, request.envelope.attempts, request.envelope.trace)
 
-    def _pass(self, breaker: Dependency, request: GatedRequest, *, for_child: bool) -> Pass | None:
+    def _pass(self, breaker: Dependency, request: GatedRequest) -> Pass | None:
         """Return one breaker's pass; None if it denies a permit or a slot. A slot is the child's to give."""
-        cached = breaker.cached_state
+        cached, for_child = breaker.cached_state, breaker not in request.breakers
         is_counted = breaker.is_limited and not for_child
         if is_counted and not self._count(breaker):
             return None
@@ -132,7 +122,7 @@ class Gate:
                 if is_counted:
                     self._uncount(breaker.name)
                 return None
-            _, epoch, trial, _, leased, _, _ = lease
+            epoch, trial, leased = lease.epoch, lease.trial, lease.leased
         if is_counted or leased:
             self._unaccepted.add(request)
         counts = not trial and self._would_count(cached, request.envelope)
@@ -187,7 +177,7 @@ class Gate:
                 hard, soft = limits_of(request.task, request.time_limits)
                 breaker.hold(request.holder, float(hard or soft or breaker.policy.trial_timeout))
             if admitted.watched:
-                report = partial(self._report, request, breaker, admitted, _OVERDUE)
+                report = partial(_report, request, breaker, admitted, _OVERDUE)
                 once = admitted.trial  # it has one outcome
                 self._watches[request, breaker.name] = overdue.begin(breaker.slow_after, report, once=once)
 
@@ -197,11 +187,11 @@ class Gate:
         passes = zip(request.guards, admission.passes, report.verdicts, strict=False)  # of the first, if one refused
         for breaker, admitted, found in passes:
             was_overdue = admitted.watched and self._end_watch(request, breaker, found)
-            verdict = _SLOW if was_overdue and found == _SUCCESS else found
             if breaker.is_limited and not admitted.for_child:
                 self._uncount(breaker.name)
-            if admitted.leased or (verdict is not None and not admitted.for_child):
-                self._report(request, breaker, admitted, verdict or _IGNORED, was_overdue=was_overdue)
+            if admitted.leased or (found is not None and not admitted.for_child):
+                verdict = _SLOW if was_overdue and found == _SUCCESS else found or _IGNORED
+                _report(request, breaker, admitted, verdict, was_overdue=was_overdue)
 
     def _end_watch(self, request: GatedRequest, breaker: Dependency, verdict: Verdict | None) -> bool:
         """Watch a run no longer; return whether it has been overdue.
@@ -215,13 +205,17 @@ class Gate:
             self._guarded_inside.add(_watched_as(request, breaker))
         return overdue.end(watch)
 
-    @staticmethod
-    def _report(
-        request: GatedRequest, breaker: Dependency, admitted: Pass, verdict: Verdict, *, was_overdue: bool = False
-    ) -> None:
-        holder = request.holder if admitted.leased else ""
-        voter = "" if verdict.outcome is Outcome.SUCCESS else voter_of(request.id)
-        breaker.conclude(admitted, verdict, holder=holder, voter=voter, was_overdue=was_overdue)
+
+def _report(
+    request: GatedRequest, breaker: Dependency, admitted: Pass, verdict: Verdict, *, was_overdue: bool = False
+) -> None:
+    voter = "" if verdict.outcome is Outcome.SUCCESS else voter_of(request.id)
+    holder = request.holder if admitted.leased else ""
+    breaker.conclude(admitted, verdict, holder=holder, voter=voter, was_overdue=was_overdue)
+
+
+def _denied(request: GatedRequest, refusal: BreakerOpenError) -> Admission:
+    return Admission((), refusal, request.envelope.attempts, request.envelope.trace)
 
 
 def _watched_as(request: GatedRequest, breaker: Dependency) -> tuple[str, str]:

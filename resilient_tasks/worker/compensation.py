@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.core.model import State, parent_of
 from resilient_tasks.core.outage import SPARE_SLOTS, SUSPECTED
-from resilient_tasks.dependency import Dependency, answering
+from resilient_tasks.dependency import Dependency
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
 from resilient_tasks.monitor.events import BREAKER_SUSPECT, QUEUE_BLOCKED, QUEUE_UNBLOCKED, SLOT_ADDED, SLOT_REMOVED
 from resilient_tasks.worker import celery_internals
@@ -132,7 +132,7 @@ class Compensation:
             if breaker.name in self.suspects and now - call.started <= self._limit(breaker):
                 self._clear(breaker, now)
 
-    def limiting(self, guards: Sequence[Dependency]) -> Dependency | None:
+    def limiting(self, breakers: Sequence[Dependency]) -> Dependency | None:
         """Return the suspect breaker that has its share of the slots already; None if a task may run.
 
         While the store is unavailable all may: what is deferred could not be resumed.
@@ -140,7 +140,7 @@ class Compensation:
         if not self.suspects or self._runtime.fleet.store.is_unavailable:
             return None
         running = [call for call in list(self._calls.values()) if call.started is not None or not self._queues_inside]
-        return next((breaker for breaker in answering(guards) if self._is_over(breaker, running)), None)
+        return next((breaker for breaker in breakers if self._is_over(breaker, running)), None)
 
     def wait(self, breaker: Dependency) -> float:
         """Return for how many seconds a task over a breaker's share is deferred: as long as it is suspect already."""
@@ -309,20 +309,20 @@ class Holding:
 
     def __init__(self, compensation: Compensation, defer: Callable[[GatedRequest, BreakerOpenError], None]) -> None:
         self._compensation, self._defer = compensation, defer
-        self._held: dict[str, deque[GatedRequest]] = {}
+        self.held: dict[str, deque[GatedRequest]] = {}
         self._consumer: Any = None
         self._is_looking = False
 
     def start(self, consumer: Any) -> None:
         """Hold nothing of a former connection: the broker delivers it again."""
-        self._held.clear()
+        self.held.clear()
         self._consumer, self._is_looking = consumer, False
 
     def hold(self, request: GatedRequest, breaker: Dependency) -> bool:
         """Keep a request until one of a breaker's runs ends; False: there are enough."""
         if _held_too_long(request) or (not request.held_since and self.room(breaker) < 1):
             return False
-        held = self._held.setdefault(breaker.name, deque())
+        held = self.held.setdefault(breaker.name, deque())
         if request.held_since:  # another one has been quicker
             held.appendleft(request)
         else:
@@ -340,15 +340,15 @@ class Holding:
         if limit is None:
             return 0
         most = HELD_AT_FIRST * limit if usual is None else max(limit, int(limit * HOLD_FOR / max(usual, 0.001)))
-        return min(MOST_HELD, most) - len(self._held.get(breaker.name, ()))
+        return min(MOST_HELD, most) - len(self.held.get(breaker.name, ()))
 
     def wants_more(self, breaker: Dependency) -> bool:
         """Whether so few tasks of a breaker are held that deferred ones should be resumed."""
-        return self.room(breaker) > len(self._held.get(breaker.name, ()))
+        return self.room(breaker) > len(self.held.get(breaker.name, ()))
 
     def release(self, breaker: str) -> None:
         """Let the next request go on: a run has ended."""
-        held = self._held.get(breaker)
+        held = self.held.get(breaker)
         if not held or not celery_internals.is_running(self._consumer):
             return
         try:
@@ -362,11 +362,11 @@ class Holding:
         """Defer what has waited for too long, or what its breaker refuses by now."""
         if not celery_internals.is_running(self._consumer):
             return
-        for breaker, held in list(self._held.items()):
+        for breaker, held in list(self.held.items()):
             for request in list(held):
                 self._look_at(breaker, request)
-        self._held = {breaker: held for breaker, held in self._held.items() if held}
-        self._is_looking = bool(self._held)
+        self.held = {breaker: held for breaker, held in self.held.items() if held}
+        self._is_looking = bool(self.held)
         if self._is_looking:
             self._consumer.timer.call_after(HELD_INTERVAL, self._look)
 
@@ -375,7 +375,7 @@ class Holding:
         if refusing is None and not is_over and not _held_too_long(request):
             return
         try:
-            self._held[breaker].remove(request)
+            self.held[breaker].remove(request)
         except ValueError:  # another thread has taken it
             return
         self._consumer.qos.decrement_eventually()

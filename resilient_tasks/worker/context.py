@@ -141,26 +141,20 @@ class Runtime:
         Raises:
             ConfigurationError: one is not defined, or the call has no key that may name a child.
         """
-        breakers = self._named(task.options.breakers)
+        names = task.options.breakers
+        breakers = self._found.get(names)  # found once: this is asked for every run
+        if breakers is None:
+            breakers = self._found[names] = [self.breaker(name) for name in names]
         if task.options.breaker_key is None:
             return breakers
         return [breakers[0].child(_key_of(task, args, kwargs)), *breakers[1:]]
 
-    def guards_of(self, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Dependency]:
-        """Return the breakers that must admit a call, parents before their children; none if its key makes no sense."""
+    def guarding(self, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Dependency]:
+        """Like :meth:`breakers_of`, but return none if the call has no valid key, as its run will say."""
         try:
-            if task.options.breaker_key is None:
-                return self._named(task.options.breakers)
-            return [guard for breaker in self.breakers_of(task, args, kwargs) for guard in breaker.guards]
+            return self.breakers_of(task, args, kwargs)
         except ConfigurationError:
             return []
-
-    def _named(self, names: tuple[str, ...]) -> list[Dependency]:
-        """Return the breakers of some names, found once: this is asked for every run."""
-        found = self._found.get(names)
-        if found is None:
-            found = self._found[names] = [self.breaker(name) for name in names]
-        return found
 
     @property
     def control_queue(self) -> str:

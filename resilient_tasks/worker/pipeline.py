@@ -26,7 +26,7 @@ from celery.worker.strategy import default
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.core.outage import REDELIVERED
-from resilient_tasks.dependency import Dependency, answering
+from resilient_tasks.dependency import Dependency, with_parents
 from resilient_tasks.errors import BreakerOpenError, DeferredQueueFullError
 from resilient_tasks.monitor import tracing
 from resilient_tasks.policy import BLOCK
@@ -87,8 +87,8 @@ class Pipeline:
         envelope = Envelope.read(message.headers)
         if envelope.resumed and self.runtime.defines(envelope.breaker):  # others may write envelopes, too
             self.gate.took_up(envelope)
-        guards = self._guards(task, message)
-        denial = self._denial(guards, envelope, message.headers["id"]) if guards else None
+        breakers = self._breakers(task, message)
+        denial = self._denial(breakers, with_parents(breakers), envelope, message.headers["id"])
         if denial is None:
             return False
         request = to_request()
@@ -107,12 +107,12 @@ class Pipeline:
         """
         if request.deferred or request.revoked():
             raise TaskRevokedError(request.id)
-        denial = self._denial(request.guards, request.envelope, request.id)
+        denial = self._denial(request.breakers, request.guards, request.envelope, request.id)
         if denial is not None and denial.defers(request):
             request.withdraw()
             self._defer_denied(request, denial)
             raise TaskRevokedError(request.id)
-        full = self.gate.full(request.guards) if denial is None else None
+        full = self.gate.full(request.breakers) if denial is None else None
         if full is not None and request.defers_when_refused() and self.holding.hold(request, full):
             raise TaskRevokedError(request.id)
         admission = request.admission = (self.gate.grant if denial is None else self.gate.admit)(request)
@@ -123,11 +123,11 @@ class Pipeline:
         if request.delivery_info.get("redelivered") and not request.envelope.since:  # a deferred one may keep the mark
             self.runtime.fleet.reporter.tally(request.task.options.breakers[0], REDELIVERED)
         if admission.passes:
-            self.compensation.begin(request, answering(request.guards))
+            self.compensation.begin(request, request.breakers)
         return admission
 
     def on_start(self, request: GatedRequest) -> None:
-        """Check a run that the pool has accepted.
+        """Hold the permits of a run that the pool has accepted.
 
         Raises:
             TaskRevokedError: it was deferred, because its breaker became suspect while the run was queued.
@@ -138,9 +138,6 @@ class Pipeline:
             request.withdraw()
             self._defer_denied(request, Denial(limiting, is_late=True))
             raise TaskRevokedError(request.id)
-
-    def on_begun(self, request: GatedRequest) -> None:
-        """Hold the permits of a run that has begun."""
         if request.admission is not None:
             self.gate.hold(request, request.admission)
 
@@ -187,8 +184,9 @@ class Pipeline:
         if admission is not None:
             self.compensation.end(request)
             self.gate.settle(request, admission, report)
-            for breaker in request.guards:
-                self.holding.release(breaker.name)
+            if self.holding.held:
+                for breaker in request.guards:
+                    self.holding.release(breaker.name)
 
     def _settle_all(self, request: GatedRequest, verdict: Verdict) -> None:
         """Settle a run about which there is one verdict, the same for every breaker."""
@@ -288,24 +286,25 @@ class Pipeline:
         """Return the breaker that would refuse a request, by what is known here; None if it might be admitted."""
         return self.gate.refusing(request.guards, request.envelope, request.id)
 
-    def _denial(self, guards: Sequence[Dependency], envelope: Envelope, task_id: str) -> Denial | None:
+    def _denial(
+        self, breakers: Sequence[Dependency], guards: Sequence[Dependency], envelope: Envelope, task_id: str
+    ) -> Denial | None:
         """Return the first breaker that keeps a task from the pool by what is known here; None: none does.
 
-        It refuses, or its late calls hold its share of this worker, or earlier tasks wait for one of its slots.
+        It refuses, or earlier tasks wait for one of its slots, or its late calls hold its share of this worker.
         """
-        refusing = self.gate.refusing(guards, envelope, task_id)
-        limiting = self.compensation.limiting(guards) if self.compensation.suspects and refusing is None else None
-        if limiting is not None:
-            return Denial(limiting, is_late=True)
-        refusing = refusing or self.gate.has_queue(guards, envelope)
-        return None if refusing is None else Denial(refusing)
+        refusing = self.gate.refusing(guards, envelope, task_id, in_line=True)
+        if refusing is not None:
+            return Denial(refusing)
+        limiting = self.compensation.limiting(breakers) if self.compensation.suspects else None
+        return None if limiting is None else Denial(limiting, is_late=True)
 
-    def _guards(self, task: Any, message: Any) -> list[Dependency]:
+    def _breakers(self, task: Any, message: Any) -> list[Dependency]:
         payload = message.payload
         if isinstance(payload, dict):  # protocol 1: it is refused when it is submitted
             return []
         args, kwargs, _ = payload
-        return self.runtime.guards_of(task, args, kwargs)
+        return self.runtime.guarding(task, args, kwargs)
 
     def _is_stuck(self, breaker: str) -> bool:
         """Whether no task of a breaker can run, or be deferred."""

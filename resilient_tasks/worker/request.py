@@ -23,7 +23,7 @@ from celery.worker.request import Request
 from kombu.utils.encoding import safe_repr
 from kombu.utils.json import dumps
 
-from resilient_tasks.dependency import Dependency
+from resilient_tasks.dependency import Dependency, with_parents
 from resilient_tasks.fallback import Call, key_of
 from resilient_tasks.monitor.events import TASK_FALLBACK, about
 from resilient_tasks.store.background import TimedWriter
@@ -63,7 +63,6 @@ class Pipeline(Protocol):
     def refusing(self, request: GatedRequest) -> Dependency | None: ...
     def on_submit(self, request: GatedRequest) -> Admission: ...
     def on_start(self, request: GatedRequest) -> None: ...
-    def on_begun(self, request: GatedRequest) -> None: ...
     def on_result(self, request: GatedRequest, report: Report) -> None: ...
     def on_deferred(self, request: GatedRequest, deferred: Deferred) -> None: ...
     def on_retried(self, request: GatedRequest) -> None: ...
@@ -121,9 +120,14 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         return pipeline
 
     @cached_property
-    def guards(self) -> list[Dependency]:
-        """The breakers that must admit the run; none if its key is invalid, as the run itself will say."""
-        return runtime_of(self.app).guards_of(self.task, self.args, self.kwargs)
+    def breakers(self) -> list[Dependency]:
+        """The breakers for which the run counts; none if its key is invalid, as the run itself will say."""
+        return runtime_of(self.app).guarding(self.task, self.args, self.kwargs)
+
+    @cached_property
+    def guards(self) -> Sequence[Dependency]:
+        """The breakers that must admit the run."""
+        return with_parents(self.breakers)
 
     @property
     def context(self) -> Any:
@@ -188,7 +192,6 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
         """Handle the start of the run; TaskRevokedError if it is deferred, its breaker being suspect by now."""
         self.pipeline.on_start(self)
         super().on_accepted(pid, time_accepted)
-        self.pipeline.on_begun(self)
 
     def on_success(self, failed__retval__runtime: tuple[int, Any, float, Report | None], **kwargs: Any) -> Any:
         """Handle what the pool returned: a value, or an exception that Celery has dealt with there."""

@@ -26,6 +26,7 @@ from celery.utils import uuid
 from kombu import Queue
 from kombu.common import maybe_declare
 
+from resilient_tasks.dependency import with_parents
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, DeferredQueueFullError
 from resilient_tasks.fallback import Call
 from resilient_tasks.monitor.events import about
@@ -212,8 +213,8 @@ def send_task(task: Any, send: Send, args: Any, kwargs: Any, on_open: str | None
         return send(**options)
     wanted = None if any(map(options.get, _IN_A_WORKFLOW)) else on_open
     gated = runtime.settings.gate_producers and _is_only_deferred(task)
-    guards = runtime.guards_of(task, args or (), kwargs or {}) if wanted or gated else ()
-    refusal = next((guard.refuse() for guard in guards if not guard.accepting), None)
+    breakers = runtime.guarding(task, args or (), kwargs or {}) if wanted or gated else ()
+    refusal = next((guard.refuse() for guard in with_parents(breakers) if not guard.accepting), None)
     if refusal is None:
         return send(**options)
     served = _serve(runtime, task, args, kwargs, refusal, options) if wanted == FALLBACK else None

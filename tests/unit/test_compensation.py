@@ -80,7 +80,7 @@ class Worker:
     def run(self, key: object, *breakers: Breaker) -> bool:
         """Start a run if it may start."""
         called = [breaker._dependency for breaker in breakers]
-        if self.compensation.limiting([guard for each in called for guard in each.guards]) is not None:
+        if self.compensation.limiting(called) is not None:
             return False
         self.compensation.begin(key, called)
         self.compensation.accept(key)

@@ -13,6 +13,7 @@ from resilient_tasks import Breaker, Resilience
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome
 from resilient_tasks.core.outage import REDELIVERED, REFUSED
+from resilient_tasks.dependency import with_parents
 from resilient_tasks.store.view import CachedState
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker.admission import Gate
@@ -44,7 +45,8 @@ def request(task_id: str, envelope: Envelope, *breakers: Breaker) -> Any:
         name="shop.charge",
         envelope=envelope,
         holder=holder,
-        guards=[breaker._dependency for breaker in breakers],
+        breakers=[breaker._dependency for breaker in breakers],
+        guards=with_parents([breaker._dependency for breaker in breakers]),
         time_limits=(9, 9),
         task=None,
         defers_when_refused=lambda: True,
@@ -196,7 +198,7 @@ def test_a_task_keeps_its_place_behind_those_that_wait_for_a_slot(
     state = replace(breaker.cached_state.snapshot, concurrency_limit=max_concurrency, epoch=7, deferred=deferred)
     breaker.cached_state.take(state, 0.0)
     envelope = Envelope(breaker="scarce", resumed=resumed)
-    assert gate.has_queue([breaker], envelope) is (breaker if waits else None)
+    assert gate.refusing([breaker], envelope, "a", in_line=True) is (breaker if waits else None)
 
 
 def test_a_refusal_counts_when_it_is_made_and_not_when_it_is_looked_at(

@@ -112,6 +112,7 @@ def request(task_id: str, *breakers: Breaker, envelope: Envelope | None = None) 
         name="shop.charge",
         envelope=envelope or Envelope(),
         holder=f"{task_id}:run",
+        breakers=[breaker._dependency for breaker in breakers],
         guards=[breaker._dependency for breaker in breakers],
         defers_when_refused=lambda: True,
     )

@@ -89,14 +89,14 @@ def test_a_key_is_found_among_the_arguments(
     app: Celery, clock: Clock, key: Any, args: Any, kwargs: Any, found: str
 ) -> None:
     task = keyed(app, key)
-    assert [guard.name for guard in runtime_of(app).guards_of(task, args, kwargs)] == ["payments", f"payments:{found}"]
+    assert [breaker.name for breaker in runtime_of(app).guarding(task, args, kwargs)] == [f"payments:{found}"]
 
 
 def test_a_bound_task_has_no_key_in_itself(app: Celery, clock: Clock) -> None:
     @app.task(name="bound", shared=False, bind=True, breaker="payments", breaker_key="tenant")
     def bound(self: Any, tenant: str) -> None: ...
 
-    assert runtime_of(app).guards_of(bound, ("acme",), {})[1].name == "payments:acme"
+    assert runtime_of(app).guarding(bound, ("acme",), {})[0].name == "payments:acme"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_bound_task_has_no_key_in_itself(app: Celery, clock: Clock) -> None:
 )
 def test_a_call_without_a_key_fails_alone(app: Celery, clock: Clock, key: Any, args: Any, told: str) -> None:
     task = keyed(app, key)
-    assert runtime_of(app).guards_of(task, args, {}) == []
+    assert runtime_of(app).guarding(task, args, {}) == []
     gate = Gate(runtime_of(app))
     assert gate.admit(request("a", Envelope())) == Admission()
     with pytest.raises(ConfigurationError, match=told):
@@ -187,7 +187,7 @@ def test_a_tasks_outcome_counts_for_the_child_and_a_trial_for_its_parent(
 ) -> None:
     force(payments, "OPEN")
     clock.advance(20)
-    gate, call = Gate(runtime_of(app)), request("a", Envelope(), payments, acme)
+    gate, call = Gate(runtime_of(app)), request("a", Envelope(), acme)
     admission = gate.admit(call)
     assert admission.passes[0].trial
     assert (admission.passes[0].for_child, admission.passes[1].for_child) == (True, False)

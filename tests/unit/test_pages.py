@@ -17,6 +17,7 @@ from resilient_tasks import checks, signals
 from resilient_tasks.breaker import ProbeOptions
 from resilient_tasks.checks import run_check
 from resilient_tasks.core.model import State, Transition
+from resilient_tasks.dependency import with_parents
 from resilient_tasks.fallback import Call, key_of
 from resilient_tasks.testing import Clock, force, in_memory
 from resilient_tasks.worker.context import runtime_of
@@ -102,7 +103,7 @@ def many() -> Iterator[dict[str, Any]]:
 
 def test_every_task_names_its_breakers(many: dict[str, Any]) -> None:
     def guards(task: str, *args: Any, **kwargs: Any) -> list[str]:
-        return [guard.name for guard in runtime_of(many[task].app).guards_of(many[task], args, kwargs)]
+        return [guard.name for guard in with_parents(runtime_of(many[task].app).guarding(many[task], args, kwargs))]
 
     assert guards("charge_and_tell", 1) == ["payments", "mail"]
     assert guards("bill", 1) == ["tenants", "tenants:house"]
