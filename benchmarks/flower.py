@@ -20,7 +20,7 @@ import httpx
 import psutil
 
 from benchmarks._rig import verdict
-from resilient_tasks.flower.service import INTEREST
+from resilient_tasks.flower.service import IDLE_REFRESH
 from workers.processes import LOCALHOST, celery_command, free_port, start_program, start_valkey
 
 ROUNDS = 20
@@ -87,7 +87,7 @@ def main() -> None:
         print(f"\n{'1,000 breakers':36}{'median':>11} {'longest':>11} {'computed':>11}\n")
         flower = psutil.Process(program.pid)
         with httpx.Client(base_url=url, auth=LOGIN, timeout=30) as client:
-            first = measure(client, flower, "/api/breakers", rounds=5, pause=INTEREST + 2)
+            first = measure(client, flower, "/api/breakers", rounds=5, pause=IDLE_REFRESH + 2)
             report("/api/breakers, nobody had looked", first, PAGE_LIMIT)
             for page in PAGES:
                 report(page, measure(client, flower, page), PAGE_LIMIT)

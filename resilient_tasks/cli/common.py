@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -15,10 +15,9 @@ import click
 from celery import Celery
 from click.shell_completion import CompletionItem
 
-from resilient_tasks.breaker import this_user
 from resilient_tasks.cli import Unavailable
 from resilient_tasks.core.model import ALL_KEYS, child_name, did_you_mean, is_child, key_of, parent_of
-from resilient_tasks.errors import ConfigurationError, StoreError
+from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.context import Runtime, find_runtime
 
@@ -41,6 +40,8 @@ _STYLES = {
 
 #: Columns of a table that are never cut, names and states; and how much of a word is left in all others.
 _WHOLE, _LEAST = 2, 8
+
+json_option = click.option("--json", "as_json", is_flag=True, help="For programs, as JSON.")
 
 #: Names that the answer to an unknown one lists.
 MOST_NAMED = 20
@@ -67,12 +68,6 @@ def _runtime_of(app: Celery) -> Runtime:
             f"app {app.main!r} has no Resilience: name the app that has, as in celery -A proj breakers ..."
         )
     return runtime
-
-
-def note(runtime: Runtime, breaker: str, text: str) -> None:
-    """Log in the history of a breaker what this user has done to its tasks; without a store nothing is logged."""
-    with suppress(StoreError):
-        runtime.fleet.history.note(breaker, text, this_user())
 
 
 class BreakerName(click.ParamType):  # type: ignore[type-arg]  # older releases of click know no argument

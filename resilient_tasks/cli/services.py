@@ -13,13 +13,13 @@ from pathlib import Path
 
 import click
 
-from resilient_tasks.cli.common import pass_runtime, print_json, print_table, printable
+from resilient_tasks.cli.common import json_option, pass_runtime, print_json, print_table, printable
 from resilient_tasks.operations.doctor import Level, examine, look_at
 from resilient_tasks.worker.context import Runtime
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
+@json_option
 @click.option("--timeout", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Of workers, seconds.")
 @click.pass_context
 @pass_runtime

@@ -17,6 +17,7 @@ from resilient_tasks.cli.common import (
     Row,
     expand,
     is_rich,
+    json_option,
     pass_runtime,
     plain_lines,
     print_json,
@@ -42,7 +43,7 @@ _COLUMNS = (
 
 @click.command("list")
 @click.argument("names", metavar="[NAME]...", nargs=-1, type=BreakerName(wildcard=True))
-@click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
+@json_option
 @pass_runtime
 def list_breakers(runtime: Runtime, names: tuple[str, ...], *, as_json: bool) -> None:
     """List all breakers, those that are not CLOSED first.
@@ -59,7 +60,7 @@ def list_breakers(runtime: Runtime, names: tuple[str, ...], *, as_json: bool) ->
 
 @click.command()
 @click.argument("name", type=BreakerName())
-@click.option("--json", "as_json", is_flag=True, help="For programs: one object.")
+@json_option
 @click.pass_context
 @pass_runtime
 def show(runtime: Runtime, ctx: click.Context, name: str, *, as_json: bool) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import click
 
+from resilient_tasks.breaker import this_user
 from resilient_tasks.cli.common import (
     BreakerName,
     Row,
     expand,
-    note,
+    json_option,
     pass_runtime,
     plain_lines,
     print_json,
@@ -24,16 +25,17 @@ from resilient_tasks.cli.common import (
 )
 from resilient_tasks.errors import BreakerOpenError, DeadLetterError
 from resilient_tasks.monitor.report import counted, moment
-from resilient_tasks.operations.waiting import DeadLetter, DeadLetters, Deferred
+from resilient_tasks.operations.waiting import DeadLetter, DeadLetters, Deferred, note
 from resilient_tasks.worker.context import Runtime
-from resilient_tasks.worker.envelope import UNDECODABLE
+
+_ids_only = click.option("--id", "ids_only", is_flag=True, help="For scripts: ids alone, one per line.")
 
 
 @click.command()
 @click.argument("name", type=BreakerName(wildcard=True))
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="Most tasks to list.")
-@click.option("--id", "ids_only", is_flag=True, help="For scripts: ids alone, one per line.")
-@click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
+@_ids_only
+@json_option
 @pass_runtime
 def deferred(runtime: Runtime, name: str, *, limit: int, ids_only: bool, as_json: bool) -> None:
     """List the tasks that wait for a breaker, the oldest first.
@@ -44,23 +46,26 @@ def deferred(runtime: Runtime, name: str, *, limit: int, ids_only: bool, as_json
         waiting = Deferred(runtime)
         counts = {each: waiting.count(each) for each in expand(runtime, [name])}
         found = [task for each, some in counts.items() if some for task in waiting.list(each, limit=limit)]
-        tasks, count = sorted(found, key=lambda task: task.since or 0)[:limit], sum(counts.values())
-    if as_json:
-        print_json([asdict(task) for task in tasks])
+    tasks = sorted(found, key=lambda task: task.since or 0)[:limit]
+    rows = [(t.task_id, t.task, t.breaker, moment(t.since or None), str(t.attempts), t.reason) for t in tasks]
+    columns = ("ID", "TASK", "BREAKER", "SINCE", "ATTEMPTS", "REASON")
+    _print_tasks(columns, rows, [asdict(task) for task in tasks] if as_json else None, ids_only=ids_only)
+    _say_how_many(len(tasks), sum(counts.values()), "waiting tasks")
+
+
+def _print_tasks(columns: Row, rows: Sequence[Row], fields: object, *, ids_only: bool) -> None:
+    """Print tasks: their ``fields`` as JSON if given, or the ids in their first cells, or a table."""
+    if fields is not None:
+        print_json(fields)
+    elif ids_only:
+        click.echo("".join(f"{printable(task_id)}\n" for task_id, *_ in rows), nl=False)
     else:
-        columns = ("ID", "TASK", "BREAKER", "SINCE", "ATTEMPTS", "REASON")
-        rows = [(t.task_id, t.task, t.breaker, moment(t.since or None), str(t.attempts), t.reason) for t in tasks]
-        _print_tasks(columns, rows, ids_only=ids_only)
-    if count > len(tasks):
-        click.echo(f"{len(tasks)} of {count} waiting tasks; --limit shows more", err=True)
-
-
-def _print_tasks(columns: Row, rows: Sequence[Row], *, ids_only: bool) -> None:
-    if not ids_only:
         print_table(columns, rows)
-        return
-    for task_id, *_ in rows:
-        click.echo(printable(task_id))
+
+
+def _say_how_many(listed: int, count: int, what: str) -> None:
+    if count > listed:
+        click.echo(f"{listed} of {count} {what}; --limit shows more", err=True)
 
 
 @click.command()
@@ -95,10 +100,9 @@ def _resume(runtime: Runtime, waiting: Deferred, name: str, rate: float | None, 
         advice = f"its tasks would be deferred again. 'reset {name}' closes it, --force resumes them all the same."
         return f"{error}: {advice}"
     finally:
+        note(runtime, {name: resumed}, "task", "resumed", this_user())
         if resumed:
-            done = f"{counted(resumed, 'task')} resumed"
-            note(runtime, name, done)
-            click.echo(f"{done} for {name}")
+            click.echo(f"{counted(resumed, 'task')} resumed for {name}")
     if not resumed:
         click.echo(f"nothing was there to resume for {name}")
     return None
@@ -121,9 +125,7 @@ def drop(runtime: Runtime, name: str, *, task_ids: tuple[str, ...], yes: bool) -
         if count and not yes:
             click.confirm(f"Drop {counted(count, 'task')} waiting for {name}, never to run?", abort=True)
         dropped = {each: waiting.drop(each, frozenset(task_ids) or None) for each, some in counts.items() if some}
-    for each, ids in dropped.items():
-        if ids:
-            note(runtime, each, f"{counted(len(ids), 'task')} dropped")
+    note(runtime, {each: len(ids) for each, ids in dropped.items()}, "task", "dropped", this_user())
     gone = set[str]().union(*dropped.values())
     click.echo(f"{counted(len(gone), 'task')} dropped")
     missing = ", ".join(printable(task_id) for task_id in task_ids if task_id not in gone)
@@ -150,27 +152,24 @@ def dead() -> None:
 @dead.command("list")
 @_breaker
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="Most of each breaker.")
-@click.option("--id", "ids_only", is_flag=True, help="For scripts: ids alone, one per line.")
-@click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
+@_ids_only
+@json_option
 @pass_runtime
 def list_dead(runtime: Runtime, breaker: str | None, *, limit: int, ids_only: bool, as_json: bool) -> None:
     """List dead letters, the oldest first."""
     with using_the_broker(runtime):
         dead_letters = DeadLetters(runtime)
         tasks, count = dead_letters.list(breaker, limit=limit), sum(dead_letters.count(breaker).values())
-    if as_json:
-        print_json([_fields(task) for task in tasks])
-    else:
-        rows = [(each.task_id, each.task, each.breaker, moment(each.died_at), each.reason) for each in tasks]
-        _print_tasks(("ID", "TASK", "BREAKER", "DIED", "REASON"), rows, ids_only=ids_only)
-    if count > len(tasks):
-        click.echo(f"{len(tasks)} of {count} dead letters; --limit shows more", err=True)
+    rows = [(each.task_id, each.task, each.breaker, moment(each.died_at), each.reason) for each in tasks]
+    columns = ("ID", "TASK", "BREAKER", "DIED", "REASON")
+    _print_tasks(columns, rows, [_fields(task) for task in tasks] if as_json else None, ids_only=ids_only)
+    _say_how_many(len(tasks), count, "dead letters")
 
 
 @dead.command()
 @click.argument("task_id", metavar="ID")
 @_breaker
-@click.option("--json", "as_json", is_flag=True, help="For programs: one object.")
+@json_option
 @pass_runtime
 def show(runtime: Runtime, task_id: str, breaker: str | None, *, as_json: bool) -> None:
     """Show one dead letter: why and when it died, and the message as it was published."""
@@ -213,9 +212,7 @@ def _carry_out(runtime: Runtime, what: str, act: Callable[[DeadLetters], dict[st
         done = error.done
         raise
     finally:
-        for breaker, count in done.items():
-            if breaker != UNDECODABLE:
-                note(runtime, breaker, f"{counted(count, 'dead letter')} {what}")
+        note(runtime, done, "dead letter", what, this_user())
         if done:
             click.echo(f"{counted(sum(done.values()), 'dead letter')} {what}")
 

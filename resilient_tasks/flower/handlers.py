@@ -67,6 +67,17 @@ class _Shared:
             raise web.HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, message) from error
 
 
+class _Json:
+    """Answers errors as JSON; a mixin of Flower's handlers."""
+
+    def write_error(self: Any, status_code: int, **kwargs: Any) -> None:
+        if status_code == HTTPStatus.UNAUTHORIZED and self.application.options.basic_auth:
+            self.set_header("WWW-Authenticate", 'Basic realm="flower"')
+        error = kwargs.get("exc_info", (None, None, None))[1]
+        text = error.log_message % error.args if isinstance(error, web.HTTPError) and error.log_message else None
+        self.finish({"error": text or responses.get(status_code, "error")})
+
+
 async def _write_look(handler: Any, name: str | None, *, required: bool) -> None:
     """Answer with all breakers or with one, and the age of that state; unless ``required`` with none as well."""
     service: Service = handler.service
@@ -89,7 +100,7 @@ async def _write_look(handler: Any, name: str | None, *, required: bool) -> None
 # --- the JSON API ---------------------------------------------------------------------------------------
 
 
-class _Api(_Shared, flower_internals.BaseApiHandler):
+class _Api(_Json, _Shared, flower_internals.BaseApiHandler):
     """Under the rules of Flower's own API; only requests from our own pages, or from no page, may write."""
 
     def prepare(self) -> None:
@@ -101,13 +112,6 @@ class _Api(_Shared, flower_internals.BaseApiHandler):
                 raise web.HTTPError(HTTPStatus.FORBIDDEN, "requests from other sites are refused")
             if flower_internals.is_read_only(self):
                 raise web.HTTPError(HTTPStatus.FORBIDDEN, "Flower is read-only")
-
-    def write_error(self, status_code: int, **kwargs: Any) -> None:
-        if status_code == HTTPStatus.UNAUTHORIZED and self.application.options.basic_auth:
-            self.set_header("WWW-Authenticate", 'Basic realm="flower"')
-        error = kwargs.get("exc_info", (None, None, None))[1]
-        text = error.log_message % error.args if isinstance(error, web.HTTPError) and error.log_message else None
-        self.finish({"error": text or responses.get(status_code, "error")})
 
     @property
     def sent(self) -> dict[str, Any]:
@@ -192,7 +196,6 @@ class BreakersPage(_Page):
         if flower_internals.raw_argument(self, "json"):
             await _write_look(self, name, required=False)
         elif name is None:
-            self.service.watch.expect_looks()  # the page is about to ask
             self.show("list.html")
         else:
             self.check_defined(name)
@@ -200,7 +203,7 @@ class BreakersPage(_Page):
             self.show("one.html", name=name, policy=policy, tasks=tasks)
 
 
-class BreakerPart(_Page):
+class BreakerPart(_Json, _Page):
     """What pages load when needed: ``/breakers/NAME/history``, ``.../deferred`` and ``.../dead``, ``/dead-letters``.
 
     ``search`` finds tasks by id, name, arguments and reason.
@@ -211,13 +214,9 @@ class BreakerPart(_Page):
         if name is not None:
             self.check_defined(name)
         search = flower_internals.raw_argument(self, "search") if "search" in self.request.arguments else None
-        try:
-            with self.errors_answered():
-                read = self.service.dead_letters() if name is None else self.service.part(name, part, search)
-                self.write(await read)
-        except web.HTTPError as error:
-            self.set_status(error.status_code)
-            self.write({"error": error.log_message})
+        with self.errors_answered():
+            read = self.service.dead_letters() if name is None else self.service.part(name, part, search)
+            self.write(await read)
 
 
 class OutagesPage(_Page):

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import logging
-import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeVar
 
 from resilient_tasks.core.model import HELD_OPEN, Snapshot, State, Verb, parent_of
 from resilient_tasks.core.outage import Outage
 from resilient_tasks.errors import DeadLetterError, StoreError
-from resilient_tasks.monitor.report import Row, counted, rows_of
-from resilient_tasks.operations.waiting import DeadLetters, Deferred
+from resilient_tasks.monitor.report import Row, rows_of
+from resilient_tasks.operations.waiting import DeadLetters, Deferred, note
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.store.background import start_thread
 from resilient_tasks.worker.context import Runtime
 from resilient_tasks.worker.envelope import UNDECODABLE
 
@@ -36,13 +33,10 @@ LISTED = 100  # most tasks, outages or breakers on one page
 SEARCHED = 5_000  # most tasks that a search looks at
 DURATIONS_OVER = 300.0  # seconds of which the durations of tasks are told
 CHARTED = 3600.0  # seconds that a breaker's chart shows
-REFRESH = 1.0  # seconds between two reads of all breakers while a page is open
-INTEREST = 10.0  # seconds after the last look for which that goes on
+REFRESH, IDLE_REFRESH = 1.0, 5.0  # seconds between two reads of all breakers while pages are open, and while none is
 
-_IDLE_FACTOR = 5  # reads are so many times rarer while no page is open
-_FIRST_LOOK_TIMEOUT, _CHANGE_TIMEOUT, _NEVER_READ_TIMEOUT = 0.05, 1.0, 5.0  # seconds that a look waits for a new read
+_LOOK_TIMEOUT, _CHANGE_TIMEOUT, _NEVER_READ_TIMEOUT = 0.05, 1.0, 5.0  # seconds that a look waits for a new read
 _REFRESH_TIMEOUT = 10.0
-_QUEUE_SIZE = 1_000
 
 _SEARCHABLE = ("task_id", "task", "args", "kwargs", "reason")  # fields of a task
 
@@ -60,40 +54,22 @@ class NoAnswerError(Exception):
 
 
 class Executor:
-    """Runs functions one after the other in a daemon thread, which delays no exit; ``name`` is what they ask."""
+    """Runs functions one after the other in a thread; ``name`` is what they ask."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
-        self._queue: queue.Queue[tuple[Future[Any], Callable[[], Any]]] = queue.Queue(_QUEUE_SIZE)
-        self._busy_since: float | None = None
-        start_thread(name, self._run)
+        self._name, self._thread = name, ThreadPoolExecutor(1, f"resilient-tasks-{name}")
 
     async def submit(self, function: Callable[[], T], *, timeout: float = TIMEOUT) -> T:
         """Return what ``function`` returns in the thread, or raise what it raises.
 
         Raises:
-            NoAnswerError: it took longer than ``timeout`` seconds, or another function already has: then at once.
+            NoAnswerError: it, and those before it, took longer than ``timeout`` seconds.
         """
-        busy_since = self._busy_since
-        if busy_since is not None and (busy_for := time.monotonic() - busy_since) > timeout:
-            raise NoAnswerError(f"the {self._name} has not answered for {busy_for:.0f} s")
-        future: Future[T] = Future()
+        running = asyncio.get_running_loop().run_in_executor(self._thread, function)
         try:
-            self._queue.put_nowait((future, function))
-            return await asyncio.wait_for(asyncio.wrap_future(future), timeout)
-        except (queue.Full, asyncio.TimeoutError):
+            return await asyncio.wait_for(running, timeout)
+        except asyncio.TimeoutError:
             raise NoAnswerError(f"the {self._name} did not answer within {timeout:g} s") from None
-
-    def _run(self) -> None:
-        while True:
-            self._busy_since = None
-            future, function = self._queue.get()
-            self._busy_since = time.monotonic()
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except BaseException as error:  # noqa: BLE001 - the caller gets it
-                    future.set_exception(error)
 
 
 @dataclass(frozen=True)
@@ -101,6 +77,7 @@ class Look:
     """All breakers at one moment: when they were read, and why they could not be read since."""
 
     breakers: Mapping[str, Fields] = field(default_factory=dict)  # fields of each, by name
+    breakers_json: str = "[]"  # the same as a JSON array; made once, because it is sent to many
     read_at: float | None = None  # seconds since the epoch; None: never
     problem: str = ""
 
@@ -111,21 +88,16 @@ class Look:
     def as_json(self) -> str:
         return f'{json.dumps(self.freshness())[:-1]}, "breakers": {self.breakers_json}}}'
 
-    @cached_property
-    def breakers_json(self) -> str:
-        """All breakers as a JSON array; made once, because it is sent to many."""
-        return json.dumps(list(self.breakers.values()))
-
 
 class Watch:
-    """Reads all breakers, every second while a page is open, so that an unavailable store delays no page."""
+    """Reads all breakers in the background, so that an unavailable store delays no page."""
 
     def __init__(self, read: Callable[[], Sequence[Fields]], store: Executor) -> None:
         self._read, self._store = read, store
         self._latest = Look()
-        self._looked_at = float("-inf")
+        self._old_at = float("-inf")  # monotonic
         self._reading: asyncio.Task[None] | None = None
-        self._timeout = _FIRST_LOOK_TIMEOUT
+        self._timeout = _LOOK_TIMEOUT
 
     @property
     def active(self) -> list[str]:
@@ -133,50 +105,40 @@ class Watch:
         breakers = self._latest.breakers.values()
         return [each["name"] for each in breakers if each["state"] != State.CLOSED or each["deferred"]]
 
+    async def run(self) -> None:
+        """Look for as long as the event loop runs, even if no page does."""
+        while True:
+            await self.look()
+            await asyncio.sleep(IDLE_REFRESH)
+
     async def look(self) -> Look:
         """Return the state in the store; the last one read, if the store does not answer at once."""
-        self.expect_looks()
+        if self._reading is None and time.monotonic() >= self._old_at:
+            self.refresh(_LOOK_TIMEOUT)
         if self._reading is not None:
             timeout = _NEVER_READ_TIMEOUT if self._latest.read_at is None else self._timeout
             await asyncio.wait({self._reading}, timeout=timeout)
         return self._latest
 
-    def expect_looks(self) -> None:
-        """Read at once and often, if no page was open for a while."""
-        if not self._is_watched:
-            self.refresh(_FIRST_LOOK_TIMEOUT)
-        self._looked_at = time.monotonic()
-
     def refresh(self, timeout: float = _CHANGE_TIMEOUT) -> None:
         """Read at once, by default because something has just been changed; looks wait for that so long."""
         self._reading, self._timeout = asyncio.ensure_future(self._refresh()), timeout
-
-    @property
-    def _is_watched(self) -> bool:
-        return time.monotonic() < self._looked_at + INTEREST
-
-    async def run(self) -> None:
-        """Read for as long as the event loop runs."""
-        for turn in itertools.count():
-            if self._is_watched or turn % _IDLE_FACTOR == 0:
-                await self._refresh()
-            await asyncio.sleep(REFRESH)
+        self._old_at = time.monotonic() + REFRESH
 
     async def _refresh(self) -> None:
         try:
             self._latest = await self._store.submit(self._take, timeout=_REFRESH_TIMEOUT)
         except (StoreError, NoAnswerError) as error:
             self._latest = replace(self._latest, problem=str(error))
-        except Exception as error:  # the loop's top: pages go on with what was read before
+        except Exception as error:  # pages go on with what was read before
             logger.exception("Flower cannot read the breakers")
             self._latest = replace(self._latest, problem=f"the breakers cannot be read: {type(error).__name__}")
         if self._reading is asyncio.current_task():
             self._reading = None
 
     def _take(self) -> Look:
-        look = Look({each["name"]: each for each in self._read()}, time.time())
-        _ = look.breakers_json  # made here, and not in the event loop
-        return look
+        breakers = self._read()
+        return Look({each["name"]: each for each in breakers}, json.dumps(breakers), time.time())
 
 
 class Service:
@@ -185,9 +147,11 @@ class Service:
     def __init__(self, runtime: Runtime, run_times: Callable[[Sequence[str], float], Fields]) -> None:
         self._runtime, self._run_times = runtime, run_times
         self._store, self._broker = Executor("store"), Executor("broker")
+        self._deferred, self._dead = Deferred(runtime), DeadLetters(runtime)
         self._resuming: dict[str, asyncio.Task[int]] = {}
         self.watch = Watch(lambda: self._fields(runtime.read()), self._store)
         self.defines = runtime.defines
+        self.broker_errors = runtime.queues.errors
 
     @property
     def names(self) -> list[str]:
@@ -199,18 +163,6 @@ class Service:
         few = len(self._runtime.breakers) <= LISTED
         queues, names = self._runtime.queues, {*self.watch.active, *(self.names if few else ())}
         return [*map(queues.deferred, names), *map(queues.dead, names)]
-
-    @property
-    def broker_errors(self) -> tuple[type[Exception], ...]:
-        return self._runtime.queues.errors
-
-    @cached_property
-    def _deferred(self) -> Deferred:
-        return Deferred(self._runtime)
-
-    @cached_property
-    def _dead(self) -> DeadLetters:
-        return DeadLetters(self._runtime)
 
     # --- read in the executors' threads ---------------------------------------------------------------
 
@@ -250,7 +202,7 @@ class Service:
         return [(outage, rows_of(outage, estimates.get(outage.breaker))) for outage in outages]
 
     def _read_tasks(self, name: str, part: str, search: str | None) -> Fields:
-        limit, tasks = LISTED if search is None else SEARCHED, list[Fields]()
+        limit = LISTED if search is None else SEARCHED
         if part == "deferred":
             count, tasks = self._deferred.count(name), [asdict(each) for each in self._deferred.list(name, limit=limit)]
         else:
@@ -264,6 +216,23 @@ class Service:
 
     def _count_dead(self, names: Sequence[str]) -> dict[str, int]:
         return {name: count for name in names if (count := self._dead.count(name)[name])}
+
+    def _act_on_tasks(self, name: str, action: str, task_ids: Sequence[str], actor: str) -> list[str]:
+        ids, what = frozenset(task_ids), TASK_ACTIONS[action]
+        if action.startswith("deferred/"):
+            found = self._deferred.resume_some(name, ids) if what == "resumed" else self._deferred.drop(name, ids)
+            note(self._runtime, {name: len(found)}, "task", what, actor)
+            return list(found)
+        act = self._dead.replay if what == "replayed" else self._dead.drop
+        done: Mapping[str, int] = {}
+        try:
+            done = act(*task_ids, breaker=name)
+        except DeadLetterError as error:
+            done = error.done
+            raise
+        finally:
+            note(self._runtime, done, "dead letter", what, actor)
+        return list(task_ids)
 
     # --- for the handlers -----------------------------------------------------------------------------
 
@@ -310,30 +279,7 @@ class Service:
 
     async def act_on_tasks(self, name: str, action: str, task_ids: Sequence[str], actor: str) -> list[str]:
         """Carry out one of :data:`TASK_ACTIONS` on tasks; return the ids of those that were there."""
-        what, ids = TASK_ACTIONS[action], frozenset(task_ids)
-        if action.startswith("deferred/"):
-            act = self._deferred.resume_some if action == "deferred/resume" else self._deferred.drop
-            found = await self._broker.submit(partial(act, name, ids))
-            await self._note({name: len(found)}, "task", what, actor)
-            return list(found)
-        replay_or_drop = self._dead.replay if action == "dead/replay" else self._dead.drop
-        done: Mapping[str, int] = {}
-        try:
-            done = await self._broker.submit(partial(replay_or_drop, *task_ids, breaker=name))
-        except DeadLetterError as error:
-            done = error.done
-            raise
-        finally:
-            await self._note(done, "dead letter", what, actor)
-        return list(task_ids)
-
-    async def _note(self, done: Mapping[str, int], noun: str, what: str, actor: str) -> None:
-        """Log what a user has done to how many tasks of which breakers; without a store nothing is logged."""
-        for name, count in done.items():
-            if count and self.defines(name):
-                with suppress(StoreError, NoAnswerError):
-                    note = self._runtime.fleet.history.note
-                    await self._store.submit(partial(note, name, f"{counted(count, noun)} {what}", actor))
+        return await self._broker.submit(partial(self._act_on_tasks, name, action, task_ids, actor))
 
     async def resume(self, name: str, rate: float | None, actor: str) -> int | None:
         """Resume a breaker's tasks now, so many per second or as fast as it goes; change the rate if that is under way.
@@ -357,12 +303,11 @@ class Service:
                 resumed += count
                 await asyncio.sleep(pause)  # others are served in between
         finally:
-            await self._note({name: resumed}, "task", "resumed", actor)
+            with suppress(NoAnswerError):
+                await self._store.submit(partial(note, self._runtime, {name: resumed}, "task", "resumed", actor))
         return resumed
 
     def _resumed(self, name: str, done: asyncio.Task[int]) -> None:
-        if self._resuming.get(name) is done:
-            del self._resuming[name]
         self.watch.refresh()
         if not done.cancelled() and done.exception() is not None:
             logger.warning("resuming the tasks of breaker %s ended: %s", name, done.exception())

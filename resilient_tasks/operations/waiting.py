@@ -13,7 +13,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from typing import Any
@@ -24,7 +24,8 @@ from celery.exceptions import TaskRevokedError
 from resilient_tasks.core.model import ADMITTING, Snapshot, parent_of
 from resilient_tasks.core.outage import DROPPED
 from resilient_tasks.dependency import Dependency
-from resilient_tasks.errors import BreakerOpenError, DeadLetterError
+from resilient_tasks.errors import BreakerOpenError, DeadLetterError, StoreError
+from resilient_tasks.monitor.report import counted
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.celery_internals import Events
 from resilient_tasks.worker.context import Runtime
@@ -317,6 +318,14 @@ class DeadLetters:
         except ResultNotWrittenError as exc:  # the task comes first
             what = "the result of task %s could not be reset: %s"
             logger.warning(what, entry.task_id, exc, extra=entry.log_fields)
+
+
+def note(runtime: Runtime, done: Mapping[str, int], noun: str, what: str, actor: str) -> None:
+    """Log in the history of breakers what ``actor`` has done to how many of their tasks; without a store nothing is."""
+    with suppress(StoreError):
+        for breaker, count in done.items():
+            if count and breaker != UNDECODABLE:
+                runtime.fleet.history.note(breaker, f"{counted(count, noun)} {what}", actor)
 
 
 def _id_of(entry: Entry) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from resilient_tasks.core.model import child_name
 from resilient_tasks.errors import StoreError
 from resilient_tasks.flower import flower_internals
 from resilient_tasks.flower.application import FlowerWithBreakers, Receiver
-from resilient_tasks.flower.service import Executor, NoAnswerError
 from resilient_tasks.prometheus import register
 from resilient_tasks.store.local import LocalStore
 from resilient_tasks.testing import Clock
@@ -222,24 +220,6 @@ def test_a_store_that_was_never_there_is_no_empty_table(
     assert (seen["breakers"], seen["read_at"], seen["problem"]) == ([], None, "the store was frozen")
     verb = site.post("/api/breakers/payments/trip")
     assert (verb.status_code, verb.json()) == (503, {"error": "the store was frozen"})
-
-
-def test_who_asks_a_broker_that_still_owes_an_answer_hears_so_at_once() -> None:
-    executor, asked, answers = Executor("broker"), threading.Event(), threading.Event()
-
-    def ask() -> bool:
-        asked.set()
-        return answers.wait(60)
-
-    async def both() -> None:
-        first = asyncio.ensure_future(executor.submit(ask, timeout=60))
-        await asyncio.to_thread(asked.wait)
-        with pytest.raises(NoAnswerError, match="the broker has not answered for 0 s"):
-            await executor.submit(ask, timeout=0)
-        answers.set()
-        assert await first
-
-    asyncio.run(both())
 
 
 # --- steering ------------------------------------------------------------------------------------------
