@@ -218,13 +218,10 @@ class Pipeline:
         envelope = cache(partial(self._next_envelope, request, breaker, reason, failed, wait))  # one for all tries
         self.deferral.attempt(request, partial(self._try_to_defer, request, envelope, has_failed=failed is not None))
 
-    def _try_to_defer(
-        self, request: GatedRequest, make: Callable[[], Envelope], *, has_failed: bool, limited: bool
-    ) -> None:
+    def _try_to_defer(self, request: GatedRequest, make: Callable[[], Envelope], *, has_failed: bool) -> None:
         envelope = make()
         try:
-            again = partial(self._try_to_defer, request, make, has_failed=has_failed)
-            self.deferral.defer_if_permitted(request, envelope, again, limited=limited)
+            self.deferral.defer(request, envelope)
         except DeferredQueueFullError as full:
             if self.runtime.breaker(envelope.breaker).policy.overflow == BLOCK:
                 returned = envelope if has_failed else request.envelope
@@ -235,12 +232,8 @@ class Pipeline:
     def dead_letter(self, request: GatedRequest, breaker: str, cause: str) -> None:
         """Keep the message of a task that is out of attempts; its FAILURE is Celery's to write."""
         request.dead = True
-        envelope = cache(partial(self._last_envelope, request, breaker, cause))
-        self.deferral.attempt(request, partial(self._try_to_dead_letter, request, envelope))
-
-    def _try_to_dead_letter(self, request: GatedRequest, make: Callable[[], Envelope], *, limited: bool) -> None:
-        again = partial(self._try_to_dead_letter, request, make)
-        self.deferral.defer_if_permitted(request, make(), again, limited=limited)
+        envelope = cache(partial(self._last_envelope, request, breaker, cause))  # one for all tries
+        self.deferral.attempt(request, lambda: self.deferral.defer(request, envelope()))
 
     def _next_envelope(
         self, request: GatedRequest, breaker: str, reason: str, failed: Deferred | None, wait: float | None
@@ -424,6 +417,6 @@ def _deferred_by_time_limit(request: GatedRequest, exc: BaseException) -> Deferr
     return Deferred(breaker, "the task exceeded its time limit", attempts, type(exc).__name__)
 
 
-def _deny(request: GatedRequest, full: DeferredQueueFullError, *, limited: bool) -> None:  # noqa: ARG001 - it is not let in
+def _deny(request: GatedRequest, full: DeferredQueueFullError) -> None:
     request.fail(full)
     request.acknowledge()
