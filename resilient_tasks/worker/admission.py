@@ -42,7 +42,6 @@ class Gate:
         self._lock = threading.Lock()
         self._taken_up: Counter[str] = Counter()  # resumed tasks that have arrived, by breaker
         self._in_flight: Counter[str] = Counter()  # runs of this worker, by breaker whose runs are limited
-        self._unaccepted: set[GatedRequest] = set()  # counted, or with a permit, and no pool process yet
         self._watches: dict[tuple[GatedRequest, str], Watch] = {}
         self._guarded_inside: set[tuple[str, str]] = set()  # see _watched_as; as many as the code has
 
@@ -71,9 +70,6 @@ class Gate:
             if is_limited and self._in_flight.get(breaker.name, 0) >= self._most_here(breaker):
                 return breaker
         return None
-
-    def unaccepted(self) -> list[GatedRequest]:
-        return list(self._unaccepted)
 
     def took_up(self, envelope: Envelope) -> None:
         with self._lock:
@@ -123,8 +119,6 @@ class Gate:
                     self._uncount(breaker.name)
                 return None
             epoch, trial, leased = lease.epoch, lease.trial, lease.leased
-        if is_counted or leased:
-            self._unaccepted.add(request)
         counts = not trial and self._would_count(cached, request.envelope)
         is_watched = breaker.slow_after < math.inf and (leased or not for_child)
         watched = is_watched and self._is_watched(request, breaker, trial=trial)
@@ -171,7 +165,6 @@ class Gate:
 
     def hold(self, request: GatedRequest, admission: Admission) -> None:
         """Note that a run has begun: its permits are renewed for as long as it may take, and it may become overdue."""
-        self._unaccepted.discard(request)
         for breaker, admitted in zip(request.guards, admission.passes, strict=False):  # refused: no passes, a fallback
             if admitted.trial:
                 hard, soft = limits_of(request.task, request.time_limits)
@@ -183,7 +176,6 @@ class Gate:
 
     def settle(self, request: GatedRequest, admission: Admission, report: Report) -> None:
         """Count what a run has found out, once, for each breaker that admitted it."""
-        self._unaccepted.discard(request)
         passes = zip(request.guards, admission.passes, report.verdicts, strict=False)  # of the first, if one refused
         for breaker, admitted, found in passes:
             was_overdue = admitted.watched and self._end_watch(request, breaker, found)

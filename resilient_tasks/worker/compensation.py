@@ -59,9 +59,6 @@ class _Call:
     breakers: Sequence[Dependency]
     started: float | None = None  # None while it waits for a process
 
-    def is_for(self, name: str) -> bool:
-        return any(breaker.name == name for breaker in self.breakers)
-
 
 class Compensation:
     """The guarded calls that one worker has in flight, its suspect breakers and its spare slots."""
@@ -93,9 +90,6 @@ class Compensation:
         if is_first and breakers and self._most_spare and not celery_internals.can_grow(pool):
             what = "the %s pool cannot add a slot: a guarded call that hangs holds up all tasks of this worker"
             logger.warning(what, celery_internals.pool_name(pool))
-        if celery_internals.discards_unaccepted(pool):
-            for key in [key for key, call in list(self._calls.items()) if call.started is None]:
-                self._calls.pop(key, None)
         self._schedule(self._interval)
 
     def stop(self) -> None:
@@ -123,6 +117,7 @@ class Compensation:
             return limiting
 
     def end(self, key: object) -> None:
+        """Note that a run has ended; one in time clears its breakers, unless others of their calls are late still."""
         call = self._calls.pop(key, None)
         if call is None or call.started is None:
             return
@@ -130,7 +125,15 @@ class Compensation:
         for breaker in call.breakers:
             self._learn(breaker, now - call.started, now)
             if breaker.name in self.suspects and now - call.started <= self._limit(breaker):
-                self._clear(breaker, now)
+                limit, others = self._limit(breaker), list(self._calls.values())
+                if not any(now - (each.started or now) > limit for each in others if breaker in each.breakers):
+                    self.suspects.pop(breaker.name, None)
+                    what = "breaker %s is no longer suspect in this worker"
+                    logger.info(what, breaker.name, extra={"breaker": breaker.name})
+
+    def unaccepted(self) -> list[Any]:
+        """Return the runs that no process or thread has accepted yet."""
+        return [key for key, call in list(self._calls.items()) if call.started is None]
 
     def limiting(self, breakers: Sequence[Dependency]) -> Dependency | None:
         """Return the suspect breaker that has its share of the slots already; None if a task may run.
@@ -154,9 +157,6 @@ class Compensation:
         seconds, _, calls = self._usual.get(_parent_or_own(name), (0.0, 0.0, 0))
         return seconds if calls else None
 
-    def is_suspect(self, name: str) -> bool:
-        return name in self.suspects
-
     def _is_over(self, breaker: Dependency, running: Sequence[_Call]) -> bool:
         """Whether a breaker may have no more calls in flight here.
 
@@ -167,7 +167,7 @@ class Compensation:
         if breaker.cached_state.snapshot.state in _UNLIMITED:
             return False
         suspects, slots, parent = self.suspects, self._slots, breaker.family
-        if breaker.name in suspects and any(call.is_for(breaker.name) for call in running):
+        if breaker.name in suspects and any(breaker in call.breakers for call in running):
             suspect_calls = sum(any(each.name in suspects for each in call.breakers) for call in running)
             return suspect_calls >= max(1, slots - 1)
         if all(_parent_or_own(name) != parent for name in list(suspects)):
@@ -232,15 +232,6 @@ class Compensation:
         logger.warning("breaker %s is suspect in this worker: a call is late", name, extra={"breaker": name})
         self._runtime.fleet.reporter.tally(name, SUSPECTED)
         _send_event(self._consumer, BREAKER_SUSPECT, breaker=name)
-
-    def _clear(self, breaker: Dependency, now: float) -> None:
-        """A call has returned in time: the breaker is suspect no longer, unless others of its calls still hang."""
-        limit = self._limit(breaker)
-        calls = list(self._calls.values())
-        if not any(call.is_for(breaker.name) and now - (call.started or now) > limit for call in calls):
-            self.suspects.pop(breaker.name, None)
-            what = "breaker %s is no longer suspect in this worker"
-            logger.info(what, breaker.name, extra={"breaker": breaker.name})
 
     # --- spare slots ------------------------------------------------------------------------------
 

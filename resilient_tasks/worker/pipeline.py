@@ -322,7 +322,7 @@ class Pipeline:
         """Begin to look after the runs of a consumer that has connected, or has reconnected."""
         self.attach(consumer)
         if celery_internals.discards_unaccepted(consumer.pool):  # it did when the former connection was lost
-            for request in self.gate.unaccepted():
+            for request in self.compensation.unaccepted():
                 self.discard(request)
         self.compensation.start(consumer)
         self.holding.start(consumer)

@@ -126,7 +126,7 @@ def test_in_healthy_times_any_number_of_calls_may_run_and_the_pool_stays_as_it_i
 
 def test_a_suspect_breaker_gets_all_slots_but_one(worker: Worker, payments: Breaker) -> None:
     hang(worker, payments, 1)
-    assert worker.compensation.is_suspect("payments")
+    assert "payments" in worker.compensation.suspects
     assert worker.run("second", payments)
     assert worker.run("third", payments)
     assert not worker.run("fourth", payments)
@@ -141,12 +141,12 @@ def test_it_is_suspect_until_a_call_has_returned_in_time_and_none_is_late(worker
     late, _ = hang(worker, payments, 2)
     worker.run("quick", payments)
     worker.end("quick")
-    assert worker.compensation.is_suspect("payments"), "others are late still"
+    assert "payments" in worker.compensation.suspects, "others are late still"
     worker.end(late, _)
-    assert worker.compensation.is_suspect("payments"), "they were late"
+    assert "payments" in worker.compensation.suspects, "they were late"
     worker.run("quick", payments)
     worker.end("quick")
-    assert not worker.compensation.is_suspect("payments")
+    assert "payments" not in worker.compensation.suspects
 
 
 def test_a_task_over_the_share_waits_as_long_as_the_breaker_is_suspect_already(
@@ -217,30 +217,30 @@ def test_children_that_hang_leave_a_slot_however_many_they_are(
 def test_where_calls_usually_take_long_they_are_late_after_twice_as_long(worker: Worker, payments: Breaker) -> None:
     worker.run("first", payments)
     worker.advance(2.0)
-    assert worker.compensation.is_suspect("payments")
+    assert "payments" in worker.compensation.suspects
     worker.end("first")
-    assert not worker.compensation.is_suspect("payments"), "that is what its calls take"
+    assert "payments" not in worker.compensation.suspects, "that is what its calls take"
     hang(worker, payments, 4)
     worker.advance(3.0)
-    assert not worker.compensation.is_suspect("payments")
+    assert "payments" not in worker.compensation.suspects
     worker.advance(1.5)
-    assert worker.compensation.is_suspect("payments")
+    assert "payments" in worker.compensation.suspects
 
 
 def test_a_worker_that_has_known_nothing_but_a_hang_finds_it_late(worker: Worker, payments: Breaker) -> None:
     worker.run("first", payments)
     worker.advance(MOST_LATE * 0.5 + 1)
     worker.end("first")
-    assert worker.compensation.is_suspect("payments")
+    assert "payments" in worker.compensation.suspects
 
 
 def test_no_call_that_has_passed_slow_call_duration_is_in_time(worker: Worker, resilience: Resilience) -> None:
     strict = resilience.breaker("strict", slow_call_duration=0.2)
     worker.run("first", strict)
     worker.advance(0.6)
-    assert worker.compensation.is_suspect("strict")
+    assert "strict" in worker.compensation.suspects
     worker.end("first")
-    assert worker.compensation.is_suspect("strict")
+    assert "strict" in worker.compensation.suspects
 
 
 def test_while_the_store_is_unavailable_no_breaker_is_limited(
@@ -290,6 +290,14 @@ def test_a_spare_slot_that_an_operator_has_removed_is_not_removed_again(worker: 
     worker.end(*keys)
     worker.advance(3 * LINGER)
     assert worker.pool.num_processes == 4
+
+
+def test_a_run_that_the_pool_has_discarded_is_known(worker: Worker, payments: Breaker) -> None:
+    worker.run("accepted", payments)
+    for key in ("finished", "discarded"):
+        worker.compensation.begin(key, [payments._dependency])
+    worker.end("finished")
+    assert worker.compensation.unaccepted() == ["discarded"]
 
 
 def test_without_spare_slots_none_is_added(app: Celery, payments: Breaker, clock: Clock, now: ManualClock) -> None:

@@ -10,8 +10,6 @@ import pytest
 from celery import Celery
 
 from resilient_tasks import Breaker, Resilience
-from resilient_tasks.core.classification import Verdict
-from resilient_tasks.core.model import Outcome
 from resilient_tasks.core.outage import REDELIVERED, REFUSED
 from resilient_tasks.dependency import with_parents
 from resilient_tasks.store.view import CachedState
@@ -139,21 +137,6 @@ def test_a_resumed_task_passes_the_ramp_of_the_breaker_that_it_waited_for_alone(
         resumed = Envelope(breaker=breaker.name, resumed=breaker._dependency.cached_state.epoch)
         assert gate.refusing([breaker._dependency], resumed, "a") is None
         assert gate.refusing([breaker._dependency, other._dependency], resumed, "a") is other._dependency
-
-
-def test_a_run_that_the_pool_has_discarded_is_settled(gate: Gate, resilience: Resilience, clock: Clock) -> None:
-    mail = resilience.breaker("mail", trial_calls=3, open_duration=1, open_jitter=0)
-    force(mail, "OPEN")
-    clock.advance(1.0)
-    for task_id in ("accepted", "finished", "discarded"):
-        run = request(task_id, Envelope(), mail)
-        admission = gate.admit(run)
-        assert admission.passes[0].trial
-        if task_id == "accepted":
-            gate.hold(run, admission)
-        elif task_id == "finished":
-            gate.settle(run, admission, Report.of_all(Verdict(Outcome.SUCCESS), admission.passes))
-    assert [run.id for run in gate.unaccepted()] == ["discarded"]
 
 
 def test_a_refused_run_that_a_fallback_answers_holds_nothing(gate: Gate, payments: Breaker, clock: Clock) -> None:
