@@ -75,7 +75,7 @@ class Resilience:
     def init_app(self, app: Celery[Any]) -> None:
         """Make the tasks of ``app`` resilient and its workers members of the fleet."""
         self._app = app
-        runtime = Runtime(app, self._dependencies, connect=lambda: self.fleet, settings=lambda: self.settings)
+        runtime = Runtime(app, self._dependencies, self.settings, lambda: self.fleet)
         runtime.producers_gate = ProducersGate(runtime)
         _make_tasks_resilient(app)
         app.steps["worker"].add(Membership)

@@ -43,11 +43,7 @@ _runtimes: WeakKeyDictionary[Celery, Runtime] = WeakKeyDictionary()
 
 
 def runtime_of(app: Celery) -> Runtime:
-    """Return the runtime of an app.
-
-    Raises:
-        ConfigurationError: no ``Resilience`` was initialised with it.
-    """
+    """Return the runtime of an app; ConfigurationError if no ``Resilience`` was initialised with it."""
     runtime = _runtimes.get(app)
     if runtime is None:
         raise ConfigurationError(f"app {app.main!r} has no Resilience: call Resilience(app) or init_app(app)")
@@ -55,16 +51,11 @@ def runtime_of(app: Celery) -> Runtime:
 
 
 def find_runtime(app: Celery) -> Runtime | None:
-    """Return the runtime of an app; None if no ``Resilience`` was initialised with it."""
     return _runtimes.get(app)
 
 
 def find_breaker(breakers: Mapping[str, Dependency], name: str) -> Dependency:
-    """Return a breaker, or a child of one, by name; define nothing.
-
-    Raises:
-        UnknownBreakerError: it is not among them.
-    """
+    """Return a breaker, or a child of one, by name, and define nothing; UnknownBreakerError if it is not there."""
     if isinstance(name, str):
         if name in breakers:
             return breakers[name]
@@ -76,48 +67,23 @@ def find_breaker(breakers: Mapping[str, Dependency], name: str) -> Dependency:
 
 
 class Runtime:
-    """One app's breakers, settings and membership in the fleet.
-
-    Args:
-        app: the Celery app.
-        breakers: all breakers by name; shared with ``Resilience``, so it may still grow.
-        connect: makes the fleet; called on first use, when the app is configured.
-        settings: returns the settings; called on first use.
-    """
+    """One app's breakers, which may still be added to, its settings, and its fleet, which ``connect`` returns."""
 
     producers_gate: Any  # a ``ProducersGate``, set by the composition root
     pipeline: Any  # a ``Pipeline``, set by the worker's bootstep; only the main process of a worker has one
 
     def __init__(
-        self,
-        app: Celery,
-        breakers: Mapping[str, Dependency],
-        connect: Callable[[], Fleet],
-        settings: Callable[[], Settings],
+        self, app: Celery, breakers: Mapping[str, Dependency], settings: Settings, connect: Callable[[], Fleet]
     ) -> None:
-        self.app = app
-        self.breakers = breakers
+        self.app, self.breakers, self.settings, self._connect = app, breakers, settings, connect
         self._found: dict[tuple[str, ...], list[Dependency]] = {}
-        self._connect = connect
-        self._settings = settings
         _runtimes[app] = self
 
     @property
     def fleet(self) -> Fleet:
-        """This process's membership in the fleet."""
         return self._connect()
 
-    @property
-    def settings(self) -> Settings:
-        """The settings in force."""
-        return self._settings()
-
     def breaker(self, name: str) -> Dependency:
-        """Return a breaker by name.
-
-        Raises:
-            UnknownBreakerError: it is not defined.
-        """
         return find_breaker(self.breakers, name)
 
     def defines(self, name: str) -> bool:
@@ -125,22 +91,14 @@ class Runtime:
         return name in self.breakers or (is_child(name) and parent_of(name) in self.breakers)
 
     def present(self) -> list[Dependency]:
-        """Return all breakers that need a look: not children that are plainly CLOSED, for which no task waits.
-
-        As this process's view knows them, up to half a second ago.
-        """
+        """Return all breakers, and those of their children that are not plainly CLOSED, or that tasks wait for."""
         return [*self.breakers.values(), *self.active_children()]
 
     def active_children(self) -> list[Dependency]:
-        """Return the children that need a look."""
         return list(map(self.breaker, filter(self.defines, self.fleet.view.active_children())))
 
     def breakers_of(self, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Dependency]:
-        """Return the breakers that answer for one call of a task, in the task's order.
-
-        Raises:
-            ConfigurationError: one is not defined, or the call has no key that may name a child.
-        """
+        """Return the breakers that answer for one call of a task; ConfigurationError if it has no key of a child."""
         names = task.options.breakers
         breakers = self._found.get(names)  # found once: this is asked for every run
         if breakers is None:
@@ -158,7 +116,6 @@ class Runtime:
 
     @property
     def control_queue(self) -> str:
-        """Name of the queue that ticks travel on."""
         return f"{self.settings.namespace}.control"
 
     @property
@@ -204,14 +161,7 @@ class Runtime:
         return [breaker.spec for breaker in self.breakers.values()]
 
     def read(self, most_children: int | None = None) -> list[Snapshot]:
-        """Read all breakers from the store, and those of their children that are not plainly CLOSED.
-
-        Args:
-            most_children: only so many of each breaker, in the order of their keys; None: all.
-
-        Raises:
-            StoreError: the store is unavailable.
-        """
+        """Read all breakers from the store, and so many at most of each one's children that are not plainly CLOSED."""
         specs, store = self.specs(), self.fleet.store
         snapshots = store.read_shared(specs)
         active = [
@@ -223,11 +173,7 @@ class Runtime:
         return [*snapshots, *(store.read_shared(sorted(active, key=lambda spec: spec.name)) if active else ())]
 
     def validate(self) -> None:
-        """Check at start-up what cannot be checked earlier, and warn of what may be a mistake.
-
-        Raises:
-            ConfigurationError: a task names a breaker that is not defined, or is no ``ResilientTask``.
-        """
+        """Raise what cannot be checked before the start, and warn of what may be a mistake."""
         for mistake in self.mistakes():
             raise mistake
         for doubt in doubts(self.app, self.settings.unknown_overrides(self.breakers)):
@@ -257,9 +203,12 @@ class Runtime:
 
     def _is_another_apps(self, task: Any) -> bool:
         """Whether a task is a copy of one of another app in this process: Celery shares tasks among all apps."""
-        names = set(task.options.breakers)
-        others = [other for other in list(_runtimes.values()) if other is not self and names <= other.breakers.keys()]
-        return any(_function(_task_of(other.app, task.name)) is _function(task) for other in others)
+        for other in list(_runtimes.values()):
+            if other is not self and other.breakers.keys() >= set(task.options.breakers):
+                with suppress(ConfigurationError):  # over a mistake in that app
+                    if _function(other.app.tasks.get(task.name)) is _function(task):
+                        return True
+        return False
 
 
 def _key_of(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
@@ -268,12 +217,6 @@ def _key_of(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object
     except Exception as exc:  # its text may hold a secret among the arguments
         trouble = f"breaker_key={task.breaker_key!r}: {type(exc).__name__} over the arguments of this call"
         raise ConfigurationError(f"task {task.name!r}: {trouble}") from exc
-
-
-def _task_of(app: Celery, name: str) -> Any:
-    with suppress(ConfigurationError):  # over a mistake in that app
-        return app.tasks.get(name)
-    return None
 
 
 def _function(task: Any) -> Any:

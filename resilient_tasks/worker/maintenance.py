@@ -122,12 +122,24 @@ class Maintenance:
         return again
 
     def _is_time_to_tick(self) -> bool:
-        """Whether a tick was sent, none has completed for too long, or one was missed and not made up for."""
+        """Whether a tick was sent, or missed and not made up for, or none has completed for too long."""
+        now, interval = time.monotonic(), self._runtime.settings.tick_interval
         wanted, missed = self._tick_wanted, self._tick_missed
         self._tick_wanted = self._tick_missed = False
-        if wanted or (missed and self._no_tick_for(self._runtime.settings.tick_interval / 2)):
+        if wanted or (missed and self._no_tick_for(interval / 2)):
             return True
-        return self._overdue()
+        if not self._anything_due():
+            self._due_since = None
+            if now < self._idle_look_at:
+                return False
+            self._idle_look_at = now + RECONCILE_INTERVAL
+            return self._no_tick_for(RECONCILE_INTERVAL / 2)
+        self._due_since = self._due_since or now
+        timeout = (1 if self._took_over else MISSED_TICKS) * interval
+        if now - self._due_since <= timeout or not self._no_tick_for(timeout):
+            return False
+        self._took_over = True  # from now on at full pace, until ticks are sent again
+        return True
 
     def _refill(self) -> float | None:
         """Resume tasks, before anything else that may take time; return after how many seconds to resume more."""
@@ -167,20 +179,6 @@ class Maintenance:
                 ledger.tick_sender_seen(self._runtime.tick_scope)
         self._revokes.pass_on(ledger, lambda: [breaker.name for breaker in self._runtime.present()])
 
-    def _overdue(self) -> bool:
-        """Whether no tick has completed for too long, whatever beat sends."""
-        if not self._anything_due():
-            self._due_since = None
-            return self._time_for_an_idle_look() and self._no_tick_for(RECONCILE_INTERVAL / 2)
-        now = time.monotonic()
-        if self._due_since is None:
-            self._due_since = now
-        timeout = (1 if self._took_over else MISSED_TICKS) * self._runtime.settings.tick_interval
-        if now - self._due_since <= timeout or not self._no_tick_for(timeout):
-            return False
-        self._took_over = True  # from now on at full pace, until ticks are sent again
-        return True
-
     def _no_tick_for(self, seconds: float) -> bool:
         age = self._runtime.fleet.ledger.last_tick_age(self._runtime.tick_scope)
         return age is None or age > seconds
@@ -188,13 +186,6 @@ class Maintenance:
     def _anything_due(self) -> bool:
         now = self._runtime.fleet.view.server_now()
         return any(anything_due(breaker, breaker.cached_state.snapshot, now) for breaker in self._runtime.present())
-
-    def _time_for_an_idle_look(self) -> bool:
-        now = time.monotonic()
-        if now < self._idle_look_at:
-            return False
-        self._idle_look_at = now + RECONCILE_INTERVAL
-        return True
 
 
 #: The lease of a tick outlives this many intervals; a worker that dies in mid-tick holds up no longer.
@@ -222,14 +213,7 @@ def anything_due(breaker: Dependency, snapshot: Snapshot, now: float) -> bool:
 
 
 class Tick:
-    """Runs ticks in one worker.
-
-    Args:
-        runtime: the app's runtime.
-        consumer: the worker's consumer, for its name and its event dispatcher.
-        wake: asks for another tick at once, when a probe has changed something.
-        room: returns how many more tasks of a breaker this worker holds at most.
-    """
+    """Runs ticks in one worker; a probe that has changed something asks for another by ``wake``."""
 
     def __init__(
         self, runtime: Runtime, consumer: Any, wake: Callable[[], None], room: Callable[[Dependency], int] = no_limit
@@ -241,7 +225,7 @@ class Tick:
         self._reconciler = Reconciler(runtime, self._tasks)
         self._prober = Prober(runtime, wake)
         self._reconciled_at = -math.inf
-        self._reconciled: dict[str, float] = {}  # active children -> when, by the monotonic clock
+        self._child_reconciled_at: dict[str, float] = {}  # active ones; by the monotonic clock, as above
         self._last_child = ""  # the one that was served last
         self.not_due: set[str] = set()  # breakers for which this worker has found no task due since it last ran a tick
         self._troubles: dict[str, type[Exception]] = {}
@@ -249,12 +233,7 @@ class Tick:
     def run(self, *, observed_for: float = 0.0) -> bool:
         """Do everything that is due; False if another worker is at it.
 
-        Args:
-            observed_for: seconds for which this worker has been in touch with the store without a gap; only
-                who has watched long enough knows that a breaker is abandoned.
-
-        Raises:
-            StoreError: the store is unavailable.
+        Only who has been in touch with the store for long, without a gap, knows that a breaker is abandoned.
         """
         fleet, scope = self._runtime.fleet, self._runtime.tick_scope
         with self._lease() as held:
@@ -273,9 +252,6 @@ class Tick:
         """Resume tasks of these breakers, and those that wait for a slot where one is free.
 
         Return after how many seconds there is more to do; None if another worker is at a tick.
-
-        Raises:
-            StoreError: the store is unavailable.
         """
         limited = [
             breaker
@@ -303,14 +279,14 @@ class Tick:
         children = sorted(self._runtime.active_children(), key=lambda child: child.name)
         first = bisect_right(children, self._last_child, key=lambda child: child.name)
         for child in (*children[first:], *children[:first]):
-            if self._reconciled.get(child.name, -math.inf) < time.monotonic() - RECONCILE_INTERVAL:
-                self._reconciled[child.name] = time.monotonic()
+            if self._child_reconciled_at.get(child.name, -math.inf) < time.monotonic() - RECONCILE_INTERVAL:
+                self._child_reconciled_at[child.name] = time.monotonic()
                 self._shielded(child.name, partial(self._reconciler.reconcile, child))
             self._serve_if_due(child)
             self._last_child = child.name
             if time.monotonic() > give_up_at:
                 return
-        self._reconciled = {child.name: self._reconciled[child.name] for child in children}
+        self._child_reconciled_at = {child.name: self._child_reconciled_at[child.name] for child in children}
 
     def _resume(self, breaker: Dependency, snapshot: Snapshot) -> None:
         if not self._resumer.resume(breaker, snapshot):
@@ -387,23 +363,18 @@ class Reconciler:
 
         Those that no worker attends to, but whose queues the broker knows; and, each time, a few of all there are.
         """
+        fleet, defines = self._runtime.fleet, self._runtime.defines
         names = list(itertools.islice(self._children, MOST_CHILDREN))
         if len(names) < MOST_CHILDREN:
             self._children = self._all_children()
-        names = list(filter(is_child, names))
-        attended = set(self._runtime.fleet.view.active_children())
+        attended = set(fleet.view.active_children())
         found = [
-            name
-            for name in self._tasks.queues.found()
-            if name not in attended and is_child(name) and self._runtime.defines(name)
+            name for name in self._tasks.queues.found() if name not in attended and is_child(name) and defines(name)
         ]
-        return [self._runtime.breaker(name) for name in (*found[:MOST_FOUND], *names)]
+        return [self._runtime.breaker(name) for name in (*found[:MOST_FOUND], *filter(is_child, names))]
 
     def _all_children(self) -> Iterator[str]:
-        """Yield the names of those that this process knows, then of all others: a store may have lost its data.
-
-        Parents are among them, one per request to the store.
-        """
+        """Yield the children that this process knows, then all others; and parents, one per request to the store."""
         yield from [each.name for each in self._runtime.fleet.view.states() if each.spec.parent is not None]
         for parent in list(self._runtime.breakers):
             for start in itertools.count(0, PAGE):
@@ -452,15 +423,15 @@ class Reconciler:
         fleet = self._runtime.fleet
         for parent in fleet.ledger.abandoned(unseen_for=unseen_for):
             names = *fleet.store.children(parent), parent
-            if False not in [self._return_orphans_of(name) for name in names]:
+            if not [name for name in names if self._leaves_orphans(name)]:
                 fleet.ledger.retire([parent])
 
-    def _return_orphans_of(self, name: str) -> bool:
-        """Resume all tasks that wait for a breaker; return whether none is left."""
+    def _leaves_orphans(self, name: str) -> bool:
+        """Resume all tasks that wait for a breaker; return whether some are left."""
         why = f"resumed, breaker {name!r} is defined nowhere any more"
         while self._tasks.transfer(name, partial(self._tasks.resume, epoch=0, why=why))[1]:
             logger.warning("breaker %r is defined nowhere any more: its tasks are resumed", name)
-        if self._tasks.count(name) > 0:
-            return False
-        self._runtime.fleet.ledger.clear_deferred(name)
-        return True
+        is_left = self._tasks.count(name) > 0
+        if not is_left:
+            self._runtime.fleet.ledger.clear_deferred(name)
+        return is_left

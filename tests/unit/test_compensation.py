@@ -301,7 +301,8 @@ def test_a_run_that_the_pool_has_discarded_is_known(worker: Worker, payments: Br
 
 
 def test_without_spare_slots_none_is_added(app: Celery, payments: Breaker, clock: Clock, now: ManualClock) -> None:
-    runtime_of(app)._settings = lambda: SimpleNamespace(late_after=0.5, spare_slots=0)  # type: ignore[assignment,return-value]
+    settings: Any = SimpleNamespace(late_after=0.5, spare_slots=0)
+    runtime_of(app).settings = settings
     worker = Worker(app, 2, now)
     hang(worker, payments, 2)
     worker.advance(5)
