@@ -231,14 +231,17 @@ class History:
 
     def tally(self, tallies: Mapping[str, Tally], now: float) -> None:
         """Add what a process has counted, by breaker; ``now``: the store's time as the process knows it, in seconds."""
-        latest, commands = self._latest(tallies), list[Command]()
+        minute, commands = int(now // _MINUTE), [self._first_outage(name) for name in tallies]
         for name, tally in tallies.items():
-            bounds, outage = _bounds(name), latest.get(name)
+            bounds = _bounds(name)
             kept = {kind: count for kind, count in tally.counts.items() if not kind.startswith(CAUSE)}
             commands += _adding(self._keys.counts(name), kept, bounds.seconds)
-            minute = self._keys.minute(name, int(now // _MINUTE))
-            commands += _adding(minute, tally.counts, bounds.minutes * _MINUTE)
-            if outage is not None and (outage.drained is None or to_ms(now) - outage.drained < _LATE):
+            commands += _adding(self._keys.minute(name, minute), tally.counts, bounds.minutes * _MINUTE)
+        epochs = self._server.commands(commands, lambda reply: reply.decode() if isinstance(reply, bytes) else None)
+        commands = []
+        for name, outage in self._of_epochs(dict(zip(tallies, epochs, strict=False))).items():
+            tally, bounds = tallies[name], _bounds(name)
+            if outage.drained is None or to_ms(now) - outage.drained < _LATE:
                 commands += _adding(outage.key, tally.counts, bounds.seconds)
                 peaks = {LONGEST_WAIT: outage.longest_wait, OLDEST_ANSWER: outage.oldest_answer}
                 higher = [(kind, each) for kind, each in tally.peaks.items() if each > (peaks[kind] or 0)]

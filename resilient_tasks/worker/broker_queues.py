@@ -68,6 +68,7 @@ class RedisQueues(Queues):
         self._defer_source = (scripts / "defer.lua").read_text()
         self._move_source = (scripts / "move.lua").read_text()
         self._known_client: redis.Redis | None = None
+        self._scripts: dict[str, Callable[..., Any]] = {}  # of that client, by their texts
         self._cursor = 0
 
     def _options(self, app: Celery) -> dict[str, Any]:
@@ -84,11 +85,13 @@ class RedisQueues(Queues):
         """A client on the channel's connections; kept, because making one costs as much as a command."""
         channel = self.channel
         if self._known_client is None or self._known_client.connection_pool is not channel.pool:
-            self._known_client = celery_internals.plain_client(channel)
+            self._known_client, self._scripts = celery_internals.plain_client(channel), {}
         return self._known_client
 
     def _run(self, source: str, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
-        return self._client.register_script(source)(keys=keys, args=args)
+        client = self._client
+        script = self._scripts.get(source) or self._scripts.setdefault(source, client.register_script(source))
+        return script(keys=keys, args=args)
 
     @property
     def refusals(self) -> tuple[type[Exception], ...]:

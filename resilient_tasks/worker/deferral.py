@@ -24,6 +24,7 @@ from celery.states import PENDING
 from resilient_tasks import signals
 from resilient_tasks.core import outage as counts
 from resilient_tasks.core.memory import Memory, MemoryLimit
+from resilient_tasks.core.model import parent_of
 from resilient_tasks.errors import DeferredQueueFullError, StoreError
 from resilient_tasks.monitor.events import TASK_DEFERRED, TASK_RESUMED, Throttle
 from resilient_tasks.store.background import TimedWriter
@@ -226,7 +227,7 @@ class Deferral:
         self._runtime.fleet.reporter.tally(envelope.breaker, counts.DEFERRED_AGAIN if again else counts.DEFERRED)
         request.send_event(TASK_DEFERRED, **info)
         signals.notify(signals.task_deferred, request.app, task_id=request.id, task=request.name, **info)
-        if self._lines.admits(envelope.breaker):
+        if self._lines.admits(parent_of(envelope.breaker) or envelope.breaker):
             fields = {**request.log_fields, **info, "event": TASK_DEFERRED}
             logger.info("Task %s[%s] deferred: %s", request.name, request.id, envelope.reason, extra=fields)
 

@@ -22,6 +22,7 @@ from kombu.exceptions import DecodeError
 from kombu.transport import redis, virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
+from kombu.utils.scheduling import priority_cycle
 from redis.exceptions import NoScriptError, ResponseError
 
 from resilient_tasks.worker.envelope import decode, decode_raw
@@ -34,6 +35,9 @@ TAKE_DIGEST = hashlib.sha1(TAKE.encode(), usedforsecurity=False).hexdigest()
 LONGEST_WAIT = 1.0
 #: The same if the server reports nothing.
 POLL_INTERVAL = 0.1
+#: Messages of other queues that are taken for one that is deferred. That costs the main process 2 to 7 ms, a task that
+#: runs 0.8 ms: taken in turn, a queue full of tasks that fail leaves the others a fifth of their rate; so, a half.
+TURNS = 6
 
 # What goes on: kombu's own BRPOP, the script, a look at all lists that the server remembers, the wait for its report.
 _POP, _TAKE, _WATCH, _WAIT = "pop", "take", "watch", "wait"
@@ -44,6 +48,12 @@ def install(unreadable: str) -> None:
     TakingChannel.unreadable = unreadable
     redis.Transport.Channel = TakingChannel
     redis.SentinelTransport.Channel = TakingSentinelChannel
+
+
+def give_up_turns(message: Any, queue: str) -> None:
+    """Take messages of other queues, as far as there are any, before the next of that whose message is deferred."""
+    if isinstance(message.channel, TakingChannel):
+        message.channel.turns_given_up[queue] = TURNS
 
 
 class TakingQoS(redis.QoS):
@@ -108,6 +118,7 @@ class TakingChannel(redis.Channel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._tags_without_acks: set[str] = set()
+        self.turns_given_up: dict[str, int] = {}  # by queue
         super().__init__(*args, **kwargs)
 
     @contextmanager
@@ -149,6 +160,8 @@ class TakingChannel(redis.Channel):
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
+        if self.turns_given_up and not isinstance(self._queue_cycle, priority_cycle):
+            queues = sorted(queues, key=self.turns_given_up.__contains__)
         lists = [
             self.global_keyprefix + self._q_for_pri(queue, priority)
             for priority in self.priority_steps
@@ -190,6 +203,7 @@ class TakingChannel(redis.Channel):
                 raise Empty
             queue = bytes_to_str(taken[0]).rsplit(self.sep, 1)[0]  # the list holds one priority of it
             self._queue_cycle.rotate(queue)
+            self.turns_given_up = {each: turns - 1 for each, turns in self.turns_given_up.items() if turns > 1}
             self.noted = True
             self.connection._deliver(raw, queue)
             return True

@@ -38,6 +38,7 @@ from resilient_tasks.worker.deferral import Deferral
 from resilient_tasks.worker.definitions import DEFER
 from resilient_tasks.worker.envelope import Envelope, check_task
 from resilient_tasks.worker.execution import Admission, Deferred, Report
+from resilient_tasks.worker.kombu_internals import give_up_turns
 from resilient_tasks.worker.maintenance import Maintenance
 from resilient_tasks.worker.request import GatedRequest, coalesced_as
 
@@ -220,6 +221,7 @@ class Pipeline:
 
     def _try_to_defer(self, request: GatedRequest, make: Callable[[], Envelope], *, has_failed: bool) -> None:
         envelope = make()
+        give_up_turns(request.message, envelope.origin)
         try:
             self.deferral.defer(request, envelope)
         except DeferredQueueFullError as full:

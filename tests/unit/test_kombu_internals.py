@@ -14,6 +14,7 @@ from kombu import Connection, Consumer, Queue
 from kombu.transport import redis as kombu_redis
 
 from resilient_tasks.worker import kombu_internals
+from resilient_tasks.worker.kombu_internals import TURNS, give_up_turns
 from workers.processes import Server, wait_until
 
 
@@ -265,6 +266,29 @@ def test_a_busy_queue_leaves_the_others_their_turn(connection: Connection, busy:
     with consuming(connection, "work", "play", "rest") as received:
         assert sorted(drain(connection, received, 3)) == ["play", "rest", "work"]
         assert sorted(drain(connection, received, 12)) == sorted(["work", "play", "rest"] * 4)
+
+
+def test_a_queue_whose_message_is_deferred_gives_up_its_turns_while_others_have_messages(
+    connection: Connection,
+) -> None:
+    for queue in ("work", "play"):
+        publish(connection, *[queue] * 8, queue=queue)
+    with consuming(connection, "work", "play") as received:
+        first = drain(connection, received, 1)[0]
+        give_up_turns(received[0], first)
+        bodies = drain(connection, received, 16)
+        assert first not in bodies[1 : 1 + TURNS]
+        assert first in bodies[1 + TURNS : 3 + TURNS]
+
+
+def test_an_order_of_queues_that_the_user_has_set_stays(server: Server) -> None:
+    with Connection(server.url(), transport_options={"queue_order_strategy": "priority"}) as connection:
+        for queue in ("work", "play"):
+            publish(connection, *[queue] * 3, queue=queue)
+        with consuming(connection, "work", "play") as received:
+            drain(connection, received, 1)
+            give_up_turns(received[0], "work")
+            assert drain(connection, received, 6) == ["work"] * 3 + ["play"] * 3
 
 
 def test_a_server_that_is_out_of_memory_hands_out_its_messages_and_takes_acknowledgements(
