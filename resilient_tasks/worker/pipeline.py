@@ -89,8 +89,8 @@ class Pipeline:
         if envelope.resumed and self.runtime.defines(envelope.breaker):  # others may write envelopes, too
             self.gate.took_up(envelope)
         breakers = self._breakers(task, message)
-        denial = self._denial(breakers, with_parents(breakers), envelope, message.headers["id"])
-        if denial is None:
+        denial = breakers and self._denial(breakers, with_parents(breakers), envelope, message.headers["id"])
+        if not denial:
             return False
         request = to_request()
         if request.eta or not denial.defers(request):
