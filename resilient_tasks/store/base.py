@@ -172,8 +172,8 @@ class RuledStore(ABC):
         """Look at a breaker, which comes into being if it is unknown."""
 
     @abstractmethod
-    def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls], check: tuple[Outcome, int] | None = None) -> Seen:
-        """Count calls, and a health check of which so many failures in a row open the breaker."""
+    def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls]) -> Seen:
+        """Count calls that were admitted in ``epoch``."""
 
     @abstractmethod
     def _lease(self, spec: Spec, holder: str, lease: int) -> tuple[Seen, bool]:
@@ -220,7 +220,13 @@ class RuledStore(ABC):
     def report_health_check(
         self, spec: Spec, outcome: Outcome, evidence: Evidence, *, limit: int, jitter: float = 0.0
     ) -> Answer:
-        return self._decide(spec, self._count(spec, evidence.epoch, (), (outcome, limit)), evidence, jitter)
+        seen, made = self._look(spec), False
+        while seen.is_current(evidence.epoch) and not made:
+            failed = seen.failed_checks + 1 if outcome is Outcome.FAILURE else 0
+            if failed == seen.failed_checks:
+                break
+            seen, made = self._change(spec, seen, seen.quietly(failed_checks=failed, check_limit=limit))
+        return self._decide(spec, seen, evidence, jitter)
 
     def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
         seen = self._look(spec)

@@ -5,7 +5,7 @@ And the search does find what it is there for: with one rule of the protocol bro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,8 +68,8 @@ class DenialsRenew(LocalStore):
 
 
 class LeasesLastForEver(LocalStore):
-    def _seen(self, spec: Spec) -> Seen:
-        seen = super()._seen(spec)
+    def _seen(self, spec: Spec, peaks: Mapping[str, int] | None = None) -> Seen:
+        seen = super()._seen(spec, peaks)
         seen.expired = 0
         return seen
 
@@ -94,8 +94,8 @@ class StragglersForgotten(LocalStore):
 class AnyEpoch(LocalStore):
     """Reports count whatever epoch they belong to."""
 
-    def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls], check: tuple[Outcome, int] | None = None) -> Seen:
-        return super()._count(spec, self._breakers[NAME].fields["epoch"] if epoch >= 0 else epoch, runs, check)
+    def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls]) -> Seen:
+        return super()._count(spec, self._breakers[NAME].fields["epoch"] if epoch >= 0 else epoch, runs)
 
 
 class AnyTrial(LocalStore):
