@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import threading
 import uuid
 from asyncio import _get_running_loop  # the loop or None; get_running_loop() raises
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
@@ -109,11 +110,28 @@ def _shares(scope: Scope, breaker: str) -> bool:
 # --- plain calls ----------------------------------------------------------------------------------------
 
 
-class _PlainCall(Scope):
-    """A plain call; it stays in its context when it has ended, because taking it out costs as much as putting it in."""
+class _Thread(threading.local):
+    """The plain call that a thread makes: ``inside[0]`` is its breaker, or ``_REPLACED`` once a guard inside reported.
 
-    __slots__ = ("_dependency", "_epoch")
-    passes: Mapping[str, Pass] = {}  # of the class, like the next two: setting them would double what a call costs
+    A context variable costs as much as all the rest of such a call, and between its beginning and its end no coroutine
+    can come.
+    """
+
+    def __init__(self) -> None:
+        self.inside: list[object] = [None]
+
+
+_thread = _Thread()
+_REPLACED = object()
+_NO_PASSES: Mapping[str, Pass] = {}
+
+
+class _PlainCall(Scope):
+    """A plain call with coroutines around, which may run in between, so that it is kept in its context."""
+
+    __slots__ = ("_dependency", "_epoch", "value")
+    value: object
+    passes = _NO_PASSES
     outer = None
     task_id = ""
 
@@ -122,8 +140,8 @@ class _PlainCall(Scope):
         self.reported = ()
         self.has_ended = False
 
-    def report(self, exc: BaseException | None, _value: object = None) -> int:
-        self.has_ended = True
+    def report(self, exc: BaseException | None) -> int:
+        self.has_ended = True  # it stays in its context: taking it out costs as much as putting it in
         dependency, is_replaced = self._dependency, self._dependency.name in self.reported
         if exc is not None:
             return dependency.report_failure(self._epoch, exc, is_replaced=is_replaced)
@@ -134,22 +152,13 @@ class _PlainCall(Scope):
                 dependency.reporter.schedule(cached)
         return 0
 
-    def finish(self, fn: Callable[..., Any], result: Any) -> Any:
-        """Return what ``fn`` has returned; if that is to be awaited or entered, the call goes on, and is not plain."""
-        if type(result) in _FINISHED or not (hasattr(type(result), "__await__") or isinstance(result, _UNSTARTED)):
-            self.report(None)
-            return result
-        self.has_ended = True
-        careful = _Call((self._dependency,))
-        careful.begin({self._dependency.name: Pass(self._dependency.name, self._epoch)})
-        return careful.finish(fn, result)
-
 
 def _begin_plain(dependency: Dependency) -> _PlainCall | None:
     cached, scope = dependency.plain, current.get()
     if (
         not cached.admits_freely
         or runs
+        or _thread.inside[0] is not None
         or (scope is not None and not (scope.has_ended and scope.outer is None))
         or (cached.counts is not None and cached.is_behind)
     ):
@@ -159,35 +168,49 @@ def _begin_plain(dependency: Dependency) -> _PlainCall | None:
     return plain
 
 
-# --- ways to make a call --------------------------------------------------------------------------------
-
-
 def call(dependency: Dependency, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Make one guarded call; see :meth:`Breaker.call`."""
-    plain = _begin_plain(dependency)
-    if plain is None and inspect.iscoroutinefunction(fn):
-        return _await(dependency, fn(*args, **kwargs))
-    return _finish(plain or _begin((dependency,)), dependency, fn, args, kwargs)
+    inside, cached = _thread.inside, dependency.plain
+    if (
+        inside[0] is not None
+        or not cached.admits_freely
+        or runs
+        or current.get() is not None
+        or (cached.counts is not None and cached.is_behind)
+    ):
+        if inspect.iscoroutinefunction(fn):
+            return _await(dependency, fn(*args, **kwargs))
+        return call_guarded((dependency,), fn, args, kwargs)
+    epoch = cached.epoch
+    inside[0] = dependency
+    try:
+        result = fn(*args, **kwargs) if kwargs else fn(*args)
+    except BaseException as exc:
+        around, inside[0] = inside[0], None
+        _wait(dependency, dependency.report_failure(epoch, exc, is_replaced=around is not dependency))
+        raise
+    around, inside[0] = inside[0], None
+    if type(result) not in _FINISHED and (hasattr(type(result), "__await__") or isinstance(result, _UNSTARTED)):
+        plain = _Call((dependency,))
+        plain.begin({dependency.name: Pass(dependency.name, epoch)})
+        return plain.finish(fn, result)
+    if around is dependency:
+        cached.pending.append(epoch)
+        if not cached.scheduled:
+            dependency.reporter.schedule(cached)
+    return result
 
 
 def call_guarded(dependencies: Sequence[Dependency], fn: Callable[..., Any], args: Any = (), kwargs: Any = None) -> Any:
     """Call ``fn`` under guard of several breakers; its outcome counts for each. If one refuses, ``fn`` does not run."""
-    return _finish(_begin(dependencies), dependencies[0], fn, args, kwargs or {})
-
-
-def _begin(dependencies: Sequence[Dependency]) -> _Call:
     careful = _Call(dependencies)
     careful.begin(careful.admit())
-    return careful
-
-
-def _finish(around: _PlainCall | _Call, dependency: Dependency, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     try:
-        result = fn(*args, **kwargs)
+        result = fn(*args, **(kwargs or {}))
     except BaseException as exc:
-        _wait(dependency, around.report(exc))
+        _wait(dependencies[0], careful.report(exc))
         raise
-    return around.finish(fn, result)
+    return careful.finish(fn, result)
 
 
 async def _await(dependency: Dependency, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -200,21 +223,17 @@ async def _await(dependency: Dependency, coroutine: Coroutine[Any, Any, Any]) ->
 def _guarded_coroutine_function(dependency: Dependency, fn: Callable[..., Any]) -> Callable[..., Any]:
     async def guarded(*args: Any, **kwargs: Any) -> Any:
         around = _begin_plain(dependency) or await _begin_async(dependency)
-        return await _finish_async(around, dependency, fn, args, kwargs)
+        try:
+            around.value = result = await fn(*args, **kwargs)
+        except BaseException as exc:
+            await _wait_async(dependency, around.report(exc))
+            raise
+        receipt = around.report(None)
+        if receipt:
+            await _wait_async(dependency, receipt)
+        return result
 
     return guarded
-
-
-async def _finish_async(
-    around: _PlainCall | _Call, dependency: Dependency, fn: Callable[..., Any], args: Any = (), kwargs: Any = None
-) -> Any:
-    try:
-        result = await fn(*args, **(kwargs or {}))
-    except BaseException as exc:
-        await _wait_async(dependency, around.report(exc))
-        raise
-    await _wait_async(dependency, around.report(None, result))
-    return result
 
 
 async def _begin_async(dependency: Dependency) -> _Call:
@@ -226,23 +245,53 @@ async def _begin_async(dependency: Dependency) -> _Call:
 class Guard:
     """One guarded call as a context manager, for ``with`` and ``async with``. Not to be nested in itself."""
 
-    __slots__ = ("_call", "_dependency")
-    _call: _PlainCall | _Call
+    __slots__ = ("_call", "_dependency", "_epoch", "_inside")
 
     def __init__(self, dependency: Dependency) -> None:
         self._dependency = dependency
 
     def __enter__(self) -> None:
-        self._call = _begin_plain(self._dependency) or _begin((self._dependency,))
+        dependency = self._dependency
+        cached, inside = dependency.plain, _thread.inside
+        if (
+            cached.admits_freely
+            and inside[0] is None
+            and not runs
+            and current.get() is None
+            and cached.counts is None
+            and _get_running_loop() is None
+        ):
+            self._epoch = cached.epoch
+            self._inside: list[object] | None = inside
+            inside[0] = dependency
+            return
+        self._inside = None
+        self._call: _PlainCall | _Call | None = _begin_plain(dependency)
+        if self._call is None:
+            self._call = careful = _Call((dependency,))
+            careful.begin(careful.admit())
 
     def __exit__(self, _kind: object, exc: BaseException | None, _traceback: object) -> None:
-        _wait(self._dependency, self._call.report(exc))
+        dependency, inside = self._dependency, self._inside
+        if inside is None:
+            _wait(dependency, self._call.report(exc))  # type: ignore[union-attr]  # it was entered
+            return
+        around, inside[0] = inside[0], None
+        if exc is not None:
+            _wait(dependency, dependency.report_failure(self._epoch, exc, is_replaced=around is not dependency))
+        elif around is dependency:
+            cached = dependency.plain
+            cached.pending.append(self._epoch)
+            if not cached.scheduled:
+                dependency.reporter.schedule(cached)
 
     async def __aenter__(self) -> None:
         self._call = _begin_plain(self._dependency) or await _begin_async(self._dependency)
 
     async def __aexit__(self, _kind: object, exc: BaseException | None, _traceback: object) -> None:
-        await _wait_async(self._dependency, self._call.report(exc))
+        receipt = self._call.report(exc)  # type: ignore[union-attr]  # it was entered
+        if receipt:
+            await _wait_async(self._dependency, receipt)
 
 
 # --- any other call -------------------------------------------------------------------------------------
@@ -251,23 +300,24 @@ class Guard:
 class _Call(Scope):
     """A call that needs care: a permit, a slot or a clock, or it is inside another. All its breakers must admit it."""
 
-    __slots__ = ("_guards", "_holder", "_started", "_watches", "dependencies")
+    __slots__ = ("_dependencies", "_guards", "_holder", "_started", "_watches", "value")
 
     def __init__(self, dependencies: Sequence[Dependency]) -> None:
         super().__init__()
-        self.dependencies = dependencies
+        self._dependencies = dependencies
         self._guards = _guards(dependencies)
         self._holder = ""
         self._watches: dict[str, Watch | None] = {}
+        self.value: object = NO_VALUE
 
     # --- admission ----------------------------------------------------------------------------------
 
     def _admit_by_cache(self) -> dict[str, Pass | None]:
         """Return what is granted by what this process knows, None where the store must be asked; raise a refusal."""
-        self.outer = outer = _scope_around(self.dependencies[0])
+        self.outer = outer = _scope_around(self._dependencies[0])
         if outer is not None:
-            self.dependencies = [_in_place_of(dependency, outer) for dependency in self.dependencies]
-            self._guards = _guards(self.dependencies)
+            self._dependencies = [_in_place_of(dependency, outer) for dependency in self._dependencies]
+            self._guards = _guards(self._dependencies)
         return {guard.name: self._pass_by_cache(guard, for_child=guard is not of) for guard, of in self._guards}
 
     def _pass_by_cache(self, guard: Dependency, *, for_child: bool) -> Pass | None:
@@ -326,7 +376,7 @@ class _Call(Scope):
 
     def begin(self, passes: dict[str, Pass]) -> None:
         self.passes = passes
-        for dependency in self.dependencies:
+        for dependency in self._dependencies:
             if dependency.policy.slow_call_duration is not None:
                 self._watches[dependency.name] = self._watch(dependency)
         self._started = perf_counter()
@@ -346,28 +396,28 @@ class _Call(Scope):
 
     # --- outcome ------------------------------------------------------------------------------------
 
-    def report(self, exc: BaseException | None, value: object = NO_VALUE) -> int:
+    def report(self, exc: BaseException | None) -> int:
         """End the call and report it; return a receipt to wait for, 0 if there is no hurry."""
         counted_for = None if exc is None else attributed_to(exc)
         seconds = perf_counter() - self._started
         if exc is None:
-            verdicts = {each.name: each.judge_success(seconds, value) for each in self.dependencies}
+            verdicts = {each.name: each.judge_success(seconds, self.value) for each in self._dependencies}
         else:
-            verdicts = {each.name: each.judge(exc, seconds) for each in self.dependencies}
+            verdicts = {each.name: each.judge(exc, seconds) for each in self._dependencies}
             if [each.outcome for each in verdicts.values()] == [Outcome.FAILURE]:
-                attribute_to(exc, self.dependencies[0].name)
+                attribute_to(exc, self._dependencies[0].name)
         return self._close(verdicts, counted_for)
 
     async def end(self, _kind: object, exc: BaseException | None, _traceback: object) -> None:
-        await _wait_async(self.dependencies[0], self.report(exc))
+        await _wait_async(self._dependencies[0], self.report(exc))
 
     def give_up(self) -> None:
-        _wait(self.dependencies[0], self._close({each.name: _IGNORED for each in self.dependencies}))
+        _wait(self._dependencies[0], self._close({each.name: _IGNORED for each in self._dependencies}))
 
     def _close(self, verdicts: Mapping[str, Verdict], counted_for: str | None = None) -> int:
         self.has_ended = True
         self.leave()
-        late = {each.name for each in self.dependencies if self._was_overdue(each)}
+        late = {each.name for each in self._dependencies if self._was_overdue(each)}
         return max(
             self._report_to(guard, verdicts[of.name], counted_for, was_overdue=of.name in late)
             for guard, of in self._guards
@@ -399,6 +449,9 @@ class _Call(Scope):
             verdict = _IGNORED
         for scope in _live(self.outer):
             scope.note_report(name)
+        plain = _thread.inside[0]
+        if isinstance(plain, Dependency) and plain.name in (name, parent_of(name)):
+            _thread.inside[0] = _REPLACED
         voter = guard.voter_of(verdict)
         return guard.conclude(held, verdict, holder=self._holder, voter=voter, each=True, was_overdue=was_overdue)
 
@@ -408,17 +461,18 @@ class _Call(Scope):
         """Return what ``fn`` has returned; if that is to be awaited or entered, the call goes on until then."""
         if type(result) is CoroutineType:  # nothing has happened yet: it is admitted when it is awaited
             self.give_up()
-            return _await(self.dependencies[0], result)
+            return _await(self._dependencies[0], result)
         if hasattr(type(result), "__await__"):
             self.leave()
             return _Awaitable(self, result)
         if isinstance(result, _UNSTARTED) and _is_generator_function(inspect.unwrap(fn)):
             self.give_up()
             raise ConfigurationError(
-                f"breaker {self.dependencies[0].name!r} cannot guard {fn!r}, whose body runs after the call: use"
+                f"breaker {self._dependencies[0].name!r} cannot guard {fn!r}, whose body runs after the call: use"
                 " guard() around the loop or block that runs it"
             )
-        _wait(self.dependencies[0], self.report(None, result))
+        self.value = result
+        _wait(self._dependencies[0], self.report(None))
         return result
 
 
@@ -433,14 +487,16 @@ class _Awaitable:
         return self._finish().__await__()
 
     async def _finish(self) -> Any:
-        call = self._resume()
-        return await (self._inner if call is None else _finish_async(call, call.dependencies[0], lambda: self._inner))
+        async with contextlib.AsyncExitStack() as stack:
+            call = self._resume(stack)
+            value = await self._inner
+            if call is not None:
+                call.value = value
+            return value
 
     async def __aenter__(self) -> Any:
-        call = self._resume()
         async with contextlib.AsyncExitStack() as stack:
-            if call is not None:
-                stack.push_async_exit(call.end)
+            self._resume(stack)
             value = await stack.enter_async_context(self._inner)
             self._entered = stack.pop_all()
             return value
@@ -448,11 +504,12 @@ class _Awaitable:
     async def __aexit__(self, *raised: object) -> bool | None:
         return await self._entered.__aexit__(*raised)  # type: ignore[arg-type]  # what Python passes
 
-    def _resume(self) -> _Call | None:
-        """Go on with the call; None if it has ended already."""
+    def _resume(self, stack: contextlib.AsyncExitStack) -> _Call | None:
+        """Go on with the call until the end of ``stack``; None if it has ended already."""
         call, self._call = self._call, None
         if call is not None:
             current.set(call)
+            stack.push_async_exit(call.end)
         return call
 
     def __getattr__(self, name: str) -> Any:

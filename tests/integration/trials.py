@@ -104,4 +104,5 @@ def call_all_the_time(store_url: str, address: str, seed: int) -> None:
 
 
 def _holds_permit(guard: Any) -> bool:
-    return any(held.leased for held in guard._call.passes.values())
+    call = None if guard._inside is not None else guard._call
+    return any(held.leased for held in getattr(call, "passes", {}).values())
