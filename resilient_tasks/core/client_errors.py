@@ -3,6 +3,7 @@
 Client libraries are never imported. In this order: the answer's status, an error code in it, codes of protocols
 (gRPC, SQL, SMTP, FTP, AMQP), a network error of the operating system, then the name of the exception's class if that
 is of the standard library or of an installed package, and last its text; not by the name of a user's own class.
+Names, codes and texts are in ``client_errors.ini``.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable
+from configparser import ConfigParser
 from enum import Enum
 from functools import lru_cache
 from http import HTTPStatus
+from importlib import resources
 
 from resilient_tasks.core.answer import answered, attribute, codes_of, header_of, result_or_none, status_of, texts_of
 from resilient_tasks.errors import ResilienceError
@@ -29,146 +32,52 @@ class Meaning(Enum):
     RETRIED = "failed several times: what it wraps decides, if it wraps anything"
 
 
-# --- names of classes, as words in lower case: "timed out error" ---------------------------------------
+_TABLES = ConfigParser(delimiters="=", interpolation=None)
+_TABLES.read_string((resources.files("resilient_tasks.core") / "client_errors.ini").read_text("utf-8"))
 
-# A dependency that is asked for less, or has broken down. Error codes are matched with these, too.
-_OVERLOADED = (
-    r"throttl|too many requests|rate ?limit(?! config)|ratelimited|rate exceeded|slow ?down|overload|\bbusy\b"
-    r"|retry after|(request|bandwidth|throughput) (limit )?exceeded|prior request not complete|resource exhausted"
-    r"|unavailable|time ?out|timed out|deadline exceeded|server error|internal (server|service|failure)"
-    r"|bad gateway|gateway time"
-)
-_DISCONNECTED = (
-    r"connect(ions?|ed|or|ing)?\b|disconnect|network|unreachable|broken (pipe|resource)|(?<!web )\bsockets?\b"
-    r"|proxy (error|exception)|transport (error|exception)|\bdns\b|name resol|unresolvable|\b(ssl|tls) error"
-    r"|remote protocol|heartbeat|communication error|incomplete read|unexpected (close|eof)|closed by (peer|server)"
-    r"|(worker|stream|server) lost|terminated by server|pool exhausted|server selection|coordination failure"
-    r"|not available|time limit exceeded|\bdown\b|\bagain\b|shut ?down|bootstrapping|load in progress|http 5\d\d"
-    r"|slot not covered|health check|unhealthy|not (leader|primary|controller|coordinator|enough replicas)"
-    r"|no (brokers?|hosts?|nodes|servers?|responders?)\b"
-    r"|(server|host|broker|node|leader|master|slave|primary|gateway|coordinator) not (found|available|ready)"
-)
-_FAILED_NAME = re.compile(f"{_OVERLOADED}|{_DISCONNECTED}")
-_FAILED_CODE = re.compile(
-    # the words alone, then in full: what AWS's SDKs and LLM APIs call throttling and errors of their own
-    rf"{_OVERLOADED}|^(limit exceeded exception|transaction in progress exception|api error|internal( error)?)$"
-)
-_CLEARED_NAME = re.compile(
-    r"(?<!server )(?<!host )(?<!broker )(?<!node )(?<!leader )(?<!master )(?<!slave )(?<!primary )(?<!gateway )"
-    r"(?<!coordinator )not found"
-    r"|invalid|illegal|improper|incompatible|\bbad (?!gateway|status)|auth|unsigned|forbidden|denied|permission"
-    r"|credential|config|not exist|no such|unknown (?!host)|unsupported|not (supported|implemented|allowed)|validat"
-    r"|conflict|already|duplicate|exists|integrity|constraint|programming|schema|syntax|arguments?\b|param|\bvalue\b"
-    r"|decod|encod|pars(e|ing)|redirect|cancel|too (large|long|big)|wrong|missing|required|local protocol|by client"
-    r"|closed ok|query error|warning|mismatch|misuse|data error|lock\b|content type|serializ"
-    r"|unexpected frame|command|\bstate\b|mandatory|read only|referral|critical|package|host key"
-    r"|busy resource|max retries exceeded"
-)
-_THROTTLED_NAME = re.compile(r"throttl|too many requests|rate ?limit")
-_RETRIES = re.compile(r"\bretr(y|ies)\b")
-_OVERLOADED_NAME = re.compile(_OVERLOADED)
 
-# Classes whose names do not say what they mean.
-_FAILED_CLASSES: dict[str, frozenset[str]] = {
-    "aiohttp": frozenset({"ClientPayloadError"}),
-    "azure": frozenset({"ServiceRequestError", "ServiceResponseError"}),
-    "botocore": frozenset({"HTTPClientError", "ResponseStreamingError"}),
-    "cassandra": frozenset({"ReadFailure", "WriteFailure"}),
-    "http": frozenset({"BadStatusLine"}),
-    "imaplib": frozenset({"abort"}),
-    "kazoo": frozenset({"SessionExpiredError"}),
-    "pika": frozenset({"IncompatibleProtocolError"}),  # of a connection that is lost at its very beginning
-    "neo4j": frozenset({"SessionExpired"}),
-    "redis": frozenset({"InvalidResponse", "OutOfMemoryError", "ReadOnlyError"}),
-    "requests": frozenset({"ChunkedEncodingError"}),
-    "socket": frozenset({"gaierror", "herror"}),
-    "websocket": frozenset({"WebSocketAddressException"}),
-    "websockets": frozenset({"InvalidMessage"}),
-    "urllib": frozenset({"ContentTooShortError"}),
-    "urllib3": frozenset({"ProtocolError"}),
-}
-# Clients that are known wherever their files are, and those whose classes name a module that cannot be imported.
-_PACKAGES = frozenset(
-    re.findall(
-        r"\w+",
-        """
-    aiohttp aiokafka aiomysql aiormq aiosmtplib amqp anthropic anyio asyncmy asyncpg asyncssh azure billiard boto3
-    botocore boxsdk braintree cassandra celery cimpl clickhouse_connect clickhouse_driver cohere confluent_kafka
-    consul couchbase discord django docker dropbox elastic_transport elasticsearch eventlet exchangelib
-    facebook_business firebase_admin geopy gevent google googleapiclient gql groq grpc h11 h2 httpcore httplib2
-    httpx httpx2 huggingface_hub hvac ibm_db imapclient influxdb influxdb_client jira jwt kafka kazoo kombu
-    kubernetes langchain_core ldap ldap3 litellm mariadb minio mistralai motor msal mysql MySQLdb nats neo4j
-    niquests openai opensearchpy oracledb paramiko paypalrestsdk peewee pg8000 pika praw prawcore psycopg psycopg2
-    psycopg_pool pycurl pyhive pymemcache pymongo pymssql pymysql pyodbc pysolr python_http_client qdrant_client
-    redis replicate requests sendgrid simple_salesforce slack_sdk snowflake sqlalchemy square stripe telegram
-    temporalio tenacity thrift tornado tortoise trino trio tweepy twilio twisted urllib3 valkey websocket websockets
-    zeep zenpy zmq
-    """,
-    )
-)
+def _pattern(*places: tuple[str, str], flags: int = 0) -> re.Pattern[str]:
+    return re.compile("|".join(_TABLES[section][name].replace("\n", "") for section, name in places), flags)
+
+
+def _codes(name: str) -> frozenset[str]:
+    return frozenset(_TABLES["codes"][name].split())
+
+
+def _numbers(name: str) -> frozenset[int]:
+    return frozenset(map(int, _codes(name)))
+
+
+_FAILED_NAME = _pattern(("names", "overloaded"), ("names", "disconnected"))
+_OVERLOADED_NAME = _pattern(("names", "overloaded"))
+_CLEARED_NAME = _pattern(("names", "cleared"))
+_THROTTLED_NAME = _pattern(("names", "throttled"))
+_RETRIES = _pattern(("names", "retries"))
+_FAILED_CODE = _pattern(("names", "overloaded"), ("names", "codes"))
+_FAILED_CLASSES = {package: frozenset(names.split()) for package, names in _TABLES["classes"].items()}
+_PACKAGES = frozenset(_TABLES["packages"]["known"].split())
 _MISTAKES_IN_CODE = (
     ArithmeticError, AssertionError, AttributeError, LookupError, NameError, NotImplementedError, SyntaxError,
     TypeError, UnicodeError,
 )  # fmt: skip
 
-# --- codes of protocols --------------------------------------------------------------------------------
-
-_NETWORK_ERRORS = (
-    "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN",
-    "ENETRESET", "ENETUNREACH", "ENOTCONN", "EPIPE", "ESHUTDOWN", "ETIMEDOUT",
-)  # fmt: skip
-_NETWORK_ERRNOS = {getattr(errno, name) for name in _NETWORK_ERRORS if hasattr(errno, name)}  # not all exist everywhere
-
-_GRPC_FAILURES = frozenset(
-    {"DATA_LOSS", "DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "UNKNOWN"}
-)
-# Connection exceptions, insufficient resources, a statement timeout, a server that shuts down, starts or has crashed,
-# its system errors, and ODBC's timeouts.
-_SQL_STATES = ("08", "53", "57014", "57P01", "57P02", "57P03", "58000", "58030", "HYT0")
+_NETWORK_ERRNOS = {getattr(errno, name) for name in _codes("errno") if hasattr(errno, name)}  # not all exist everywhere
+_GRPC_FAILURES = _codes("grpc")
+_SQL_STATES = tuple(_codes("sql"))
 _SQL_STATE = re.compile(r"[0-9A-Z]{5}")
-_MYSQL_NUMBERS = {
-    0, 1040, 1041, 1042, 1043, 1047, 1053, 1077, 1079, 1129, 1152, 1158, 1159, 1160, 1161, 1184, 1203, 1218, 1927, 3024,
-    2001, 2002, 2003, 2004, 2005, 2006, 2009, 2011, 2012, 2013, 2024, 2026, 2055,
-}  # fmt: skip
 _OF_MYSQL = range(1000, 5000)
-# SQL Server's: of its client library, and Azure's of a service that is busy or moves.
-_DATABASE_NUMBERS = _MYSQL_NUMBERS | {20002, 20003, 20004, 20006, 20009, 20047, 10928, 10929, 40197, 40501, 40613}
-_CODES_BY_PACKAGE = {
-    "clickhouse_driver": frozenset({159, 160, 202, 209, 210, 279, 999}),
-    "pymongo": frozenset({6, 7, 50, 89, 91, 189, 262, 9001, 10107, 11600, 11602, 13435, 13436}),
-}
+_DATABASE_NUMBERS = _numbers("databases")
+_CODES_BY_PACKAGE = {package: _numbers(package) for package in ("clickhouse_driver", "pymongo")}
 _DATABASE_ERRORS = {"DBAPIError", "DatabaseError", "InterfaceError", "InternalError", "OperationalError"}
-_REDIS_REFUSALS = re.compile(r"CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|OOM|READONLY|TRYAGAIN")
-# RFC 5321: 421 the service is not available, 451 a local error in processing, 452 insufficient storage; RFC 4954: 454 a
-# temporary failure of authentication. 450 is about a mailbox, 550 to 559 are the sender's to fix. What is greylisted
-# or over quota comes as 451 and 452, too: an enhanced status (RFC 3463) decides, if its subject is neither 3 nor 4.
-_SMTP_FAILURES = frozenset({"421", "451", "452", "454", "-1"})  # -1: what came was no reply
-_OF_THE_MESSAGE = re.compile(r"\s*[45]\.[12567]\.\d")
-_FTP_FAILURES = ("421", "425", "426", "451", "452")  # RFC 959, likewise; 450 is about a file
-_AMQP_FAILURES = frozenset({320, 506, 541})  # connection forced (a shutdown), resource error, internal error
-_CURL_FAILURES = frozenset({5, 6, 7, 18, 28, 35, 52, 55, 56, 92})
+_SMTP_FAILURES, _FTP_FAILURES = _codes("smtp"), tuple(_codes("ftp"))
+_AMQP_FAILURES, _CURL_FAILURES = _numbers("amqp"), _numbers("curl")
 
 _PROXY_FAILURES = ("upstream connect error", "no healthy upstream")  # Envoy's and Istio's answers
-_REFUSED_TEXT = re.compile(
-    r"authentication failed|pg_hba|access denied|login failed|permission denied|does not exist|redirects", re.IGNORECASE
-)
-_STATUS_IN_TEXT = re.compile(
-    r"\bHTTP[ /:]*(\d{3})\b|\b(?:status|response|status code|response code|failed:|error:|too many)[ :=]+(\d{3})\b",
-    re.IGNORECASE,
-)
-_FAILED_TEXT = re.compile(
-    r"(can.?t|could not|cannot|unable to|failed to) (connect|be connected|resolve|translate host|reach)"
-    r"|connection (to .{1,80} |was |is |already |has been |attempt )?"
-    r"(refused|reset|closed|lost|failed|dropped|aborted|broken|timed ?out)"
-    r"|closed (the )?connection|packet sequence|connection failure|link failure|gone away|empty response|-ERR EOF"
-    r"|lost connection|no connection|not connected"
-    r"|\btime(d)?[ -]?out|connection not available|disconnected|too many (clients|connections)"
-    r"|shutting down|starting up|temporarily unavailable|unreachable"
-    r"|protocol banner|session not active|connect failed|socket is closed"
-    r"|transport failure|connections are down|resolution failure|(leader|coordinator|broker) not available|not leader"
-    r"|ORA-(0311[34]|03135|125\d\d|0103[34]|01089)|DPY-(1001|4005|4011|4024|600[0-6])",
-    re.IGNORECASE,
-)
+_REDIS_REFUSALS = _pattern(("texts", "redis"))
+_OF_THE_MESSAGE = _pattern(("texts", "of_the_message"))
+_REFUSED_TEXT = _pattern(("texts", "refused"), flags=re.IGNORECASE)
+_STATUS_IN_TEXT = _pattern(("texts", "status"), flags=re.IGNORECASE)
+_FAILED_TEXT = _pattern(("texts", "failed"), flags=re.IGNORECASE)
 
 
 def meaning_of(exc: BaseException) -> Meaning | None:
