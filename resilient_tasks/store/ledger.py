@@ -77,9 +77,11 @@ class Ledger:
 
     def hasten(self, names: Iterable[str], task_ids: Iterable[str]) -> None:
         """Have the tick look at once at those of ``task_ids`` that wait for a breaker among ``names``."""
-        keys = [self._keys.breaker(name) for name in names]
-        calls = [([each.deferred, each.deadlines], some) for some in portions(task_ids) for each in keys]
-        self._server.script_each("hasten", calls)
+        keys, ids, now = [self._keys.breaker(name) for name in names], list(task_ids), self._server.now()
+        asked = [(each, task_id) for each in keys for task_id in ids]
+        found = self._server.commands([("ZSCORE", each.deferred, task_id) for each, task_id in asked])
+        waiting = [each for each, since in zip(asked, found, strict=True) if since is not None]
+        self._server.commands([("ZADD", each.deadlines, "LT", now, task_id) for each, task_id in waiting])
 
     def remove_deferred(self, name: str, task_ids: Iterable[str]) -> None:
         """Forget deferred tasks that were resumed, dead-lettered or dropped."""
