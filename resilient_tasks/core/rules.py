@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -478,8 +478,9 @@ class Seen:
         """How many calls may be in flight now; None: any number."""
         return concurrency_limit(self.state, self._number("learned"), self.ramp_since, self.rules, self.now)
 
+    @cached_property
     def snapshot(self) -> Snapshot:
-        """Return the breaker as others see it, in seconds."""
+        """The breaker as others see it, in seconds."""
         calls, failures, slow = self.sums
         in_flight, deferred, oldest, deadline = self._waiting
         due = decide(self)

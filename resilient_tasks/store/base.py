@@ -192,7 +192,7 @@ class RuledStore(ABC):
         answer = self._decide(spec, seen, jitter=jitter)
         if answer.snapshot.epoch != seen.epoch:  # it has just become HALF_OPEN, or OPEN
             seen, granted = self._lease(spec, holder, to_ms(lease))
-            answer = Answer(seen.snapshot(), answer.transition)
+            answer = Answer(seen.snapshot, answer.transition)
         state = answer.snapshot.state
         admitted = granted and (state in ADMITTING or state is State.HALF_OPEN)
         return Grant(admitted, admitted and state is State.HALF_OPEN, answer.snapshot, answer.transition)
@@ -233,8 +233,8 @@ class RuledStore(ABC):
         while change := command(seen, verb, brief(reason), brief(actor), jitter):
             seen, made = self._change(spec, seen, change)
             if made:
-                return Answer(seen.snapshot(), change.transition)
-        return Answer(seen.snapshot())
+                return Answer(seen.snapshot, change.transition)
+        return Answer(seen.snapshot)
 
     def _decide(self, spec: Spec, seen: Seen, evidence: Evidence | None = None, jitter: float = 0.0) -> Answer:
         """Make the change that the rules ask for; of all callers that see the same, one makes it."""
@@ -247,4 +247,4 @@ class RuledStore(ABC):
                 transition = change.transition
             if made or seen.version == version:  # no room among max_open_ratio
                 break
-        return Answer(seen.snapshot(), transition)
+        return Answer(seen.snapshot, transition)

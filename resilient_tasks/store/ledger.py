@@ -152,8 +152,12 @@ class Ledger:
         return {digest: task_id.decode() for digest, task_id in zip(wanted, found, strict=True) if task_id is not None}
 
     def withdraw(self, digest: str, task_id: str, *, keep_for: float = 0.0) -> None:
-        """Give a claim back, if it is still the task's; ``keep_for``: not before so many seconds have passed."""
-        self._server.script("withdraw", [self._keys.claim(digest)], task_id, to_ms(keep_for))
+        """Give a claim back, if it is still the task's; ``keep_for``: not before so many seconds have passed.
+
+        Should a later task claim it in this very moment, its claim ends as well: one task more will run.
+        """
+        if self.claims([digest]).get(digest) == task_id:
+            self._server.command("PEXPIRE", self._keys.claim(digest), to_ms(keep_for))
 
     # --- the tick -----------------------------------------------------------------------------------
 

@@ -87,7 +87,7 @@ class LocalStore(RuledStore):
 
     def read(self, specs: Sequence[Spec]) -> list[Snapshot]:
         with self._lock:
-            return [self._seen(spec).snapshot() for spec in specs]
+            return [self._seen(spec).snapshot for spec in specs]
 
     def _look(self, spec: Spec) -> Seen:
         with self._lock:
@@ -215,16 +215,11 @@ class LocalStore(RuledStore):
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         with self._lock:
-            used_at = self._children_of(name).used_at
-            keys = sorted(used_at, key=lambda key: (used_at[key], key))
-            return [f"{name}:{key}" for key in keys[start : None if count is None else start + count]]
+            return _names(name, self._children_of(name).used_at, start, count)
 
     def active_children(self, name: str, *, start: int = 0, count: int = 500) -> list[str]:
         with self._lock:
-            active = self._children_of(name).active
-            return [
-                f"{name}:{key}" for key in sorted(active, key=lambda key: (active[key], key))[start : start + count]
-            ]
+            return _names(name, self._children_of(name).active, start, count)
 
     def mark_idle(self, spec: Spec) -> bool:
         with self._lock:
@@ -308,7 +303,12 @@ class LocalStore(RuledStore):
         self._changed[spec.name] = self._now()
         for listener in self._listeners:
             if not listener.full():
-                listener.put(self._seen(spec).snapshot())
+                listener.put(self._seen(spec).snapshot)
+
+
+def _names(parent: str, index: Mapping[str, float], start: int, count: int | None) -> list[str]:
+    keys = sorted(index, key=lambda key: (index[key], key))
+    return [f"{parent}:{key}" for key in keys[start : None if count is None else start + count]]
 
 
 def _live(leases: Mapping[str, int], now: int) -> int:

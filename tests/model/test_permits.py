@@ -126,7 +126,7 @@ class SilentHealing(LocalStore):
 
 class OpenForEver(LocalStore):
     def _decide(self, spec: Spec, seen: Seen, evidence: Evidence | None = None, jitter: float = 0.0) -> Answer:
-        return Answer(seen.snapshot()) if seen.state is State.OPEN else super()._decide(spec, seen, evidence, jitter)
+        return Answer(seen.snapshot) if seen.state is State.OPEN else super()._decide(spec, seen, evidence, jitter)
 
 
 class EpochsFromOne(Permits):
