@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
 
@@ -179,13 +179,6 @@ class BackgroundQueue:
             logger.warning("%s not sent at the end of the process: %d", self._what, self._actions.unfinished_tasks)
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
-    action: Callable[[], Any]
-    wanted: bool = True
-    done: threading.Event = field(default_factory=threading.Event)
-
-
 class TimedWriter:
     """Runs writes one after the other in a thread and waits for each, but only so long.
 
@@ -204,7 +197,7 @@ class TimedWriter:
     ) -> None:
         self._name, self._timeout, self._even_late, self._expected = name, timeout, even_late, expected
         self._queue = BackgroundQueue(f"writes to the {name}", MOST_WRITES)
-        self._hanging: _Job | None = None
+        self._hanging: Future[None] | None = None
 
     def write(self, action: Callable[[], Any]) -> bool:
         """Run ``action``; True if it was done in time, False if it was skipped, still runs or comes late."""
@@ -212,29 +205,30 @@ class TimedWriter:
 
     def begin(self, action: Callable[[], Any]) -> Callable[[], bool]:
         """Begin to run ``action``, unless it is skipped; return what waits for it, and answers as :meth:`write`."""
-        hangs = self._hanging is not None and not self._hanging.done.is_set()
+        hangs = self._hanging is not None and not self._hanging.done()
         if hangs and not self._even_late:
             return lambda: False
-        job = _Job(action)
-        self._queue.submit(partial(self._run, job))
-        return partial(self._wait, job, 0 if hangs else self._timeout)
+        done: Future[None] = Future()
+        self._queue.submit(partial(self._run, action, done))
+        return partial(self._wait, done, 0 if hangs else self._timeout)
 
-    def _wait(self, job: _Job, timeout: float) -> bool:
-        if job.done.wait(timeout):
+    def _wait(self, done: Future[None], timeout: float) -> bool:
+        if wait([done], timeout).done:
             return True
-        job.wanted = self._even_late
-        self._hanging = job
+        if self._even_late or not done.cancel():
+            self._hanging = done
         return False
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, action: Callable[[], Any], done: Future[None]) -> None:
+        if not done.set_running_or_notify_cancel():
+            return
         try:
-            if job.wanted:
-                job.action()
+            action()
         except Exception as exc:
             is_bug, what = not isinstance(exc, self._expected), "a task goes on without the %s: %s"
             logger.warning(what, self._name, type(exc).__name__, exc_info=is_bug)
         finally:
-            job.done.set()
+            done.set_result(None)
 
 
 _queues: weakref.WeakSet[BackgroundQueue] = weakref.WeakSet()

@@ -86,17 +86,7 @@ class Server:
     """Connections to one server; behind Sentinel or in a cluster it may be another one from time to time.
 
     Every method may raise ``StoreError``: the server is unavailable, or was a moment ago, or it answers with an error.
-
-    Args:
-        url: as in :mod:`resilient_tasks.store.address`.
-        timeout: longest wait in seconds for a connection, and for a reply; in a cluster, of each node.
-        cooldown: seconds for which, after a failure to connect or a reply that did not come, only one
-            caller tries again and the others get a StoreError at once.
-        clock: Lua text that defines ``now_ms()``; None: the server's time.
-        options: more arguments for redis-py's connections.
-
-    Raises:
-        ConfigurationError: the URL or an option is invalid; the message does not contain the password.
+    The arguments are those of ``RedisStore``; ``options`` go to redis-py's connections.
     """
 
     def __init__(self, url: str, *, timeout: float, cooldown: float, clock: str | None = None, **options: Any) -> None:
