@@ -3,7 +3,7 @@
 Bare is the setting in which the library costs most in proportion: no results, no task events and no log line
 per task, so that little but Celery's own handling of a message is left to compare with. ``BENCH_USUAL=1``
 switches all three on, as most projects have them, ``BENCH_EVENTS=1`` task events alone. ``BENCH_TRACED=1`` makes a
-span of each task, for nobody. ``BENCH_WATCH=1`` makes each process of a worker note when it begins to refuse,
+span of each task, which goes nowhere. ``BENCH_WATCH=1`` makes each process of a worker note when it begins to refuse,
 ``BENCH_RECEIVERS=1`` gives every signal a receiver, ``BENCH_COUNT=1`` has each process count its function calls,
 ``BENCH_MODULES=1`` has each note the library's modules whose functions it calls. ``BENCH_BREAKERS`` is a number of
 breakers that no task uses.
@@ -216,7 +216,7 @@ def watch() -> None:
 
 
 FUNCTION_CALLS = "function calls"  # hash on the broker's server: how many each process's main thread has made so far
-TOLD_EVERY = 0.1  # seconds
+WRITE_INTERVAL = 0.1  # seconds
 
 
 def note_modules() -> None:
@@ -241,13 +241,13 @@ def start_counting(**_: Any) -> None:
         nonlocal calls
         calls += event in {"call", "c_call"}
 
-    def tell() -> None:
+    def write() -> None:
         with redis.Redis.from_url(os.environ["BENCH_BROKER"]) as client:
             while True:
                 client.hset(FUNCTION_CALLS, str(os.getpid()), calls)
-                time.sleep(TOLD_EVERY)
+                time.sleep(WRITE_INTERVAL)
 
-    threading.Thread(target=tell, daemon=True).start()
+    threading.Thread(target=write, daemon=True).start()
     sys.setprofile(count)
 
 

@@ -36,7 +36,7 @@ SETTINGS = {
 }
 QUEUE = "celery"
 POLL_INTERVAL = 0.002  # seconds; how exactly a round's end is seen
-PATIENCE = 60.0  # seconds
+TIMEOUT = 60.0  # seconds
 NOTHING: Mapping[str, str] = {}
 
 
@@ -116,7 +116,7 @@ class Rig:
 
     def wait_until_done(self, queue: str = QUEUE) -> None:
         """Wait until no message is queued or unacknowledged."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while self.broker.llen(queue) or self.broker.hlen("unacked"):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self.broker.llen(queue)} messages are still queued")
@@ -192,7 +192,7 @@ def verdict(*, met: bool) -> str:
 
 
 __all__ = [
-    "PATIENCE",
+    "TIMEOUT",
     "Rig",
     "Round",
     "State",

@@ -2,7 +2,7 @@
 
 The worker defers some tasks itself; their messages, each under an id of its own, are then multiplied on the
 server, with an index entry for each. Nothing that a worker does may grow with their number: not its ticks, nor
-its stocktaking, even when the store has lost the index.
+its reconciling, even when the store has lost the index.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import psutil
 
-from benchmarks._rig import PATIENCE, Rig, State, rig, verdict, wait_until
+from benchmarks._rig import TIMEOUT, Rig, State, rig, verdict, wait_until
 from workers.processes import Worker
 
 TASKS = 1_000_000
@@ -73,9 +73,9 @@ def main() -> None:
             bench.set_state(State.FORCED_OPEN)
             bench.go(guarded, worker)
             bench.store.delete(INDEX)
-            wait_until(lambda: bench.store.exists(INDEX), timeout=PATIENCE, what="stocktaking")
+            wait_until(lambda: bench.store.exists(INDEX), timeout=TIMEOUT, what="reconciling")
             bench.set_state(State.CLOSED)
-            wait_until(lambda: not bench.deferred(), timeout=PATIENCE, what="all to be resumed")
+            wait_until(lambda: not bench.deferred(), timeout=TIMEOUT, what="all to be resumed")
             bench.wait_until_done()
         bench.set_state(State.FORCED_OPEN)
         bench.go(guarded, worker)

@@ -1,4 +1,4 @@
-"""What our commands cost whoever types them: processor time, because the time on the wall is the machine's affair.
+"""What our commands cost: processor time, because the time on the wall is the machine's affair.
 
 ``celery --help`` with our commands and without them, and ``celery -A workers.app breakers list`` beside
 ``celery -A workers.app --version``, which imports no app. Everything is compiled before, as in any installation;

@@ -2,7 +2,7 @@
 
 Broker and store are two servers here. INFO commandstats of the broker shows what a task costs there, guarded
 and not. On the store, MONITOR names each script that is run, so that what belongs to the view's poll, to
-reports and to deferrals can be told from what admission would need: ``acquire``.
+reports and to deferrals can be distinguished from what admission would need: ``acquire``.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Watch:
 
     def note(self, command: str) -> None:
         """Count one request."""
-        words = command.split()
-        verb = words[0].lower()
-        name = self._names.get(words[1], "unknown script") if verb == "evalsha" else verb
+        parts = command.split()
+        verb = parts[0].lower()
+        name = self._names.get(parts[1], "unknown script") if verb == "evalsha" else verb
         self.requests[name] += 1
 
 

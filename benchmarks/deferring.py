@@ -1,4 +1,4 @@
-"""How fast a worker puts refused tasks aside, and how fast a tick moves them back.
+"""How fast a worker defers refused tasks, and how fast a tick moves them back.
 
 The breaker is isolated while its tasks are queued; the same worker also runs a task that does nothing, so
 that the two speeds can be compared: a backlog of refused tasks should hold up others on its queue no longer than
@@ -44,7 +44,7 @@ def seconds_of_resuming(bench: Rig) -> tuple[int, float]:
     worker: Any = SimpleNamespace(event_dispatcher=None, hostname="bench")
     tick = Tick(runtime, worker, wake=lambda: None)
     started = time.perf_counter()
-    assert tick.run(), "somebody else held the lease"
+    assert tick.run(), "another process held the lease"
     seconds = time.perf_counter() - started
     tick.close()
     assert (bench.deferred(), bench.broker.llen("celery")) == (0, waiting), "a task was lost or doubled"

@@ -14,7 +14,7 @@ from benchmarks._rig import Rig, State, in_each_setting, verdict, wait_until
 
 BACKLOG, FEW, ROUNDS = 20_000, 300, 3
 LEAST, LONGEST = 0.9, 3.0  # of the speed of a plain queue; seconds
-PATIENCE = 150.0
+TIMEOUT = 150.0
 QUEUE, INDEX, KEPT = "resilient.deferred.payments", "resilient:{payments}:deferred", "kept"
 
 
@@ -26,7 +26,7 @@ def seconds_from_closed(bench: Rig) -> float:
     time.sleep(1.0)  # until every process knows that some wait
     started = time.perf_counter()
     bench.project.payments.reset(reason="benchmark")
-    wait_until(lambda: not bench.deferred(), timeout=PATIENCE, what="all to be resumed")
+    wait_until(lambda: not bench.deferred(), timeout=TIMEOUT, what="all to be resumed")
     bench.wait_until_done()
     return time.perf_counter() - started
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from benchmarks._rig import PATIENCE, Rig, rig, verdict, wait_until
+from benchmarks._rig import TIMEOUT, Rig, rig, verdict, wait_until
 
 TASKS = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
 FACTOR = 2.0
@@ -36,10 +36,10 @@ def one_drain(bench: Rig) -> list[Look]:
     """Let the tasks wait, close the breaker and look on."""
     breaker, charge = bench.project.recovering, bench.project.charge
     breaker.isolate(reason="benchmark")
-    time.sleep(EVERY)  # every worker hears of it
+    time.sleep(EVERY)  # every worker receives it
     for _ in range(TASKS):
         charge.delay()
-    wait_until(lambda: breaker.snapshot().deferred == TASKS, timeout=10 * PATIENCE, what="all to wait")
+    wait_until(lambda: breaker.snapshot().deferred == TASKS, timeout=10 * TIMEOUT, what="all to wait")
     breaker.reset(reason="benchmark")
     closed = time.monotonic()
     said = list(estimates(bench))
@@ -55,7 +55,7 @@ def estimates(bench: Rig) -> Iterator[tuple[float, float | None]]:
         time.sleep(EVERY)
 
 
-def tell(what: str, looks: Sequence[Look]) -> None:
+def report(what: str, looks: Sequence[Look]) -> None:
     """Print some moments of a drain, and how many of all were right."""
     judged = [look for look in looks if look.said is not None and look.came >= SHORTEST]
     print(f"\n{what}: {looks[-1].after:.0f} s; nothing was said for {judged[0].after:.0f} s")
@@ -73,7 +73,7 @@ def main() -> None:
         bench.beat()
         print(f"{TASKS:,} tasks drain")
         for what in ("the first drain", "the second"):
-            tell(what, one_drain(bench))
+            report(what, one_drain(bench))
 
 
 if __name__ == "__main__":

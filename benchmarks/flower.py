@@ -1,7 +1,7 @@
 """Flower with a thousand breakers: how long its pages and its API take, and its health check with the store frozen.
 
-On a busy machine the time on the wall is that of its other jobs, so what Flower computes per request is told beside it.
-"Nobody had looked" is whoever comes first; after that Flower reads the store more often for a while.
+On a busy machine the time on the wall is that of its other jobs, so what Flower computes per request is shown beside it.
+"First after a pause" is a request after a time without any; after that Flower reads the store more often for a while.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main() -> None:
         flower = psutil.Process(program.pid)
         with httpx.Client(base_url=url, auth=LOGIN, timeout=30) as client:
             first = measure(client, flower, "/api/breakers", rounds=5, pause=IDLE_REFRESH + 2)
-            report("/api/breakers, nobody had looked", first, PAGE_LIMIT)
+            report("/api/breakers, first after a pause", first, PAGE_LIMIT)
             for page in PAGES:
                 report(page, measure(client, flower, page), PAGE_LIMIT)
             server.program.freeze()

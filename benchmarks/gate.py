@@ -1,7 +1,7 @@
 """What the gate adds to one task, step by step: processor time of one process, without broker, pool and scheduler.
 
 A task that does nothing, guarded and not, is taken through Celery's own strategy, request and tracer, and pickled on
-its way as a pool does it. The least of many short, alternating rounds counts, so that a busy machine tells as much as a
+its way as a pool does it. The least of many short, alternating rounds counts, so that a busy machine's figure is that of a
 quiet one. ``benchmarks.throughput`` shows what that is in a live worker, beside all that a worker does otherwise.
 """
 
@@ -111,7 +111,7 @@ class Worker:
 
 
 def _settled(*_: object) -> None:
-    """Stand for an acknowledgement."""
+    """Take an acknowledgement's place."""
 
 
 def message_of(task: Any) -> Callable[[], Message]:

@@ -37,7 +37,7 @@ Contestants = dict[str, Callable[[], Any]]
 
 
 def work() -> None:
-    """Stand for a call that costs nothing, so that only the guard is measured."""
+    """Be a call that costs nothing, so that only the guard is measured."""
 
 
 def slow_work() -> None:

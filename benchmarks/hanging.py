@@ -1,6 +1,6 @@
 """What the other tasks of two workers notice of dependencies that hang, and what the protection costs a healthy burst.
 
-Half of 60 tasks a second call a dependency, the others are healthy. After a while its calls begin to hang. Told are the
+Half of 60 tasks a second call a dependency, the others are healthy. After a while its calls begin to hang. Shown are the
 healthy tasks' rate over the first 12 s against that before, and how long the breaker takes to open, under the README's
 policy with ``slow_call_duration=1``. Then bursts of guarded tasks through one worker: with compensation against
 without, and with ``max_concurrency_per_worker`` one less than its slots against that share of the unlimited rate.
@@ -23,7 +23,7 @@ BEFORE, DURING = 10.0, 12.0  # seconds
 WORKERS = 2
 BURST = 2000  # tasks
 ROUNDS = 5
-PATIENCE = 120.0  # seconds
+TIMEOUT = 120.0  # seconds
 CASES = [
     (pool, concurrency, hang, dependencies)
     for pool in ("prefork", "threads")
@@ -85,7 +85,7 @@ def burst(bench: Rig, concurrency: int, env: dict[str, str]) -> float:
     deferred = "resilient.deferred.sick"
     wait_until(
         lambda: not (bench.broker.llen(QUEUE) or bench.broker.hlen("unacked") or bench.broker.llen(deferred)),
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         what="the burst to end",
     )
     seconds = time.perf_counter() - started

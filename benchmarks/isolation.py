@@ -18,7 +18,7 @@ DURATIONS = (0.1, 0.5)  # seconds that a task lasts
 SECONDS = 20  # that one measurement lasts at best
 TASKS = 1000
 KILL_EVERY = (4.0, 8.0)  # seconds, at random
-PATIENCE = 900.0  # seconds
+TIMEOUT = 900.0  # seconds
 
 
 def throughput(bench: Rig, seconds: float) -> None:
@@ -28,7 +28,7 @@ def throughput(bench: Rig, seconds: float) -> None:
     side.delete(project.FINISHED, project.MOST_IN_FLIGHT)
     started = time.time()
     sent = {project.occupy.delay(seconds).id: place for place in range(count)}
-    wait_until(lambda: side.llen(project.FINISHED) == count, timeout=PATIENCE, what="all to finish")
+    wait_until(lambda: side.llen(project.FINISHED) == count, timeout=TIMEOUT, what="all to finish")
     rate = count / (max(float(line.split()[1]) for line in finishes(bench)) - started)
     share = rate * seconds / project.LIMIT
     print(f"{count} tasks of {seconds:g} s: {rate:.1f} per second, {share:.0%} of limit / duration")
@@ -55,7 +55,7 @@ def survival(bench: Rig, workers: list[Any]) -> None:
     side.delete(project.FINISHED, project.MOST_IN_FLIGHT)
     ids = {project.occupy.delay(0.1).id for _ in range(TASKS)}
     kills, started = 0, time.time()
-    while len(finished(bench)) < TASKS and time.time() - started < PATIENCE:
+    while len(finished(bench)) < TASKS and time.time() - started < TIMEOUT:
         time.sleep(choices.uniform(*KILL_EVERY))
         if len(finished(bench)) < TASKS:
             kill_one(bench, workers, choices)

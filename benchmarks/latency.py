@@ -19,7 +19,7 @@ import redis
 from celery import Celery
 from kombu import Connection
 
-from benchmarks._rig import PATIENCE, percentile, verdict
+from benchmarks._rig import TIMEOUT, percentile, verdict
 from resilient_tasks import Resilience
 from workers.processes import start_valkey, start_worker
 
@@ -50,7 +50,7 @@ def delay(server: redis.Redis, connection: Connection, queue: str, priority: int
     """Send one task and return how long it took to begin."""
     server.delete(DELAYS)
     note.apply_async((time.time(),), queue=queue, priority=priority, connection=connection)
-    popped: Any = server.blpop([DELAYS], timeout=PATIENCE)
+    popped: Any = server.blpop([DELAYS], timeout=TIMEOUT)
     return float(popped[1])
 
 

@@ -37,7 +37,7 @@ UP = "\ncelery_breaker_up 1.0\n"
 
 
 def measure(title: str, scrape: Callable[[], bytes], process: psutil.Process) -> None:
-    """Scrape again and again; tell how long that takes, and what the process computes meanwhile."""
+    """Scrape again and again; print how long that takes, and what the process computes meanwhile."""
     times, body, before = [], b"", process.cpu_times()
     for _ in range(SCRAPES):
         time.sleep(PAUSE)
@@ -68,7 +68,7 @@ def by_prometheus_client(project: ModuleType) -> None:
 
 
 def answers(resilience: Resilience) -> bool:
-    """Tell whether the store answers this process."""
+    """Return whether the store answers this process."""
     try:
         resilience.fleet.store.read_shared([next(iter(resilience.breakers.values()))._dependency.spec])
     except StoreError:
@@ -105,8 +105,8 @@ def scrape_exporter(project: ModuleType, server: Server, directory: Path) -> Non
     server.program.thaw()
     wait_until(lambda: answers(project.resilience), timeout=60)
     open_children(project.resilience)
-    told = f'hot_children{{breaker="dependency-0000"}} {CHILDREN}\n'
-    wait_until(lambda: told in text_of(scrape()), timeout=60)
+    expected = f'hot_children{{breaker="dependency-0000"}} {CHILDREN}\n'
+    wait_until(lambda: expected in text_of(scrape()), timeout=60)
     measure("exporter, 10,000 open children", scrape, process)
     program.stop()
 

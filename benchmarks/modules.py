@@ -6,7 +6,7 @@ deferral, tick, trials, resume, run and report, but not what is only imported, o
 
 from __future__ import annotations
 
-from benchmarks._rig import PATIENCE, rig, verdict, wait_until
+from benchmarks._rig import TIMEOUT, rig, verdict, wait_until
 from benchmarks.recovery import waiting
 
 TASKS = 5
@@ -22,8 +22,8 @@ def main() -> None:
         project.recovering.trip(reason="benchmark")
         for _ in range(TASKS):
             project.charge.delay()
-        wait_until(lambda: waiting(bench, project.recovering) == TASKS, timeout=PATIENCE, what="all to wait")
-        wait_until(lambda: bench.broker.llen(project.FINISHED) == TASKS, timeout=PATIENCE, what="all to finish")
+        wait_until(lambda: waiting(bench, project.recovering) == TASKS, timeout=TIMEOUT, what="all to wait")
+        wait_until(lambda: bench.broker.llen(project.FINISHED) == TASKS, timeout=TIMEOUT, what="all to finish")
         modules = sorted(map(str, bench.broker.smembers(project.MODULES)))
     print("\n".join(modules))
     print(f"\n{len(modules)} modules; <= {LIMIT}: {verdict(met=len(modules) <= LIMIT)}")

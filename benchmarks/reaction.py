@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 
-from benchmarks._rig import PATIENCE, Rig, percentile, rig, verdict, wait_until
+from benchmarks._rig import TIMEOUT, Rig, percentile, rig, verdict, wait_until
 
 WORKERS = 2
 PROCESSES = WORKERS * (1 + 2)  # each a main process and two of its pool
@@ -30,7 +30,7 @@ def one_transition(bench: Rig, *, lost: bool) -> list[float]:
         bench.store.client_kill_filter(_type="pubsub")
     opened_at = time.time()
     breaker.isolate(reason="benchmark")
-    wait_until(lambda: bench.broker.llen(refusals) == PROCESSES, timeout=PATIENCE, what="everybody to refuse")
+    wait_until(lambda: bench.broker.llen(refusals) == PROCESSES, timeout=TIMEOUT, what="everybody to refuse")
     notes = [note.split() for note in bench.broker.lrange(refusals, 0, -1)]
     assert len({pid for pid, _ in notes}) == PROCESSES, "a process noted two refusals"
     breaker.reset(reason="benchmark")
@@ -40,7 +40,7 @@ def one_transition(bench: Rig, *, lost: bool) -> list[float]:
 def measure(bench: Rig, transitions: int, *, lost: bool) -> list[float]:
     delays = []
     for _ in range(transitions):
-        wait_until(lambda: subscribers(bench) == WORKERS, timeout=PATIENCE, what="everybody to subscribe")
+        wait_until(lambda: subscribers(bench) == WORKERS, timeout=TIMEOUT, what="everybody to subscribe")
         time.sleep(0.05)  # for the reset to be seen: a process that missed it would not begin to refuse again
         delays += one_transition(bench, lost=lost)
     return delays

@@ -9,7 +9,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from benchmarks._rig import PATIENCE, Rig, State, rig, verdict, wait_until
+from benchmarks._rig import TIMEOUT, Rig, State, rig, verdict, wait_until
 
 ROUNDS = 10
 TASKS = 20
@@ -24,11 +24,11 @@ def one_recovery(bench: Rig, task: Any, breaker: Any) -> float:
     bench.broker.set(project.ILL, 1)
     for _ in range(TASKS):
         task.delay()
-    wait_until(lambda: waiting(bench, breaker) == TASKS, timeout=PATIENCE, what="all to wait")
-    wait_until(lambda: time_left(breaker) > TIME_LEFT, timeout=PATIENCE, what="an open breaker")
+    wait_until(lambda: waiting(bench, breaker) == TASKS, timeout=TIMEOUT, what="all to wait")
+    wait_until(lambda: time_left(breaker) > TIME_LEFT, timeout=TIMEOUT, what="an open breaker")
     bench.broker.delete(project.ILL)
     open_until = breaker.snapshot().open_until
-    wait_until(lambda: bench.broker.llen(project.FINISHED) == TASKS, timeout=PATIENCE, what="all to finish")
+    wait_until(lambda: bench.broker.llen(project.FINISHED) == TASKS, timeout=TIMEOUT, what="all to finish")
     return float(min(map(float, bench.broker.lrange(project.FINISHED, 0, -1))) - open_until)
 
 

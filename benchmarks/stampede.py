@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from benchmarks._rig import Rig, rig, verdict, wait_until
 
 TASKS = 5_000
-PATIENCE = 600.0  # seconds
+TIMEOUT = 600.0  # seconds
 MOST_FAILURES = 0.01  # share of the calls
 MINUTE = 60.0
 
@@ -29,7 +29,7 @@ def calls_after_healing(bench: Rig) -> tuple[list[Call], list[float]]:
         bench.worker()
     bench.beat()
     waiting = "resilient.deferred.healing"
-    wait_until(lambda: broker.llen(waiting) >= TASKS - 3, timeout=PATIENCE, what="all to wait")
+    wait_until(lambda: broker.llen(waiting) >= TASKS - 3, timeout=TIMEOUT, what="all to wait")
     broker.delete(project.CALLS)
     healed_at = time.time()
     broker.set(project.HEALED_AT, round(healed_at * 1000))
@@ -41,7 +41,7 @@ def calls_after_healing(bench: Rig) -> tuple[list[Call], list[float]]:
             openings[snapshot.epoch] = snapshot.since - healed_at
         return bool(broker.llen(project.FINISHED) >= TASKS)
 
-    wait_until(done, timeout=PATIENCE, what="all to finish")
+    wait_until(done, timeout=TIMEOUT, what="all to finish")
     calls = [line.split() for line in broker.lrange(project.CALLS, 0, -1)]
     return [(float(at) - healed_at, served == "1") for at, served in calls], list(openings.values())
 

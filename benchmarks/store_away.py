@@ -2,7 +2,7 @@
 
 One process makes a call a millisecond, one in a hundred fails; the store goes away in mid-run, or before the process
 first used it. The delay is the mean over all calls, so what a few of them wait is spread over the
-others, and the longest wait stands beside it.
+others, and the longest wait is shown beside it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Run:
 
 
 def succeed() -> None:
-    """Stand for a call that costs nothing, so that only the guard is measured."""
+    """Be a call that costs nothing, so that only the guard is measured."""
 
 
 def fail() -> None:

@@ -1,8 +1,8 @@
 """Start, watch and stop the programs of a stack: servers, workers, beat, Flower.
 
 Each program runs in a session and process group of its own, logs to ``<directory>/<name>.log`` and
-holds a lock on ``<directory>/<name>.pid`` for as long as it lives. Whoever finds the file can tell
-a living program from a stale record (a process id alone may belong to somebody else by now) and can
+holds a lock on ``<directory>/<name>.pid`` for as long as it lives. Who finds the file can distinguish
+a living program from a stale record (a process id alone may belong to another program by now) and can
 stop it, see :func:`stop_recorded`.
 
 No program outlives the Python process that started it unless it is ``detached``: an exit handler
@@ -70,7 +70,7 @@ def wait_until(condition: Callable[[], T], *, timeout: float = 120.0, what: str 
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that nobody listened on a moment ago.
+    """Return a TCP port of this machine that no process listened on a moment ago.
 
     It lies below the range from which outgoing connections get theirs, so a server that is stopped
     and started again finds its port free.
@@ -83,7 +83,7 @@ def free_port() -> int:
 
 
 def accepts_connections(port: int) -> bool:
-    """Tell whether somebody listens on a local TCP port."""
+    """Return whether a process listens on a local TCP port."""
     with socket.socket() as client:
         client.settimeout(1.0)
         return client.connect_ex((LOCALHOST, port)) == 0
@@ -165,7 +165,7 @@ class Program:
 
     def kill(self) -> int:
         """Kill the whole process group (SIGKILL) and return the exit code of the main process."""
-        if not self._killed:  # later, its id may be somebody else's
+        if not self._killed:  # later, its id may be another program's
             kill_group(self.pid)
             self._killed = True
         return self.popen.wait()
@@ -246,7 +246,7 @@ def _kill_if_running(popen: subprocess.Popen[bytes]) -> None:
 
 
 def is_recorded_alive(record: Path) -> bool:
-    """Tell whether the program that a pid file names still lives, or any process of it."""
+    """Return whether the program that a pid file names still lives, or any process of it."""
     try:
         with record.open("r") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""A RabbitMQ node of our own, for whoever wants to see the same outage on AMQP."""
+"""A RabbitMQ node of our own, to see the same outage on AMQP."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def now() -> float:
 
 
 def is_probe(request: Request) -> bool:
-    """Tell a health check from a call that does something."""
+    """Return whether a request is a health check, and no call that does something."""
     return request.path.endswith("/health")
 
 
@@ -240,7 +240,7 @@ def _bound_socket(address: tuple[str, int]) -> socket.socket:
 
 
 class Admin:
-    """Switches health and tells the figures."""
+    """Switches health and returns the figures."""
 
     def __init__(self, dependencies: Mapping[str, Dependency]) -> None:
         self._dependencies = dependencies
@@ -295,14 +295,14 @@ async def running_service(host: str, ports: Mapping[str, int]) -> AsyncIterator[
             dependency.close()
 
 
-async def serve_until_told(host: str, ports: Mapping[str, int]) -> None:
-    """Run the service until SIGTERM or SIGINT; its first line of output tells the ports."""
-    told = asyncio.Event()
+async def serve_until_stopped(host: str, ports: Mapping[str, int]) -> None:
+    """Run the service until SIGTERM or SIGINT; its first line of output names the ports."""
+    stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, told.set)
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     async with running_service(host, ports) as in_use:
         click.echo(json.dumps({"ports": in_use}))
-        await told.wait()
+        await stopped.wait()
 
 
 @click.command(help=__doc__)
@@ -311,7 +311,7 @@ async def serve_until_told(host: str, ports: Mapping[str, int]) -> None:
 def main(host: str, ports: str) -> None:
     """Run the service."""
     chosen = {name: int(port) for name, _, port in (entry.partition("=") for entry in ports.split(","))}
-    asyncio.run(serve_until_told(host, {**DEFAULT_PORTS, **chosen}))
+    asyncio.run(serve_until_stopped(host, {**DEFAULT_PORTS, **chosen}))
 
 
 if __name__ == "__main__":

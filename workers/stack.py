@@ -44,7 +44,7 @@ WORKERS = ("worker-1", "worker-2")
 SERVERS = ("redis", "service")
 ROLES = (*SERVERS, *WORKERS, "beat", "flower")
 CONCURRENCY = 2
-LOGIN = "demo:demo"  # whoever changes something in Flower has to be somebody
+LOGIN = "demo:demo"  # changes in Flower need a user
 
 Progress = Callable[[str], object]
 
@@ -71,7 +71,7 @@ class FlakyService:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables that tell the tasks where the dependencies are."""
+        """Environment variables that say where the dependencies are."""
         names = [name for name in self.ports if name != "admin"]
         return {f"{name.upper()}_URL": f"http://{LOCALHOST}:{self.ports[name]}/{name}" for name in names}
 
@@ -136,7 +136,7 @@ def start_stack(directory: Path, *, detached: bool = False, progress: Progress =
     Args:
         directory: for logs, pid files and data; see :func:`new_run`.
         detached: let it outlive this process.
-        progress: told what is being waited for.
+        progress: called with what is being waited for.
 
     Raises:
         StartError: something did not start.

@@ -110,7 +110,7 @@ def judge(recording: Recording) -> list[Row]:
 
 
 def passed(rows: Sequence[Row]) -> bool:
-    """Tell whether no line failed."""
+    """Return whether no line failed."""
     return all(row.ok is not False for row in rows)
 
 

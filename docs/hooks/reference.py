@@ -72,9 +72,14 @@ def shown(value: Any) -> str:
 
 def policy() -> Iterator[str]:
     """All fields of ``BreakerPolicy``."""
-    told, kinds = arguments(BreakerPolicy), get_type_hints(BreakerPolicy, include_extras=True)
+    texts, kinds = arguments(BreakerPolicy), get_type_hints(BreakerPolicy, include_extras=True)
     rows = [
-        (f"`{each.name}`", shown(each.default), re.sub(r"^\*\w+\.\* ", "", told[each.name]), _allowed(kinds[each.name]))
+        (
+            f"`{each.name}`",
+            shown(each.default),
+            re.sub(r"^\*\w+\.\* ", "", texts[each.name]),
+            _allowed(kinds[each.name]),
+        )
         for each in fields(BreakerPolicy)
     ]
     return table("field", "default", "meaning", "allowed", rows=rows)
@@ -82,20 +87,20 @@ def policy() -> Iterator[str]:
 
 def task_options() -> Iterator[str]:
     """All options of a task."""
-    told = arguments(ResilientTask)
-    if told.keys() != OPTIONS:
-        raise ValueError(f"options without a text, or the other way round: {told.keys() ^ OPTIONS}")
-    return table("option", "meaning", rows=[(f"`{name}`", text) for name, text in told.items()])
+    texts = arguments(ResilientTask)
+    if texts.keys() != OPTIONS:
+        raise ValueError(f"options without a text, or the other way round: {texts.keys() ^ OPTIONS}")
+    return table("option", "meaning", rows=[(f"`{name}`", text) for name, text in texts.items()])
 
 
 def settings() -> Iterator[str]:
     """All variables of the environment."""
-    told = arguments(Settings)
+    texts = arguments(Settings)
     rows = [
         (
             f"`{PREFIX}{name.upper()}`",
             shown(None if name == "breakers" else field.default),
-            told[name],
+            texts[name],
             field.description,
         )
         for name, field in Settings.model_fields.items()
@@ -146,8 +151,10 @@ def celery_events() -> Iterator[str]:
 def celery_signals() -> Iterator[str]:
     """All signals, with the comments above them."""
     source = Path(signals.__file__).read_text("utf-8")
-    told = {name: plain(text) for text, name in re.findall(r"^#: (.*)\n(\w+) = Signal", source, re.MULTILINE)}
-    return table("signal", "when, and what receivers get", rows=[(f"`{name}`", told[name]) for name in signals.__all__])
+    texts = {name: plain(text) for text, name in re.findall(r"^#: (.*)\n(\w+) = Signal", source, re.MULTILINE)}
+    return table(
+        "signal", "when, and what receivers get", rows=[(f"`{name}`", texts[name]) for name in signals.__all__]
+    )
 
 
 def error_classes() -> Iterator[str]:

@@ -59,12 +59,12 @@ def read_summary(task_id: str) -> dict[str, str | None]:
 
 @api.exception_handler(BreakerOpenError)
 async def refused(_: Request, error: BreakerOpenError) -> JSONResponse:
-    """Tell the client when to come back; None: when an operator has reset the breaker."""
+    """Answer when the client may come back; None: when an operator has reset the breaker."""
     seconds = 60 if error.retry_after is None else round(error.retry_after) + 1
     return JSONResponse({"error": str(error)}, status_code=503, headers={"Retry-After": str(seconds)})
 
 
 @api.exception_handler(httpx.HTTPError)
 async def failed(_: Request, error: httpx.HTTPError) -> JSONResponse:
-    """Tell the client that the LLM has failed."""
+    """Answer that the LLM has failed."""
     return JSONResponse({"error": type(error).__name__}, status_code=502)

@@ -16,7 +16,7 @@ from tests.chaos.ledger import Event, Ledger
 #: Tasks per second.
 RATE = 100.0
 #: Seconds after which a publish that nobody acknowledges is given up.
-PATIENCE = 3.0
+TIMEOUT = 3.0
 #: Seconds to wait after a publish that failed, before the next: not all tasks shall meet a broker that is unavailable.
 PAUSE = 0.5
 #: How many of each task there are among ten.
@@ -40,7 +40,7 @@ class Producer(threading.Thread):
         super().__init__(name="producer", daemon=True)
         self._app = Celery("producer", broker=url)
         self._app.conf.broker_transport_options = {
-            **transport_options, "socket_timeout": PATIENCE, "socket_connect_timeout": PATIENCE, "max_retries": 0,
+            **transport_options, "socket_timeout": TIMEOUT, "socket_connect_timeout": TIMEOUT, "max_retries": 0,
         }  # fmt: skip
         self._ledger = ledger
         self._chance = random.Random(seed)
@@ -63,7 +63,7 @@ class Producer(threading.Thread):
                 self._producer = self._app.amqp.Producer(self._app.connection_for_write())
             self._app.send_task(
                 f"tests.chaos.project.{kind}", (task_id,), task_id=task_id, producer=self._producer,
-                retry=False, timeout=PATIENCE, confirm_timeout=PATIENCE,
+                retry=False, timeout=TIMEOUT, confirm_timeout=TIMEOUT,
             )  # fmt: skip
         except Exception:  # whatever a broker in trouble makes of it: in doubt
             self._hang_up()

@@ -18,7 +18,7 @@ BEAT = 0.05
 #: Seconds without any event, with nothing left on the broker, after which all is over.
 QUIET = 3.0
 #: Seconds that everything may take to come to an end after the last fault.
-PATIENCE = 180.0
+TIMEOUT = 180.0
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class _Course:
 
 def _settle(stack: Stack) -> int:
     """Wait until nothing moves any more; return the number of messages that the broker still has."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     size, moved_at = -1, time.monotonic()
     while True:
         stack.keep_alive()

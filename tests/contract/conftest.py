@@ -16,7 +16,7 @@ from tests.contract.lab import CLOCK_LUA, Lab, LocalClock, ServerClock
 from tests.support.servers import Cluster, start_cluster
 from workers.processes import Server, start_valkey
 
-PATIENCE = 20.0  # seconds for one command: a slow machine is no outage
+TIMEOUT = 20.0  # seconds for one command: a slow machine is no outage
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def own_server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture
 def shared_store(server: Server) -> Iterator[RedisStore]:
     """A store on a real server and its real time."""
-    store = RedisStore(server.url(), namespace="test", timeout=PATIENCE)
+    store = RedisStore(server.url(), namespace="test", timeout=TIMEOUT)
     yield store
     store.close()
 
@@ -90,7 +90,7 @@ def lab(request: pytest.FixtureRequest) -> Lab:
 
 def _shared_lab(url: str, client: redis.Redis, on_end: Callable[[Callable[[], object]], None], **options: Any) -> Lab:
     def store(namespace: str) -> RedisStore:
-        opened = RedisStore(url, namespace=namespace, clock=CLOCK_LUA, timeout=PATIENCE, **options)
+        opened = RedisStore(url, namespace=namespace, clock=CLOCK_LUA, timeout=TIMEOUT, **options)
         on_end(opened.close)
         return opened
 

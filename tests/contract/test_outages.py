@@ -26,7 +26,7 @@ from workers.processes import Server, free_port, start_valkey, wait_until
 
 PAYMENTS = Spec("payments", BreakerPolicy(minimum_calls=5, trial_calls=1, open_duration=60.0))
 FAILURES = (Calls(Outcome.FAILURE, 5),)
-PATIENCE = 30.0  # s; far below redis-py's defaults (ten tries of five seconds), far above a noisy machine's hiccups
+TIMEOUT = 30.0  # s; far below redis-py's defaults (ten tries of five seconds), far above a noisy machine's hiccups
 
 
 def new_store(url: str, *, timeout: float = 20.0, **options: Any) -> RedisStore:
@@ -125,7 +125,7 @@ def test_a_refused_connection_is_told_at_once() -> None:
     port = free_port()
     store = new_store(f"redis://127.0.0.1:{port}/0")
     with (
-        takes_less_than(PATIENCE),
+        takes_less_than(TIMEOUT),
         pytest.raises(StoreError, match=rf"store 127\.0\.0\.1:{port}/0 is unavailable: .*refused"),
     ):
         store.read([PAYMENTS])
@@ -137,9 +137,9 @@ def test_a_frozen_server_delays_one_call_by_its_time_limit_and_the_next_not_at_a
     store = new_store(own_server.url(), timeout=0.3, cooldown=30.0)
     own_server.program.freeze()
     try:
-        with takes_less_than(PATIENCE), pytest.raises(StoreError, match="is unavailable"):
+        with takes_less_than(TIMEOUT), pytest.raises(StoreError, match="is unavailable"):
             store.read([PAYMENTS])
-        with takes_less_than(PATIENCE):
+        with takes_less_than(TIMEOUT):
             for _ in range(200):
                 with pytest.raises(StoreError, match="tried a moment ago"):
                     store.acquire(PAYMENTS, "a", lease=1)
@@ -152,7 +152,7 @@ def test_many_threads_meet_a_frozen_server_once(own_server: Server) -> None:
     store = new_store(own_server.url(), timeout=0.3, cooldown=30.0)
     own_server.program.freeze()
     try:
-        with takes_less_than(PATIENCE), ThreadPoolExecutor(20) as pool:
+        with takes_less_than(TIMEOUT), ThreadPoolExecutor(20) as pool:
             assert not any(pool.map(lambda _: reads(store), range(4000)))
     finally:
         own_server.program.thaw()
@@ -166,17 +166,17 @@ def test_one_caller_per_cooldown_tries_again(own_server: Server) -> None:
         assert reads(store) is None
     finally:
         own_server.program.thaw()
-    wait_until(lambda: reads(store), timeout=PATIENCE, what="the store to be tried again")
+    wait_until(lambda: reads(store), timeout=TIMEOUT, what="the store to be tried again")
     for _ in range(20):
         assert store.read([PAYMENTS])[0].state is State.OPEN
 
 
 def test_a_listener_is_told_that_the_server_went_away(own_server: Server) -> None:
     store = new_store(own_server.url(), cooldown=0.05)
-    changes = store.changes(timeout=PATIENCE)
+    changes = store.changes(timeout=TIMEOUT)
     assert next(changes) is None
     own_server.program.kill()
-    with takes_less_than(PATIENCE), pytest.raises(StoreError):
+    with takes_less_than(TIMEOUT), pytest.raises(StoreError):
         next(changes)
 
 
@@ -271,7 +271,7 @@ def test_another_server_is_no_store(
 ) -> None:
     with start() as port:
         store = new_store(f"redis://127.0.0.1:{port}/0", timeout=timeout)
-        with takes_less_than(PATIENCE), pytest.raises(StoreError, match=f"127.0.0.1:{port}/0 .*{complaint}"):
+        with takes_less_than(TIMEOUT), pytest.raises(StoreError, match=f"127.0.0.1:{port}/0 .*{complaint}"):
             store.ping()
         store.close()
 

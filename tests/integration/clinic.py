@@ -21,7 +21,7 @@ from resilient_tasks.checks import (
     http_check,
     tcp_check,
 )
-from tests.support import patience  # noqa: F401 - makes this process patient
+from tests.support import long_timeouts  # noqa: F401 - for this process
 
 SIDE: Any = redis.Redis.from_url(os.environ["SHOP_SIDE_URL"], decode_responses=True)
 SERVICE = os.environ["CLINIC_SERVICE"]  # host:port of an HTTP server whose health the test decides

@@ -33,7 +33,7 @@ from workers.processes import (
 from workers.rabbitmq import RabbitMQ, rabbitmq_binary, start_rabbitmq
 
 # seconds; what is waited for comes true in a second or two on an idle machine
-PATIENCE = float(os.environ.get("SHOP_PATIENCE", "120"))
+TIMEOUT = float(os.environ.get("SHOP_TIMEOUT", "120"))
 MODULE = "tests.integration.shop"
 NEVER_LATE = {"RESILIENT_TASKS_LATE_AFTER": "3600"}  # no call is taken for one that hangs
 
@@ -107,7 +107,7 @@ class Shop:
         resilience = Resilience(store_url=store.url(), store_timeout=20)
         try:
             yield resilience.breaker(name, self.project.resilience.breakers[name].policy)
-            assert resilience.fleet.reporter.flush(PATIENCE)
+            assert resilience.fleet.reporter.flush(TIMEOUT)
         finally:
             resilience.fleet.close()
 
@@ -125,7 +125,7 @@ class Shop:
 
     def clear(self) -> None:
         """Forget everything that former tests have left, also in this process: all workers must be stopped."""
-        self.project.resilience.fleet.reporter.flush(PATIENCE)
+        self.project.resilience.fleet.reporter.flush(TIMEOUT)
         for database in range(3):
             client = redis.Redis.from_url(self.server.url(database))
             left = [key for key in client.scan_iter() if not key.startswith(b"_kombu.binding")]
@@ -169,7 +169,7 @@ class Shop:
             found = {node: answer for reply in replies for node, answer in reply.items()}
             return [found] if found.keys() == set(asked) else []
 
-        return wait_until(answers, timeout=PATIENCE, what=f"all to answer {command}")[0]
+        return wait_until(answers, timeout=TIMEOUT, what=f"all to answer {command}")[0]
 
     def set_health(self, dependency: str, health: str) -> None:
         """Make a dependency ``up``, ``down`` or ``hang``."""
@@ -219,14 +219,14 @@ class Shop:
     @staticmethod
     def wait(condition: Callable[[], Any], what: str = "") -> None:
         """Wait until a condition holds."""
-        wait_until(condition, timeout=PATIENCE, what=what or condition.__code__.co_name)
+        wait_until(condition, timeout=TIMEOUT, what=what or condition.__code__.co_name)
 
     def wait_state(self, result: Any, state: str) -> None:
         """Wait until a result has a state."""
         try:
             self.wait(lambda: result.state == state)
         except TimeoutError:
-            raise TimeoutError(f"{result.id} is {result.state} and not {state} after {PATIENCE} s") from None
+            raise TimeoutError(f"{result.id} is {result.state} and not {state} after {TIMEOUT} s") from None
 
     def wait_done(self, *results: Any) -> None:
         """Wait until all tasks have succeeded."""

@@ -13,7 +13,7 @@ from kombu import Exchange, Queue
 
 from resilient_tasks import Resilience
 from tests.integration import cloud  # noqa: F401 - its brokers are found by their schemes
-from tests.support import patience  # noqa: F401 - makes this process patient
+from tests.support import long_timeouts  # noqa: F401 - for this process
 
 SIDE = redis.Redis.from_url(os.environ["DEPOT_SIDE_URL"], decode_responses=True)
 QUEUE = os.environ["DEPOT_QUEUE"]

@@ -17,7 +17,7 @@ from workers.processes import Program, Server, start_beat, start_worker, wait_un
 
 MODULE = "tests.integration.depot"
 DEFERRED, TRIALS = "resilient.deferred.payments", 3
-PATIENCE = 120.0  # seconds; what is waited for comes true in a second or two on an idle machine
+TIMEOUT = 120.0  # seconds; what is waited for comes true in a second or two on an idle machine
 
 
 class Depot:
@@ -112,7 +112,7 @@ def wait_until_deferred(client: Celery, count: int) -> None:
             return int(channel.queue_declare(DEFERRED, passive=True).message_count)
         return 0
 
-    wait_until(lambda: waiting() >= count - TRIALS, timeout=PATIENCE, what="all to be deferred")
+    wait_until(lambda: waiting() >= count - TRIALS, timeout=TIMEOUT, what="all to be deferred")
 
 
 def live_through_an_outage(depot: Depot, priorities: list[int]) -> Celery:
@@ -121,11 +121,11 @@ def live_through_an_outage(depot: Depot, priorities: list[int]) -> Celery:
     client = depot.client()
     results = send_charges(client, priorities)
     wait_until_deferred(client, len(results))
-    told = wait_until(lambda: [each for each in results if each.state == "DEFERRED"], timeout=PATIENCE, what="a state")
+    told = wait_until(lambda: [each for each in results if each.state == "DEFERRED"], timeout=TIMEOUT, what="a state")
     assert told[0].info["breaker"] == "payments"
-    assert client.send_task("ping").get(timeout=PATIENCE) == "pong"
+    assert client.send_task("ping").get(timeout=TIMEOUT) == "pong"
     depot.side.set("health", "up")
-    wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
+    wait_until(are("SUCCESS", results), timeout=TIMEOUT, what="all to finish")
     expected = [[order, priority, {"x-trace": "abc"}, "somebody"] for order, priority in enumerate(priorities)]
     assert [result.result for result in results] == expected
     return client

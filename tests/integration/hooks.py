@@ -10,7 +10,7 @@ import redis
 from celery import Celery, signals
 
 from resilient_tasks import Resilience, ResilientTask
-from tests.support import patience  # noqa: F401 - makes this process patient
+from tests.support import long_timeouts  # noqa: F401 - for this process
 
 SIDE: Any = redis.Redis.from_url(os.environ["SHOP_SIDE_URL"], decode_responses=True)
 

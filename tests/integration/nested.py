@@ -14,7 +14,7 @@ import tenacity
 from celery import Celery
 
 from resilient_tasks import BreakerOpenError, Resilience, constant
-from tests.support import patience  # noqa: F401 - makes this process patient
+from tests.support import long_timeouts  # noqa: F401 - for this process
 
 app = Celery("nested", broker=os.environ["SHOP_BROKER_URL"], backend=os.environ["SHOP_BACKEND_URL"])
 app.conf.update(broker_connection_retry_on_startup=True, task_acks_late=True)

@@ -15,7 +15,7 @@ from celery.utils.serialization import jsonify
 from kombu import Exchange, Queue
 
 from resilient_tasks import Resilience
-from tests.support import patience  # noqa: F401 - makes this process patient
+from tests.support import long_timeouts  # noqa: F401 - for this process
 
 SIDE: Any = redis.Redis.from_url(os.environ["POST_SIDE_URL"], decode_responses=True)
 QUEUE, ABROAD = "post", "abroad"

@@ -20,7 +20,7 @@ from resilient_tasks.core.model import State
 from workers.processes import Server, Worker, start_worker, wait_until
 
 MODULE = "tests.integration.post"
-PATIENCE = float(os.environ.get("SHOP_PATIENCE", "120"))  # seconds
+TIMEOUT = float(os.environ.get("SHOP_TIMEOUT", "120"))  # seconds
 QUEUE, ABROAD = "post", "abroad"
 RESULTS, SIDE = 4, 5  # databases
 
@@ -115,7 +115,7 @@ class PostOffice:
     @staticmethod
     def wait(condition: Any, what: str) -> Any:
         """Wait until a condition holds."""
-        return wait_until(condition, timeout=PATIENCE, what=what)
+        return wait_until(condition, timeout=TIMEOUT, what=what)
 
     def wait_state(self, state: str, results: Iterable[AsyncResult]) -> None:
         """Wait until all results have a state."""
@@ -130,7 +130,7 @@ class PostOffice:
         """See that tasks wait while payments are refused and finish afterwards; return their results."""
         self.wait_state("DEFERRED", results)
         self.close("payments")
-        return [result.get(timeout=PATIENCE) for result in results]
+        return [result.get(timeout=TIMEOUT) for result in results]
 
     def stop(self) -> None:
         """Stop the worker; pytest shows what it wrote if a test failed."""

@@ -15,7 +15,7 @@ from resilient_tasks import Resilience, cached, constant
 from resilient_tasks.core.model import State
 from resilient_tasks.worker import compensation, maintenance
 from tests.integration.trials import visit
-from tests.support import patience  # noqa: F401 - makes this process patient
+from tests.support import long_timeouts  # noqa: F401 - for this process
 
 SIDE: Any = redis.Redis.from_url(os.environ["SHOP_SIDE_URL"], decode_responses=True)  # tests look over its shoulder
 

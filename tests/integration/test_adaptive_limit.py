@@ -13,7 +13,7 @@ import pytest
 
 from resilient_tasks import Breaker, BreakerOpenError, Resilience
 from resilient_tasks.core.model import State
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 from workers.stack import start_service
 
 CAPACITY, CALLERS, CALLS = 8, 16, 400
@@ -45,7 +45,7 @@ def test_the_limit_converges_to_what_a_service_can_bear(shop: Shop, tmp_path: Pa
     resilience = Resilience(store_url=shop.server.url(0), store_timeout=20)
     metered = resilience.breaker("metered", concurrency="adaptive", max_concurrency=64)
     try:
-        with httpx.Client(timeout=PATIENCE) as client, ThreadPoolExecutor(CALLERS) as callers:
+        with httpx.Client(timeout=TIMEOUT) as client, ThreadPoolExecutor(CALLERS) as callers:
             url = f"{service.environment['PAYMENTS_URL']}/charges/1"
             traffic = Traffic(metered, lambda: client.post(url).raise_for_status())
             for done in [callers.submit(traffic.go_on) for _ in range(CALLERS)]:

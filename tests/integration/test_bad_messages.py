@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 
 from resilient_tasks.worker.envelope import HEADER, Envelope
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 
 NUMBERS = [0, -1, 1, 1.5, 1e300, -1e300, 10**400, 2**63, float("inf"), float("nan")]
 TEXTS = [
@@ -92,7 +92,7 @@ def finish_healthy(shop: Shop) -> None:
     """See that tasks with and without a breaker still run."""
     results = [task.delay(*args) for _ in range(HEALTHY) for task, args in ((shop.ping, ()), (shop.charge, (7,)))]
     for result in results:
-        assert result.get(timeout=PATIENCE) in ("pong", 7)
+        assert result.get(timeout=TIMEOUT) in ("pong", 7)
 
 
 def test_a_header_of_any_kind_is_no_obstacle(running: Shop) -> None:
@@ -111,7 +111,7 @@ def test_a_header_of_any_kind_can_be_deferred_and_resumed(running: Shop) -> None
     running.broker.lpush("celery", *sent)
     running.wait(lambda: running.waiting("payments") == len(sent) + HEALTHY, "all of them to wait")
     running.close("payments")
-    assert [result.get(timeout=PATIENCE) for result in healthy] == list(range(HEALTHY))
+    assert [result.get(timeout=TIMEOUT) for result in healthy] == list(range(HEALTHY))
     running.wait(lambda: len(running.runs("charge")) == len(sent) + HEALTHY, "all of them to run")
     assert running.waiting("payments") == 0
 
@@ -203,7 +203,7 @@ def test_garbage_in_the_deferred_queue_holds_nobody_up(running: Shop) -> None:
         running.broker.rpush("resilient.deferred.payments", text)  # ahead of all others
     later = [running.charge.delay(number) for number in range(HEALTHY)]
     running.close("payments")
-    assert [result.get(timeout=PATIENCE) for result in (*former, *later)] == [*range(HEALTHY), *range(HEALTHY)]
+    assert [result.get(timeout=TIMEOUT) for result in (*former, *later)] == [*range(HEALTHY), *range(HEALTHY)]
     running.wait(lambda: running.waiting("payments") == 0, "the garbage to be out of the way")
     assert running.broker.llen("resilient.dead.payments") >= len(GARBAGE) - 3
     finish_healthy(running)

@@ -28,7 +28,7 @@ SCHEDULERS = {
     "django": "django_celery_beat.schedulers:DatabaseScheduler",
     "redbeat": "redbeat.RedBeatScheduler",
 }
-PATIENCE = 120.0  # seconds; what is waited for comes true in a second or two on an idle machine
+TIMEOUT = 120.0  # seconds; what is waited for comes true in a second or two on an idle machine
 ENTRY = "resilient-tasks-tick"
 SENT = f"Sending due task {ENTRY}"
 
@@ -89,7 +89,7 @@ class Timetable:
         """Wait until beat has looked so often whether anything is due."""
         seen_at = -math.inf
         for _ in range(times):
-            wait_until(partial(self._looked_after, seen_at), timeout=PATIENCE, what="beat to look")
+            wait_until(partial(self._looked_after, seen_at), timeout=TIMEOUT, what="beat to look")
             seen_at = self._seen_at()
 
     def _looked_after(self, moment: float) -> bool:
@@ -119,7 +119,7 @@ class Timetable:
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    return wait_until(condition, timeout=PATIENCE, what=what)
+    return wait_until(condition, timeout=TIMEOUT, what=what)
 
 
 @pytest.fixture(params=list(SCHEDULERS))
@@ -164,9 +164,9 @@ def test_a_beat_that_starts_again_finds_its_one_entry(timetable: Timetable) -> N
     timetable.stop()
     timetable.run(ADD_BY_HAND[timetable.kind])
     beat = timetable.beat()
-    beat.wait_for_output("beat ignores the entry 'by hand'", timeout=PATIENCE)
+    beat.wait_for_output("beat ignores the entry 'by hand'", timeout=TIMEOUT)
     timetable.payments.trip(reason="test")
-    beat.wait_for_output(SENT, timeout=PATIENCE)
+    beat.wait_for_output(SENT, timeout=TIMEOUT)
     timetable.beat_has_looked(times=3)
     assert timetable.entry() == first
     assert "Sending due task by hand" not in beat.output()

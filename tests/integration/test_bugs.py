@@ -17,7 +17,7 @@ from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.queues import Entry, Queues, own_queue
 from tests.integration import bugs
 from tests.integration.bugs import step_name
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 from tests.integration.test_faults import copies
 from tests.unit.test_waiting_tasks import ENDING, READING, strike
 from workers.processes import Worker
@@ -65,7 +65,7 @@ def test_a_bug_in_deferring(shop: Shop, worker: Worker) -> None:
         bug = Bug(shop, worker, step_name(owner, name))
         results = [shop.charge.delay(number) for number in range(TASKS)]
         bug.strikes()
-        assert shop.ping.delay().get(timeout=PATIENCE) == "pong", "what cannot be deferred holds up no other task"
+        assert shop.ping.delay().get(timeout=TIMEOUT) == "pong", "what cannot be deferred holds up no other task"
         shop.wait(lambda: copies(shop.broker) == ids(results), "one of each")  # noqa: B023
         bug.mend()
         shop.wait(lambda: shop.waiting("payments") == TASKS, f"all to wait after {bug.step}")

@@ -22,7 +22,7 @@ from resilient_tasks import cli
 from resilient_tasks.breaker import this_user
 from resilient_tasks.worker.envelope import Envelope
 from tests.integration.conftest import Shop
-from tests.integration.post_office import MODULE, PATIENCE, PostOffice
+from tests.integration.post_office import MODULE, TIMEOUT, PostOffice
 from tests.integration.test_bad_messages import message
 from tests.integration.test_dead_letters import Events
 from tests.support import forks
@@ -73,7 +73,7 @@ def test_with_all_workers_dead_tasks_are_listed_dropped_and_resumed(post: PostOf
     assert by_hand[:2] == ["3 tasks resumed", "1 task dropped"], "the latest; the history is that of all tests here"
     assert post.operator.deferred.list("payments") == ()
     post.restart()
-    assert [result.get(timeout=PATIENCE) for result in results[1:]] == [1, 2, 3]
+    assert [result.get(timeout=TIMEOUT) for result in results[1:]] == [1, 2, 3]
     assert sorted(post.runs()) == sorted(ids[1:])
 
 
@@ -232,7 +232,7 @@ def test_a_worker_obeys_and_tells_what_it_sees(shop: Shop) -> None:
     [views] = json.loads(inspected.stdout).values()
     assert set(views) == set(shop.resilience.breakers)
     assert (views["payments"]["state"], views["payments"]["epoch"]) == ("FORCED_OPEN", snapshot["epoch"])
-    assert 0 <= views["payments"]["age"] < PATIENCE
+    assert 0 <= views["payments"]["age"] < TIMEOUT
     assert views["payments"]["agrees"]
     here(shop, "reset", "payments")
     shop.wait_done(result)
@@ -245,7 +245,7 @@ def test_names_and_verbs_complete_in_the_shell(shop: Shop) -> None:
         env = {"_CELERY_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
         printed = subprocess.run(
             [celery_command("")[0], "-c", script], env={**os.environ, **shop.env, **env}, cwd=PROJECT,
-            capture_output=True, text=True, check=False, timeout=PATIENCE,
+            capture_output=True, text=True, check=False, timeout=TIMEOUT,
         ).stdout  # fmt: skip
         return {line.partition(",")[2] for line in printed.split()}
 
@@ -267,7 +267,7 @@ def test_watch_on_a_terminal_follows_until_it_is_interrupted(shop: Shop, tmp_pat
         read_until(master, b"FORCED_OPEN")
         screen.send_signal(signal.SIGINT)
         read_until(master, None)
-        assert screen.wait(timeout=PATIENCE) == 0
+        assert screen.wait(timeout=TIMEOUT) == 0
     finally:
         screen.kill()
         os.close(master)

@@ -16,7 +16,7 @@ from kombu.exceptions import DecodeError
 
 from resilient_tasks import DeadLetterError, DeferralExpiredError
 from resilient_tasks.worker.envelope import HEADER, Envelope
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 from tests.integration.test_bad_messages import GARBAGE, envelope, message
 
 OPTIONS: dict[str, Any] = {"priority": 3, "headers": {"x-trace": "abc"}, "reply_to": "somebody"}
@@ -26,7 +26,7 @@ def wait_for_the_last_attempt(shop: Shop, result: Any) -> None:
     """Let the dependency serve others, so that failures count, until a task has failed for good."""
 
     def served_somebody_else_and_failed() -> bool:
-        return shop.antidote.delay().get(timeout=PATIENCE) == "ok" and result.state == "FAILURE"
+        return shop.antidote.delay().get(timeout=TIMEOUT) == "ok" and result.state == "FAILURE"
 
     shop.wait(served_somebody_else_and_failed, "the attempts to be used up")
 
@@ -83,7 +83,7 @@ def test_out_of_attempts(running: Shop, events: Events) -> None:
     result = running.fragile.apply_async((1, "two"), {"dependency": "broken"}, link_error=running.note.si("failed"))
     wait_for_the_last_attempt(running, result)
     with pytest.raises(ConnectionError, match="broken is down"):
-        result.get(timeout=PATIENCE)
+        result.get(timeout=TIMEOUT)
     running.wait(running.notes, "the error callback")
     wait_for_the_dead(running, "tolerant")
     letter = running.resilience.dead_letters.show(result.id)
@@ -91,7 +91,7 @@ def test_out_of_attempts(running: Shop, events: Events) -> None:
     assert letter.reason == "out of attempts (max_attempts=1): DependencyDownError"
     assert letter.history[-1][1:] == ("dead", "DependencyDownError")
     assert (letter.args, letter.kwargs) == ("(1, 'two')", "{'dependency': 'broken'}")
-    assert letter.died_at == pytest.approx(time.time(), abs=PATIENCE)
+    assert letter.died_at == pytest.approx(time.time(), abs=TIMEOUT)
     assert events.wait_for("task-failed", result.id)
     assert running.notes() == [["failed"]]
     running.wait(lambda: running.broker.hlen("unacked") == 0, "nothing to be unacknowledged, ticks included")
@@ -113,7 +113,7 @@ def test_defer_for_is_over(running: Shop, events: Events) -> None:
     result = running.urgent.apply_async(link_error=running.note.si("failed"))
     whole = chord([running.urgent.si(), running.ping.si()], running.collect.s()).delay()
     with pytest.raises(DeferralExpiredError):
-        result.get(timeout=PATIENCE)
+        result.get(timeout=TIMEOUT)
     running.wait_state(whole, "FAILURE")
     assert isinstance(whole.result, ChordError)
     running.wait(running.notes, "the error callback")
@@ -148,7 +148,7 @@ def test_undecodable(running: Shop) -> None:
     running.broker.rpush("resilient.deferred.payments", *GARBAGE, broken)
     result = running.charge.delay(1)
     running.close("payments")
-    assert result.get(timeout=PATIENCE) == 1
+    assert result.get(timeout=TIMEOUT) == 1
     wait_for_the_dead(running, "payments", len(GARBAGE) + 1)
     failed = running.app.AsyncResult("broken-id")
     running.wait_state(failed, "FAILURE")

@@ -12,7 +12,7 @@ from kombu import Producer
 
 from resilient_tasks import DeadLetterError, Resilience
 from resilient_tasks.operations.waiting import DeadLetters
-from tests.integration.post_office import PATIENCE, PostOffice
+from tests.integration.post_office import TIMEOUT, PostOffice
 
 SEEN = ("args", "kwargs", "headers", "expires", "reply_to", "correlation_id", "timelimit", "retries", "stamps", "id")
 
@@ -40,7 +40,7 @@ def wait_for_the_last_attempt(post: PostOffice, result: AsyncResult) -> None:
     """Let the dependency serve others, so that failures count, until a task has failed for good."""
 
     def served_somebody_else_and_failed() -> bool:
-        return post.task("ship", 1).delay().get(timeout=PATIENCE) == 1 and result.state == "FAILURE"
+        return post.task("ship", 1).delay().get(timeout=TIMEOUT) == 1 and result.state == "FAILURE"
 
     post.wait(served_somebody_else_and_failed, "the attempts to be used up")
 
@@ -52,7 +52,7 @@ def test_out_of_attempts_and_back(post: PostOffice, letters: DeadLetters) -> Non
         "link_error": post.task("note", "failed").set(immutable=True),
     }  # fmt: skip
     sent = post.task("describe_once", 1, two="2")
-    straight = sent.apply_async(**options).get(timeout=PATIENCE)
+    straight = sent.apply_async(**options).get(timeout=TIMEOUT)
     post.side.set("health:describe_once", "down")
     result = sent.apply_async(**options)
     wait_for_the_last_attempt(post, result)
@@ -85,7 +85,7 @@ def test_what_waits_too_long(post: PostOffice, letters: DeadLetters) -> None:
     assert reasons[expired.id] == "expired"
     assert [step.what for step in letters.show(late.id).history] == ["deferred", "dead"]
     post.close("payments")
-    assert patient.get(timeout=PATIENCE) == 3
+    assert patient.get(timeout=TIMEOUT) == 3
     letters.replay(late.id)
     post.wait_state("SUCCESS", [fresh(post, late)])
     with pytest.raises(DeadLetterError, match="its expires is over"):
@@ -106,7 +106,7 @@ def test_what_nobody_can_decode(post: PostOffice, letters: DeadLetters) -> None:
                 content_type="application/json", content_encoding="utf-8",
             )  # fmt: skip
     post.close("payments")
-    assert waiting.get(timeout=PATIENCE) == 1
+    assert waiting.get(timeout=TIMEOUT) == 1
     post.wait(lambda: letters.count("payments") == {"payments": 3}, "the dead letters")
     post.wait_state("FAILURE", [post.client.AsyncResult("broken")])
     assert letters.show("broken").body == b"{"

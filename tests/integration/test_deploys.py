@@ -14,7 +14,7 @@ from resilient_tasks import Resilience
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.model import State
 from resilient_tasks.worker.envelope import HEADER
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 from workers.processes import Program, celery_command
 
 WITHOUT_THE_LIBRARY = """
@@ -93,7 +93,7 @@ def deploy(shop: Shop, directory: Path, name: str, code: str, queue: str = "cele
     options = ["-P", "solo", "-n", f"{name}@localhost", "-Q", queue, "--without-mingle", "-l", "INFO"]
     env = {"RESILIENT_TASKS_STORE_TIMEOUT": "20", **env}
     program = shop.program(celery_command(name, "worker", *options), directory=directory, env=env)
-    program.wait_for_output("ready.", timeout=PATIENCE)
+    program.wait_for_output("ready.", timeout=TIMEOUT)
     return program
 
 
@@ -122,8 +122,8 @@ def test_a_deploy_may_rename_and_remove_what_tasks_wait_for(shop: Shop, tmp_path
         after = deploy(shop, tmp_path, "after", AFTER)
         shop.wait_done(charge, audit)
         with pytest.raises(NotRegistered, match="refund"):
-            refund.get(timeout=PATIENCE)
-        after.wait_for_output("unregistered task of type 'refund'", timeout=PATIENCE)
+            refund.get(timeout=TIMEOUT)
+        after.wait_for_output("unregistered task of type 'refund'", timeout=TIMEOUT)
         assert ledger.snapshot().state is State.FORCED_OPEN, "a deploy with another policy moves no breaker"
         assert shop.waiting("ledger") == 1
         ledger.reset()
@@ -139,7 +139,7 @@ def test_a_resumed_task_runs_on_a_worker_without_the_library(shop: Shop, tmp_pat
         shop.control("cancel_consumer", "simple@localhost", queue="celery")
         deploy(shop, tmp_path, "former", FORMER)
         payments.reset()
-        order, task_id, headers = result.get(timeout=PATIENCE)
+        order, task_id, headers = result.get(timeout=TIMEOUT)
     assert (order, task_id) == (7, result.id)
     assert {name: value for name, value in headers.items() if name != HEADER} == {"x-own": "kept"}
     shop.wait(lambda: shop.broker.llen("notes") == 1, "the callback")

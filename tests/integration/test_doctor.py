@@ -16,7 +16,7 @@ from resilient_tasks import Resilience, cli
 from resilient_tasks.operations import doctor
 from resilient_tasks.worker.context import TICK_TASK, runtime_of
 from tests.chaos.stack import faketime_library
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 from workers.processes import PROJECT
 
 Findings = dict[str, list[dict[str, Any]]]
@@ -68,7 +68,7 @@ def test_what_is_sound_and_what_is_broken(shop: Shop, monkeypatch: pytest.Monkey
     )
     plain = [sys.executable, "-m", "celery", "-b", shop.server.url(0), "worker", "-P", "solo", "-Q", "plain"]
     command = [*plain, "-n", "plain@x", "-l", "INFO", "--without-mingle"]
-    shop.program(command, directory=PROJECT).wait_for_output("plain@x ready.", timeout=PATIENCE)
+    shop.program(command, directory=PROJECT).wait_for_output("plain@x ready.", timeout=TIMEOUT)
     shop.broker.config_set("maxmemory-policy", "allkeys-lru")
     monkeypatch.setitem(shop.app.conf, "result_expires", 0.001)
     shop.payments.isolate()
@@ -120,7 +120,7 @@ def test_exceptions_that_no_rule_knows_are_found(shop: Shop) -> None:
     payments = shop.resilience["payments"]
     with pytest.raises(DeclinedError):
         payments.call(call)
-    assert shop.resilience.fleet.reporter.flush(PATIENCE)
+    assert shop.resilience.fleet.reporter.flush(TIMEOUT)
     found = said(examined(shop.app, timeout=0.2)[1], "undecided exceptions", "warning")
     assert found == "calls of payments end with exceptions that no rule knows: DeclinedError"
     context = CLIContext(app=shop.app, no_color=True, workdir=None)

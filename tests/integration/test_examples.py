@@ -21,7 +21,7 @@ from celery import Celery
 
 from examples import run
 from examples.service import Service
-from tests.integration.conftest import PATIENCE
+from tests.integration.conftest import TIMEOUT
 from workers.processes import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ class Project(run.Project):
 
     def start_worker(self) -> None:
         """Start a worker that writes states of waiting tasks however slow the machine is."""
-        self.worker("--include=tests.support.patience")
+        self.worker("--include=tests.support.long_timeouts")
 
     def wait_until_known(self, breaker: str, state: str) -> None:
         """Wait until the worker sees a breaker in a state."""
@@ -90,7 +90,7 @@ class Project(run.Project):
             body = None if content is None else json.dumps(content).encode()
             request = Request(address + path, body, {"Content-Type": "application/json"}, method=method)
             try:
-                with urlopen(request, timeout=PATIENCE) as answer:
+                with urlopen(request, timeout=TIMEOUT) as answer:
                     return answer.status, json.load(answer), answer.headers
             except HTTPError as refused:
                 return refused.code, json.load(refused), refused.headers
@@ -150,7 +150,7 @@ def fresh_project(tmp_path: Path, service: Service) -> Iterator[Project]:
 
 
 def wait(condition: Callable[[], Any], what: str) -> None:
-    wait_until(condition, timeout=PATIENCE, what=what)
+    wait_until(condition, timeout=TIMEOUT, what=what)
 
 
 def test_a_project_lives_through_an_outage(project: Project) -> None:

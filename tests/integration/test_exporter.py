@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from resilient_tasks import BreakerOpenError
 from resilient_tasks.prometheus import HEALTH
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 from tests.support.board import queries
 from workers.processes import LOCALHOST, PROJECT, Server, celery_command, free_port
 
@@ -28,7 +28,7 @@ Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=PATIENCE) as response:
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
         return str(response.read().decode())
 
 
@@ -65,7 +65,7 @@ def exporter(shop: Shop, store: Server) -> str:
     """URL of an exporter's metrics."""
     command = celery_command(shop.module, "breakers", "exporter", "--port", "0")  # on localhost
     program = shop.program(command, directory=PROJECT, env={"RESILIENT_TASKS_STORE_URL": store.url(), **SOON})
-    program.wait_for_output("/metrics", timeout=PATIENCE)
+    program.wait_for_output("/metrics", timeout=TIMEOUT)
     [url] = re.findall(r"http://\S+/metrics", program.output())
     return str(url)
 
@@ -104,7 +104,7 @@ def test_a_scrape_tells_of_all_breakers_and_of_a_store_that_is_frozen(shop: Shop
 def test_a_port_that_is_taken_is_told(shop: Shop, store: Server) -> None:
     command = celery_command(shop.module, "breakers", "exporter", "--port", str(store.port), "--address", LOCALHOST)
     program = shop.program(command, directory=PROJECT)
-    assert program.popen.wait(PATIENCE) == 1
+    assert program.popen.wait(TIMEOUT) == 1
     assert f"cannot listen on {LOCALHOST}:{store.port}: Address already in use" in program.output()
 
 
@@ -125,7 +125,7 @@ def prometheus(shop: Shop, exporter: str, tmp_path: Path) -> Callable[..., Any]:
     address = f"{LOCALHOST}:{free_port()}"
     files = ["--config.file=prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
     program = shop.program([binary, *files, f"--web.listen-address={address}"], directory=tmp_path)
-    program.wait_for_output("Server is ready", timeout=PATIENCE)
+    program.wait_for_output("Server is ready", timeout=TIMEOUT)
 
     def ask(path: str, **parameters: str) -> Any:
         answer = json.loads(get(f"http://{address}/api/v1/{path}?{urlencode(parameters)}"))

@@ -19,7 +19,7 @@ from resilient_tasks.core.model import State
 from resilient_tasks.worker.broker_queues import open_queues
 from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.queues import Move, Queues
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 from workers.processes import Server
 
 DEFERRED_PAYMENTS = "resilient.deferred.payments"
@@ -119,7 +119,7 @@ def a_delivered_message(shop: Shop) -> Iterator[tuple[Queues, Any]]:
     with shop.app.connection_for_read() as connection:
         channel = connection.default_channel
         with Consumer(channel, [Queue("celery")], on_message=received.append):
-            shop.wait(lambda: connection.drain_events(timeout=PATIENCE) or received, "the message")
+            shop.wait(lambda: connection.drain_events(timeout=TIMEOUT) or received, "the message")
         yield queues, received[0]
     queues.close()
 
@@ -194,7 +194,7 @@ def test_early_ack_puts_a_failing_task_aside_after_its_run(shop: Shop) -> None:
     shop.wait(lambda: shop.waiting("tolerant") == 1 and not shop.broker.hlen("unacked"), "it to wait")
     shop.wait_state(result, "DEFERRED")
     shop.set_health("early", "up")
-    assert result.get(timeout=PATIENCE) == "ok"
+    assert result.get(timeout=TIMEOUT) == "ok"
     assert set(shop.runs("early")) == {result.id}
 
 
@@ -236,8 +236,8 @@ def test_a_killed_pool_process_is_one_failure(shop: Shop) -> None:
     result = shop.reckless.delay("slow")
     shop.kill_pool_process()
     with pytest.raises(WorkerLostError):
-        result.get(timeout=PATIENCE)
-    assert shop.antidote.delay().get(timeout=PATIENCE) == "ok"
+        result.get(timeout=TIMEOUT)
+    assert shop.antidote.delay().get(timeout=TIMEOUT) == "ok"
     shop.wait(lambda: shop.tolerant.snapshot().calls == 2, "both to be counted")
     assert shop.tolerant.snapshot().failures == 1
 
@@ -258,7 +258,7 @@ def test_a_trial_whose_pool_process_is_killed_fails_at_once(shop: Shop) -> None:
 @pytest.mark.parametrize("fault", ["frozen", "stopped"])
 def test_without_the_result_backend_tasks_are_deferred_and_healthy_ones_run(shop: Shop, fault: str) -> None:
     backend = shop.server_of_its_own()
-    shop.worker(env={"SHOP_BACKEND_URL": backend.url(), "PATIENT_STATE_TIMEOUT": "0.25"})
+    shop.worker(env={"SHOP_BACKEND_URL": backend.url(), "SHOP_STATE_TIMEOUT": "0.25"})
     shop.open("payments")
     _take_away(backend, fault)
     charges = [shop.charge.delay(order).id for order in range(50)]
@@ -327,7 +327,7 @@ def test_without_the_store_open_is_honoured_and_healthy_tasks_run(shop: Shop, st
 
 def test_without_the_store_a_breaker_opens_in_each_worker(shop: Shop, store: Server) -> None:
     shop.worker(env={"RESILIENT_TASKS_BREAKERS__PAYMENTS__OPEN_DURATION": "8"})  # no trials while we look
-    assert shop.charge.delay(0).get(timeout=PATIENCE) == 0
+    assert shop.charge.delay(0).get(timeout=TIMEOUT) == 0
     store.stop()
     shop.set_health("payments", "down")
     charges = [shop.charge.delay(order) for order in range(30)]
@@ -383,7 +383,7 @@ def test_a_task_acknowledged_early_that_fails_while_the_broker_is_away_is_put_as
     server = shop.start_again(server, persistent=True)
     shop.wait_state(result, "DEFERRED")
     shop.set_health("early", "up")
-    assert result.get(timeout=PATIENCE) == "ok"
+    assert result.get(timeout=TIMEOUT) == "ok"
 
 
 def _charge_through(shop: Shop, broker: Server, count: int) -> list[Any]:

@@ -12,7 +12,7 @@ from celery import chain, chord, group
 from celery.canvas import StampingVisitor
 from celery.result import AsyncResult, GroupResult
 
-from tests.integration.post_office import PATIENCE, PostOffice
+from tests.integration.post_office import TIMEOUT, PostOffice
 
 # --- what a task sees of itself -----------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ def _comparable(seen: Any) -> Any:
 @pytest.mark.parametrize("protocol", [1, 2])
 def test_what_a_task_sees_of_itself(post: PostOffice, protocol: int) -> None:
     expires = datetime.now(timezone.utc) + timedelta(hours=1)
-    straight = _describe(post, protocol, expires).get(timeout=PATIENCE)
+    straight = _describe(post, protocol, expires).get(timeout=TIMEOUT)
     post.open("payments")
     deferred = _describe(post, protocol, expires)
     (seen,) = post.through_an_outage(deferred)
@@ -54,12 +54,12 @@ def test_what_a_member_of_a_workflow_sees_of_itself(post: PostOffice) -> None:
         members = [post.task("describe", number) for number in range(2)]
         return chain(post.task("collect"), chord(members, post.task("collect")), post.task("collect")).apply_async([1])
 
-    straight = send().get(timeout=PATIENCE)
+    straight = send().get(timeout=TIMEOUT)
     post.open("payments")
     deferred = send()
     post.wait(lambda: post.waiting("payments") == 2, "both members to wait")
     post.close("payments")
-    assert _comparable(deferred.get(timeout=PATIENCE)) == _comparable(straight)
+    assert _comparable(deferred.get(timeout=TIMEOUT)) == _comparable(straight)
 
 
 def test_stamps_come_through_a_workflow(post: PostOffice) -> None:
@@ -72,7 +72,7 @@ def test_stamps_come_through_a_workflow(post: PostOffice) -> None:
     post.open("payments")
     last = workflow.apply_async()
     post.through_an_outage(last.parent)
-    seen = last.get(timeout=PATIENCE)
+    seen = last.get(timeout=TIMEOUT)
     assert (seen["stamped_headers"], seen["stamps"]) == (["tenant"], {"tenant": "acme"})
 
 
@@ -87,14 +87,14 @@ def test_each_link_of_a_chain_is_deferred(post: PostOffice) -> None:
     post.close("payments")
     post.wait_state("DEFERRED", [last.parent])
     post.close("carrier")
-    assert last.get(timeout=PATIENCE) == 7
+    assert last.get(timeout=TIMEOUT) == 7
 
 
 def test_a_group(post: PostOffice) -> None:
     post.open("payments")
     whole = group(post.task("charge", order) for order in range(4)).apply_async()
     assert post.through_an_outage(*whole.results) == [0, 1, 2, 3]
-    assert whole.get(timeout=PATIENCE) == [0, 1, 2, 3]
+    assert whole.get(timeout=TIMEOUT) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("body", ["collect", "charge_all"])
@@ -104,7 +104,7 @@ def test_a_chord_across_an_outage(post: PostOffice, body: str) -> None:
     assert isinstance(total.parent, GroupResult)
     post.wait_state("DEFERRED", total.parent.results)
     post.side.set("health", "up")
-    value = total.get(timeout=PATIENCE)
+    value = total.get(timeout=TIMEOUT)
     assert value == 6 if body == "charge_all" else sorted(value) == [0, 1, 2, 3]
 
 
@@ -163,7 +163,7 @@ def test_a_deferred_task_is_replaced(post: PostOffice) -> None:
     result = chain(post.task("charge_and_delegate", 9), post.task("collect")).apply_async()
     post.wait_state("DEFERRED", [result.parent])
     post.close("payments")
-    assert result.get(timeout=PATIENCE) == 9
+    assert result.get(timeout=TIMEOUT) == 9
     assert post.runs("charge_and_delegate") == post.runs() == [result.parent.id]
 
 

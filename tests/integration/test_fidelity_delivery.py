@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 
-from tests.integration.post_office import ABROAD, PATIENCE, QUEUE, PostOffice
+from tests.integration.post_office import ABROAD, QUEUE, TIMEOUT, PostOffice
 
 # --- when ---------------------------------------------------------------------------------------------
 
@@ -29,7 +29,7 @@ def test_a_countdown_that_ends_after_the_outage_is_kept(post: PostOffice) -> Non
     due = time.time() + 1.0
     result = post.task("paced").apply_async(countdown=1.0)
     post.close("payments")
-    assert result.get(timeout=PATIENCE) >= due
+    assert result.get(timeout=TIMEOUT) >= due
 
 
 def test_a_rate_limit_holds_for_resumed_tasks(post: PostOffice) -> None:
@@ -45,7 +45,7 @@ def test_a_task_that_waits_for_its_rate_limit_is_deferred_when_its_turn_comes(po
         """Return a task whose turn has not come when the breaker opens."""
         post.close("payments")
         sent.extend(post.task("paced").apply_async() for _ in range(10))  # two a second
-        sent[-10].get(timeout=PATIENCE)
+        sent[-10].get(timeout=TIMEOUT)
         post.open("payments")
         post.wait(lambda: sent[-1].state in ("DEFERRED", "SUCCESS"), "its turn")
         return sent[-1] if sent[-1].state == "DEFERRED" else None
@@ -76,7 +76,7 @@ def test_reject_on_worker_lost(post: PostOffice) -> None:
     result = post.task("fragile").apply_async()
     post.wait_state("DEFERRED", [result])
     post.close("carrier")
-    assert result.get(timeout=PATIENCE) is True
+    assert result.get(timeout=TIMEOUT) is True
     assert post.runs("fragile") == [result.id] * 2
 
 
@@ -89,7 +89,7 @@ def test_a_time_limit(post: PostOffice, limit: str, error: type[Exception]) -> N
     post.wait_state("DEFERRED", [result])
     post.close("carrier")
     with pytest.raises(error):
-        result.get(timeout=PATIENCE)
+        result.get(timeout=TIMEOUT)
 
 
 def test_a_compressed_message(post: PostOffice) -> None:
@@ -103,7 +103,7 @@ def test_a_compressed_message(post: PostOffice) -> None:
 
 def _let_go(post: PostOffice, queue: str, count: int) -> list[Any]:
     """Have ``count`` waiting tasks resumed to a queue that nobody consumes meanwhile, and look at their messages."""
-    control, options = post.client.control, {"reply": True, "timeout": PATIENCE, "limit": 1}
+    control, options = post.client.control, {"reply": True, "timeout": TIMEOUT, "limit": 1}
     with post.client.connection_for_write() as connection:  # those of the pool may be of an earlier server's time
         control.cancel_consumer(queue, connection=connection, **options)
     post.close("payments")
@@ -126,7 +126,7 @@ def test_a_task_returns_to_the_queue_that_it_came_from(post: PostOffice) -> None
     post.wait_state("DEFERRED", results)
     (message,) = _let_go(post, ABROAD, 1)
     assert message.headers["id"] == results[0].id
-    seen = [result.get(timeout=PATIENCE)["delivery_info"] for result in results]
+    seen = [result.get(timeout=TIMEOUT)["delivery_info"] for result in results]
     assert [(info["exchange"], info["routing_key"]) for info in seen] == [
         ("to-post", "abroad.france"),
         ("to-post", "post.inland"),
@@ -141,7 +141,7 @@ def test_priorities(post: PostOffice) -> None:
     highest_first = [9, 6, 3, 0] if post.env["POST_BROKER_URL"].startswith("amqp") else [0, 3, 6, 9]
     assert [message.properties["priority"] for message in messages] == highest_first
     assert [message.payload[0] for message in messages] == [[level] for level in highest_first]
-    assert [result.get(timeout=PATIENCE) for result in results] == [3, 9, 0, 6]
+    assert [result.get(timeout=TIMEOUT) for result in results] == [3, 9, 0, 6]
 
 
 # --- to whom ------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_a_result_that_is_ignored_leaves_no_trace(post: PostOffice, task: str, o
     assert result.state == "PENDING"
     post.close("payments")
     post.wait(lambda: post.runs(task), "it to run")
-    assert post.task("collect", 1).apply_async().get(timeout=PATIENCE) == 1
+    assert post.task("collect", 1).apply_async().get(timeout=TIMEOUT) == 1
     assert result.state == "PENDING"
 
 
@@ -177,5 +177,5 @@ def test_result_backends(post: PostOffice, backend: str) -> None:
     post.wait_state("DEFERRED", [result])
     assert result.info["breaker"] == "payments"
     post.close("payments")
-    assert result.get(timeout=PATIENCE) == 1
+    assert result.get(timeout=TIMEOUT) == 1
     producer.close()

@@ -12,7 +12,7 @@ import pytest
 
 from resilient_tasks.flower import service
 from resilient_tasks.worker.envelope import Envelope
-from tests.integration.conftest import MODULE, NEVER_LATE, PATIENCE, Shop
+from tests.integration.conftest import MODULE, NEVER_LATE, TIMEOUT, Shop
 from tests.integration.test_bad_messages import message
 from tests.support.browser import Browser, chromium_binary
 from tests.support.flower_site import flower_site
@@ -29,7 +29,7 @@ class Site:
     def __init__(self, program: Program, url: str) -> None:
         self.program = program
         self.url = url
-        self.client = httpx.Client(base_url=url, auth=ANN, timeout=PATIENCE)
+        self.client = httpx.Client(base_url=url, auth=ANN, timeout=TIMEOUT)
 
     def get(self, address: str) -> Any:
         """Return what an address answers as JSON, as soon as it does: the machine may stop it for a moment."""
@@ -38,7 +38,7 @@ class Site:
             response = self.client.get(address)
             return [] if response.status_code == httpx.codes.SERVICE_UNAVAILABLE else [response.raise_for_status()]
 
-        return wait_until(answers, timeout=PATIENCE, what=f"an answer to {address}")[0].json()
+        return wait_until(answers, timeout=TIMEOUT, what=f"an answer to {address}")[0].json()
 
     def post(self, address: str, **words: Any) -> httpx.Response:
         """Send words to an address."""
@@ -62,14 +62,14 @@ def start_flower(shop: Shop, directory: Path, *command: str) -> Site:
     environment = {**shop.env, **soon, "PYTHONPATH": str(PROJECT)}
     program = start_program(arguments, name=f"flower{port}", directory=directory, env=environment, cwd=directory)
     site = Site(program, f"http://{LOCALHOST}:{port}")
-    program.wait_ready(lambda: _answers(site), timeout=PATIENCE)
+    program.wait_ready(lambda: _answers(site), timeout=TIMEOUT)
     with shop.app.connection_for_write() as connection, shop.app.events.Dispatcher(connection) as dispatcher:
 
         def has_received() -> bool:
             dispatcher.send("task-received", uuid=site.url, name="test")
             return site.count("RECEIVED", [site.url]) == 1
 
-        program.wait_ready(has_received, timeout=PATIENCE)
+        program.wait_ready(has_received, timeout=TIMEOUT)
     return site
 
 
@@ -300,7 +300,7 @@ def test_resuming_goes_on_at_the_rate_that_was_asked_for_last(shop: Shop, monkey
         slow = site.post("/api/breakers/payments/resume", json={"rate": 0.01})
         assert (slow.status_code, slow.json()) == (202, {"resumed": None})
         shop.wait(lambda: shop.waiting("payments") == 3, "the first to be resumed")
-        monkeypatch.setattr(service, "TIMEOUT", PATIENCE)
+        monkeypatch.setattr(service, "TIMEOUT", TIMEOUT)
         assert site.post("/api/breakers/payments/resume").json() == {"resumed": 3}
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kombu import Producer
 
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 from tests.integration.forgeries import damaged_messages, garbage, published_messages, raw_messages
 
 BATCH = 10
@@ -46,9 +46,9 @@ def test_forged_messages_disturb_nobody(shop: Shop, pool: str) -> None:
             _send(shop, message)
         sent += len(batch)
         charged, pong = shop.charge.delay(7), shop.ping.delay()
-        assert pong.get(timeout=PATIENCE) == "pong", "a healthy task of no breaker"
+        assert pong.get(timeout=TIMEOUT) == "pong", "a healthy task of no breaker"
         shop.close("payments")
-        assert charged.get(timeout=PATIENCE) == 7, "a healthy task, deferred if the breaker was open"
+        assert charged.get(timeout=TIMEOUT) == 7, "a healthy task, deferred if the breaker was open"
         assert worker.running
 
     send()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from resilient_tasks.core.model import State
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 from tests.support.health_server import HealthServer, start_health_server
 from workers.processes import Program, Worker
 
@@ -118,7 +118,7 @@ def clinic(_shop: Shop, grpc_health: HealthServer, tmp_path_factory: pytest.Temp
 
 
 def test_an_active_check_opens_before_any_task_has_failed(clinic: Clinic) -> None:
-    assert clinic.treat.delay(0).get(timeout=PATIENCE) == 0
+    assert clinic.treat.delay(0).get(timeout=TIMEOUT) == 0
     opened = ""
     while "answered 503, expected 200..299" not in opened:  # a machine that is too slow to answer opens it as well
         clinic.service.status = 200

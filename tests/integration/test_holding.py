@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 from tests.integration.test_faults import soon_restored
 from workers.processes import Worker
 
@@ -21,7 +21,7 @@ def hold(shop: Shop, **env: str) -> tuple[Worker, list[Any]]:
     shop.set_health("alone", "hang")
     results = [shop.one_by_one.delay() for _ in range(1 + HELD)]
     shop.wait(lambda: shop.runs("one_by_one"), "one to run")
-    assert shop.ping.delay().get(timeout=PATIENCE) == "pong", "others run"
+    assert shop.ping.delay().get(timeout=TIMEOUT) == "pong", "others run"
     shop.wait(lambda: shop.broker.llen("celery") == 0, "the others to be taken")
     return worker, results
 

@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from tests.integration.conftest import Shop
-from tests.integration.depots import PATIENCE, Depot, are
+from tests.integration.depots import TIMEOUT, Depot, are
 from workers.processes import Program, wait_until
 
 LIMIT = 2  # of the depot's scarce breaker
@@ -53,11 +53,11 @@ def test_tasks_beyond_the_limit_wait_outside_and_come_back_in_order(depot: Depot
     client = depot.client()
     results = [client.send_task("occupy", (order,)) for order in range(16)]
     reason = "deferred: breaker 'scarce' is at capacity"
-    wait_until(lambda: reason in worker.output(), timeout=PATIENCE, what="some to wait")
-    wait_until(lambda: any(each.state == "DEFERRED" for each in results), timeout=PATIENCE, what="the state of one")
-    assert client.send_task("ping").get(timeout=PATIENCE) == "pong"
+    wait_until(lambda: reason in worker.output(), timeout=TIMEOUT, what="some to wait")
+    wait_until(lambda: any(each.state == "DEFERRED" for each in results), timeout=TIMEOUT, what="the state of one")
+    assert client.send_task("ping").get(timeout=TIMEOUT) == "pong"
     depot.side.delete("hold")
-    wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
+    wait_until(are("SUCCESS", results), timeout=TIMEOUT, what="all to finish")
     assert most_in_flight(depot) == LIMIT
     begun = list(map(int, depot.side.lrange("begun:scarce", 0, -1)))
     overtaken = sum(later <= earlier - LIMIT for earlier, later in pairwise(begun))
@@ -77,12 +77,12 @@ def test_the_limits_hold_when_workers_are_killed_and_all_tasks_finish(depot: Dep
         client.send_task("serve", (0,))
         return depot.side.exists(*(f"seen in flight:{share}" for share in shares)) == len(shares)
 
-    wait_until(each_has_served, timeout=PATIENCE, what="each worker to serve")
+    wait_until(each_has_served, timeout=TIMEOUT, what="each worker to serve")
     results = [client.send_task(name, (order,)) for order in range(30) for name in ("occupy", "serve")]
     for at, victim in ((5, workers[0]), (15, workers[1])):
-        wait_until(partial(has_begun, depot, at), timeout=PATIENCE, what="work to go on")
+        wait_until(partial(has_begun, depot, at), timeout=TIMEOUT, what="work to go on")
         kill(depot, victim)
-    wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
+    wait_until(are("SUCCESS", results), timeout=TIMEOUT, what="all to finish")
     assert most_in_flight(depot) == LIMIT
     assert [most_in_flight(depot, share) for share in shares] == [1, 1, 1], "each worker keeps a limit of its own"
 

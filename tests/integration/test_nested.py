@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 
 pools = pytest.mark.parametrize("pool", ["prefork", "threads"])
 
@@ -28,7 +28,7 @@ def heals(shop: Shop, task: str, pool: str) -> None:
     results = [getattr(shop, task).delay() for _ in range(6)]
     shop.wait_done(*results)
     shop.wait(lambda: shop.payments.snapshot().state == "CLOSED", "payments to close")
-    assert {result.get(timeout=PATIENCE) for result in results} == {"token"}
+    assert {result.get(timeout=TIMEOUT) for result in results} == {"token"}
 
 
 def test_tasks_of_another_breaker_that_call_nested_functions_finish(shop: Shop) -> None:
@@ -55,7 +55,7 @@ def test_wrapped_refusals_defer_or_fall_back(shop: Shop) -> None:
     results = [task.delay() for task in tasks]
     for result in results:
         shop.wait_state(result, "DEFERRED")
-    assert shop.send_or_later.delay().get(timeout=PATIENCE) == "later"
+    assert shop.send_or_later.delay().get(timeout=TIMEOUT) == "later"
     shop.mail.reset(reason="done")
     shop.wait_done(*results)
 

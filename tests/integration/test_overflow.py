@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 from workers.processes import Worker
 
 MOST = 2  # that ``blocking`` may defer
@@ -116,10 +116,10 @@ def test_an_operator_who_cancels_a_blocked_queue_has_the_last_word(shop: Shop) -
     results = haul(shop, 6)
     wait_until_blocked(shop, worker, results)
     control = shop.app.control
-    control.cancel_consumer("bulk", reply=True, timeout=PATIENCE, limit=1)
+    control.cancel_consumer("bulk", reply=True, timeout=TIMEOUT, limit=1)
     shop.close("blocking")
     shop.wait(lambda: all(result.state == "DEFERRED" or result.ready() for result in results[:MOST]), "the resumed")
     assert shop.ping.delay().get(timeout=60) == "pong"
     assert set(queued(shop)) >= set(ids(results)[MOST:])
-    control.add_consumer("bulk", reply=True, timeout=PATIENCE, limit=1)
+    control.add_consumer("bulk", reply=True, timeout=TIMEOUT, limit=1)
     finish(shop, results)

@@ -14,7 +14,7 @@ from kombu import Connection, Queue
 from resilient_tasks.worker.broker_queues import PublishedQueues
 from tests.integration.depots import (
     MODULE,
-    PATIENCE,
+    TIMEOUT,
     Depot,
     are,
     live_through_an_outage,
@@ -76,7 +76,7 @@ def test_whoever_comes_first(depot: Callable[..., Depot], fresh: RabbitMQ, defau
     worker.stop()
     breakers(project, "trip", "payments", "--reason", "test")
     client = project.client()
-    wait_until(lambda: messages_in(client, CONTROL) > [0], timeout=PATIENCE, what="a tick of beat's")
+    wait_until(lambda: messages_in(client, CONTROL) > [0], timeout=TIMEOUT, what="a tick of beat's")
     as_the_app = "quorum" if defaults == "quorum" else "classic"
     found = types(fresh)
     assert (found[CONTROL], found[DEFERRED]) == ("classic", as_the_app)
@@ -118,4 +118,4 @@ def test_a_queue_of_the_users_below_the_namespace(depot: Callable[..., Depot]) -
     results = send_charges(client, [0] * ORDERS)
     wait_until_deferred(client, len(results))
     below.side.set("health", "up")
-    wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
+    wait_until(are("SUCCESS", results), timeout=TIMEOUT, what="all to finish")

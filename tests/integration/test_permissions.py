@@ -15,7 +15,7 @@ from kombu import Connection
 
 from resilient_tasks.worker.broker_queues import PublishedQueues
 from resilient_tasks.worker.queues import own_queue
-from tests.integration.depots import MODULE, PATIENCE, Depot, are, live_through_an_outage, messages_in, send_charges
+from tests.integration.depots import MODULE, TIMEOUT, Depot, are, live_through_an_outage, messages_in, send_charges
 from tests.support import forks
 from workers.processes import LOCALHOST, PROJECT, Program, Server, celery_command, start_valkey, wait_until
 from workers.rabbitmq import RabbitMQ
@@ -79,17 +79,17 @@ def other_tasks_go_on(depot: Depot, worker: Program) -> None:
     """See that an outage holds up nothing but its own tasks, which are done after it."""
     client = depot.client()
     refused = "resilient.deferred.payments"
-    worker.wait_for_output("tasks cannot be deferred, the broker refuses", timeout=PATIENCE)
+    worker.wait_for_output("tasks cannot be deferred, the broker refuses", timeout=TIMEOUT)
     operate(depot, "isolate", "payments", "--reason", "test")
-    wait_until(lambda: "FORCED_OPEN" in str(client.control.broadcast("breakers", reply=True)), timeout=PATIENCE)
+    wait_until(lambda: "FORCED_OPEN" in str(client.control.broadcast("breakers", reply=True)), timeout=TIMEOUT)
     charges = send_charges(client, [0] * ORDERS)
     pings = [client.send_task("ping") for _ in range(ORDERS)]
-    wait_until(are("SUCCESS", pings), timeout=PATIENCE, what="other tasks to finish")
+    wait_until(are("SUCCESS", pings), timeout=TIMEOUT, what="other tasks to finish")
     assert not [charge for charge in charges if charge.state in ("SUCCESS", "FAILURE")]
     assert f"the queue {refused}" in doctor(depot)
     operate(depot, "reset", "payments", "--reason", "test")
-    wait_until(are("SUCCESS", charges), timeout=PATIENCE, what="charges to finish")
-    assert [client.send_task("ping").get(timeout=PATIENCE) for _ in range(5)] == ["pong"] * 5
+    wait_until(are("SUCCESS", charges), timeout=TIMEOUT, what="charges to finish")
+    assert [client.send_task("ping").get(timeout=TIMEOUT) for _ in range(5)] == ["pong"] * 5
     assert sum(refused in line for line in errors_of(worker)) == 1
     assert "Traceback" not in worker.output()
     assert PASSWORD not in worker.output()
@@ -131,13 +131,13 @@ def test_rights_that_are_granted_later_are_used(restricted: RabbitMQ, depot: Cal
     operate(later, "isolate", "payments", "--reason", "test")
     charges = send_charges(client, [0] * ORDERS)
     restricted.control(*command[1:])
-    wait_until(are("DEFERRED", charges), timeout=PATIENCE, what="all to be deferred")
+    wait_until(are("DEFERRED", charges), timeout=TIMEOUT, what="all to be deferred")
     wait_until(
         lambda: messages_in(client, "celery", "resilient.deferred.payments") == [0, ORDERS],
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         what="all to wait in one place",
     )
-    worker.wait_for_output("the broker refuses resilient.deferred.payments no more", timeout=PATIENCE)
+    worker.wait_for_output("the broker refuses resilient.deferred.payments no more", timeout=TIMEOUT)
 
 
 @pytest.mark.rabbitmq

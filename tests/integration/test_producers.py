@@ -12,7 +12,7 @@ from kombu import Queue
 
 from resilient_tasks import Breaker, BreakerOpenError, Resilience
 from tests.integration.depots import messages_in
-from tests.integration.post_office import ABROAD, PATIENCE, PostOffice
+from tests.integration.post_office import ABROAD, TIMEOUT, PostOffice
 
 
 class Website(NamedTuple):
@@ -53,7 +53,7 @@ def _estimate(account: int) -> int:
 
 def test_a_website_learns_at_once_that_a_dependency_is_down(post: PostOffice, website: Website) -> None:
     assert website.payments.accepting
-    assert website.task("charge").apply_async((1,), on_open="fail").get(timeout=PATIENCE) == 1
+    assert website.task("charge").apply_async((1,), on_open="fail").get(timeout=TIMEOUT) == 1
     website.payments.isolate(reason="test")
     assert not website.payments.accepting
     with pytest.raises(BreakerOpenError):
@@ -79,7 +79,7 @@ def test_tasks_of_a_gated_website_wait_at_once_and_are_resumed_like_any_other(
     post: PostOffice, website: Website
 ) -> None:
     expires = datetime.now(timezone.utc) + timedelta(hours=1)
-    straight = [result.get(timeout=PATIENCE) for result in _workflows(website, expires)]
+    straight = [result.get(timeout=TIMEOUT) for result in _workflows(website, expires)]
     post.side.delete("runs:charge")
 
     website.payments.isolate(reason="test")
@@ -89,7 +89,7 @@ def test_tasks_of_a_gated_website_wait_at_once_and_are_resumed_like_any_other(
     assert charged.info["breaker"] == "payments"
     post.wait(lambda: post.waiting("payments") == len(at_once), "all to be in the index")
     post.close("payments")
-    deferred = [result.get(timeout=PATIENCE) for result in results]
+    deferred = [result.get(timeout=TIMEOUT) for result in results]
     assert [deferred[0], *deferred[2:]] == [straight[0], *straight[2:]]
     mine = {"id", "root_id", "correlation_id", "origin", "properties"}
     seen, expected = (
@@ -105,7 +105,7 @@ def test_what_expires_while_it_waits_never_runs(post: PostOffice, website: Websi
     lasting = website.task("charge").delay(2)
     post.wait_state("REVOKED", [result])
     post.close("payments")
-    assert lasting.get(timeout=PATIENCE) == 2
+    assert lasting.get(timeout=TIMEOUT) == 2
     assert post.runs() == [lasting.id]
 
 
@@ -120,7 +120,7 @@ def test_of_several_tasks_with_one_key_only_the_latest_runs(post: PostOffice, we
     revoked.revoke()
     post.wait_state("REVOKED", [revoked])
     post.close("payments")
-    assert [result.get(timeout=PATIENCE) for result in (other, follower, latest)] == [1, 3, 4]
+    assert [result.get(timeout=TIMEOUT) for result in (other, follower, latest)] == [1, 3, 4]
     post.wait_state("IGNORED", stale)
     assert [result.info for result in stale] == [{"breaker": "payments", "ran": latest.id}] * 2
     assert sorted(post.runs("sync")) == sorted([other.id, follower.id, latest.id])

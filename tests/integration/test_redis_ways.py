@@ -17,7 +17,7 @@ from resilient_tasks import Resilience
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.model import State
 from resilient_tasks.errors import StoreError
-from tests.integration.depots import PATIENCE, Depot, are, live_through_an_outage, send_charges, wait_until_deferred
+from tests.integration.depots import TIMEOUT, Depot, are, live_through_an_outage, send_charges, wait_until_deferred
 from tests.support.servers import (
     MASTER_NAME,
     PASSWORD,
@@ -157,16 +157,16 @@ def test_a_failover_in_mid_outage(depot: Callable[..., Depot], sentinels: Sentin
         master.set("fence", "")  # a connection waits for its own writes, and so for all before them
         assert master.wait(1, 60_000) == 1, "the replica has what was acknowledged"
     former.program.kill()
-    wait_until(lambda: sentinels.master() is not former, timeout=PATIENCE, what="another master")
+    wait_until(lambda: sentinels.master() is not former, timeout=TIMEOUT, what="another master")
     with breaker_behind(sentinels) as payments:
-        state = wait_until(lambda: state_of(payments), timeout=PATIENCE, what="the store to answer")
+        state = wait_until(lambda: state_of(payments), timeout=TIMEOUT, what="the store to answer")
         assert state in (State.OPEN, State.HALF_OPEN)
         again = send_charges(client, PRIORITIES[:3])
         wait_until_deferred(client, len(results + again))
         project.side.set("health", "up")
-        wait_until(are("SUCCESS", results + again), timeout=PATIENCE, what="all to finish")
-        wait_until(lambda: state_of(payments) is State.CLOSED, timeout=PATIENCE, what="the breaker to close")
-        wait_until(lambda: payments.snapshot().deferred == 0, timeout=PATIENCE, what="the index to be empty")
+        wait_until(are("SUCCESS", results + again), timeout=TIMEOUT, what="all to finish")
+        wait_until(lambda: state_of(payments) is State.CLOSED, timeout=TIMEOUT, what="the breaker to close")
+        wait_until(lambda: payments.snapshot().deferred == 0, timeout=TIMEOUT, what="the index to be empty")
 
 
 # --- a cluster for the store ----------------------------------------------------------------------------------
@@ -185,4 +185,4 @@ def test_a_store_in_a_cluster(depot: Callable[..., Depot], cluster: Cluster, ser
     client = live_through_an_outage(project, PRIORITIES)
     cluster.nodes[0].program.kill()  # without a replica the cluster is down, and no task fails for that
     results = send_charges(client, PRIORITIES)
-    wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish without a store")
+    wait_until(are("SUCCESS", results), timeout=TIMEOUT, what="all to finish without a store")

@@ -8,7 +8,7 @@ from typing import Any
 from resilient_tasks import BreakerOpenError
 from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.core.outage import Outage
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 from tests.integration.test_cli import here
 
 ORDERS = 30
@@ -57,7 +57,7 @@ def test_an_outage_is_told_as_it_was(shop: Shop) -> None:
     assert outage.causes == [("DependencyDownError", outage.failed_calls)]
     assert outage.counts.refused >= ORDERS - outage.failed_calls
     assert outage.opened < (outage.closed or 0) < (outage.drained or 0)
-    assert 0 < outage.longest_wait < PATIENCE
+    assert 0 < outage.longest_wait < TIMEOUT
     assert shop.resilience.estimate("payments") is None
 
     [reported] = json.loads(here(shop, "report", "payments", "--since", "1h", "--format", "json").output)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from resilient_tasks.core.model import State
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 
 
 class Outage:
@@ -109,7 +109,7 @@ def test_beats_may_come_twice_and_die(shop: Shop) -> None:
     shop.wait(lambda: shop.waiting("payments") == 30, "all to wait")
     shop.close("payments")
     for beat in beats:
-        beat.wait_for_output("Sending due task resilient-tasks-tick", timeout=PATIENCE)
+        beat.wait_for_output("Sending due task resilient-tasks-tick", timeout=TIMEOUT)
     for beat in beats:
         beat.kill()
     shop.wait_done(*results)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from resilient_tasks import BreakerOpenError
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 from workers.processes import Worker, start_beat, start_worker, wait_until
 from workers.stack import FlakyService, start_service
 
@@ -34,15 +34,15 @@ class ServiceA:
         self._tasks = project
 
     def look_up(self, item: str) -> Any:
-        return self._tasks.look_up.delay(item).get(timeout=PATIENCE)
+        return self._tasks.look_up.delay(item).get(timeout=TIMEOUT)
 
     def source_of(self, item: str) -> tuple[Any, str]:
         """Look something up; return the answer and the fallback that gave it."""
         result = self._tasks.look_up.delay(item)
-        return result.get(timeout=PATIENCE), self.resilience.provenance(result.id).source
+        return result.get(timeout=TIMEOUT), self.resilience.provenance(result.id).source
 
     def look_up_at_once(self, item: str, count: int) -> list[Any]:
-        return [result.get(timeout=PATIENCE) for result in [self._tasks.look_up.delay(item) for _ in range(count)]]
+        return [result.get(timeout=TIMEOUT) for result in [self._tasks.look_up.delay(item) for _ in range(count)]]
 
     def seconds_of_other_apis(self, *, beside: str) -> float:
         """Return how long forty other tasks take, with as many look-ups in between."""
@@ -50,7 +50,7 @@ class ServiceA:
         for number in range(MANY):
             self._tasks.look_up.delay(beside)
             results.append(self._tasks.other_api.delay(number))
-        assert [result.get(timeout=PATIENCE) for result in results] == list(range(MANY))
+        assert [result.get(timeout=TIMEOUT) for result in results] == list(range(MANY))
         return time.monotonic() - started
 
 
@@ -93,23 +93,23 @@ def test_the_textbook_example(a: ServiceA, b: FlakyService) -> None:
         item: f"accounts did GET /accounts/items/{item}" for item in "12"
     }
     with_b = a.seconds_of_other_apis(beside="2")
-    wait_until(lambda: _calls(b) == 2 + MANY, timeout=PATIENCE, what="all look-ups to have reached B")
+    wait_until(lambda: _calls(b) == 2 + MANY, timeout=TIMEOUT, what="all look-ups to have reached B")
 
     b.make("accounts", "hang")
     failures = a.breaker.policy.consecutive_failures
     assert a.look_up_at_once("1", failures) == ["1 from the other source"] * failures
-    wait_until(lambda: a.breaker.state == "OPEN", timeout=PATIENCE, what="A to give B up")
+    wait_until(lambda: a.breaker.state == "OPEN", timeout=TIMEOUT, what="A to give B up")
     before = _calls(b)
     assert a.source_of("1") == ("1 from the other source", "other_source")
     assert a.source_of("2") == ("accounts did GET /accounts/items/2", "cached")
     with pytest.raises(BreakerOpenError):
         a.look_up("3")
-    wait_until(lambda: a.seconds_of_other_apis(beside="2") < 3 * with_b, timeout=PATIENCE, what="the usual speed")
-    wait_until(lambda: _probes(b, "hang") >= 3, timeout=PATIENCE, what="B to be checked again and again")
+    wait_until(lambda: a.seconds_of_other_apis(beside="2") < 3 * with_b, timeout=TIMEOUT, what="the usual speed")
+    wait_until(lambda: _probes(b, "hang") >= 3, timeout=TIMEOUT, what="B to be checked again and again")
     assert _calls(b) == before, "only by probes"
 
     b.make("accounts", "up")
-    wait_until(lambda: a.breaker.state == "CLOSED", timeout=PATIENCE, what="B to be used again")
+    wait_until(lambda: a.breaker.state == "CLOSED", timeout=TIMEOUT, what="B to be used again")
     assert a.look_up("3") == "accounts did GET /accounts/items/3"
     assert a.worker.running
     assert _probes(b, "up") >= a.breaker.policy.trial_calls

@@ -18,7 +18,7 @@ from resilient_tasks.worker.queues import Entry
 from tests.integration import cloud
 from tests.integration.depots import (
     MODULE,
-    PATIENCE,
+    TIMEOUT,
     Depot,
     are,
     live_through_an_outage,
@@ -80,7 +80,7 @@ def test_an_outage_on_rabbitmq(on_rabbitmq: Depot) -> None:
     priorities = [order % 10 for order in range(ORDERS)]
     client = live_through_an_outage(on_rabbitmq, priorities)
     queues = on_rabbitmq.queue, "resilient.deferred.payments", "resilient.control"
-    wait_until(lambda: messages_in(client, *queues) == [0, 0, 0], timeout=PATIENCE, what="the queues to be empty")
+    wait_until(lambda: messages_in(client, *queues) == [0, 0, 0], timeout=TIMEOUT, what="the queues to be empty")
 
 
 @pytest.mark.rabbitmq
@@ -91,21 +91,19 @@ def test_a_message_on_rabbitmq_is_in_one_place(on_rabbitmq: Depot, rabbitmq: Rab
     depot.side.set("health", "down")
     client = depot.client()
     results = send_charges(client, [0] * ORDERS)
-    wait_until(are("DEFERRED", results), timeout=PATIENCE, what="all to be deferred")
+    wait_until(are("DEFERRED", results), timeout=TIMEOUT, what="all to be deferred")
     worker.stop()  # a tick would have released trials
     queues = depot.queue, "resilient.deferred.payments"
-    wait_until(
-        lambda: sum(messages_in(client, *queues)) >= ORDERS, timeout=PATIENCE, what="the broker to have them all"
-    )
+    wait_until(lambda: sum(messages_in(client, *queues)) >= ORDERS, timeout=TIMEOUT, what="the broker to have them all")
     assert sum(messages_in(client, *queues)) == ORDERS
     kinds = dict(line.split() for line in rabbitmq.control("list_queues", "name", "type").splitlines()[1:])
     assert kinds["resilient.deferred.payments"] == kinds[depot.queue]
     depot.side.set("health", "up")
     depot.side.delete("runs")
     depot.worker()
-    wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
+    wait_until(are("SUCCESS", results), timeout=TIMEOUT, what="all to finish")
     assert sorted(depot.side.lrange("runs", 0, -1)) == sorted(result.id for result in results)
-    wait_until(lambda: messages_in(client, *queues) == [0, 0], timeout=PATIENCE, what="the queues to be empty")
+    wait_until(lambda: messages_in(client, *queues) == [0, 0], timeout=TIMEOUT, what="the queues to be empty")
 
 
 @pytest.mark.rabbitmq
@@ -117,9 +115,9 @@ def test_what_names_no_task_is_kept_apart(rabbitmq: RabbitMQ, depot: Callable[..
         with client.connection_for_write() as connection:
             Producer(connection).publish([[], {}, {}], routing_key="depot-strange", headers=fields)
     (healthy,) = send_charges(client, [0])
-    wait_until(are("SUCCESS", [healthy]), timeout=PATIENCE, what="a healthy task")
+    wait_until(are("SUCCESS", [healthy]), timeout=TIMEOUT, what="a healthy task")
     assert worker.running
-    wait_until(lambda: messages_in(client, "resilient.dead.undecodable") == [3], timeout=PATIENCE, what="dead letters")
+    wait_until(lambda: messages_in(client, "resilient.dead.undecodable") == [3], timeout=TIMEOUT, what="dead letters")
 
 
 @pytest.mark.rabbitmq
@@ -131,11 +129,11 @@ def test_what_finds_no_room_on_rabbitmq_stays_on_its_queue(on_rabbitmq: Depot) -
     depot.side.set("health", "down")
     client = depot.client()
     results = send_charges(client, [0] * 10)
-    worker.wait_for_output(f"queue {depot.queue} is blocked", timeout=PATIENCE)
+    worker.wait_for_output(f"queue {depot.queue} is blocked", timeout=TIMEOUT)
     depot.side.set("health", "up")
-    wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
+    wait_until(are("SUCCESS", results), timeout=TIMEOUT, what="all to finish")
     queues = depot.queue, "resilient.deferred.payments"
-    wait_until(lambda: messages_in(client, *queues) == [0, 0], timeout=PATIENCE, what="the queues to be empty")
+    wait_until(lambda: messages_in(client, *queues) == [0, 0], timeout=TIMEOUT, what="the queues to be empty")
 
 
 @pytest.mark.rabbitmq
@@ -145,17 +143,17 @@ def test_a_rabbitmq_short_of_memory_holds_up_no_worker(rabbitmq: RabbitMQ, depot
     short.side.set("health", "down")
     client = short.client()
     results = send_charges(client, [0] * 3)
-    wait_until(are("DEFERRED", results), timeout=PATIENCE, what="the worker to be at work")
+    wait_until(are("DEFERRED", results), timeout=TIMEOUT, what="the worker to be at work")
     worker.freeze()
     results += send_charges(client, [0] * 3)
     rabbitmq.control("set_vm_memory_high_watermark", "0")
     try:
         worker.thaw()
-        worker.wait_for_output("cannot be deferred yet", timeout=PATIENCE)
+        worker.wait_for_output("cannot be deferred yet", timeout=TIMEOUT)
     finally:
         rabbitmq.control("set_vm_memory_high_watermark", "0.4")
     short.side.set("health", "up")
-    wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
+    wait_until(are("SUCCESS", results), timeout=TIMEOUT, what="all to finish")
 
 
 @pytest.mark.rabbitmq
@@ -165,7 +163,7 @@ def test_a_task_whose_queue_is_gone_is_dead_lettered(rabbitmq: RabbitMQ, depot: 
     former.side.set("health", "down")
     client = former.client()
     results = send_charges(client, [0] * 4)
-    wait_until(are("DEFERRED", results), timeout=PATIENCE, what="all to be deferred")
+    wait_until(are("DEFERRED", results), timeout=TIMEOUT, what="all to be deferred")
     worker.kill()
     with client.connection_for_write() as connection:
         connection.default_channel.queue_delete("depot-former")
@@ -173,8 +171,8 @@ def test_a_task_whose_queue_is_gone_is_dead_lettered(rabbitmq: RabbitMQ, depot: 
     former.side.set("health", "up")
     former.env["DEPOT_QUEUE"] = "depot-later"
     former.worker()
-    wait_until(lambda: messages_in(client, "resilient.dead.payments") == [4], timeout=PATIENCE, what="dead letters")
-    wait_until(are("FAILURE", results), timeout=PATIENCE, what="all to have failed")
+    wait_until(lambda: messages_in(client, "resilient.dead.payments") == [4], timeout=TIMEOUT, what="dead letters")
+    wait_until(are("FAILURE", results), timeout=TIMEOUT, what="all to have failed")
     assert messages_in(client, "resilient.deferred.payments") == [0]
 
 
@@ -186,18 +184,18 @@ def test_rabbitmq_restarts_in_mid_outage(on_rabbitmq: Depot, rabbitmq: RabbitMQ,
     depot.side.set("health", "down")
     client = depot.client()
     results = send_charges(client, [0] * ORDERS)
-    wait_until(are("DEFERRED", results), timeout=PATIENCE, what="all to be deferred")
+    wait_until(are("DEFERRED", results), timeout=TIMEOUT, what="all to be deferred")
     if how == "KILL":
         rabbitmq.program.kill()
     else:
         rabbitmq.program.stop(timeout=30.0)
     rabbitmq.start_again()
     client = depot.client()
-    assert client.send_task("ping").get(timeout=PATIENCE) == "pong"
+    assert client.send_task("ping").get(timeout=TIMEOUT) == "pong"
     depot.side.set("health", "up")
-    wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
+    wait_until(are("SUCCESS", results), timeout=TIMEOUT, what="all to finish")
     queues = depot.queue, "resilient.deferred.payments"
-    wait_until(lambda: messages_in(client, *queues) == [0, 0], timeout=PATIENCE, what="the queues to be empty")
+    wait_until(lambda: messages_in(client, *queues) == [0, 0], timeout=TIMEOUT, what="the queues to be empty")
 
 
 @pytest.mark.rabbitmq
@@ -271,11 +269,11 @@ def test_an_outage_in_memory(
         dependency()
         return order
 
-    with start_worker_here(app, pool=pool, perform_ping_check=False, shutdown_timeout=PATIENCE):
+    with start_worker_here(app, pool=pool, perform_ping_check=False, shutdown_timeout=TIMEOUT):
         results = [charge.delay(order) for order in range(ORDERS)]
-        wait_until(are("DEFERRED", results), timeout=PATIENCE, what="all to be deferred")
+        wait_until(are("DEFERRED", results), timeout=TIMEOUT, what="all to be deferred")
         dependency.up = True
-        wait_until(are("SUCCESS", results), timeout=PATIENCE, what="all to finish")
+        wait_until(are("SUCCESS", results), timeout=TIMEOUT, what="all to finish")
     assert [result.result for result in results] == list(range(ORDERS))
     assert payments.snapshot().state == "CLOSED"
     assert "resilient-tasks-maintenance" not in {thread.name for thread in threading.enumerate()}

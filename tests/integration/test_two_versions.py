@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import PATIENCE, Shop
+from tests.integration.conftest import TIMEOUT, Shop
 from workers.processes import PROJECT, Program
 
 FORMER = "d43ce6d"  # the last commit whose stores keep rates over a window, under keys without a schema number
@@ -105,7 +105,7 @@ def test_a_deploy_of_this_version_loses_no_task_and_forgets_no_operator(
     shop.wait(lambda: shop.waiting("mail") >= 15, "tasks to wait while both versions run")
 
     shop.side.delete("down")
-    before.stop(timeout=PATIENCE)
+    before.stop(timeout=TIMEOUT)
     shop.wait_done(*charges)
     assert {result.get() for result in charges} == set(range(60))
     assert shop.side.scard("charged") == 60

@@ -11,7 +11,7 @@ from celery import Celery
 
 from resilient_tasks import Resilience, cached
 from resilient_tasks.checks import http_check
-from tests.support import patience  # noqa: F401 - makes this process patient
+from tests.support import long_timeouts  # noqa: F401 - for this process
 
 B = os.environ["TEXTBOOK_B_URL"]
 OTHER_SOURCE = {"1": "1 from the other source"}

@@ -9,7 +9,7 @@ from celery import Celery
 from django.conf import settings
 
 from resilient_tasks import Resilience
-from tests.support import patience  # noqa: F401 - makes this process patient
+from tests.support import long_timeouts  # noqa: F401 - for this process
 
 settings.configure(
     USE_TZ=True,

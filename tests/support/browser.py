@@ -16,7 +16,7 @@ from typing import Any
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _TO_BROWSER, _FROM_BROWSER = 3, 4  # the descriptors that --remote-debugging-pipe speaks on
-_PATIENCE = 60.0
+_TIMEOUT = 60.0
 
 
 def chromium_binary() -> str | None:
@@ -123,12 +123,12 @@ class Browser:
 
     def wait(self, script: str) -> None:
         """Wait until an expression is true in the page."""
-        give_up_at = time.monotonic() + _PATIENCE
+        give_up_at = time.monotonic() + _TIMEOUT
         while True:
             with contextlib.suppress(AssertionError):  # on the way from one page to the next
                 if self.run(script):
                     return
-            assert time.monotonic() < give_up_at, f"not within {_PATIENCE} s: {script}\n{self.complaints}"
+            assert time.monotonic() < give_up_at, f"not within {_TIMEOUT} s: {script}\n{self.complaints}"
             time.sleep(0.05)
 
     def text(self, selector: str) -> str:

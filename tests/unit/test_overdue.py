@@ -10,7 +10,7 @@ import pytest
 from resilient_tasks.store.background import Overdue
 from tests.support.doubles import ManualClock, wait_until
 
-PATIENCE = 60
+TIMEOUT = 60
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_no_call_is_overslept_however_many_threads_begin_some() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(reported.acquire(timeout=PATIENCE) for _ in range(8 * 100))
+    assert all(reported.acquire(timeout=TIMEOUT) for _ in range(8 * 100))
     wait_until(lambda: all(watch.reports for watch in list(overdue._watches)))
 
 
@@ -86,7 +86,7 @@ def test_a_call_that_may_be_overdue_first_is_not_overslept(overdue: Overdue, clo
     overdue.begin(1, reported.set)
     clock.advance(1)
     look(overdue)
-    assert reported.wait(PATIENCE)
+    assert reported.wait(TIMEOUT)
 
 
 def test_a_report_that_fails_hinders_no_other(
@@ -100,7 +100,7 @@ def test_a_report_that_fails_hinders_no_other(
     overdue.begin(1, reported.set)
     clock.advance(1)
     look(overdue)
-    assert reported.wait(PATIENCE)
+    assert reported.wait(TIMEOUT)
 
 
 def test_a_forked_process_watches_its_own_calls_only(overdue: Overdue) -> None:

@@ -9,4 +9,4 @@ from resilient_tasks.worker import deferral
 
 os.environ.setdefault("RESILIENT_TASKS_STORE_TIMEOUT", "20")
 if "pytest" not in sys.modules:  # unit tests have the real one
-    deferral.STATE_TIMEOUT = float(os.environ.get("PATIENT_STATE_TIMEOUT", "20"))
+    deferral.STATE_TIMEOUT = float(os.environ.get("SHOP_STATE_TIMEOUT", "20"))

@@ -1,7 +1,7 @@
-"""What all telling costs a guarded task that does nothing: events, metrics, traces, receivers, an exporter.
+"""What all reporting costs a guarded task that does nothing: events, metrics, traces, receivers, an exporter.
 
-A worker for each way of telling, on a queue of its own; the same messages go to all of them in turn, in one round after
-the other. Two workers tell nothing: how they differ is how much this machine can tell apart. Compared are the worker's
+A worker for each way of reporting, on a queue of its own; the same messages go to all of them in turn, in one round after
+the other. Two workers report nothing: how they differ is the error of measurement. Compared are the worker's
 processor time, the lower quartile of all rounds, because other jobs only add to it, and, with workers of their own,
 how many functions its processes call, which does not depend on other jobs. The history cannot be switched off:
 ``benchmarks.history`` measures it.
@@ -35,13 +35,13 @@ SCRAPE_PAUSE = 0.25  # seconds; far more often than usual
 
 NOTHING = "nothing"
 OURS = {"BENCH_RECEIVERS": "1"}
-TOLD: Mapping[str, Mapping[str, str]] = {
+REPORTED: Mapping[str, Mapping[str, str]] = {
     NOTHING: {},
     "nothing, another worker": {},
     "receivers, scrapes": OURS,
     "the same, Celery's events, OpenTelemetry": {**OURS, "BENCH_EVENTS": "1", "BENCH_TRACED": "1"},
 }
-Used = Mapping[str, float]  # by a task in one round, by what is told of it
+Used = Mapping[str, float]  # by a task in one round, by what is reported of it
 
 
 @contextmanager
@@ -71,21 +71,21 @@ def processor_time(worker: Worker) -> float:
 
 
 def function_calls(bench: Rig, worker: Worker) -> float:
-    """Return how many functions a worker's processes have called, as they last told."""
-    time.sleep(3 * bench.project.TOLD_EVERY)
+    """Return how many functions a worker's processes have called, as they last wrote."""
+    time.sleep(3 * bench.project.WRITE_INTERVAL)
     main = psutil.Process(worker.pid)
-    told = bench.broker.hmget(bench.project.FUNCTION_CALLS, [str(each.pid) for each in (main, *main.children())])
-    return float(sum(int(calls or 0) for calls in told))
+    written = bench.broker.hmget(bench.project.FUNCTION_CALLS, [str(each.pid) for each in (main, *main.children())])
+    return float(sum(int(calls or 0) for calls in written))
 
 
 def one_round(bench: Rig, workers: Mapping[str, Worker], first: int, used_by: Callable[[Worker], float]) -> Used:
-    """Return what a task uses, by what is told of it."""
+    """Return what a task uses, by what is reported of it."""
     names = [*workers][first:] + [*workers][:first]
     used = {}
     for name in names:
         worker = workers[name]
         before = used_by(worker)
-        with scraped(bench) if TOLD[name] else nullcontext():
+        with scraped(bench) if REPORTED[name] else nullcontext():
             bench.go(bench.project.guarded.name, worker, worker.name)
         used[name] = (used_by(worker) - before) / TASKS
     return used
@@ -94,7 +94,8 @@ def one_round(bench: Rig, workers: Mapping[str, Worker], first: int, used_by: Ca
 def measure(bench: Rig, count: int, used_by: Callable[[Worker], float], **environment: str) -> list[Used]:
     """Return what tasks use in so many rounds, each time on workers of their own."""
     workers = {
-        name: bench.worker(concurrency=1, own_queue=True, env={**told, **environment}) for name, told in TOLD.items()
+        name: bench.worker(concurrency=1, own_queue=True, env={**reported, **environment})
+        for name, reported in REPORTED.items()
     }
     one_round(bench, workers, 0, used_by)
     rounds = [one_round(bench, workers, number % len(workers), used_by) for number in range(count)]
@@ -108,18 +109,18 @@ def lower_quartile(name: str, rounds: Sequence[Used]) -> float:
 
 
 def added(name: str, rounds: Sequence[Used]) -> float:
-    """Return what one way of telling adds to that, as a share."""
+    """Return what one way of reporting adds to that, as a share."""
     return lower_quartile(name, rounds) / lower_quartile(NOTHING, rounds) - 1
 
 
 def report(name: str, timed: Sequence[Used], counted: Sequence[Used]) -> None:
-    """Print what one way of telling costs beside telling nothing."""
+    """Print what one way of reporting costs beside reporting nothing."""
     draw = random.Random(1)
     shares = sorted(added(name, draw.choices(timed, k=len(timed))) for _ in range(2000))
     between = f"({shares[50]:+.1%} to {shares[-51]:+.1%})"
     seconds = f"{lower_quartile(name, timed) * 1e6:6.0f} µs {added(name, timed):+7.1%} {between}"
     calls = f"{lower_quartile(name, counted):8.0f} {added(name, counted):+8.2%}"
-    met = verdict(met=added(name, counted) <= LARGEST_SHARE) if TOLD[name] is OURS else "-"
+    met = verdict(met=added(name, counted) <= LARGEST_SHARE) if REPORTED[name] is OURS else "-"
     print(f"{name:42}{seconds:46}{calls}   <= {LARGEST_SHARE:.0%}: {met}")
 
 
@@ -137,11 +138,11 @@ def main() -> None:
             )
             / CALLS
         )
-    print(f"\n{'told of a guarded no-op task':42}{'processor time (95 % confidence)':46}function calls\n")
-    for name in TOLD:
+    print(f"\n{'reported of a guarded no-op task':42}{'processor time (95 % confidence)':46}function calls\n")
+    for name in REPORTED:
         report(name, timed, counted)
     share = span / lower_quartile(NOTHING, timed)
-    print(f"\ntelling the task's span, where nobody traces: {span * 1e6:.2f} µs, {share:.2%}")
+    print(f"\nannotating the task's span, without tracing: {span * 1e6:.2f} µs, {share:.2%}")
 
 
 if __name__ == "__main__":
