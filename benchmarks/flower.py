@@ -1,6 +1,6 @@
 """Flower with a thousand breakers: how long its pages and its API take, and its health check with the store frozen.
 
-On a busy machine the time on the wall is that of its other jobs, so what Flower computes per request is shown beside it.
+On a busy machine the time on the wall is that of its other jobs, so what Flower computes per request is shown, too.
 "First after a pause" is a request after a time without any; after that Flower reads the store more often for a while.
 """
 

@@ -1,8 +1,8 @@
 """What the gate adds to one task, step by step: processor time of one process, without broker, pool and scheduler.
 
 A task that does nothing, guarded and not, is taken through Celery's own strategy, request and tracer, and pickled on
-its way as a pool does it. The least of many short, alternating rounds counts, so that a busy machine's figure is that of a
-quiet one. ``benchmarks.throughput`` shows what that is in a live worker, beside all that a worker does otherwise.
+its way as a pool does it. The least of many short, alternating rounds counts, so that a busy machine
+gives a quiet one's figure. ``benchmarks.throughput`` shows what that is in a live worker, beside all that it does.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the other tasks of two workers notice of dependencies that hang, and what the protection costs a healthy burst.
 
-Half of 60 tasks a second call a dependency, the others are healthy. After a while its calls begin to hang. Shown are the
-healthy tasks' rate over the first 12 s against that before, and how long the breaker takes to open, under the README's
-policy with ``slow_call_duration=1``. Then bursts of guarded tasks through one worker: with compensation against
+Half of 60 tasks a second call a dependency, the others are healthy. After a while its calls begin to hang. Shown are
+the healthy tasks' rate over the first 12 s against that before, and how long the breaker takes to open, under the
+README's policy with ``slow_call_duration=1``. Then bursts of guarded tasks through one worker: with compensation and
 without, and with ``max_concurrency_per_worker`` one less than its slots against that share of the unlimited rate.
 
 ``python -m benchmarks.hanging [isolation] [bursts]``

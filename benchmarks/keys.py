@@ -71,7 +71,7 @@ def bytes_per_key(client: redis.Redis) -> tuple[float, float]:
 
 
 def tick_times(app: Celery) -> list[float]:
-    """Return the seconds that each of many ticks takes while nothing is due; the first one, which connects, left out."""
+    """Return how long each of many ticks takes while nothing is due; the first one, which connects, is left out."""
     ticks.RECONCILE_INTERVAL = RECONCILE_INTERVAL
     worker = SimpleNamespace(hostname="benchmark", event_dispatcher=None)
     tick, times = ticks.Tick(runtime_of(app), worker, wake=lambda: None), []

@@ -1,6 +1,6 @@
 """What all reporting costs a guarded task that does nothing: events, metrics, traces, receivers, an exporter.
 
-A worker for each way of reporting, on a queue of its own; the same messages go to all of them in turn, in one round after
+A worker for each way of reporting, on a queue of its own; the same messages go to all of them in turn, one round after
 the other. Two workers report nothing: how they differ is the error of measurement. Compared are the worker's
 processor time, the lower quartile of all rounds, because other jobs only add to it, and, with workers of their own,
 how many functions its processes call, which does not depend on other jobs. The history cannot be switched off:

@@ -28,7 +28,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def _heard_loggers() -> None:
+def _propagating_loggers() -> None:
     """Let ``caplog`` get warnings whatever a program that ran in this process has set up before."""
     logging.disable(logging.NOTSET)
     logging.getLogger().setLevel(logging.WARNING)
@@ -70,7 +70,7 @@ def _shared_tasks_of_one_test(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _outside_any_pool() -> Iterator[None]:
-    """A solo pool makes this process a pool process, in which nobody may wait for results."""
+    """A solo pool makes this process a pool process, in which no test may wait for results."""
     yield
     _set_task_join_will_block(False)
 

@@ -23,22 +23,22 @@ from workers.stack import new_run
 @click.option("--baseline", is_flag=True, help="Also plain Celery with autoretry_for, on the same schedules.")
 @click.option("--fsync", type=click.Choice(["always", "everysec"]), default="always", show_default=True)
 def main(*, broker: str, seeds: int, first: int, tasks: int, baseline: bool, fsync: str) -> None:
-    """Run the seeds one after the other and tell."""
+    """Run the seeds one after the other and report."""
     setups = [Setup(broker, fsync=fsync), *([Setup(broker, plain=True, fsync=fsync)] if baseline else [])]
     outcomes: dict[Setup, list[Outcome]] = {setup: [] for setup in setups}
     for impossible in sorted(FAULTS.keys() - possible_faults(broker).keys()):
         click.echo(f"not possible here: {impossible}")
-    home = new_run()
+    directory = new_run()
     click.echo(report.head())
     for seed in range(first, first + seeds):
         for setup in setups:
-            outcomes[setup].append(_run_and_tell(setup, seed, tasks, home / f"{report.name_of(setup)}-{seed}"))
+            outcomes[setup].append(_run_and_report(setup, seed, tasks, directory / f"{report.name_of(setup)}-{seed}"))
     for setup in setups:
         click.echo(report.total(setup, outcomes[setup]))
     sys.exit(not all(outcome.clean for outcome in outcomes[setups[0]]))
 
 
-def _run_and_tell(setup: Setup, seed: int, tasks: int, directory: Path) -> Outcome:
+def _run_and_report(setup: Setup, seed: int, tasks: int, directory: Path) -> Outcome:
     outcome = run(setup, schedule_of(seed, setup.broker, tasks), tasks, directory)
     click.echo(report.line(setup, outcome))
     if outcome.clean:

@@ -47,7 +47,7 @@ class History:
             getattr(self, entry.event.value).append(entry.at)
 
     def explain(self, redeliveries: Iterable[Redelivery]) -> str:
-        """Return the fault that led to the second run, as far as can be told."""
+        """Return the fault that led to the second run, as far as is known."""
         first = self.done[0]
         start = max([at for at in self.begun if at <= first], default=first)
         under_way = [(start, first + ACKNOWLEDGING), *((at, at + ACKNOWLEDGING) for at in self.moved if at <= first)]
@@ -69,7 +69,7 @@ class Account:
         lost: acknowledged and never run to the end.
         failed: acknowledged, and Celery has given it up.
         recovered: not acknowledged, but run.
-        unexpected: run, and nobody had published it.
+        unexpected: run, and never published.
         duplicated: run to the end more than once, with the reason.
     """
 
@@ -83,7 +83,7 @@ class Account:
 
     @property
     def gone(self) -> list[str]:
-        """Those that were acknowledged and never run to the end, whether somebody has noticed or not."""
+        """Those that were acknowledged and never run to the end, whether it was noticed or not."""
         return self.lost + self.failed
 
     @property

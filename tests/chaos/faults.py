@@ -133,7 +133,7 @@ def broker_full(stack: Stack) -> Iterator[None]:
 
 @fault("broker", redelivers=True, possible=on_redis)
 def visibility_over(stack: Stack) -> Iterator[None]:
-    """Have it restore what is being run, and what is being put aside."""
+    """Have it restore what is being run, and what is being deferred."""
     _redis(stack).end_visibility()
     yield
     _redis(stack).end_visibility()
@@ -221,7 +221,7 @@ def pool_process_killed(stack: Stack) -> Iterator[None]:
 
 @fault("worker 1", redelivers=True)
 def worker_terminated(stack: Stack) -> Iterator[None]:
-    """Shut a worker down warmly; billiard may stop listening before it has heard of the last results."""
+    """Shut a worker down warmly; billiard may stop listening before it has received the last results."""
     stack.workers[1].program.send_signal(signal.SIGTERM)
     yield
 

@@ -20,7 +20,7 @@ class Event(str, Enum):
     SENT = "sent"  # about to be published
     ACKNOWLEDGED = "acknowledged"  # the broker has taken it
     BEGUN = "begun"  # a run has started
-    MOVED = "moved"  # its message is put aside, or sent back
+    MOVED = "moved"  # its message is deferred, or resumed
     DONE = "done"  # a run has reached its end, or a fallback has answered
     FAILED = "failed"  # Celery has given it up
 

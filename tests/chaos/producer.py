@@ -15,7 +15,7 @@ from tests.chaos.ledger import Event, Ledger
 
 #: Tasks per second.
 RATE = 100.0
-#: Seconds after which a publish that nobody acknowledges is given up.
+#: Seconds after which a publish that is not acknowledged is given up.
 TIMEOUT = 3.0
 #: Seconds to wait after a publish that failed, before the next: not all tasks shall meet a broker that is unavailable.
 PAUSE = 0.5

@@ -11,7 +11,7 @@ import redis
 from workers.processes import LOCALHOST, Program, free_port, start_valkey
 from workers.rabbitmq import start_rabbitmq
 
-#: Ticks come and go; nobody counts on one.
+#: Ticks come and go; no test counts on one.
 TICKS = "resilient.control"
 
 

@@ -41,7 +41,7 @@ def test_every_task_has_one_column(events: tuple[Event, ...], column: str) -> No
     assert found.clean == (column in {"ok", "recovered"})
 
 
-def test_what_nobody_acknowledged_and_nobody_ran_is_nothing() -> None:
+def test_what_was_not_acknowledged_and_did_not_run_is_nothing() -> None:
     assert account(SENT) == Account()
 
 

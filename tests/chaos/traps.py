@@ -1,6 +1,6 @@
 """Traps: windows in which a worker dies when it passes through one that is armed.
 
-Arming is a file; whoever removes it dies. They are laid around the library's own methods by the project
+Arming is a file; the process that removes it dies. They are laid around the library's own methods by the project
 that the chaos runs on, so the library knows nothing of them.
 """
 
@@ -38,7 +38,7 @@ def lay(directory: Path) -> None:
 
 
 def watch_moves(note: Callable[[str], object]) -> None:
-    """Tell ``note`` the id of every task whose message the library is about to move."""
+    """Give ``note`` the id of every task whose message the library is about to move."""
     defer, resume = Deferral.defer, DeferredTasks.resume
 
     @wraps(defer)
@@ -63,7 +63,7 @@ def arm(directory: Path, name: str) -> None:
 
 
 def disarm(directory: Path, name: str) -> bool:
-    """Make it harmless again; True if nobody had passed."""
+    """Make it harmless again; True if no process had passed."""
     armed = _file(directory, name)
     waiting = armed.exists()
     armed.unlink(missing_ok=True)

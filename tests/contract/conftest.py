@@ -70,7 +70,7 @@ def nodes(running_cluster: Cluster) -> Iterator[redis.RedisCluster]:
 
 @pytest.fixture(params=["local", "fakeredis", "server", "cluster"])
 def lab(request: pytest.FixtureRequest) -> Lab:
-    """Each store in turn, with a clock that stands still until the test advances it."""
+    """Each store in turn, with a clock that stops until the test advances it."""
     if request.param == "local":
         clock = LocalClock()
         return Lab(LocalStore(clock), clock, lambda: LocalStore(clock))

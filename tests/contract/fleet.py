@@ -76,8 +76,8 @@ def heal(url: str, lease: float) -> None:
     while True:
         grant = store.acquire(ONE_AT_A_TIME, f"process {os.getpid()}", lease=lease)
         if grant.trial:
-            told = Evidence(grant.snapshot.epoch, ())
-            store.settle(ONE_AT_A_TIME, f"process {os.getpid()}", Outcome.SUCCESS, told)
+            evidence = Evidence(grant.snapshot.epoch, ())
+            store.settle(ONE_AT_A_TIME, f"process {os.getpid()}", Outcome.SUCCESS, evidence)
         elif grant.admitted:
             return
         time.sleep(0.002)
@@ -93,13 +93,13 @@ def is_refused(url: str) -> None:
     raise SystemExit(0 if not grant.admitted and grant.snapshot.reason == "maintenance" else 1)
 
 
-def listen(url: str, ready: Any, heard: Any) -> None:
-    """Send on what is published, until told of an isolated breaker."""
+def listen(url: str, ready: Any, received: Any) -> None:
+    """Send on what is published, until a breaker is isolated."""
     changes = open_store(url).changes(timeout=60)
     next(changes)
     ready.release()
     for snapshot in changes:
         if snapshot is not None:
-            heard.put((snapshot.name, snapshot.state.value, snapshot.version))
+            received.put((snapshot.name, snapshot.state.value, snapshot.version))
             if snapshot.state.value == "FORCED_OPEN":
                 return

@@ -52,7 +52,7 @@ def ledger_of(store: Store) -> Ledger:
 
 @dataclass
 class LocalClock:
-    """A clock that stands still until it is advanced."""
+    """A clock that stops until it is advanced."""
 
     now: float = START
 

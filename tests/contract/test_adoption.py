@@ -22,7 +22,7 @@ def local(clock: LocalClock) -> LocalStore:
     return LocalStore(clock)
 
 
-def at_home(breaker: Subject, local: LocalStore, clock: LocalClock) -> Subject:
+def taken_over(breaker: Subject, local: LocalStore, clock: LocalClock) -> Subject:
     """Return the breaker as it lives on in the process's own store."""
     local.adopt(breaker.snapshot())
     return Subject(local, clock, breaker.spec)
@@ -32,7 +32,7 @@ def test_open_keeps_what_was_left_of_its_time(lab: Lab, local: LocalStore, clock
     shared = lab.breaker(trial_calls=1, max_open_duration=60.0).half_open()
     shared.trials("F")
     lab.clock.advance(4)
-    adopted = at_home(shared, local, clock)
+    adopted = taken_over(shared, local, clock)
     there, here = shared.snapshot(), adopted.snapshot()
     assert here.retry_after == pytest.approx(6.0)
     for name in ("state", "epoch", "version", "reason", "calls", "failures", "openings", "total_failures"):
@@ -49,7 +49,7 @@ def test_closed_goes_on_with_an_empty_window_and_its_ramp(lab: Lab, local: Local
     shared.trials("S")
     lab.clock.advance(3)
     shared.calls("FFFF")
-    adopted = at_home(shared, local, clock)
+    adopted = taken_over(shared, local, clock)
     here = adopted.snapshot()
     assert (here.state, here.calls, here.ramp_since) == (State.CLOSED, 0, clock() - 3)
     assert here.last_success_at == clock() - 3
@@ -61,14 +61,14 @@ def test_closed_goes_on_with_an_empty_window_and_its_ramp(lab: Lab, local: Local
 def test_an_operators_state_is_obeyed(lab: Lab, local: LocalStore, clock: LocalClock, verb: Verb) -> None:
     shared = lab.breaker()
     shared.command(verb, reason="maintenance", actor="ada")
-    here = at_home(shared, local, clock).snapshot()
+    here = taken_over(shared, local, clock).snapshot()
     assert (here.state, here.reason, here.actor) == (shared.state, "maintenance", "ada")
 
 
 def test_half_open_goes_on_with_permits_of_its_own(lab: Lab, local: LocalStore, clock: LocalClock) -> None:
     shared = lab.breaker(trial_calls=2).half_open()
     shared.ask("elsewhere")
-    adopted = at_home(shared, local, clock)
+    adopted = taken_over(shared, local, clock)
     assert (adopted.state, adopted.snapshot().trials) == (State.HALF_OPEN, 0)
     assert adopted.trials("SS") is State.CLOSED
 
@@ -76,7 +76,7 @@ def test_half_open_goes_on_with_permits_of_its_own(lab: Lab, local: LocalStore, 
 def test_it_replaces_what_was_known_of_an_earlier_outage(lab: Lab, local: LocalStore, clock: LocalClock) -> None:
     shared = lab.breaker()
     shared.calls("S")
-    adopted = at_home(shared, local, clock).open()
+    adopted = taken_over(shared, local, clock).open()
     assert adopted.state is State.OPEN
     local.adopt(shared.snapshot())
     assert adopted.state is State.CLOSED
@@ -84,7 +84,7 @@ def test_it_replaces_what_was_known_of_an_earlier_outage(lab: Lab, local: LocalS
 
 def test_a_breaker_that_the_shared_store_never_saw_starts_new(local: LocalStore, clock: LocalClock, lab: Lab) -> None:
     unknown = lab.breaker()
-    adopted = at_home(unknown, local, clock)
+    adopted = taken_over(unknown, local, clock)
     assert adopted.snapshot().epoch == 0
     adopted.calls("S")
     local.adopt(unknown.snapshot())
@@ -94,7 +94,7 @@ def test_a_breaker_that_the_shared_store_never_saw_starts_new(local: LocalStore,
 def test_a_policy_declared_here_decides(lab: Lab, local: LocalStore, clock: LocalClock) -> None:
     shared = lab.breaker(minimum_calls=2, revision=-7)
     shared.calls("S")
-    assert at_home(shared, local, clock).calls("FF").snapshot.state is State.OPEN
+    assert taken_over(shared, local, clock).calls("FF").snapshot.state is State.OPEN
 
 
 # --- bounds -----------------------------------------------------------------------------------------
@@ -117,8 +117,8 @@ def test_a_listener_that_does_not_listen_costs_no_memory(
     for _ in range(3):
         breaker.command(Verb.ISOLATE)
         breaker.command(Verb.RESET)
-    heard = [next(changes) for _ in range(3)]
-    assert [snapshot and snapshot.state for snapshot in heard] == [State.FORCED_OPEN, State.CLOSED, None]
+    received = [next(changes) for _ in range(3)]
+    assert [snapshot and snapshot.state for snapshot in received] == [State.FORCED_OPEN, State.CLOSED, None]
 
 
 def test_a_clock_that_is_set_back_stops_nothing(local: LocalStore, clock: LocalClock, lab: Lab) -> None:

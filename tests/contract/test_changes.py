@@ -1,4 +1,4 @@
-"""How others hear of a change."""
+"""How others receive a change."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def test_every_transition_is_published_as_the_state_it_led_to(lab: Lab) -> None:
         breaker.half_open()
         breaker.trials("S")
         answer = breaker.command(Verb.ISOLATE, reason="maintenance: größer", actor="ada")
-        heard = list(islice(changes, 4))
-    assert [snapshot.state for snapshot in heard] == [State.OPEN, State.HALF_OPEN, State.CLOSED, State.FORCED_OPEN]
-    assert heard[-1] == answer.snapshot
-    assert [s.version for s in heard] == sorted({s.version for s in heard})
+        received = list(islice(changes, 4))
+    assert [snapshot.state for snapshot in received] == [State.OPEN, State.HALF_OPEN, State.CLOSED, State.FORCED_OPEN]
+    assert received[-1] == answer.snapshot
+    assert [s.version for s in received] == sorted({s.version for s in received})
 
 
 def test_a_permit_given_back_and_a_would_be_opening_are_published(lab: Lab) -> None:
@@ -38,13 +38,13 @@ def test_a_permit_given_back_and_a_would_be_opening_are_published(lab: Lab) -> N
     with listening(lab) as changes:
         on_trial.settle("a", "I")
         shadow.calls("FFFFF")
-        heard = {snapshot.name: snapshot for snapshot in _until_all_are_heard(changes, on_trial, shadow)}
-    assert heard["on trial"].trials == 0
-    assert heard["shadow"].would_open
+        received = {snapshot.name: snapshot for snapshot in _until_all_are_received(changes, on_trial, shadow)}
+    assert received["on trial"].trials == 0
+    assert received["shadow"].would_open
 
 
-def _until_all_are_heard(changes: Iterable[Snapshot], *breakers: Subject) -> Iterator[Snapshot]:
-    """Nodes of a cluster tell in no order, and may tell late what was before."""
+def _until_all_are_received(changes: Iterable[Snapshot], *breakers: Subject) -> Iterator[Snapshot]:
+    """Nodes of a cluster publish in no order, and may publish late what was before."""
     awaited = {(breaker.name, breaker.snapshot().version) for breaker in breakers}
     for snapshot in changes:
         yield snapshot
@@ -83,9 +83,9 @@ def test_counting_publishes_nothing(lab: Lab) -> None:
 
 
 def test_several_breakers_share_one_channel_and_namespaces_do_not(lab: Lab) -> None:
-    stranger = lab.other_namespace()
+    other = lab.other_namespace()
     with listening(lab) as changes:
-        stranger.command(lab.breaker("stranger").spec, Verb.ISOLATE)
+        other.command(lab.breaker("other").spec, Verb.ISOLATE)
         lab.breaker("mail").open()
         lab.breaker("payments").open()
         assert {snapshot.name for snapshot in islice(changes, 2)} == {"mail", "payments"}

@@ -70,9 +70,9 @@ def test_a_newer_policy_decides_from_its_first_use(lab: Lab) -> None:
 
 
 def test_of_equal_revisions_the_one_in_use_decides(lab: Lab) -> None:
-    patient = lab.breaker(minimum_calls=8)
+    slow_to_open = lab.breaker(minimum_calls=8)
     strict = lab.breaker(minimum_calls=3)
-    assert patient.calls("FFF").snapshot.state is State.CLOSED
+    assert slow_to_open.calls("FFF").snapshot.state is State.CLOSED
     assert strict.calls("F").snapshot.state is State.OPEN
 
 
@@ -155,7 +155,7 @@ def test_all_other_names_work(lab: Lab, name: str) -> None:
     breaker = lab.breaker(name, trial_calls=1).half_open()
     assert breaker.snapshot().name == name
     assert breaker.trials("S") is State.CLOSED
-    assert {told.name for told in breaker.transitions} == {name}
+    assert {change.name for change in breaker.transitions} == {name}
 
 
 @SHARED

@@ -18,7 +18,7 @@ def test_deferred_tasks_are_counted_with_the_oldest_and_the_next_deadline(lab: L
     snapshot = breaker.snapshot()
     assert (snapshot.deferred, snapshot.oldest_deferred_at, snapshot.next_deadline_at) == (3, first, first + 30)
 
-    lab.ledger.remove_deferred(breaker.name, ["a", "b", "stranger"])
+    lab.ledger.remove_deferred(breaker.name, ["a", "b", "unknown"])
     snapshot = breaker.snapshot()
     assert (snapshot.deferred, snapshot.oldest_deferred_at, snapshot.next_deadline_at) == (1, first + 1, None)
 
@@ -51,10 +51,10 @@ def test_a_task_that_is_hastened_is_due_now(lab: Lab) -> None:
     breaker, now = lab.breaker(), lab.clock()
     lab.ledger.add_deferred(breaker.name, "a", deadline=now + 60)
     lab.ledger.add_deferred(breaker.name, "b")
-    lab.ledger.hasten([breaker.name, "mail"], ["stranger"])
+    lab.ledger.hasten([breaker.name, "mail"], ["unknown"])
     assert breaker.snapshot().next_deadline_at == now + 60
     lab.clock.advance(1)
-    lab.ledger.hasten([breaker.name, "mail"], ["b", "stranger"])
+    lab.ledger.hasten([breaker.name, "mail"], ["b", "unknown"])
     assert (breaker.snapshot().deferred, breaker.snapshot().next_deadline_at) == (2, now + 1)
     lab.clock.advance(1)
     lab.ledger.hasten([breaker.name, "mail"], ["b"])

@@ -96,7 +96,7 @@ def test_what_is_remembered_of_tasks_is_bounded(lab: Lab) -> None:
     assert score() == MOST_TASKS + 6
 
 
-def test_voters_are_told_by_the_id_of_their_task() -> None:
+def test_voters_are_known_by_the_id_of_their_task() -> None:
     assert voter_of("a") == voter_of("a") != voter_of("b")
     assert [len(voter_of(task_id)) for task_id in ("a", "é" * 300, "")] == [8, 8, 0]
 

@@ -74,7 +74,7 @@ def test_sixteen_processes_share_the_permits(server: Server, start: Callable[...
     assert fleet.open_store(server.url()).read([fleet.ON_TRIAL])[0].state is State.HALF_OPEN
 
 
-def test_a_killed_holder_blocks_nobody_for_longer_than_its_lease(server: Server, start: Callable[..., Any]) -> None:
+def test_a_killed_holder_blocks_no_trial_for_longer_than_its_lease(server: Server, start: Callable[..., Any]) -> None:
     store, lease = fleet.open_store(server.url()), 0.5
     store.command(fleet.ONE_AT_A_TIME, Verb.TRIP)
     dead = start(fleet.take_a_permit_and_die, server.url(), lease)
@@ -84,7 +84,7 @@ def test_a_killed_holder_blocks_nobody_for_longer_than_its_lease(server: Server,
     all_end_well([start(fleet.heal, server.url(), 60.0) for _ in range(3)])
     snapshot = store.read([fleet.ONE_AT_A_TIME])[0]
     assert snapshot.state is State.CLOSED
-    assert snapshot.since >= held_since + lease, "nobody was let in meanwhile"
+    assert snapshot.since >= held_since + lease, "none was let in meanwhile"
     assert (snapshot.openings, snapshot.total_failures) == (2, 1), "the lost permit was a failure"
 
 
@@ -93,15 +93,15 @@ def test_an_operators_state_survives_the_processes(server: Server, start: Callab
     all_end_well([start(fleet.is_refused, server.url())])
 
 
-def test_every_process_hears_of_every_change(server: Server, start: Callable[..., Any]) -> None:
-    ready, heard = forks.CONTEXT.Semaphore(0), forks.CONTEXT.Queue()
-    listeners = [start(fleet.listen, server.url(), ready, heard) for _ in range(3)]
+def test_every_process_receives_every_change(server: Server, start: Callable[..., Any]) -> None:
+    ready, received = forks.CONTEXT.Semaphore(0), forks.CONTEXT.Queue()
+    listeners = [start(fleet.listen, server.url(), ready, received) for _ in range(3)]
     for _ in listeners:
         assert ready.acquire(timeout=60)
     store = fleet.open_store(server.url())
-    told = [store.command(fleet.BUSY, verb).snapshot for verb in (Verb.TRIP, Verb.RESET, Verb.ISOLATE)]
-    all_heard = sorted(heard.get(timeout=60) for _ in range(9))
-    assert all_heard == sorted([("busy", s.state.value, s.version) for s in told] * 3)
+    made = [store.command(fleet.BUSY, verb).snapshot for verb in (Verb.TRIP, Verb.RESET, Verb.ISOLATE)]
+    all_received = sorted(received.get(timeout=60) for _ in range(9))
+    assert all_received == sorted([("busy", s.state.value, s.version) for s in made] * 3)
     all_end_well(listeners)
 
 

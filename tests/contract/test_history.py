@@ -54,16 +54,16 @@ def fail(lab: Lab, breaker: Subject, **causes: int) -> None:
 def reporting(lab: Lab, breaker: Subject) -> Iterator[Callable[..., None]]:
     """Report outcomes of calls by way of a process of the fleet; all are counted when the context ends."""
     fleet = Fleet(lab.store, lab.ledger, lab.history)
-    standing = fleet.join(breaker.spec)
+    cached = fleet.join(breaker.spec)
 
     def report(letters: str, *, cause: str = "", epoch: int | None = None, holder: str = "") -> None:
         for letter in letters:
             verdict = Verdict(OUTCOMES[letter], cause)
-            admitted_in = standing.epoch if epoch is None else epoch
+            admitted_in = cached.epoch if epoch is None else epoch
             if holder:
                 fleet.reporter.settle(breaker.spec, holder, admitted_in, verdict)
             else:
-                fleet.reporter.report(standing, admitted_in, verdict)
+                fleet.reporter.report(cached, admitted_in, verdict)
 
     try:
         yield report
@@ -97,7 +97,7 @@ def test_the_log_is_asked_for_a_part_of_it(lab: Lab) -> None:
     breaker.command(Verb.RESET)
     assert [entry.state for entry in lab.history.transitions(breaker.name, limit=1)] == [State.CLOSED]
     assert [entry.state for entry in lab.history.transitions(breaker.name, since=tripped_at)] == [State.CLOSED]
-    assert lab.history.transitions("stranger") == []
+    assert lab.history.transitions("unknown") == []
 
 
 @ONE_SHARED
@@ -235,8 +235,8 @@ def test_nothing_of_the_past_is_kept_for_ever(lab: Lab, name: str, kept: float) 
 def keys_of_the_past(lab: Lab, name: str) -> dict[str, float]:
     """Seconds until each key ends that there is of a breaker's past; -1 if it does not."""
     store: Any = lab.store
-    family, _, key = name.partition(":")
-    pattern = store._keys.log(family).removesuffix("log") + "*"
+    root, _, key = name.partition(":")
+    pattern = store._keys.log(root).removesuffix("log") + "*"
     found = store._server.run(lambda client: [each.decode() for each in client.scan_iter(pattern, count=1000)])
     known = [each for each in found if each.endswith(f":{key}" if key else "") and each.split(":")[3] in _PAST]
     return {each: store._server.run(lambda client, each=each: client.ttl(each)) for each in known}
@@ -267,7 +267,7 @@ def test_an_outage_is_remembered_from_the_first_refusal_to_the_last_waiting_task
     breaker.trials("S")
     closed = lab.clock()
     [lasting] = outages(lab)
-    assert lab.history.lasting(["payments", "stranger"]) == {"payments": lasting}
+    assert lab.history.lasting(["payments", "unknown"]) == {"payments": lasting}
     assert (lasting.opened, lasting.closed, lasting.drained) == (opened, closed, None)
 
     lab.clock.advance(30)
@@ -287,9 +287,7 @@ def test_an_outage_is_remembered_from_the_first_refusal_to_the_last_waiting_task
 
 @SHARED
 @pytest.mark.parametrize("waiting", [False, True])
-def test_the_outage_of_a_child_whose_state_has_ended_by_itself_ends_when_somebody_looks(
-    lab: Lab, *, waiting: bool
-) -> None:
+def test_the_outage_of_a_child_whose_state_has_ended_by_itself_ends_when_it_is_read(lab: Lab, *, waiting: bool) -> None:
     acme = lab.breaker("payments:acme").open()
     if waiting:
         lab.ledger.add_deferred(acme.name, "a")
@@ -320,7 +318,7 @@ def test_what_has_been_forgotten_of_an_outage_is_no_half_of_one(lab: Lab) -> Non
 
 
 @SHARED
-def test_an_outage_that_nobody_waits_for_is_over_when_the_breaker_closes(lab: Lab) -> None:
+def test_an_outage_that_no_task_waits_for_is_over_when_the_breaker_closes(lab: Lab) -> None:
     breaker = lab.breaker()
     breaker.command(Verb.ISOLATE, reason="maintenance", actor="ada")
     lab.clock.advance(60)
@@ -419,7 +417,7 @@ def test_what_cannot_be_read_is_deleted_and_named_in_the_log(lab: Lab, caplog: p
 
 
 @SHARED
-def test_what_is_told_a_little_late_belongs_to_the_outage(lab: Lab) -> None:
+def test_what_is_reported_a_little_late_belongs_to_the_outage(lab: Lab) -> None:
     breaker = lab.breaker()
     breaker.command(Verb.TRIP)
     breaker.command(Verb.RESET)
@@ -475,7 +473,7 @@ def test_outages_of_several_breakers_are_one_list(lab: Lab) -> None:
     for name in ("payments", "mail"):
         lab.breaker(name).command(Verb.TRIP)
         lab.clock.advance(1)
-    assert [outage.breaker for outage in outages(lab, "payments", "mail", "stranger")] == ["mail", "payments"]
+    assert [outage.breaker for outage in outages(lab, "payments", "mail", "unknown")] == ["mail", "payments"]
 
 
 @SHARED

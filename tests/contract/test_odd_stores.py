@@ -37,7 +37,7 @@ def test_an_open_time_that_began_on_a_clock_ahead_lasts_no_longer(lab: Lab) -> N
     breaker = lab.breaker().open()
     assert not breaker.snapshot().is_due
     lab.clock.advance(-HOUR)
-    assert breaker.snapshot().is_due, "every process that looks mends it"
+    assert breaker.snapshot().is_due, "every process that reads it repairs it"
     assert breaker.advance().snapshot.retry_after == pytest.approx(5.0)
     assert not breaker.snapshot().is_due
     lab.clock.advance(5)
@@ -63,7 +63,7 @@ def test_evidence_and_sums_from_a_clock_ahead_are_forgotten(lab: Lab) -> None:
     assert breaker.calls("FFFF").snapshot.state is State.CLOSED
 
 
-def test_a_health_check_of_a_clock_ahead_keeps_nobody_from_the_next(lab: Lab) -> None:
+def test_a_health_check_of_a_clock_ahead_prevents_no_other(lab: Lab) -> None:
     breaker = lab.breaker()
     lab.clock.advance(HOUR)
     assert lab.store.begin_health_check(breaker.spec, since=lab.clock() - 5)
@@ -124,7 +124,7 @@ def test_a_key_of_another_type_stops_nothing(lab: Lab, caplog: pytest.LogCapture
 # --- other databases, other releases ---------------------------------------------------------------------
 
 
-def test_a_store_hears_nothing_of_another_database(server: Server) -> None:
+def test_a_store_receives_nothing_of_another_database(server: Server) -> None:
     here, there = (RedisStore(server.url(database), namespace="test") for database in (0, 2))
     changes = here.changes(timeout=0.2)
     assert next(changes) is None

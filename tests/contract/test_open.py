@@ -44,7 +44,7 @@ def test_it_refuses_until_exactly_its_open_time_is_over(lab: Lab) -> None:
     assert grant.snapshot.next_probe_at is None
 
 
-def test_one_caller_is_told_that_it_became_half_open(lab: Lab) -> None:
+def test_one_caller_learns_that_it_became_half_open(lab: Lab) -> None:
     breaker = lab.breaker().open()
     lab.clock.advance(5)
     transitions = [breaker.ask("a").transition, breaker.ask("b").transition, breaker.advance().transition]

@@ -121,7 +121,7 @@ def reads(store: RedisStore) -> Snapshot | None:
 # --- a server that is unavailable ----------------------------------------------------------------------------
 
 
-def test_a_refused_connection_is_told_at_once() -> None:
+def test_a_refused_connection_is_reported_at_once() -> None:
     port = free_port()
     store = new_store(f"redis://127.0.0.1:{port}/0")
     with (
@@ -171,7 +171,7 @@ def test_one_caller_per_cooldown_tries_again(own_server: Server) -> None:
         assert store.read([PAYMENTS])[0].state is State.OPEN
 
 
-def test_a_listener_is_told_that_the_server_went_away(own_server: Server) -> None:
+def test_a_listener_learns_that_the_server_went_away(own_server: Server) -> None:
     store = new_store(own_server.url(), cooldown=0.05)
     changes = store.changes(timeout=TIMEOUT)
     assert next(changes) is None
@@ -247,7 +247,7 @@ def line_server(answer: Callable[[bytes], bytes]) -> Iterator[int]:
         thread.join()
 
 
-def test_ping_tells_the_servers_time(shared_store: RedisStore) -> None:
+def test_ping_returns_the_servers_time(shared_store: RedisStore) -> None:
     assert shared_store.ping() == pytest.approx(time.time(), abs=60)
 
 

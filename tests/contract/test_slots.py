@@ -22,7 +22,7 @@ def test_no_more_calls_are_in_flight_than_max_concurrency(lab: Lab) -> None:
     assert take(breaker, "de") == [True, False]
 
 
-def test_without_a_limit_nobody_counts(lab: Lab) -> None:
+def test_without_a_limit_nothing_is_counted(lab: Lab) -> None:
     breaker = lab.breaker()
     grant = breaker.ask("a")
     assert (grant.admitted, grant.leased) == (True, False)

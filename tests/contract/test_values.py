@@ -33,11 +33,11 @@ def test_writing_again_makes_it_young_again(lab: Lab) -> None:
 KEYS = ["k", "K", "k" * 500, "k" * 501, "a b", "a\nb", "ü", "\udcff", "", "sha256-0", "{k}"]
 
 
-def test_kinds_and_keys_are_kept_apart(lab: Lab) -> None:
+def test_kinds_and_keys_are_separate(lab: Lab) -> None:
     assert lab.store.get("fallback", "k") is None
     for number, key in enumerate(KEYS):
         lab.store.put("fallback", key, b"%d" % number, ttl=60)
-        lab.store.put("ticket", key, b"other", ttl=60)
+        lab.store.put("another kind", key, b"other", ttl=60)
     assert [lab.store.get("fallback", key) for key in KEYS] == [(b"%d" % number, 0.0) for number in range(len(KEYS))]
 
 
@@ -114,7 +114,7 @@ def test_each_scope_has_a_tick_of_its_own(lab: Lab) -> None:
 
 
 @SHARED
-def test_a_breaker_that_nobody_declares_any_more_is_abandoned(lab: Lab) -> None:
+def test_a_breaker_that_no_app_declares_any_more_is_abandoned(lab: Lab) -> None:
     lab.ledger.declare(["kept", "renamed"])
     lab.clock.advance(30)
     lab.ledger.declare(["kept"])
@@ -127,7 +127,7 @@ def test_a_breaker_that_nobody_declares_any_more_is_abandoned(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("lab", ["server", "cluster"], indirect=True)
-def test_a_server_tells_how_much_memory_it_uses(lab: Lab) -> None:
+def test_a_server_reports_how_much_memory_it_uses(lab: Lab) -> None:
     memory = lab.ledger.memory()
     assert memory is not None
     assert memory.used > 100_000

@@ -73,8 +73,8 @@ class Deferrals:
         pushes_unowned: a deferral does not look whether the message is still its own.
         acks_first: a deferral acknowledges before it publishes.
         moves_unseen: a tick pushes a message without looking whether it was still there.
-        pops_first: a tick takes a message off in one step and puts it back in another.
-        takes_stock: ticks compare the index with what really waits.
+        pops_first: a tick takes a message off in one step and pushes it in another.
+        reconciles: ticks compare the index with what really waits.
     """
 
     atomic: bool
@@ -86,7 +86,7 @@ class Deferrals:
     acks_first: bool = False
     moves_unseen: bool = False
     pops_first: bool = False
-    takes_stock: bool = True
+    reconciles: bool = True
 
     def start(self) -> World:
         return World((Task(),) * self.tasks, (None,) * self.workers, (None,) * self.ticks, faults=self.faults)
@@ -117,8 +117,8 @@ class Deferrals:
                 yield from self._worked_on(world, place, hand)
         for place, hand in enumerate(world.ticks):
             yield from self._tick_begins(world, place) if hand is None else self._tick_goes_on(world, place, hand)
-        if self.takes_stock:
-            yield from self._stock_taken(world)
+        if self.reconciles:
+            yield from self._reconciled(world)
         yield from self._restored(world)
         if world.faults and any(task.indexed for task in world.tasks):
             tasks = tuple(task._replace(indexed=False) for task in world.tasks)
@@ -146,7 +146,7 @@ class Deferrals:
         elif stage == RAN:
             yield Step(f"{number} is acknowledged", _in_worker(self._acknowledged(world, hand), place, None))
         elif stage == INDEXED:
-            yield from self._put_aside(world, place, hand)
+            yield from self._defer(world, place, hand)
         elif stage == PUBLISHED:
             after = self._acknowledged(world, hand) if not self.acks_first else _with(world, number, deferred=+1)
             yield Step(f"{number} is out of hand", _in_worker(after, place, None))
@@ -156,7 +156,7 @@ class Deferrals:
         if world.faults:
             yield Step("a worker dies", _in_worker(self._lost(world, hand), place, None), fault=True)
 
-    def _put_aside(self, world: World, place: int, hand: Hand) -> Iterator[Step[World]]:
+    def _defer(self, world: World, place: int, hand: Hand) -> Iterator[Step[World]]:
         number, mine = hand.task, world.tasks[hand.task].unacked > 0
         if not self.atomic:
             first = self._acknowledged(world, hand) if self.acks_first else _with(world, number, deferred=+1)
@@ -169,7 +169,7 @@ class Deferrals:
             yield Step(f"{number} is not ours any more", disowned)
 
     def _acknowledged(self, world: World, hand: Hand) -> World:
-        """On Redis all deliveries of a message share one tag: whoever acknowledges first does it for all."""
+        """On Redis all deliveries of a message share one tag: who acknowledges first does it for all."""
         owned = world.tasks[hand.task].unacked > 0 if self.atomic else hand.owned
         return _with(world, hand.task, unacked=-1) if owned else world
 
@@ -181,7 +181,7 @@ class Deferrals:
         return _with(world, hand.task, unacked=-1, queued=+1)
 
     def _restored(self, world: World) -> Iterator[Step[World]]:
-        """What was not acknowledged in time goes back to its queue, whether or not somebody has it in hand."""
+        """What was not acknowledged in time goes back to its queue, whether or not a worker has it in hand."""
         for number, task in enumerate(world.tasks):
             in_hand = [(place, hand) for place, hand in enumerate(world.workers) if hand and hand.task == number]
             if not task.unacked or (in_hand and not world.faults):
@@ -217,9 +217,7 @@ class Deferrals:
         elif hand.stage == UNINDEXED:
             yield from self._moved(world, place, hand)
         elif hand.stage == MISSED:
-            yield Step(
-                f"the tick puts {number} back on the index", _in_tick(_noted(world, number, indexed=True), place, None)
-            )
+            yield Step(f"the tick indexes {number} again", _in_tick(_noted(world, number, indexed=True), place, None))
         else:
             yield Step(f"the tick is done with {number}", _in_tick(self._completed(world, hand), place, None))
         if world.faults:
@@ -231,7 +229,7 @@ class Deferrals:
         number = hand.task
         there = world.tasks[number].deferred > 0
         if self.atomic and not there and not self.moves_unseen:
-            yield Step(f"{number} is gone: somebody else moved it", _in_tick(world, place, hand._replace(stage=MISSED)))
+            yield Step(f"{number} is gone: another moved it", _in_tick(world, place, hand._replace(stage=MISSED)))
             return
         gone = {"deferred": -1} if self.atomic and there else {}
         ended = _noted(world, number, ended=True)
@@ -250,14 +248,14 @@ class Deferrals:
         return world if self.atomic else _with(world, hand.task, fetched=-1)
 
     @staticmethod
-    def _stock_taken(world: World) -> Iterator[Step[World]]:
+    def _reconciled(world: World) -> Iterator[Step[World]]:
         indexed, waiting = (sum(values) for values in zip(*((t.indexed, t.deferred) for t in world.tasks), strict=True))
         if waiting == 0 and indexed:
             tasks = tuple(task._replace(indexed=False) for task in world.tasks)
-            yield Step("stocktaking: nothing waits", world._replace(tasks=tasks))
+            yield Step("reconciling: nothing waits", world._replace(tasks=tasks))
         elif waiting > indexed:
             tasks = tuple(task._replace(indexed=task.indexed or task.deferred > 0) for task in world.tasks)
-            yield Step("stocktaking: some were missing", world._replace(tasks=tasks))
+            yield Step("reconciling: some were missing", world._replace(tasks=tasks))
 
 
 def is_over(world: World) -> bool:
@@ -290,7 +288,7 @@ def _less_faults(world: World) -> World:
 
 
 def _in_order(world: World) -> World:
-    """Return the one state that stands for all that differ only in who is who."""
+    """Return one state for all that differ only in who is who."""
     return min(_renamed(world, order) for order in permutations(range(len(world.tasks))))
 
 

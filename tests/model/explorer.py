@@ -1,4 +1,4 @@
-"""Exhaustive search through the states of a model, breadth first, so that what it finds has the shortest story.
+"""Exhaustive search through the states of a model, breadth first, so that it finds the shortest way to each.
 
 A model says where it starts and what may happen next; it raises :class:`BrokenRule` when a step breaks a rule.
 """
@@ -23,7 +23,7 @@ def see(holds: bool, what: str) -> None:  # noqa: FBT001 - reads like assert
 
 
 class Step(NamedTuple, Generic[S]):
-    """Something that may happen. A ``fault`` is what nobody does on purpose: progress must not depend on it."""
+    """Something that may happen. A ``fault`` is what happens to no purpose: progress must not depend on it."""
 
     what: str
     after: S
@@ -48,7 +48,7 @@ class Space(Generic[S]):
     """All states that a model can reach.
 
     Raises:
-        BrokenRule: a rule can be broken; the message tells the shortest story that leads there.
+        BrokenRule: a rule can be broken; the message has the steps of the shortest way there.
     """
 
     def __init__(self, model: Model[S]) -> None:
@@ -75,10 +75,10 @@ class Space(Generic[S]):
                     self._origins[after] = state, what
                     yield after
         except BrokenRule as broken:
-            raise BrokenRule(f"{broken}\n{self.story(state)}") from None
+            raise BrokenRule(f"{broken}\n{self.steps_to(state)}") from None
 
-    def story(self, state: S) -> str:
-        """Tell how a state can be reached."""
+    def steps_to(self, state: S) -> str:
+        """Return the steps by which a state can be reached."""
         lines = [f"in {state}"]
         while (origin := self._origins[state]) is not None:
             state, what = origin
@@ -100,4 +100,4 @@ class Space(Generic[S]):
                     waiting.append(before)
         for state in self._origins:
             if state not in reaching:
-                raise BrokenRule(f"{what} cannot be reached any more\n{self.story(state)}")
+                raise BrokenRule(f"{what} cannot be reached any more\n{self.steps_to(state)}")

@@ -15,7 +15,7 @@ from resilient_tasks.core.rules import Kept
 
 SECOND = 1000
 NOW = 1000  # ms: later than every epoch of a state
-APART = 10  # epochs farther apart than this are merely older and newer
+FAR = 10  # epochs farther apart than this are merely older and newer
 OUTDATED = -1
 
 
@@ -28,7 +28,7 @@ class StoreFault(str, Enum):
 class Permit(NamedTuple):
     holder: str
     left: int  # of its lease, seconds
-    unattended: int | None = None  # seconds since nobody renews it any more
+    unattended: int | None = None  # seconds since it was last renewed
 
 
 class Breaker(NamedTuple):
@@ -42,7 +42,7 @@ class Breaker(NamedTuple):
     successes: int = 0
     failures: int = 0
     permits: tuple[Permit, ...] = ()
-    stragglers: tuple[Permit, ...] = ()
+    former: tuple[Permit, ...] = ()  # of earlier epochs
 
 
 class Call(NamedTuple):
@@ -69,7 +69,7 @@ class World(NamedTuple):
     replica: Breaker | None = None
     local: Breaker | None = None
     calls: tuple[Call | None, ...] = (None, None)
-    told: int = 0  # the latest epoch that listeners were told of
+    notified: int = 0  # the latest epoch that listeners were notified of
     without_tick: int = 0  # seconds
     faults: frozenset[StoreFault] = frozenset()  # that may still befall the store
 
@@ -101,7 +101,7 @@ def unwatched(breaker: Breaker | None) -> Breaker | None:
     if breaker is None:
         return None
     permits = sorted(permit._replace(unattended=None) for permit in breaker.permits)
-    return breaker._replace(permits=tuple(permits), stragglers=tuple(sorted(breaker.stragglers)))
+    return breaker._replace(permits=tuple(permits), former=tuple(sorted(breaker.former)))
 
 
 def outdated(world: World, call: Call | None) -> Call | None:
@@ -120,20 +120,20 @@ def aged(breaker: Breaker) -> Breaker:
         )
         for permit in breaker.permits
     )
-    stragglers = tuple(straggler._replace(left=straggler.left - 1) for straggler in breaker.stragglers)
+    former = tuple(permit._replace(left=permit.left - 1) for permit in breaker.former)
     open_for = breaker.open_for and breaker.open_for - 1
-    return breaker._replace(open_for=open_for, permits=permits, stragglers=_live(stragglers))
+    return breaker._replace(open_for=open_for, permits=permits, former=_live(former))
 
 
-def _live(stragglers: Iterable[Permit]) -> tuple[Permit, ...]:
+def _live(former: Iterable[Permit]) -> tuple[Permit, ...]:
     """Return those whose lease has not run out; the others make no difference any more."""
-    return tuple(sorted(straggler for straggler in stragglers if straggler.left > 0))
+    return tuple(sorted(permit for permit in former if permit.left > 0))
 
 
 def frozen(kept: Kept, era: int, former: Iterable[Permit], expired: int = 0) -> Breaker:
     """Write down what a store keeps; permits that have run out are as good as failed trials, if the rules see them."""
     unattended = {permit.holder: permit.unattended for permit in former}
-    fields, permits, stragglers = kept.fields, [], []
+    fields, permits, former = kept.fields, [], []
     for member, end in kept.trials.items():
         epoch, _, holder = member.partition(":")
         if epoch == str(fields["epoch"]) and end <= NOW and expired:
@@ -141,7 +141,7 @@ def frozen(kept: Kept, era: int, former: Iterable[Permit], expired: int = 0) -> 
         if epoch == str(fields["epoch"]):
             permits.append(Permit(holder, max(0, end - NOW) // SECOND, unattended.get(holder)))
         else:
-            stragglers.append(Permit(holder, (end - NOW) // SECOND))
+            former.append(Permit(holder, (end - NOW) // SECOND))
     return Breaker(
         era=era,
         epoch=fields["epoch"] - 1,
@@ -151,7 +151,7 @@ def frozen(kept: Kept, era: int, former: Iterable[Permit], expired: int = 0) -> 
         successes=fields["ok"],
         failures=fields["ko"] + expired,
         permits=tuple(permits),
-        stragglers=_live(stragglers),
+        former=_live(former),
     )
 
 
@@ -170,8 +170,8 @@ def renumbered(world: World) -> World:
     eras = {era: number for number, era in enumerate(dict.fromkeys(stay.era for stay in stays(world)))}
     epochs: dict[int, int] = {}
     last = number = 0
-    for epoch in sorted({world.told, *(stay.epoch for stay in stays(world))}):
-        number += min(epoch - last, APART) if epochs else 0
+    for epoch in sorted({world.notified, *(stay.epoch for stay in stays(world))}):
+        number += min(epoch - last, FAR) if epochs else 0
         epochs[epoch], last = number, epoch
 
     def small(stay: Stay) -> Stay:
@@ -184,5 +184,5 @@ def renumbered(world: World) -> World:
         replica=small(world.replica),
         local=small(world.local),
         calls=tuple(small(call) for call in world.calls),
-        told=epochs[world.told],
+        notified=epochs[world.notified],
     )

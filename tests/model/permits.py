@@ -3,8 +3,8 @@
 Every decision is made by the store in memory; the contract suite holds the scripts of the shared store to it.
 Time passes in steps of a second.
 
-An *era* is what an epoch stands for: one stay in one state. It is never used again, so that a stale report is
-known as one even where its number would not tell.
+An *era* is what an epoch numbers: one stay in one state. It is never used again, so that a stale report is
+known as one even where its number is that of another.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tests.model.fleet import (
 NAME = "payments"
 LEASE = 2  # seconds
 TICKS = 2  # seconds in which a tick runs at least once
-NOBODY, NEVER = "nobody", -1
+NO_HOLDER, NEVER = "no holder", -1
 
 Answered = Answer | Grant | list[bool]
 
@@ -123,17 +123,17 @@ class Permits:
             for outcome in (Outcome.SUCCESS, Outcome.FAILURE, *([Outcome.IGNORED] if call.trial else [])):
                 reported = self._report(worker, world, call, outcome)
                 yield Step(f"worker {worker} reports {outcome}", with_call(reported, worker, None))
-                yield Step(f"worker {worker} reports {outcome} and hears no answer", reported, fault=True)
+                yield Step(f"worker {worker} reports {outcome} and receives no answer", reported, fault=True)
         dead = with_call(world, worker, None)
         yield Step(f"worker {worker} is killed", dead._replace(local=None) if worker == 1 else dead, fault=True)
 
     def _report(self, worker: int, world: World, call: Call, outcome: Outcome) -> World:
-        what, holder = ("settle", self.holders[worker]) if call.trial else ("record", NOBODY)
+        what, holder = ("settle", self.holders[worker]) if call.trial else ("record", NO_HOLDER)
         after, _ = self._decide(world, what, holder, outcome, call.epoch + 1, worker=worker)
         if call.era != breaker_of(worker, world).era:
-            untold = breaker_of(worker, self._decide(world, what, NOBODY, outcome, NEVER, worker=worker)[0])
-            told = breaker_of(worker, after)._replace(stragglers=untold.stragglers)  # it frees its own permit
-            see(told == untold, "a report of another epoch has an effect")
+            unreported = breaker_of(worker, self._decide(world, what, NO_HOLDER, outcome, NEVER, worker=worker)[0])
+            changed = breaker_of(worker, after)._replace(former=unreported.former)  # it frees its own permit
+            see(changed == unreported, "a report of another epoch has an effect")
         return after
 
     def _renew(self, worker: int, world: World, call: Call) -> World:
@@ -143,9 +143,9 @@ class Permits:
     # --- time and the store -----------------------------------------------------------------------------
 
     def _may_time_pass(self, world: World) -> bool:
-        """Whoever lives and does not hang renews in time, and some worker ticks."""
+        """Who lives and does not hang renews in time, and some worker ticks."""
         renewing = {holder for holder, call in zip(self.holders, world.calls, strict=True) if call and call.renews}
-        held = [permit for store in (world.shared, world.local) if store for permit in store.permits + store.stragglers]
+        held = [permit for store in (world.shared, world.local) if store for permit in store.permits + store.former]
         late = any(permit.holder in renewing and permit.left < 2 for permit in held)
         return not late and world.without_tick < TICKS
 
@@ -168,8 +168,8 @@ class Permits:
         return unrenewed(1, world._replace(local=frozen(kept, world.shared.era, ())))
 
     def _forgotten(self, world: World) -> World:
-        """A trial whose permit the store has forgotten runs on, and nobody counts it."""
-        held = {permit.holder for permit in world.shared.permits + world.shared.stragglers if permit.left}
+        """A trial whose permit the store has forgotten runs on uncounted."""
+        held = {permit.holder for permit in world.shared.permits + world.shared.former if permit.left}
         for worker, holder in enumerate(self.holders):
             if holder not in held and breaker_of(worker, world) is world.shared:
                 world = unrenewed(worker, world)
@@ -189,9 +189,9 @@ class Permits:
         reported = not isinstance(answer, list) and answer.transition is not None
         see(moved == reported, "an epoch and no event, or an event and no epoch")
         if moved:
-            see(after.epoch > world.told, "two events for one epoch")
-            world = world._replace(told=after.epoch)
-        live = sum(permit.left > 0 for permit in after.permits + after.stragglers)
+            see(after.epoch > world.notified, "two events for one epoch")
+            world = world._replace(notified=after.epoch)
+        live = sum(permit.left > 0 for permit in after.permits + after.former)
         see(live <= self.trial_calls, "more permits than allowed")
         return world._replace(local=after) if breaker is world.local else written(world, after), answer
 
@@ -209,9 +209,9 @@ class Permits:
             answer = store.renew(NAME, details, lease=LEASE)
         else:
             holder, outcome, epoch = details
-            told = Evidence(epoch, (Calls(outcome),))
+            report = Evidence(epoch, (Calls(outcome),))
             settles = what == "settle"
-            answer = store.settle(self.spec, holder, outcome, told) if settles else store.record(self.spec, told)
+            answer = store.settle(self.spec, holder, outcome, report) if settles else store.record(self.spec, report)
         expired = store._seen(self.spec).expired
         return answer, frozen(store._breakers[NAME], breaker.era, breaker.permits, expired)
 
@@ -227,7 +227,7 @@ class Permits:
             failure=str(Score(value=int(breaker.row > 0), tasks=int(breaker.row > 0), at=NOW)),
         )  # fmt: skip
         kept.trials = {f"{epoch}:{permit.holder}": NOW + permit.left * SECOND for permit in breaker.permits}
-        kept.trials.update({f"0:{permit.holder}": NOW + permit.left * SECOND for permit in breaker.stragglers})
+        kept.trials.update({f"0:{permit.holder}": NOW + permit.left * SECOND for permit in breaker.former})
         store = self.store(lambda: NOW / SECOND)
         store._breakers[NAME] = kept
         return store
@@ -245,11 +245,11 @@ class Permits:
             local=unwatched(world.local and self._attended(world, world.local)),
         )
         longest = max((permit.unattended or 0 for permit in world.shared.permits), default=0)
-        see(longest <= LEASE + TICKS, "nobody has renewed a permit for longer than its lease and two ticks")
+        see(longest <= LEASE + TICKS, "no worker has renewed a permit for longer than its lease and two ticks")
         return renumbered(world._replace(calls=tuple(outdated(world, call) for call in world.calls)))
 
     def _attended(self, world: World, breaker: Breaker) -> Breaker:
-        """Note which permits nobody renews; those of former calls will never be asked for by name again."""
+        """Note which permits are not renewed; those of former calls will never be asked for by name again."""
         calls = dict(zip(self.holders, world.calls, strict=True))
         permits, gone = [], 0
         for held in sorted(breaker.permits, key=lambda permit: (permit.left, permit.unattended or 0, permit.holder)):
@@ -259,9 +259,9 @@ class Permits:
             if call is None or not call.renews:
                 permit = permit._replace(unattended=permit.unattended or 0)
             permits.append(permit)
-        stragglers = [
-            straggler if (call := calls.get(straggler.holder)) and call.trial and call.era != breaker.era
-            else straggler._replace(holder=f"gone too {number}")
-            for number, straggler in enumerate(sorted(breaker.stragglers, key=lambda straggler: straggler.left))
+        former = [
+            permit if (call := calls.get(permit.holder)) and call.trial and call.era != breaker.era
+            else permit._replace(holder=f"gone too {number}")
+            for number, permit in enumerate(sorted(breaker.former, key=lambda permit: permit.left))
         ]  # fmt: skip
-        return breaker._replace(permits=tuple(permits), stragglers=tuple(sorted(stragglers)))
+        return breaker._replace(permits=tuple(permits), former=tuple(sorted(former)))

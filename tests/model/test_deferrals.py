@@ -1,6 +1,6 @@
 """No interleaving of workers, ticks and faults loses a task or puts its message in two places.
 
-And the search does find what it is there for: with one rule of the protocol broken, it tells what becomes of a task.
+And the search does find what it is there for: with one rule of the protocol broken, it shows what becomes of a task.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def test_no_interleaving_loses_a_task(arguments: dict[str, Any]) -> None:
         ({"atomic": True, "moves_unseen": True}, "0 is resumed: a message is in two places"),
         ({"atomic": True, "pops_first": True}, "0 is resumed: a task is lost"),
         ({"atomic": False, "acks_first": True}, "half a deferral: a task is lost"),
-        ({"atomic": True, "takes_stock": False}, "the end of every task cannot be reached any more"),
+        ({"atomic": True, "reconciles": False}, "the end of every task cannot be reached any more"),
         (
-            {"atomic": False, "takes_stock": False, "ticks": 1, "faults": 1},
+            {"atomic": False, "reconciles": False, "ticks": 1, "faults": 1},
             "the end of every task cannot be reached any more",
         ),
     ],
@@ -98,7 +98,7 @@ def test_a_deferral_is_the_step_of_the_model(server: fakeredis.FakeRedis, task: 
     put(server, task)
     server.eval((SCRIPTS / "defer.lua").read_text(), 3, UNACKED, INDEX, DEFERRED, "tag", "message", "", "LPUSH")
     world = World((task,), (Hand(0, INDEXED),), (None,))
-    [step] = Deferrals(atomic=True)._put_aside(world, 0, Hand(0, INDEXED))
+    [step] = Deferrals(atomic=True)._defer(world, 0, Hand(0, INDEXED))
     assert found(server) == places(step.after)
 
 

@@ -1,6 +1,6 @@
 """No interleaving of workers, ticks, faults and time breaks the protocol of permits and epochs.
 
-And the search does find what it is there for: with one rule of the protocol broken, it tells of a promise broken.
+And the search does find what it is there for: with one rule of the protocol broken, it finds a promise broken.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_no_interleaving_breaks_a_promise(arguments: dict[str, Any]) -> None:
 
 
 class DenialsRenew(LocalStore):
-    """Whoever is denied a permit lengthens those of the others."""
+    """A denial lengthens the permits of the others."""
 
     def _lease(self, spec: Spec, holder: str, lease: int) -> tuple[Seen, bool]:
         seen, granted = super()._lease(spec, holder, lease)
@@ -82,7 +82,7 @@ class OnePermitTooMany(LocalStore):
         return seen, True
 
 
-class StragglersForgotten(LocalStore):
+class FormerForgotten(LocalStore):
     """Trials that outlive their HALF_OPEN are not counted in the next."""
 
     def _change(self, spec: Spec, seen: Seen, change: Change) -> tuple[Seen, bool]:
@@ -117,7 +117,7 @@ class CountedEpochs(LocalStore):
 
 
 class SilentHealing(LocalStore):
-    """Nobody is told that the breaker has closed."""
+    """That the breaker has closed is not reported."""
 
     def _decide(self, spec: Spec, seen: Seen, evidence: Evidence | None = None, jitter: float = 0.0) -> Answer:
         answer = super()._decide(spec, seen, evidence, jitter)
@@ -145,7 +145,7 @@ class EpochsFromOne(Permits):
         ({"store": LeasesLastForEver}, "longer than its lease and two ticks"),
         ({"store": OnePermitTooMany}, "more permits than allowed"),
         ({"holders": ("task", "task")}, "more trials in flight than allowed"),
-        ({"store": StragglersForgotten, "operated": True}, "more trials in flight than allowed"),
+        ({"store": FormerForgotten, "operated": True}, "more trials in flight than allowed"),
         ({"store": AnyEpoch}, "a report of another epoch has an effect"),
         ({"store": AnyTrial}, "a report of another epoch has an effect"),
         ({"store": CountedEpochs, "store_faults": ROLLED_BACK}, "two events for one epoch"),
@@ -165,10 +165,10 @@ def test_epochs_that_begin_anew_are_found() -> None:
         Space(EpochsFromOne(store_faults=EMPTIED))
 
 
-def test_a_broken_rule_is_told_with_the_shortest_story_that_leads_to_it() -> None:
+def test_a_broken_rule_is_found_with_the_fewest_steps_that_lead_to_it() -> None:
     with pytest.raises(BrokenRule) as found:
         explore(store=LeasesLastForEver)
-    story = str(found.value).splitlines()
-    assert story[1] == "worker 0 begins"
-    assert story.count("a second passes") == 5  # of open time, lease and two ticks; the next is one too many
-    assert story[-1].startswith("in World(")
+    steps = str(found.value).splitlines()
+    assert steps[1] == "worker 0 begins"
+    assert steps.count("a second passes") == 5  # of open time, lease and two ticks; the next is one too many
+    assert steps[-1].startswith("in World(")

@@ -90,9 +90,9 @@ class Browser:
             if "id" in message:
                 self._answers[message["id"]] = message
             else:
-                self._hear(message["method"], message["params"])
+                self._receive(message["method"], message["params"])
 
-    def _hear(self, event: str, said: dict[str, Any]) -> None:
+    def _receive(self, event: str, said: dict[str, Any]) -> None:
         if event == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(said["exceptionDetails"]))
         elif event == "Log.entryAdded" and said["entry"]["level"] == "error":
@@ -150,7 +150,7 @@ class Browser:
         self._call("Input.insertText", text=text)
 
     def fits(self, width: int) -> bool:
-        """Whether nobody has to scroll a window of such a width sideways; the window has its own width again after."""
+        """Whether a window of such a width needs no scrolling sideways; the window has its own width again after."""
         with self.as_wide_as(width):
             return bool(self.run(f"document.documentElement.scrollWidth <= {width}"))
 

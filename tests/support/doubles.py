@@ -1,4 +1,4 @@
-"""A clock that tests advance, a store that goes away when told to, and a request without a message."""
+"""A clock that tests advance, a store that goes away on demand, and a request without a message."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from resilient_tasks.store.local import LocalStore
 
 
 class ManualClock:
-    """Time stands still until a test advances it."""
+    """Time stops until a test advances it."""
 
     def __init__(self, now: float = 1_000_000.0) -> None:
         self.now = now
@@ -37,7 +37,7 @@ class Request(SimpleNamespace):
 
 
 class FlakyStore:
-    """A ``LocalStore`` behind a cable that a test can pull; it counts what passes through."""
+    """A ``LocalStore`` behind a cable that a test can pull; it counts requests."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.inner = LocalStore(clock)
