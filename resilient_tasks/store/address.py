@@ -117,7 +117,9 @@ class Address:
         ``options`` are arguments of redis-py's connections, those of the URL win; ``sentinel_kwargs``: to sentinels.
         """
         if self.kind is not Kind.CLUSTER:
-            return redis.Redis.from_pool(self.pool(options))
+            # no ``from_pool()``: its client closes the pool when it is collected. At the end of the interpreter that
+            # waits for ever for the pool's lock if a daemon thread was stopped while it held it.
+            return redis.Redis(connection_pool=self.pool(options))
         nodes = [ClusterNode(host, port) for host, port in self.hosts]
         arguments = {name: value for name, value in self._arguments(options).items() if name not in ("db", "retry")}
         # what we ask of a client is the same for both

@@ -204,8 +204,10 @@ class Server:
     def close(self) -> None:
         """Close all connections; the next use opens new ones."""
         client, self._client = self._client, None
-        if client is not None:
+        if isinstance(client, RedisCluster):
             client.close()
+        elif client is not None:
+            client.connection_pool.disconnect()
 
     def _check_options(self) -> None:
         """Find a wrong option now and not at the first command; this opens no connection."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -113,3 +114,16 @@ def test_a_url_of_no_use_says_what_is_allowed_and_no_password(url: str, allowed:
 def test_nothing_that_prints_an_address_prints_its_password(url: str) -> None:
     address = Address.parse(url)
     assert "hush" not in f"{address} {address!r}"
+
+
+def test_a_client_that_is_collected_waits_for_no_thread() -> None:
+    """At the end of the interpreter a thread that holds the lock of the pool may have been stopped for good."""
+    clients, collected = [Address.parse("redis://localhost").client({})], threading.Event()
+
+    def collect() -> None:
+        clients.clear()
+        collected.set()
+
+    with clients[0].connection_pool._lock:
+        threading.Thread(target=collect, daemon=True).start()
+        assert collected.wait(20)
