@@ -47,9 +47,12 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class Scope:
-    """A call in progress, as guards inside it see it; ``task_id`` is that of the task whose run it is, or ""."""
+    """A call in progress, as guards inside it see it; ``task_id`` is that of the task whose run it is, or "".
 
-    __slots__ = ("has_ended", "outer", "passes", "reported", "task_id", "trial_verdicts")
+    What a ``with`` block calls is part of it; if it is a task's run, so is what threads without a context call.
+    """
+
+    __slots__ = ("_token", "has_ended", "outer", "passes", "reported", "task_id", "trial_verdicts")
 
     def __init__(self, passes: Iterable[Pass] = (), task_id: str = "") -> None:
         self.passes: Mapping[str, Pass] = {each.breaker: each for each in passes}
@@ -58,6 +61,17 @@ class Scope:
         self.has_ended = False
         self.reported: tuple[str, ...] = ()  # breakers for which guards inside have reported
         self.trial_verdicts: dict[str, Verdict] = {}  # of guards inside trials, by breaker
+
+    def __enter__(self) -> None:
+        self._token = current.set(self)
+        if self.task_id:
+            runs.append(self)
+
+    def __exit__(self, *_: object) -> None:
+        self.has_ended = True
+        if self.task_id:
+            runs.remove(self)
+        current.reset(self._token)
 
     def note_report(self, breaker: str) -> None:
         """Note that a guard inside has reported; what counts for a child need not count for its parent."""
@@ -74,23 +88,11 @@ current: ContextVar[Scope | None] = ContextVar("resilient_tasks_scope", default=
 runs: list[Scope] = []  # of tasks, in this process
 
 
-@contextlib.contextmanager
-def within(scope: Scope) -> Iterator[None]:
-    """Make what the block calls part of ``scope``; if it is a task's run, threads without a context are, too."""
-    token = current.set(scope)
-    if scope.task_id:
-        runs.append(scope)
-    try:
-        yield
-    finally:
-        scope.has_ended = True
-        if scope.task_id:
-            runs.remove(scope)
-        current.reset(token)
-
-
 def current_scope() -> Scope | None:
-    return next(_live(current.get()), None)
+    scope = current.get()
+    while scope is not None and scope.has_ended:
+        scope = scope.outer
+    return scope
 
 
 def _live(scope: Scope | None) -> Iterator[Scope]:

@@ -23,7 +23,7 @@ from resilient_tasks.core.outage import FAILED
 from resilient_tasks.dependency import Dependency, Pass
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError, ResilienceError
 from resilient_tasks.fallback import Call, Served, write_provenance
-from resilient_tasks.guard import Scope, call_guarded, current_scope, within
+from resilient_tasks.guard import Scope, call_guarded, current_scope
 from resilient_tasks.monitor import tracing
 from resilient_tasks.monitor.events import about
 from resilient_tasks.worker import celery_internals
@@ -150,20 +150,20 @@ class Run(Scope):
         return True
 
     def report(self) -> Report:
-        verdicts = tuple(map(self._verdict, self.admission.passes, self.verdicts))
-        return Report(verdicts, *self.served, *self.exhausted, self.deferred)
-
-    def _verdict(self, admitted: Pass, verdict: Verdict | None) -> Verdict | None:
-        if admitted.trial:
-            return self.trial_verdicts.get(admitted.breaker, verdict)
-        return None if admitted.breaker in self.reported else verdict
+        verdicts: list[Verdict | None] = []
+        for admitted, verdict in zip(self.admission.passes, self.verdicts, strict=True):
+            if admitted.trial:
+                verdicts.append(self.trial_verdicts.get(admitted.breaker, verdict))
+            else:
+                verdicts.append(None if admitted.breaker in self.reported else verdict)
+        return Report(tuple(verdicts), *self.served, *self.exhausted, self.deferred)
 
 
 def run_admitted(admission: Admission, name: str, task_id: str, *args: Any) -> tuple[int, Any, float, Report | None]:
     """Run a task in the pool with Celery's own tracer, and report on its dependency."""
     run = Run(admission, task_id)
     trace = celery_internals.tracer(celery_internals.current_app())
-    with within(run):
+    with run:
         try:
             failed, value, runtime = trace(name, task_id, *args)
         except TaskDeferred:
@@ -226,10 +226,7 @@ def run_guarded(task: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def defer_retry(task: Any, exc: BaseException | None, *, same_message: bool) -> None:
-    """Have a run that asks for a retry over ``exc`` deferred instead, by ``DeferredRetry``, if its breaker is open.
-
-    A retry that is another message is Celery's to send, unless no retry is left.
-    """
+    """Defer a run that asks for a retry over ``exc`` while its breaker is open; another message is Celery's to send."""
     body = getattr(task.request, _BODY, None)
     if body is None or exc is None or not same_message or task.options.on_open != DEFER:
         return
@@ -310,19 +307,20 @@ class _Body:
         return value
 
     def _attempts(self) -> Any:
-        """Make the one attempt, or the quick ones of ``retrying=``."""
-        if self.options.retrying is None:
-            return self._attempt()
-        limits = limits_of(self.task, self.task.request.timelimit)
-        limit = min((float(limit) for limit in limits if limit), default=None)
-        return bounded(self.options.retrying, self.breakers, limit)(self._attempt)
+        """Call the body: once, or in the quick attempts of ``retrying=``, which are outcomes of their own.
 
-    def _attempt(self) -> Any:
-        """Call the body once; quick attempts are outcomes of their own, but for those of a trial, which has one."""
+        But for those of a trial, which has one.
+        """
         retrying, passes = self.options.retrying, self.admission.passes
         if self.gated is not None and (retrying is None or any(admitted.trial for admitted in passes)):
-            return self.function(*self.args, **self.kwargs)
-        return call_guarded(self.breakers, self.function, self.args, self.kwargs)
+            function, args, kwargs = self.function, self.args, self.kwargs
+        else:
+            function, args, kwargs = call_guarded, (self.breakers, self.function, self.args, self.kwargs), {}
+        if retrying is None:
+            return function(*args, **kwargs)
+        limits = limits_of(self.task, self.task.request.timelimit)
+        limit = min((float(limit) for limit in limits if limit), default=None)
+        return bounded(retrying, self.breakers, limit)(function, *args, **kwargs)
 
     def _judge(self, breaker: Dependency, exc: BaseException) -> Verdict:
         """Return what the exception that has ended the run means for a dependency; a user's function is asked once."""

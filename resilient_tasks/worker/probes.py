@@ -16,7 +16,7 @@ from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.dependency import Dependency, Fleet, Pass
 from resilient_tasks.errors import StoreError
-from resilient_tasks.guard import Scope, within
+from resilient_tasks.guard import Scope
 from resilient_tasks.store.base import Evidence
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _last_heartbeat(fleet: Fleet, breaker: Dependency) -> float | None:
 def _run(breaker: Dependency, probe: Probe, run: Run, epoch: int) -> Verdict:
     permit = Pass(breaker.name, epoch, trial=True, leased=True)  # guards inside share it
     try:
-        with within(Scope([permit])):
+        with Scope([permit]):
             run_probe(probe.function, run)
     except HealthCheckError as error:  # one of the library's own: its text holds no secrets
         return _failure(str(error), breaker.judge(error).retry_after)

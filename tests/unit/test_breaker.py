@@ -25,7 +25,7 @@ from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Grant, Outcome, State, Transition
 from resilient_tasks.dependency import Fleet, Pass
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreError
-from resilient_tasks.guard import Scope, within
+from resilient_tasks.guard import Scope
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.view import DENIAL_MEMORY
 from tests.support.doubles import FlakyStore, ManualClock, wait_until
@@ -663,7 +663,7 @@ class Call(Scope):
 @every_way
 def test_a_guard_inside_a_task_answers_in_its_stead(rig: Rig, use: Any) -> None:
     task = Call(Pass("payments"))
-    with within(task):
+    with task:
         use(rig, rig.works)
         assert set(task.noted) == {"payments"}
         task.noted.clear()
@@ -679,7 +679,7 @@ def test_a_guard_inside_a_trial_needs_no_permit_of_its_own(rig: Rig, use: Any) -
     epoch = rig.acquire("the task").snapshot.epoch
     rig.acquire("another task")
     task = Call(Pass("payments", epoch, trial=True, leased=True))
-    with within(task):
+    with task:
         for _ in range(3):
             assert use(rig, rig.works) == "paid"
     assert rig.store.calls["acquire"] == 2

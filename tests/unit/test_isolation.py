@@ -15,7 +15,6 @@ from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.core.pace import Pace, refill_count
 from resilient_tasks.dependency import Pass
-from resilient_tasks.guard import within
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.testing import Clock
 from resilient_tasks.worker.admission import Gate
@@ -61,7 +60,7 @@ def test_a_call_that_fails_counts_and_frees_its_slot(rig: Rig, use: Any) -> None
 def test_a_guard_inside_a_task_shares_its_slot(rig: Rig, use: Any) -> None:
     task = Call(Pass("payments", leased=True))
     rig.acquire("the task")
-    with within(task):
+    with task:
         assert use(rig, rig.works) == "paid"
     assert rig.store.calls["acquire"] == 1
     assert set(task.noted) == {"payments"}

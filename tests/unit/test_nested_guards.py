@@ -16,7 +16,7 @@ from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.dependency import Pass
 from resilient_tasks.errors import BreakerOpenError
-from resilient_tasks.guard import call_guarded, within
+from resilient_tasks.guard import call_guarded
 from tests.unit.test_breaker import (
     POLICY,
     Call,
@@ -208,9 +208,9 @@ def test_threads_of_a_run_are_part_of_its_trial(rig: Rig, run: Any, others: list
     rig.half_open()
     rig.acquire("the task")
     task = Call(Pass("payments", rig.breaker.snapshot().epoch, trial=True, leased=True), "a")
-    with within(task), ExitStack() as stack:
+    with task, ExitStack() as stack:
         for other in others:
-            stack.enter_context(within(other))
+            stack.enter_context(other)
         assert run(lambda: rig.breaker.call(rig.works)) == "paid"
     assert rig.store.calls["acquire"] == 1
     assert task.found_in_trial == [Outcome.SUCCESS]
@@ -220,7 +220,7 @@ def test_threads_of_a_run_are_part_of_its_trial(rig: Rig, run: Any, others: list
 def test_threads_of_a_run_share_its_slot(rig: Rig, run: Any) -> None:
     narrow = Breaker("narrow", replace(POLICY, max_concurrency=1), fleet=lambda: rig.fleet)
     rig.fleet.acquire(narrow._dependency.spec, "the task")
-    with within(Call(Pass("narrow", leased=True), "a")):
+    with Call(Pass("narrow", leased=True), "a"):
         assert run(lambda: narrow.call(rig.works)) == "paid"
 
 
@@ -233,7 +233,7 @@ def test_the_thread_of_another_task_is_part_of_no_run(rig: Rig) -> None:
         return rig.breaker.call(rig.works)
 
     task = Call(Pass("payments"), "a")
-    with within(task):
+    with task:
         assert in_a_bare_thread(another_task) == "paid"
         assert task.noted == []
         assert in_a_bare_thread(lambda: rig.breaker.call(rig.works)) == "paid"
