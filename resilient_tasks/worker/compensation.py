@@ -372,7 +372,6 @@ class Holding:
         self._consumer.qos.decrement_eventually()
         if not is_over:
             refusal = BreakerOpenError(breaker, AT_CAPACITY, 0.0) if refusing is None else refusing.refuse()
-            request.withdraw()
             self._defer(request, refusal)
 
 

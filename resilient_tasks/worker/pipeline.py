@@ -59,21 +59,13 @@ class Denial(NamedTuple):
 
 
 class Pipeline:
-    """The worker's main process, with all that exists only there.
-
-    Made before the pool forks; maintenance begins when the consumer connects.
-
-    Attributes:
-        consumer: the worker's consumer, as soon as it has connected.
-        pid: id of the main process; pool processes inherit the object and are not it.
-        takes_ticks: it consumes the control queue.
-    """
+    """The worker's main process, with all that exists only there; made before the pool forks."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self.consumer: Any = None
-        self.pid = os.getpid()
-        self.takes_ticks = False
+        self.consumer: Any = None  # the worker's, as soon as it has connected
+        self.pid = os.getpid()  # pool processes inherit the object and are not it
+        self.takes_ticks = False  # from the control queue
         self.gate = Gate(runtime)
         self.compensation = Compensation(runtime)
         self.holding = Holding(self.compensation, self._defer_refused)
@@ -101,16 +93,11 @@ class Pipeline:
         return True
 
     def on_submit(self, request: GatedRequest) -> Admission:
-        """Decide on a request that is about to enter the pool.
-
-        Raises:
-            TaskRevokedError: the task was revoked, deferred or held.
-        """
+        """Decide on a request that is about to enter the pool; TaskRevokedError if it is revoked, deferred or held."""
         if request.deferred or request.revoked():
             raise TaskRevokedError(request.id)
         denial = self._denial(request.breakers, request.guards, request.envelope, request.id)
         if denial is not None and denial.defers(request):
-            request.withdraw()
             self._defer_denied(request, denial)
             raise TaskRevokedError(request.id)
         full = self.gate.full(request.breakers) if denial is None else None
@@ -118,7 +105,6 @@ class Pipeline:
             raise TaskRevokedError(request.id)
         admission = request.admission = (self.gate.grant if denial is None else self.gate.admit)(request)
         if admission.refusal is not None and request.defers_when_refused():
-            request.withdraw()
             self._defer_refused(request, admission.refusal)
             raise TaskRevokedError(request.id)
         if request.delivery_info.get("redelivered") and not request.envelope.since:  # a deferred one may keep the mark
@@ -128,15 +114,10 @@ class Pipeline:
         return admission
 
     def on_start(self, request: GatedRequest) -> None:
-        """Hold the permits of a run that the pool has accepted.
-
-        Raises:
-            TaskRevokedError: it was deferred, because its breaker became suspect while the run was queued.
-        """
+        """Hold the permits of a run that the pool has accepted; TaskRevokedError if it is deferred all the same."""
         limiting = self.compensation.accept(request)
         if limiting is not None:
             self.discard(request)
-            request.withdraw()
             self._defer_denied(request, Denial(limiting, is_late=True))
             raise TaskRevokedError(request.id)
         if request.admission is not None:
@@ -150,7 +131,6 @@ class Pipeline:
 
     def on_deferred(self, request: GatedRequest, deferred: Deferred) -> None:
         """Defer a task whose run has asked for it; what it found out has been settled."""
-        request.withdraw()
         wait = request.envelope.back_off() if deferred.backs_off else None
         self.defer(request, deferred.breaker, deferred.reason, deferred, wait=wait)
 
@@ -161,10 +141,7 @@ class Pipeline:
             self.deferral.write_state_again(request, refusing.name, str(refusing.refusal))
 
     def on_death(self, request: GatedRequest, exc: BaseException) -> bool:
-        """Settle a run that the pool has ended; True if its task is deferred.
-
-        A process killed by a time limit, or lost, has failed; one killed by revoke or shutdown says nothing.
-        """
+        """Settle a run that the pool has ended: a failure, unless it was killed; True if its task is deferred."""
         deferred = _deferred_by_time_limit(request, exc)
         killed = isinstance(exc, Terminated) or celery_internals.shutting_down()
         failed = isinstance(exc, (TimeLimitExceeded, WorkerLostError)) and not killed
@@ -172,7 +149,6 @@ class Pipeline:
         if deferred is None:
             return False
         if deferred.attempts < request.task.options.max_attempts:
-            request.withdraw()
             self.defer(request, deferred.breaker, deferred.reason, deferred)
             return True
         self.dead_letter(request, deferred.breaker, deferred.cause)
@@ -215,7 +191,7 @@ class Pipeline:
         wait: float | None = None,
     ) -> None:  # fmt: skip
         """Defer a message until a breaker admits, ``wait`` seconds at least; the verdict on the request is final."""
-        request.deferred = True
+        request.withdraw()
         envelope = cache(partial(self._next_envelope, request, breaker, reason, failed, wait))  # one for all tries
         self.deferral.attempt(request, partial(self._try_to_defer, request, envelope, has_failed=failed is not None))
 
@@ -266,10 +242,7 @@ class Pipeline:
         return tracing.record_refusal(request.name, request.message.headers, breaker, state, reason)
 
     def origin_of(self, request: GatedRequest) -> str:
-        """Return the name of the queue that a request came from.
-
-        An envelope knows best, but only one of the queues that this worker consumes can be true.
-        """
+        """Return the queue that a request came from: as its envelope says, if this worker consumes that one."""
         tasks = self.consumer.task_consumer
         if any(request.envelope.origin == queue.name for queue in tasks.queues):
             return request.envelope.origin
@@ -284,10 +257,7 @@ class Pipeline:
     def _denial(
         self, breakers: Sequence[Dependency], guards: Sequence[Dependency], envelope: Envelope, task_id: str
     ) -> Denial | None:
-        """Return the first breaker that keeps a task from the pool by what is known here; None: none does.
-
-        It refuses, or earlier tasks wait for one of its slots, or its late calls hold its share of this worker.
-        """
+        """Return why a task does not enter the pool, by what is known here; None if it may."""
         refusing = self.gate.refusing(guards, envelope, task_id, in_line=True)
         if refusing is not None:
             return Denial(refusing)
@@ -344,11 +314,7 @@ def pipeline_of(app: Celery) -> Pipeline:
 
 
 def strategy(task: Any, app: Celery, consumer: Any) -> Callable[..., Any]:
-    """Return the message handler of a guarded task (Celery's ``Task.Strategy``).
-
-    What a breaker refuses is deferred there and then: it takes no pool slot and no place in the prefetch window.
-    Everything else goes on untouched to Celery's own strategy.
-    """
+    """Return the message handler of a guarded task, Celery's ``Strategy``: what is not deferred goes on to its own."""
     pipeline = pipeline_of(app)
     pipeline.attach(consumer)
     go_on = default(task, app, consumer)

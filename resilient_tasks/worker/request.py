@@ -28,7 +28,7 @@ from resilient_tasks.fallback import Call, key_of
 from resilient_tasks.monitor.events import TASK_FALLBACK, about
 from resilient_tasks.store.background import TimedWriter
 from resilient_tasks.worker import celery_internals
-from resilient_tasks.worker.context import runtime_of
+from resilient_tasks.worker.context import Runtime, runtime_of
 from resilient_tasks.worker.definitions import DEFER
 from resilient_tasks.worker.envelope import HEADER, Envelope
 from resilient_tasks.worker.execution import (
@@ -57,6 +57,7 @@ _hooks = TimedWriter("hooks of a task", HOOKS_TIMEOUT, even_late=True)
 class Pipeline(Protocol):
     """What a request needs of the worker's main process; ``pipeline.py`` says what each does."""
 
+    runtime: Runtime
     consumer: Any
 
     def origin_of(self, request: GatedRequest) -> str: ...
@@ -122,7 +123,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     @cached_property
     def breakers(self) -> list[Dependency]:
         """The breakers for which the run counts; none if its key is invalid, as the run itself will say."""
-        return runtime_of(self.app).guarding(self.task, self.args, self.kwargs)
+        return self.pipeline.runtime.guarding(self.task, self.args, self.kwargs)
 
     @cached_property
     def guards(self) -> Sequence[Dependency]:
