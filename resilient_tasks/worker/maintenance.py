@@ -223,7 +223,7 @@ class Tick:
         self._tasks = DeferredTasks(runtime, Events(runtime.app, consumer))
         self._resumer = Resumer(runtime, self._tasks, room)
         self._reconciler = Reconciler(runtime, self._tasks)
-        self._prober = Prober(runtime, wake)
+        self._prober = Prober(wake)
         self._reconciled_at = -math.inf
         self._child_reconciled_at: dict[str, float] = {}  # active ones; by the monotonic clock, as above
         self._last_child = ""  # the one that was served last

@@ -7,20 +7,17 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from resilient_tasks.checks import HEARTBEATS, HealthCheckError, Probe, Run, run_probe
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State
-from resilient_tasks.dependency import Dependency, Fleet, Pass
+from resilient_tasks.dependency import Dependency, Pass
 from resilient_tasks.errors import StoreError
 from resilient_tasks.guard import Scope
 from resilient_tasks.store.base import Evidence
-
-if TYPE_CHECKING:
-    from resilient_tasks.worker.context import Runtime
 
 logger = logging.getLogger("resilient_tasks")
 
@@ -35,8 +32,8 @@ SETTLE_TIMEOUT = 5.0
 class Prober:
     """Runs the probes of one worker; ``wake`` asks for another tick at once, when a trial has been made."""
 
-    def __init__(self, runtime: Runtime, wake: Callable[[], None]) -> None:
-        self._runtime, self._wake = runtime, wake
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
         self._watching: dict[str, threading.Thread] = {}  # by breaker, the thread that watches its present run
         self._running: dict[str, list[tuple[threading.Thread, float]]] = {}  # by breaker, runs and when they began
 
@@ -44,60 +41,49 @@ class Prober:
         """Begin to run the probe of a breaker for which it is due, unless that is under way."""
         watching = self._watching.get(breaker.name)
         if watching is None or not watching.is_alive():
-            work = self._make_trials if snapshot.state is State.HALF_OPEN else self._check_health
-            name = f"probe-{breaker.name}"
-            thread = threading.Thread(
-                target=work, args=(self._runtime.fleet, breaker, probe, snapshot), name=name, daemon=True
-            )
+            args, name = (breaker, probe, snapshot), f"probe-{breaker.name}"
+            thread = threading.Thread(target=self._work, args=args, name=name, daemon=True)
             self._watching[breaker.name] = thread
             thread.start()
 
-    def _make_trials(self, fleet: Fleet, breaker: Dependency, probe: Probe, half_open: Snapshot) -> None:
-        """Make trials until the breaker has left HALF_OPEN; with an interval, one trial if it is our turn."""
-        if probe.interval is None:
-            while self._make_trial(fleet, breaker, probe):
-                pass
-        elif self._is_our_turn(fleet, breaker, probe, half_open):
-            self._make_trial(fleet, breaker, probe)
+    def _work(self, breaker: Dependency, probe: Probe, snapshot: Snapshot) -> None:
+        """Make trials until the breaker has left HALF_OPEN; with an interval, and while it admits, one run in turn."""
+        is_trial, store = snapshot.state is State.HALF_OPEN, breaker.fleet.store
+        try:
+            if is_trial and probe.interval is None:
+                while self._make_trial(breaker, probe):
+                    pass
+            elif store.begin_health_check(breaker.spec, since=probe.turn_began(snapshot)):
+                if is_trial:
+                    self._make_trial(breaker, probe)
+                else:
+                    self._check_health(breaker, probe, snapshot.epoch)
+        except StoreError as error:
+            logger.debug("no health check of breaker %r: %s", breaker.name, error)
 
-    def _make_trial(self, fleet: Fleet, breaker: Dependency, probe: Probe) -> bool:
+    def _make_trial(self, breaker: Dependency, probe: Probe) -> bool:
         """Make one trial; whether there may be another."""
-        holder = f"probe:{uuid4()}"
+        fleet, holder = breaker.fleet, f"probe:{uuid4()}"
         grant = fleet.acquire(breaker.spec, holder, lease=probe.limit + SETTLE_TIMEOUT)
         if not grant.trial:
             return False
         epoch = grant.snapshot.epoch
-        verdict = self._verdict(fleet, breaker, probe, epoch)
+        verdict = self._verdict(breaker, probe, epoch)
         fleet.reporter.settle(breaker.spec, holder, epoch, verdict, wait=SETTLE_TIMEOUT)
         self._wake()
         return verdict.outcome is Outcome.SUCCESS
 
-    def _check_health(self, fleet: Fleet, breaker: Dependency, probe: Probe, admitting: Snapshot) -> None:
-        """Run an active probe once, if it is our turn, and have the store count its verdict."""
-        if not self._is_our_turn(fleet, breaker, probe, admitting):
-            return
-        verdict = self._verdict(fleet, breaker, probe, admitting.epoch)
-        evidence = Evidence(admitting.epoch, (), verdict.cause, verdict.retry_after)
-        try:
-            answer = fleet.store.report_health_check(
-                breaker.spec, verdict.outcome, evidence, limit=probe.failures_allowed, jitter=random.random()
-            )
-        except StoreError as error:
-            logger.debug("a health check of breaker %r does not count: %s", breaker.name, error)
-        else:
-            fleet.learn(answer)
+    def _check_health(self, breaker: Dependency, probe: Probe, epoch: int) -> None:
+        """Run an active probe once and have the store count its verdict."""
+        fleet, verdict = breaker.fleet, self._verdict(breaker, probe, epoch)
+        evidence = Evidence(epoch, (), verdict.cause, verdict.retry_after)
+        answer = fleet.store.report_health_check(
+            breaker.spec, verdict.outcome, evidence, limit=probe.failures_allowed, jitter=random.random()
+        )
+        fleet.learn(answer)
 
-    def _is_our_turn(self, fleet: Fleet, breaker: Dependency, probe: Probe, snapshot: Snapshot) -> bool:
-        try:
-            return fleet.store.begin_health_check(breaker.spec, since=probe.turn_began(snapshot))
-        except StoreError as error:
-            logger.debug("no health check of breaker %r: %s", breaker.name, error)
-            return False
-
-    def _verdict(self, fleet: Fleet, breaker: Dependency, probe: Probe, epoch: int) -> Verdict:
+    def _verdict(self, breaker: Dependency, probe: Probe, epoch: int) -> Verdict:
         """Run the probe under its time limit; a run that overruns is abandoned."""
-        verdicts: SimpleQueue[Verdict] = SimpleQueue()
-        run = Run(time.monotonic() + probe.limit, lambda: _last_heartbeat(fleet, breaker))
         given_up = time.monotonic() - GIVEN_UP_AFTER
         before = self._running.get(breaker.name, ())
         running = [(thread, began) for thread, began in before if thread.is_alive() and began > given_up]
@@ -105,6 +91,8 @@ class Prober:
         if len(running) >= MOST_ABANDONED:
             logger.error("%d probes of breaker %r hang; no more are started here", MOST_ABANDONED, breaker.name)
             return _failure(f"{MOST_ABANDONED} earlier ones hang")
+        verdicts: SimpleQueue[Verdict] = SimpleQueue()
+        run = Run(time.monotonic() + probe.limit, partial(_last_heartbeat, breaker))
         thread = threading.Thread(
             target=lambda: verdicts.put(_run(breaker, probe, run, epoch)), name=f"probing-{breaker.name}", daemon=True
         )
@@ -116,8 +104,8 @@ class Prober:
             return _failure(f"no answer within {probe.limit:g} s")
 
 
-def _last_heartbeat(fleet: Fleet, breaker: Dependency) -> float | None:
-    kept = fleet.store.get(HEARTBEATS, breaker.name)
+def _last_heartbeat(breaker: Dependency) -> float | None:
+    kept = breaker.fleet.store.get(HEARTBEATS, breaker.name)
     return None if kept is None else kept[1]
 
 

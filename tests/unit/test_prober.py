@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from celery import Celery
 
 from resilient_tasks import Breaker, Resilience, State, StoreError
 from resilient_tasks.checks import HealthCheckError, heartbeat
 from resilient_tasks.core.model import Transition
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker import probes as probe_module
-from resilient_tasks.worker.context import runtime_of
 from resilient_tasks.worker.probes import Prober
 from tests.support.doubles import FlakyStore, wait_until
 
@@ -28,10 +27,10 @@ def payments(resilience: Resilience) -> Breaker:
 class Rounds:
     """Ticks by hand: runs what is due and waits for its end."""
 
-    def __init__(self, app: Celery, clock: Clock) -> None:
+    def __init__(self, clock: Clock) -> None:
         self.woken = 0
         self.clock = clock
-        self.prober = Prober(runtime_of(app), self._wake)
+        self.prober = Prober(self._wake)
 
     def _wake(self) -> None:
         self.woken += 1
@@ -64,8 +63,10 @@ class Rounds:
 
 
 @pytest.fixture
-def rounds(app: Celery, payments: Breaker, clock: Clock) -> Rounds:
-    return Rounds(app, clock)
+def rounds(payments: Breaker, clock: Clock) -> Iterator[Rounds]:
+    rounds = Rounds(clock)
+    yield rounds
+    wait_until(lambda: not any(thread.is_alive() for thread in rounds.prober._watching.values()))
 
 
 @pytest.fixture
@@ -132,13 +133,13 @@ def test_one_failure_between_them_opens_it_again(rounds: Rounds, payments: Break
         assert payments.snapshot().reason == f"1 of 5 trials failed, last: probe: {cause}"
 
 
-def test_an_interval_spaces_the_trials_of_all_workers(app: Celery, rounds: Rounds, payments: Breaker) -> None:
+def test_an_interval_spaces_the_trials_of_all_workers(rounds: Rounds, payments: Breaker) -> None:
     check = payments.probe(Dependency(), interval=5)
     rounds.half_open(payments)
     assert rounds.run(payments) is State.HALF_OPEN
-    assert not Rounds(app, rounds.clock).begin(payments)
+    assert not Rounds(rounds.clock).begin(payments)
     rounds.clock.advance(5.001)
-    assert Rounds(app, rounds.clock).run(payments) is State.CLOSED
+    assert Rounds(rounds.clock).run(payments) is State.CLOSED
     assert check.asked == 2
 
 
@@ -206,11 +207,11 @@ def test_it_opens_before_any_task_has_failed(rounds: Rounds, payments: Breaker, 
     assert payments.snapshot().failures == 0
 
 
-def test_two_workers_make_each_check_once(app: Celery, rounds: Rounds, payments: Breaker) -> None:
+def test_two_workers_make_each_check_once(rounds: Rounds, payments: Breaker) -> None:
     check = payments.probe(Dependency(), active=True)
     payments._dependency.fleet.store.advance(payments._dependency.spec)
     rounds.clock.advance(10)
-    other = Rounds(app, rounds.clock)
+    other = Rounds(rounds.clock)
     snapshot, probe = payments.snapshot(), payments._dependency.probe
     assert probe is not None
     for prober in (rounds.prober, other.prober):
