@@ -16,10 +16,12 @@ from celery import bootsteps
 from celery.signals import worker_process_init, worker_process_shutdown, worker_shutdown
 from celery.worker.control import inspect_command
 from kombu import Consumer
+from kombu.common import ignore_errors
 
 from resilient_tasks.errors import StoreError
 from resilient_tasks.store import background
 from resilient_tasks.store.base import Spec
+from resilient_tasks.store.view import CachedState
 from resilient_tasks.worker import celery_internals, kombu_internals
 from resilient_tasks.worker.context import TICK_TASK, Runtime, find_runtime, runtime_of
 from resilient_tasks.worker.envelope import UNDECODABLE
@@ -58,7 +60,7 @@ class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is 
     def __init__(self, consumer: Any, **kwargs: Any) -> None:
         super().__init__(consumer, **kwargs)
         celery_internals.filter_messages(consumer, pipeline_of(consumer.app).deferral.takes)
-        self._ticks: Consumer | None = None
+        self._ticks: Any = None
 
     def start(self, consumer: Any) -> None:
         runtime, pipeline = runtime_of(consumer.app), pipeline_of(consumer.app)
@@ -76,8 +78,8 @@ class ControlQueue(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery is 
         pipeline.compensation.stop()
         ticks, self._ticks = self._ticks, None
         if ticks is not None:
-            _quietly(ticks.cancel)
-            _quietly(lambda: ticks.channel and ticks.channel.close())
+            for close in (ticks.cancel, ticks.channel.close):
+                ignore_errors(consumer.connection, close)  # which may be gone already
 
     shutdown = stop
 
@@ -96,13 +98,6 @@ def _take_ticks(connection: Any, runtime: Runtime) -> Consumer:
     ticks = Consumer(connection.channel(), [queue], auto_declare=False, on_message=receive, prefetch_count=1)
     ticks.consume()
     return ticks
-
-
-def _quietly(close: Any) -> None:
-    try:
-        close()
-    except Exception as exc:  # noqa: BLE001 - the connection may be gone already
-        logger.debug("closing the control queue: %s", exc)
 
 
 @worker_shutdown.connect  # type: ignore[untyped-decorator]  # Celery is untyped
@@ -149,16 +144,16 @@ def breakers(state: Any, **_: Any) -> dict[str, dict[str, Any]]:
     with suppress(StoreError):
         read = runtime.fleet.store.read_shared([breaker.spec for breaker in present])
         epochs = {snapshot.name: snapshot.epoch for snapshot in read}
-    found = {}
-    for breaker in present:
-        cached, epoch = breaker.cached_state, epochs.get(breaker.name)
-        found[breaker.name] = {
-            "state": str(cached.snapshot.state),
-            "epoch": cached.epoch,
-            "age": None if cached.age is None else round(cached.age, 3),
-            "agrees": None if epoch is None else epoch == cached.epoch,
-        }
-    return found
+    return {breaker.name: _as_seen(breaker.cached_state, epochs.get(breaker.name)) for breaker in present}
+
+
+def _as_seen(cached: CachedState, epoch: int | None) -> dict[str, Any]:
+    return {
+        "state": str(cached.snapshot.state),
+        "epoch": cached.epoch,
+        "age": None if cached.age is None else round(cached.age, 3),
+        "agrees": None if epoch is None else epoch == cached.epoch,
+    }
 
 
 @inspect_command()  # type: ignore[untyped-decorator]  # Celery is untyped
