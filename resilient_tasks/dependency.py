@@ -7,7 +7,6 @@ of it and its reporter.
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 import time
@@ -50,8 +49,6 @@ from resilient_tasks.store.local import FailoverStore
 from resilient_tasks.store.reporter import LEASE, Reporter
 from resilient_tasks.store.view import CachedState, View
 
-logger = logging.getLogger("resilient_tasks")
-
 REMEMBERED_FOR = 60.0  # seconds for which a process goes by its cached state of a CLOSED child, which nothing refreshes
 SWEEP_INTERVAL = 60.0  # seconds between two searches for children that are no longer used, made when a new one is
 FULL_FOR = 10.0  # seconds for which a parent without room for more children is not asked again
@@ -79,8 +76,7 @@ class Pass(NamedTuple):
 class Fleet:
     """Store, view and reporter of this process; while the shared store is unavailable, a local one decides.
 
-    A store in memory has no ledger, of what workers must know in common, and no history. ``announce`` gets each
-    transition that this process has made, ``task_id`` returns the id of the task that runs here and now.
+    ``announce`` gets each transition that this process has made, ``task_id`` returns the id of the task that runs here.
     """
 
     def __init__(
@@ -155,11 +151,7 @@ class Fleet:
         return grant
 
     def command(self, spec: Spec, verb: Verb, reason: str, actor: str) -> Snapshot:
-        """Carry out an operator's verb and return the state that it led to.
-
-        The workers' policy stays in force, whatever checkout and environment the verb comes from. If the store is
-        unavailable, nothing has changed.
-        """
+        """Carry out an operator's verb under the workers' policy, and return the state that it led to."""
         asked = self.view.asking()
         undeclared = replace(spec, revision=OLDEST)
         answer = self.store.command(undeclared, verb, reason=reason, actor=actor, jitter=random.random())
@@ -170,10 +162,7 @@ class Fleet:
         """Update the view by a store's answer, and announce the transition that it brought about, if any."""
         self.view.update(answer.snapshot, asked)
         if answer.transition is not None:
-            try:
-                self._announce(answer.transition)
-            except Exception:  # whatever is given to this class
-                logger.exception("a listener failed on the transition of breaker %s", answer.transition.name)
+            self._announce(answer.transition)
         if isinstance(answer, Answer):
             self.view.look_for_room(answer.snapshot)
 
@@ -185,11 +174,7 @@ class Fleet:
 
 
 class Dependency:
-    """A breaker as guards and workers use it.
-
-    A child, the breaker of one key, has a parent: what it admits the parent must admit, too. It counts alone, under the
-    parent's policy.
-    """
+    """A breaker as guards and workers use it; a child counts alone, under its parent's policy."""
 
     reporter: Reporter
     cached: CachedState  # as it is; ``cached_state`` is brought up to date
@@ -344,10 +329,7 @@ class Dependency:
         return refusal
 
     def lease(self, holder: str, *, for_child: bool, renewed_for: float | None = None) -> Pass | None:
-        """Ask the store for a permit or a slot; None: it is denied.
-
-        A permit is renewed for ``renewed_for`` seconds at most, by default the policy's ``trial_timeout``.
-        """
+        """Ask the store for a permit, to be renewed for ``trial_timeout`` or so long, or a slot; None: it is denied."""
         grant = self.fleet.acquire(self.spec, holder)
         if not grant.admitted:
             return None
@@ -417,8 +399,5 @@ def with_parents(breakers: Sequence[Dependency]) -> Sequence[Dependency]:
 
 
 def needs_no_report(name: str, verdict: Verdict, counted_for: str | None) -> bool:
-    """Whether a call adds nothing to what guards inside it have reported: it has no failure of its own.
-
-    ``counted_for`` is the breaker for which one of them has counted the exception that has ended the call.
-    """
+    """Whether a call has no failure but that which guards inside it have ``counted_for`` a breaker."""
     return verdict.outcome is not Outcome.FAILURE or name in (counted_for, parent_of(counted_for or ""))

@@ -171,14 +171,11 @@ cached = Cached
 
 
 class FallbackChain:
-    """The fallbacks of one task, tried in order. Empty chains are false."""
+    """The fallbacks of one task, tried in order."""
 
     def __init__(self, members: Sequence[Cached | Constant | Callable[..., Any]]) -> None:
         self._members = members
         self._has_warned = False
-
-    def __bool__(self) -> bool:
-        return bool(self._members)
 
     def answer(self, call: Call, store: Store) -> Served | None:
         """Return the first answer, or None if no fallback has one. Raises nothing."""
@@ -231,12 +228,12 @@ def _called(function: Callable[..., Any], call: Call) -> Served | None:
     return Served(value, name)
 
 
-def as_chain(fallback: Any, task_name: str, body: Callable[..., Any]) -> FallbackChain:
+def as_chain(fallback: Any, task_name: str, body: Callable[..., Any]) -> FallbackChain | None:
     """Make the chain that a task's ``fallback=`` describes; ConfigurationError for what cannot work for this body."""
     items = [] if fallback is None else fallback if isinstance(fallback, (list, tuple)) else [fallback]
     for item in items:
         _check(item, f"task {task_name!r}: fallback", _parameter_names(body))
-    return FallbackChain(tuple(items))
+    return FallbackChain(tuple(items)) if items else None
 
 
 def _check(item: Any, subject: str, parameters: Sequence[str]) -> None:

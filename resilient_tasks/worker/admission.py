@@ -125,10 +125,7 @@ class Gate:
         return Pass(breaker.name, epoch, trial, counts, leased, for_child, watched)
 
     def _would_count(self, cached: CachedState, envelope: Envelope) -> bool:
-        """Whether a failure now uses up an attempt: only if the dependency has served a task since the last one.
-
-        A task that has not failed before looks back over one window.
-        """
+        """Whether a failure now uses up an attempt: if others succeeded since the task's last one, or for a window."""
         last_success = cached.snapshot.last_success_at
         if last_success is None:
             return False
@@ -186,10 +183,7 @@ class Gate:
                 _report(request, breaker, admitted, verdict, was_overdue=was_overdue)
 
     def _end_watch(self, request: GatedRequest, breaker: Dependency, verdict: Verdict | None) -> bool:
-        """Watch a run no longer; return whether it has been overdue.
-
-        Without a verdict guards inside have reported: how long runs of this task take then says nothing.
-        """
+        """Watch a run no longer; return whether it was overdue. None is watched again in which guards have reported."""
         watch = self._watches.pop((request, breaker.name), None)
         if watch is None:
             return False
@@ -224,10 +218,7 @@ def _is_waited_for(cached: CachedState, envelope: Envelope) -> bool:
 
 
 def _ramps_out(cached: CachedState, envelope: Envelope, task_id: str) -> bool:
-    """Whether the ramp after a recovery keeps this task out; those that waited for this breaker have their own pace.
-
-    The lot is drawn from the task's id, so that it falls alike wherever it is asked for.
-    """
+    """Whether the ramp after a recovery keeps a task out, by a lot drawn from its id: it falls alike everywhere."""
     share = cached.ramp_share()
     if share >= 1.0 or _was_resumed(cached, envelope):
         return False

@@ -126,10 +126,7 @@ class _Composer(Producer):
 
 
 def broker_errors(connection: Any) -> tuple[type[Exception], ...]:
-    """Return what a broker that is unavailable, or refuses something, raises.
-
-    kombu counts a ``KeyError`` as a lost connection to Redis, but it may be a bug in any code.
-    """
+    """Return what a broker that is unavailable, or refuses something, raises; a ``KeyError`` may be any bug."""
     errors = *connection.connection_errors, *connection.channel_errors, OperationalError, OSError
     return tuple(error for error in errors if error is not KeyError)
 
@@ -281,10 +278,7 @@ def autoscale_maximum(consumer: Any) -> float:
 
 
 def add_slot(pool: Any) -> None:
-    """Give a running pool one slot more, which takes a task at once; call it in the consumer's event loop.
-
-    OSError, MemoryError, RuntimeError or NotImplementedError: the pool cannot grow now.
-    """
+    """Give a running pool one slot more, which takes a task at once; call it in the consumer's event loop."""
     if queues_inside(pool):
         executor = pool.executor
         with executor._shutdown_lock:

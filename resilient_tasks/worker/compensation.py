@@ -136,11 +136,8 @@ class Compensation:
         return [key for key, call in list(self._calls.items()) if call.started is None]
 
     def limiting(self, breakers: Sequence[Dependency]) -> Dependency | None:
-        """Return the suspect breaker that has its share of the slots already; None if a task may run.
-
-        While the store is unavailable all may: what is deferred could not be resumed.
-        """
-        if not self.suspects or self._runtime.fleet.store.is_unavailable:
+        """Return the suspect breaker that has its share of the slots already; None if a task may run."""
+        if not self.suspects or self._runtime.fleet.store.is_unavailable:  # what is deferred could not be resumed
             return None
         running = [call for call in list(self._calls.values()) if call.started is not None or not self._queues_inside]
         return next((breaker for breaker in breakers if self._is_over(breaker, running)), None)

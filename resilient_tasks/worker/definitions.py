@@ -43,7 +43,7 @@ class TaskOptions:
     """Options of a task that names a breaker; the README's table explains them."""
 
     breakers: tuple[str, ...]
-    fallback: InstanceOf[FallbackChain]
+    fallback: InstanceOf[FallbackChain] | None
     on_open: Literal["defer", "fail"] = DEFER
     on_failure: Literal["defer", "raise"] = DEFER
     max_attempts: Count = 8

@@ -177,10 +177,7 @@ def run_admitted(admission: Admission, name: str, task_id: str, *args: Any) -> t
 
 
 def bounded(retrying: tenacity.Retrying, breakers: Sequence[Dependency], limit: float | None) -> tenacity.Retrying:
-    """Return a task's ``retrying`` within bounds: no attempt after a breaker opened, no wait past the time limit.
-
-    All breakers must admit before each attempt, and during each wait; a ``sleep`` of the user's own is kept.
-    """
+    """Return a task's ``retrying`` within bounds: no attempt after a breaker opened, no wait past the time limit."""
 
     def all_admit() -> bool:
         return all(guard.cached_state.admits for breaker in breakers for guard in breaker.guards)
@@ -236,10 +233,7 @@ def defer_retry(task: Any, exc: BaseException | None, *, same_message: bool) -> 
 
 
 class _Body:
-    """One run of a body, with its breakers and fallbacks around it.
-
-    ``gated`` is the run that has passed the gate and reports to it; None: the task is eager, or called directly.
-    """
+    """One run of a body; ``gated`` if it has passed the gate and reports to it, else it is eager or called directly."""
 
     def __init__(self, task: Any, args: Any, kwargs: Any, gated: Run | None) -> None:
         self.task, self.args, self.kwargs, self.gated = task, args, kwargs, gated
@@ -279,7 +273,7 @@ class _Body:
         if refusal is None and failing is None:
             raise exc
         breaker = refusal.breaker if refusal is not None else failing.name if failing is not None else ""
-        served = serve(self.runtime, self.task, self._call, breaker)
+        served = serve(self.runtime, self.task, self._call, breaker) if self.options.fallback else None
         if served is not None:
             if self.gated is not None:
                 self.gated.served = served.source, served.age, breaker

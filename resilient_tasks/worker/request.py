@@ -103,11 +103,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
                 self._delivery_info.update(sent_to)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Put our methods before those of the class that Celery derives for each task.
-
-        ``create_request_cls`` overrides ``execute_using_pool`` and ``on_success`` with faster copies that never call
-        ``super()``.
-        """
+        """Put our methods before the faster copies in the class that Celery derives for each task."""
         super().__init_subclass__(**kwargs)
         if "execute_using_pool" in cls.__dict__:
             del cls.execute_using_pool
@@ -168,10 +164,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     # --- into the pool, and out of it -------------------------------------------------------------
 
     def execute_using_pool(self, pool: Any, **_: Any) -> Any:
-        """Pass the gate and submit the task to the pool.
-
-        TaskRevokedError: it was revoked or deferred; Celery then frees the pool slot.
-        """
+        """Pass the gate and submit the task to the pool; TaskRevokedError if it is not to run now."""
         admission = self.admission = self.pipeline.on_submit(self)
         hard, soft = limits_of(self.task, self.time_limits)
         message = self.type, self.id, self.request_dict, self.body, self.content_type, self.content_encoding
@@ -269,10 +262,7 @@ class GatedRequest(Request):  # type: ignore[misc]  # Celery is untyped
     # --- an end without a run ---------------------------------------------------------------------
 
     def fail(self, error: Exception) -> None:
-        """Give a task that never ran its FAILURE, with all that Celery does about a hard time limit.
-
-        ResultNotWrittenError: the result backend refuses; nothing else has been done.
-        """
+        """Give a task that never ran its FAILURE and its hooks; ResultNotWrittenError: nothing has been done."""
         celery_internals.task_ready(self)
         write_result(
             self.task.backend.mark_as_failure, self.id, error, request=self.context,
@@ -321,10 +311,7 @@ class SupersededError(Exception):
 
 
 def coalesced_as(request: GatedRequest) -> str:
-    """Return what a task and those that it may supersede have in common; "" if there is none that it may.
-
-    A task that others wait for, in a workflow or by a callback, supersedes none and is superseded by none.
-    """
+    """Return what a task has in common with those it may supersede; "" if it may not, because others wait for it."""
     options, context = request.task.options, request.context
     if options.coalesce is None or context.callbacks or context.chain or context.chord or context.group:
         return ""
@@ -340,10 +327,7 @@ def coalesced_as(request: GatedRequest) -> str:
 
 
 def superseded_among(entries: Sequence[Entry], ledger: Ledger, *, gone: Collection[str] = ()) -> dict[str, str]:
-    """Return by the ids of those waiting tasks that a later one runs instead of, the id of that one.
-
-    ``gone`` are tasks that will not run, whatever they have claimed.
-    """
+    """Return by the id of a waiting task that of the later one which runs instead, if that is not ``gone``."""
     latest = ledger.claims({entry.envelope.coalesced_as for entry in entries} - {""})
     found = {entry.task_id: latest.get(entry.envelope.coalesced_as, entry.task_id) for entry in entries}
     return {task_id: later for task_id, later in found.items() if later != task_id and later not in gone}
