@@ -128,7 +128,8 @@ class Maintenance:
         self._tick_wanted = self._tick_missed = False
         if wanted or (missed and self._no_tick_for(interval / 2)):
             return True
-        if not self._anything_due():
+        at = self._runtime.fleet.view.server_now()
+        if not any(anything_due(each, each.cached_state.snapshot, at) for each in self._runtime.present()):
             self._due_since = None
             if now < self._idle_look_at:
                 return False
@@ -182,10 +183,6 @@ class Maintenance:
     def _no_tick_for(self, seconds: float) -> bool:
         age = self._runtime.fleet.ledger.last_tick_age(self._runtime.tick_scope)
         return age is None or age > seconds
-
-    def _anything_due(self) -> bool:
-        now = self._runtime.fleet.view.server_now()
-        return any(anything_due(breaker, breaker.cached_state.snapshot, now) for breaker in self._runtime.present())
 
 
 #: The lease of a tick outlives this many intervals; a worker that dies in mid-tick holds up no longer.
