@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from resilient_tasks.core.model import State, parent_of
@@ -380,25 +380,20 @@ def _held_too_long(request: GatedRequest) -> bool:
 BLOCKED_INTERVAL = 1.0
 
 
-@dataclass(slots=True)
-class _Blocked:
-    """A queue that is not consumed: by which consumer, under which tag, and for want of room for which breakers."""
-
-    task_consumer: Any
-    tag: str
-    breakers: set[str] = field(default_factory=set)
-
-
 class Overflow:
     """Blocks and unblocks the queues of one worker. Touches its consumer in the consumer's own event loop only."""
-
-    consumer: Any = None  # the worker's, as soon as it has connected
 
     def __init__(self, deferral: Deferral, is_stuck: Callable[[str], bool]) -> None:
         self._deferral, self._is_stuck = deferral, is_stuck
         self._returning: deque[tuple[GatedRequest, str, Envelope]] = deque()  # on their way back to their queues
-        self._blocked: dict[str, _Blocked] = {}
+        self._blocked: dict[str, tuple[str, set[str]]] = {}  # queue -> consumer's tag, breakers without room
         self._look_at = float("-inf")
+        self.consumer: Any = None
+
+    def start(self, consumer: Any) -> None:
+        """Go on with a consumer that has connected, or reconnected, and consumes all queues."""
+        self.consumer = consumer
+        self._blocked.clear()
 
     def put_back(self, request: GatedRequest, envelope: Envelope, queue: str, breaker: str) -> None:
         """Requeue a message and block its queue, for want of room for tasks of ``breaker``; from any thread, soon."""
@@ -420,16 +415,15 @@ class Overflow:
     # --- in the event loop ------------------------------------------------------------------------
 
     def _block(self, queue: str, breaker: str) -> None:
-        self._forget_former_consumer()
         if queue not in self._blocked:
             task_consumer = self.consumer.task_consumer
             tag = task_consumer and celery_internals.pause_queue(task_consumer, queue)
             if tag:
-                self._blocked[queue] = _Blocked(task_consumer, tag)
+                self._blocked[queue] = tag, set()
                 logger.warning("queue %s is blocked: its tasks can neither run nor be deferred", queue)
                 _send_event(self.consumer, QUEUE_BLOCKED, queue=queue)
         if queue in self._blocked:
-            self._blocked[queue].breakers.add(breaker)
+            self._blocked[queue][1].add(breaker)
             for request in celery_internals.reserved_requests():  # what this worker holds and its gate would refuse
                 is_refused = isinstance(request, GatedRequest) and request.is_refused
                 if is_refused and request.pipeline.origin_of(request) == queue:
@@ -453,16 +447,10 @@ class Overflow:
     def _unblock(self) -> None:
         """Requeue what still has to be, and consume those queues again whose tasks may go on."""
         self._return_all()
-        self._forget_former_consumer()
-        for queue, blocked in list(self._blocked.items()):
-            if any(map(self._is_stuck, blocked.breakers)):
+        for queue, (tag, breakers) in list(self._blocked.items()):
+            if any(map(self._is_stuck, breakers)):
                 continue
             del self._blocked[queue]
-            if celery_internals.unpause_queue(blocked.task_consumer, queue, blocked.tag):  # else cancelled by hand
+            if celery_internals.unpause_queue(self.consumer.task_consumer, queue, tag):  # else cancelled by hand
                 logger.warning("queue %s is consumed again", queue)
             _send_event(self.consumer, QUEUE_UNBLOCKED, queue=queue)
-
-    def _forget_former_consumer(self) -> None:
-        """Drop what was blocked on a connection that was lost: the new one consumes all queues."""
-        consumer = self.consumer.task_consumer
-        self._blocked = {queue: each for queue, each in self._blocked.items() if each.task_consumer is consumer}

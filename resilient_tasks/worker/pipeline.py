@@ -284,7 +284,7 @@ class Pipeline:
         """Join the fleet with a consumer that has just connected to the broker, before it takes any task."""
         if self.consumer is consumer:
             return
-        self.consumer = self.overflow.consumer = consumer
+        self.consumer = consumer
         fleet = self.runtime.fleet
         fleet.view.refresh()  # a worker that joins while a breaker is OPEN obeys at once
         fleet.view.follow()
@@ -298,6 +298,7 @@ class Pipeline:
                 self.discard(request)
         self.compensation.start(consumer)
         self.holding.start(consumer)
+        self.overflow.start(consumer)
 
     def close(self) -> None:
         """Leave the fleet at shutdown, with everything reported that is still to be reported."""

@@ -24,9 +24,9 @@ def test_a_queue_is_blocked_again_after_a_reconnect() -> None:
     )
     deferral: Any = SimpleNamespace(put_back=lambda *_: None)
     overflow = Overflow(deferral, lambda _: True)
-    overflow.consumer = consumer
     request: Any = SimpleNamespace(arrival=0)
     for _ in range(2):
         consumer.task_consumer = TaskConsumer()
+        overflow.start(consumer)
         overflow.put_back(request, Envelope(), "work", "payments")
         assert consumer.task_consumer.cancelled == ["a-tag"]
