@@ -244,7 +244,8 @@ class Dependency:
     @property
     def cached_state(self) -> CachedState:
         """Brought up to date; that of a child is read anew from time to time, because nothing follows a CLOSED one."""
-        if self._joined is None or self.parent is not None or self.cached.is_behind:
+        cached = self.cached
+        if self._joined is None or self.parent is not None or (cached.counts is not None and cached.is_behind):
             view = self.fleet.view
             view.catch_up(self.cached)
             if self._is_old:

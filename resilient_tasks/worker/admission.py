@@ -119,18 +119,10 @@ class Gate:
                     self._uncount(breaker.name)
                 return None
             epoch, trial, leased = lease.epoch, lease.trial, lease.leased
-        counts = not trial and self._would_count(cached, request.envelope)
+        counts = not trial and _would_count(breaker, cached, request.envelope)
         is_watched = breaker.slow_after < math.inf and (leased or not for_child)
         watched = is_watched and self._is_watched(request, breaker, trial=trial)
         return Pass(breaker.name, epoch, trial, counts, leased, for_child, watched)
-
-    def _would_count(self, cached: CachedState, envelope: Envelope) -> bool:
-        """Whether a failure now uses up an attempt: if others succeeded since the task's last one, or for a window."""
-        last_success = cached.snapshot.last_success_at
-        if last_success is None:
-            return False
-        since = envelope.attempted_at or self._runtime.fleet.view.server_now() - cached.spec.policy.window
-        return last_success > since
 
     def _most_here(self, breaker: Dependency) -> float:
         """Return how many runs of a breaker's tasks this worker may have in flight by itself."""
@@ -206,6 +198,14 @@ def _denied(request: GatedRequest, refusal: BreakerOpenError) -> Admission:
 
 def _watched_as(request: GatedRequest, breaker: Dependency) -> tuple[str, str]:
     return request.task.name, breaker.family
+
+
+def _would_count(breaker: Dependency, cached: CachedState, envelope: Envelope) -> bool:
+    """Whether a failure now uses up an attempt: if others succeeded since the task's last one, or for a window."""
+    last_success = cached.snapshot.last_success_at
+    if last_success is None:
+        return False
+    return last_success > (envelope.attempted_at or breaker.fleet.view.server_now() - breaker.policy.window)
 
 
 def _was_resumed(cached: CachedState, envelope: Envelope) -> bool:

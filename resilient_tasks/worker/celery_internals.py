@@ -408,9 +408,8 @@ class Events:
         if self._consumer is not None:
             own = self._consumer.event_dispatcher
             name, groups = (self.hostname, own.groups) if own is not None and own.enabled else ("", None)
-        if name and self._connection is None:
-            self._connection = self._app.connection_for_write()
         if name and name not in self._dispatchers:
+            self._connection = self._connection or self._app.connection_for_write()
             self._dispatchers[name] = self._app.events.Dispatcher(
                 self._connection, hostname=name, buffer_while_offline=False, groups=groups,
                 buffer_group={"task"}, buffer_limit=MOST_EVENTS,

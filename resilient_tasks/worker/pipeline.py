@@ -344,19 +344,10 @@ def strategy(task: Any, app: Celery, consumer: Any) -> Callable[..., Any]:
 
 def _request(task: Any, app: Celery, consumer: Any, message: Any, ack: Any, reject: Any) -> GatedRequest:
     return GatedRequest(
-        message,
-        on_ack=ack,
-        on_reject=reject,
-        app=app,
-        task=task,
-        hostname=consumer.hostname,
-        eventer=consumer.event_dispatcher,
-        connection_errors=consumer.connection_errors,
-        body=message.body,
-        headers=message.headers,
-        decoded=False,
-        utc=app.uses_utc_timezone(),
-    )
+        message, app=app, task=task, on_ack=ack, on_reject=reject, hostname=consumer.hostname,
+        eventer=consumer.event_dispatcher, connection_errors=consumer.connection_errors,
+        body=message.body, headers=message.headers, decoded=False, utc=app.uses_utc_timezone(),
+    )  # fmt: skip
 
 
 def _announce(request: GatedRequest) -> None:
