@@ -99,7 +99,7 @@ class RedisStore(RuledStore):
         return [snapshot for some in portions(specs) for snapshot in self._read(some)]
 
     def _read(self, specs: Sequence[Spec]) -> list[Snapshot]:
-        calls = [(self._keys.breaker(spec.name), (*self._common(spec), 0)) for spec in specs]
+        calls = [(self._keys.breaker(spec.name), (*self._common(spec, *self._rules(spec)), 0)) for spec in specs]
         try:
             replies = self._server.script_each("read", calls)
             return [self._seen(spec, reply).snapshot for spec, reply in zip(specs, replies, strict=True)]
@@ -237,8 +237,9 @@ class RedisStore(RuledStore):
     def _ask(self, script: str, spec: Spec, arguments: Callable[[Rules], Iterable[Argument]]) -> _Answer:
         keys = self._keys.breaker(spec.name)
         while True:
-            rules, _ = self._rules(spec)
-            answer = self._seen(spec, self._server.script(script, keys, *self._common(spec), *arguments(rules)))
+            rules, text = self._rules(spec)
+            reply = self._server.script(script, keys, *self._common(spec, rules, text), *arguments(rules))
+            answer = self._seen(spec, reply)
             if answer.done >= 0:
                 return answer
 
@@ -246,17 +247,16 @@ class RedisStore(RuledStore):
         """Return the newest rules that this process knows, and how they are kept."""
         own, newer = spec.rules(), self._newer_rules.get(parent_of(spec.name) or spec.name)
         rules = own.or_newer(newer)
-        return rules, own.text() if rules is own or newer is None else newer
+        return rules, own.text() if rules == own or newer is None else newer
 
-    def _common(self, spec: Spec) -> tuple[Argument, ...]:
-        rules, text = self._rules(spec)
+    def _common(self, spec: Spec, rules: Rules, text: str) -> tuple[Argument, ...]:
         numbers = rules.revision, rules.window, rules.max_open_time
         return text, key_of(spec.name), self._channel, spec.name, *numbers
 
     def _seen(self, spec: Spec, reply: str | bytes) -> _Answer:
         rules, _ = self._rules(spec)
         answer = _read_answer(spec.name, rules, reply)
-        if answer.rules is not rules and answer.kept_rules:
+        if answer.rules != rules and answer.kept_rules:
             self._newer_rules[parent_of(spec.name) or spec.name] = answer.kept_rules
         return answer
 
