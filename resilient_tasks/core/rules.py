@@ -238,7 +238,7 @@ class Kept:
 
     def count(self, runs: Sequence[Calls], rules: Rules, now: int) -> dict[str, int]:
         """Count calls that were admitted in the present epoch, oldest first; return the peaks of the evidence."""
-        fields, peaks = self.fields, {"failure_peak": 0, "slow_peak": 0, "row_peak": 0}
+        fields, peaks = self.fields, {"peak_failure": 0, "peak_slow": 0, "peak_row": 0}
         scores = {kind: Score.read(fields[kind]) for kind in KINDS}
         for kind, score in scores.items():
             if _is_over(score.at, now, rules.window):
@@ -246,9 +246,9 @@ class Kept:
         for weight in chain.from_iterable(weigh(run, rules) for run in runs):
             score = scores[weight.kind]
             number = self._weigh(score, weight, now)
-            reached = {f"{weight.kind}_peak": score.value}
+            reached = {f"peak_{weight.kind}": score.value}
             if weight.kind == "failure":
-                fields["row"] = reached["row_peak"] = fields["row"] + number if weight.amount > 0 else 0
+                fields["row"] = reached["peak_row"] = fields["row"] + number if weight.amount > 0 else 0
             if score.tasks >= rules.minimum_tasks:
                 peaks.update({name: max(value, peaks[name]) for name, value in reached.items()})
         fields.update({kind: str(score) for kind, score in scores.items()})
@@ -432,10 +432,10 @@ class Seen:
     def trips(self, cause: str) -> str:
         """Return why the breaker opens, or "" while the evidence does not suffice."""
         for kind, score in self.scores.items():
-            reached = max(self._number(f"{kind}_peak"), score.value * self._has_tasks(score))
+            reached = max(self._number(f"peak_{kind}"), score.value * self._has_tasks(score))
             if reached >= self.rules.minimum_calls * UNIT and not self._is_forgotten(kind):
                 return self._in_words(kind, cause)
-        row = max(self._number("row_peak"), self._number("row") * self._has_tasks(self.scores["failure"]))
+        row = max(self._number("peak_row"), self._number("row") * self._has_tasks(self.scores["failure"]))
         if 0 < self.rules.consecutive <= row and not self._is_forgotten("failure"):
             return with_cause(f"{row} consecutive failures", cause)
         if 0 < self._number("check_limit") <= self.failed_checks:
@@ -447,7 +447,7 @@ class Seen:
 
     def _in_words(self, kind: str, cause: str) -> str:
         score, needed = self.scores[kind], self.rules.minimum_calls
-        peak = max(self._number(f"{kind}_peak"), score.value)
+        peak = max(self._number(f"peak_{kind}"), score.value)
         reached = f"evidence {min(round(peak / UNIT, 1), needed):g} of {needed}"
         if kind == "slow":
             good = score.calls - score.bad

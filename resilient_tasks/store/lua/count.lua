@@ -1,6 +1,6 @@
 -- count(epoch, minimum_tasks, calls, failed, slow, score, number, amount, task, each, ...) -> answer; see breaker.lua
 -- Count calls that were admitted in the present epoch: into the evidence, and into the sums for people. The answer has
--- peaks of the evidence, too (failure_peak, slow_peak, row_peak): the calls may have ended with successes.
+-- peaks of the evidence, too (peak_failure, peak_slow, peak_row): the calls may have ended with successes.
 -- KEYS, ARGV 1..7: see breaker.lua
 -- ARGV  8 epoch           in which the calls were admitted; 0: before the store knew the breaker
 --       9 minimum_tasks   that open the breaker
@@ -77,11 +77,11 @@ local function count()
     end
   end
   put('row', row)
-  state.row_peak = integer(row_peak)
+  state.peak_row = integer(row_peak)
   for kind, s in pairs(scores) do
     if s.is_changed then
       put(kind, string.format('%.0f %.0f %.0f %.0f %.0f 0', s.value, s.tasks, s.calls, s.bad, s.at))
-      state[kind .. '_peak'] = integer(s.peak)
+      state['peak_' .. kind] = integer(s.peak)
     end
   end
 end
