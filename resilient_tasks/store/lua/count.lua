@@ -77,7 +77,7 @@ local function count()
     end
   end
   put('row', row)
-  state.peak_row = integer(row_peak)
+  state.peak_row = row_peak > 0 and integer(row_peak) or nil
   for kind, s in pairs(scores) do
     if s.is_changed then
       put(kind, string.format('%.0f %.0f %.0f %.0f %.0f 0', s.value, s.tasks, s.calls, s.bad, s.at))
@@ -95,7 +95,9 @@ local function sum_up()
     calls, failed, slow = 0, 0, 0
   end
   put(bucket, string.format('%.0f %.0f %.0f %.0f', index, calls + CALLS, failed + FAILED, slow + ARGV[12]))
-  put('total_failures', field('total_failures') + FAILED)
+  if FAILED > 0 then
+    put('total_failures', field('total_failures') + FAILED)
+  end
   if CALLS > FAILED then
     put('last_success_at', now)
   end
