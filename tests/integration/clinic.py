@@ -33,13 +33,13 @@ resilience = Resilience(app, tick_interval=0.25)
 QUICK: dict[str, Any] = {"open_duration": 0.5, "open_multiplier": 1.0, "open_jitter": 0.0, "ramp": 0.0}
 
 
-def ask(patient: str) -> None:
-    """Look after one patient, as the test has arranged it."""
-    SIDE.rpush(f"asked:{patient}", time.time())
-    while SIDE.get(f"health:{patient}") == "hang":
+def ask(dependency: str) -> None:
+    """Check one dependency, as the test has arranged it."""
+    SIDE.rpush(f"asked:{dependency}", time.time())
+    while SIDE.get(f"health:{dependency}") == "hang":
         time.sleep(0.05)
-    if SIDE.get(f"health:{patient}") == "down":
-        raise ConnectionError(f"{patient} is down")
+    if SIDE.get(f"health:{dependency}") == "down":
+        raise ConnectionError(f"{dependency} is down")
 
 
 web = resilience.breaker("web", **QUICK)

@@ -42,7 +42,7 @@ TRANSPORT_ALIASES[SCHEME] = f"{__name__}:Transport"
 
 
 class WholeFiles(filesystem.Channel):
-    """As kombu's own, which at times reads a file that another thread or process is still writing, and dies of it."""
+    """As kombu's own, which at times reads a file that another thread or process is still writing, and fails on it."""
 
     def _put(self, queue: str, payload: Any, **_: Any) -> None:  # type: ignore[override] # as in kombu
         written = Path(self.data_folder_out, f"{time.monotonic_ns()}_{uuid4()}.{queue}.msg.part")

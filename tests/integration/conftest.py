@@ -184,7 +184,7 @@ class Shop:
         return int(self.broker.llen(f"resilient.deferred.{breaker}"))
 
     def open(self, breaker: str) -> None:
-        """Open a breaker that stays open until told otherwise; return once every worker knows."""
+        """Open a breaker that stays open until it is closed; return once every worker knows."""
         self.project.resilience.breakers[breaker].isolate(reason="test")
         self.wait_until_known(breaker)
 

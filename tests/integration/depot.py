@@ -54,7 +54,7 @@ def charge(self: Any, order: int) -> list[Any]:
 
 @app.task(bind=True, name="occupy", breaker=scarce)
 def occupy(self: Any, order: int) -> int:
-    """Be in flight for a while, and tell who was in flight then: runs by their worker's process group."""
+    """Be in flight for a while, and return who was in flight then: runs by their worker's process group."""
     return _occupy("scarce", f"{os.getpgrp()}:{self.request.id}", order)
 
 

@@ -85,7 +85,7 @@ class Depot:
 
 
 def send_charges(client: Celery, priorities: list[int]) -> list[Any]:
-    options: dict[str, Any] = {"headers": {"x-trace": "abc"}, "reply_to": "somebody"}
+    options: dict[str, Any] = {"headers": {"x-trace": "abc"}, "reply_to": "replies"}
     return [
         client.send_task("charge", (order,), priority=priority, **options) for order, priority in enumerate(priorities)
     ]
@@ -121,11 +121,11 @@ def live_through_an_outage(depot: Depot, priorities: list[int]) -> Celery:
     client = depot.client()
     results = send_charges(client, priorities)
     wait_until_deferred(client, len(results))
-    told = wait_until(lambda: [each for each in results if each.state == "DEFERRED"], timeout=TIMEOUT, what="a state")
-    assert told[0].info["breaker"] == "payments"
+    shown = wait_until(lambda: [each for each in results if each.state == "DEFERRED"], timeout=TIMEOUT, what="a state")
+    assert shown[0].info["breaker"] == "payments"
     assert client.send_task("ping").get(timeout=TIMEOUT) == "pong"
     depot.side.set("health", "up")
     wait_until(are("SUCCESS", results), timeout=TIMEOUT, what="all to finish")
-    expected = [[order, priority, {"x-trace": "abc"}, "somebody"] for order, priority in enumerate(priorities)]
+    expected = [[order, priority, {"x-trace": "abc"}, "replies"] for order, priority in enumerate(priorities)]
     assert [result.result for result in results] == expected
     return client

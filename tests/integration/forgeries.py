@@ -1,4 +1,4 @@
-"""Messages that nobody should send, for Hypothesis to choose from.
+"""Messages that no program should send, for Hypothesis to choose from.
 
 Left out is what ends a worker as a message of an *unguarded* task, which is Celery's alone.
 """
@@ -22,7 +22,7 @@ HEADERS = [
 EMBEDDED = ["callbacks", "errbacks", "chain", "chord"]
 
 texts = st.text(max_size=8) | st.sampled_from(
-    ["", "payments", "nobody", "unacked", "resilient.control", "\x00", "\udcff", "x" * 10_000]
+    ["", "payments", "unknown", "unacked", "resilient.control", "\x00", "\udcff", "x" * 10_000]
 )
 numbers = st.integers() | st.floats() | st.sampled_from([0, 1.5, 10**400, 2**63, float("inf"), float("nan")])
 values = st.recursive(
@@ -54,7 +54,7 @@ strange = st.dictionaries(st.sampled_from(HEADERS) | texts, values | moments, ma
 
 @st.composite
 def headers(draw: st.DrawFn) -> dict[str, Any]:
-    """Return the headers of a guarded task, or of one that nobody knows."""
+    """Return the headers of a guarded task, or of an unknown one."""
     task = draw(st.sampled_from(GUARDED) | values)
     usual = {"lang": "py", "task": task, "id": draw(ids), "retries": 0}
     return {**usual, **draw(strange), HEADER: draw(envelopes)}

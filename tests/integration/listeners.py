@@ -1,4 +1,4 @@
-"""What a user's project may add to the shop: signals, Sentry and OpenTelemetry. Tests look at what they are told.
+"""What a user's project may add to the shop: signals, Sentry and OpenTelemetry. Tests look at what they receive.
 
 ``celery -A tests.integration.shop worker --include tests.integration.listeners``
 """
@@ -32,7 +32,7 @@ class SideTransport(Transport):
             SIDE.rpush("sentry", json.dumps(event, default=str))
 
 
-ignore_logger("celery.utils.dispatch.signal")  # which tells of the receiver that is broken
+ignore_logger("celery.utils.dispatch.signal")  # which reports the receiver that is broken
 sentry_sdk.init(
     dsn="http://key@localhost/1",
     transport=SideTransport,
@@ -51,7 +51,7 @@ class SideHandler(logging.Handler):
 logging.getLogger("resilient_tasks").addHandler(SideHandler())
 
 
-def tell(signal: Any, sender: Any, breaker: str, **fields: Any) -> None:
+def record(signal: Any, sender: Any, breaker: str, **fields: Any) -> None:
     transition = fields.get("transition")
     about = transition.epoch if transition else fields["task_id"]
     SIDE.rpush("signals", json.dumps([signal.name, sender is app, breaker, about]))
@@ -71,7 +71,7 @@ trace.set_tracer_provider(traces)
 CeleryInstrumentor().instrument()
 
 for name in signals.__all__:
-    getattr(signals, name).connect(tell, sender=app)
+    getattr(signals, name).connect(record, sender=app)
 
 
 @signals.task_deferred.connect

@@ -1,4 +1,4 @@
-"""The Celery project of the fidelity tests: tasks that tell what they see of the messages that brought them."""
+"""The Celery project of the fidelity tests: tasks that return what they see of the messages that brought them."""
 
 from __future__ import annotations
 
@@ -140,13 +140,13 @@ def paced(self) -> float:
 @app.task(bind=True, name="forgotten", breaker=payments, ignore_result=True)
 def forgotten(self, order: int) -> str:
     run(self)
-    return "nobody wants to know"
+    return "never read"
 
 
 @app.task(bind=True, name="errors_only", breaker=payments, ignore_result=True, store_errors_even_if_ignored=True)
 def errors_only(self, order: int) -> str:
     run(self)
-    return "nobody wants to know"
+    return "never read"
 
 
 @app.task(bind=True, name="fragile", breaker=carrier, reject_on_worker_lost=True)

@@ -87,9 +87,9 @@ class PostOffice:
             self.side.delete(key)
 
     def open(self, breaker: str) -> None:
-        """Have tasks refused until told otherwise; return once the worker knows."""
+        """Have tasks refused until the breaker is reset; return once the worker knows."""
         self.operator.breakers[breaker].isolate(reason="test")
-        self.wait(lambda: self._seen_by_worker(breaker) == State.FORCED_OPEN, "the worker to hear of it")
+        self.wait(lambda: self._seen_by_worker(breaker) == State.FORCED_OPEN, "the worker to see it")
 
     def _seen_by_worker(self, breaker: str) -> str | None:
         with self.client.connection_for_write() as connection:  # those of the pool may be of an earlier server's time
@@ -123,7 +123,7 @@ class PostOffice:
         self.wait(lambda: {result.state for result in wanted} == {state}, f"all to be {state}")
 
     def wait_until_deferred(self, count: int, breaker: str = "payments") -> None:
-        """Wait until so many messages lie in a deferred queue; their states and the index tell of them before."""
+        """Wait until so many messages lie in a deferred queue; their states and the index show them before."""
         self.wait(lambda: self.operator.deferred.count(breaker) == count, f"{count} to wait")
 
     def through_an_outage(self, *results: AsyncResult) -> list[Any]:

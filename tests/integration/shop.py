@@ -150,7 +150,7 @@ def poison(self, dependency: str) -> str:
 
 @app.task(bind=True, breaker="tolerant", max_attempts=1)
 def fragile(self, *args, dependency: str) -> list:
-    """A task whose first failure is its last; tells what it sees of its message."""
+    """A task whose first failure is its last; returns what it sees of its message."""
     call(dependency)
     return [self.request.id, self.request.headers, self.request.delivery_info["priority"], self.request.reply_to]
 
@@ -174,7 +174,7 @@ def ask_inside() -> None:
 
 
 @app.task(breaker="limited", time_limit=2.5, on_failure="raise")
-def ask_briefly() -> None:
+def ask_quickly() -> None:
     wait_until_healthy("hanging")
 
 
@@ -328,7 +328,7 @@ def early(self) -> str:
 
 @app.task(breaker="tolerant", on_failure="raise")
 def reckless(dependency: str) -> str:
-    """A task that leaves its failures to Celery, and tells which process runs it."""
+    """A task that leaves its failures to Celery, and returns which process runs it."""
     SIDE.rpush("pids", os.getpid())
     return call(dependency)
 
@@ -354,7 +354,7 @@ def retried(self) -> int:
 
 @app.task
 def watch() -> None:
-    """Keep a pool process busy until it knows that payments refuses everything, and tell when that was."""
+    """Keep a pool process busy until it knows that payments refuses everything, and return when that was."""
     SIDE.rpush("watching", os.getpid())
     while payments.state is not State.FORCED_OPEN:
         time.sleep(0.001)

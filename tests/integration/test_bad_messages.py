@@ -1,4 +1,4 @@
-"""Messages that nobody should send: the worker stays up, and everybody else's tasks finish."""
+"""Messages that no program should send: the worker stays up, and all other tasks finish."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUMBERS = [0, -1, 1, 1.5, 1e300, -1e300, 10**400, 2**63, float("inf"), float("na
 TEXTS = [
     "",
     "payments",
-    "nobody",
+    "unknown",
     "nowhere",
     "unacked",
     "resilient.control",
@@ -59,7 +59,7 @@ def message(*, call: Any = CALL, task: Any = "charge", **headers: Any) -> str:
 
 
 def headers() -> Iterator[Any]:
-    """Everything that may stand in our header's place."""
+    """Everything that may be in place of our header."""
     yield from VALUES
     for name in FIELDS:
         for value in VALUES:
@@ -101,7 +101,7 @@ def test_a_header_of_any_kind_is_no_obstacle(running: Shop) -> None:
     running.broker.lpush("celery", *sent)
     running.wait(lambda: len(running.runs("charge")) == len(sent), "all of them to run")
     finish_healthy(running)
-    assert set(running.broker.keys("*nobody*")) == set()
+    assert set(running.broker.keys("*unknown*")) == set()
 
 
 def test_a_header_of_any_kind_can_be_deferred_and_resumed(running: Shop) -> None:
@@ -122,7 +122,7 @@ def _ends_by_right(value: Any) -> bool:
 
 
 @pytest.mark.parametrize("state", ["CLOSED", "OPEN"])
-def test_a_message_that_makes_no_sense_is_rejected(running: Shop, state: str) -> None:
+def test_an_invalid_message_is_rejected(running: Shop, state: str) -> None:
     if state == "OPEN":
         running.open("payments")
     running.broker.lpush("celery", *unreadable())
@@ -132,13 +132,13 @@ def test_a_message_that_makes_no_sense_is_rejected(running: Shop, state: str) ->
     assert running.waiting("payments") == 0
 
 
-def test_callbacks_that_make_no_sense_take_no_slot_for_good(running: Shop) -> None:
+def test_invalid_callbacks_take_no_slot_for_good(running: Shop) -> None:
     values: list[Any] = [[5], [{}]]
-    nonsense = [
+    invalid = [
         *({name: value} for name in ("callbacks", "errbacks", "chain") for value in values),
         {"chord": {"a": 1}},
     ]
-    sent = [message(call=[args, {}, options]) for args in ([1], []) for options in nonsense]
+    sent = [message(call=[args, {}, options]) for args in ([1], []) for options in invalid]
     running.broker.lpush("celery", *sent)
     finish_healthy(running)
     running.wait(lambda: running.broker.hlen("unacked") == 0, "all of them to be out of hand")
@@ -171,7 +171,7 @@ DEADLY = [
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_what_ends_a_plain_worker_is_kept_apart(shop: Shop, pool: str) -> None:
+def test_what_ends_a_plain_worker_is_dead_lettered(shop: Shop, pool: str) -> None:
     worker = shop.worker(pool=pool)
     for text in DEADLY:
         shop.broker.lpush("celery", text)
@@ -179,14 +179,14 @@ def test_what_ends_a_plain_worker_is_kept_apart(shop: Shop, pool: str) -> None:
     assert worker.running
     shop.wait(lambda: shop.broker.llen("resilient.dead.undecodable") == len(DEADLY), "all of them to be kept")
     shop.wait(lambda: shop.broker.hlen("unacked") == 0, "all of them to be out of hand")
-    letters = shop.resilience.dead_letters
-    kept = letters.list("undecodable")
-    assert [letter.body.decode(errors="replace") for letter in kept].count("garbage") == 1
-    letters.drop(*{letter.task_id for letter in kept}, breaker="undecodable")
-    assert "undecodable" not in letters.count()
+    dead_letters = shop.resilience.dead_letters
+    kept = dead_letters.list("undecodable")
+    assert [dead.body.decode(errors="replace") for dead in kept].count("garbage") == 1
+    dead_letters.drop(*{dead.task_id for dead in kept}, breaker="undecodable")
+    assert "undecodable" not in dead_letters.count()
 
 
-def test_garbage_in_the_deferred_queue_holds_nobody_up(running: Shop) -> None:
+def test_garbage_in_the_deferred_queue_holds_no_task_up(running: Shop) -> None:
     running.open("payments")
     former = [running.charge.delay(number) for number in range(HEALTHY)]
     running.wait(lambda: running.waiting("payments") == HEALTHY, "all of them to wait")
@@ -209,7 +209,7 @@ def test_garbage_in_the_deferred_queue_holds_nobody_up(running: Shop) -> None:
     finish_healthy(running)
 
 
-def test_strangers_on_the_control_queue_are_ignored(running: Shop) -> None:
+def test_unknown_messages_on_the_control_queue_are_ignored(running: Shop) -> None:
     for headers in (None, {}, {"task": None}, {"task": 5}, {"task": ["x"]}, {"task": "tests.integration.shop.ping"}):
         for body in (b"", b"{", b"5", b"[[], {}, {}]"):
             running.broker.lpush("resilient.control", envelope(headers, body, queue="resilient.control"))

@@ -34,7 +34,7 @@ def worker(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> Worker:
 
 
 class Bug:
-    """A bug in one step of the workers, until it is mended."""
+    """A bug in one step of the workers, until it is repaired."""
 
     def __init__(self, shop: Shop, worker: Worker, step: str) -> None:
         self.shop, self.worker, self.step = shop, worker, step
@@ -51,7 +51,7 @@ class Bug:
         self.shop.wait(lambda: self._tracebacks() > self.logged, f"a traceback of {self.step}")
         assert self.worker.running
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         self.shop.side.delete(f"bug:{self.step}", f"hits:{self.step}")
 
 
@@ -67,7 +67,7 @@ def test_a_bug_in_deferring(shop: Shop, worker: Worker) -> None:
         bug.strikes()
         assert shop.ping.delay().get(timeout=TIMEOUT) == "pong", "what cannot be deferred holds up no other task"
         shop.wait(lambda: copies(shop.broker) == ids(results), "one of each")  # noqa: B023
-        bug.mend()
+        bug.repair()
         shop.wait(lambda: shop.waiting("payments") == TASKS, f"all to wait after {bug.step}")
         assert copies(shop.broker) == ids(results), bug.step
         shop.close("payments")
@@ -84,7 +84,7 @@ def test_a_bug_in_resuming(shop: Shop, worker: Worker) -> None:
         shop.close("payments")
         bug.strikes()
         assert copies(shop.broker) == ids(results), bug.step
-        bug.mend()
+        bug.repair()
         shop.wait_done(*results)
         assert not shop.broker.llen("resilient.dead.payments")
 
@@ -98,7 +98,7 @@ def test_a_bug_in_reconciling(shop: Shop, worker: Worker) -> None:
         shop.resilience.fleet.ledger.clear_deferred("payments")
         bug.strikes()
         assert copies(shop.broker) == ids(results), bug.step
-        bug.mend()
+        bug.repair()
         shop.close("payments")
         shop.wait_done(*results)
 
@@ -111,7 +111,7 @@ def test_a_bug_in_dead_lettering(shop: Shop, worker: Worker) -> None:
         bug.strikes()
         assert copies(shop.broker) == ids([result]), bug.step
         shop.wait_state(result, "DEFERRED")
-        bug.mend()
+        bug.repair()
         shop.wait_state(result, "FAILURE")
         shop.wait(lambda: shop.broker.llen("resilient.dead.payments") == count, "the dead letter")  # noqa: B023
 
@@ -157,12 +157,12 @@ def test_a_bug_beside_rabbitmq_moves_nothing(shop: Shop, rabbitmq: RabbitMQ, mon
     def charge() -> None: ...
 
     queues = runtime_of(app).queues
-    place, home = queues.deferred("payments"), Queue("bugs-home")
+    place, origin = queues.deferred("payments"), Queue("bugs-origin")
     with app.connection_for_write() as connection:
-        home(connection.default_channel).declare()
+        origin(connection.default_channel).declare()
         own_queue(place)(connection.default_channel).declare()
         for number in range(TASKS):
-            headers = Envelope("payments", home.name, since=1.0).write({"id": f"{number}", "task": "bugs-charge"})
+            headers = Envelope("payments", origin.name, since=1.0).write({"id": f"{number}", "task": "bugs-charge"})
             Producer(connection).publish([[], {}, {}], routing_key=place, headers=headers)
     shop.wait(lambda: queues.size(place) == TASKS, "all to wait")
     for step in (*READING, *ENDING):
@@ -171,6 +171,6 @@ def test_a_bug_beside_rabbitmq_moves_nothing(shop: Shop, rabbitmq: RabbitMQ, mon
         shop.wait(lambda: queues.size(place) == TASKS, f"all to be back after {step}")
         assert queues.size(queues.dead("payments")) == 0
     assert resilience.deferred.resume("payments") == TASKS
-    shop.wait(lambda: queues.size(home.name) == TASKS, "all to be home")
+    shop.wait(lambda: queues.size(origin.name) == TASKS, "all to be resumed")
     resilience.fleet.close()
     queues.close()

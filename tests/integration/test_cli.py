@@ -62,9 +62,9 @@ def test_with_all_workers_dead_tasks_are_listed_dropped_and_resumed(post: PostOf
     refused = breakers("resume", "payments")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "would be deferred again" in refused.stderr
-    dropped = breakers("drop", "payments", "--id", ids[0], "--id", "nobody", "--yes")
+    dropped = breakers("drop", "payments", "--id", ids[0], "--id", "unknown", "--yes")
     assert (dropped.returncode, dropped.stdout) == (1, "1 task dropped\n")
-    assert "nobody" in dropped.stderr
+    assert "unknown" in dropped.stderr
     assert results[0].state == "REVOKED"
     post.close("payments")
     assert breakers("resume", "payments", "--rate", "50").stdout == "3 tasks resumed for payments\n"
@@ -86,7 +86,7 @@ def test_forced_to_resume_an_open_breaker_defers_its_tasks_again_once(post: Post
     assert post.through_an_outage(result) == [1]
 
 
-def test_whoever_waits_for_a_dropped_task_hears_of_it(post: PostOffice, breakers: Celery) -> None:
+def test_a_process_that_waits_for_a_dropped_task_is_notified(post: PostOffice, breakers: Celery) -> None:
     post.open("payments")
     members = [post.task("charge", number) for number in range(2)]
     whole = chord(members, post.task("charge_all")).apply_async()
@@ -107,14 +107,14 @@ def here(shop: Shop, *args: str, user_input: str | None = None) -> Result:
     return CliRunner().invoke(cli.breakers, args, obj=context, input=user_input)
 
 
-def put_aside(shop: Shop, queue: str, envelope: Envelope, *ids: str) -> None:
+def add_messages(shop: Shop, queue: str, envelope: Envelope, *ids: str) -> None:
     """Put messages with such an envelope into a queue of payments, the first of them at its head."""
     messages = [message(id=task_id, argsrepr="('\x1b[2J',)", **envelope.write({})) for task_id in ids]
     shop.broker.lpush(f"resilient.{queue}.payments", *messages)
 
 
 def test_deferred_tasks_are_listed_as_far_as_wanted(shop: Shop) -> None:
-    put_aside(shop, "deferred", Envelope(breaker="payments", origin="celery", since=5.0, reason="\x1b[2J"), *"abc")
+    add_messages(shop, "deferred", Envelope(breaker="payments", origin="celery", since=5.0, reason="\x1b[2J"), *"abc")
     some = here(shop, "deferred", "payments", "--id", "--limit", "2")
     assert some.stdout == "a\nb\n"
     assert some.stderr == "2 of 3 waiting tasks; --limit shows more\n"
@@ -129,8 +129,8 @@ def test_nothing_to_resume_is_no_error(shop: Shop) -> None:
     assert (empty.exit_code, empty.output) == (0, "nothing was there to resume for payments\n")
 
 
-def test_nothing_is_dropped_before_somebody_has_agreed(shop: Shop) -> None:
-    put_aside(shop, "deferred", Envelope(breaker="payments", origin="celery"), "a")
+def test_nothing_is_dropped_before_it_is_confirmed(shop: Shop) -> None:
+    add_messages(shop, "deferred", Envelope(breaker="payments", origin="celery"), "a")
     kept = here(shop, "drop", "payments", user_input="n\n")
     assert (kept.exit_code, shop.waiting("payments")) == (1, 1)
     assert "Drop 1 task waiting for payments, never to run?" in kept.output
@@ -138,31 +138,31 @@ def test_nothing_is_dropped_before_somebody_has_agreed(shop: Shop) -> None:
     assert (shop.app.AsyncResult("a").state, shop.waiting("payments")) == ("REVOKED", 0)
 
 
-def test_monitors_hear_of_it_from_the_worker_that_has_put_the_tasks_aside(shop: Shop) -> None:
-    put_aside(shop, "deferred", Envelope(breaker="payments", origin="celery", reported_by="w1@desk"), "a", "b")
-    put_aside(shop, "deferred", Envelope(breaker="payments", origin="celery"), "untold")
+def test_monitors_receive_it_from_the_worker_that_has_deferred_the_tasks(shop: Shop) -> None:
+    add_messages(shop, "deferred", Envelope(breaker="payments", origin="celery", reported_by="w1@desk"), "a", "b")
+    add_messages(shop, "deferred", Envelope(breaker="payments", origin="celery"), "unreported")
     with contextlib.closing(Events(shop)) as events:
         here(shop, "drop", "payments", "--id", "a", "--yes")
         here(shop, "resume", "payments")
         for kind, task_id in ("task-retried", "a"), ("task-revoked", "a"), ("task-retried", "b"):
             assert events.wait_for(kind, task_id)["hostname"] == "w1@desk"
-        assert not events.of("untold")
+        assert not events.of("unreported")
 
 
 def test_dead_letters_are_listed_shown_replayed_and_dropped(shop: Shop) -> None:
     envelope = Envelope(breaker="payments", origin="celery", since=1.0, attempts=3).dead_letter(2.0, "made up")
-    put_aside(shop, "dead", envelope, *"abc")
+    add_messages(shop, "dead", envelope, *"abc")
     some = here(shop, "dead", "list", "--id", "--limit", "2")
     assert (some.stdout, some.stderr) == ("a\nb\n", "2 of 3 dead letters; --limit shows more\n")
     assert here(shop, "dead", "list", "--breaker", "payments").output.count("made up") == 3
-    letter = json.loads(here(shop, "dead", "show", "a", "--json").output)
-    assert (letter["task_id"], letter["attempts"], letter["history"][0]["what"]) == ("a", 3, "dead")
+    dead = json.loads(here(shop, "dead", "show", "a", "--json").output)
+    assert (dead["task_id"], dead["attempts"], dead["history"][0]["what"]) == ("a", 3, "dead")
     shown = here(shop, "dead", "show", "a").output
     assert "\\x1b[2J" in shown
     assert "\x1b" not in shown
-    some = here(shop, "dead", "replay", "a", "nobody", "b")
+    some = here(shop, "dead", "replay", "a", "unknown", "b")
     assert (some.exit_code, some.stdout) == (1, "2 dead letters replayed\n")
-    assert "no dead letter has the id 'nobody'" in some.stderr
+    assert "no dead letter has the id 'unknown'" in some.stderr
     assert shop.broker.llen("celery") == 2
     kept = here(shop, "dead", "drop", "c", user_input="n\n")
     assert (kept.exit_code, shop.broker.llen("resilient.dead.payments")) == (1, 1)
@@ -191,11 +191,11 @@ def test_children_are_named_one_by_one_or_all_at_once(shop: Shop) -> None:
         here(shop, "resume", "payments:*").stdout
         == "1 task resumed for payments:acme\n1 task resumed for payments:other\n"
     )
-    put_aside(shop, "deferred", Envelope(origin="celery"), "parents")
+    add_messages(shop, "deferred", Envelope(origin="celery"), "parents")
     assert here(shop, "drop", "payments:*", "--yes").stdout == "0 tasks dropped\n"
     assert here(shop, "dead", "list", "--id").stdout == "dead-acme\ndead-other\n"
     listed = json.loads(here(shop, "dead", "list", "--breaker", "payments:acme", "--json").stdout)
-    assert [(letter["task_id"], letter["breaker"]) for letter in listed] == [("dead-acme", "payments:acme")]
+    assert [(dead["task_id"], dead["breaker"]) for dead in listed] == [("dead-acme", "payments:acme")]
     strange = here(shop, "dead", "drop", "dead-other", "--breaker", "payments:acme", "--yes")
     assert (strange.exit_code, strange.stdout) == (1, "")
     here(shop, "dead", "drop", "dead-other", "--yes")
@@ -212,7 +212,7 @@ def test_dead_letters_of_a_breaker_that_is_gone_can_be_seen(shop: Shop) -> None:
 # --- breakers, with a worker alive -----------------------------------------------------------------------
 
 
-def test_a_worker_obeys_and_tells_what_it_sees(shop: Shop) -> None:
+def test_a_worker_obeys_and_reports_what_it_sees(shop: Shop) -> None:
     worker = shop.worker()
     isolated = run(shop.module, shop.env, "breakers", "isolate", "payments", "--reason", "\x1b[2J[red]by hand")
     assert isolated.stdout == "payments is FORCED_OPEN\n"
@@ -239,10 +239,10 @@ def test_a_worker_obeys_and_tells_what_it_sees(shop: Shop) -> None:
 
 
 def test_names_and_verbs_complete_in_the_shell(shop: Shop) -> None:
-    def completed(words: str) -> set[str]:
-        # the shell runs ``celery``, and the program's name tells which variable is meant
+    def completed(line: str) -> set[str]:
+        # the shell runs ``celery``, and the program's name says which variable is meant
         script = "import sys; sys.argv[0] = 'celery'; from celery.__main__ import main; main()"
-        env = {"_CELERY_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        env = {"_CELERY_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
         printed = subprocess.run(
             [celery_command("")[0], "-c", script], env={**os.environ, **shop.env, **env}, cwd=PROJECT,
             capture_output=True, text=True, check=False, timeout=TIMEOUT,

@@ -108,7 +108,7 @@ def test_a_shutdown_in_the_middle_of_it_loses_nothing(shop: Shop, pool: str, how
     others_run(shop)
     worker.send_signal(how)
     if how is signal.SIGTERM:
-        shop.wait(lambda: "Warm shutdown" in worker.output(), "the worker to hear")
+        shop.wait(lambda: "Warm shutdown" in worker.output(), "the worker to notice")
     shop.set_health("lingering", "up")
     shop.wait(lambda: not worker.running, "the worker to end")
     if (pool, how) == ("threads", signal.SIGQUIT):  # Celery cancels late tasks, which its pool of threads cannot

@@ -19,16 +19,16 @@ from resilient_tasks.worker.envelope import HEADER, Envelope
 from tests.integration.conftest import TIMEOUT, Shop
 from tests.integration.test_bad_messages import GARBAGE, envelope, message
 
-OPTIONS: dict[str, Any] = {"priority": 3, "headers": {"x-trace": "abc"}, "reply_to": "somebody"}
+OPTIONS: dict[str, Any] = {"priority": 3, "headers": {"x-trace": "abc"}, "reply_to": "replies"}
 
 
 def wait_for_the_last_attempt(shop: Shop, result: Any) -> None:
     """Let the dependency serve others, so that failures count, until a task has failed for good."""
 
-    def served_somebody_else_and_failed() -> bool:
+    def served_another_task_and_failed() -> bool:
         return shop.antidote.delay().get(timeout=TIMEOUT) == "ok" and result.state == "FAILURE"
 
-    shop.wait(served_somebody_else_and_failed, "the attempts to be used up")
+    shop.wait(served_another_task_and_failed, "the attempts to be used up")
 
 
 def wait_for_the_dead(shop: Shop, breaker: str, count: int = 1) -> None:
@@ -75,7 +75,7 @@ def events(running: Shop) -> Iterator[Events]:
     events.close()
 
 
-# --- why tasks die -------------------------------------------------------------------------------------
+# --- why tasks are dead-lettered -----------------------------------------------------------------------
 
 
 def test_out_of_attempts(running: Shop, events: Events) -> None:
@@ -86,12 +86,12 @@ def test_out_of_attempts(running: Shop, events: Events) -> None:
         result.get(timeout=TIMEOUT)
     running.wait(running.notes, "the error callback")
     wait_for_the_dead(running, "tolerant")
-    letter = running.resilience.dead_letters.show(result.id)
-    assert (letter.task_id, letter.breaker, letter.origin, letter.attempts) == (result.id, "tolerant", "celery", 1)
-    assert letter.reason == "out of attempts (max_attempts=1): DependencyDownError"
-    assert letter.history[-1][1:] == ("dead", "DependencyDownError")
-    assert (letter.args, letter.kwargs) == ("(1, 'two')", "{'dependency': 'broken'}")
-    assert letter.died_at == pytest.approx(time.time(), abs=TIMEOUT)
+    dead = running.resilience.dead_letters.show(result.id)
+    assert (dead.task_id, dead.breaker, dead.origin, dead.attempts) == (result.id, "tolerant", "celery", 1)
+    assert dead.reason == "out of attempts (max_attempts=1): DependencyDownError"
+    assert dead.history[-1][1:] == ("dead", "DependencyDownError")
+    assert (dead.args, dead.kwargs) == ("(1, 'two')", "{'dependency': 'broken'}")
+    assert dead.died_at == pytest.approx(time.time(), abs=TIMEOUT)
     assert events.wait_for("task-failed", result.id)
     assert running.notes() == [["failed"]]
     running.wait(lambda: running.broker.hlen("unacked") == 0, "nothing to be unacknowledged, ticks included")
@@ -102,8 +102,8 @@ def test_out_of_attempts_by_a_time_limit(running: Shop, events: Events) -> None:
     result = running.fragile.apply_async(kwargs={"dependency": "endless"}, time_limit=1)
     wait_for_the_last_attempt(running, result)
     wait_for_the_dead(running, "tolerant")
-    letter = running.resilience.dead_letters.show(result.id)
-    assert letter.reason == "out of attempts (max_attempts=1): TimeLimitExceeded"
+    dead = running.resilience.dead_letters.show(result.id)
+    assert dead.reason == "out of attempts (max_attempts=1): TimeLimitExceeded"
     assert events.wait_for("task-failed", result.id)
     running.wait(lambda: running.broker.hlen("unacked") == 0, "its message to be in one place")
 
@@ -118,10 +118,10 @@ def test_defer_for_is_over(running: Shop, events: Events) -> None:
     assert isinstance(whole.result, ChordError)
     running.wait(running.notes, "the error callback")
     wait_for_the_dead(running, "payments", 2)
-    letter = running.resilience.dead_letters.show(result.id)
-    assert letter.reason.endswith("longer than defer_for=1.5 s")
-    assert [step.what for step in letter.history] == ["deferred", "dead"]
-    assert letter.since == pytest.approx(letter.died_at - 1.5, abs=60)
+    dead = running.resilience.dead_letters.show(result.id)
+    assert dead.reason.endswith("longer than defer_for=1.5 s")
+    assert [step.what for step in dead.history] == ["deferred", "dead"]
+    assert dead.since == pytest.approx(dead.died_at - 1.5, abs=60)
     assert events.wait_for("task-failed", result.id)
     assert running.waiting("payments") == 0
 
@@ -130,7 +130,7 @@ def test_expires_is_over(running: Shop, events: Events) -> None:
     running.open("payments")
     expires = datetime.now(timezone.utc) + timedelta(seconds=15)  # it is refused before
     result = running.charge.apply_async((1,), expires=expires)
-    running.wait_state(result, "REVOKED")  # nobody has resumed it
+    running.wait_state(result, "REVOKED")  # it has not been resumed
     assert isinstance(result.result, TaskRevokedError)
     assert datetime.now(timezone.utc) > expires
     wait_for_the_dead(running, "payments")
@@ -153,16 +153,16 @@ def test_undecodable(running: Shop) -> None:
     failed = running.app.AsyncResult("broken-id")
     running.wait_state(failed, "FAILURE")
     assert type(failed.result) is DecodeError
-    letters = running.resilience.dead_letters
-    assert letters.show("broken-id").reason == "the message cannot be decoded: DecodeError"
-    undecodable = [letter for letter in letters.list("payments") if letter.reason == "undecodable"]
-    assert {letter.body for letter in undecodable} == {text.encode() for text in GARBAGE}
-    for letter in undecodable:
-        assert letters.show(letter.task_id) == letter
+    dead_letters = running.resilience.dead_letters
+    assert dead_letters.show("broken-id").reason == "the message cannot be decoded: DecodeError"
+    undecodable = [dead for dead in dead_letters.list("payments") if dead.reason == "undecodable"]
+    assert {dead.body for dead in undecodable} == {text.encode() for text in GARBAGE}
+    for dead in undecodable:
+        assert dead_letters.show(dead.task_id) == dead
         with pytest.raises(DeadLetterError, match="it is undecodable"):
-            letters.replay(letter.task_id)
-    letters.drop("broken-id", *(letter.task_id for letter in undecodable))
-    assert letters.count() == dict.fromkeys(running.resilience.breakers, 0)
+            dead_letters.replay(dead.task_id)
+    dead_letters.drop("broken-id", *(dead.task_id for dead in undecodable))
+    assert dead_letters.count() == dict.fromkeys(running.resilience.breakers, 0)
 
 
 # --- the way back ----------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def sent(shop: Shop, queue: str = "celery") -> list[dict[str, Any]]:
 
 
 def replayed(shop: Shop, result: Any) -> Any:
-    """Return what a replayed task returns, to somebody who has not seen it fail."""
+    """Return what a replayed task returns, to a process that has not seen it fail."""
     fresh = shop.app.AsyncResult(result.id)
     shop.wait_state(fresh, "SUCCESS")
     return fresh.result
@@ -192,17 +192,17 @@ def test_what_is_replayed_is_what_was_sent(shop: Shop) -> None:
     wait_for_the_last_attempt(shop, result)
     wait_for_the_dead(shop, "tolerant")
     worker.stop()
-    letters = shop.resilience.dead_letters
-    assert letters.show(result.id).headers == published[0]["headers"]
-    letters.replay(result.id)
+    dead_letters = shop.resilience.dead_letters
+    assert dead_letters.show(result.id).headers == published[0]["headers"]
+    dead_letters.replay(result.id)
     assert shop.app.AsyncResult(result.id).state == "PENDING"
     assert sent(shop) == published
-    assert letters.count("tolerant") == {"tolerant": 0}
+    assert dead_letters.count("tolerant") == {"tolerant": 0}
     with pytest.raises(DeadLetterError, match=result.id):
-        letters.replay(result.id)
+        dead_letters.replay(result.id)
     shop.set_health("broken", "up")
     shop.worker()
-    assert replayed(shop, result) == [result.id, {"x-trace": "abc"}, 3, "somebody"]
+    assert replayed(shop, result) == [result.id, {"x-trace": "abc"}, 3, "replies"]
 
 
 def test_replayed_while_the_breaker_is_open_a_task_is_deferred_afresh(running: Shop) -> None:
@@ -234,18 +234,18 @@ def bury(shop: Shop, count: int) -> list[str]:
 
 def test_ten_thousand_are_listed_found_and_dropped(shop: Shop) -> None:
     ids = bury(shop, 10_000)
-    letters = shop.resilience.dead_letters
-    assert letters.count("payments") == {"payments": 10_000}
+    dead_letters = shop.resilience.dead_letters
+    assert dead_letters.count("payments") == {"payments": 10_000}
     started = time.process_time()
-    assert [letter.task_id for letter in letters.list(limit=20)] == ids[:20]
+    assert [dead.task_id for dead in dead_letters.list(limit=20)] == ids[:20]
     assert time.process_time() - started < 1.0  # twenty are read, not all
-    assert letters.show(ids[-1]).task_id == ids[-1]
-    letters.drop(ids[0], ids[5_000], ids[-1])
-    assert [letter.task_id for letter in letters.list("payments", limit=1)] == [ids[1]]
-    assert letters.count("payments") == {"payments": 9_997}
+    assert dead_letters.show(ids[-1]).task_id == ids[-1]
+    dead_letters.drop(ids[0], ids[5_000], ids[-1])
+    assert [dead.task_id for dead in dead_letters.list("payments", limit=1)] == [ids[1]]
+    assert dead_letters.count("payments") == {"payments": 9_997}
 
 
-def test_a_letter_whose_origin_cannot_take_it_stays(shop: Shop) -> None:
+def test_a_message_whose_origin_cannot_take_it_stays(shop: Shop) -> None:
     shop.broker.hset("no-list", "a", "b")
     header = Envelope(breaker="payments", origin="no-list").dead_letter(2.0, "made up")
     shop.broker.lpush("resilient.dead.payments", message(id="an-id", **header.write({})), envelope({}, b"[]"))

@@ -99,7 +99,7 @@ def deploy(shop: Shop, directory: Path, name: str, code: str, queue: str = "cele
 
 @contextmanager
 def operator(shop: Shop, name: str, namespace: str = "resilient") -> Iterator[Breaker]:
-    """Return a breaker as somebody sees it who only operates it."""
+    """Return a breaker as an operator's process sees it."""
     resilience = Resilience(store_url=shop.server.url(), store_timeout=20, namespace=namespace)
     try:
         yield resilience.breaker(name)
@@ -145,7 +145,7 @@ def test_a_resumed_task_runs_on_a_worker_without_the_library(shop: Shop, tmp_pat
     shop.wait(lambda: shop.broker.llen("notes") == 1, "the callback")
 
 
-def test_namespaces_keep_two_apps_on_one_server_apart(shop: Shop, tmp_path: Path) -> None:
+def test_namespaces_separate_two_apps_on_one_server(shop: Shop, tmp_path: Path) -> None:
     with operator(shop, "payments", "east") as eastern, operator(shop, "payments", "west") as western:
         eastern.isolate()
         for namespace in ("east", "west"):

@@ -73,7 +73,7 @@ def test_what_is_sound_and_what_is_broken(shop: Shop, monkeypatch: pytest.Monkey
     monkeypatch.setitem(shop.app.conf, "result_expires", 0.001)
     shop.payments.isolate()
     shop.resilience.fleet.ledger.add_deferred("payments:acme", "a")
-    shop.wait(lambda: sender_age(shop) is not None, "the worker to tell of the tick")
+    shop.wait(lambda: sender_age(shop) is not None, "the worker to report the tick")
     try:
         node = other.node
         findings = wait_for_findings(

@@ -80,7 +80,7 @@ def make_history(shop: Shop, store: Server) -> None:
             payments.call(print)
 
 
-def test_a_scrape_tells_of_all_breakers_and_of_a_store_that_is_frozen(shop: Shop, store: Server, exporter: str) -> None:
+def test_a_scrape_shows_all_breakers_and_that_the_store_is_frozen(shop: Shop, store: Server, exporter: str) -> None:
     make_history(shop, store)
     scraped = scrape_until(shop, exporter, 1, "refusals_total", breaker="payments")
     assert value(scraped, "up") == 1
@@ -101,7 +101,7 @@ def test_a_scrape_tells_of_all_breakers_and_of_a_store_that_is_frozen(shop: Shop
     assert value(scraped, "state", breaker="payments", state="CLOSED") == 1
 
 
-def test_a_port_that_is_taken_is_told(shop: Shop, store: Server) -> None:
+def test_a_port_that_is_taken_is_reported(shop: Shop, store: Server) -> None:
     command = celery_command(shop.module, "breakers", "exporter", "--port", str(store.port), "--address", LOCALHOST)
     program = shop.program(command, directory=PROJECT)
     assert program.popen.wait(TIMEOUT) == 1

@@ -1,4 +1,4 @@
-"""What can die or freeze does: processes, store, broker, result backend. Nothing is lost, and healthy work goes on."""
+"""What can crash or hang does: processes, store, broker, result backend. Nothing is lost, and healthy work goes on."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_message_restored_just_before_its_deferral_gets_no_second_copy(shop: S
     assert list(copies(shop.broker).values()) == [1]
 
 
-def test_tasks_restored_while_they_run_are_put_aside_once(shop: Shop) -> None:
+def test_tasks_restored_while_they_run_are_deferred_once(shop: Shop) -> None:
     never_late = {"RESILIENT_TASKS_LATE_AFTER": "3600"}  # or a worker would not let calls that hang have all its slots
     workers = [shop.worker(env={**soon_restored(1), **never_late}) for _ in range(2)]
     shop.set_health("payments", "hang")
@@ -187,7 +187,7 @@ def test_early_ack_loses_nothing_at_the_gate(shop: Shop) -> None:
     assert sorted(shop.runs("early")) == sorted(result.id for result in results)
 
 
-def test_early_ack_puts_a_failing_task_aside_after_its_run(shop: Shop) -> None:
+def test_early_ack_defers_a_failing_task_after_its_run(shop: Shop) -> None:
     shop.worker()
     shop.set_health("early", "down")
     result = shop.early.delay()
@@ -370,7 +370,7 @@ def test_a_broker_killed_in_mid_outage_loses_nothing(shop: Shop) -> None:
     assert worker.running
 
 
-def test_a_task_acknowledged_early_that_fails_while_the_broker_is_away_is_put_aside_later(shop: Shop) -> None:
+def test_a_task_acknowledged_early_that_fails_while_the_broker_is_away_is_deferred_later(shop: Shop) -> None:
     server = shop.server_of_its_own(persistent=True)
     worker = shop.worker(env={"SHOP_BROKER_URL": server.url()})
     shop.set_health("early", "hang")

@@ -20,7 +20,7 @@ from tests.integration.post_office import TIMEOUT, PostOffice
 def _describe(post: PostOffice, protocol: int, expires: datetime) -> AsyncResult:
     return post.producer(task_protocol=protocol).send_task(
         "describe", (1, "two"), {"three": [3]},
-        priority=3, headers={"x-trace": "abc"}, reply_to="somebody", shadow="a nickname",
+        priority=3, headers={"x-trace": "abc"}, reply_to="replies", shadow="a nickname",
         group_id="a-group", root_id="a-root", parent_id="a-parent", expires=expires, time_limit=100, soft_time_limit=90,
         link=post.task("note").set(immutable=True), link_error=post.task("note", "failed"),
     )  # fmt: skip

@@ -102,7 +102,7 @@ def test_a_compressed_message(post: PostOffice) -> None:
 
 
 def _let_go(post: PostOffice, queue: str, count: int) -> list[Any]:
-    """Have ``count`` waiting tasks resumed to a queue that nobody consumes meanwhile, and look at their messages."""
+    """Have ``count`` waiting tasks resumed to a queue that no worker consumes meanwhile, and look at their messages."""
     control, options = post.client.control, {"reply": True, "timeout": TIMEOUT, "limit": 1}
     with post.client.connection_for_write() as connection:  # those of the pool may be of an earlier server's time
         control.cancel_consumer(queue, connection=connection, **options)

@@ -42,7 +42,7 @@ def test_revoked_by_stamp_while_deferred(post: PostOffice, *, terminate: bool) -
     assert post.runs() == [spared.id]
 
 
-def test_a_revoke_outlives_every_worker_that_heard_of_it(post: PostOffice) -> None:
+def test_a_revoke_outlives_every_worker_that_received_it(post: PostOffice) -> None:
     post.open("payments")
     by_id, stamp = post.task("charge", 1).apply_async(), uuid()
     by_stamp = post.task("charge", 2).apply_async(stamped_headers=["tenant"], tenant=stamp)

@@ -40,9 +40,9 @@ class Site:
 
         return wait_until(answers, timeout=TIMEOUT, what=f"an answer to {address}")[0].json()
 
-    def post(self, address: str, **words: Any) -> httpx.Response:
-        """Send words to an address."""
-        return self.client.post(address, json=words)
+    def post(self, address: str, **fields: Any) -> httpx.Response:
+        """Send fields to an address."""
+        return self.client.post(address, json=fields)
 
     def count(self, state: str, ids: list[str]) -> int:
         """Return how many tasks Flower shows in a state."""
@@ -87,7 +87,7 @@ def ours(_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site
     site.stop()
 
 
-def put_aside(shop: Shop, queue: str, envelope: Envelope, *ids: str) -> None:
+def add_messages(shop: Shop, queue: str, envelope: Envelope, *ids: str) -> None:
     """Put messages with such an envelope into a queue of payments, the first of them at its head."""
     messages = [message(id=task_id, argsrepr=f"({NASTY!r},)", **envelope.write({})) for task_id in ids]
     shop.broker.lpush(f"resilient.{queue}.payments", *messages)
@@ -102,10 +102,10 @@ WAITING = Envelope(breaker="payments", origin="celery", since=1.0, reason=NASTY)
 def test_the_states_of_tasks_are_right_at_every_step_in_stock_flower_and_in_ours(
     shop: Shop, ours: Site, tmp_path: Path
 ) -> None:
-    stock = start_flower(shop, tmp_path, "flower")
+    plain = start_flower(shop, tmp_path, "flower")
 
     def both(ids: list[str], state: str) -> None:
-        for site in (stock, ours):
+        for site in (plain, ours):
             shop.wait(lambda: site.count(state, ids) == len(ids), f"all to be {state}")  # noqa: B023 - called here
 
     try:
@@ -129,46 +129,46 @@ def test_the_states_of_tasks_are_right_at_every_step_in_stock_flower_and_in_ours
         durations = ours.get("/breakers/payments/history")["durations"]
         assert durations["runs"] >= 401
         assert durations["p50"] <= durations["p95"]
-        runs = re.findall(r'\ncelery_breaker_task_runtime_seconds_count\{breaker="payments",.*\} (\d+)', told(ours))
+        runs = re.findall(r'\ncelery_breaker_task_runtime_seconds_count\{breaker="payments",.*\} (\d+)', metrics(ours))
         assert sum(map(int, runs)) >= 401
     finally:
-        stock.stop()
+        plain.stop()
 
 
-def test_prometheus_is_told_of_breakers_behind_what_flower_tells(shop: Shop, ours: Site) -> None:
-    shop.wait(lambda: "\ncelery_breaker_up 1.0\n" in told(ours), "the store to be read")
-    assert '\ncelery_breaker_state{breaker="payments",state="CLOSED"} 1.0\n' in told(ours)
-    assert "\nflower_events_total" in told(ours) or "# HELP flower_events_total " in told(ours)
+def test_prometheus_gets_metrics_of_breakers_behind_those_of_flower(shop: Shop, ours: Site) -> None:
+    shop.wait(lambda: "\ncelery_breaker_up 1.0\n" in metrics(ours), "the store to be read")
+    assert '\ncelery_breaker_state{breaker="payments",state="CLOSED"} 1.0\n' in metrics(ours)
+    assert "\nflower_events_total" in metrics(ours) or "# HELP flower_events_total " in metrics(ours)
 
 
-def told(site: Site) -> str:
+def metrics(site: Site) -> str:
     """Return what Prometheus would read."""
     return site.client.get("/metrics").raise_for_status().text
 
 
-def test_events_that_make_no_sense_keep_nobody_from_being_heard(shop: Shop, ours: Site) -> None:
+def test_invalid_events_do_not_stop_others(shop: Shop, ours: Site) -> None:
     with shop.app.connection_for_write() as connection:
         events = shop.app.events.Dispatcher(connection, hostname="worker@somewhere")
-        nonsense: list[Any] = [
+        invalid: list[Any] = [
             {},
             [],
             5,
             {"type": "task-deferred", "uuid": [1]},
             {"type": "worker-online", "clock": "x"},
         ]
-        for event in nonsense:
+        for event in invalid:
             events.producer.publish(event, routing_key="task.deferred", exchange=events.exchange.name)
-        events.send("task-received", uuid="heard", name="shop.charge", args="()", kwargs="{}")
-        events.send("task-deferred", uuid="heard")
-    shop.wait(lambda: ours.count("DEFERRED", ["heard"]) == 1, "the event after them to be heard")
+        events.send("task-received", uuid="valid", name="shop.charge", args="()", kwargs="{}")
+        events.send("task-deferred", uuid="valid")
+    shop.wait(lambda: ours.count("DEFERRED", ["valid"]) == 1, "the event after them to be received")
 
 
 # --- steering ------------------------------------------------------------------------------------------
 
 
 def test_deferred_and_dead_tasks_are_listed_resumed_dropped_and_replayed(shop: Shop, ours: Site) -> None:
-    put_aside(shop, "deferred", WAITING, *"abc")
-    put_aside(shop, "dead", WAITING.dead_letter(2.0, "made up"), *"xyz")
+    add_messages(shop, "deferred", WAITING, *"abc")
+    add_messages(shop, "dead", WAITING.dead_letter(2.0, "made up"), *"xyz")
     waiting = ours.get("/breakers/payments/deferred")
     assert (waiting["count"], [task["task_id"] for task in waiting["tasks"]]) == (3, ["a", "b", "c"])
     assert waiting["tasks"][0]["args"] == f"({NASTY!r},)"
@@ -178,12 +178,12 @@ def test_deferred_and_dead_tasks_are_listed_resumed_dropped_and_replayed(shop: S
     assert ours.get("/breakers/payments/deferred?search=")["ids"] == ["a", "b", "c"]
     assert ours.get("/dead-letters")["payments"] == 3
     assert ours.post("/api/breakers/payments/deferred/drop", id="a").json() == {"done": ["a"]}
-    assert ours.post("/api/breakers/payments/deferred/resume", id="b,nobody").json() == {"done": ["b"]}
+    assert ours.post("/api/breakers/payments/deferred/resume", id="b,unknown").json() == {"done": ["b"]}
     assert ours.post("/api/breakers/payments/resume").json() == {"resumed": 1}
     assert ours.post("/api/breakers/payments/dead/replay", id="x,y").json() == {"done": ["x", "y"]}
-    missing = ours.post("/api/breakers/payments/dead/drop", id=["z", "nobody"])
+    missing = ours.post("/api/breakers/payments/dead/drop", id=["z", "unknown"])
     assert missing.status_code == 404
-    assert "nobody" in missing.json()["error"]
+    assert "unknown" in missing.json()["error"]
     assert ours.get("/breakers/payments/dead") == {"count": 0, "tasks": []}
     assert shop.broker.llen("celery") == 4
     log = ours.get("/breakers/payments/history")["transitions"]
@@ -199,14 +199,14 @@ def test_deferred_and_dead_tasks_are_listed_resumed_dropped_and_replayed(shop: S
 
 def test_what_an_open_breaker_holds_is_not_resumed(shop: Shop, ours: Site) -> None:
     shop.open("payments")
-    put_aside(shop, "deferred", WAITING, *"abc")
+    add_messages(shop, "deferred", WAITING, *"abc")
     refused = ours.post("/api/breakers/payments/resume")
     assert (refused.status_code, "would be deferred again" in refused.json()["error"]) == (409, True)
     shop.close("payments")
     assert ours.post("/api/breakers/payments/resume", rate=50).json() == {"resumed": 3}
 
 
-def test_the_past_is_told_with_reasons_and_who(shop: Shop, ours: Site) -> None:
+def test_the_past_is_shown_with_reasons_and_who(shop: Shop, ours: Site) -> None:
     shop.payments.isolate(reason=NASTY, actor="ann@desk")
     with shop.accounts.guard():
         pass
@@ -220,7 +220,7 @@ def test_the_past_is_told_with_reasons_and_who(shop: Shop, ours: Site) -> None:
     assert (minute["SUCCESS"], minute["refused"]) == (1, 0)
 
 
-def test_outages_are_told_and_when_those_will_be_done_who_wait(shop: Shop, ours: Site) -> None:
+def test_outages_are_shown_and_when_waiting_tasks_will_be_done(shop: Shop, ours: Site) -> None:
     shop.payments.isolate(reason=NASTY, actor="ann@desk")
     shop.resilience.fleet.ledger.add_deferred("payments", "a")
     shop.wait(lambda: ours.get("/api/breakers/payments")["breaker"]["estimate"], "an estimate")
@@ -235,14 +235,14 @@ def test_outages_are_told_and_when_those_will_be_done_who_wait(shop: Shop, ours:
 
 
 def test_deferred_and_dead_letter_queues_are_on_flowers_broker_page(shop: Shop, ours: Site) -> None:
-    put_aside(shop, "deferred", WAITING, *"abc")
+    add_messages(shop, "deferred", WAITING, *"abc")
     lengths = {queue["name"]: queue["messages"] for queue in ours.get("/api/queues/length")["active_queues"]}
     assert lengths["resilient.deferred.payments"] == 3
     assert lengths["resilient.dead.payments"] == 0
     assert "resilient.deferred.payments" in ours.client.get("/broker").text
 
 
-def test_a_flower_killed_in_mid_outage_tells_when_it_is_back_what_has_happened_and_nothing_twice(
+def test_a_flower_killed_in_mid_outage_shows_when_it_is_back_what_has_happened_and_nothing_twice(
     shop: Shop, ours: Site, tmp_path: Path
 ) -> None:
     [line] = [line for line in DOCS.read_text().splitlines() if line.startswith("import ")]
@@ -252,14 +252,14 @@ def test_a_flower_killed_in_mid_outage_tells_when_it_is_back_what_has_happened_a
     tasks = [shop.antidote.delay() for _ in range(3)]
     shop.wait(lambda: shop.waiting("tolerant") == 3, "all to wait")
     killed = start_flower(shop, tmp_path, "flower")
-    before = _told(shop, killed)
+    before = _shown(shop, killed)
     killed.program.kill()
     killed.client.close()
     tasks.append(shop.antidote.delay())
     shop.wait(lambda: shop.waiting("tolerant") == 4, "one more to wait")
     again = start_flower(shop, tmp_path, "flower")
     try:
-        assert _told(shop, again) == before
+        assert _shown(shop, again) == before
         for site in (again, ours):
             shop.wait(lambda: _counted(site)["deferred"] == 4, "all to be counted once")  # noqa: B023 - called here
         shop.close("tolerant")
@@ -274,7 +274,7 @@ def test_a_flower_killed_in_mid_outage_tells_when_it_is_back_what_has_happened_a
         again.stop()
 
 
-def _told(shop: Shop, site: Site) -> tuple[Any, ...]:
+def _shown(shop: Shop, site: Site) -> tuple[Any, ...]:
     shop.wait(lambda: site.get("/api/breakers/tolerant")["breaker"]["state"] == "FORCED_OPEN", "Flower to read it")
     breaker = site.get("/api/breakers/tolerant")["breaker"]
     assert breaker["outage"]["opened"] == breaker["since"]
@@ -284,7 +284,7 @@ def _told(shop: Shop, site: Site) -> tuple[Any, ...]:
 
 
 def _counted(site: Site) -> dict[str, float]:
-    """Return what Prometheus would count of a breaker that no other test uses: some is told when a test is over."""
+    """Return what Prometheus would count of a breaker that no other test uses: some is reported when a test is over."""
     lines = [line for line in site.client.get("/metrics").text.splitlines() if not line.startswith("#")]
     values = dict(line.rsplit(" ", 1) for line in lines)
     assert len(values) == len(lines), "a series is there twice"
@@ -293,7 +293,7 @@ def _counted(site: Site) -> dict[str, float]:
 
 
 def test_resuming_goes_on_at_the_rate_that_was_asked_for_last(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_aside(shop, "deferred", WAITING, *"abcd")
+    add_messages(shop, "deferred", WAITING, *"abcd")
     with flower_site(shop.app, basic_auth=[":".join(ANN)]) as site:
         site.auth = ANN
         monkeypatch.setattr(service, "TIMEOUT", 0.1)
@@ -324,7 +324,7 @@ def shots(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def see_on_all_screens(browser: Browser, shots: Callable[[str], Path], page: str, *, height: int = 1000) -> None:
-    """Save a page as telephones and desks show it, light and dark; nothing is cut, nobody scrolls sideways."""
+    """Save a page as telephones and desktops show it, light and dark; nothing is cut or needs scrolling sideways."""
     for width in (390, 1400):
         with browser.as_wide_as(width):
             assert browser.run(f"document.documentElement.scrollWidth <= {width}")
@@ -335,7 +335,7 @@ def see_on_all_screens(browser: Browser, shots: Callable[[str], Path], page: str
             browser.screenshot(shots(f"{page}-{width}-{scheme}"), width=width, height=height)
 
 
-# texts that do not fit into where they stand, and are not shown beyond it
+# texts that do not fit into their place, and are not shown beyond it
 CUT = """[...document.querySelectorAll("#breakers-page *, #breaker-page *, #outages-page *")].filter((each) =>
     each.checkVisibility() && each.scrollWidth > each.clientWidth + 1 && each.tagName !== "INPUT"
     && ["hidden", "clip"].includes(getComputedStyle(each).overflowX) && !each.classList.contains("visually-hidden")
@@ -346,8 +346,8 @@ CUT = """[...document.querySelectorAll("#breakers-page *, #breaker-page *, #outa
 def test_a_person_sees_what_is_open_and_isolates_a_breaker_by_click(
     shop: Shop, ours: Site, browser: Browser, shots: Callable[[str], Path]
 ) -> None:
-    put_aside(shop, "deferred", WAITING, *"abc")
-    put_aside(shop, "dead", WAITING.dead_letter(2.0, "made up"), *"xy")
+    add_messages(shop, "deferred", WAITING, *"abc")
+    add_messages(shop, "dead", WAITING.dead_letter(2.0, "made up"), *"xy")
     browser.open(f"{ours.url}/breakers")
     row = 'tr[data-breaker="payments"]'
     browser.wait(f"document.querySelector('{row}') && document.querySelector('#live-status').innerText === 'Live'")
@@ -376,7 +376,7 @@ def test_a_person_sees_what_is_open_and_isolates_a_breaker_by_click(
     assert browser.complaints == []
 
 
-# where the first calls of a breaker that is so old stand in its chart, which may show an hour
+# where the first calls of a breaker that is so old are in its chart, which may show an hour
 LEFTMOST = """import("/breakers-static/chart.js").then(({{draw}}) => {{
     const svg = document.querySelector("#chart");
     draw(svg, {{minutes: [{{at: {at}, SUCCESS: 5}}], transitions: [], state: "CLOSED", now: 3610}});
@@ -388,8 +388,8 @@ LEFTMOST = """import("/breakers-static/chart.js").then(({{draw}}) => {{
 def test_a_person_sees_one_breaker_and_drops_its_tasks_by_click(
     shop: Shop, ours: Site, browser: Browser, shots: Callable[[str], Path]
 ) -> None:
-    put_aside(shop, "deferred", WAITING, "a", NASTY)
-    put_aside(shop, "dead", WAITING.dead_letter(2.0, NASTY), *"xyz")
+    add_messages(shop, "deferred", WAITING, "a", NASTY)
+    add_messages(shop, "dead", WAITING.dead_letter(2.0, NASTY), *"xyz")
     shop.open("payments")
     browser.open(f"{ours.url}/breakers/payments#deferred")
     browser.wait("document.querySelectorAll('#dead tbody tr').length === 3")
@@ -418,8 +418,8 @@ def test_a_person_finds_dead_letters_selects_them_all_and_drops_or_replays_them(
     shop: Shop, ours: Site, browser: Browser
 ) -> None:
     ids = [f"{number:03}" for number in range(450)]
-    put_aside(shop, "dead", WAITING.dead_letter(2.0, "made up"), *ids)
-    put_aside(shop, "dead", WAITING.dead_letter(2.0, "its worker was killed"), *"xyz")
+    add_messages(shop, "dead", WAITING.dead_letter(2.0, "made up"), *ids)
+    add_messages(shop, "dead", WAITING.dead_letter(2.0, "its worker was killed"), *"xyz")
     browser.open(f"{ours.url}/breakers/payments")
     browser.wait("document.querySelectorAll('#dead tbody tr').length === 100")
     assert browser.run("document.querySelector('#dead [data-bulk=drop]').disabled")
@@ -467,7 +467,7 @@ def test_a_person_reads_about_outages_what_has_happened_and_no_zeros(
 
 
 @pytest.mark.chromium
-def test_a_person_is_told_that_what_is_shown_is_old_while_the_store_is_frozen(
+def test_a_person_sees_that_what_is_shown_is_old_while_the_store_is_frozen(
     shop: Shop, ours: Site, browser: Browser
 ) -> None:
     browser.open(f"{ours.url}/breakers")

@@ -25,7 +25,7 @@ batches = st.lists(raw_messages() | published_messages() | damaged_messages() | 
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_forged_messages_disturb_nobody(shop: Shop, pool: str) -> None:
+def test_forged_messages_disturb_no_other_task(shop: Shop, pool: str) -> None:
     shop.beat()
     worker = shop.worker(pool=pool)
     sent = 0

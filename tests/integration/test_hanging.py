@@ -35,7 +35,7 @@ def test_runs_that_their_time_limit_ends_count_for_as_long_as_they_ran(shop: Sho
     shop.worker(concurrency=2)
     shop.set_health("hanging", "hang")
     began = time.monotonic()
-    results = [shop.ask_briefly.delay() for _ in range(2)]
+    results = [shop.ask_quickly.delay() for _ in range(2)]
     shop.wait(lambda: all(result.ready() for result in results), "both to be killed")
     most = time.monotonic() - began
     least = shop.limited.policy.minimum_calls

@@ -66,18 +66,18 @@ class Clinic(Shop):
     workers: list[Worker]
     timekeeper: Program
 
-    def asked(self, patient: str) -> list[float]:
-        """When a patient was looked after, in order."""
-        return [float(at) for at in self.side.lrange(f"asked:{patient}", 0, -1)]
+    def asked(self, dependency: str) -> list[float]:
+        """When a dependency was checked, in order."""
+        return [float(at) for at in self.side.lrange(f"asked:{dependency}", 0, -1)]
 
     def wait_for(self, breaker: str, state: State) -> None:
         """Wait until a breaker is in ``state``."""
         self.wait(lambda: getattr(self, breaker).snapshot().state is state, f"{breaker} to be {state}")
 
-    def wait_for_looks(self, patient: str, more: int) -> None:
-        """Wait until a patient has been looked after so many times more."""
-        so_far = len(self.asked(patient))
-        self.wait(lambda: len(self.asked(patient)) >= so_far + more, f"{patient} to be looked after")
+    def wait_for_looks(self, dependency: str, more: int) -> None:
+        """Wait until a dependency has been checked so many times more."""
+        so_far = len(self.asked(dependency))
+        self.wait(lambda: len(self.asked(dependency)) >= so_far + more, f"{dependency} to be checked")
 
     def announcements(self, breaker: str, text: str) -> list[str]:
         """What all workers have logged about those transitions of a breaker whose lines contain a text."""
@@ -175,12 +175,12 @@ def test_silence_opens_and_a_heartbeat_closes(clinic: Clinic) -> None:
         clinic.remote.heartbeat()
         return clinic.remote.snapshot().state is State.CLOSED
 
-    clinic.wait(heals, "the heartbeat to be heard")
+    clinic.wait(heals, "the heartbeat to be received")
     silent_since = clinic.remote.snapshot().epoch
     clinic.wait(lambda: clinic.remote.snapshot().epoch > silent_since, "silence to be noticed")
     found = "CLOSED -> OPEN: health check failed 1 times in a row, last: probe: heartbeat(ttl=3): the last report is "
     clinic.wait_for_announcement("remote", found)
-    clinic.wait(heals, "the heartbeat to be heard again")
+    clinic.wait(heals, "the heartbeat to be received again")
 
 
 def test_a_check_that_hangs_delays_no_other(clinic: Clinic) -> None:
@@ -196,7 +196,7 @@ def test_a_check_that_hangs_delays_no_other(clinic: Clinic) -> None:
 def test_an_operator_is_obeyed(clinic: Clinic) -> None:
     clinic.set_health("lively", "down")
     clinic.lively.shadow(reason="first week")
-    clinic.wait(lambda: clinic.lively.snapshot().would_open, "it to tell that it would have opened")
+    clinic.wait(lambda: clinic.lively.snapshot().would_open, "it to report that it would have opened")
     assert clinic.lively.snapshot().state is State.SHADOW
 
     clinic.open("lively")

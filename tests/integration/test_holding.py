@@ -83,7 +83,7 @@ def lose_the_connection(shop: Shop, worker: Worker) -> None:
 def stop(how: signal.Signals) -> Callable[[Shop, Worker], None]:
     def stop(shop: Shop, worker: Worker) -> None:
         worker.send_signal(how)
-        shop.wait(lambda: "shutdown" in worker.output().lower(), "the worker to hear")
+        shop.wait(lambda: "shutdown" in worker.output().lower(), "the worker to notice")
         shop.set_health("alone", "up")
         shop.wait(lambda: not worker.running, "the worker to end")
         assert len(shop.runs("one_by_one")) == 1, "no other begins"

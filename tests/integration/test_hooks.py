@@ -61,7 +61,7 @@ def test_a_failure_fires_what_a_hard_time_limit_does(shop: Shop, events: Events,
     shop.open("narrow")
     first = shop.finds_no_room.delay()
     shop.wait(lambda: shop.waiting("narrow") == 1, "the queue to be full")
-    ends = [send(shop, shop.waits_briefly), send(shop, shop.finds_no_room)]
+    ends = [send(shop, shop.waits_a_second), send(shop, shop.finds_no_room)]
     if pool == "prefork":  # no other pool ends what runs for too long
         plainly = send(shop, shop.plain)
         shop.wait(lambda: set(hooks(shop, plainly)) == FAILURE, "the hooks of a plain task")
@@ -76,7 +76,7 @@ def test_a_failure_fires_what_a_hard_time_limit_does(shop: Shop, events: Events,
     shop.wait_state(first, "DEFERRED")
 
 
-@pytest.mark.parametrize("task", ["waits_briefly", "finds_no_room"])
+@pytest.mark.parametrize("task", ["waits_a_second", "finds_no_room"])
 def test_a_chord_fails_with_its_part(shop: Shop, task: str) -> None:
     shop.worker(pool="threads")
     shop.open("payments")
@@ -105,7 +105,7 @@ def test_revoked_and_dropped_and_expired_fire_what_a_plain_task_does(shop: Shop,
     assert worker.running
 
 
-def test_hooks_that_raise_harm_nobody(shop: Shop) -> None:
+def test_hooks_that_raise_do_no_harm(shop: Shop) -> None:
     worker = shop.worker(pool="threads")
     shop.open("payments")
     shop.open("narrow")
@@ -118,7 +118,7 @@ def test_hooks_that_raise_harm_nobody(shop: Shop) -> None:
         shop.wait(lambda: hooks(shop, result) == called, f"all hooks: {hooks(shop, result)}")  # noqa: B023
     shop.wait(lambda: shop.broker.llen("resilient.dead.payments") == 1, "the dead letter")
     shop.wait(lambda: "\nKeyError: 'rude'" in worker.output() and "\nRuntimeError: rude" in worker.output(), "the log")
-    fine = send(shop, shop.waits_briefly)
+    fine = send(shop, shop.waits_a_second)
     shop.wait(lambda: set(hooks(shop, fine)) == FAILURE, "the hooks of another task")
     shop.wait(lambda: shop.broker.hlen("unacked") == 0, "all to be out of hand")
     assert worker.running

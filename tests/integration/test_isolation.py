@@ -1,4 +1,4 @@
-"""A limit of calls in flight: kept by all workers together, also when some are killed, and nobody waits in a pool."""
+"""A limit of calls in flight: kept by all workers together, also when some are killed, and no task waits in a pool."""
 
 from __future__ import annotations
 

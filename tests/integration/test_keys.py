@@ -42,7 +42,7 @@ def test_the_outage_of_one_tenant_defers_its_tasks_alone_and_outlives_the_worker
     assert len(breakers(shop, "deferred", "tenants:*", "--id").split()) == len(suffering)
     assert breakers(shop, "reset", "tenants:acme") == "tenants:acme is CLOSED\n"
     shop.broker.delete(*shop.broker.scan_iter("resilient:*"))  # nor has the store, now
-    shop.worker()  # which has never heard of the tenant
+    shop.worker()  # which has never seen the tenant
     shop.wait_done(*suffering)
     assert shop.tenants.snapshot().calls == 0
 

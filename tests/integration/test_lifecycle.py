@@ -1,4 +1,4 @@
-"""Workers start, stop, are deployed, follow their breakers and tell of their tasks, as Celery's own do."""
+"""Workers start, stop, are deployed, follow their breakers and report their tasks, as Celery's own do."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_warm_shutdown_in_mid_outage_loses_nothing(shop: Shop) -> None:
     queued = [shop.charge.delay(order) for order in range(3)]
     worker.send_signal(signal.SIGTERM)
     shop.wait(lambda: "Warm shutdown" in worker.output(), "the shutdown to begin")
-    shop.set_health("slow", "down")  # those that run fail, and are put aside while the worker shuts down
+    shop.set_health("slow", "down")  # those that run fail, and are deferred while the worker shuts down
     shop.wait(lambda: not worker.running, "the worker to end")
     assert worker.popen.returncode == 0
     assert shop.broker.hlen("unacked") == 0
@@ -112,7 +112,7 @@ def test_a_worker_refuses_tasks_that_are_defined_wrongly(
 
 
 @pytest.mark.parametrize(
-    ("env", "told"),
+    ("env", "reported"),
     [
         ({"RESILIENT_TASKS_TICK_INTERVAL": "soon"}, "RESILIENT_TASKS_TICK_INTERVAL='soon'"),
         ({"RESILIENT_TASKS_TICK": "1"}, "RESILIENT_TASKS_TICK is not a setting"),
@@ -122,10 +122,8 @@ def test_a_worker_refuses_tasks_that_are_defined_wrongly(
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_worker_refuses_settings_that_make_no_sense(
-    shop: Shop, tmp_path: Path, env: dict[str, str], told: str
-) -> None:
-    assert told in refusal(shop, start_deploy(shop, tmp_path, "", env))
+def test_a_worker_refuses_invalid_settings(shop: Shop, tmp_path: Path, env: dict[str, str], reported: str) -> None:
+    assert reported in refusal(shop, start_deploy(shop, tmp_path, "", env))
 
 
 class _WebServer(socketserver.BaseRequestHandler):
@@ -198,7 +196,7 @@ class Audience:
         self._thread.start()
         with self._app.events.default_dispatcher() as dispatcher:
             # what is sent before kombu has subscribed is lost
-            Shop.wait(lambda: dispatcher.send("heard") or self._listening.is_set(), "events to have a listener")
+            Shop.wait(lambda: dispatcher.send("received") or self._listening.is_set(), "events to have a listener")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -207,12 +205,12 @@ class Audience:
 
     def _listen(self) -> None:
         with self._app.connection_for_read() as connection:
-            self._receiver = self._app.events.Receiver(connection, handlers={"*": self._hear})
+            self._receiver = self._app.events.Receiver(connection, handlers={"*": self._receive})
             with self._receiver.consumer_context():
                 for _ in self._receiver.consume(limit=None, timeout=1, safety_interval=0):
                     pass
 
-    def _hear(self, event: dict[str, Any]) -> None:
+    def _receive(self, event: dict[str, Any]) -> None:
         self._listening.set()
         self.state.event(event)
         if "uuid" in event:
@@ -249,7 +247,7 @@ def test_deferral_uses_up_no_retries(shop: Shop) -> None:
     assert result.get(timeout=60) == 2
 
 
-def test_a_failure_that_is_put_aside_uses_up_no_retries(shop: Shop) -> None:
+def test_a_failure_that_is_deferred_uses_up_no_retries(shop: Shop) -> None:
     shop.worker()
     shop.set_health("payments", "down")
     result = shop.describe.delay()
@@ -273,7 +271,7 @@ def test_a_running_task_that_is_revoked_says_nothing_about_its_dependency(shop: 
 
 def test_embedded_beat_ticks_though_the_schedule_was_assigned_late(shop: Shop, tmp_path: Path) -> None:
     worker = shop.worker(arguments=["-B", "-s", str(tmp_path / "schedule")])
-    shop.payments.trip()  # then it is HALF_OPEN until somebody calls: something is due all the time
+    shop.payments.trip()  # then it is HALF_OPEN until there is a call: something is due all the time
     shop.wait(lambda: "Sending due task resilient-tasks-tick" in worker.output(), "beat to send a tick")
     assert set(shop.app.conf.beat_schedule) == {"late", "resilient-tasks-tick"}
     assert shop.charge.delay(1).get(timeout=60) == 1

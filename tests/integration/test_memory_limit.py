@@ -120,7 +120,7 @@ def test_a_server_that_refuses_to_store_anything_for_a_while_loses_nothing(shop:
     results += small.charges(BATCH)
     for _ in range(BATCH):
         shop.tally.apply_async(connection=small.connection)
-    small.client.config_set("maxmemory", small.used // 2)  # as if somebody else had filled it
+    small.client.config_set("maxmemory", small.used // 2)  # as if another program had filled it
     with pytest.raises(redis.OutOfMemoryError):
         small.client.set("anything", "at all")
     worker.thaw()

@@ -1,4 +1,4 @@
-"""Who hears of an outage: signals, the log; and that Sentry does not."""
+"""Who is notified of an outage: signals, the log; and that Sentry does not."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ TRACE = "1234567890abcdef1234567890abcdef"
 SENDER = f"00-{TRACE}-1234567890abcdef-01"
 
 
-def told(shop: Shop) -> list[tuple[str, bool, str, object]]:
-    """Return what receivers of signals were told."""
+def received(shop: Shop) -> list[tuple[str, bool, str, object]]:
+    """Return what receivers of signals got."""
     return [tuple(json.loads(line)) for line in shop.side.lrange("signals", 0, -1)]
 
 
-def test_an_outage_is_told_once_to_everybody_but_sentry(shop: Shop) -> None:
-    worker = shop.worker(arguments=["-I", "tests.integration.listeners"])  # no beat, which might open it unheard
+def test_an_outage_is_reported_once_to_all_but_sentry(shop: Shop) -> None:
+    worker = shop.worker(arguments=["-I", "tests.integration.listeners"])  # no beat, which might open it unnoticed
     shop.set_health("payments", "down")
     results = [shop.charge.apply_async((number,), headers={"traceparent": SENDER}) for number in range(15)]
     ids = [result.id for result in results]
@@ -31,14 +31,14 @@ def test_an_outage_is_told_once_to_everybody_but_sentry(shop: Shop) -> None:
     shop.wait(lambda: shop.side.llen("sentry"), "a real mistake to be reported")
     worker.stop()
 
-    names = Counter(name for name, *_ in told(shop))
-    transitions = [(name, epoch) for name, _, _, epoch in told(shop) if name.startswith("breaker_")]
+    names = Counter(name for name, *_ in received(shop))
+    transitions = [(name, epoch) for name, _, _, epoch in received(shop) if name.startswith("breaker_")]
     assert names["breaker_closed"] == 1
     assert names["breaker_opened"] == names["breaker_half_opened"] >= 1
     assert len(set(transitions)) == len(transitions)
-    assert all(sent_by_app and breaker == "payments" for _, sent_by_app, breaker, _ in told(shop))
+    assert all(sent_by_app and breaker == "payments" for _, sent_by_app, breaker, _ in received(shop))
     for name in "task_deferred", "task_resumed":
-        assert {about for told_name, _, _, about in told(shop) if told_name == name} == set(ids)
+        assert {about for signal, _, _, about in received(shop) if signal == name} == set(ids)
     assert names["task_deferred"] == names["task_resumed"]
 
     check_log([json.loads(line) for line in shop.side.lrange("log", 0, -1)], ids, len(transitions))
@@ -55,7 +55,7 @@ def test_an_outage_is_told_once_to_everybody_but_sentry(shop: Shop) -> None:
 
 
 def check_log(records: list[dict[str, Any]], ids: list[str], transitions: int) -> None:
-    """Each transition is one warning in the whole fleet, and every line about a task tells its id."""
+    """Each transition is one warning in the whole fleet, and every line about a task has its id."""
     moves = [record for record in records if record["text"].startswith("breaker payments: ")]
     assert [record["event"] for record in moves].count("breaker-closed") == 1
     assert len(moves) == transitions

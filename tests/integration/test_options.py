@@ -47,7 +47,7 @@ def test_without_a_deferral_a_failure_is_celerys(running: Shop) -> None:
 def test_max_attempts_counts_only_while_others_succeed(running: Shop) -> None:
     running.set_health("broken", "down")
     result = running.poison.delay("broken")
-    running.wait(lambda: len(running.runs("poison")) >= 4, "a total outage to use nobody up")
+    running.wait(lambda: len(running.runs("poison")) >= 4, "a total outage to use up no attempts")
     assert result.state != "FAILURE"
 
     def others_succeed_until_it_fails() -> bool:
@@ -72,10 +72,10 @@ def test_defer_for_ends_in_failure_and_a_dead_letter(running: Shop) -> None:
 def test_max_deferred_bounds_the_queue(running: Shop) -> None:
     running.open("narrow")
     results = [running.squeeze.delay() for _ in range(5)]
-    running.wait(lambda: sum(result.state == "FAILURE" for result in results) == 3, "three to be turned away")
+    running.wait(lambda: sum(result.state == "FAILURE" for result in results) == 3, "three to be denied")
     assert running.waiting("narrow") == 2
-    turned_away = next(result for result in results if result.state == "FAILURE")
-    assert isinstance(turned_away.result, DeferredQueueFullError)
+    denied = next(result for result in results if result.state == "FAILURE")
+    assert isinstance(denied.result, DeferredQueueFullError)
 
 
 def test_a_task_that_retries_itself_is_never_also_deferred(running: Shop) -> None:

@@ -48,7 +48,7 @@ def test_a_dead_dependency_is_called_a_few_times_and_healthy_work_goes_on(shop: 
     shop.wait_done(*charges)
 
 
-def test_a_probe_stands_in_for_tasks(shop: Shop) -> None:
+def test_a_probe_replaces_trials_of_tasks(shop: Shop) -> None:
     shop.beat()
     shop.worker()
     shop.set_health("probed", "down")
@@ -169,7 +169,7 @@ def test_a_worker_that_starts_while_ticks_arrive_is_ready_at_once(shop: Shop) ->
     results = [shop.charge.delay(order) for order in range(5)]
     shop.wait(lambda: shop.waiting("payments") == 5, "all to wait")
     worker.stop()
-    shop.payments.trip(reason="test")  # due for as long as nobody runs a trial
+    shop.payments.trip(reason="test")  # due for as long as no worker runs a trial
     shop.beat()  # four ticks a second, which no second of silence ever interrupts
     shop.wait(lambda: shop.broker.llen("resilient.control") > 0, "ticks to arrive")
     mingling = shop.worker(mingle=True)

@@ -65,7 +65,7 @@ def breakers(depot: Depot, *command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("first", ["beat", "worker"])
 @pytest.mark.parametrize("defaults", DEFAULTS)
-def test_whoever_comes_first(depot: Callable[..., Depot], fresh: RabbitMQ, defaults: str, first: str) -> None:
+def test_any_process_may_come_first(depot: Callable[..., Depot], fresh: RabbitMQ, defaults: str, first: str) -> None:
     project = depot(queue=f"depot-{defaults.replace(' ', '-')}", conf=DEFAULTS[defaults])
     breakers(project, "doctor", "--timeout", "0.1")
     assert types(fresh) == {}, "to look declares nothing"

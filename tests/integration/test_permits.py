@@ -71,7 +71,7 @@ class Chronicle:
 
     def __init__(self, store: RedisStore) -> None:
         self._store = store
-        self._told: dict[str, dict[int, Snapshot]] = defaultdict(dict)  # name -> epoch -> its first snapshot
+        self._changes: dict[str, dict[int, Snapshot]] = defaultdict(dict)  # name -> epoch -> its first snapshot
         self._done = threading.Event()
 
     @contextmanager
@@ -83,7 +83,7 @@ class Chronicle:
     def _listen(self) -> None:
         for snapshot in self._store.changes(timeout=0.2):
             if snapshot is not None:
-                self._told[snapshot.name].setdefault(snapshot.epoch, snapshot)
+                self._changes[snapshot.name].setdefault(snapshot.epoch, snapshot)
             if self._done.is_set():
                 return
 
@@ -91,8 +91,8 @@ class Chronicle:
         """How long each HALF_OPEN has lasted, seconds on the store's clock."""
         return [
             after.since - before.since
-            for told in list(self._told.values())
-            for before, after in pairwise(told[epoch] for epoch in sorted(told))
+            for changes in list(self._changes.values())
+            for before, after in pairwise(changes[epoch] for epoch in sorted(changes))
             if before.state is State.HALF_OPEN
         ]
 

@@ -60,13 +60,13 @@ def test_a_website_learns_at_once_that_a_dependency_is_down(post: PostOffice, we
         website.task("charge").apply_async((2,), on_open="fail")
     assert website.task("balance").apply_async((3,), on_open="fallback").get() == 300
     post.close("payments")
-    post.wait(lambda: website.payments.accepting, "the website to hear that it is back")
+    post.wait(lambda: website.payments.accepting, "the website to see that it is back")
     assert len(post.runs()) == 1
 
 
 def _workflows(website: Website, expires: datetime) -> list[Any]:
     charge, describe = website.task("charge"), website.task("describe")
-    options = {"priority": 3, "headers": {"x-trace": "abc"}, "reply_to": "somebody", "expires": expires}
+    options = {"priority": 3, "headers": {"x-trace": "abc"}, "reply_to": "replies", "expires": expires}
     return [
         charge.delay(1),
         describe.apply_async((1, "two"), {"three": [3]}, queue=ABROAD, **options),

@@ -1,4 +1,4 @@
-"""An outage is told afterwards as it was, and while it lasts as far as anybody can know."""
+"""An outage is reported afterwards as it was, and while it lasts as far as can be known."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.integration.test_cli import here
 ORDERS = 30
 
 
-def test_an_outage_is_told_as_it_was(shop: Shop) -> None:
+def test_an_outage_is_reported_as_it_was(shop: Shop) -> None:
     shop.beat()
     shop.worker()
     shop.wait_done(shop.balance.delay(1))
@@ -43,14 +43,14 @@ def test_an_outage_is_told_as_it_was(shop: Shop) -> None:
         shop.set_health(dependency, "up")
     shop.wait_done(*charges)
 
-    def told() -> Outage | None:
+    def complete() -> Outage | None:
         [outage] = shop.resilience.outages("payments")
         counts = outage.counts
         is_whole = outage.drained and counts.resumed - counts.deferred_again == ORDERS
         return outage if is_whole and counts.calls.get(Outcome.SUCCESS, 0) else None
 
-    shop.wait(told, "the outage to be over, and all that was counted to be told")
-    outage = told()
+    shop.wait(complete, "the outage to be over, and all that was counted to be reported")
+    outage = complete()
     assert outage is not None
     assert outage.counts.deferred == ORDERS
     assert outage.failed_calls == len(shop.runs("charge")) - ORDERS
@@ -77,7 +77,7 @@ def test_an_outage_is_told_as_it_was(shop: Shop) -> None:
     assert 0 <= accounts.average_answer_age <= accounts.oldest_answer
 
 
-def test_outages_of_a_tenant_and_by_hand_are_told_as_they_were(shop: Shop) -> None:
+def test_outages_of_a_tenant_and_by_hand_are_reported_as_they_were(shop: Shop) -> None:
     shop.worker()
     shop.set_health("tenants-acme", "down")
     bills = [shop.bill.delay(order) for order in range(10)]
@@ -95,7 +95,7 @@ def test_outages_of_a_tenant_and_by_hand_are_told_as_they_were(shop: Shop) -> No
     shop.close("payments")
     shop.wait_done(*charges[2:])
 
-    def told(name: str, resumed: int) -> Outage | None:
+    def complete(name: str, resumed: int) -> Outage | None:
         [outage] = shop.resilience.outages(name)
         net = outage.counts.resumed - outage.counts.deferred_again
         return outage if (net, outage.counts.calls.get(Outcome.SUCCESS)) == (resumed, resumed) else None
@@ -105,8 +105,8 @@ def test_outages_of_a_tenant_and_by_hand_are_told_as_they_were(shop: Shop) -> No
         return counts.deferred, counts.dropped, counts.revoked, counts.dead
 
     shop.wait(lambda: ends() == (5, 1, 1, 0), "this process to report what it dropped, too")
-    shop.wait(lambda: told("tenants", 10), "all about the tenant to be told")
-    shop.wait(lambda: told("payments", 3), "all about the maintenance to be told")
+    shop.wait(lambda: complete("tenants", 10), "all about the tenant to be reported")
+    shop.wait(lambda: complete("payments", 3), "all about the maintenance to be reported")
     [acme], [maintenance] = shop.resilience.outages("tenants"), shop.resilience.outages("payments")
     assert (acme.breaker, acme.counts.deferred) == ("tenants:acme", 10)
     assert acme.failed_calls == shop.calls("tenants-acme") - 10

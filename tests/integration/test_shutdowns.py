@@ -1,4 +1,4 @@
-"""Workers are told to stop in mid-outage, more or less politely, and beats die: nothing is lost, nobody is blamed."""
+"""Workers are stopped in mid-outage, warmly and not, and beats are killed: nothing is lost or counted as a failure."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_cold_shutdown_in_mid_outage_loses_nothing(shop: Shop) -> None:
     outage.heal()
 
 
-def test_what_fails_in_the_grace_of_a_soft_shutdown_is_put_aside(shop: Shop) -> None:
+def test_what_fails_in_the_grace_of_a_soft_shutdown_is_deferred(shop: Shop) -> None:
     outage = Outage(shop, arguments=["worker_soft_shutdown_timeout=8"])
     outage.worker.send_signal(signal.SIGQUIT)
     shop.wait(lambda: "Initiating Soft Shutdown" in outage.worker.output(), "the grace to begin")
@@ -64,7 +64,7 @@ def test_what_fails_in_the_grace_of_a_soft_shutdown_is_put_aside(shop: Shop) -> 
     outage.heal()
 
 
-def test_a_worker_that_loses_patience_with_a_warm_shutdown_loses_nothing(shop: Shop) -> None:
+def test_a_warm_shutdown_that_turns_cold_loses_nothing(shop: Shop) -> None:
     outage = Outage(shop)
     outage.worker.send_signal(signal.SIGTERM)
     shop.wait(lambda: "Warm shutdown" in outage.worker.output(), "the shutdown to begin")
@@ -100,8 +100,8 @@ def test_a_trial_cut_off_by_a_cold_shutdown_gives_its_permit_back(shop: Shop) ->
     shop.wait_done(*results)
 
 
-def test_beats_may_come_twice_and_die(shop: Shop) -> None:
-    shop.accounts.trip()  # then it is HALF_OPEN until somebody calls: a tick is due all the time
+def test_beats_may_run_twice_and_be_killed(shop: Shop) -> None:
+    shop.accounts.trip()  # then it is HALF_OPEN until there is a call: a tick is due all the time
     shop.open("payments")
     results = [shop.charge.delay(order) for order in range(30)]
     shop.worker()

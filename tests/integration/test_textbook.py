@@ -1,6 +1,6 @@
 """The circuit breaker pattern's textbook example, with real services.
 
-Service A calls service B; B dies. A answers from another source, else from its cache, else fails at once; A does not
+Service A calls service B; B fails. A answers from another source, else from its cache, else fails at once; A does not
 crash; its other APIs keep their speed; B is checked periodically and used again by itself.
 """
 

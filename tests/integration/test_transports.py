@@ -107,7 +107,7 @@ def test_a_message_on_rabbitmq_is_in_one_place(on_rabbitmq: Depot, rabbitmq: Rab
 
 
 @pytest.mark.rabbitmq
-def test_what_names_no_task_is_kept_apart(rabbitmq: RabbitMQ, depot: Callable[..., Depot]) -> None:
+def test_what_names_no_task_is_dead_lettered(rabbitmq: RabbitMQ, depot: Callable[..., Depot]) -> None:
     strange = depot(rabbitmq.url, queue="depot-strange")
     worker = strange.worker()
     client = strange.client()

@@ -48,7 +48,7 @@ def send(order):
 @pytest.fixture
 def former_python(tmp_path: Path) -> str:
     """Return a Python of its own that runs the former version."""
-    code, home = tmp_path / "former", tmp_path / "venv"
+    code, environment = tmp_path / "former", tmp_path / "venv"
     code.mkdir()
     archive = subprocess.run(
         ["git", "archive", FORMER, "resilient_tasks"], cwd=PROJECT, capture_output=True, check=False
@@ -56,11 +56,11 @@ def former_python(tmp_path: Path) -> str:
     if archive.returncode:
         pytest.skip(f"commit {FORMER} is not in this clone")
     subprocess.run(["tar", "-x", "-C", str(code)], input=archive.stdout, check=True)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
-    [packages] = home.glob("lib/python*/site-packages")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    [packages] = environment.glob("lib/python*/site-packages")
     paths = [str(code), *(path for path in sys.path if path.endswith("site-packages")), sysconfig.get_path("purelib")]
     (packages / "paths.pth").write_text("\n".join(dict.fromkeys(paths)))
-    return str(home / "bin" / "python")
+    return str(environment / "bin" / "python")
 
 
 def start(shop: Shop, directory: Path, python: str, name: str) -> Program:

@@ -50,12 +50,12 @@ class Service:
         """Serve, and yield the address."""
         service = self
 
-        class Desk(socketserver.StreamRequestHandler):
+        class Handler(socketserver.StreamRequestHandler):
             def handle(self) -> None:
                 name, caller = self.rfile.readline().split()
                 service._serve(self.request, name.decode(), int(caller))
 
-        with socketserver.ThreadingTCPServer((LOCALHOST, 0), Desk) as server:
+        with socketserver.ThreadingTCPServer((LOCALHOST, 0), Handler) as server:
             server.daemon_threads, server.block_on_close = True, False
             server.socket.listen(LISTEN_BACKLOG)  # a full one has a caller wait for half a minute, permit in hand
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -80,7 +80,7 @@ class Service:
 
 
 def visit(address: str, name: str, *, caller: int) -> None:
-    """Call the service for a breaker, and tell who calls; fail if it says so."""
+    """Call the service for a breaker, and say who calls; fail if it says so."""
     host, port = address.split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"{name} {caller}\n".encode())
