@@ -74,7 +74,7 @@ def test_sentinels_have_credentials_of_their_own_and_share_one_time_limit() -> N
 
 
 @pytest.mark.parametrize(("given", "encrypted"), [({}, True), ({"ssl": False}, False)])
-def test_sentinels_speak_tls_as_the_master_does_unless_told_otherwise(given: dict[str, Any], encrypted: bool) -> None:  # noqa: FBT001
+def test_sentinels_speak_tls_as_the_master_does_unless_set_otherwise(given: dict[str, Any], encrypted: bool) -> None:  # noqa: FBT001
     address = Address.parse("sentinels://one?master_name=main&ssl_ca_certs=/ca.pem")
     pool: Any = address.pool({**LIMITS, "sentinel_kwargs": given})
     asked_with = pool.sentinel_manager.sentinels[0].connection_pool

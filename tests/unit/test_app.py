@@ -52,7 +52,7 @@ def test_a_breaker_may_be_defined_after_the_tasks_that_name_it(app: Celery) -> N
 
 
 def test_breakers_guard_calls_without_any_app(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RESILIENT_TASKS_STORE_URL", "redis://nobody.invalid:1/0")
+    monkeypatch.setenv("RESILIENT_TASKS_STORE_URL", "redis://store.invalid:1/0")
     resilience = Resilience()
     payments = resilience.breaker("payments")
     with in_memory(resilience):
@@ -140,15 +140,15 @@ def test_breakers_cannot_be_added_behind_the_scenes() -> None:
 
 @pytest.fixture
 def amqp_app() -> Celery:
-    return Celery("shop", broker="amqp://nobody.invalid//", backend="cache+memory://", set_as_current=False)
+    return Celery("shop", broker="amqp://store.invalid//", backend="cache+memory://", set_as_current=False)
 
 
-def test_a_store_that_nobody_names_is_one_clear_error(amqp_app: Celery) -> None:
+def test_a_store_that_no_setting_names_is_one_clear_error(amqp_app: Celery) -> None:
     resilience = Resilience(amqp_app)
     resilience.breaker("payments")
     with pytest.raises(ConfigurationError) as refused:
         amqp_app.WorkController(pool_cls="solo")
-    assert "neither the broker ('amqp://nobody.invalid//') nor the result backend" in str(refused.value)
+    assert "neither the broker ('amqp://store.invalid//') nor the result backend" in str(refused.value)
     assert "set RESILIENT_TASKS_STORE_URL, for example to redis://localhost:6379/0" in str(refused.value)
 
 

@@ -47,7 +47,7 @@ class StoreWithDeferredTask(LocalStore):
 def start_beat(app: Celery, tmp_path: Path, scheduler: type = PersistentScheduler) -> Any:
     """Do what the first lines of beat's ``start`` do, and return its scheduler."""
     beat = Service(app, schedule_filename=str(tmp_path / "schedule"), scheduler_cls=scheduler)
-    assert beat.scheduler.schedule is not None  # built before anybody is told
+    assert beat.scheduler.schedule is not None  # built before a worker knows
     beat_init.send(sender=beat)
     return beat.scheduler
 
@@ -189,7 +189,7 @@ def test_a_tick_is_sent_when_an_active_probe_is_due(
     ticks: Any, payments: Breaker, resilience: Resilience, clock: Clock
 ) -> None:
     payments.probe(lambda: None, active=True, interval=60)
-    assert ticks() == 1, "somebody must make the breaker known, or time does not pass for it"
+    assert ticks() == 1, "a tick must make the breaker known, or time does not pass for it"
     store = resilience.fleet.store
     store.advance(payments.spec)
     assert ticks() == 1

@@ -75,7 +75,7 @@ def test_a_success_is_reported(make: Any) -> None:
     assert gated(task, admitted()) == (7, Report((SUCCESS,)))
 
 
-def test_a_dependency_failure_puts_the_task_aside(make: Any) -> None:
+def test_a_dependency_failure_defers_the_task(make: Any) -> None:
     task = make()(failing(ConnectionError()))
     deferred, report = gated(task, admitted(attempts=2, counts=True))
     assert isinstance(deferred, Deferred)
@@ -180,13 +180,13 @@ def test_a_wrapped_refusal_is_a_refusal(make: Any, wrap: Any) -> None:
 
 def test_a_mistake_made_while_a_refusal_was_handled_is_a_mistake(make: Any) -> None:
     @make()
-    def stumbles() -> None:
+    def fails() -> None:
         try:
             failing(BreakerOpenError("payments"))()
         except BreakerOpenError:
             raise KeyError("order")  # noqa: B904
 
-    assert isinstance(gated(stumbles, admitted())[0], KeyError)
+    assert isinstance(gated(fails, admitted())[0], KeyError)
 
 
 @pytest.mark.parametrize("state", ["AT_CAPACITY", "HALF_OPEN", "OPEN"])
@@ -226,7 +226,7 @@ def test_a_guard_inside_an_ordinary_run_speaks_for_itself(make: Any, payments: B
     assert gated(guarded, admitted()) == (3, Report((None,)))
 
 
-def test_a_refusal_by_a_breaker_of_somebody_else_is_the_tasks_own_error(make: Any) -> None:
+def test_a_refusal_by_a_foreign_breaker_is_the_tasks_own_error(make: Any) -> None:
     task = make()(failing(BreakerOpenError("elsewhere")))
     value, _ = gated(task, admitted())
     assert isinstance(value, BreakerOpenError)
@@ -255,8 +255,8 @@ def test_provenance_of_an_eager_task(make: Any, resilience: Resilience) -> None:
 
 
 def test_an_unknown_breaker_is_named(make: Any) -> None:
-    task = make(breaker="nobody")(seven)
-    with pytest.raises(ConfigurationError, match="nobody"):
+    task = make(breaker="unknown")(seven)
+    with pytest.raises(ConfigurationError, match="unknown"):
         task()
 
 
@@ -297,13 +297,13 @@ def test_a_failure_inside_a_guard_is_that_breakers_alone(make: Any, accounts: Br
 
 def test_a_mistake_after_a_failure_inside_is_nobodys(make: Any, accounts: Breaker) -> None:
     @make(breaker=["payments", accounts])
-    def stumbles() -> None:
+    def fails() -> None:
         try:
             accounts.call(failing(ConnectionError()))
         except ConnectionError as exc:
             raise KeyError("order") from exc
 
-    assert isinstance(gated(stumbles, BOTH)[0], KeyError)
+    assert isinstance(gated(fails, BOTH)[0], KeyError)
 
 
 def test_a_guard_inside_a_trial_of_two_decides_its_own(make: Any, accounts: Breaker) -> None:

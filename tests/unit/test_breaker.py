@@ -36,7 +36,7 @@ POLICY = BreakerPolicy(minimum_calls=4, window=20, open_duration=5, open_jitter=
 
 
 class Rig:
-    """A breaker in a fleet of one, on a clock that stands still."""
+    """A breaker in a fleet of one, on a clock that stops."""
 
     def __init__(self, policy: BreakerPolicy = POLICY) -> None:
         self.clock = ManualClock()
@@ -255,7 +255,7 @@ def test_slow_calls_count_as_slow(use: Any, monkeypatch: pytest.MonkeyPatch) -> 
 # --- what admission costs -----------------------------------------------------------------------------
 
 
-def test_a_closed_breaker_is_read_once_and_then_asks_nobody(rig: Rig) -> None:
+def test_a_closed_breaker_is_read_once_and_then_no_more(rig: Rig) -> None:
     rig.breaker.call(rig.works)
     assert rig.fleet.reporter.flush(60)
     before = rig.decisions()
@@ -743,7 +743,7 @@ class _Client:
         (Celery(set_as_current=False).task(_noop, name="charge", shared=False), r"@app.task\(breaker='payments'\)"),
     ],
 )
-def test_what_cannot_be_decorated_is_told_with_what_to_write(rig: Rig, target: Any, instead: str) -> None:
+def test_what_cannot_be_decorated_is_an_error_with_what_to_write(rig: Rig, target: Any, instead: str) -> None:
     with pytest.raises(ConfigurationError, match=instead):
         rig.breaker(target)
 

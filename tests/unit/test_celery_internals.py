@@ -36,7 +36,7 @@ from workers.processes import Server, wait_until
 
 @pytest.fixture
 def app() -> Celery:
-    app = Celery("seams", broker="memory://", backend="cache+memory://", set_as_current=False)
+    app = Celery("internals", broker="memory://", backend="cache+memory://", set_as_current=False)
 
     @app.task(name="double", shared=False)
     def double(number: int) -> int:
@@ -120,7 +120,7 @@ def test_revoked_stamps_are_lists_that_the_command_adds_to() -> None:
 
 @pytest.mark.parametrize("flag", ["should_stop", "should_terminate"])
 @pytest.mark.parametrize("exit_code", [0, True])
-def test_shutting_down_is_told_by_two_flags_that_hold_an_exit_code(
+def test_shutting_down_is_shown_by_two_flags_that_hold_an_exit_code(
     monkeypatch: pytest.MonkeyPatch, flag: str, exit_code: int
 ) -> None:
     assert (state.should_stop, state.should_terminate) == (None, None)
@@ -381,13 +381,13 @@ def test_what_an_emulated_broker_takes_back_goes_to_the_end(app: Celery) -> None
         assert [queue.get(no_ack=True).payload for _ in range(3)] == [1, 2, 0]
 
 
-def test_on_amqp_the_consumer_tag_tells_the_queue() -> None:
+def test_on_amqp_the_consumer_tag_names_the_queue() -> None:
     consumer = SimpleNamespace(_active_tags={"shop": "tag-1", "other": "tag-2"})
     message = SimpleNamespace(delivery_info={"consumer_tag": "tag-2"}, channel=None)
     assert celery_internals.queue_of(consumer, message) == "other"
 
 
-def test_amqp_tells_a_task_its_headers_twice(app: Celery) -> None:
+def test_amqp_gives_a_task_its_headers_twice(app: Celery) -> None:
     headers = {"id": "an-id", "task": "double", "ours": 1, "theirs": 2}
     sent = amqp.Message("[[21], {}, {}]", content_type="application/json", application_headers=headers)
     sent.delivery_info = {"delivery_tag": 1}
@@ -404,7 +404,7 @@ def test_the_current_app_is_no_proxy(app: Celery) -> None:
     try:
         assert celery_internals.current_app() is app
     finally:
-        Celery("nobody").set_current()
+        Celery("another").set_current()
 
 
 def test_a_paused_queue_gets_what_was_on_its_way_and_nothing_more(channel: Any) -> None:
@@ -457,7 +457,7 @@ def test_an_app_is_found_by_the_name_that_the_command_line_takes(name: str) -> N
 
 def test_the_modules_that_an_app_includes_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
-    celery_internals.import_task_modules(Celery("seams", include=["colorsys"], set_as_current=False))
+    celery_internals.import_task_modules(Celery("internals", include=["colorsys"], set_as_current=False))
     assert "colorsys" in sys.modules
 
 
@@ -467,7 +467,7 @@ def test_the_modules_that_an_app_includes_are_imported(monkeypatch: pytest.Monke
 def test_a_composed_message_is_the_one_that_would_be_published(channel: Any) -> None:
     queue, sent = Queue("here", Exchange("to-here"), routing_key="here"), {
         "exchange": "to-here", "routing_key": "here", "serializer": "json", "headers": {"id": "1", "task": "double"},
-        "priority": 3, "correlation_id": "1", "reply_to": "somebody", "expiration": 2.5, "retry": True,
+        "priority": 3, "correlation_id": "1", "reply_to": "replies", "expiration": 2.5, "retry": True,
         "retry_policy": {"max_retries": 1}, "compression": "zlib",
     }  # fmt: skip
     composed = celery_internals.compose(channel, ((1,), {}, {}), sent)
@@ -482,7 +482,7 @@ def test_a_composed_message_is_the_one_that_would_be_published(channel: Any) -> 
 
 
 def test_a_message_for_amqp_is_composed_without_asking_the_broker() -> None:
-    with Connection("amqp://nobody@nowhere.invalid") as connection:
+    with Connection("amqp://user@nowhere.invalid") as connection:
         channel = SimpleNamespace(connection=SimpleNamespace(client=connection))
         sent = {
             "exchange": "to-here",
@@ -615,7 +615,7 @@ def test_the_prefetch_count_follows_the_pool() -> None:
     assert (consumer.initial_prefetch_count, qos) == (12, [1])
     consumer.initial_prefetch_count = 0
     celery_internals.change_prefetch(consumer, 1)
-    assert (consumer.initial_prefetch_count, qos) == (0, [1]), "0 stands for no limit"
+    assert (consumer.initial_prefetch_count, qos) == (0, [1]), "0 means no limit"
 
 
 def test_autoscale_says_how_far_it_goes(app: Celery) -> None:

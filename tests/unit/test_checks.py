@@ -209,7 +209,7 @@ def test_grpc(health_server: HealthServer) -> None:
     assert message == f"grpc_check('{target}', 'shop.Payments'): said NOT_SERVING, expected SERVING"
     health_server.set("shop.Payments", "UNKNOWN")
     assert "said UNKNOWN" in str(failure(grpc_check(target, "shop.Payments")))
-    assert "said NOT_FOUND" in str(failure(grpc_check(target, "nobody")))
+    assert "said NOT_FOUND" in str(failure(grpc_check(target, "unknown")))
 
 
 def test_grpc_says_what_went_wrong_on_the_way(refusing: int, silence: int) -> None:

@@ -213,13 +213,13 @@ def name_of(exc: BaseException) -> str:
 
 
 @pytest.mark.parametrize("exc", FAILURES, ids=name_of)
-def test_the_dependency_is_to_blame(exc: BaseException) -> None:
+def test_the_dependency_has_failed(exc: BaseException) -> None:
     assert dependency_errors(exc) is Outcome.FAILURE
     assert judged(exc).outcome is Outcome.FAILURE
 
 
 @pytest.mark.parametrize("exc", SAYS_NOTHING, ids=name_of)
-def test_the_dependency_is_not_to_blame(exc: BaseException) -> None:
+def test_the_dependency_has_not_failed(exc: BaseException) -> None:
     assert dependency_errors(exc) is Outcome.IGNORED
     assert judged(exc).outcome is Outcome.IGNORED
 
@@ -497,7 +497,7 @@ def test_a_classify_may_answer_in_plain_text_and_anything_else_counts_for_nothin
         (Outcome.IGNORED, Outcome.IGNORED),
         (None, Outcome.SUCCESS),
         (True, Outcome.SUCCESS),
-        ("nonsense", Outcome.SUCCESS),
+        ("invalid", Outcome.SUCCESS),
     ],
 )
 def test_a_classify_of_the_users_sees_values(answer: Any, outcome: Outcome) -> None:

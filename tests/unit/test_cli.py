@@ -91,7 +91,7 @@ def test_the_exit_code_of_show_is_that_of_the_state(
     assert re.search(rf"state +{state}\n", result.output)
 
 
-def test_show_tells_whom_to_call(run: Run, resilience: Resilience, clock: Clock) -> None:
+def test_show_says_whom_to_call(run: Run, resilience: Resilience, clock: Clock) -> None:
     resilience.breaker("gateway", description="call Ann", runbook="https://wiki.example/gateway")
     shown = run("show", "gateway").output
     assert re.search(r"description +call Ann\n", shown)
@@ -171,10 +171,10 @@ def test_a_name_like_no_other_gets_all_that_there_are_or_some_of_very_many(
     assert "defined: aa, accounts, and 3 more" in run("show", "zzz").output
 
 
-def test_a_probe_that_nobody_runs_is_due(run: Run, payments: Breaker, clock: Clock) -> None:
+def test_a_probe_that_no_worker_runs_is_due(run: Run, payments: Breaker, clock: Clock) -> None:
     payments.trip()
     assert re.search(r"next probe +in 10 s", run("show", "payments").output)
-    clock._now += 60  # nobody looks after it meanwhile
+    clock._now += 60  # no worker looks after it meanwhile
     assert re.search(r"next probe +due", run("show", "payments").output)
 
 
@@ -194,7 +194,7 @@ def test_an_operators_checkout_does_not_replace_the_workers_policy(
 # --- what goes wrong -----------------------------------------------------------------------------------
 
 
-def test_an_app_without_breakers_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_app_without_breakers_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     bare = CLIContext(app=Celery("bare", set_as_current=False), no_color=True, workdir=None)
     result = CliRunner().invoke(breakers, ["list"], obj=bare)
     assert result.exit_code == 1
@@ -241,7 +241,7 @@ def test_durations_in_two_units(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_what_strangers_wrote_is_shown_and_not_obeyed() -> None:
+def test_what_others_wrote_is_shown_and_not_obeyed() -> None:
     assert printable(NASTY) == "[red]a\\x1b[2Jb\\nc\\u202ed"
     assert list(plain_lines(("A", "B"), [(NASTY, "x")])) == [f"A{' ' * 23}  B", f"{printable(NASTY)}  x"]
 
@@ -268,7 +268,7 @@ def test_on_a_narrow_terminal_names_and_states_stay_whole(
     output = run("list").output
     assert "payments:a-customer" in output
     assert "FORCED_OPEN" in output
-    assert "FAILED" not in output  # nobody has called: the column would be empty
+    assert "FAILED" not in output  # no call was made: the column would be empty
     assert max(map(len, output.splitlines())) <= width
 
 
@@ -308,7 +308,7 @@ def refuse() -> None:
     raise ConnectionRefusedError
 
 
-def test_children_are_listed_when_there_is_something_to_tell(run: Run, payments: Breaker) -> None:
+def test_children_are_listed_when_there_is_something_to_show(run: Run, payments: Breaker) -> None:
     for key in ("acme", "other"):
         payments.child(key).call(int)
     assert len(run("list").output.splitlines()) == 2
@@ -323,7 +323,7 @@ def test_children_are_listed_when_there_is_something_to_tell(run: Run, payments:
     assert run("show", "payments:acme").exit_code == 10
 
 
-def test_a_wildcard_stands_for_all_children(run: Run, payments: Breaker) -> None:
+def test_a_wildcard_means_all_children(run: Run, payments: Breaker) -> None:
     for key in ("acme", "other"):
         payments.child(key).call(int)
     result = run("isolate", "payments:*", "--reason", "maintenance")
@@ -338,7 +338,7 @@ def test_a_key_is_taken_as_it_is_typed(run: Run) -> None:
     result = run("trip", f"payments:{100 * 'a'}")
     assert result.exit_code == 2
     assert "allowed is text or an integer" in result.output
-    assert "no breaker is named 'nobody:a'" in run("trip", "nobody:a").output
+    assert "no breaker is named 'unknown:a'" in run("trip", "unknown:a").output
 
 
 @pytest.mark.parametrize("command", [("show",), ("report",), ("dead", "list", "--breaker")])

@@ -1,4 +1,4 @@
-"""What may stand for what: the keys of tasks, and which tasks are coalesced at all."""
+"""What may replace what: the keys of tasks, and which tasks are coalesced at all."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_key_function_returns_a_text() -> None:
 
 @pytest.mark.parametrize(
     ("key", "valid"),
-    [("account", True), ("dry", True), (len, True), ("versions", False), ("nobody", False), (7, False)],
+    [("account", True), ("dry", True), (len, True), ("versions", False), ("unknown", False), (7, False)],
 )
 def test_a_key_is_a_parameter_or_a_function(key: Any, valid: Any) -> None:
     assert is_task_key(key, body) is valid
@@ -120,7 +120,7 @@ def test_other_tasks_are_never_coalesced(task: Any, digest: Any) -> None:
     assert digest(task(coalesce=None).s("acme")) == [""]
 
 
-def test_what_somebody_waits_for_stands_for_itself(task: Any, digest: Any) -> None:
+def test_what_a_caller_waits_for_is_not_coalesced(task: Any, digest: Any) -> None:
     one = task(coalesce_key="account").si("acme")
     linked = one.clone()
     linked.link(one)
@@ -132,12 +132,12 @@ def test_what_somebody_waits_for_stands_for_itself(task: Any, digest: Any) -> No
     assert digest(with_errback) == digest(one)
 
 
-def test_a_key_that_cannot_be_found_harms_nobody(task: Any, digest: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_key_that_cannot_be_found_does_no_harm(task: Any, digest: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert digest(task(coalesce_key=lambda args, _: args[7]).s("acme")) == [""]
     assert "has no key to be coalesced by: IndexError" in caplog.text
 
 
-def test_a_task_is_superseded_by_whoever_has_claimed_its_key() -> None:
+def test_a_task_is_superseded_by_the_one_that_has_claimed_its_key() -> None:
     def waiting(task_id: str, digest: str) -> Any:
         return SimpleNamespace(task_id=task_id, envelope=SimpleNamespace(coalesced_as=digest))
 

@@ -47,7 +47,7 @@ class Worker:
         self.pool = Pool(size)
         self.clock = clock
         runtime = runtime_of(app)
-        runtime.fleet.reporter.tally = lambda *told: self.tallies.append(told)  # type: ignore[method-assign]
+        runtime.fleet.reporter.tally = lambda *args: self.tallies.append(args)  # type: ignore[method-assign]
         self.consumer = SimpleNamespace(
             pool=self.pool,
             timer=SimpleNamespace(call_after=self._call_after),

@@ -30,7 +30,7 @@ def resumed(
 ) -> list[int]:
     """Return what each tick resumes in its portions while workers take up ``taken_up`` tasks per tick.
 
-    ``fails_at`` tells of each tick how many calls have failed at its end.
+    ``fails_at`` gives for each tick how many calls have failed at its end.
     """
     pace, snapshot, outstanding, counts = Pace(), CLOSED, 0.0, [0] * ticks
     for portion in range(ticks * portions):

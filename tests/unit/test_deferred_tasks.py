@@ -1,4 +1,4 @@
-"""Ending a task that waits: its result first, so that nothing is dropped of which nobody learns."""
+"""Ending a task that waits: its result first, so that nothing is dropped unnoticed."""
 
 from __future__ import annotations
 

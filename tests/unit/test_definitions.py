@@ -301,7 +301,7 @@ def test_a_task_that_stays_unguarded(
     uses = (
         runtime_of(app).validate,
         lambda: task.delay(1),
-        lambda: task.s(1).apply_async(on_open="nonsense"),
+        lambda: task.s(1).apply_async(on_open="invalid"),
         lambda: chain(task.s(1), task.s()).delay(),
     )
     for use in uses:
@@ -336,7 +336,7 @@ def test_a_misspelt_breaker_is_named_with_the_nearest(app: Celery, resilience: R
 @pytest.mark.parametrize(
     ("sent", "complaint"),
     [
-        ({"on_open": "nonsense"}, "on_open='nonsense'"),
+        ({"on_open": "invalid"}, "on_open='invalid'"),
         ({"on_open": "fail"}, "on_open='fail'"),
         ({"on_opn": "fail"}, "is sent with on_opn='fail': on_open='fail' or 'fallback' is for apply_async"),
         ({"fallback": 3}, "is sent with fallback=3: it belongs to the definition"),
@@ -349,8 +349,8 @@ def test_options_that_would_travel_without_effect(
     plain = app.task(name="plain", shared=False, base=base)(charge)
     sends = (
         plain.apply_async,
-        lambda args, **told: plain.s(*args).set(**told).delay(),
-        lambda args, **told: app.send_task("plain", args, **told),
+        lambda args, **options: plain.s(*args).set(**options).delay(),
+        lambda args, **options: app.send_task("plain", args, **options),
     )
     for send in sends:
         with pytest.raises(ConfigurationError, match=re.escape(complaint)) as refused:

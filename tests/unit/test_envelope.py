@@ -1,4 +1,4 @@
-"""The header that a deferred message carries, and whatever strangers may put in its place."""
+"""The header that a deferred message carries, and anything else in its place."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_envelope_survives_the_message(envelope: Envelope) -> None:
 @example({"history": [[1.0, "deferred", None]]})
 @example({"history": [["1", "deferred", ""]]})
 @example({"history": {"at": 1}})
-def test_whatever_stands_in_the_header_a_sane_envelope_is_read(value: Any) -> None:
+def test_whatever_is_in_the_header_a_sane_envelope_is_read(value: Any) -> None:
     envelope = Envelope.read({HEADER: value})
     assert Envelope.read(loads(dumps(envelope.write({})))) == envelope
 

@@ -72,12 +72,12 @@ def test_shadow_says_what_would_have_happened(caplog: pytest.LogCaptureFixture) 
 
 
 def test_reasons_are_data_everywhere(caplog: pytest.LogCaptureFixture) -> None:
-    told = log(replace(OPENED, reason="calm\n2030-01-01 ERROR forged %s %d\x1b[31m", actor="ann\r\n" + "x" * 1000))
+    event = log(replace(OPENED, reason="calm\n2030-01-01 ERROR forged %s %d\x1b[31m", actor="ann\r\n" + "x" * 1000))
     expected = "calm 2030-01-01 ERROR forged %s %d [31m"
-    assert event_fields(told)["reason"] == expected
+    assert event_fields(event)["reason"] == expected
     assert expected in caplog.records[0].getMessage()
     assert "\n" not in caplog.records[0].getMessage()
-    assert len(told.actor) == 500
+    assert len(event.actor) == 500
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from resilient_tasks.fallback import (
 
 
 class SmallValues:
-    """The part of a store that fallbacks use, with a clock that stands still until moved."""
+    """The part of a store that fallbacks use, with a clock that tests advance."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -257,7 +257,7 @@ def test_nothing_is_written_for_a_chain_without_cached(store: Any) -> None:
     assert store.kept == {}
 
 
-def test_a_store_that_is_away_is_a_miss_and_harms_nobody(store: Any) -> None:
+def test_a_store_that_is_away_is_a_miss_and_does_no_harm(store: Any) -> None:
     chain = chain_for([cached(max_age=60), constant(7)])
     call = a_call(1)
     store.away = True
@@ -325,7 +325,7 @@ def test_provenance_is_kept_beside_the_result(store: Any) -> None:
     assert read_provenance(store, "task-1") is None
 
 
-def test_a_store_that_is_away_loses_provenance_and_cannot_tell_it(store: Any) -> None:
+def test_a_store_that_is_away_loses_provenance_and_cannot_return_it(store: Any) -> None:
     store.away = True
     write_provenance(store, "task-1", Served(10, "constant"), "payments", ttl=60)  # costs the note, not the task
     with pytest.raises(StoreError):

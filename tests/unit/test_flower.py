@@ -55,7 +55,7 @@ def site(serve: Serve, clock: Clock) -> httpx.Client:
 # --- seeing --------------------------------------------------------------------------------------------
 
 
-def test_the_api_tells_what_the_store_knows(site: httpx.Client, payments: Breaker) -> None:
+def test_the_api_shows_what_the_store_knows(site: httpx.Client, payments: Breaker) -> None:
     payments.trip(reason=NASTY, actor="ann@desk")
     wait_until(lambda: site.get("/api/breakers/payments").json()["breaker"]["state"] == "OPEN", timeout=60)
     everything = site.get("/api/breakers").json()
@@ -139,13 +139,13 @@ def test_pages_let_only_our_own_scripts_run(site: httpx.Client) -> None:
         assert site.get(f"/breakers-static/{script}").status_code == 200
 
 
-def test_a_store_that_is_away_is_told_and_what_it_said_is_shown(
+def test_a_store_that_is_away_is_reported_and_what_it_said_is_shown(
     serve: Serve, resilience: Resilience, payments: Breaker
 ) -> None:
     store = _Frozen()
     resilience.use_store(store)
     site = serve()
-    assert store.was_read.wait(60), "Flower reads although nobody has looked"
+    assert store.was_read.wait(60), "Flower reads although no page is open"
     store.frozen = True
     answers = [site.get("/api/breakers").json() for _ in range(2)]
     assert [answer["breakers"][0]["state"] for answer in answers] == ["CLOSED"] * 2
@@ -187,7 +187,7 @@ def test_flowers_metrics_are_followed_by_ours(
     assert text.count("\ncelery_breaker_up 0.0\n") == 1  # one in memory keeps no history
 
 
-def test_breakers_that_somebody_has_registered_are_not_told_twice(
+def test_breakers_that_are_registered_already_are_not_shown_twice(
     app: Celery, serve: Serve, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FlowerWithBreakers, "purge_offline_worker_metrics", lambda _: None)
@@ -198,11 +198,11 @@ def test_breakers_that_somebody_has_registered_are_not_told_twice(
         REGISTRY.unregister(collector)
 
 
-def test_a_store_that_keeps_no_history_is_told(site: httpx.Client) -> None:
+def test_a_store_that_keeps_no_history_is_an_error(site: httpx.Client) -> None:
     for address in ("/outages", "/breakers/payments/history"):
         answer = site.get(address)
         assert (answer.status_code, "keeps no history" in answer.text) == (503, True)
-    assert site.get("/outages?breaker=nobody").status_code == 404
+    assert site.get("/outages?breaker=unknown").status_code == 404
 
 
 def test_a_store_that_was_never_there_is_no_empty_table(
@@ -252,7 +252,7 @@ def test_a_child_is_a_breaker_like_any_other(site: httpx.Client, payments: Break
 
 
 @pytest.mark.parametrize(
-    "name", ["payments:", "payments:a b", "payments:a:b", "payments:{x}", "nobody:acme", ":", ":x"]
+    "name", ["payments:", "payments:a b", "payments:a:b", "payments:{x}", "unknown:acme", ":", ":x"]
 )
 def test_a_child_that_cannot_be_is_unknown(site: httpx.Client, name: str) -> None:
     assert site.get(f"/api/breakers/{quote(name, safe='')}").status_code == 404
@@ -273,7 +273,7 @@ def test_the_workers_policy_stays(site: httpx.Client, payments: Breaker, resilie
 
 @pytest.mark.parametrize("address", ["/breakers", "/breakers/payments", "/breakers/payments/dead", "/api/breakers"])
 @pytest.mark.parametrize("auth", [None, ("ann", "wrong")])
-def test_nobody_sees_anything_without_logging_in(
+def test_nothing_is_shown_without_logging_in(
     serve: Serve, clock: Clock, address: str, auth: tuple[str, str] | None
 ) -> None:
     answer = serve(auth).get(address)
@@ -348,7 +348,7 @@ def test_everything_is_below_the_prefix(serve: Serve, payments: Breaker, clock: 
 # --- bad input -----------------------------------------------------------------------------------------
 
 
-def test_an_unknown_breaker_is_told_with_the_nearest_name(site: httpx.Client) -> None:
+def test_an_unknown_breaker_is_an_error_with_the_nearest_name(site: httpx.Client) -> None:
     answer = site.get("/api/breakers/paymnets")
     assert answer.status_code == 404
     assert answer.json() == {"error": "no breaker is named 'paymnets'; did you mean 'payments'?"}
@@ -392,7 +392,7 @@ def test_an_absurd_rate_is_refused(site: httpx.Client, rate: Any) -> None:
     assert "allowed is a number of tasks per second from 0.01 to 100,000" in answer.json()["error"]
 
 
-@pytest.mark.parametrize("body", ["[]", "nonsense", '"text"', "\xff", pytest.param("[" * 100_000, id="deep")])
+@pytest.mark.parametrize("body", ["[]", "invalid", '"text"', "\xff", pytest.param("[" * 100_000, id="deep")])
 def test_a_body_that_is_no_object_is_refused(site: httpx.Client, payments: Breaker, body: str) -> None:
     headers = {"Content-Type": "application/json"}
     answer = site.post("/api/breakers/payments/trip", content=body.encode("latin1"), headers=headers)
@@ -436,11 +436,11 @@ EVENT = {
     ],
 )  # fmt: skip
 def test_flower_receives_no_invalid_events(invalid: Any, caplog: pytest.LogCaptureFixture) -> None:
-    heard: list[dict[str, Any]] = []
+    received: list[dict[str, Any]] = []
     app = Celery("app", broker="memory://", set_as_current=False)
     with app.connection() as connection:
-        receiver = Receiver(connection, handlers={"*": heard.append}, app=app)
+        receiver = Receiver(connection, handlers={"*": received.append}, app=app)
         for body in (invalid, [dict(EVENT), invalid, dict(EVENT)]):
             receiver._receive(body, None)
-    assert [event["uuid"] for event in heard] == ["1", "1"]
+    assert [event["uuid"] for event in received] == ["1", "1"]
     assert caplog.text.count("an event is invalid") == 2

@@ -85,10 +85,10 @@ def test_the_classes_that_our_pages_wear_exist() -> None:
 
 
 def test_a_prefix_is_put_before_a_handler_with_its_name_and_arguments() -> None:
-    handler = web.url(r"/breakers/([^/]+)", web.RequestHandler, {"desk": 1}, name="one")
+    handler = web.url(r"/breakers/([^/]+)", web.RequestHandler, {"service": 1}, name="one")
     [moved] = flower_internals.prefixed([handler], SimpleNamespace(url_prefix="ops"))
     assert moved.regex.pattern == r"/ops/breakers/([^/]+)$"
-    assert (moved.kwargs, moved.name) == ({"desk": 1}, "one")
+    assert (moved.kwargs, moved.name) == ({"service": 1}, "one")
     assert flower_internals.prefixed([handler], SimpleNamespace(url_prefix=None)) == [handler]
 
 
@@ -128,7 +128,7 @@ def test_the_user_is_who_has_logged_in(current: object, header: str, user: str) 
     assert flower_internals.user_of(handler) == user
 
 
-def test_without_a_login_flower_tells_no_user() -> None:
+def test_without_a_login_flower_knows_no_user() -> None:
     assert "return True" in inspect.getsource(BaseHandler.get_current_user)
 
 

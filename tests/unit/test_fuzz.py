@@ -63,7 +63,7 @@ def test_a_policy(fields: dict[str, Any]) -> None:
         assert 0 < rules.open_for(10**6, 10**15, 1.0) <= 2 * rules.max_open_time + 1
 
 
-@given(some_of([*POLICY_FIELDS, "nonsense"]))
+@given(some_of([*POLICY_FIELDS, "unknown"]))
 def test_a_breaker(fields: dict[str, Any]) -> None:
     with clear_errors(fields):
         assert Resilience(namespace="fuzz").breaker("payments", **fields).policy == BreakerPolicy(**fields)
@@ -101,9 +101,9 @@ variables = st.sampled_from([
     *(f"BREAKERS__PAYMENTS__{field.upper()}" for field in POLICY_FIELDS), "BREAKERS__PAYMENTS__NO_FIELD",
     "BREAKERS", "BREAKERS__PAYMENTS", "BREAKERS__",
 ]) | st.text("ABZ_09é", min_size=1, max_size=10)  # fmt: skip
-told = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"))  # what an environment can hold
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"))  # what an environment can hold
 said = (
-    told
+    texts
     | numbers.map(str)
     | st.sampled_from(['{"payments": {"window": 3}}', "[1]", "{", "none", "redis://[", "redis://:x"])
 )
@@ -122,14 +122,14 @@ def test_settings_from_the_environment(settings: dict[str, str]) -> None:
         assert 0.05 <= loaded.tick_interval <= 3600
 
 
-@given(some_of(["store_url", "namespace", "tick_interval", "store_timeout", "breakers", "nonsense"]))
+@given(some_of(["store_url", "namespace", "tick_interval", "store_timeout", "breakers", "unknown"]))
 def test_settings_from_code(settings: dict[str, Any]) -> None:
     with clear_errors([*settings, PREFIX + "BREAKERS"]):
         assert Settings.load(**settings).namespace
 
 
 urls = st.builds(
-    "{}{}".format, st.sampled_from(["", "redis://", "rediss://", "unix://", "sentinel://", "amqp://"]), told
+    "{}{}".format, st.sampled_from(["", "redis://", "rediss://", "unix://", "sentinel://", "amqp://"]), texts
 )
 
 
@@ -148,7 +148,7 @@ def test_where_the_store_is(broker: str, backend: str, store: str | None) -> Non
 
 
 @given(st.lists(st.tuples(texts, texts), min_size=2, max_size=2, unique=True))
-def test_keys_of_values_are_kept_apart(keys: list[tuple[str, str]]) -> None:
+def test_keys_of_values_are_separate(keys: list[tuple[str, str]]) -> None:
     names = Keys("fuzz")
     by_key = [names.value("fallback", key) for _, key in keys]
     assert (by_key[0] == by_key[1]) == (keys[0][1] == keys[1][1])

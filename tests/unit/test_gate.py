@@ -1,4 +1,4 @@
-"""The gate's own rules: the ramp draws one lot per task, probes step aside, what was taken up is told once."""
+"""The gate's own rules: the ramp draws one lot per task, probes step aside, what was taken up is reported once."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_a_task_that_is_delivered_twice_is_one_trial_only(gate: Gate, payments: 
     assert second.refusal.state == "HALF_OPEN"
 
 
-def test_what_was_taken_up_is_told_until_somebody_listens(gate: Gate) -> None:
-    told: list[tuple[str, int]] = []
+def test_what_was_taken_up_is_reported_until_it_is_received(gate: Gate) -> None:
+    reported: list[tuple[str, int]] = []
 
     def deaf(breaker: str, count: int) -> None:
         raise ConnectionError
@@ -96,9 +96,9 @@ def test_what_was_taken_up_is_told_until_somebody_listens(gate: Gate) -> None:
         gate.took_up(Envelope(breaker="payments", resumed=1))
     with pytest.raises(ConnectionError):
         gate.report_taken_up(deaf)
-    gate.report_taken_up(lambda *said: told.append(said))
-    gate.report_taken_up(lambda *said: told.append(said))
-    assert told == [("payments", 3)]
+    gate.report_taken_up(lambda *said: reported.append(said))
+    gate.report_taken_up(lambda *said: reported.append(said))
+    assert reported == [("payments", 3)]
 
 
 def test_a_task_of_several_breakers_gets_all_permits_or_none(
@@ -108,7 +108,7 @@ def test_a_task_of_several_breakers_gets_all_permits_or_none(
     for breaker in (payments, accounts):
         force(breaker, "OPEN")
     clock.advance(1.0)
-    assert resilience.fleet.acquire(accounts.spec, "somebody else").trial
+    assert resilience.fleet.acquire(accounts.spec, "another").trial
     refused = gate.admit(request("task", Envelope(), payments, accounts))
     clock.settle()
     assert refused.refusal is not None
@@ -159,7 +159,7 @@ def test_a_message_that_the_broker_delivers_again_runs_and_is_counted(
     runtime = runtime_of(app)
     runtime.pipeline = Pipeline(runtime)
     counted: list[tuple[str, str]] = []
-    monkeypatch.setattr(runtime.fleet.reporter, "tally", lambda *told: counted.append(told))
+    monkeypatch.setattr(runtime.fleet.reporter, "tally", lambda *reported: counted.append(reported))
     message = SimpleNamespace(
         headers={"id": "an-id", "task": "delivered-again"}, body="[[], {}, {}]", payload=[[], {}, {}], properties={},
         delivery_info={"redelivered": True}, content_type="application/json", content_encoding="utf-8",

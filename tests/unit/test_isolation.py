@@ -79,7 +79,7 @@ def test_while_the_store_is_away_each_process_keeps_the_limit_for_itself(rig: Ri
     assert rig.breaker.call(rig.works) == "paid"
 
 
-def test_free_slots_are_told_while_tasks_wait(rig: Rig) -> None:
+def test_free_slots_are_reported_while_tasks_wait(rig: Rig) -> None:
     noticed: list[str] = []
     view = rig.fleet.view
     view.on_room = lambda: noticed.append("room")

@@ -52,12 +52,12 @@ def test_a_key_becomes_part_of_a_name(key: object, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["payments", "payments:", "payments:{x}", "payments:a:b", "payments:%2a", "p:" + 100 * "a"]
 )
-def test_a_stranger_may_say_what_is_no_name_of_a_child(name: str) -> None:
+def test_what_is_no_name_of_a_child(name: str) -> None:
     assert not is_child(name)
 
 
 @pytest.mark.parametrize("key", ["", "a" * 100, "ü" * 20, "\ud800", None, 1.5, True, b"acme", ["acme"]])
-def test_what_cannot_be_a_key_is_told(key: object) -> None:
+def test_what_cannot_be_a_key_is_an_error(key: object) -> None:
     with pytest.raises(ConfigurationError, match=r"key .* of breaker 'payments': allowed is text or an integer"):
         child_name("payments", key)
 
@@ -100,19 +100,19 @@ def test_a_bound_task_has_no_key_in_itself(app: Celery, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "args", "told"),
+    ("key", "args", "complaint"),
     [
         ("order", (), "breaker_key='order': TypeError over the arguments"),
         (lambda _args, kwargs: kwargs["secret"], (1,), "breaker_key=.*: KeyError over the arguments"),
         (lambda _args, _kwargs: None, (1,), "key None of breaker 'payments'"),
     ],
 )
-def test_a_call_without_a_key_fails_alone(app: Celery, clock: Clock, key: Any, args: Any, told: str) -> None:
+def test_a_call_without_a_key_fails_alone(app: Celery, clock: Clock, key: Any, args: Any, complaint: str) -> None:
     task = keyed(app, key)
     assert runtime_of(app).guarding(task, args, {}) == []
     gate = Gate(runtime_of(app))
     assert gate.admit(request("a", Envelope())) == Admission()
-    with pytest.raises(ConfigurationError, match=told):
+    with pytest.raises(ConfigurationError, match=complaint):
         runtime_of(app).breakers_of(task, args, {})
     error, report = gated(task, Admission())
     assert isinstance(error, ConfigurationError)
@@ -199,7 +199,7 @@ def test_a_tasks_outcome_counts_for_the_child_and_a_trial_for_its_parent(
     assert (payments.snapshot().state, acme.snapshot().failures) == ("OPEN", 1)
 
 
-def test_a_failure_inside_a_childs_guard_is_no_strangers_to_the_parent(app: Celery, acme: Breaker) -> None:
+def test_a_failure_inside_a_childs_guard_counts_for_the_parent(app: Celery, acme: Breaker) -> None:
     @app.task(shared=False, breaker="payments", name="t")
     def guarded() -> None:
         acme.call(failing)
@@ -245,12 +245,12 @@ def test_idle_children_are_forgotten_when_there_are_many(
     now = view.clock()
     monkeypatch.setattr(view, "clock", lambda: now + REMEMBERED_FOR + 1)
     monkeypatch.setattr(resilience.fleet, "register", lambda _: True)
-    for standing in view.states():
-        monkeypatch.setattr(standing, "_clock", view.clock)
+    for cached in view.states():
+        monkeypatch.setattr(cached, "_clock", view.clock)
     hosts.child("c")
-    assert "hosts:a" not in {standing.name for standing in view.states()}
+    assert "hosts:a" not in {cached.name for cached in view.states()}
     assert hosts.child("b") is opened
-    first.call(int)  # whoever still holds it finds its state anew
+    first.call(int)  # who still holds it finds its state anew
     assert first.state == "CLOSED"
 
 
@@ -268,18 +268,18 @@ def test_a_child_that_others_have_opened_is_known_here(
 ) -> None:
     view, store = resilience.fleet.view, resilience.fleet.store
     payments.call(int)
-    stranger = replace(payments.spec, name="payments:stranger")
-    store.command(stranger, Verb.TRIP)
+    foreign = replace(payments.spec, name="payments:foreign")
+    store.command(foreign, Verb.TRIP)
     view.refresh()
-    assert view.state("payments:stranger").snapshot.state == "OPEN"
-    assert "payments:stranger" in {breaker.name for breaker in runtime_of(resilience._app).present()}
-    store.command(stranger, Verb.RESET)
-    store.mark_idle(stranger)
+    assert view.state("payments:foreign").snapshot.state == "OPEN"
+    assert "payments:foreign" in {breaker.name for breaker in runtime_of(resilience._app).present()}
+    store.command(foreign, Verb.RESET)
+    store.mark_idle(foreign)
     view.refresh()
     assert view.active_children() == []
     view.refresh()  # what has become of it was read once more
-    assert "payments:stranger" not in {standing.name for standing in view.states()}
-    assert "payments:stranger" not in store._known
+    assert "payments:foreign" not in {cached.name for cached in view.states()}
+    assert "payments:foreign" not in store._known
 
 
 def test_of_many_children_that_are_not_closed_some_can_be_read(payments: Breaker, clock: Clock, app: Celery) -> None:

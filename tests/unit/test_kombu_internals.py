@@ -227,7 +227,7 @@ def test_a_queue_that_is_added_during_the_wait_is_watched(connection: Connection
         assert drain(connection, received, 1) == ["a"]
 
 
-def test_a_busy_worker_hears_of_no_changes(connection: Connection) -> None:
+def test_a_busy_worker_receives_no_changes(connection: Connection) -> None:
     channel: Any = connection.channel()
     received: list[Any] = []
     channel.basic_qos(0, 1, False)
@@ -308,7 +308,7 @@ def test_a_server_that_is_out_of_memory_hands_out_its_messages_and_takes_acknowl
         assert drain(connection, received, 3)[-1] == "c"
 
 
-def test_what_nobody_acknowledges_is_not_noted(connection: Connection, broker: Any, prefix: str) -> None:
+def test_what_is_not_acknowledged_is_not_noted(connection: Connection, broker: Any, prefix: str) -> None:
     publish(connection, "a")
     with consuming(connection, "work", no_ack=True) as received:
         assert drain(connection, received, 1) == ["a"]
@@ -352,7 +352,7 @@ def test_a_lock_on_restoring_that_the_user_has_timed_stays_so(server: Server) ->
         assert connection.channel().qos.unacked_mutex_expire == 5
 
 
-def test_a_channel_that_cannot_put_anything_back_closes_all_the_same(
+def test_a_channel_that_cannot_requeue_anything_closes_all_the_same(
     connection: Connection, broker: Any, prefix: str
 ) -> None:
     channel, _ = received_by_a_channel(connection)
@@ -368,7 +368,7 @@ def test_a_channel_that_cannot_put_anything_back_closes_all_the_same(
 def test_what_is_acknowledged_after_its_channel_has_closed_is_left_alone(connection: Connection) -> None:
     channel, message = received_by_a_channel(connection)
     channel.close()
-    channel._pool = None  # as when nothing could be put back
+    channel._pool = None  # as when nothing could be requeued
     with pytest.raises(AttributeError):
         kombu_redis.QoS.ack(channel.qos, message.delivery_tag)
     message.ack()

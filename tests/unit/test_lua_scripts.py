@@ -31,7 +31,7 @@ def test_every_script_is_used() -> None:
     assert sorted(run) == METHODS
 
 
-def test_a_script_stands_behind_what_it_needs_each_once() -> None:
+def test_a_script_follows_what_it_needs_each_once() -> None:
     text = Script.load("lease").text
     at = [text.index(part) for part in map(TEXTS.__getitem__, ("now", "breaker", "lease"))]
     assert at == sorted(at)

@@ -56,7 +56,7 @@ def test_memory_is_read_from_what_a_server_says() -> None:
 
 
 class Server:
-    """Says what it is told to say, and counts how often it is asked."""
+    """Answers what the test wants, and counts how often it is asked."""
 
     def __init__(self, used: int = 0) -> None:
         self.used = used

@@ -54,7 +54,7 @@ def test_a_reading_becomes_series_of_all_breakers() -> None:
     assert {state: value(values, "state", breaker=name, state=state) for state in State} == {
         state: state is State.OPEN for state in State
     }
-    told = {
+    shown = {
         name: value(values, name, breaker='pay"ments\n')
         for name in (
             "state_timestamp_seconds", "next_trial_timestamp_seconds", "failure_evidence", "slow_evidence",
@@ -66,7 +66,7 @@ def test_a_reading_becomes_series_of_all_breakers() -> None:
         )
     }  # fmt: skip
     expected = (NOW - 60, NOW + 5, 0.7, 0.2, 0.4, 0.1, 7, 3, 30, 2280, 6, 2, 4, 11, 12, 13, 14, 15, 16, 5, 2, 4, 8, 2)
-    assert tuple(told.values()) == expected
+    assert tuple(shown.values()) == expected
     assert value(values, "calls_total", breaker=name, outcome="success") == 100
     assert value(values, "calls_total", breaker=name, outcome="slow") == 0
     assert value(values, "fallback_answers_total", breaker=name, source="<b>") == 1
@@ -92,7 +92,7 @@ def test_what_a_breaker_does_not_have_has_no_series_and_what_has_not_happened_is
     assert value(scrape(lambda: [QUIET]), "oldest_deferred_seconds", breaker="quiet") == 0
 
 
-def test_a_store_that_is_away_is_told_and_nothing_else() -> None:
+def test_a_store_that_is_away_is_shown_and_nothing_else() -> None:
     def away() -> Sequence[Subject]:
         raise StoreError("the cable is pulled")
 
@@ -139,7 +139,7 @@ def test_registering_needs_a_resilience() -> None:
         register(Celery("bare", set_as_current=False), CollectorRegistry())
 
 
-def test_registering_twice_is_told() -> None:
+def test_registering_twice_is_an_error() -> None:
     registry = CollectorRegistry()
     registry.register(BreakerCollector(list))
     with pytest.raises(ValueError, match="celery_breaker_"):

@@ -96,8 +96,8 @@ def test_the_alerts_fire_when_they_should() -> None:
     if promtool is None:
         pytest.skip("promtool is not installed")
     for command in (["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"]):
-        told = subprocess.run([promtool, *command], cwd=MONITORING, capture_output=True, text=True, check=False)
-        assert told.returncode == 0, told.stdout + told.stderr
+        checked = subprocess.run([promtool, *command], cwd=MONITORING, capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
     tested = yaml.safe_load((MONITORING / "alerts_test.yml").read_text())["tests"]
     fired = {case["alertname"] for test in tested for case in test["alert_rule_test"] if case["exp_alerts"]}
     assert fired == {rule["alert"] for rule in ALERTS}

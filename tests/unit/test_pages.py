@@ -105,7 +105,7 @@ def test_every_task_names_its_breakers(many: dict[str, Any]) -> None:
     def guards(task: str, *args: Any, **kwargs: Any) -> list[str]:
         return [guard.name for guard in with_parents(runtime_of(many[task].app).guarding(many[task], args, kwargs))]
 
-    assert guards("charge_and_tell", 1) == ["payments", "mail"]
+    assert guards("charge_and_notify", 1) == ["payments", "mail"]
     assert guards("bill", 1) == ["tenants", "tenants:house"]
     assert guards("bill", 1, "acme") == ["tenants", "tenants:acme"]
     assert guards("fetch", 1, host="API.example:80") == ["tenants", "tenants:api.example%3A80", "mail"]
@@ -186,25 +186,25 @@ def test_what_hangs_and_quick_attempts_are_declared_as_printed(failures: dict[st
 
 
 @pytest.fixture
-def told() -> Iterator[list[Any]]:
-    told: list[Any] = []
+def received() -> Iterator[list[Any]]:
+    received: list[Any] = []
     namespace: dict[str, Any] = {
-        "pager": SimpleNamespace(send=told.append),
-        "orders": SimpleNamespace(mark_as_delayed=told.append),
+        "pager": SimpleNamespace(send=received.append),
+        "orders": SimpleNamespace(mark_as_delayed=received.append),
     }
     exec(snippets("notifications")[0], namespace)
-    yield told
+    yield received
     signals.breaker_opened.disconnect(namespace["page_on_call"])
     signals.task_deferred.disconnect(namespace["notify_the_customer"])
 
 
-def test_receivers_are_called(told: list[Any]) -> None:
+def test_receivers_are_called(received: list[Any]) -> None:
     app = Celery("shop", set_as_current=False)
     signals.notify_of_transition(app, OPENED)
     fields = {"task_id": "17", "task": "charge", "breaker": "payments", "since": 1.0, "reason": "it is OPEN"}
     signals.notify(signals.task_deferred, app, **fields)
-    wait_until(lambda: len(told) == 2)
-    assert told == ["shop: payments is OPEN: 3 consecutive failures, last: ReadTimeout", "17"]
+    wait_until(lambda: len(received) == 2)
+    assert received == ["shop: payments is OPEN: 3 consecutive failures, last: ReadTimeout", "17"]
 
 
 def test_a_recipe_posts_to_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +252,7 @@ def test_a_function_of_ones_own(health: dict[str, Any]) -> None:
     run_check(probe.function)
 
 
-def test_a_heartbeat_is_heard(health: dict[str, Any]) -> None:
+def test_a_heartbeat_is_received(health: dict[str, Any]) -> None:
     with in_memory(health["resilience"]) as clock:
         health["after_each_batch"]()
         clock.advance(7)

@@ -70,10 +70,10 @@ def rounds(payments: Breaker, clock: Clock) -> Iterator[Rounds]:
 
 
 @pytest.fixture
-def told(resilience: Resilience) -> list[Transition]:
-    told: list[Transition] = []
-    resilience.fleet._announce = told.append
-    return told
+def changes(resilience: Resilience) -> list[Transition]:
+    changes: list[Transition] = []
+    resilience.fleet._announce = changes.append
+    return changes
 
 
 class Dependency:
@@ -195,15 +195,15 @@ def test_one_that_hangs_for_very_long_is_no_longer_counted(
 # --- active -------------------------------------------------------------------------------------------
 
 
-def test_it_opens_before_any_task_has_failed(rounds: Rounds, payments: Breaker, told: list[Transition]) -> None:
+def test_it_opens_before_any_task_has_failed(rounds: Rounds, payments: Breaker, changes: list[Transition]) -> None:
     check = payments.probe(Dependency(), active=True)
     assert rounds.check(payments, times=2) is State.CLOSED
     check.failure = HealthCheckError("http_check('http://b/'): answered 503, expected 200..299", 503)
     assert rounds.check(payments, times=2) is State.CLOSED
-    assert told == []
+    assert changes == []
     assert rounds.check(payments) is State.OPEN
-    assert [(transition.state, transition.actor) for transition in told] == [(State.OPEN, "")]
-    assert told[0].reason == f"health check failed 3 times in a row, last: probe: {check.failure}"
+    assert [(transition.state, transition.actor) for transition in changes] == [(State.OPEN, "")]
+    assert changes[0].reason == f"health check failed 3 times in a row, last: probe: {check.failure}"
     assert payments.snapshot().failures == 0
 
 
@@ -251,7 +251,7 @@ def test_while_the_store_is_away_nothing_is_checked(
     assert check.asked == 1
 
 
-def test_a_store_that_goes_away_during_a_check_does_not_hear_of_it(
+def test_a_store_that_goes_away_during_a_check_does_not_get_its_result(
     resilience: Resilience, rounds: Rounds, payments: Breaker, clock: Clock
 ) -> None:
     store = FlakyStore(clock)
@@ -281,7 +281,7 @@ def test_silence_is_failure_and_a_heartbeat_heals(rounds: Rounds, payments: Brea
     assert rounds.run(payments) is State.CLOSED
 
 
-def test_a_heartbeat_that_nobody_hears_is_no_secret(resilience: Resilience, payments: Breaker, clock: Any) -> None:
+def test_a_heartbeat_that_is_not_received_is_no_secret(resilience: Resilience, payments: Breaker, clock: Any) -> None:
     store = FlakyStore(clock)
     resilience.use_store(store)
     store.is_unavailable = True

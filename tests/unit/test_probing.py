@@ -55,7 +55,7 @@ def test_an_active_one_rests_while_the_breaker_refuses_or_an_operator_has_disabl
     assert due == [State.CLOSED, State.HALF_OPEN, State.SHADOW]
 
 
-def test_a_breaker_that_nobody_has_used_is_due_so_that_it_comes_into_being() -> None:
+def test_a_breaker_that_was_never_used_is_due_so_that_it_comes_into_being() -> None:
     unknown = replace(seen(State.CLOSED), epoch=0)
     assert probe(active=True).is_due(unknown)
     assert not probe().is_due(unknown)

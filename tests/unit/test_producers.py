@@ -72,7 +72,7 @@ def test_a_breaker_accepts_until_it_refuses_and_again_as_soon_as_a_trial_may_be_
     assert not payments.accepting
     clock.advance(10)
     assert payments.state == "HALF_OPEN"
-    assert payments.accepting, "or nobody would ever find out that the dependency is back"
+    assert payments.accepting, "or no producer would ever find out that the dependency is back"
     for state, accepting in (("FORCED_OPEN", False), ("DISABLED", True), ("SHADOW", True)):
         force(payments, state)
         assert payments.accepting is accepting
@@ -92,7 +92,7 @@ def test_fail_raises_and_publishes_nothing(app: Celery, task: Any, payments: Bre
     charge = task()
     charge.apply_async((1,), on_open="fail")
     force(payments, "OPEN")
-    for send in (charge.apply_async, lambda args, **told: charge.s(*args).set(**told).apply_async()):
+    for send in (charge.apply_async, lambda args, **options: charge.s(*args).set(**options).apply_async()):
         with pytest.raises(BreakerOpenError) as refused:
             send((2,), on_open="fail")
         assert (refused.value.breaker, refused.value.state, refused.value.retry_after) == (
@@ -114,16 +114,16 @@ def test_a_fallback_answers_at_once(app: Celery, task: Any, resilience: Resilien
 
 
 @pytest.mark.parametrize(
-    ("stores_eager_results", "told", "state"),
+    ("stores_eager_results", "options", "state"),
     [(False, {}, "PENDING"), (False, {"task_id": "mine"}, "SUCCESS"), (True, {}, "SUCCESS")],
 )
 def test_the_answer_is_in_the_backend_if_the_id_was_known_or_eager_results_are_stored(
-    app: Celery, task: Any, payments: Breaker, told: dict[str, str], state: str, *, stores_eager_results: bool
+    app: Celery, task: Any, payments: Breaker, options: dict[str, str], state: str, *, stores_eager_results: bool
 ) -> None:
     app.conf.task_store_eager_result = stores_eager_results
     charge = task(fallback=constant("n/a"))
     force(payments, "OPEN")
-    result = app.AsyncResult(charge.apply_async((1,), on_open="fallback", **told).id)
+    result = app.AsyncResult(charge.apply_async((1,), on_open="fallback", **options).id)
     assert (result.state, result.result) == (state, None if state == "PENDING" else "n/a")
 
 
@@ -159,7 +159,7 @@ def test_another_word_is_refused_and_a_fallback_that_is_not_there(task: Any, on_
         task().apply_async((1,), on_open=on_open)
 
 
-def test_a_task_without_a_breaker_has_nothing_to_be_told(app: Celery) -> None:
+def test_a_task_without_a_breaker_takes_no_such_option(app: Celery) -> None:
     @app.task(name="plain", shared=False)
     def plain() -> None: ...
 
@@ -193,12 +193,12 @@ def test_a_refused_task_is_published_into_the_deferred_queue(
     app.conf.task_default_queue = "tills"
     charge = task(defer_for=60)
     force(payments, "OPEN")
-    result = charge.apply_async((1,), expires=30, priority=3, headers={"x-trace": "abc"}, reply_to="somebody")
+    result = charge.apply_async((1,), expires=30, priority=3, headers={"x-trace": "abc"}, reply_to="replies")
     assert (result.state, result.info["breaker"]) == ("DEFERRED", "payments")
     [waiting] = messages(app, DEFERRED)
     assert waiting.payload[:2] == [[1], {}]
     assert (waiting.headers["id"], waiting.headers["x-trace"]) == (result.id, "abc")
-    assert (waiting.properties["priority"], waiting.properties["reply_to"]) == (3, "somebody")
+    assert (waiting.properties["priority"], waiting.properties["reply_to"]) == (3, "replies")
     assert waiting.properties["correlation_id"] == result.id
     envelope = Envelope.read(waiting.headers)
     assert (envelope.breaker, envelope.origin, envelope.attempts) == ("payments", "tills", 0)
@@ -230,18 +230,18 @@ def test_a_refusal_that_a_worker_has_to_answer_is_left_to_it(
 
 
 @pytest.mark.parametrize(
-    "told",
+    "options",
     [{"countdown": 10}, {"retries": 1}, {"exchange": "elsewhere", "routing_key": "some.key"}],
     ids=["not due yet", "a retry", "routed by its exchange"],
 )
 def test_what_a_producer_cannot_put_into_its_place_is_published_as_usual(
-    app: Celery, task: Any, payments: Breaker, told: dict[str, Any]
+    app: Celery, task: Any, payments: Breaker, options: dict[str, Any]
 ) -> None:
     charge = task()
     with app.connection_for_write() as connection:
         Queue("celery", Exchange("elsewhere"), routing_key="some.key")(connection.default_channel).declare()
     force(payments, "OPEN")
-    charge.apply_async((1,), **told)
+    charge.apply_async((1,), **options)
     assert (orders(app, "celery"), orders(app, DEFERRED)) == ([1], [])
 
 

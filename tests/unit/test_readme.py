@@ -30,7 +30,7 @@ WEB, GUARDS, TIMEOUTS, SENDERS = snippets("docs/guards.md")
 
 
 class Pay:
-    """Stands in for httpx: notes each request and answers it."""
+    """Replaces httpx: notes each request and answers it."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []

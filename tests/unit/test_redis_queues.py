@@ -41,7 +41,7 @@ def test_deferred_queues_are_found_whatever_their_prefix(tmp_path: Path) -> None
     with redis.Redis.from_url(server.url()) as client:
         for queue in ("resilient.deferred.payments", "resilient.deferred.payments:acme", "resilient.dead.payments"):
             client.lpush(f"{prefix}{queue}", "a message")
-        client.lpush("aabab\\^:resilient.deferred.of-somebody-else", "a message")
+        client.lpush("aabab\\^:resilient.deferred.of-another-app", "a message")
     assert queues.found() == ["payments", "payments:acme"]
     queues.close()
     server.stop()

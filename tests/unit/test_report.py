@@ -26,7 +26,7 @@ FORMER = Outage.of(
 )  # fmt: skip
 
 
-def test_a_former_outage_tells_how_fast_it_drained() -> None:
+def test_a_former_outage_says_how_fast_it_drained() -> None:
     assert FORMER.drain_rate == 20.0
     assert replace(FORMER, drained=None).drain_rate is None
     assert replace(FORMER, counts=Counts(resumed=5)).drain_rate is None, "too few to learn from"
@@ -75,7 +75,7 @@ def test_tasks_whose_turn_comes_after_their_deadline_are_late(first_end: float, 
 
 
 @pytest.mark.parametrize(
-    ("told", "sentence"),
+    ("estimate", "sentence"),
     [
         (
             Estimate("payments", 41_200, 11_520.0, 18.0, 2280.0, 9),
@@ -91,12 +91,12 @@ def test_tasks_whose_turn_comes_after_their_deadline_are_late(first_end: float, 
         ),
     ],
 )
-def test_an_estimate_is_a_sentence(told: Estimate, sentence: str) -> None:
-    assert in_words(told) == sentence
+def test_an_estimate_is_a_sentence(estimate: Estimate, sentence: str) -> None:
+    assert in_words(estimate) == sentence
 
 
-@pytest.mark.parametrize("name", ["nobody", "nobody:acme", "payments:*", "payments:", "", 5])
-def test_nobody_defines_such_a_breaker(name: Any) -> None:
+@pytest.mark.parametrize("name", ["unknown", "unknown:acme", "payments:*", "payments:", "", 5])
+def test_no_app_defines_such_a_breaker(name: Any) -> None:
     resilience = Resilience(store_url="redis://localhost")
     resilience.breaker("payments")
     for ask in (resilience.outages, resilience.estimate):

@@ -26,23 +26,23 @@ SUCCESS, FAILURE, SLOW, IGNORED = Outcome.SUCCESS, Outcome.FAILURE, Outcome.SLOW
 SPEC = Spec("payments", BreakerPolicy(minimum_calls=5, trial_calls=1, open_duration=1, open_jitter=0))
 
 
-class Desk:
-    """A reporter with everything around it, on a clock that stands still."""
+class Rig:
+    """A reporter with everything around it, on a clock that stops."""
 
     def __init__(self) -> None:
         self.clock = ManualClock()
         self.store = FlakyStore(self.clock)
         shared = FailoverStore(self.store, clock=self.clock)
         self.view = View(shared, self.clock)
-        self.standing: CachedState = self.view.declare(SPEC)
-        self.told: list[Transition] = []
+        self.cached: CachedState = self.view.declare(SPEC)
+        self.changes: list[Transition] = []
         self.reporter = Reporter(shared, self.view, self.learn, self.clock)
         self.view.refresh()
 
     def learn(self, answer: Answer, asked: int) -> None:
         self.view.update(answer.snapshot, asked)
         if answer.transition is not None:
-            self.told.append(answer.transition)
+            self.changes.append(answer.transition)
 
     def advance(self, seconds: float) -> None:
         """Advance the time and have the thread look at the clock."""
@@ -52,7 +52,7 @@ class Desk:
 
     def report(self, *outcomes: Outcome, **details: Any) -> int:
         verdicts = [Verdict(outcome, **details) for outcome in outcomes]
-        return max(self.reporter.report(self.standing, self.standing.epoch, verdict) for verdict in verdicts)
+        return max(self.reporter.report(self.cached, self.cached.epoch, verdict) for verdict in verdicts)
 
     def recorded(self) -> list[Evidence]:
         return [arguments[1] for name, arguments in list(self.store.arguments) if name == "record"]
@@ -66,148 +66,148 @@ class Desk:
 
 
 @pytest.fixture
-def desk() -> Iterator[Desk]:
-    desk = Desk()
-    yield desk
-    desk.reporter.close()
+def rig() -> Iterator[Rig]:
+    rig = Rig()
+    yield rig
+    rig.reporter.close()
 
 
 # --- batches ------------------------------------------------------------------------------------------
 
 
-def test_successes_wait_for_company(desk: Desk) -> None:
-    desk.report(SUCCESS)
-    wait_until(lambda: len(desk.recorded()) == 1)
-    desk.report(*[SUCCESS] * 1000)
-    assert desk.reporter.flush(60)
-    assert [evidence.runs for evidence in desk.recorded()] == [(Calls(SUCCESS),), (Calls(SUCCESS, 1000),)]
-    assert desk.view.state("payments").snapshot.calls == 1001
+def test_successes_wait_for_company(rig: Rig) -> None:
+    rig.report(SUCCESS)
+    wait_until(lambda: len(rig.recorded()) == 1)
+    rig.report(*[SUCCESS] * 1000)
+    assert rig.reporter.flush(60)
+    assert [evidence.runs for evidence in rig.recorded()] == [(Calls(SUCCESS),), (Calls(SUCCESS, 1000),)]
+    assert rig.view.state("payments").snapshot.calls == 1001
 
 
-def test_successes_are_sent_when_their_interval_is_over(desk: Desk) -> None:
-    desk.report(SUCCESS)
-    assert desk.reporter.flush(60)
-    desk.report(SUCCESS)
-    desk.advance(BATCH_INTERVAL / 2)
-    assert len(desk.recorded()) == 1
-    desk.advance(BATCH_INTERVAL)
-    wait_until(lambda: len(desk.recorded()) == 2)
+def test_successes_are_sent_when_their_interval_is_over(rig: Rig) -> None:
+    rig.report(SUCCESS)
+    assert rig.reporter.flush(60)
+    rig.report(SUCCESS)
+    rig.advance(BATCH_INTERVAL / 2)
+    assert len(rig.recorded()) == 1
+    rig.advance(BATCH_INTERVAL)
+    wait_until(lambda: len(rig.recorded()) == 2)
 
 
-def test_nobody_has_to_wake_the_thread_for_that() -> None:
+def test_the_thread_wakes_by_itself() -> None:
     store = FlakyStore()
     shared = FailoverStore(store)
     view = View(shared)
-    standing = view.declare(SPEC)
+    cached = view.declare(SPEC)
     reporter = Reporter(shared, view, lambda *_: None)
     for sent in range(1, 4):
-        reporter.report(standing, standing.epoch, Verdict(SUCCESS))
+        reporter.report(cached, cached.epoch, Verdict(SUCCESS))
         wait_until(lambda sent=sent: store.calls["record"] == sent)  # type: ignore[misc]
     reporter.close()
 
 
-def test_a_failure_is_sent_at_once_with_what_came_before_it(desk: Desk) -> None:
-    desk.report(SUCCESS)
-    wait_until(lambda: len(desk.recorded()) == 1)
-    ticket = desk.report(SUCCESS, SUCCESS, SLOW, FAILURE, cause="ReadTimeout", retry_after=3.0)
-    assert desk.reporter.wait(ticket, 60)
-    sent = [run for evidence in desk.recorded()[1:] for run in evidence.runs]
+def test_a_failure_is_sent_at_once_with_what_came_before_it(rig: Rig) -> None:
+    rig.report(SUCCESS)
+    wait_until(lambda: len(rig.recorded()) == 1)
+    position = rig.report(SUCCESS, SUCCESS, SLOW, FAILURE, cause="ReadTimeout", retry_after=3.0)
+    assert rig.reporter.wait(position, 60)
+    sent = [run for evidence in rig.recorded()[1:] for run in evidence.runs]
     assert [calls.outcome for calls in sent] == [SUCCESS, SLOW, FAILURE]
-    assert desk.recorded()[-1].cause == "ReadTimeout"
-    assert desk.recorded()[-1].retry_after == 3.0
+    assert rig.recorded()[-1].cause == "ReadTimeout"
+    assert rig.recorded()[-1].retry_after == 3.0
 
 
-def test_ignored_calls_are_not_sent(desk: Desk) -> None:
-    assert desk.report(IGNORED) == 0
-    assert desk.reporter.flush(60)
-    assert desk.store.calls["record"] == 0
+def test_ignored_calls_are_not_sent(rig: Rig) -> None:
+    assert rig.report(IGNORED) == 0
+    assert rig.reporter.flush(60)
+    assert rig.store.calls["record"] == 0
 
 
-def test_waiting_for_a_success_takes_no_time(desk: Desk) -> None:
-    assert desk.reporter.wait(desk.report(SUCCESS), timeout=0)
+def test_waiting_for_a_success_takes_no_time(rig: Rig) -> None:
+    assert rig.reporter.wait(rig.report(SUCCESS), timeout=0)
 
 
-def test_the_next_look_sees_what_a_failure_did(desk: Desk) -> None:
+def test_the_next_look_sees_what_a_failure_did(rig: Rig) -> None:
     for _ in range(5):
-        desk.reporter.wait(desk.report(FAILURE, cause="HTTP 503"), 60)
-    assert desk.standing.snapshot.state is State.OPEN
-    assert [(told.state, told.reason) for told in desk.told] == [
+        rig.reporter.wait(rig.report(FAILURE, cause="HTTP 503"), 60)
+    assert rig.cached.snapshot.state is State.OPEN
+    assert [(change.state, change.reason) for change in rig.changes] == [
         (State.OPEN, "evidence 5 of 5: of the last 5 calls 5 failed, last: HTTP 503")
     ]
 
 
-def test_many_threads_lose_nothing(desk: Desk) -> None:
-    desk.store.command(SPEC, Verb.SHADOW)
-    desk.view.refresh()
-    threads = [threading.Thread(target=lambda: desk.report(*[SUCCESS, FAILURE] * 500)) for _ in range(8)]
+def test_many_threads_lose_nothing(rig: Rig) -> None:
+    rig.store.command(SPEC, Verb.SHADOW)
+    rig.view.refresh()
+    threads = [threading.Thread(target=lambda: rig.report(*[SUCCESS, FAILURE] * 500)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert desk.reporter.flush(60)
-    assert desk.standing.snapshot.calls == 8000
-    assert desk.standing.snapshot.failures == 4000
+    assert rig.reporter.flush(60)
+    assert rig.cached.snapshot.calls == 8000
+    assert rig.cached.snapshot.failures == 4000
 
 
-def test_breakers_are_reported_apart(desk: Desk) -> None:
-    mail = desk.view.declare(Spec("mail"))
-    desk.report(SUCCESS)
-    desk.reporter.report(mail, mail.epoch, Verdict(SUCCESS))
-    assert desk.reporter.flush(60)
-    assert desk.store.calls["record"] == 2
-    assert desk.standing.snapshot.calls == mail.snapshot.calls == 1
+def test_breakers_are_reported_apart(rig: Rig) -> None:
+    mail = rig.view.declare(Spec("mail"))
+    rig.report(SUCCESS)
+    rig.reporter.report(mail, mail.epoch, Verdict(SUCCESS))
+    assert rig.reporter.flush(60)
+    assert rig.store.calls["record"] == 2
+    assert rig.cached.snapshot.calls == mail.snapshot.calls == 1
 
 
 # --- what is not worth sending ------------------------------------------------------------------------
 
 
-def test_nothing_is_sent_while_disabled(desk: Desk) -> None:
-    desk.store.command(SPEC, Verb.DISABLE)
-    desk.view.refresh()
-    desk.report(SUCCESS, FAILURE)
-    assert desk.reporter.flush(60)
-    assert desk.store.calls["record"] == 0
+def test_nothing_is_sent_while_disabled(rig: Rig) -> None:
+    rig.store.command(SPEC, Verb.DISABLE)
+    rig.view.refresh()
+    rig.report(SUCCESS, FAILURE)
+    assert rig.reporter.flush(60)
+    assert rig.store.calls["record"] == 0
 
 
-def test_outcomes_of_an_epoch_that_is_over_are_not_sent(desk: Desk) -> None:
-    desk.reporter.wait(desk.report(SUCCESS, FAILURE), 60)
-    sent = desk.store.calls["record"]
-    former = desk.standing.epoch
-    desk.store.command(SPEC, Verb.TRIP)
-    desk.view.refresh()
-    desk.reporter.wait(desk.reporter.report(desk.standing, former, Verdict(FAILURE)), 60)
-    assert desk.store.calls["record"] == sent
+def test_outcomes_of_an_epoch_that_is_over_are_not_sent(rig: Rig) -> None:
+    rig.reporter.wait(rig.report(SUCCESS, FAILURE), 60)
+    sent = rig.store.calls["record"]
+    former = rig.cached.epoch
+    rig.store.command(SPEC, Verb.TRIP)
+    rig.view.refresh()
+    rig.reporter.wait(rig.reporter.report(rig.cached, former, Verdict(FAILURE)), 60)
+    assert rig.store.calls["record"] == sent
 
 
-def test_what_was_admitted_before_the_store_knew_the_breaker_counts(desk: Desk) -> None:
-    assert desk.standing.epoch == 0
-    desk.report(SUCCESS, SUCCESS)
-    assert desk.reporter.flush(60)
-    assert desk.standing.epoch > 0
-    desk.reporter.report(desk.standing, 0, Verdict(FAILURE))
-    desk.report(FAILURE)
-    assert desk.reporter.flush(60)
-    assert (desk.standing.snapshot.calls, desk.standing.snapshot.failures) == (4, 2)
+def test_what_was_admitted_before_the_store_knew_the_breaker_counts(rig: Rig) -> None:
+    assert rig.cached.epoch == 0
+    rig.report(SUCCESS, SUCCESS)
+    assert rig.reporter.flush(60)
+    assert rig.cached.epoch > 0
+    rig.reporter.report(rig.cached, 0, Verdict(FAILURE))
+    rig.report(FAILURE)
+    assert rig.reporter.flush(60)
+    assert (rig.cached.snapshot.calls, rig.cached.snapshot.failures) == (4, 2)
 
 
 # --- mistakes of others -------------------------------------------------------------------------------
 
 
 def test_a_mistake_in_the_store_does_not_end_the_thread(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(desk.store.inner, "record", lambda *_, **__: 1 / 0)
-        desk.reporter.wait(desk.report(FAILURE), 60)
+        broken.setattr(rig.store.inner, "record", lambda *_, **__: 1 / 0)
+        rig.reporter.wait(rig.report(FAILURE), 60)
     assert "ZeroDivisionError" in caplog.text
-    desk.reporter.wait(desk.report(FAILURE), 60)
-    assert desk.standing.snapshot.failures == 1
+    rig.reporter.wait(rig.report(FAILURE), 60)
+    assert rig.cached.snapshot.failures == 1
 
 
-def test_a_listener_that_guards_a_call_does_not_wait_for_itself(desk: Desk) -> None:
+def test_a_listener_that_guards_a_call_does_not_wait_for_itself(rig: Rig) -> None:
     answers: list[bool] = []
-    desk.reporter._learn = lambda *_: answers.append(desk.reporter.wait(10**9, 60))
-    desk.reporter.wait(desk.report(*[FAILURE] * 5), 60)
+    rig.reporter._learn = lambda *_: answers.append(rig.reporter.wait(10**9, 60))
+    rig.reporter.wait(rig.report(*[FAILURE] * 5), 60)
     wait_until(lambda: answers)
     assert not any(answers)  # one for each batch: five failures may travel in two
 
@@ -215,92 +215,92 @@ def test_a_listener_that_guards_a_call_does_not_wait_for_itself(desk: Desk) -> N
 # --- trials -------------------------------------------------------------------------------------------
 
 
-def test_a_settled_trial_closes_the_breaker(desk: Desk) -> None:
-    holder = desk.half_open()
-    desk.reporter.settle(SPEC, holder, desk.standing.epoch, Verdict(SUCCESS), wait=60)
-    assert desk.standing.snapshot.state is State.CLOSED
-    assert [told.state for told in desk.told] == [State.CLOSED]
+def test_a_settled_trial_closes_the_breaker(rig: Rig) -> None:
+    holder = rig.half_open()
+    rig.reporter.settle(SPEC, holder, rig.cached.epoch, Verdict(SUCCESS), wait=60)
+    assert rig.cached.snapshot.state is State.CLOSED
+    assert [change.state for change in rig.changes] == [State.CLOSED]
 
 
-def test_a_held_permit_outlives_its_lease(desk: Desk) -> None:
-    holder = desk.half_open()
-    desk.reporter.hold("payments", holder, desk.clock() + 60)
+def test_a_held_permit_outlives_its_lease(rig: Rig) -> None:
+    holder = rig.half_open()
+    rig.reporter.hold("payments", holder, rig.clock() + 60)
 
     def renewed_at_least(times: int) -> bool:
-        return desk.store.calls["renew"] >= times
+        return rig.store.calls["renew"] >= times
 
     for step in range(1, 9):
-        desk.advance(LEASE / 3)
+        rig.advance(LEASE / 3)
         wait_until(functools.partial(renewed_at_least, step))
-    assert desk.store.read([SPEC])[0].trials == 1
-    desk.reporter.settle(SPEC, holder, desk.standing.epoch, Verdict(SUCCESS), wait=60)
-    assert desk.standing.snapshot.state is State.CLOSED
+    assert rig.store.read([SPEC])[0].trials == 1
+    rig.reporter.settle(SPEC, holder, rig.cached.epoch, Verdict(SUCCESS), wait=60)
+    assert rig.cached.snapshot.state is State.CLOSED
 
 
-def test_a_permit_is_held_no_longer_than_its_trial_may_take(desk: Desk) -> None:
-    holder = desk.half_open()
-    desk.reporter.hold("payments", holder, desk.clock() + LEASE)
-    desk.advance(LEASE)
-    wait_until(lambda: not desk.reporter._leases._held)
-    assert desk.store.calls["renew"] == 0
+def test_a_permit_is_held_no_longer_than_its_trial_may_take(rig: Rig) -> None:
+    holder = rig.half_open()
+    rig.reporter.hold("payments", holder, rig.clock() + LEASE)
+    rig.advance(LEASE)
+    wait_until(lambda: not rig.reporter._leases._held)
+    assert rig.store.calls["renew"] == 0
 
 
-def test_a_permit_that_was_lost_is_given_up(desk: Desk) -> None:
-    desk.half_open()
-    desk.reporter.hold("payments", "nobody's", desk.clock() + 60)
-    desk.advance(LEASE)
-    wait_until(lambda: not desk.reporter._leases._held)
-    assert desk.store.calls["renew"] == 1
+def test_a_permit_that_was_lost_is_given_up(rig: Rig) -> None:
+    rig.half_open()
+    rig.reporter.hold("payments", "unknown", rig.clock() + 60)
+    rig.advance(LEASE)
+    wait_until(lambda: not rig.reporter._leases._held)
+    assert rig.store.calls["renew"] == 1
 
 
 # --- beginning and end --------------------------------------------------------------------------------
 
 
-def test_there_is_no_thread_before_the_first_outcome(desk: Desk) -> None:
-    assert desk.reporter._thread is None
-    assert desk.reporter.flush(0)
-    assert desk.reporter._thread is None
+def test_there_is_no_thread_before_the_first_outcome(rig: Rig) -> None:
+    assert rig.reporter._thread is None
+    assert rig.reporter.flush(0)
+    assert rig.reporter._thread is None
 
 
-def test_closing_sends_what_waits_and_ends_the_thread(desk: Desk) -> None:
-    desk.report(SUCCESS)
-    thread = desk.reporter._thread
-    assert desk.reporter.close()
+def test_closing_sends_what_waits_and_ends_the_thread(rig: Rig) -> None:
+    rig.report(SUCCESS)
+    thread = rig.reporter._thread
+    assert rig.reporter.close()
     assert thread is not None
     assert not thread.is_alive()
-    assert desk.store.inner.read([SPEC])[0].calls == 1
-    desk.report(SUCCESS)
-    assert desk.reporter.flush(60)
-    assert desk.standing.snapshot.calls == 2
+    assert rig.store.inner.read([SPEC])[0].calls == 1
+    rig.report(SUCCESS)
+    assert rig.reporter.flush(60)
+    assert rig.cached.snapshot.calls == 2
 
 
-def test_a_flush_is_bounded(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flush_is_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr(desk.store.inner, "record", lambda *_, **__: release.wait(60))
-    desk.report(SUCCESS)
-    assert not desk.reporter.flush(0.05)
+    monkeypatch.setattr(rig.store.inner, "record", lambda *_, **__: release.wait(60))
+    rig.report(SUCCESS)
+    assert not rig.reporter.flush(0.05)
     release.set()
 
 
-def test_a_forked_child_sends_its_own_outcomes_only(desk: Desk) -> None:
-    desk.report(SUCCESS)
-    wait_until(lambda: len(desk.recorded()) == 1)
-    desk.report(SUCCESS, SUCCESS)  # wait for the interval, in the parent
+def test_a_forked_child_sends_its_own_outcomes_only(rig: Rig) -> None:
+    rig.report(SUCCESS)
+    wait_until(lambda: len(rig.recorded()) == 1)
+    rig.report(SUCCESS, SUCCESS)  # wait for the interval, in the parent
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        desk.store.arguments.clear()
-        desk.report(FAILURE)
-        desk.reporter.flush(60)
-        sent = [(str(calls.outcome), calls.number) for evidence in desk.recorded() for calls in evidence.runs]
+        rig.store.arguments.clear()
+        rig.report(FAILURE)
+        rig.reporter.flush(60)
+        sent = [(str(calls.outcome), calls.number) for evidence in rig.recorded() for calls in evidence.runs]
         os.write(writer, repr(sent).encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
         assert pipe.read() == "[('FAILURE', 1)]"
     os.waitpid(pid, 0)
-    assert desk.reporter.flush(60)
-    assert desk.standing.snapshot.calls == 3
+    assert rig.reporter.flush(60)
+    assert rig.cached.snapshot.calls == 3
 
 
 def test_the_last_outcomes_are_sent_at_exit() -> None:

@@ -61,13 +61,13 @@ def waiting(task_id: str, *, since: float = NOW, **headers: Any) -> Entry:
 
 
 def test_what_has_expired_is_no_order_to_revoke(ledger: Any) -> None:
-    hearing = RevokeRelay()
+    relay = RevokeRelay()
     celery_internals.revoked_ids.update(["expired", "revoked"])
     for task_id in ("expired", "revoked"):
         request = SimpleNamespace(id=task_id)
         task_revoked.send(None, request=request, terminated=False, signum=None, expired=task_id == "expired")
-    hearing.pass_on(ledger, lambda: ["payments"])
-    hearing.pass_on(ledger, lambda: ["payments"])
+    relay.pass_on(ledger, lambda: ["payments"])
+    relay.pass_on(ledger, lambda: ["payments"])
     assert ledger.calls == [["revoked"]]
 
 
@@ -76,32 +76,32 @@ def stamped(task_id: str, since: float = NOW, **stamps: Any) -> Entry:
 
 
 def test_each_revoke_is_passed_on_once(ledger: Any) -> None:
-    hearing = RevokeRelay()
-    hearing.pass_on(ledger, lambda: ["payments"])
+    relay = RevokeRelay()
+    relay.pass_on(ledger, lambda: ["payments"])
     celery_internals.revoked_ids.add("a")
     celery_internals.revoked_stamps["tenant"] = ["acme"]
-    hearing.pass_on(ledger, lambda: ["payments"])
-    hearing.pass_on(ledger, lambda: ["payments"])
+    relay.pass_on(ledger, lambda: ["payments"])
+    relay.pass_on(ledger, lambda: ["payments"])
     assert ledger.calls == [['["tenant", "acme"]', "a"]]
     assert ledger.hastened == [("payments", "a")]
 
 
 def test_a_stamp_that_is_revoked_again_is_passed_on_again(ledger: Any) -> None:
-    hearing = RevokeRelay()
+    relay = RevokeRelay()
     for values in (["acme"], ["acme", "acme"]):
         celery_internals.revoked_stamps["tenant"] = values
-        hearing.pass_on(ledger, lambda: ["payments"])
+        relay.pass_on(ledger, lambda: ["payments"])
     assert ledger.calls == [['["tenant", "acme"]']] * 2
 
 
-def test_what_the_ledger_missed_it_is_told_later(ledger: Any) -> None:
-    hearing = RevokeRelay()
+def test_what_the_ledger_missed_it_gets_later(ledger: Any) -> None:
+    relay = RevokeRelay()
     celery_internals.revoked_ids.add("a")
     ledger.away = True
     with pytest.raises(StoreError):
-        hearing.pass_on(ledger, lambda: ["payments"])
+        relay.pass_on(ledger, lambda: ["payments"])
     ledger.away = False
-    hearing.pass_on(ledger, lambda: ["payments"])
+    relay.pass_on(ledger, lambda: ["payments"])
     assert ledger.calls == [["a"]]
 
 
@@ -139,6 +139,6 @@ JSON = st.recursive(
 
 
 @given(stamped_headers=JSON, stamps=JSON | st.dictionaries(st.sampled_from(["a", "b"]), JSON))
-def test_whatever_a_stranger_says_of_stamps(stamped_headers: Any, stamps: Any) -> None:
+def test_stamps_may_be_anything(stamped_headers: Any, stamps: Any) -> None:
     entry = waiting("a", stamped_headers=stamped_headers, stamps=stamps)
     assert revoked_among([entry], Book()) == set()  # type: ignore[arg-type] # a double

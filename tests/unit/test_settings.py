@@ -207,7 +207,7 @@ def test_one_override_for_two_breakers_is_ambiguous(monkeypatch: pytest.MonkeyPa
         Settings.load().unknown_overrides(["pay.api", "pay-api", "mail"])
 
 
-def test_overrides_of_breakers_that_nobody_defines_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overrides_of_breakers_that_no_app_defines_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PAYMENTS + "WINDOW", "5")
     environment(monkeypatch, BREAKERS__PAYMENT__WINDOW="5")
     assert Settings.load().unknown_overrides(["payments", "mail"]) == ["payment"]

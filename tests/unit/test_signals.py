@@ -15,21 +15,21 @@ from resilient_tasks.monitor.events import _EVENT_OF_STATE, BREAKER_WOULD_OPEN
 from resilient_tasks.testing import Clock
 from tests.support.doubles import wait_until
 
-Told = list[tuple[str, dict[str, Any]]]
+Received = list[tuple[str, dict[str, Any]]]
 
 
 @pytest.fixture
-def told() -> Iterator[Told]:
-    """Everything that signals tell while the test runs."""
-    told: Told = []
+def received() -> Iterator[Received]:
+    """Everything that signals send while the test runs."""
+    received: Received = []
 
     def receiver(signal: Any, **fields: Any) -> None:
-        told.append((signal.name, fields))
+        received.append((signal.name, fields))
 
     everything = [getattr(signals, name) for name in signals.__all__]
     for signal in everything:
         signal.connect(receiver)
-    yield told
+    yield received
     for signal in everything:
         signal.disconnect(receiver)
 
@@ -39,8 +39,8 @@ def test_every_event_of_a_breaker_is_a_signal_too() -> None:
     assert {signal.name for signal in signals._OF_EVENT.values()} <= set(signals.__all__)
 
 
-def test_each_transition_is_told_once_by_the_app_with_the_transition(
-    app: Celery, payments: Breaker, clock: Clock, told: Told
+def test_each_transition_is_sent_once_by_the_app_with_the_transition(
+    app: Celery, payments: Breaker, clock: Clock, received: Received
 ) -> None:
     payments.trip(reason="by hand", actor="ann")
     clock.advance(payments.snapshot().retry_after or 0)
@@ -48,16 +48,16 @@ def test_each_transition_is_told_once_by_the_app_with_the_transition(
         payments.call(print)
     for verb in (payments.isolate, payments.isolate, payments.disable, payments.shadow, payments.reset):
         verb()
-    wait_until(lambda: len(told) == 7)
+    wait_until(lambda: len(received) == 7)
     events = ("opened", "half_opened", "closed", "forced_open", "disabled", "shadowed", "closed")
-    assert [name for name, _ in told] == [f"breaker_{event}" for event in events]
-    assert all(fields["sender"] is app and fields["breaker"] == "payments" for _, fields in told)
-    opened: Transition = told[0][1]["transition"]
+    assert [name for name, _ in received] == [f"breaker_{event}" for event in events]
+    assert all(fields["sender"] is app and fields["breaker"] == "payments" for _, fields in received)
+    opened: Transition = received[0][1]["transition"]
     assert (opened.name, opened.state, opened.reason, opened.actor) == ("payments", "OPEN", "by hand", "ann")
 
 
-def test_receivers_run_in_a_thread_of_their_own_and_one_that_raises_harms_nobody(
-    payments: Breaker, clock: Clock, told: Told, caplog: pytest.LogCaptureFixture
+def test_receivers_run_in_a_thread_of_their_own_and_one_that_raises_does_no_harm(
+    payments: Breaker, clock: Clock, received: Received, caplog: pytest.LogCaptureFixture
 ) -> None:
     threads: list[threading.Thread] = []
 
@@ -68,7 +68,7 @@ def test_receivers_run_in_a_thread_of_their_own_and_one_that_raises_harms_nobody
 
     payments.trip()
     payments.reset()
-    wait_until(lambda: len(told) == 2)
+    wait_until(lambda: len(received) == 2)
     signals.breaker_opened.disconnect(broken)
     assert threads
     assert threads[0] is not threading.current_thread()
@@ -84,7 +84,7 @@ def test_signals_without_receivers_cost_no_thread(
     assert posted == []
 
 
-def test_without_an_app_there_is_no_sender(told: Told) -> None:
+def test_without_an_app_there_is_no_sender(received: Received) -> None:
     Resilience()._announce(Transition("payments", "CLOSED", "OPEN", 1, 1.0, "", "", 0, 0, 0))  # type: ignore[arg-type]
-    wait_until(lambda: told)
-    assert told[0][1]["sender"] is None
+    wait_until(lambda: received)
+    assert received[0][1]["sender"] is None

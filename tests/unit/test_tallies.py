@@ -26,15 +26,15 @@ from resilient_tasks.store.reporter import TALLY_INTERVAL, Tallies
 
 @dataclass
 class Book:
-    """A history that hears everything, also what it then seems not to have heard."""
+    """A history that receives everything, also what it then seems not to have received."""
 
-    told: list[Mapping[str, Tally]] = field(default_factory=list)
+    received: list[Mapping[str, Tally]] = field(default_factory=list)
     away: bool = False
-    heard: threading.Event = field(default_factory=threading.Event)
+    was_called: threading.Event = field(default_factory=threading.Event)
 
     def tally(self, tallies: Mapping[str, Tally], _: float) -> None:
-        self.told.append(tallies)
-        self.heard.set()
+        self.received.append(tallies)
+        self.was_called.set()
         if self.away:
             raise StoreError("away")
 
@@ -52,14 +52,14 @@ def test_counts_and_peaks_are_added_up() -> None:
     assert not tallies.add("payments", RESUMED, 1, peak=("longest_wait", 1.5))
     assert not tallies.add("mail", REFUSED)
     tallies.send(100.0)
-    [told] = book.told
-    assert told == {
+    [sent] = book.received
+    assert sent == {
         "payments": Tally(Counter({REFUSED: 1, RESUMED: 6}), {"longest_wait": 2500}),
         "mail": Tally(Counter({REFUSED: 1})),
     }
     assert tallies.due_at is None
     tallies.send(100.0)
-    assert len(book.told) == 1
+    assert len(book.received) == 1
 
 
 def test_what_is_not_confirmed_is_sent_again_with_what_was_counted_since() -> None:
@@ -73,7 +73,7 @@ def test_what_is_not_confirmed_is_sent_again_with_what_was_counted_since() -> No
     tallies.add("mail", REFUSED)
     book.away = False
     tallies.send(100.0)
-    assert book.told[-1] == {
+    assert book.received[-1] == {
         "payments": Tally(Counter({REFUSED: 3}), {"longest_wait": 2500}),
         "mail": Tally(Counter({REFUSED: 1})),
     }
@@ -87,7 +87,7 @@ def test_names_are_bounded() -> None:
         tallies.add("payments", f"{CAUSE}Error0")
         tallies.add("payments", REFUSED)
     tallies.send(100.0)
-    counts = book.told[0]["payments"].counts
+    counts = book.received[0]["payments"].counts
     assert (counts[f"{CAUSE}Error0"], counts[f"{CAUSE}other"], counts[REFUSED]) == (101, 60, 100)
     assert len(counts) == 42
 
@@ -103,7 +103,7 @@ def test_a_child_is_counted_like_any_breaker() -> None:
     tallies = tallies_for(book)
     tallies.add("payments:acme%2Feu", REFUSED)
     tallies.send(100.0)
-    assert list(book.told[0]) == ["payments:acme%2Feu"]
+    assert list(book.received[0]) == ["payments:acme%2Feu"]
 
 
 def test_what_no_breaker_can_be_called_is_not_counted() -> None:
@@ -112,29 +112,29 @@ def test_what_no_breaker_can_be_called_is_not_counted() -> None:
     assert tallies.due_at is None
 
 
-def test_a_process_tells_by_itself_and_when_it_ends() -> None:
+def test_a_process_reports_by_itself_and_when_it_ends() -> None:
     book = Book()
     fleet = Fleet(LocalStore(), history=cast("History", book))
     fleet.reporter.tally("payments", REFUSED)
-    assert book.heard.wait(60)
+    assert book.was_called.wait(60)
     fleet.reporter.tally("payments", RESUMED)
     fleet.close()
-    assert [told["payments"].counts for told in book.told] == [Counter({REFUSED: 1}), Counter({RESUMED: 1})]
+    assert [tallies["payments"].counts for tallies in book.received] == [Counter({REFUSED: 1}), Counter({RESUMED: 1})]
 
 
 def test_calls_that_end_too_late_for_a_decision_are_tallied() -> None:
     book = Book()
     fleet = Fleet(LocalStore(), history=cast("History", book))
     spec = Spec("payments")
-    standing = fleet.join(spec)
-    fleet.reporter.report(standing, standing.epoch, Verdict(Outcome.SUCCESS))
+    cached = fleet.join(spec)
+    fleet.reporter.report(cached, cached.epoch, Verdict(Outcome.SUCCESS))
     assert fleet.reporter.flush(60)
-    former = standing.epoch
+    former = cached.epoch
     fleet.command(spec, Verb.TRIP, "", "")
     for _ in range(2):
-        fleet.reporter.report(standing, former, Verdict(Outcome.FAILURE, "ReadTimeout"))
+        fleet.reporter.report(cached, former, Verdict(Outcome.FAILURE, "ReadTimeout"))
     fleet.close()
-    counted: Counter[str] = sum((told["payments"].counts for told in book.told), Counter())
+    counted: Counter[str] = sum((tallies["payments"].counts for tallies in book.received), Counter())
     assert counted == {"SUCCESS": 1, "FAILURE": 2, "cause:ReadTimeout": 2}
 
 
@@ -149,4 +149,4 @@ def test_a_refusal_is_counted_but_not_for_want_of_capacity() -> None:
         with pytest.raises(BreakerOpenError, match="OPEN"):
             narrow.call(print)
     fleet.close()
-    assert [told["narrow"].counts for told in book.told] == [Counter({REFUSED: 2, Outcome.SUCCESS.value: 1})]
+    assert [tallies["narrow"].counts for tallies in book.received] == [Counter({REFUSED: 2, Outcome.SUCCESS.value: 1})]

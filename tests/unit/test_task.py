@@ -35,7 +35,7 @@ def run(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 
 class Dependency:
-    """A function of one argument that fails as often as it is told to."""
+    """A function of one argument that fails as often as the test wants."""
 
     def __init__(self) -> None:
         self.failures_left = 0

@@ -1,4 +1,4 @@
-"""OpenTelemetry: what spans are told."""
+"""OpenTelemetry: what spans record."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_deferred_task_and_its_resumed_run_are_linked_in_the_trace_of_the_send
     assert dict(run.attributes or {}) == {"circuitbreaker.name": "mail", "circuitbreaker.state": "CLOSED"}
 
 
-def test_a_run_that_is_put_aside_is_told_so(spans: InMemorySpanExporter) -> None:
+def test_a_run_that_is_deferred_is_recorded_so(spans: InMemorySpanExporter) -> None:
     with trace.get_tracer("shop").start_as_current_span("run"):
         tracing.record_run(lambda: PAYMENTS | MAIL, "")
         traceparent = tracing.record_deferral("payments", "the task failed: ReadTimeout")
@@ -73,13 +73,13 @@ def test_a_forged_way_back_leads_nowhere(spans: InMemorySpanExporter) -> None:
     assert only(spans, "run").links == ()
 
 
-def test_where_nobody_traces_nothing_is_told() -> None:
+def test_without_a_tracer_nothing_is_recorded() -> None:
     tracing.record_run(lambda: PAYMENTS, "")
     assert tracing.record_deferral("payments", "it is OPEN") == ""
     assert tracing.record_refusal("charge", {}, "payments", State.OPEN, "it is OPEN") == ""
 
 
-def test_without_opentelemetry_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_opentelemetry_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "_IS_INSTALLED", False)
     monkeypatch.delattr(tracing, "trace")
     tracing.record_run(lambda: PAYMENTS, "")

@@ -30,7 +30,7 @@ def test_mistakes_are_seen_before_anything_runs() -> None:
     with pytest.raises(ConfigurationError):
         resilience.breaker("x", window="thirty")  # type: ignore[arg-type]  # what is tested
     with pytest.raises(ConfigurationError):
-        resilience.breaker("x", concurrency="nonsense")  # type: ignore[arg-type]  # what is tested
+        resilience.breaker("x", concurrency="invalid")  # type: ignore[arg-type]  # what is tested
     with pytest.raises(ConfigurationError):
         Resilience(namespce="x")  # type: ignore[call-arg]  # what is tested
     payments = resilience.breaker("payments", failures=KeyError, ignore=[OSError], overflow="block")

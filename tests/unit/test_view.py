@@ -60,48 +60,48 @@ def test_only_some_states_admit(view: View, clock: ManualClock, state: State) ->
     assert view.state("payments").epoch == 5
 
 
-def test_a_breaker_nobody_has_heard_of_admits(view: View) -> None:
-    standing = view.state("payments")
-    assert standing.admits
-    assert not standing.known
-    assert standing.epoch == 0
+def test_an_unknown_breaker_admits(view: View) -> None:
+    cached = view.state("payments")
+    assert cached.admits
+    assert not cached.known
+    assert cached.epoch == 0
 
 
 def test_open_refuses_until_its_deadline_on_this_clock(view: View, clock: ManualClock) -> None:
     view.update(snapshot(clock, State.OPEN, open_until=clock() + SERVER_AHEAD + 10))
-    standing = view.state("payments")
-    assert standing.refuses
-    assert standing.retry_after == pytest.approx(10)
+    cached = view.state("payments")
+    assert cached.refuses
+    assert cached.retry_after == pytest.approx(10)
     clock.advance(9.99)
-    assert standing.refuses
-    assert standing.retry_after == pytest.approx(0.01)
+    assert cached.refuses
+    assert cached.retry_after == pytest.approx(0.01)
     clock.advance(0.01)
-    assert not standing.refuses
-    assert not standing.admits
-    assert standing.retry_after == 0.0
+    assert not cached.refuses
+    assert not cached.admits
+    assert cached.retry_after == 0.0
 
 
 def test_forced_open_has_no_deadline(view: View, clock: ManualClock) -> None:
     view.update(snapshot(clock, State.FORCED_OPEN))
-    standing = view.state("payments")
+    cached = view.state("payments")
     clock.advance(10**9)
-    assert standing.refuses
-    assert standing.deadline == math.inf
-    assert standing.retry_after is None
+    assert cached.refuses
+    assert cached.deadline == math.inf
+    assert cached.retry_after is None
 
 
 def test_a_denial_is_remembered_until_the_version_moves(view: View, clock: ManualClock) -> None:
     view.update(snapshot(clock, State.HALF_OPEN))
-    standing = view.state("payments")
-    assert not standing.refuses
-    standing.deny()
-    assert standing.refuses
-    assert standing.retry_after == DENIAL_MEMORY
+    cached = view.state("payments")
+    assert not cached.refuses
+    cached.deny()
+    assert cached.refuses
+    assert cached.retry_after == DENIAL_MEMORY
     view.update(snapshot(clock, State.HALF_OPEN, version=6))
-    assert not standing.refuses
-    standing.deny()
+    assert not cached.refuses
+    cached.deny()
     clock.advance(DENIAL_MEMORY)
-    assert not standing.refuses
+    assert not cached.refuses
 
 
 def test_the_ramp_grows_from_a_tenth_to_all(view: View, clock: ManualClock) -> None:
@@ -172,17 +172,17 @@ def test_an_answer_to_an_earlier_question_does_not(view: View, clock: ManualCloc
     assert view.state("payments").snapshot.state is State.OPEN
 
 
-def test_breakers_that_nobody_declared_are_no_concern(view: View, clock: ManualClock) -> None:
+def test_breakers_that_were_not_declared_are_ignored(view: View, clock: ManualClock) -> None:
     assert not view.update(replace(snapshot(clock), name="other"))
     with pytest.raises(KeyError):
         view.state("other")
 
 
-def test_declaring_again_keeps_the_standing(view: View) -> None:
-    standing = view.state("payments")
+def test_declaring_again_keeps_the_cached_state(view: View) -> None:
+    cached = view.state("payments")
     renewed = Spec("payments", BreakerPolicy(window=5), revision=2)
-    assert view.declare(renewed) is standing
-    assert standing.spec is renewed
+    assert view.declare(renewed) is cached
+    assert cached.spec is renewed
 
 
 def names_read(store: FlakyStore) -> list[list[str]]:
@@ -272,7 +272,7 @@ def followers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "resilient-tasks-view"]
 
 
-def test_changes_are_heard(view: View, store: FlakyStore) -> None:
+def test_changes_are_received(view: View, store: FlakyStore) -> None:
     view.follow()
     wait_until(lambda: store.calls["changes"])
     store.command(SPEC, Verb.ISOLATE)
@@ -394,13 +394,13 @@ def in_child(work: Any) -> str:
 
 
 def become_child(view: View) -> None:
-    """Let the fork handler's part happen in this process: it is the child now, and somebody else the main process."""
+    """Let the fork handler's part happen in this process: it is the child now, and another is the main process."""
     view.after_fork()
     view.become_child()
 
 
 def bump(view: View) -> None:
-    """Do in the main process's stead what it does when it has heard of a change."""
+    """Do in the main process's stead what it does when it has received a change."""
     assert view._shared is not None
     view._shared[place_of("payments", view)] += 1
 
@@ -436,24 +436,24 @@ def test_the_main_process_counts_changes_not_figures(view: View, clock: ManualCl
     assert counted(view) == before + 1
 
 
-def test_a_forked_child_hears_the_main_process_through_memory(
+def test_a_forked_child_follows_the_main_process_through_memory(
     view: View, store: FlakyStore, clock: ManualClock
 ) -> None:
     view.share()
     view.refresh()
-    told, tell = os.pipe()
+    readable, writable = os.pipe()
 
     def look() -> str:
         view.become_child()
-        os.read(told, 1)
+        os.read(readable, 1)
         store.inner.command(SPEC, Verb.ISOLATE)  # the child's copy of the "shared" store; the bump is the parent's
         store.calls.clear()
-        standing = view._states["payments"]
-        behind = standing.is_behind
-        return f"{behind} {view.state('payments').snapshot.state} {standing.is_behind} {dict(store.calls)}"
+        cached = view._states["payments"]
+        behind = cached.is_behind
+        return f"{behind} {view.state('payments').snapshot.state} {cached.is_behind} {dict(store.calls)}"
 
     threading.Timer(
-        0.05, lambda: (view.update(snapshot(clock, State.FORCED_OPEN, 10**13, 10**13)), os.write(tell, b"!"))
+        0.05, lambda: (view.update(snapshot(clock, State.FORCED_OPEN, 10**13, 10**13)), os.write(writable, b"!"))
     ).start()
     assert in_child(look) == "True FORCED_OPEN False {'read': 1}"
 
@@ -507,10 +507,10 @@ def test_a_fork_without_shared_memory_follows_for_itself(view: View) -> None:
 
     def look() -> str:
         before = len(followers())
-        [standing] = view.states()
-        behind = standing.is_behind
-        view.catch_up(standing)
-        return f"{before} {behind} {len(followers())} {standing.is_behind}"
+        [cached] = view.states()
+        behind = cached.is_behind
+        view.catch_up(cached)
+        return f"{before} {behind} {len(followers())} {cached.is_behind}"
 
     assert in_child(look) == "0 True 1 False"
 

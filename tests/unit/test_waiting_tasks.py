@@ -23,7 +23,7 @@ from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.queues import Entry, Queues
 from workers.processes import Server, wait_until
 
-DEFERRED, DEAD, HOME = "resilient.deferred.payments", "resilient.dead.payments", "shop"
+DEFERRED, DEAD, ORIGIN = "resilient.deferred.payments", "resilient.dead.payments", "shop"
 TASKS = 5
 READING: list[tuple[Any, str]] = [
     (Envelope, "read"),
@@ -51,12 +51,12 @@ def app() -> Iterator[Celery]:
     @app.task(name="bugs-charge", shared=False, breaker="payments")
     def charge() -> None: ...
 
-    queues = [Queue(name) for name in (DEFERRED, DEAD, HOME)]
+    queues = [Queue(name) for name in (DEFERRED, DEAD, ORIGIN)]
     with app.connection_for_write() as connection:
         for queue in queues:
             queue(connection.default_channel).declare()
         for _ in range(TASKS):
-            headers = Envelope("payments", HOME, since=1.0).write({"id": str(uuid4()), "task": "bugs-charge"})
+            headers = Envelope("payments", ORIGIN, since=1.0).write({"id": str(uuid4()), "task": "bugs-charge"})
             Producer(connection).publish([[], {}, {}], routing_key=DEFERRED, headers=headers)
         yield app
         for queue in queues:
@@ -120,7 +120,7 @@ def test_a_bug_in_looking_at_dead_letters_moves_nothing(
     resilience: Resilience, payments: Breaker, monkeypatch: pytest.MonkeyPatch, step: tuple[Any, str],
     app: Celery,
 ) -> None:  # fmt: skip
-    envelope = Envelope("payments", HOME).dead_letter(1.0, "made up")
+    envelope = Envelope("payments", ORIGIN).dead_letter(1.0, "made up")
     with app.connection_for_write() as connection:
         headers = envelope.write({"id": "an-id", "task": "bugs-charge"})
         Producer(connection).publish([[], {}, {}], routing_key=DEAD, headers=headers)
@@ -175,7 +175,7 @@ def test_trials_are_tasks_that_have_never_failed_if_there_are_any(
 ) -> None:
     resilience.deferred.drop("payments")
     for task_id in "abcde":
-        defer(app, Envelope("payments", HOME, attempted_at=float(task_id == "a")), task_id)
+        defer(app, Envelope("payments", ORIGIN, attempted_at=float(task_id == "a")), task_id)
     monkeypatch.setattr(deferred_tasks, "PAGE", 2)
     runtime = runtime_of(app)
     resumer = Resumer(runtime, DeferredTasks(runtime, Events(app), runtime.queues))
@@ -188,12 +188,12 @@ def test_only_tasks_for_queues_that_are_consumed_are_waited_for(
     app: Celery, resilience: Resilience, payments: Breaker
 ) -> None:
     resilience.deferred.drop("payments")
-    runtime, queues = runtime_of(app), (HOME, "elsewhere", HOME)
+    runtime, queues = runtime_of(app), (ORIGIN, "elsewhere", ORIGIN)
     for task_id, queue in zip("abc", queues, strict=True):
         defer(app, Envelope("payments", queue), task_id)
     ledger = runtime.fleet.ledger
     ledger.taken_up("payments", ledger.pace("payments").outstanding)
-    ledger.attend("a worker", [HOME])
+    ledger.attend("a worker", [ORIGIN])
     resumer = Resumer(runtime, DeferredTasks(runtime, Events(app), runtime.queues))
     assert resumer.release(payments, payments.snapshot(), 3) == ["a", "b", "c"]
     assert ledger.pace("payments").outstanding == 2
@@ -201,8 +201,8 @@ def test_only_tasks_for_queues_that_are_consumed_are_waited_for(
 
 def test_some_tasks_are_resumed_by_their_ids(app: Celery, resilience: Resilience, payments: Breaker) -> None:
     for task_id in "abc":
-        defer(app, Envelope("payments", HOME, not_before=2e9), task_id)
-    assert resilience.deferred.resume_some("payments", ["c", "nobody", "a"]) == ("c", "a")
+        defer(app, Envelope("payments", ORIGIN, not_before=2e9), task_id)
+    assert resilience.deferred.resume_some("payments", ["c", "unknown", "a"]) == ("c", "a")
     assert sizes(resilience) == (TASKS + 1, 0)
 
 
@@ -211,13 +211,13 @@ def test_a_task_that_is_deferred_afresh_comes_to_its_end_afresh(
 ) -> None:
     deferred = resilience.deferred
     deferred.drop("payments")
-    defer(app, Envelope("payments", HOME, since=1.0), "again")
+    defer(app, Envelope("payments", ORIGIN, since=1.0), "again")
     with monkeypatch.context() as patch:
         patch.setattr(PublishedQueues, "move", lambda *_: iter(()))  # another process has moved it
         assert deferred.drop("payments") == ()
     with app.connection_for_write() as connection:
         Queue(DEFERRED)(connection.default_channel).purge()
     app.backend.store_result("again", None, "PENDING")
-    defer(app, Envelope("payments", HOME, since=2.0), "again")
+    defer(app, Envelope("payments", ORIGIN, since=2.0), "again")
     assert deferred.drop("payments") == ("again",)
     assert app.AsyncResult("again").state == "REVOKED"

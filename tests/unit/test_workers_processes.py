@@ -22,7 +22,7 @@ from workers.processes import (
 )
 from workers.stack import start_service
 
-FAMILY = """
+PARENT_AND_CHILD = """
 import os, signal, sys, time
 if os.fork() == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -36,7 +36,7 @@ def python(code: str, *arguments: str) -> list[str]:
 
 
 def is_gone(pid: int) -> bool:
-    """Tell whether a process has ended; a zombie that nobody has reaped yet has."""
+    """Return whether a process has ended; a zombie has."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -44,7 +44,7 @@ def is_gone(pid: int) -> bool:
     return state == "Z"
 
 
-def test_a_program_that_ends_early_tells_its_last_words(tmp_path: Path) -> None:
+def test_a_program_that_ends_early_is_reported_with_its_last_output(tmp_path: Path) -> None:
     program = start_program(python("raise SystemExit('no such port')"), name="p", directory=tmp_path)
     with pytest.raises(StartError, match=r"p ended with 1\nno such port"):
         program.wait_for_output("ready")
@@ -66,14 +66,14 @@ def test_output_of_an_earlier_run_does_not_count(tmp_path: Path) -> None:
 
 
 def test_stopping_takes_stubborn_children_along(tmp_path: Path) -> None:
-    program = start_program(python(FAMILY), name="p", directory=tmp_path)
+    program = start_program(python(PARENT_AND_CHILD), name="p", directory=tmp_path)
     program.wait_for_output("is up")
     child = int(program.output().split()[1])
     assert program.stop() == -signal.SIGTERM
     wait_until(lambda: is_gone(child), what="the child to be gone")
 
 
-def test_a_record_tells_the_living_from_the_dead(tmp_path: Path) -> None:
+def test_a_record_shows_whether_its_program_lives(tmp_path: Path) -> None:
     record = tmp_path / "p.pid"
     assert not is_recorded_alive(record)
     program = start_program(python("import time; time.sleep(60)"), name="p", directory=tmp_path, detached=True)
@@ -83,7 +83,7 @@ def test_a_record_tells_the_living_from_the_dead(tmp_path: Path) -> None:
     assert not record.exists()
 
 
-def test_a_stale_record_with_the_id_of_an_innocent_process_harms_nobody(tmp_path: Path) -> None:
+def test_a_stale_record_with_the_id_of_an_innocent_process_does_no_harm(tmp_path: Path) -> None:
     record = tmp_path / "p.pid"
     record.write_text(str(os.getpid()))
     assert stop_recorded(record) == []
@@ -97,7 +97,7 @@ def test_a_frozen_program_is_killed_when_it_does_not_end(tmp_path: Path) -> None
     assert program.popen.wait(60) < 0  # by SIGKILL, or by the SIGTERM that it got before
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only the Linux kernel tells children that their parent died")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals children that their parent has ended")
 def test_no_program_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
     code = f"""
 import sys, time

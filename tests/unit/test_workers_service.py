@@ -109,14 +109,14 @@ async def test_refuse_refuses_old_and_new_connections_and_heals(caller: Caller) 
 
 
 @with_service
-async def test_more_calls_than_it_can_bear_are_turned_away_at_once(caller: Caller) -> None:
+async def test_more_calls_than_it_can_bear_are_denied_at_once(caller: Caller) -> None:
     await caller.make(latency=2, capacity=2)
     answers = await asyncio.gather(*map(caller.charge, range(5)))
     assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503, 503]
 
 
 @with_service
-async def test_health_checks_are_counted_apart(caller: Caller) -> None:
+async def test_health_checks_are_counted_separately(caller: Caller) -> None:
     await caller.http.get(caller.url("payments", "/payments/health"))
     figures = await caller.stats()
     assert (figures["probes"], figures["calls"], figures["served"]) == ({"up": 1}, {}, 0)
@@ -124,7 +124,7 @@ async def test_health_checks_are_counted_apart(caller: Caller) -> None:
 
 @pytest.mark.parametrize("change", [{"health": "sick"}, {"latency": "long"}, {"capacity": "high"}])
 @with_service
-async def test_a_wrong_change_is_told_what_is_allowed(caller: Caller, change: dict[str, str]) -> None:
+async def test_a_wrong_change_is_answered_with_what_is_allowed(caller: Caller, change: dict[str, str]) -> None:
     answer = await caller.make(**change)
     assert answer.status_code == 400
     assert "up, 5xx, slow, hang, refuse" in answer.json()["error"]
@@ -132,7 +132,7 @@ async def test_a_wrong_change_is_told_what_is_allowed(caller: Caller, change: di
 
 
 @with_service
-async def test_an_unknown_dependency_is_told_which_there_are(caller: Caller) -> None:
+async def test_an_unknown_dependency_is_answered_with_those_there_are(caller: Caller) -> None:
     answer = await caller.http.put(caller.url("admin", "/fax"), json={})
     assert answer.status_code == 404
     assert "payments, accounts, mail" in answer.json()["error"]

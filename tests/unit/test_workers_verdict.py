@@ -122,7 +122,7 @@ def test_a_late_first_resumption_fails() -> None:
     assert failed_lines(recording(finished=late)) == ["first deferred task finished"]
 
 
-def test_plain_lines_tell_each_phase_at_once_and_then_every_two_seconds() -> None:
+def test_plain_lines_show_each_phase_at_once_and_then_every_two_seconds() -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=120)
     lines = PlainLines(console)

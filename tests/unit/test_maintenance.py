@@ -11,7 +11,7 @@ from resilient_tasks.worker.maintenance import RECONCILE_INTERVAL, Maintenance
 
 
 class Ticks:
-    """A tick whose lease is somebody else's for a while, and the age of the last one that anybody has completed."""
+    """A tick whose lease another worker holds for a while, and the age of the last one that was completed."""
 
     not_due: frozenset[str] = frozenset()
 
@@ -35,44 +35,44 @@ def ticks() -> Ticks:
 
 
 @pytest.fixture
-def heart(ticks: Ticks) -> Maintenance:
+def maintenance(ticks: Ticks) -> Maintenance:
     runtime = mock.MagicMock(breakers={})
     runtime.present.return_value = []
     runtime.settings.tick_interval = 1.0
     runtime.fleet.ledger.last_tick_age = ticks.last_tick_age
-    heart = Maintenance(runtime, mock.Mock(), mock.Mock(), mock.Mock(), mock.Mock())
-    heart._tick = ticks  # type: ignore[assignment]
-    return heart
+    maintenance = Maintenance(runtime, mock.Mock(), mock.Mock(), mock.Mock(), mock.Mock())
+    maintenance._tick = ticks  # type: ignore[assignment]
+    return maintenance
 
 
-def test_a_tick_that_was_sent_runs_once(heart: Maintenance, ticks: Ticks) -> None:
-    heart.want_tick()
+def test_a_tick_that_was_sent_runs_once(maintenance: Maintenance, ticks: Ticks) -> None:
+    maintenance.want_tick()
     for _ in range(3):
-        heart._run(threading.Event())
+        maintenance._run(threading.Event())
     assert ticks.tried == 1
 
 
-def test_a_tick_that_met_a_refill_is_made_up_for(heart: Maintenance, ticks: Ticks) -> None:
-    heart.want_tick()
+def test_a_tick_during_a_refill_is_made_up_for(maintenance: Maintenance, ticks: Ticks) -> None:
+    maintenance.want_tick()
     ticks.lease_is_free = False
-    heart._run(threading.Event())
+    maintenance._run(threading.Event())
     ticks.lease_is_free = True
-    heart._run(threading.Event())
-    heart._run(threading.Event())
+    maintenance._run(threading.Event())
+    maintenance._run(threading.Event())
     assert ticks.tried == 2
 
 
-def test_a_tick_that_met_another_is_not_run_again(heart: Maintenance, ticks: Ticks) -> None:
-    heart.want_tick()
+def test_a_tick_during_another_is_not_run_again(maintenance: Maintenance, ticks: Ticks) -> None:
+    maintenance.want_tick()
     ticks.lease_is_free = False
-    heart._run(threading.Event())
+    maintenance._run(threading.Event())
     ticks.age = 0.1
-    heart._run(threading.Event())
+    maintenance._run(threading.Event())
     assert ticks.tried == 1
 
 
-def test_a_worker_looks_for_itself_when_nobody_ticks(heart: Maintenance, ticks: Ticks) -> None:
+def test_a_worker_looks_for_itself_when_no_other_ticks(maintenance: Maintenance, ticks: Ticks) -> None:
     ticks.age = RECONCILE_INTERVAL
-    heart._run(threading.Event())
-    heart._run(threading.Event())
+    maintenance._run(threading.Event())
+    maintenance._run(threading.Event())
     assert ticks.tried == 1
