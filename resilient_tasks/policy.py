@@ -77,7 +77,7 @@ class BreakerPolicy:
             for which every value is a SUCCESS. It is not called for ``with`` blocks that end without an exception.
         failures: exception types or predicates that always count as failures, regardless of ``classify``.
         ignore: exception types or predicates that are never counted; they win over ``failures``.
-        description: *Tell.* What the dependency is, and whom to call when it is down; shown to people.
+        description: *About.* What the dependency is, and whom to call when it is down; shown to people.
         runbook: URL of what to do then.
 
     Raises:

@@ -161,7 +161,7 @@ def list_dead(runtime: Runtime, breaker: str | None, *, limit: int, ids_only: bo
         dead_letters = DeadLetters(runtime)
         tasks, count = dead_letters.list(breaker, limit=limit), sum(dead_letters.count(breaker).values())
     rows = [(each.task_id, each.task, each.breaker, moment(each.died_at), each.reason) for each in tasks]
-    columns = ("ID", "TASK", "BREAKER", "DIED", "REASON")
+    columns = ("ID", "TASK", "BREAKER", "DEAD SINCE", "REASON")
     _print_tasks(columns, rows, [_fields(task) for task in tasks] if as_json else None, ids_only=ids_only)
     _say_how_many(len(tasks), count, "dead letters")
 
@@ -172,7 +172,7 @@ def list_dead(runtime: Runtime, breaker: str | None, *, limit: int, ids_only: bo
 @json_option
 @pass_runtime
 def show(runtime: Runtime, task_id: str, breaker: str | None, *, as_json: bool) -> None:
-    """Show one dead letter: why and when it died, and the message as it was published."""
+    """Show one dead letter: why and since when it is dead, and the message as it was published."""
     with using_the_broker(runtime):
         task = DeadLetters(runtime).show(task_id, breaker=breaker)
     if as_json:
@@ -231,7 +231,7 @@ def _details(task: DeadLetter) -> list[Row]:
         ("breaker", task.breaker),
         ("reason", task.reason),
         ("since", moment(task.since)),
-        ("died", moment(task.died_at)),
+        ("dead since", moment(task.died_at)),
         ("queue", task.origin),
         ("attempts", str(task.attempts)),
         ("args", task.args),

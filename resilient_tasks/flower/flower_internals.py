@@ -71,7 +71,7 @@ def prefixed(handlers: list[web.url], options: Any) -> list[web.url]:
 
 
 def run_times(flower: Flower, tasks: Sequence[str], since: float) -> dict[str, float]:
-    """Return how many runs of tasks have succeeded since, as events tell, and percentiles of how long they took."""
+    """Return how many runs of tasks have succeeded since, by their events, and percentiles of how long they took."""
     known = (task for name in tasks for task in flower.events.state.tasks_by_type.get(name, ()))
     times = sorted(task.runtime for task in known if task.runtime is not None and (task.succeeded or 0) >= since)
     return {"runs": len(times), **{f"p{each}": times[len(times) * each // 100] for each in (50, 95) if times}}

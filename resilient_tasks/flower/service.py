@@ -31,7 +31,7 @@ TIMEOUT = 5.0  # seconds for which a handler waits for something to be done
 READ_TIMEOUT = 2.0  # the same for the broker's tasks, which a page only shows
 LISTED = 100  # most tasks, outages or breakers on one page
 SEARCHED = 5_000  # most tasks that a search looks at
-DURATIONS_OVER = 300.0  # seconds of which the durations of tasks are told
+DURATIONS_OVER = 300.0  # seconds of which the durations of tasks are shown
 CHARTED = 3600.0  # seconds that a breaker's chart shows
 REFRESH, IDLE_REFRESH = 1.0, 5.0  # seconds between two reads of all breakers while pages are open, and while none is
 
@@ -253,7 +253,7 @@ class Service:
         """
         if part == "history":
             history = await self._store.submit(partial(self._read_history, name))
-            tasks = [] if parent_of(name) else self.about(name)[1]  # no event tells a task's key
+            tasks = [] if parent_of(name) else self.about(name)[1]  # no event has a task's key
             return {**history, "durations": self._run_times(tasks, history["now"] - DURATIONS_OVER)}
         read = partial(self._read_tasks, name, part, search)
         return await self._broker.submit(read, timeout=READ_TIMEOUT if search is None else TIMEOUT)

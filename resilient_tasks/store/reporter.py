@@ -5,7 +5,7 @@ breaker however many calls it makes. Not longer: what arrives after the first fa
 their evidence; 20 processes that kept theirs for two seconds opened after 29 failed calls and not after 10. What may
 open the breaker is sent at once, with the successes before it: a failure, or a success where nothing but the number of
 calls keeps the breaker closed. A caller that must know that its report has arrived (its next call should already see
-the breaker open) waits for the ticket that reporting returned.
+the breaker open) waits for the position that reporting returned: the number of its request to send.
 
 The same thread settles trials, renews permits and slots, and sends counts for the history. All that waits is bounded.
 """
@@ -259,7 +259,7 @@ class Reporter:
         self._busy: dict[CachedState, None] = {}  # a set that keeps its order
         self._settlements: deque[_Settlement] = deque(maxlen=_MOST_SETTLEMENTS)
         self._leases = Leases(self._store, self._clock)
-        self._asked = 0  # tickets handed out, and the last one that has been served
+        self._asked = 0  # position of the last request to send, counted from 1, and of the last one that was served
         self._served = 0
         self._is_sending = False
         for state in self._view.states():
@@ -280,8 +280,8 @@ class Reporter:
     ) -> int:
         """Note the outcome of one call that needed no permit; IGNORED is not sent.
 
-        ``epoch`` is the breaker's when the call was admitted; for the rest see :class:`Calls`. Return a ticket for
-        :meth:`wait`; 0 if the outcome is not urgent.
+        ``epoch`` is the breaker's when the call was admitted; for the rest see :class:`Calls`. Return its position,
+        for :meth:`wait`; 0 if the outcome is not urgent.
         """
         outcome, cause, retry_after = verdict[:3]
         if outcome is Outcome.IGNORED:
@@ -295,7 +295,7 @@ class Reporter:
         return _NOT_URGENT
 
     def schedule(self, state: CachedState, *, urgent: bool = False) -> int:
-        """Have what is pending sent when it is due; at once if ``urgent``. Return the ticket for that."""
+        """Have what is pending sent when it is due; at once if ``urgent``. Return the position of that."""
         with self._condition:
             state.scheduled = True
             state.urgent |= urgent
@@ -318,7 +318,7 @@ class Reporter:
 
         IGNORED gives the permit back, OVERDUE leaves it to the call, which still runs. ``epoch`` is that in which it
         was granted; for the rest see :class:`Calls`. Wait at most ``wait`` seconds until the store has answered.
-        Return a ticket for :meth:`wait`.
+        Return its position, for :meth:`wait`.
         """
         outcome, cause, retry_after = verdict[:3]
         evidence = Evidence(epoch, (Calls(outcome, 1, voter, each, was_overdue),), cause, retry_after)
@@ -326,10 +326,10 @@ class Reporter:
             self._leases.let_go(spec.name, holder)
         with self._condition:
             self._settlements.append(_Settlement(spec, holder, outcome, evidence))
-            ticket = self._wake(urgent=True)
+            position = self._wake(urgent=True)
         if wait:
-            self.wait(ticket, wait)
-        return ticket
+            self.wait(position, wait)
+        return position
 
     def hold(self, name: str, holder: str, until: float) -> None:
         """Renew a permit or a slot until it is settled, or ``until`` (on the clock) has passed."""
@@ -345,18 +345,18 @@ class Reporter:
 
     # --- waiting ------------------------------------------------------------------------------------
 
-    def is_served(self, ticket: int) -> bool:
-        """Whether what ``ticket`` is for has been sent, or tried and found impossible."""
-        return self._served >= ticket
+    def is_served(self, position: int) -> bool:
+        """Whether the request at ``position`` has been sent, or tried and found impossible."""
+        return self._served >= position
 
-    def wait(self, ticket: int, timeout: float) -> bool:
-        """Wait until ``ticket`` is served, at most ``timeout`` seconds; return whether it is."""
-        if self.is_served(ticket):
+    def wait(self, position: int, timeout: float) -> bool:
+        """Wait until the request at ``position`` is served, at most ``timeout`` seconds; return whether it is."""
+        if self.is_served(position):
             return True
         if threading.current_thread() is self._thread:  # a listener that makes a guarded call of its own
             return False
         with self._condition:
-            return self._condition.wait_for(lambda: self.is_served(ticket), timeout)
+            return self._condition.wait_for(lambda: self.is_served(position), timeout)
 
     def flush(self, timeout: float) -> bool:
         """Send all that waits now; return whether that was done within ``timeout`` seconds."""
@@ -365,7 +365,7 @@ class Reporter:
         return all(self.wait(self._hurry(), give_up_at - self._clock()) for _ in range(2))
 
     def _hurry(self) -> int:
-        """Make all that waits urgent; return the ticket for that."""
+        """Make all that waits urgent; return the position of that."""
         with self._condition:
             if not (self._busy or self._settlements or self._is_sending or self._tallies.due_at is not None):
                 return _NOT_URGENT
@@ -387,7 +387,7 @@ class Reporter:
     # --- the thread -----------------------------------------------------------------------------------
 
     def _wake(self, *, urgent: bool = False) -> int:
-        """Wake the thread, or start it; called with the condition held. Return a ticket if urgent."""
+        """Wake the thread, or start it; called with the condition held. Return its position if urgent."""
         self._asked += urgent
         if self._thread is None or not self._thread.is_alive():
             self._thread = start_thread("reports", self._run)
@@ -404,13 +404,13 @@ class Reporter:
                     condition.wait(self._seconds_until_due())
                 if self._is_dismissed():
                     return
-                ticket = self._asked
+                position = self._asked
                 states = self._take_due()
                 self._is_sending = True
             self._work(states)
             with condition:
                 self._is_sending = False
-                self._served = ticket
+                self._served = position
                 condition.notify_all()
 
     def _is_dismissed(self) -> bool:

@@ -289,7 +289,7 @@ def add_slot(pool: Any) -> None:
         _fork_one_more(pool._pool)
     else:
         pool.grow(1)
-        # Celery 5.6 raises the number of gevent's semaphore and wakes nobody
+        # Celery 5.6 raises the number of gevent's semaphore and wakes no waiter
         semaphore = getattr(getattr(pool, "_pool", None), "_semaphore", None)
         if semaphore is not None and semaphore.acquire(blocking=False):
             semaphore.release()

@@ -395,7 +395,7 @@ class Overflow:
         self.consumer = consumer
         self._blocked.clear()
 
-    def put_back(self, request: GatedRequest, envelope: Envelope, queue: str, breaker: str) -> None:
+    def requeue(self, request: GatedRequest, envelope: Envelope, queue: str, breaker: str) -> None:
         """Requeue a message and block its queue, for want of room for tasks of ``breaker``; from any thread, soon."""
         self._returning.append((request, queue, envelope))
         self.consumer.call_soon(self._block, queue, breaker)
@@ -437,7 +437,7 @@ class Overflow:
         items.sort(key=lambda item: item[0].arrival)
         try:
             while items:
-                self._deferral.put_back(*items[-1])
+                self._deferral.requeue(*items[-1])
                 items.pop()
         except self._deferral.errors as exc:
             logger.warning("%d tasks cannot be requeued yet: %s", len(items), type(exc).__name__)

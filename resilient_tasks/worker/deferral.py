@@ -256,7 +256,7 @@ class Deferral:
         waiting = 0 if limit is None else self.queues.size(self.queues.deferred(breaker))
         return self._memory.exceeded() is None and (limit is None or waiting < limit)
 
-    def put_back(self, request: GatedRequest, queue: str, envelope: Envelope, *, first: bool = True) -> None:
+    def requeue(self, request: GatedRequest, queue: str, envelope: Envelope, *, first: bool = True) -> None:
         """Requeue a request's message, as the next to be taken where the broker can do that, or as the last."""
         self._write_state(request, PENDING)
         request.send_event(TASK_RESUMED, exception="no room to defer", traceback=None)
@@ -323,7 +323,7 @@ class Deferral:
             request, after = held.request, held.envelope
             has_failed = after.attempted_at > request.envelope.attempted_at
             try:
-                self.put_back(request, after.origin, after if has_failed else request.envelope, first=held.beside)
+                self.requeue(request, after.origin, after if has_failed else request.envelope, first=held.beside)
                 request.enter_window()
             except self.errors as error:
                 what = "Task %s[%s] cannot be requeued yet: %s"

@@ -2,7 +2,7 @@
 
 kombu pops a message (BRPOP) and then notes it as unacknowledged, in a second step. If the worker dies in
 between, the connection is cut or the server is out of memory, the message is nowhere. Here both are one
-script. Waiting for a message is apart from it, and changes nothing.
+script. Waiting for a message is separate from it, and changes nothing.
 
 All that is overridden here is undocumented; ``tests/unit/test_celery_internals.py`` fails when it moves.
 """
@@ -98,7 +98,7 @@ class TakingChannel(redis.Channel):
 
     Redis can block on many lists only by popping, and a message popped to a worker that dies is lost. So an idle worker
     looks whether any list exists, with client-side caching switched on: the server then reports the first change of
-    each, whoever the producer is. Nothing is popped, no command is pending, and two commands a second are sent.
+    each, by any producer. Nothing is popped, no command is pending, and two commands a second are sent.
     """
 
     QoS = TakingQoS

@@ -203,7 +203,7 @@ class Pipeline:
         except DeferredQueueFullError as full:
             if self.runtime.breaker(envelope.breaker).policy.overflow == BLOCK:
                 returned = envelope if has_failed else request.envelope
-                self.overflow.put_back(request, returned, envelope.origin, envelope.breaker)
+                self.overflow.requeue(request, returned, envelope.origin, envelope.breaker)
             else:
                 self.deferral.attempt(request, partial(_deny, request, full))
 

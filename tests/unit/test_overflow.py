@@ -22,11 +22,11 @@ def test_a_queue_is_blocked_again_after_a_reconnect() -> None:
     consumer = SimpleNamespace(
         task_consumer=TaskConsumer(), event_dispatcher=None, call_soon=lambda call, *args: call(*args)
     )
-    deferral: Any = SimpleNamespace(put_back=lambda *_: None)
+    deferral: Any = SimpleNamespace(requeue=lambda *_: None)
     overflow = Overflow(deferral, lambda _: True)
     request: Any = SimpleNamespace(arrival=0)
     for _ in range(2):
         consumer.task_consumer = TaskConsumer()
         overflow.start(consumer)
-        overflow.put_back(request, Envelope(), "work", "payments")
+        overflow.requeue(request, Envelope(), "work", "payments")
         assert consumer.task_consumer.cancelled == ["a-tag"]

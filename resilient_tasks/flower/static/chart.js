@@ -4,7 +4,7 @@ const [HEIGHT, LEFT, TOP, BOTTOM] = [240, 48, 20, 24];
 const FLOOR = HEIGHT - BOTTOM;
 const MINUTE = 60;
 const [SHORTEST, LONGEST] = [10, 60]; // minutes that are shown
-const RECENT = 5; // minutes of which the calls per second are told
+const RECENT = 5; // minutes of which the calls per second are shown
 const LABEL = 70; // pixels between two labels of the time
 const KINDS = ["SUCCESS", "SLOW", "FAILURE", "refused"];
 

@@ -1,4 +1,4 @@
-// What both pages share: elements, words for figures, requests, the dialog of an operator's verb.
+// What both pages share: elements, texts for figures, requests, the dialog of an operator's verb.
 import {NOTHING, byId, el, moment} from "./elements.js";
 
 export * from "./elements.js";
@@ -142,11 +142,11 @@ export async function get(url) {
     return answerOf(await fetch(url, {headers: {Accept: "application/json"}}));
 }
 
-export async function post(name, path, words) {
+export async function post(name, path, fields) {
     const token = document.cookie.match(/(?:^|;\s*)_xsrf=([^;]+)/);
     const headers = {"Content-Type": "application/json", "X-XSRFToken": token ? decodeURIComponent(token[1]) : ""};
     const url = [`${root}/api/breakers/${encodeURIComponent(name)}`, ...path].join("/");
-    return answerOf(await fetch(url, {method: "POST", headers, body: JSON.stringify(words)}));
+    return answerOf(await fetch(url, {method: "POST", headers, body: JSON.stringify(fields)}));
 }
 
 // --- live ----------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ export function admits({state}) {
 }
 
 // Whether a verb would change anything.
-export function makesSense(each, breaker) {
+export function applies(each, breaker) {
     if (each === "resume") {
         return breaker.deferred > 0 && admits(breaker);
     }
@@ -211,7 +211,7 @@ export function ask(breaker, chosen, then) {
     acting = breaker.name;
     afterwards = then;
     for (const option of verb.options) {
-        option.hidden = option.disabled = !makesSense(option.value, breaker);
+        option.hidden = option.disabled = !applies(option.value, breaker);
     }
     verb.value = chosen ?? (breaker.state === "FORCED_OPEN" ? "reset" : "isolate");
     byId("act-title").textContent = breaker.name;
@@ -237,8 +237,8 @@ async function act(event) {
     const [name, chosen] = [acting, verb.value];
     window.bootstrap.Modal.getOrCreateInstance(dialog).hide();
     try {
-        const words = chosen === "resume" ? {rate: byId("act-rate").value} : {reason: byId("act-reason").value};
-        toast(summary(name, await post(name, [chosen], words)), "success");
+        const fields = chosen === "resume" ? {rate: byId("act-rate").value} : {reason: byId("act-reason").value};
+        toast(summary(name, await post(name, [chosen], fields)), "success");
     } catch (error) {
         toast(error.message, "danger");
     }

@@ -1,6 +1,6 @@
 // One breaker, live; its tasks when asked for, because a look at them costs the broker something.
 import {
-    NOTHING, admits, ask, badge, byId, capitalized, el, figures, get, live, makesSense, mayAct, moment, pageUrl, perSecond,
+    NOTHING, admits, applies, ask, badge, byId, capitalized, el, figures, get, live, mayAct, moment, pageUrl, perSecond,
     post, short, sure, taskUrl, toast, why,
 } from "./common.js";
 
@@ -34,9 +34,9 @@ function show({breaker}) {
     const shown = figures(breaker);
     byId("state").replaceChildren(badge(breaker.state));
     const {outage} = breaker;
-    byId("story").textContent = `for ${shown.since}: ${outage ? why(outage.reason, outage.actor) : shown.reason}`;
+    byId("summary").textContent = `for ${shown.since}: ${outage ? why(outage.reason, outage.actor) : shown.reason}`;
     for (const button of document.querySelectorAll(".breaker-verbs [data-verb]")) {
-        button.hidden = !makesSense(button.dataset.verb, breaker);
+        button.hidden = !applies(button.dataset.verb, breaker);
     }
     byId("deferred").classList.toggle("refusing", !admits(breaker));
     choose("deferred");
@@ -46,14 +46,14 @@ function show({breaker}) {
 function state(breaker, shown) {
     const {outage} = breaker;
     const durations = past?.durations.runs ? past.durations : null;
-    const told = durations && `Of ${durations.runs.toLocaleString()} runs of its tasks that succeeded in the last 5 minutes, by their events`;
+    const basis = durations && `Of ${durations.runs.toLocaleString()} runs of its tasks that succeeded in the last 5 minutes, by their events`;
     const facts = [
         ["Since", breaker.epoch ? moment(outage?.opened ?? breaker.since) : NOTHING], ["Causes", causes(outage)],
         ...(outage && outage.reason !== breaker.reason ? [["Latest", shown.reason]] : []), ["Next probe", shown.probe], ["Deferred", shown.deferred],
         ["Oldest wait", shown.oldest], ["Recovery", shown.recovery], ["Evidence", shown.evidence],
         ["Calls per second", past ? perSecond(perSecondOf(past)) : NOTHING, "Over the last 5 minutes"],
-        ["Duration, p50", durations ? short(durations.p50) : NOTHING, told],
-        ["Duration, p95", durations ? short(durations.p95) : NOTHING, told],
+        ["Duration, p50", durations ? short(durations.p50) : NOTHING, basis],
+        ["Duration, p95", durations ? short(durations.p95) : NOTHING, basis],
         ["Calls", shown.calls, "In about the last window"], ["Failed", `${breaker.failures} · ${shown.failed}`],
         ["Slow", `${breaker.slow} · ${shown.slow}`], ["Openings in a row", breaker.openings],
         ["Trials in flight", breaker.trials],
@@ -199,7 +199,7 @@ async function carryOut(kind, verb, ids) {
     refresh();
 }
 
-// Show what is selected, and let only that be done which makes sense.
+// Show what is selected, and let only that be done which applies.
 function choose(kind) {
     const [section, count] = [byId(kind), selected[kind].size];
     for (const row of section.querySelectorAll("tbody tr")) {
