@@ -64,7 +64,7 @@ _NOWHERE = CachedState(Spec("nowhere"), perf_counter)
 _NOWHERE.admits = _NOWHERE.admits_freely = False
 
 
-class Pass(NamedTuple):
+class Admitted(NamedTuple):
     """What one breaker has granted to one call."""
 
     breaker: str
@@ -72,7 +72,7 @@ class Pass(NamedTuple):
     trial: bool = False  # the call holds a permit, or is part of a call that does
     counts: bool = False  # a dependency failure of this run that is attributed to the breaker counts as an attempt
     leased: bool = False  # the call itself holds a permit, or one of a limited number of slots
-    for_child: bool = False  # it is the pass of a parent, for a call that counts for a child: only a trial counts
+    for_child: bool = False  # granted by a parent, for a call that counts for a child: only a trial counts
     watched: bool = False  # the call is reported when it is overdue; guards of the same breaker inside it need not be
 
 
@@ -179,7 +179,7 @@ class Fleet:
 class Dependency:
     """A breaker as guards and workers use it; a child counts alone, under its parent's policy."""
 
-    guards: tuple[Self, ...]  # the breakers that a call must pass
+    guards: tuple[Self, ...]  # the breakers that must admit a call
     reporter: Reporter
     cached: CachedState  # as it is; ``cached_state`` is brought up to date
     plain: CachedState  # the same one, if a call that succeeds needs no look at its duration or value
@@ -191,7 +191,7 @@ class Dependency:
         self.guards = (self,) if parent is None else (parent, self)
         self.spec = spec
         self.name = spec.name
-        self.family = self.name if parent is None else parent.name
+        self.root = self.name if parent is None else parent.name
         self.policy: BreakerPolicy = spec.policy
         # whether the runs of its tasks are limited, in the fleet or in each worker
         self.is_limited = (spec.policy.max_concurrency_per_worker or spec.policy.most_in_flight) is not None
@@ -348,7 +348,7 @@ class Dependency:
             self.fleet.reporter.tally(self.name, REFUSED)
         return refusal
 
-    def lease(self, holder: str, *, for_child: bool, renewed_for: float | None = None) -> Pass | None:
+    def lease(self, holder: str, *, for_child: bool, renewed_for: float | None = None) -> Admitted | None:
         """Ask the store for a permit, to be renewed for ``trial_timeout`` or so long, or a slot; None: it is denied."""
         grant = self.fleet.acquire(self.spec, holder)
         if not grant.admitted:
@@ -356,7 +356,7 @@ class Dependency:
         if grant.leased:
             limit = self.policy.trial_timeout if renewed_for is None else renewed_for
             self.hold(holder, limit if grant.trial else math.inf)
-        return Pass(self.name, grant.snapshot.epoch, grant.trial, leased=grant.leased, for_child=for_child)
+        return Admitted(self.name, grant.snapshot.epoch, grant.trial, leased=grant.leased, for_child=for_child)
 
     def hold(self, holder: str, seconds: float) -> None:
         """Renew a permit until it is settled, at most for so many seconds."""
@@ -387,7 +387,7 @@ class Dependency:
         return _SLOW if verdict.outcome is Outcome.SUCCESS and seconds > self.slow_after else verdict
 
     def conclude(
-        self, held: Pass, verdict: Verdict, *, holder: str, voter: str = "", each: bool = False,
+        self, held: Admitted, verdict: Verdict, *, holder: str, voter: str = "", each: bool = False,
         was_overdue: bool = False,
     ) -> int:  # fmt: skip
         """Report a call, and settle the permit or slot that it holds; see :meth:`Reporter.report`."""

@@ -27,7 +27,7 @@ from typing import Any, TypeVar, cast
 
 from resilient_tasks.core.classification import Verdict, attribute_to, attributed_to
 from resilient_tasks.core.model import Outcome, parent_of, voter_of
-from resilient_tasks.dependency import NO_VALUE, Dependency, Pass, needs_no_report
+from resilient_tasks.dependency import NO_VALUE, Admitted, Dependency, needs_no_report
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.store.background import Watch, overdue
 
@@ -52,10 +52,10 @@ class Scope:
     What a ``with`` block calls is part of it; if it is a task's run, so is what threads without a context call.
     """
 
-    __slots__ = ("_token", "has_ended", "outer", "passes", "reported", "task_id", "trial_verdicts")
+    __slots__ = ("_token", "admitted_by", "has_ended", "outer", "reported", "task_id", "trial_verdicts")
 
-    def __init__(self, passes: Iterable[Pass] = (), task_id: str = "") -> None:
-        self.passes: Mapping[str, Pass] = {each.breaker: each for each in passes}
+    def __init__(self, admitted_by: Iterable[Admitted] = (), task_id: str = "") -> None:
+        self.admitted_by: Mapping[str, Admitted] = {each.breaker: each for each in admitted_by}
         self.task_id = task_id
         self.outer: Scope | None = None
         self.has_ended = False
@@ -105,7 +105,7 @@ def _live(scope: Scope | None) -> Iterator[Scope]:
 
 def _shares(scope: Scope, breaker: str) -> bool:
     """Whether a call holds a permit or a slot, or is part of one that does."""
-    held = scope.passes.get(breaker)
+    held = scope.admitted_by.get(breaker)
     return held is not None and (held.trial or held.leased)
 
 
@@ -125,7 +125,7 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 _REPLACED = object()
-_NO_PASSES: Mapping[str, Pass] = {}
+_NOT_ADMITTED: Mapping[str, Admitted] = {}
 
 
 class _PlainCall(Scope):
@@ -133,7 +133,7 @@ class _PlainCall(Scope):
 
     __slots__ = ("_dependency", "_epoch", "value")
     value: object
-    passes = _NO_PASSES
+    admitted_by = _NOT_ADMITTED
     outer = None
     task_id = ""
 
@@ -194,7 +194,7 @@ def call(dependency: Dependency, fn: Callable[..., Any], args: Any, kwargs: Any)
     around, inside[0] = inside[0], None
     if type(result) not in _FINISHED and (hasattr(type(result), "__await__") or isinstance(result, _UNSTARTED)):
         plain = _Call((dependency,))
-        plain.begin({dependency.name: Pass(dependency.name, epoch)})
+        plain.begin({dependency.name: Admitted(dependency.name, epoch)})
         return plain.finish(fn, result)
     if around is dependency:
         cached.pending.append(epoch)
@@ -314,49 +314,49 @@ class _Call(Scope):
 
     # --- admission ----------------------------------------------------------------------------------
 
-    def _admit_by_cache(self) -> dict[str, Pass | None]:
+    def _admit_by_cache(self) -> dict[str, Admitted | None]:
         """Return what is granted by what this process knows, None where the store must be asked; raise a refusal."""
         self.outer = outer = _scope_around(self._dependencies[0])
         if outer is not None:
             self._dependencies = [_in_place_of(dependency, outer) for dependency in self._dependencies]
             self._guards = _guards(self._dependencies)
-        return {guard.name: self._pass_by_cache(guard, for_child=guard is not of) for guard, of in self._guards}
+        return {guard.name: self._admitted_by_cache(guard, for_child=guard is not of) for guard, of in self._guards}
 
-    def _pass_by_cache(self, guard: Dependency, *, for_child: bool) -> Pass | None:
+    def _admitted_by_cache(self, guard: Dependency, *, for_child: bool) -> Admitted | None:
         cached, name = guard.cached_state, guard.name
-        held = [scope.passes[name] for scope in _live(self.outer) if _shares(scope, name)]
+        held = [scope.admitted_by[name] for scope in _live(self.outer) if _shares(scope, name)]
         if cached.admits_freely or (cached.admits and (for_child or held)):  # slots are the child's own
-            return Pass(name, cached.epoch, for_child=for_child)
+            return Admitted(name, cached.epoch, for_child=for_child)
         if any(each.trial and each.epoch >= cached.epoch for each in held):  # it has not opened again since
-            return Pass(name, cached.epoch, trial=True, for_child=for_child)
+            return Admitted(name, cached.epoch, trial=True, for_child=for_child)
         if cached.refuses:
             raise guard.refuse()
         return None
 
-    def admit(self) -> dict[str, Pass]:
+    def admit(self) -> dict[str, Admitted]:
         """Admit it by the cached states, and where those do not decide by the store; raise a refusal."""
         known = self._admit_by_cache()
         if None in known.values():
             self._holder = uuid.uuid4().hex
-        passes: dict[str, Pass] = {}
+        admitted_by: dict[str, Admitted] = {}
         try:
             for guard, of in self._guards:
                 granted = known[guard.name] or guard.lease(self._holder, for_child=guard is not of)
                 if granted is None:
                     raise guard.refuse()  # noqa: TRY301 - what was granted before is given back
-                passes[guard.name] = granted
+                admitted_by[guard.name] = granted
         except BaseException:
-            self._give_back(passes)
+            self._give_back(admitted_by)
             raise
-        return passes
+        return admitted_by
 
-    def _give_back(self, passes: Mapping[str, Pass]) -> None:
+    def _give_back(self, admitted_by: Mapping[str, Admitted]) -> None:
         for guard, _ in self._guards:
-            held = passes.get(guard.name)
+            held = admitted_by.get(guard.name)
             if held is not None and held.leased:
                 guard.conclude(held, _IGNORED, holder=self._holder)
 
-    async def admit_async(self) -> dict[str, Pass]:
+    async def admit_async(self) -> dict[str, Admitted]:
         """Admit it without blocking the event loop; under trio the loop waits for the store."""
         loop = _get_running_loop()
         if loop is None:
@@ -372,12 +372,12 @@ class _Call(Scope):
             asking.add_done_callback(self._give_back_granted)
             raise
 
-    def _give_back_granted(self, asked: asyncio.Future[dict[str, Pass]]) -> None:
+    def _give_back_granted(self, asked: asyncio.Future[dict[str, Admitted]]) -> None:
         if asked.exception() is None:
             self._give_back(asked.result())
 
-    def begin(self, passes: dict[str, Pass]) -> None:
-        self.passes = passes
+    def begin(self, admitted_by: dict[str, Admitted]) -> None:
+        self.admitted_by = admitted_by
         for dependency in self._dependencies:
             if dependency.policy.slow_call_duration is not None:
                 self._watches[dependency.name] = self._watch(dependency)
@@ -387,12 +387,12 @@ class _Call(Scope):
     def _watch(self, dependency: Dependency) -> Watch | None:
         """Have the call reported when it is overdue; None: a call around it is, or it is part of a trial."""
         name = dependency.name
-        held = self.passes[name]
-        around = (scope.passes.get(name) for scope in _live(self.outer))
+        held = self.admitted_by[name]
+        around = (scope.admitted_by.get(name) for scope in _live(self.outer))
         if any(each is not None and each.watched for each in around) or (held.trial and not held.leased):
             return None
         voter = dependency.fleet.voter()  # here: the watching thread is no task's
-        self.passes = {**self.passes, name: held._replace(watched=True)}
+        self.admitted_by = {**self.admitted_by, name: held._replace(watched=True)}
         report = partial(dependency.conclude, held, _OVERDUE, holder=self._holder, voter=voter, each=True)
         return overdue.begin(dependency.slow_after, report, once=held.trial)  # a trial has one outcome
 
@@ -437,7 +437,7 @@ class _Call(Scope):
 
     def _report_to(self, guard: Dependency, verdict: Verdict, counted_for: str | None, *, was_overdue: bool) -> int:
         """Report to one breaker; ``counted_for`` is the one for which a guard inside has counted the same exception."""
-        name, held = guard.name, self.passes[guard.name]
+        name, held = guard.name, self.admitted_by[guard.name]
         if held.trial:
             verdict = verdict if verdict.outcome is Outcome.FAILURE else self.trial_verdicts.get(name, verdict)
             if not held.leased:
@@ -548,7 +548,7 @@ def _scope_around(dependency: Dependency) -> Scope | None:
 
 def _in_place_of(dependency: Dependency, scope: Scope) -> Dependency:
     """Return the breaker that a guard inside ``scope`` reports for: in a child's call, that child for its parent."""
-    names = (name for around in _live(scope) for name in around.passes if parent_of(name) == dependency.name)
+    names = (name for around in _live(scope) for name in around.admitted_by if parent_of(name) == dependency.name)
     child = next(names, None)
     return dependency if child is None else dependency.child_named(child)
 

@@ -16,7 +16,7 @@ from zlib import crc32
 
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, State, voter_of
-from resilient_tasks.dependency import Dependency, Pass
+from resilient_tasks.dependency import Admitted, Dependency
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError
 from resilient_tasks.store.background import Watch, overdue
 from resilient_tasks.store.view import CachedState
@@ -92,19 +92,19 @@ class Gate:
 
     def grant(self, request: GatedRequest) -> Admission:
         """Decide on a request that no breaker refuses by what is known here."""
-        passes: list[Pass] = []
+        admitted_by: list[Admitted] = []
         for breaker in request.guards:
-            admitted = self._pass(breaker, request)
+            admitted = self._admit_one(breaker, request)
             if admitted is None:
-                self.settle(request, Admission(tuple(passes)), Report.of_all(_IGNORED, passes))
+                self.settle(request, Admission(tuple(admitted_by)), Report.of_all(_IGNORED, admitted_by))
                 is_full = breaker.cached_state.admits_freely
                 refusal = BreakerOpenError(breaker.name, AT_CAPACITY, 0.0) if is_full else breaker.refuse()
                 return _denied(request, refusal)
-            passes.append(admitted)
-        return Admission(tuple(passes), None, request.envelope.attempts, request.envelope.trace)
+            admitted_by.append(admitted)
+        return Admission(tuple(admitted_by), None, request.envelope.attempts, request.envelope.trace)
 
-    def _pass(self, breaker: Dependency, request: GatedRequest) -> Pass | None:
-        """Return one breaker's pass; None if it denies a permit or a slot. A slot is the child's to give."""
+    def _admit_one(self, breaker: Dependency, request: GatedRequest) -> Admitted | None:
+        """Return what one breaker grants; None if it denies a permit or a slot. A slot is the child's to give."""
         cached, for_child = breaker.cached_state, breaker not in request.breakers
         is_counted = breaker.is_limited and not for_child
         if is_counted and not self._count(breaker):
@@ -122,7 +122,7 @@ class Gate:
         counts = not trial and _would_count(breaker, cached, request.envelope)
         is_watched = breaker.slow_after < math.inf and (leased or not for_child)
         watched = is_watched and self._is_watched(request, breaker, trial=trial)
-        return Pass(breaker.name, epoch, trial, counts, leased, for_child, watched)
+        return Admitted(breaker.name, epoch, trial, counts, leased, for_child, watched)
 
     def _most_here(self, breaker: Dependency) -> float:
         """Return how many runs of a breaker's tasks this worker may have in flight by itself."""
@@ -154,7 +154,8 @@ class Gate:
 
     def hold(self, request: GatedRequest, admission: Admission) -> None:
         """Note that a run has begun: its permits are renewed for as long as it may take, and it may become overdue."""
-        for breaker, admitted in zip(request.guards, admission.passes, strict=False):  # refused: no passes, a fallback
+        admitted_by = admission.admitted_by  # by none, if refused: a fallback answers
+        for breaker, admitted in zip(request.guards, admitted_by, strict=False):
             if admitted.trial:
                 hard, soft = limits_of(request.task, request.time_limits)
                 breaker.hold(request.holder, float(hard or soft or breaker.policy.trial_timeout))
@@ -165,8 +166,8 @@ class Gate:
 
     def settle(self, request: GatedRequest, admission: Admission, report: Report) -> None:
         """Count what a run has found out, once, for each breaker that admitted it."""
-        passes = zip(request.guards, admission.passes, report.verdicts, strict=False)  # of the first, if one refused
-        for breaker, admitted, found in passes:
+        admitted_by = admission.admitted_by  # by those before the first that has refused, if one has
+        for breaker, admitted, found in zip(request.guards, admitted_by, report.verdicts, strict=False):
             was_overdue = admitted.watched and self._end_watch(request, breaker, found)
             if breaker.is_limited and not admitted.for_child:
                 self._uncount(breaker.name)
@@ -185,7 +186,7 @@ class Gate:
 
 
 def _report(
-    request: GatedRequest, breaker: Dependency, admitted: Pass, verdict: Verdict, *, was_overdue: bool = False
+    request: GatedRequest, breaker: Dependency, admitted: Admitted, verdict: Verdict, *, was_overdue: bool = False
 ) -> None:
     voter = "" if verdict.outcome is Outcome.SUCCESS else voter_of(request.id)
     holder = request.holder if admitted.leased else ""
@@ -197,7 +198,7 @@ def _denied(request: GatedRequest, refusal: BreakerOpenError) -> Admission:
 
 
 def _watched_as(request: GatedRequest, breaker: Dependency) -> tuple[str, str]:
-    return request.task.name, breaker.family
+    return request.task.name, breaker.root
 
 
 def _would_count(breaker: Dependency, cached: CachedState, envelope: Envelope) -> bool:

@@ -144,7 +144,7 @@ class Compensation:
 
     def wait(self, breaker: Dependency) -> float:
         """Return for how many seconds a task over a breaker's share is deferred: as long as it is suspect already."""
-        parent = breaker.family
+        parent = breaker.root
         since = (at for name, at in list(self.suspects.items()) if _parent_or_own(name) == parent)
         suspect_for = time.monotonic() - min(since, default=math.inf)
         return max(self._late_after, min(suspect_for, breaker.policy.open_duration))
@@ -163,13 +163,13 @@ class Compensation:
         """
         if breaker.cached_state.snapshot.state in _UNLIMITED:
             return False
-        suspects, slots, parent = self.suspects, self._slots, breaker.family
+        suspects, slots, parent = self.suspects, self._slots, breaker.root
         if breaker.name in suspects and any(breaker in call.breakers for call in running):
             suspect_calls = sum(any(each.name in suspects for each in call.breakers) for call in running)
             return suspect_calls >= max(1, slots - 1)
         if all(_parent_or_own(name) != parent for name in list(suspects)):
             return False
-        siblings = sum(any(each.family == parent for each in call.breakers) for call in running)
+        siblings = sum(any(each.root == parent for each in call.breakers) for call in running)
         return siblings >= max(1, slots + self._most_spare - 1)
 
     @property
@@ -191,7 +191,7 @@ class Compensation:
 
         The first calls of a process are slow; quicker ones after them count for more. Slower ones may be an outage.
         """
-        parent = breaker.family
+        parent = breaker.root
         usual, at, calls = self._usual.get(parent, (seconds, now, 0))
         calls = min(calls + 1, FIRST_CALLS)
         weight = 1 / calls if seconds < usual and calls < FIRST_CALLS else min(1.0, (now - at) / LEARNING)

@@ -20,7 +20,7 @@ from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry
 from resilient_tasks.core.classification import Verdict, attributed_to, refusal_in
 from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.core.outage import FAILED
-from resilient_tasks.dependency import Dependency, Pass
+from resilient_tasks.dependency import Admitted, Dependency
 from resilient_tasks.errors import AT_CAPACITY, BreakerOpenError, ResilienceError
 from resilient_tasks.fallback import Call, Served, write_provenance
 from resilient_tasks.guard import Scope, call_guarded, current_scope
@@ -46,22 +46,22 @@ _BODY = "_resilient_tasks_body"  # of a request: the body that runs for it
 class Admission(NamedTuple):
     """The gate's answer to one run."""
 
-    passes: tuple[Pass, ...] = ()  # one of each of the task's breakers, in the task's order; none when one has refused
+    admitted_by: tuple[Admitted, ...] = ()  # the task's breakers in the task's order; none when one has refused
     refusal: BreakerOpenError | None = None  # of the first breaker that refused
     attempts: int = 0  # dependency failures of this task that counted so far
     trace: str = ""  # ``traceparent`` of what the task did before it was deferred, where calls are traced
 
-    def pass_of(self, breaker: str) -> Pass | None:
-        return next((each for each in self.passes if each.breaker == breaker), None)
+    def admitted_of(self, breaker: str) -> Admitted | None:
+        return next((each for each in self.admitted_by if each.breaker == breaker), None)
 
     @property
     def answerable(self) -> str:
         """The first breaker for which an outcome of the run counts, whatever it was waiting for."""
-        return next(each.breaker for each in self.passes if not each.for_child)
+        return next(each.breaker for each in self.admitted_by if not each.for_child)
 
     def attempts_after_failure(self, breaker: str) -> int:
         """Return the attempts that count if this run fails, and the failure is attributed to ``breaker``."""
-        admitted = self.pass_of(breaker) or next(iter(self.passes), None)
+        admitted = self.admitted_of(breaker) or next(iter(self.admitted_by), None)
         return self.attempts + (admitted is not None and admitted.counts)
 
 
@@ -79,7 +79,7 @@ class Deferred(NamedTuple):
 class Report(NamedTuple):
     """What a run found out about its dependencies."""
 
-    #: One for each pass of its admission; None when the body did not run, or guards inside it have reported already.
+    #: One for each breaker of its admission; None when the body did not run, or guards inside it have reported already.
     verdicts: tuple[Verdict | None, ...] = ()
     source: str = ""  # the fallback that answered
     age: float | None = None  # of a cached answer, seconds
@@ -89,8 +89,8 @@ class Report(NamedTuple):
     deferred: Deferred | None = None
 
     @classmethod
-    def of_all(cls, verdict: Verdict, passes: Sequence[Pass]) -> Report:
-        return cls((verdict,) * len(passes))
+    def of_all(cls, verdict: Verdict, admitted_by: Sequence[Admitted]) -> Report:
+        return cls((verdict,) * len(admitted_by))
 
 
 #: What nearly every run reports; None stands for it on the way out of the pool: pickling it costs more than the rest.
@@ -134,10 +134,10 @@ class Run(Scope):
     __slots__ = ("admission", "begun", "deferred", "exhausted", "served", "verdicts")
 
     def __init__(self, admission: Admission, task_id: str) -> None:
-        super().__init__(admission.passes, task_id)
+        super().__init__(admission.admitted_by, task_id)
         self.admission = admission
         self.begun = False
-        self.verdicts: Sequence[Verdict | None] = [None] * len(admission.passes)  # on the task as a whole
+        self.verdicts: Sequence[Verdict | None] = [None] * len(admission.admitted_by)  # on the task as a whole
         self.served: tuple[str, float | None, str] = ("", None, "")  # by which fallback, how old, for which breaker
         self.exhausted = ("", "")  # the failure that has used up the task's attempts, and its breaker
         self.deferred: Deferred | None = None
@@ -151,7 +151,7 @@ class Run(Scope):
 
     def report(self) -> Report:
         verdicts: list[Verdict | None] = []
-        for admitted, verdict in zip(self.admission.passes, self.verdicts, strict=True):
+        for admitted, verdict in zip(self.admission.admitted_by, self.verdicts, strict=True):
             if admitted.trial:
                 verdicts.append(self.trial_verdicts.get(admitted.breaker, verdict))
             else:
@@ -244,9 +244,9 @@ class _Body:
             setattr(task.request, _BODY, self)
         elif task.own_call is None and not task.request.is_eager:
             self.function = partial(Task.__call__, task)  # a direct call gets a request of its own
-        passes = self.admission.passes
-        self.guards = [self.runtime.breaker(admitted.breaker) for admitted in passes]
-        answerable = [guard for guard, admitted in zip(self.guards, passes, strict=True) if not admitted.for_child]
+        admitted_by = self.admission.admitted_by
+        self.guards = [self.runtime.breaker(admitted.breaker) for admitted in admitted_by]
+        answerable = [guard for guard, admitted in zip(self.guards, admitted_by, strict=True) if not admitted.for_child]
         self.breakers = answerable or self.runtime.breakers_of(task, args, kwargs)
         self._verdicts: dict[str, Verdict] = {}  # on the exception that has ended the run, by breaker
 
@@ -305,8 +305,8 @@ class _Body:
 
         But for those of a trial, which has one.
         """
-        retrying, passes = self.options.retrying, self.admission.passes
-        if self.gated is not None and (retrying is None or any(admitted.trial for admitted in passes)):
+        retrying, admitted_by = self.options.retrying, self.admission.admitted_by
+        if self.gated is not None and (retrying is None or any(admitted.trial for admitted in admitted_by)):
             function, args, kwargs = self.function, self.args, self.kwargs
         else:
             function, args, kwargs = call_guarded, (self.breakers, self.function, self.args, self.kwargs), {}
@@ -367,12 +367,12 @@ class _Body:
 
     def _is_open(self, breaker: Dependency) -> bool:
         """Whether a breaker has opened since it admitted the run, or has admitted it as a trial."""
-        admitted = self.admission.pass_of(breaker.name)
+        admitted = self.admission.admitted_of(breaker.name)
         return (admitted is not None and admitted.trial) or breaker.state in (*_REFUSING, State.HALF_OPEN)
 
     def _refusal_since(self) -> BreakerOpenError | None:
         """Return the refusal of a breaker that has opened since the gate let this run through."""
-        for guard, admitted in zip(self.guards, self.admission.passes, strict=True):
+        for guard, admitted in zip(self.guards, self.admission.admitted_by, strict=True):
             # what this process has never used was read at the gate, milliseconds ago
             if not admitted.trial and guard.has_joined and guard.state in _REFUSING:
                 return guard.refuse()

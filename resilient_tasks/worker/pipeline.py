@@ -109,7 +109,7 @@ class Pipeline:
             raise TaskRevokedError(request.id)
         if request.delivery_info.get("redelivered") and not request.envelope.since:  # a deferred one may keep the mark
             self.runtime.fleet.reporter.tally(request.task.options.breakers[0], REDELIVERED)
-        if admission.passes:
+        if admission.admitted_by:
             self.compensation.begin(request, request.breakers)
         return admission
 
@@ -168,7 +168,7 @@ class Pipeline:
     def _settle_all(self, request: GatedRequest, verdict: Verdict) -> None:
         """Settle a run about which there is one verdict, the same for every breaker."""
         if request.admission is not None:
-            self._settle(request, Report.of_all(verdict, request.admission.passes))
+            self._settle(request, Report.of_all(verdict, request.admission.admitted_by))
 
     def discard(self, request: GatedRequest) -> None:
         """Settle a run that has never begun; the broker delivers its message again."""
@@ -368,7 +368,7 @@ def _announce(request: GatedRequest) -> None:
 def _deferred_by_time_limit(request: GatedRequest, exc: BaseException) -> Deferred | None:
     """Return what a run would have raised itself, had the time limit not killed it."""
     admission = request.admission
-    if not admission or not admission.passes or not isinstance(exc, TimeLimitExceeded):
+    if not admission or not admission.admitted_by or not isinstance(exc, TimeLimitExceeded):
         return None
     if request.task.options.on_failure != DEFER:
         return None

@@ -14,7 +14,7 @@ from uuid import uuid4
 from resilient_tasks.checks import HEARTBEATS, HealthCheckError, Probe, Run, run_probe
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State
-from resilient_tasks.dependency import Dependency, Pass
+from resilient_tasks.dependency import Admitted, Dependency
 from resilient_tasks.errors import StoreError
 from resilient_tasks.guard import Scope
 from resilient_tasks.store.base import Evidence
@@ -110,7 +110,7 @@ def _last_heartbeat(breaker: Dependency) -> float | None:
 
 
 def _run(breaker: Dependency, probe: Probe, run: Run, epoch: int) -> Verdict:
-    permit = Pass(breaker.name, epoch, trial=True, leased=True)  # guards inside share it
+    permit = Admitted(breaker.name, epoch, trial=True, leased=True)  # guards inside share it
     try:
         with Scope([permit]):
             run_probe(probe.function, run)

@@ -105,4 +105,4 @@ def call_all_the_time(store_url: str, address: str, seed: int) -> None:
 
 def _holds_permit(guard: Any) -> bool:
     call = None if guard._inside is not None else guard._call
-    return any(held.leased for held in getattr(call, "passes", {}).values())
+    return any(held.leased for held in getattr(call, "admitted_by", {}).values())

@@ -20,7 +20,7 @@ from celery.signals import task_postrun
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Outcome, Resilience, constant
 from resilient_tasks.core.classification import Verdict
-from resilient_tasks.dependency import Pass
+from resilient_tasks.dependency import Admitted
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.execution import WENT_WELL, Admission, Deferred, Report, run_admitted
@@ -31,7 +31,7 @@ SUCCESS, FAILURE = Verdict(Outcome.SUCCESS), Verdict(Outcome.FAILURE, "Connectio
 
 
 def admitted(*, attempts: int = 0, trial: bool = False, counts: bool = False, epoch: int = 0) -> Admission:
-    return Admission((Pass("payments", epoch, trial=trial, counts=counts),), attempts=attempts)
+    return Admission((Admitted("payments", epoch, trial=trial, counts=counts),), attempts=attempts)
 
 
 def gated(task: Any, admission: Admission) -> tuple[Any, Report]:
@@ -100,7 +100,7 @@ def test_a_users_classify_is_asked_once_about_a_failed_run(make: Any, resilience
     resilience.breaker("mail", classify=classify)
     error = ValueError("no such mailbox")
     task = make(breaker="mail")(failing(error))
-    deferred, _ = gated(task, Admission((Pass("mail"),)))
+    deferred, _ = gated(task, Admission((Admitted("mail"),)))
     assert (deferred.breaker, deferred.cause) == ("mail", "ValueError")
     assert asked == [error]
 
@@ -268,7 +268,7 @@ def accounts(resilience: Resilience, clock: Clock) -> Breaker:
     return resilience.breaker("accounts", consecutive_failures=3, open_jitter=0)
 
 
-BOTH = Admission((Pass("payments"), Pass("accounts", counts=True)))
+BOTH = Admission((Admitted("payments"), Admitted("accounts", counts=True)))
 SAYS_NOTHING = Verdict(Outcome.IGNORED, "ConnectionError")
 
 
@@ -311,7 +311,7 @@ def test_a_guard_inside_a_trial_of_two_decides_its_own(make: Any, accounts: Brea
     def guarded() -> None:
         accounts.call(failing(ConnectionError()))
 
-    admission = Admission((Pass("payments", trial=True), Pass("accounts", trial=True)))
+    admission = Admission((Admitted("payments", trial=True), Admitted("accounts", trial=True)))
     assert gated(guarded, admission)[1].verdicts == (SAYS_NOTHING, FAILURE)
 
 

@@ -24,7 +24,7 @@ from resilient_tasks.breaker import Breaker
 from resilient_tasks.checks import Probe
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Grant, Outcome, State, Transition
-from resilient_tasks.dependency import Fleet, Pass
+from resilient_tasks.dependency import Admitted, Fleet
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreError
 from resilient_tasks.guard import Scope
 from resilient_tasks.policy import BreakerPolicy
@@ -640,7 +640,7 @@ def test_a_function_that_returns_a_generator_has_been_called(rig: Rig) -> None:
 class Call(Scope):
     """What is around a guard, and notes what is reported."""
 
-    def __init__(self, held: Pass, task_id: str = "") -> None:
+    def __init__(self, held: Admitted, task_id: str = "") -> None:
         super().__init__([held], task_id)
         self.noted: list[str] = []
         self.found_in_trial: list[Outcome] = []
@@ -655,7 +655,7 @@ class Call(Scope):
 
 @every_way
 def test_a_guard_inside_a_task_answers_in_its_stead(rig: Rig, use: Any) -> None:
-    task = Call(Pass("payments"))
+    task = Call(Admitted("payments"))
     with task:
         use(rig, rig.works)
         assert set(task.noted) == {"payments"}
@@ -671,7 +671,7 @@ def test_a_guard_inside_a_trial_needs_no_permit_of_its_own(rig: Rig, use: Any) -
     rig.half_open()
     epoch = rig.acquire("the task").snapshot.epoch
     rig.acquire("another task")
-    task = Call(Pass("payments", epoch, trial=True, leased=True))
+    task = Call(Admitted("payments", epoch, trial=True, leased=True))
     with task:
         for _ in range(3):
             assert use(rig, rig.works) == "paid"

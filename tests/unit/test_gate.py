@@ -81,7 +81,7 @@ def test_a_task_that_is_delivered_twice_is_one_trial_only(gate: Gate, payments: 
     force(payments, "OPEN")
     clock.advance(1.0)
     first, second = (gate.admit(request("task", Envelope(), payments)) for _ in range(2))
-    assert first.passes[0].trial
+    assert first.admitted_by[0].trial
     assert second.refusal is not None
     assert second.refusal.state == "HALF_OPEN"
 
@@ -112,7 +112,7 @@ def test_a_task_of_several_breakers_gets_all_permits_or_none(
     refused = gate.admit(request("task", Envelope(), payments, accounts))
     clock.settle()
     assert refused.refusal is not None
-    assert (refused.refusal.breaker, refused.passes) == ("accounts", ())
+    assert (refused.refusal.breaker, refused.admitted_by) == ("accounts", ())
     assert payments.snapshot().trials == 0
     assert payments.snapshot().state == "HALF_OPEN"
     assert resilience.fleet.acquire(payments.spec, "the next one").trial

@@ -12,7 +12,7 @@ import pytest
 
 from resilient_tasks import Breaker, BreakerPolicy
 from resilient_tasks.core.model import State
-from resilient_tasks.dependency import Pass
+from resilient_tasks.dependency import Admitted
 from resilient_tasks.guard import Scope
 from tests.support.doubles import wait_until
 from tests.unit.test_breaker import Rig
@@ -95,11 +95,11 @@ def test_guards_inside_a_guard_report_one_hang_once(rig: Rig) -> None:
 
 
 def test_what_the_main_process_watches_guards_inside_the_run_do_not_report(rig: Rig) -> None:
-    run = Scope([Pass("payments", rig.breaker.cached_state.epoch, watched=True)], "a task")
+    run = Scope([Admitted("payments", rig.breaker.cached_state.epoch, watched=True)], "a task")
     with run, rig.breaker.guard():
         time.sleep(3 * SLOW)
     assert score(rig.breaker) == 0
-    with Scope([Pass("payments", rig.breaker.cached_state.epoch)], "a task"), rig.breaker.guard():
+    with Scope([Admitted("payments", rig.breaker.cached_state.epoch)], "a task"), rig.breaker.guard():
         wait_until(lambda: score(rig.breaker) >= 1)
 
 

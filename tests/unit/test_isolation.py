@@ -14,7 +14,7 @@ from resilient_tasks import Breaker, BreakerOpenError, Resilience
 from resilient_tasks.core.classification import Verdict
 from resilient_tasks.core.model import Outcome, Snapshot, State
 from resilient_tasks.core.pace import Pace, refill_count
-from resilient_tasks.dependency import Pass
+from resilient_tasks.dependency import Admitted
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.testing import Clock
 from resilient_tasks.worker.admission import Gate
@@ -58,7 +58,7 @@ def test_a_call_that_fails_counts_and_frees_its_slot(rig: Rig, use: Any) -> None
 
 @every_way
 def test_a_guard_inside_a_task_shares_its_slot(rig: Rig, use: Any) -> None:
-    task = Call(Pass("payments", leased=True))
+    task = Call(Admitted("payments", leased=True))
     rig.acquire("the task")
     with task:
         assert use(rig, rig.works) == "paid"
@@ -119,11 +119,11 @@ def request(task_id: str, *breakers: Breaker, envelope: Envelope | None = None) 
 
 def test_a_worker_runs_no_more_than_it_may(gate: Gate, payments: Breaker) -> None:
     first, second = (gate.admit(request(task_id, payments)) for task_id in "ab")
-    assert first.passes[0].leased
+    assert first.admitted_by[0].leased
     assert str(second.refusal) == "breaker 'payments' is at capacity"
     gate.settle(request("a", payments), first, Run(first, "a").report())
     resumed = Envelope(breaker="payments", resumed=payments.cached_state.epoch)
-    assert gate.admit(request("b", payments, envelope=resumed)).passes
+    assert gate.admit(request("b", payments, envelope=resumed)).admitted_by
 
 
 def test_a_slot_of_one_breaker_is_given_back_if_another_refuses(
@@ -136,7 +136,7 @@ def test_a_slot_of_one_breaker_is_given_back_if_another_refuses(
     assert refused.refusal is not None
     assert refused.refusal.breaker == "accounts"
     assert payments.snapshot().in_flight == 0
-    assert gate.admit(request("b", payments)).passes
+    assert gate.admit(request("b", payments)).admitted_by
 
 
 # --- the tick ------------------------------------------------------------------------------------------

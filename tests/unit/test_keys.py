@@ -12,7 +12,7 @@ from celery import Celery
 
 from resilient_tasks import Breaker, BreakerOpenError, ConfigurationError, Resilience
 from resilient_tasks.core.model import Calls, Outcome, Verb, child_name, is_child, key_of, parent_of
-from resilient_tasks.dependency import REMEMBERED_FOR, Pass
+from resilient_tasks.dependency import REMEMBERED_FOR, Admitted
 from resilient_tasks.testing import Clock, force
 from resilient_tasks.worker import maintenance as tick
 from resilient_tasks.worker.admission import Gate
@@ -189,8 +189,8 @@ def test_a_tasks_outcome_counts_for_the_child_and_a_trial_for_its_parent(
     clock.advance(20)
     gate, call = Gate(runtime_of(app)), request("a", Envelope(), acme)
     admission = gate.admit(call)
-    assert admission.passes[0].trial
-    assert (admission.passes[0].for_child, admission.passes[1].for_child) == (True, False)
+    assert admission.admitted_by[0].trial
+    assert (admission.admitted_by[0].for_child, admission.admitted_by[1].for_child) == (True, False)
     task = app.task(shared=False, breaker="payments", breaker_key=lambda _args, _kwargs: "acme", name="t")(failing)
     deferred, report = gated(task, admission)
     assert (deferred.breaker, report.verdicts) == ("payments:acme", (FAILURE, FAILURE))
@@ -204,7 +204,7 @@ def test_a_failure_inside_a_childs_guard_counts_for_the_parent(app: Celery, acme
     def guarded() -> None:
         acme.call(failing)
 
-    admission = Admission((Pass("payments", trial=True),))
+    admission = Admission((Admitted("payments", trial=True),))
     assert gated(guarded, admission)[1].verdicts == (FAILURE,)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.core.model import Outcome, State
-from resilient_tasks.dependency import Pass
+from resilient_tasks.dependency import Admitted
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.guard import call_guarded
 from resilient_tasks.store.base import Spec
@@ -204,11 +204,11 @@ elsewhere_in_the_run = pytest.mark.parametrize("run", [in_a_thread, in_a_bare_th
 
 
 @elsewhere_in_the_run
-@pytest.mark.parametrize("others", [[], [Call(Pass("mail"), "b")]], ids=["alone", "beside another run"])
+@pytest.mark.parametrize("others", [[], [Call(Admitted("mail"), "b")]], ids=["alone", "beside another run"])
 def test_threads_of_a_run_are_part_of_its_trial(rig: Rig, run: Any, others: list[Call]) -> None:
     rig.half_open()
     rig.acquire("the task")
-    task = Call(Pass("payments", rig.breaker.snapshot().epoch, trial=True, leased=True), "a")
+    task = Call(Admitted("payments", rig.breaker.snapshot().epoch, trial=True, leased=True), "a")
     with task, ExitStack() as stack:
         for other in others:
             stack.enter_context(other)
@@ -221,7 +221,7 @@ def test_threads_of_a_run_are_part_of_its_trial(rig: Rig, run: Any, others: list
 def test_threads_of_a_run_share_its_slot(rig: Rig, run: Any) -> None:
     narrow = Breaker(Spec("narrow", replace(POLICY, max_concurrency=1)), lambda: rig.fleet)
     rig.fleet.acquire(narrow.spec, "the task")
-    with Call(Pass("narrow", leased=True), "a"):
+    with Call(Admitted("narrow", leased=True), "a"):
         assert run(lambda: narrow.call(rig.works)) == "paid"
 
 
@@ -233,7 +233,7 @@ def test_the_thread_of_another_task_is_part_of_no_run(rig: Rig) -> None:
         running.task_id = "b"
         return rig.breaker.call(rig.works)
 
-    task = Call(Pass("payments"), "a")
+    task = Call(Admitted("payments"), "a")
     with task:
         assert in_a_bare_thread(another_task) == "paid"
         assert task.noted == []
