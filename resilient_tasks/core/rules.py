@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -372,6 +372,7 @@ class Seen:
     ) -> None:
         self.name, self.now, self.rules = name, now, rules
         self._fields, self._trials, self._waiting = fields, trials, waiting
+        self._snapshot: Snapshot | None = None
         number = self._number
         self.state = State(fields.get("state") or State.CLOSED)
         self.epoch, self.version, self.since = number("epoch"), number("version"), number("since") or now
@@ -478,9 +479,14 @@ class Seen:
         """How many calls may be in flight now; None: any number."""
         return concurrency_limit(self.state, self._number("learned"), self.ramp_since, self.rules, self.now)
 
-    @cached_property
+    @property
     def snapshot(self) -> Snapshot:
         """The breaker as others see it, in seconds."""
+        if self._snapshot is None:
+            self._snapshot = self._summary()
+        return self._snapshot
+
+    def _summary(self) -> Snapshot:
         calls, failures, slow = self.sums
         in_flight, deferred, oldest, deadline = self._waiting
         due = decide(self)

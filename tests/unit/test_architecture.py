@@ -134,6 +134,16 @@ def test_a_circle_is_found() -> None:
     assert {"worker.request", "core.model"} <= imported_files()["worker.pipeline"]
 
 
+def test_what_pool_processes_use_has_no_lock_that_a_fork_may_find_held() -> None:
+    """Until Python 3.12 a ``cached_property`` has one lock for all objects of its class.
+
+    A process that was forked while another thread computed one waits for ever for the next. A worker's requests live in
+    its main thread, which is the one that forks.
+    """
+    users = [path.relative_to(ROOT / PACKAGE) for path in modules() if "@cached_property" in path.read_text()]
+    assert [path for path in users if path.parts[0] != "worker"] == []
+
+
 def test_the_public_surface_is_small() -> None:
     public = getattr(importlib.import_module(PACKAGE), "__all__", [])
     assert len(public) <= 20
