@@ -206,9 +206,9 @@ def call() -> None:
 def watch() -> None:
     """Note each time at which this process begins to refuse, as the gate and the guards of this process see it."""
     with redis.Redis.from_url(os.environ["BENCH_BROKER"]) as client:
-        refused = not payments.cached_state.admits
+        refused = not payments._dependency.cached_state.admits
         while True:
-            refuses = not payments.cached_state.admits
+            refuses = not payments._dependency.cached_state.admits
             if refuses and not refused:
                 client.rpush(REFUSALS, f"{os.getpid()} {time.time()}")
             refused = refuses

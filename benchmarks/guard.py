@@ -23,7 +23,6 @@ import redis
 
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.dependency import Fleet
-from resilient_tasks.store.base import Spec
 from resilient_tasks.store.redis import RedisStore
 from workers.processes import start_valkey
 
@@ -179,7 +178,7 @@ def membership() -> Iterator[tuple[redis.Redis, Fleet, Breaker]]:
         fleet = Fleet(RedisStore(server.url(), namespace="bench"))
         try:
             with redis.Redis.from_url(server.url()) as client:
-                yield client, fleet, Breaker(Spec("payments"), lambda: fleet)
+                yield client, fleet, Breaker("payments", fleet=lambda: fleet)
         finally:
             fleet.close()
             server.stop()

@@ -70,7 +70,7 @@ def by_prometheus_client(project: ModuleType) -> None:
 def answers(resilience: Resilience) -> bool:
     """Return whether the store answers this process."""
     try:
-        resilience.fleet.store.read_shared([next(iter(resilience.breakers.values())).spec])
+        resilience.fleet.store.read_shared([next(iter(resilience.breakers.values()))._dependency.spec])
     except StoreError:
         return False
     return True
@@ -80,7 +80,7 @@ def open_children(resilience: Resilience) -> None:
     """Open ten thousand children of one breaker."""
     parent = next(iter(resilience.breakers.values()))
     for number in range(CHILDREN):
-        resilience.fleet.command(parent.child(str(number)).spec, Verb.TRIP, "down", "")
+        resilience.fleet.command(parent.child(str(number))._dependency.spec, Verb.TRIP, "down", "")
 
 
 def scrape_exporter(project: ModuleType, server: Server, directory: Path) -> None:

@@ -18,7 +18,6 @@ from benchmarks._rig import verdict
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.dependency import Fleet
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.store.base import Spec
 from resilient_tasks.store.redis import RedisStore
 from workers.processes import Server, start_valkey
 
@@ -35,7 +34,7 @@ class Run:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.fleet = Fleet(RedisStore(server.url(), namespace="bench"))
-        self.breaker = Breaker(Spec("payments", TOLERANT), lambda: self.fleet)
+        self.breaker = Breaker("payments", TOLERANT, fleet=lambda: self.fleet)
 
     def delays(self) -> list[float]:
         """Make the calls and return what the guard took of each, in milliseconds."""

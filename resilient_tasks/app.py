@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery, Task
 from celery.signals import beat_init
 
-from resilient_tasks.breaker import Breaker
+from resilient_tasks.breaker import Breaker, breaker_of
 from resilient_tasks.core.model import Transition, check_name, did_you_mean
 from resilient_tasks.core.outage import Estimate, Outage
-from resilient_tasks.dependency import Fleet
+from resilient_tasks.dependency import Dependency, Fleet
 from resilient_tasks.errors import ConfigurationError
 from resilient_tasks.fallback import Provenance, read_provenance
 from resilient_tasks.monitor import events
@@ -27,7 +27,7 @@ from resilient_tasks.settings import Settings, SettingsFields
 from resilient_tasks.signals import notify_of_transition
 from resilient_tasks.store.address import find_store
 from resilient_tasks.store.background import BackgroundQueue
-from resilient_tasks.store.base import Spec, Store
+from resilient_tasks.store.base import Store
 from resilient_tasks.store.redis import RedisStore
 from resilient_tasks.worker import beat
 from resilient_tasks.worker.bootsteps import ControlQueue, Membership
@@ -60,6 +60,7 @@ class Resilience:
         self._background = BackgroundQueue("events")
         self._app: Celery | None = None
         self._breakers: dict[str, Breaker] = {}
+        self._dependencies: dict[str, Dependency] = {}
         self._revision = time.time_ns() // 1_000_000
         self._fleet: Fleet | None = None
         self._connecting = threading.Lock()
@@ -74,7 +75,7 @@ class Resilience:
     def init_app(self, app: Celery[Any]) -> None:
         """Make the tasks of ``app`` resilient and its workers members of the fleet."""
         self._app = app
-        runtime = Runtime(app, self._breakers, self.settings, lambda: self.fleet)
+        runtime = Runtime(app, self._dependencies, self.settings, lambda: self.fleet)
         runtime.producers_gate = ProducersGate(runtime)
         _make_tasks_resilient(app)
         app.steps["worker"].add(Membership)
@@ -106,15 +107,17 @@ class Resilience:
         if policy is None and not fields and name in self._breakers:
             return self._breakers[name]
         final = self.settings.policy_for(name, _policy_in_code(name, policy, dict(fields)))
-        new = Breaker(Spec(name, final, self._revision), lambda: self.fleet)
+        new = Breaker(name, final, fleet=lambda: self.fleet, revision=self._revision)
         known = self._breakers.setdefault(name, new)
         if known.policy != new.policy:
             differences = ", ".join(
                 f"{field}={one!r} and {field}={other!r}" for field, one, other in known.policy.differences(new.policy)
             )
             raise ConfigurationError(f"breaker {name!r} is defined twice with different policies: {differences}")
-        if known is new and self._fleet is not None:
-            self._fleet.view.declare(new.spec)
+        if known is new:
+            dependency = self._dependencies[name] = new._dependency  # noqa: SLF001 - the breaker's own part
+            if self._fleet is not None:
+                self._fleet.view.declare(dependency.spec)
         return known
 
     def __getitem__(self, name: str) -> Breaker:
@@ -123,7 +126,7 @@ class Resilience:
         Raises:
             UnknownBreakerError: a ``ConfigurationError`` and a ``KeyError``; no breaker of this name is defined.
         """
-        return find_breaker(self._breakers, name)
+        return breaker_of(find_breaker(self._dependencies, name))
 
     @property
     def fleet(self) -> Fleet:
@@ -143,8 +146,8 @@ class Resilience:
             former.close()
 
     def _detach(self) -> None:
-        for breaker in self._breakers.values():
-            breaker.detach()
+        for dependency in self._dependencies.values():
+            dependency.detach()
 
     def provenance(self, task_id: str) -> Provenance | None:
         """Return where the result of a task came from; None if no fallback served it.
@@ -179,7 +182,7 @@ class Resilience:
             ConfigurationError: that breaker is not defined.
             StoreError: the store is unavailable, or keeps no history.
         """
-        snapshots = self.fleet.store.read_shared([self[name].spec])
+        snapshots = self.fleet.store.read_shared([find_breaker(self._dependencies, name).spec])
         return self.fleet.history.estimates(snapshots).get(name)
 
     @property
@@ -208,8 +211,8 @@ class Resilience:
     def _join(self, store: Store) -> Fleet:
         shared = (store.ledger, store.history) if isinstance(store, RedisStore) else ()
         fleet = Fleet(store, *shared, announce=self._announce, task_id=self._running_task)
-        for breaker in self._breakers.values():
-            fleet.view.declare(breaker.spec)
+        for dependency in self._dependencies.values():
+            fleet.view.declare(dependency.spec)
         return fleet
 
     def _running_task(self) -> str | None:

@@ -1,4 +1,4 @@
-"""``Dependency``: what guards and workers ask of a breaker. Users know it as a ``Breaker``, which adds what they call.
+"""``Dependency``: what guards and workers ask of a breaker; users hold its public face, a ``Breaker``.
 
 It admits calls by this process's cached state or by the store, judges how they end, and reports that. It is made at
 import time, before the store's address is known, so it finds its ``Fleet`` on first use: the store, this process's view
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from resilient_tasks.checks import Probe
 from resilient_tasks.core.classification import (
@@ -48,9 +48,6 @@ from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.store.local import FailoverStore
 from resilient_tasks.store.reporter import LEASE, Reporter
 from resilient_tasks.store.view import CachedState, View
-
-if TYPE_CHECKING:
-    from typing_extensions import Self  # Python 3.11 has it in typing
 
 REMEMBERED_FOR = 60.0  # seconds for which a process goes by its cached state of a CLOSED child, which nothing refreshes
 SWEEP_INTERVAL = 60.0  # seconds between two searches for children that are no longer used, made when a new one is
@@ -179,35 +176,34 @@ class Fleet:
 class Dependency:
     """A breaker as guards and workers use it; a child counts alone, under its parent's policy."""
 
-    guards: tuple[Self, ...]  # the breakers that must admit a call
     reporter: Reporter
     cached: CachedState  # as it is; ``cached_state`` is brought up to date
     plain: CachedState  # the same one, if a call that succeeds needs no look at its duration or value
     _joined: Fleet | None
-    _children: dict[str, Self]  # without a lock: each step leaves it right, and forks inherit it
+    _children: dict[str, Dependency]  # without a lock: each step leaves it right, and forks inherit it
 
-    def __init__(self, spec: Spec, find_fleet: Callable[[], Fleet], parent: Self | None = None) -> None:
+    def __init__(self, spec: Spec, find_fleet: Callable[[], Fleet], parent: Dependency | None = None) -> None:
         self.parent = parent
-        self.guards = (self,) if parent is None else (parent, self)
+        self.guards = (self,) if parent is None else (parent, self)  # the breakers that a call must pass
         self.spec = spec
         self.name = spec.name
         self.root = self.name if parent is None else parent.name
         self.policy: BreakerPolicy = spec.policy
         # whether the runs of its tasks are limited, in the fleet or in each worker
         self.is_limited = (spec.policy.max_concurrency_per_worker or spec.policy.most_in_flight) is not None
-        self.health_check: Probe | None = None
+        self.probe: Probe | None = None
         self.slow_after = math.inf if spec.policy.slow_call_duration is None else spec.policy.slow_call_duration
         self._find_fleet = find_fleet
         self._full_until = self._swept_at = -math.inf
         self.detach()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r}>"
+        return f"<Dependency {self.name!r}>"
 
     @property
     def probe_to_run(self) -> Probe | None:
         """The registered probe; if that is a function that takes a key, it is one for each of the children."""
-        probe = self.health_check if self.parent is None else self.parent.health_check
+        probe = self.probe if self.parent is None else self.parent.probe
         if probe is None or probe.takes_key != (self.parent is not None):
             return None
         return probe if self.parent is None else probe.of_child(self.name)
@@ -258,16 +254,11 @@ class Dependency:
 
     @property
     def state(self) -> State:
-        """State of the breaker as this process sees it."""
         return self.cached_state.snapshot.state
 
     @property
     def accepting(self) -> bool:
-        """Whether a task sent now may run, by the cached state, without I/O.
-
-        False while the breaker refuses everything; True again as soon as the next task may be a trial, which with a
-        probe the workers decide.
-        """
+        """Whether a task sent now may run; with a probe the workers decide about trials."""
         cached = self.cached_state
         return cached.admits or not (cached.refuses or self.leaves_trials_to_probes)
 
@@ -283,18 +274,8 @@ class Dependency:
 
     # --- children ---------------------------------------------------------------------------------
 
-    def child(self, key: object) -> Self:
-        """Return the breaker of one tenant, host or credential, with a state of its own under this one's policy.
-
-        A call that it guards must be admitted by both, and counts for the child. If there are ``max_keys`` children
-        already, none of which is idle, this is the breaker itself.
-
-        Args:
-            key: text or an integer.
-
-        Raises:
-            ConfigurationError: the key is neither, empty, or longer than 99 characters as percent-encoded UTF-8.
-        """
+    def child(self, key: object) -> Dependency:
+        """Return the child of a key; the breaker itself if it has ``max_keys`` children already, none of them idle."""
         if self.parent is not None:
             raise ConfigurationError(
                 f"breaker {self.name!r} is a child: allowed is a child of {self.parent.name!r}, not {key!r}"
@@ -311,7 +292,7 @@ class Dependency:
             return self
         return self.child_named(name)
 
-    def child_named(self, name: str) -> Self:
+    def child_named(self, name: str) -> Dependency:
         """Return the child of a name that a process of the fleet has used."""
         known = self._children.get(name)
         if known is None:
@@ -321,7 +302,7 @@ class Dependency:
                 for idle in [each for each, child in list(self._children.items()) if child.is_idle]:
                     self.fleet.view.forget(idle)
                     self._children.pop(idle).detach()
-            child = type(self)(replace(self.spec, name=name), self._find_fleet, parent=self)
+            child = Dependency(replace(self.spec, name=name), self._find_fleet, parent=self)
             known = self._children.setdefault(name, child)
         return known
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from celery import Celery, Task
@@ -39,7 +39,6 @@ logger = logging.getLogger("resilient_tasks")
 TICK_TASK = "resilient_tasks.tick"
 TICK_ENTRY = "resilient-tasks-tick"
 
-_D = TypeVar("_D", bound=Dependency)
 _runtimes: WeakKeyDictionary[Celery, Runtime] = WeakKeyDictionary()
 
 
@@ -55,7 +54,7 @@ def find_runtime(app: Celery) -> Runtime | None:
     return _runtimes.get(app)
 
 
-def find_breaker(breakers: Mapping[str, _D], name: str) -> _D:
+def find_breaker(breakers: Mapping[str, Dependency], name: str) -> Dependency:
     """Return a breaker, or a child of one, by name, and define nothing; UnknownBreakerError if it is not there."""
     if isinstance(name, str):
         if name in breakers:

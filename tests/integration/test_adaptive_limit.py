@@ -36,7 +36,7 @@ class Traffic:
                 continue
             except httpx.HTTPStatusError:
                 self.failures += 1
-            self.limits.append(self._breaker.cached_state.snapshot.concurrency_limit or 0)
+            self.limits.append(self._breaker._dependency.cached_state.snapshot.concurrency_limit or 0)
 
 
 def test_the_limit_converges_to_what_a_service_can_bear(shop: Shop, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def breaker_behind(sentinels: Sentinels) -> Iterator[Breaker]:
 def state_of(breaker: Breaker) -> State | None:
     """Return the state in the shared store; None while it is unavailable."""
     try:
-        return breaker.fleet.store.read_shared([breaker.spec])[0].state
+        return breaker._dependency.fleet.store.read_shared([breaker._dependency.spec])[0].state
     except StoreError:
         return None
 

@@ -191,11 +191,11 @@ def test_a_tick_is_sent_when_an_active_probe_is_due(
     payments.probe(lambda: None, active=True, interval=60)
     assert ticks() == 1, "a tick must make the breaker known, or time does not pass for it"
     store = resilience.fleet.store
-    store.advance(payments.spec)
+    store.advance(payments._dependency.spec)
     assert ticks() == 1
     clock.advance(60.001)
     assert ticks() == 2
-    store.begin_health_check(payments.spec, since=clock())
+    store.begin_health_check(payments._dependency.spec, since=clock())
     assert ticks() == 2
     force(payments, "FORCED_OPEN")
     clock.advance(60.001)

@@ -19,7 +19,6 @@ import trio
 import trio.lowlevel
 from celery import Celery
 
-from resilient_tasks.app import Resilience
 from resilient_tasks.breaker import Breaker
 from resilient_tasks.checks import Probe
 from resilient_tasks.core.classification import Verdict
@@ -28,7 +27,6 @@ from resilient_tasks.dependency import Admitted, Fleet
 from resilient_tasks.errors import BreakerOpenError, ConfigurationError, StoreError
 from resilient_tasks.guard import Scope
 from resilient_tasks.policy import BreakerPolicy
-from resilient_tasks.store.base import Spec
 from resilient_tasks.store.view import DENIAL_MEMORY
 from tests.support.doubles import FlakyStore, ManualClock, wait_until
 
@@ -43,11 +41,11 @@ class Rig:
         self.store = FlakyStore(self.clock)
         self.made: list[Transition] = []
         self.fleet = Fleet(self.store, announce=self.made.append, clock=self.clock)
-        self.breaker = Breaker(Spec("payments", policy), lambda: self.fleet)
+        self.breaker = Breaker("payments", policy, fleet=lambda: self.fleet)
         self.ran = 0
 
     def acquire(self, holder: str) -> Grant:
-        return self.fleet.acquire(self.breaker.spec, holder)
+        return self.fleet.acquire(self.breaker._dependency.spec, holder)
 
     def works(self) -> str:
         self.ran += 1
@@ -280,7 +278,7 @@ def test_an_open_breaker_refuses_without_asking(rig: Rig) -> None:
 def test_a_breaker_joins_knowing_its_state(rig: Rig) -> None:
     rig.breaker.isolate()
     newcomer = Fleet(rig.store, clock=rig.clock)
-    breaker = Breaker(Spec("payments", POLICY), lambda: newcomer)
+    breaker = Breaker("payments", POLICY, fleet=lambda: newcomer)
     with pytest.raises(BreakerOpenError):
         breaker.call(rig.works)
     newcomer.close()
@@ -685,16 +683,16 @@ def test_a_guard_inside_a_trial_needs_no_permit_of_its_own(rig: Rig, use: Any) -
 
 
 @pytest.mark.parametrize("name", ["payments", "p", "Pay.API-2_eu", "9lives", "a" * 100])
-def test_names(name: str) -> None:
-    assert Resilience().breaker(name).name == name
+def test_names(name: str, rig: Rig) -> None:
+    assert Breaker(name, fleet=lambda: rig.fleet).name == name
 
 
 @pytest.mark.parametrize(
     "name", ["", " pay", "-pay", ".pay", "pay:acme", "pay/eu", "pä", "pay\n", "a" * 101, "{pay}", "undecodable"]
 )
-def test_other_names_are_refused_by_name(name: str) -> None:
+def test_other_names_are_refused_by_name(name: str, rig: Rig) -> None:
     with pytest.raises(ConfigurationError) as raised:
-        Resilience().breaker(name)
+        Breaker(name, fleet=lambda: rig.fleet)
     assert repr(name) in str(raised.value)
     assert "allowed is" in str(raised.value)
 
@@ -703,7 +701,7 @@ def test_defining_a_breaker_needs_no_fleet() -> None:
     def too_early() -> Fleet:
         raise AssertionError("the application is not configured yet")
 
-    breaker = Breaker(Spec("payments"), too_early)
+    breaker = Breaker("payments", fleet=too_early)
     assert repr(breaker) == "<Breaker 'payments'>"
     assert breaker(lambda: 1) is not None
 
@@ -762,11 +760,11 @@ def test_a_probe_is_registered_once(rig: Rig) -> None:
     def pong() -> None:
         pass
 
-    assert rig.breaker.health_check is None
+    assert rig.breaker._dependency.probe is None
     assert rig.breaker.probe(ping) is ping
-    assert rig.breaker.health_check == Probe(breaker="payments", function=ping)
+    assert rig.breaker._dependency.probe == Probe(breaker="payments", function=ping)
     assert rig.breaker.probe(timeout=5)(ping) is ping
-    assert rig.breaker.health_check == Probe(breaker="payments", function=ping, timeout=5)
+    assert rig.breaker._dependency.probe == Probe(breaker="payments", function=ping, timeout=5)
     with pytest.raises(ConfigurationError, match=r"ping.*pong"):
         rig.breaker.probe(pong)
 
@@ -789,7 +787,7 @@ def test_a_probe_ends_some_time(rig: Rig, timeout: float) -> None:
 def test_verbs_lead_to_their_state_at_once(rig: Rig, verb: str, state: State) -> None:
     getattr(rig.breaker, verb)(reason="drill", actor="ann")
     assert rig.breaker.state is state
-    assert rig.breaker.cached_state.admits is (state in {State.DISABLED, State.SHADOW})
+    assert rig.breaker._dependency.cached_state.admits is (state in {State.DISABLED, State.SHADOW})
     getattr(rig.breaker, verb)(reason="again")
     rig.breaker.reset(reason="done")
     assert rig.breaker.state is State.CLOSED
@@ -813,7 +811,7 @@ def test_a_breaker_can_change_its_fleet(rig: Rig) -> None:
     rig.breaker.trip()
     other = Fleet(FlakyStore(rig.clock), clock=rig.clock)
     former, rig.fleet = rig.fleet, other
-    rig.breaker.detach()
+    rig.breaker._dependency.detach()
     assert rig.breaker.state is State.CLOSED
     former.close()
 
@@ -825,11 +823,13 @@ def test_the_task_layers_side(rig: Rig) -> None:
     rig.half_open()
     grant = rig.acquire("task-1")
     assert grant.trial
-    rig.breaker.hold("task-1", 30)
+    rig.breaker._dependency.hold("task-1", 30)
     verdict = Verdict(Outcome.FAILURE, "HTTP 503", 60.0)
-    rig.breaker.fleet.reporter.settle(rig.breaker.spec, "task-1", grant.snapshot.epoch, verdict, wait=5)
+    rig.breaker._dependency.fleet.reporter.settle(
+        rig.breaker._dependency.spec, "task-1", grant.snapshot.epoch, verdict, wait=5
+    )
     assert rig.breaker.state is State.OPEN
-    assert rig.breaker.refuse().retry_after == 60.0
+    assert rig.breaker._dependency.refuse().retry_after == 60.0
     assert rig.breaker.snapshot().reason.endswith("HTTP 503")
 
 
@@ -853,6 +853,6 @@ def test_a_verb_from_another_checkout_leaves_the_fleet_its_policy(rig: Rig) -> N
     rig.fail(1)  # which declares the policy
     rig.fleet.reporter.flush(60)
     other = Fleet(rig.store, clock=rig.clock)
-    old_checkout = Breaker(Spec("payments", BreakerPolicy(open_duration=60), revision=1), lambda: other)
+    old_checkout = Breaker("payments", BreakerPolicy(open_duration=60), fleet=lambda: other, revision=1)
     assert old_checkout.trip().retry_after == POLICY.open_duration
     other.close()

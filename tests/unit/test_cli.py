@@ -186,7 +186,7 @@ def test_an_operators_checkout_does_not_replace_the_workers_policy(
     other = Resilience(Celery("workers", broker="memory://", set_as_current=False))
     other.use_store(workers)
     theirs = other.breaker("payments", consecutive_failures=3, open_duration=200, open_jitter=0)
-    other.fleet.store.advance(theirs.spec)  # as a worker's tick does
+    other.fleet.store.advance(theirs._dependency.spec)  # as a worker's tick does
     run("trip", "payments")
     assert json.loads(run("show", "payments", "--json").output)["retry_after"] == 200
 

@@ -79,7 +79,7 @@ class Worker:
 
     def run(self, key: object, *breakers: Breaker) -> bool:
         """Start a run if it may start."""
-        called = list(breakers)
+        called = [breaker._dependency for breaker in breakers]
         if self.compensation.limiting(called) is not None:
             return False
         self.compensation.begin(key, called)
@@ -153,14 +153,14 @@ def test_a_task_over_the_share_waits_as_long_as_the_breaker_is_suspect_already(
     worker: Worker, payments: Breaker
 ) -> None:
     hang(worker, payments, 3)
-    assert worker.compensation.wait(payments) == pytest.approx(0.5)
+    assert worker.compensation.wait(payments._dependency) == pytest.approx(0.5)
     waits = []
     for _ in range(4):
-        waits.append(worker.compensation.wait(payments))
+        waits.append(worker.compensation.wait(payments._dependency))
         worker.advance(waits[-1])
     assert waits == pytest.approx([0.5, 0.6, 1.2, 2.4], abs=0.15)
     worker.advance(100)
-    assert worker.compensation.wait(payments) == payments.policy.open_duration
+    assert worker.compensation.wait(payments._dependency) == payments.policy.open_duration
 
 
 def test_slots_are_added_while_late_calls_hold_all_and_taken_back_when_they_have_returned(
@@ -295,7 +295,7 @@ def test_a_spare_slot_that_an_operator_has_removed_is_not_removed_again(worker: 
 def test_a_run_that_the_pool_has_discarded_is_known(worker: Worker, payments: Breaker) -> None:
     worker.run("accepted", payments)
     for key in ("finished", "discarded"):
-        worker.compensation.begin(key, [payments])
+        worker.compensation.begin(key, [payments._dependency])
     worker.end("finished")
     assert worker.compensation.unaccepted() == ["discarded"]
 

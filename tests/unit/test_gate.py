@@ -43,8 +43,8 @@ def request(task_id: str, envelope: Envelope, *breakers: Breaker) -> Any:
         name="shop.charge",
         envelope=envelope,
         holder=holder,
-        breakers=list(breakers),
-        guards=with_parents(list(breakers)),
+        breakers=[breaker._dependency for breaker in breakers],
+        guards=with_parents([breaker._dependency for breaker in breakers]),
         time_limits=(9, 9),
         task=None,
         defers_when_refused=lambda: True,
@@ -59,22 +59,22 @@ def test_the_ramp_draws_one_lot_per_task(
     payments.call(lambda: None)
     clock.settle()
     clock.advance(2.0)
-    share = payments.cached_state.ramp_share()
+    share = payments._dependency.cached_state.ramp_share()
     assert share == pytest.approx(0.28, abs=0.02)
     monkeypatch.setattr(CachedState, "ramp_share", lambda _: share)  # a view goes on in real time
-    arrived = [task_id for task_id in IDS if gate.refusing([payments], Envelope(), task_id) is None]
+    arrived = [task_id for task_id in IDS if gate.refusing([payments._dependency], Envelope(), task_id) is None]
     entered = [task_id for task_id in arrived if not gate.admit(request(task_id, Envelope(), payments)).refusal]
     assert entered == arrived
     assert len(arrived) / len(IDS) == pytest.approx(share, abs=0.05)
-    resumed = Envelope(breaker="payments", resumed=payments.cached_state.epoch)
-    assert not any(gate.refusing([payments], resumed, task_id) for task_id in IDS)
+    resumed = Envelope(breaker="payments", resumed=payments._dependency.cached_state.epoch)
+    assert not any(gate.refusing([payments._dependency], resumed, task_id) for task_id in IDS)
 
 
 def test_tasks_are_no_trials_where_there_is_a_probe(gate: Gate, payments: Breaker, clock: Clock) -> None:
     payments.probe(lambda: None)
     force(payments, "OPEN")
     clock.advance(1.0)
-    assert gate.refusing([payments], Envelope(), "a") is payments
+    assert gate.refusing([payments._dependency], Envelope(), "a") is payments._dependency
 
 
 def test_a_task_that_is_delivered_twice_is_one_trial_only(gate: Gate, payments: Breaker, clock: Clock) -> None:
@@ -108,22 +108,22 @@ def test_a_task_of_several_breakers_gets_all_permits_or_none(
     for breaker in (payments, accounts):
         force(breaker, "OPEN")
     clock.advance(1.0)
-    assert resilience.fleet.acquire(accounts.spec, "another").trial
+    assert resilience.fleet.acquire(accounts._dependency.spec, "another").trial
     refused = gate.admit(request("task", Envelope(), payments, accounts))
     clock.settle()
     assert refused.refusal is not None
     assert (refused.refusal.breaker, refused.admitted_by) == ("accounts", ())
     assert payments.snapshot().trials == 0
     assert payments.snapshot().state == "HALF_OPEN"
-    assert resilience.fleet.acquire(payments.spec, "the next one").trial
+    assert resilience.fleet.acquire(payments._dependency.spec, "the next one").trial
 
 
 def test_the_first_breaker_that_refuses_is_named(gate: Gate, payments: Breaker, resilience: Resilience) -> None:
     accounts = resilience.breaker("accounts")
     force(accounts, "OPEN")
-    assert gate.refusing([payments, accounts], Envelope(), "a") is accounts
+    assert gate.refusing([payments._dependency, accounts._dependency], Envelope(), "a") is accounts._dependency
     force(payments, "OPEN")
-    assert gate.refusing([payments, accounts], Envelope(), "a") is payments
+    assert gate.refusing([payments._dependency, accounts._dependency], Envelope(), "a") is payments._dependency
 
 
 def test_a_resumed_task_passes_the_ramp_of_the_breaker_that_it_waited_for_alone(
@@ -132,11 +132,11 @@ def test_a_resumed_task_passes_the_ramp_of_the_breaker_that_it_waited_for_alone(
     accounts = resilience.breaker("accounts")
     monkeypatch.setattr(CachedState, "ramp_share", lambda _: 0.0)
     for recovered in (payments, accounts):
-        recovered.cached_state.ramps = True
+        recovered._dependency.cached_state.ramps = True
     for breaker, other in ((payments, accounts), (accounts, payments)):
-        resumed = Envelope(breaker=breaker.name, resumed=breaker.cached_state.epoch)
-        assert gate.refusing([breaker], resumed, "a") is None
-        assert gate.refusing([breaker, other], resumed, "a") is other
+        resumed = Envelope(breaker=breaker.name, resumed=breaker._dependency.cached_state.epoch)
+        assert gate.refusing([breaker._dependency], resumed, "a") is None
+        assert gate.refusing([breaker._dependency, other._dependency], resumed, "a") is other._dependency
 
 
 def test_a_refused_run_that_a_fallback_answers_holds_nothing(gate: Gate, payments: Breaker, clock: Clock) -> None:
@@ -177,7 +177,7 @@ def test_a_message_that_the_broker_delivers_again_runs_and_is_counted(
 def test_a_task_keeps_its_place_behind_those_that_wait_for_a_slot(
     gate: Gate, resilience: Resilience, max_concurrency: int | None, deferred: int, resumed: int, *, waits: bool
 ) -> None:
-    breaker = resilience.breaker("scarce", max_concurrency=max_concurrency)
+    breaker = resilience.breaker("scarce", max_concurrency=max_concurrency)._dependency
     state = replace(breaker.cached_state.snapshot, concurrency_limit=max_concurrency, epoch=7, deferred=deferred)
     breaker.cached_state.take(state, 0.0)
     envelope = Envelope(breaker="scarce", resumed=resumed)
@@ -188,7 +188,7 @@ def test_a_refusal_counts_when_it_is_made_and_not_when_it_is_looked_at(
     payments: Breaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force(payments, "OPEN")
-    dependency, counted = payments, list[str]()
+    dependency, counted = payments._dependency, list[str]()
     monkeypatch.setattr(dependency.fleet.reporter, "tally", lambda _, kind: counted.append(kind))
     assert (dependency.refusal.state, counted) == ("OPEN", [])
     assert (dependency.refuse().state, counted) == ("OPEN", [REFUSED])

@@ -31,7 +31,7 @@ def rig() -> Iterator[Rig]:
 
 def score(breaker: Breaker) -> int:
     """Return the slow score, of 100."""
-    breaker.fleet.reporter.flush(60)
+    breaker._dependency.fleet.reporter.flush(60)
     return round(breaker.snapshot().slow_evidence * 100)
 
 
@@ -61,7 +61,7 @@ def test_its_end_adds_nothing_more_to_the_slow_score(rig: Rig, ends: str) -> Non
     with contextlib.suppress(ConnectionError, KeyError):
         rig.breaker.call(hang)
     most = (time.perf_counter() - began) / SLOW
-    rig.breaker.fleet.reporter.flush(60)
+    rig.breaker._dependency.fleet.reporter.flush(60)
     snapshot = rig.breaker.snapshot()
     assert round(snapshot.slow_evidence * 100) <= most
     assert round(snapshot.evidence * 100) == (ends == "fails")
@@ -95,11 +95,11 @@ def test_guards_inside_a_guard_report_one_hang_once(rig: Rig) -> None:
 
 
 def test_what_the_main_process_watches_guards_inside_the_run_do_not_report(rig: Rig) -> None:
-    run = Scope([Admitted("payments", rig.breaker.cached_state.epoch, watched=True)], "a task")
+    run = Scope([Admitted("payments", rig.breaker._dependency.cached_state.epoch, watched=True)], "a task")
     with run, rig.breaker.guard():
         time.sleep(3 * SLOW)
     assert score(rig.breaker) == 0
-    with Scope([Admitted("payments", rig.breaker.cached_state.epoch)], "a task"), rig.breaker.guard():
+    with Scope([Admitted("payments", rig.breaker._dependency.cached_state.epoch)], "a task"), rig.breaker.guard():
         wait_until(lambda: score(rig.breaker) >= 1)
 
 

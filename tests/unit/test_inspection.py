@@ -36,6 +36,6 @@ def test_a_view_agrees_until_the_store_knows_better(
     assert breakers(worker)["payments"]["agrees"] is None
     store.is_unavailable = False
     resilience.fleet.view.stop(timeout=60)  # nothing refreshes the view any more
-    store.inner.command(payments.spec, Verb.RESET)
+    store.inner.command(payments._dependency.spec, Verb.RESET)
     seen = breakers(worker)["payments"]
     assert (seen["state"], seen["agrees"]) == ("FORCED_OPEN", False)

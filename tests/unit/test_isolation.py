@@ -75,7 +75,7 @@ def test_a_cancelled_call_frees_its_slot(rig: Rig) -> None:
 def test_while_the_store_is_away_each_process_keeps_the_limit_for_itself(rig: Rig) -> None:
     rig.store.is_unavailable = True
     with rig.breaker.guard():
-        assert not rig.fleet.acquire(rig.breaker.spec, "second").admitted
+        assert not rig.fleet.acquire(rig.breaker._dependency.spec, "second").admitted
     assert rig.breaker.call(rig.works) == "paid"
 
 
@@ -83,7 +83,7 @@ def test_free_slots_are_reported_while_tasks_wait(rig: Rig) -> None:
     noticed: list[str] = []
     view = rig.fleet.view
     view.on_room = lambda: noticed.append("room")
-    spec, epoch = rig.breaker.spec, rig.acquire("first").snapshot.epoch
+    spec, epoch = rig.breaker._dependency.spec, rig.acquire("first").snapshot.epoch
     view.look_for_room(replace(rig.breaker.snapshot(), deferred=1))
     assert noticed == [], "no slot is free"
     rig.fleet.reporter.settle(spec, "first", epoch, Verdict(Outcome.SUCCESS), wait=5)
@@ -111,8 +111,8 @@ def request(task_id: str, *breakers: Breaker, envelope: Envelope | None = None) 
         name="shop.charge",
         envelope=envelope or Envelope(),
         holder=f"{task_id}:run",
-        breakers=list(breakers),
-        guards=list(breakers),
+        breakers=[breaker._dependency for breaker in breakers],
+        guards=[breaker._dependency for breaker in breakers],
         defers_when_refused=lambda: True,
     )
 
@@ -122,7 +122,7 @@ def test_a_worker_runs_no_more_than_it_may(gate: Gate, payments: Breaker) -> Non
     assert first.admitted_by[0].leased
     assert str(second.refusal) == "breaker 'payments' is at capacity"
     gate.settle(request("a", payments), first, Run(first, "a").report())
-    resumed = Envelope(breaker="payments", resumed=payments.cached_state.epoch)
+    resumed = Envelope(breaker="payments", resumed=payments._dependency.cached_state.epoch)
     assert gate.admit(request("b", payments, envelope=resumed)).admitted_by
 
 
@@ -130,7 +130,7 @@ def test_a_slot_of_one_breaker_is_given_back_if_another_refuses(
     gate: Gate, payments: Breaker, resilience: Resilience, clock: Clock
 ) -> None:
     accounts = resilience.breaker("accounts", max_concurrency=1)
-    resilience.fleet.acquire(accounts.spec, "another task")
+    resilience.fleet.acquire(accounts._dependency.spec, "another task")
     refused = gate.admit(request("a", payments, accounts))
     clock.settle()
     assert refused.refusal is not None

@@ -124,7 +124,7 @@ def test_a_call_without_a_key_fails_alone(app: Celery, clock: Clock, key: Any, a
 
 def test_a_child_is_the_same_one_each_time_and_has_none_itself(payments: Breaker, acme: Breaker) -> None:
     assert payments.child("acme") is acme
-    assert payments.child_named(acme.name) is acme
+    assert payments._dependency.child_named(acme.name) is acme._dependency
     assert acme.policy is payments.policy
     with pytest.raises(ConfigurationError, match="is a child"):
         acme.child("branch")
@@ -211,8 +211,8 @@ def test_a_failure_inside_a_childs_guard_counts_for_the_parent(app: Celery, acme
 def test_a_probe_with_one_parameter_is_the_childrens(payments: Breaker, acme: Breaker) -> None:
     asked: list[str] = []
     payments.probe(active=True)(asked.append)
-    assert payments.probe_to_run is None
-    probe = payments.child("api:80").probe_to_run
+    assert payments._dependency.probe_to_run is None
+    probe = payments.child("api:80")._dependency.probe_to_run
     assert probe is not None
     probe.function()
     assert asked == ["api:80"]
@@ -221,8 +221,8 @@ def test_a_probe_with_one_parameter_is_the_childrens(payments: Breaker, acme: Br
 
 def test_a_probe_without_parameters_is_the_parents(payments: Breaker, acme: Breaker) -> None:
     payments.probe(lambda: None)
-    assert payments.probe_to_run is not None
-    assert acme.probe_to_run is None
+    assert payments._dependency.probe_to_run is not None
+    assert acme._dependency.probe_to_run is None
 
 
 # --- many -----------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_idle_children_are_forgotten_when_there_are_many(
 def test_a_change_that_is_due_is_made_when_a_child_is_used(
     payments: Breaker, resilience: Resilience, clock: Clock
 ) -> None:
-    spec = replace(payments.spec, name="payments:acme")
+    spec = replace(payments._dependency.spec, name="payments:acme")
     store: Any = resilience.fleet.store
     store._primary._count(spec, 0, [Calls(Outcome.FAILURE, 3, "", True)])  # and the process that did it has died
     assert payments.child("acme").state == "OPEN"
@@ -268,7 +268,7 @@ def test_a_child_that_others_have_opened_is_known_here(
 ) -> None:
     view, store = resilience.fleet.view, resilience.fleet.store
     payments.call(int)
-    foreign = replace(payments.spec, name="payments:foreign")
+    foreign = replace(payments._dependency.spec, name="payments:foreign")
     store.command(foreign, Verb.TRIP)
     view.refresh()
     assert view.state("payments:foreign").snapshot.state == "OPEN"
@@ -297,7 +297,7 @@ def test_a_tick_serves_as_many_children_as_it_has_time_for_and_the_next_one_the_
     monkeypatch.setattr(tick, "CHILDREN_SHARE", 0)
     monkeypatch.setattr(tick.Tick, "_serve", lambda _, breaker: served.append(breaker.name))
     monkeypatch.setattr(Reconciler, "reconcile", lambda *_: None)
-    monkeypatch.setattr(Runtime, "active_children", lambda _: list(children))
+    monkeypatch.setattr(Runtime, "active_children", lambda _: [child._dependency for child in children])
     for child in children:
         child.trip()
     clock.advance(payments.policy.max_open_duration)

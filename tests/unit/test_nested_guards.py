@@ -17,7 +17,6 @@ from resilient_tasks.core.model import Outcome, State
 from resilient_tasks.dependency import Admitted
 from resilient_tasks.errors import BreakerOpenError
 from resilient_tasks.guard import call_guarded
-from resilient_tasks.store.base import Spec
 from tests.unit.test_breaker import (
     POLICY,
     Call,
@@ -91,7 +90,7 @@ def test_one_exception_object_raised_twice_is_two_failures(rig: Rig) -> None:
 
 
 def test_all_share_one_slot(rig: Rig) -> None:
-    narrow = Breaker(Spec("narrow", replace(POLICY, max_concurrency=1)), lambda: rig.fleet)
+    narrow = Breaker("narrow", replace(POLICY, max_concurrency=1), fleet=lambda: rig.fleet)
 
     def both() -> str:
         with pytest.raises(BreakerOpenError, match="at capacity"):
@@ -219,8 +218,8 @@ def test_threads_of_a_run_are_part_of_its_trial(rig: Rig, run: Any, others: list
 
 @elsewhere_in_the_run
 def test_threads_of_a_run_share_its_slot(rig: Rig, run: Any) -> None:
-    narrow = Breaker(Spec("narrow", replace(POLICY, max_concurrency=1)), lambda: rig.fleet)
-    rig.fleet.acquire(narrow.spec, "the task")
+    narrow = Breaker("narrow", replace(POLICY, max_concurrency=1), fleet=lambda: rig.fleet)
+    rig.fleet.acquire(narrow._dependency.spec, "the task")
     with Call(Admitted("narrow", leased=True), "a"):
         assert run(lambda: narrow.call(rig.works)) == "paid"
 
@@ -242,9 +241,9 @@ def test_the_thread_of_another_task_is_part_of_no_run(rig: Rig) -> None:
 
 
 def test_a_call_under_several_breakers_is_around_guards_of_each(rig: Rig) -> None:
-    mail = Breaker(Spec("mail", POLICY), lambda: rig.fleet)
+    mail = Breaker("mail", POLICY, fleet=lambda: rig.fleet)
     rig.half_open()
-    both = [mail, rig.breaker]
+    both = [mail._dependency, rig.breaker._dependency]
     assert call_guarded(both, lambda: rig.breaker.call(lambda: mail.call(rig.works))) == "paid"
     assert rig.breaker.state is State.CLOSED
     rig.fleet.reporter.flush(60)

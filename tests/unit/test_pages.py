@@ -116,7 +116,7 @@ def test_a_guard_and_a_probe_know_the_child(many: dict[str, Any]) -> None:
     many["resilience"].fleet.reporter.flush(60)
     acme = many["tenants"].child("acme")
     assert acme.snapshot().calls == 1
-    assert acme.probe_to_run.function.func is many["ping"]
+    assert acme._dependency.probe_to_run.function.func is many["ping"]
 
 
 # --- isolation ------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def isolation() -> Iterator[dict[str, Any]]:
 
 def test_beyond_the_limit_a_call_is_refused(isolation: dict[str, Any]) -> None:
     assert isolation["coordinates"]("home") == "coordinates of home"
-    spec = isolation["geocoder"].spec
+    spec = isolation["geocoder"]._dependency.spec
     for number in range(4):
         assert isolation["resilience"].fleet.acquire(spec, f"call {number}").admitted
     assert isolation["coordinates"]("home") == "AT_CAPACITY"
@@ -242,12 +242,12 @@ def health() -> dict[str, Any]:
     ],
 )
 def test_every_example_registers_its_probe(health: dict[str, Any], breaker: str, check: str, when: str) -> None:
-    probe = health[breaker].health_check
+    probe = health[breaker]._dependency.probe
     assert (repr(probe.function), probe.active) == (check, when == "always")
 
 
 def test_a_function_of_ones_own(health: dict[str, Any]) -> None:
-    probe = health["mail"].health_check
+    probe = health["mail"]._dependency.probe
     assert (probe.function, probe.timeout, probe.interval) == (health["greeting"], 3, 15)
     run_check(probe.function)
 

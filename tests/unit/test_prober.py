@@ -36,10 +36,10 @@ class Rig:
         self.woken += 1
 
     def begin(self, breaker: Breaker) -> bool:
-        snapshot, probe = breaker.snapshot(), breaker.health_check
+        snapshot, probe = breaker.snapshot(), breaker._dependency.probe
         assert probe is not None
         if probe.is_due(snapshot):
-            self.prober.start(breaker, probe, snapshot)
+            self.prober.start(breaker._dependency, probe, snapshot)
             return True
         return False
 
@@ -55,7 +55,7 @@ class Rig:
 
     def check(self, breaker: Breaker, times: int = 1) -> State:
         """Let so many intervals pass and run an active probe in each."""
-        breaker.fleet.store.advance(breaker.spec)
+        breaker._dependency.fleet.store.advance(breaker._dependency.spec)
         for _ in range(times):
             self.clock.advance(10)
             state = self.run(breaker)
@@ -209,13 +209,13 @@ def test_it_opens_before_any_task_has_failed(rig: Rig, payments: Breaker, change
 
 def test_two_workers_make_each_check_once(rig: Rig, payments: Breaker) -> None:
     check = payments.probe(Dependency(), active=True)
-    payments.fleet.store.advance(payments.spec)
+    payments._dependency.fleet.store.advance(payments._dependency.spec)
     rig.clock.advance(10)
     other = Rig(rig.clock)
-    snapshot, probe = payments.snapshot(), payments.health_check
+    snapshot, probe = payments.snapshot(), payments._dependency.probe
     assert probe is not None
     for prober in (rig.prober, other.prober):
-        prober.start(payments, probe, snapshot)
+        prober.start(payments._dependency, probe, snapshot)
     for prober in (rig.prober, other.prober):
         wait_until(lambda: not prober._watching["payments"].is_alive())  # noqa: B023 - called at once
     assert check.asked == 1
@@ -224,7 +224,7 @@ def test_two_workers_make_each_check_once(rig: Rig, payments: Breaker) -> None:
 def test_a_check_that_ends_after_the_breaker_has_moved_says_nothing(rig: Rig, payments: Breaker) -> None:
     check = payments.probe(Dependency(hangs=True), active=True, failures_before_open=1)
     check.failure = ConnectionError()
-    payments.fleet.store.advance(payments.spec)
+    payments._dependency.fleet.store.advance(payments._dependency.spec)
     rig.clock.advance(10)
     rig.begin(payments)
     payments.disable()
@@ -243,10 +243,10 @@ def test_while_the_store_is_away_nothing_is_checked(
     rig.check(payments)
     assert check.asked == 1
     clock.advance(10)
-    snapshot, probe = payments.snapshot(), payments.health_check
+    snapshot, probe = payments.snapshot(), payments._dependency.probe
     assert probe is not None
     store.is_unavailable = True
-    rig.prober.start(payments, probe, snapshot)
+    rig.prober.start(payments._dependency, probe, snapshot)
     wait_until(lambda: not rig.prober._watching["payments"].is_alive())
     assert check.asked == 1
 

@@ -81,7 +81,7 @@ def test_guards(namespace: dict[str, Any]) -> None:
     namespace["call"] = lambda: asked.append("call")
     namespace["fn"] = lambda *args, **kwargs: asked.append((args, kwargs))
     exec(GUARDS, namespace)
-    namespace["payments"].health_check.function()
+    namespace["payments"]._dependency.probe.function()
     assert asked == ["call", ((1,), {"key": "value"}), ("https://pay.example/health", 2)]
 
 

@@ -308,7 +308,6 @@ def test_the_last_outcomes_are_sent_at_exit() -> None:
         from resilient_tasks.breaker import Breaker
         from resilient_tasks.core.model import Answer, Snapshot, State
         from resilient_tasks.dependency import Fleet
-        from resilient_tasks.store.base import Spec
         from resilient_tasks.store.local import LocalStore
 
         class Loud(LocalStore):
@@ -317,7 +316,7 @@ def test_the_last_outcomes_are_sent_at_exit() -> None:
                 return super().record(spec, evidence, **kwargs)
 
         fleet = Fleet(Loud())
-        breaker = Breaker(Spec("payments"), lambda: fleet)
+        breaker = Breaker("payments", fleet=lambda: fleet)
         breaker.call(int)
         fleet.reporter.flush(60)
         for _ in range(3):

@@ -141,7 +141,7 @@ def test_calls_that_end_too_late_for_a_decision_are_tallied() -> None:
 def test_a_refusal_is_counted_but_not_for_want_of_capacity() -> None:
     book = Book()
     fleet = Fleet(LocalStore(), history=cast("History", book))
-    narrow = Breaker(Spec("narrow", BreakerPolicy(max_concurrency=1)), lambda: fleet)
+    narrow = Breaker("narrow", BreakerPolicy(max_concurrency=1), fleet=lambda: fleet)
     with narrow.guard(), pytest.raises(BreakerOpenError, match="at capacity"):
         contextvars.Context().run(narrow.call, print)  # another call, not part of the first
     narrow.trip()

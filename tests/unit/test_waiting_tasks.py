@@ -180,8 +180,8 @@ def test_trials_are_tasks_that_have_never_failed_if_there_are_any(
     runtime = runtime_of(app)
     resumer = Resumer(runtime, DeferredTasks(runtime, Events(app), runtime.queues))
     snapshot = payments.snapshot()
-    assert resumer.release(payments, snapshot, 3, unfailed_first=True) == ["b", "a", "c"]
-    assert sorted(resumer.release(payments, snapshot, 3, unfailed_first=True)) == ["d", "e"]
+    assert resumer.release(payments._dependency, snapshot, 3, unfailed_first=True) == ["b", "a", "c"]
+    assert sorted(resumer.release(payments._dependency, snapshot, 3, unfailed_first=True)) == ["d", "e"]
 
 
 def test_only_tasks_for_queues_that_are_consumed_are_waited_for(
@@ -195,7 +195,7 @@ def test_only_tasks_for_queues_that_are_consumed_are_waited_for(
     ledger.taken_up("payments", ledger.pace("payments").outstanding)
     ledger.attend("a worker", [ORIGIN])
     resumer = Resumer(runtime, DeferredTasks(runtime, Events(app), runtime.queues))
-    assert resumer.release(payments, payments.snapshot(), 3) == ["a", "b", "c"]
+    assert resumer.release(payments._dependency, payments.snapshot(), 3) == ["a", "b", "c"]
     assert ledger.pace("payments").outstanding == 2
 
 
