@@ -170,14 +170,16 @@ class Deferred:
         """
         dropped: list[str] = []
 
-        def choose(entries: Sequence[Entry]) -> list[Move]:
-            wanted = (entry for entry in entries if task_ids is None or entry.task_id in task_ids)
-            return [move for entry in wanted if (move := self._tasks.end(entry, TaskRevokedError(DROPPED)))]
+        def errors_of(entries: Sequence[Entry]) -> dict[str, Exception]:
+            ids = {entry.task_id for entry in entries}
+            return {
+                each: TaskRevokedError(DROPPED) for each in (ids if task_ids is None else ids.intersection(task_ids))
+            }
 
         def enough() -> bool:
             return task_ids is not None and len(dropped) >= len(task_ids)
 
-        for moves in self._tasks.transfer_all(breaker, choose, enough=enough):
+        for moves in self._tasks.end_all(breaker, errors_of, enough):
             dropped.extend(move.entry.task_id for move in moves if not move.entry.flaw)
         return tuple(dropped)
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from importlib import resources
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import redis
 from celery import Celery
@@ -45,8 +44,6 @@ _PAGE = 500
 _SCANS, _SCANNED = 20, 1000
 #: Puts a message into a list and takes it back in one step.
 _CHECK = "redis.call('LPUSH', KEYS[1], ARGV[1]); return redis.call('LREM', KEYS[1], 1, ARGV[1])"
-#: What a pattern of Redis takes for more than itself.
-_SPECIAL, _ITSELF = re.compile(r"[]*?[^\\]"), r"\\\g<0>"
 #: Bytes of messages to read, and to move, at a time.
 _REPLY_SIZE = 1_000_000
 #: What the script that moves messages says of one whose queue is no list.
@@ -117,9 +114,8 @@ class RedisQueues(Queues):
         return bool(answer)
 
     @contextlib.contextmanager
-    def peek(self, queue: str, breaker: str, *, start: int = 0, most: int = 0) -> Iterator[Iterator[Entry]]:
-        replies = self._oldest(celery_internals.list_key(self.channel, queue), start, most)
-        yield (self._decoded(queue, breaker, text) for text in itertools.chain.from_iterable(replies))
+    def peek(self, queue: str, breaker: str, *, start: int = 0) -> Iterator[Iterator[Entry]]:
+        yield (self._decoded(queue, breaker, text) for text in self._oldest(queue, start))
 
     def _decoded(self, queue: str, breaker: str, text: bytes) -> Entry:
         try:
@@ -147,7 +143,7 @@ class RedisQueues(Queues):
         moved = self._run(self._move_source, keys, args)
         for move, made in zip(moves, moved, strict=True):
             if made:
-                yield replace(move, queue=dead) if made == _DEAD_LETTERED else move
+                yield replace(move, queue=dead, lost=move.queue or "") if made == _DEAD_LETTERED else move
 
     def _key(self, queue: str, raw: dict[str, Any] | None) -> str:
         """Return the list that a message goes to; in queues of ours there is but one priority."""
@@ -160,39 +156,31 @@ class RedisQueues(Queues):
         raw["headers"] = envelope.write(raw["headers"]) if envelope else without_envelope(raw["headers"])
         return raw
 
-    def _oldest(self, key: str, start: int, most: int) -> Iterator[list[bytes]]:
-        """Read a list from its oldest message on, but for the first ``start``, reply by reply.
+    def _oldest(self, queue: str, start: int) -> Iterator[bytes]:
+        """Read a list from its oldest message on, but for the first ``start``; large messages come a few at a time.
 
-        Large messages come a few at a time: until it is sent, a reply takes memory of the server as well.
+        Until it is sent, a reply takes memory of the server as well.
         """
-        count = 1
+        count, key = 1, celery_internals.list_key(self.channel, queue)
         while True:
             reply: list[Any] = self._client.lrange(key, -start - count, -start - 1)
-            yield reply[::-1]
+            yield from reversed(reply)
             if len(reply) < count:
                 return
-            start, most = start + count, most - count
-            page = most if 0 < most < _PAGE else _PAGE
-            count = max(1, min(page, 4 * count, _REPLY_SIZE * count // (sum(map(len, reply)) or 1)))
+            start += count
+            count = max(1, min(_PAGE, 4 * count, _REPLY_SIZE * count // (sum(map(len, reply)) or 1)))
 
     def size(self, *queues: str) -> int:
-        return sum(map(self._size, queues))
-
-    def _size(self, queue: str) -> int:
-        try:
-            return celery_internals.queue_size(self.channel, queue)
-        except redis.ResponseError:  # a key that is no list: only a forged header names it
-            return 0
+        return sum(celery_internals.queue_size(self.channel, queue) for queue in queues)
 
     def found(self) -> list[str]:
-        prefix: str = celery_internals.list_key(self.channel, self.deferred(""))
-        pattern, keys = f"{_SPECIAL.sub(_ITSELF, prefix)}*", set[Any]()
+        prefix, keys = celery_internals.list_key(self.channel, self.deferred("")), set[str]()
         for _ in range(_SCANS):
-            self._cursor, some = self._client.scan(self._cursor, match=pattern, count=_SCANNED)
-            keys.update(some)
+            self._cursor, some = self._client.scan(self._cursor, match=f"*{self.deferred('')}*", count=_SCANNED)
+            keys.update(key.decode(errors="replace") for key in cast("list[bytes]", some))
             if not self._cursor:
                 break
-        return sorted(key.decode(errors="replace").removeprefix(prefix) for key in keys)
+        return sorted(key.removeprefix(prefix) for key in keys if key.startswith(prefix))
 
     def memory(self) -> Memory | None:
         return Memory.read(self._client.info("memory"))
@@ -233,7 +221,6 @@ class PublishedQueues(Queues):
         super().__init__(app, namespace)
         self._lock = threading.Lock()
         self._declared: set[str] = set()
-        self._returned = False
         self._arguments = {"x-queue-type": "quorum"} if _uses_quorum_queues(app) else {}
 
     @contextlib.contextmanager
@@ -281,22 +268,19 @@ class PublishedQueues(Queues):
         properties = {name: value for name, value in message.properties.items() if name not in _NOT_COPIED}
         if expiration:  # milliseconds, but kombu takes seconds and truncates
             properties["expiration"] = Fraction(expiration, 1000)
-        self._returned = False
-        on_return = None if self._emulated else self._note_return
+        returned: list[Any] = []
+        on_return = None if self._emulated else lambda *message: returned.append(message)
         Producer(self.channel, auto_declare=False, on_return=on_return).publish(
             message.body, exchange="", routing_key=queue, headers=headers, mandatory=True,
             content_type=message.content_type, content_encoding=message.content_encoding,
             confirm_timeout=LONGEST_CONFIRM, **properties,
         )  # fmt: skip
-        return not self._returned
+        return not returned
 
     @property
     def _emulated(self) -> bool:
         """Whether kombu plays the broker itself: it then takes everything, and requeues at the end."""
         return celery_internals.is_emulated(self.channel)
-
-    def _note_return(self, *_: Any) -> None:
-        self._returned = True
 
     def put(
         self, message: Any, queue: str, envelope: Envelope | None, *,
@@ -335,7 +319,7 @@ class PublishedQueues(Queues):
             logger.warning("a message could not be acknowledged or requeued", exc_info=True)
 
     @contextlib.contextmanager
-    def peek(self, queue: str, breaker: str, *, start: int = 0, most: int = 0) -> Iterator[Iterator[Entry]]:  # noqa: ARG002 - fetched one by one
+    def peek(self, queue: str, breaker: str, *, start: int = 0) -> Iterator[Iterator[Entry]]:
         held: list[Any] = []
         with self._exclusive():
             self._declare(queue)
@@ -373,7 +357,7 @@ class PublishedQueues(Queues):
                 envelope = move.entry.envelope.dead_letter(time.time(), f"its queue {move.queue} is gone")
                 self._publish(message, dead, envelope)
                 message.ack()
-            yield replace(move, queue=dead)
+            yield replace(move, queue=dead, lost=move.queue)
 
     def _size(self, queue: str) -> int:
         _ = self.channel  # opens the connection again if it was closed

@@ -67,9 +67,9 @@ Step = Callable[[], None]
 class DeniedError(Exception):
     """The broker refuses ``queue``, into which a message was to go with ``envelope``."""
 
-    def __init__(self, queue: str, envelope: Envelope) -> None:
-        super().__init__(queue)
-        self.queue, self.envelope = queue, envelope
+    def __init__(self, queue: str, envelope: Envelope, reason: object) -> None:
+        super().__init__(f"the broker refuses {queue}: {reason}")
+        self.queue, self.envelope, self.reason = queue, envelope, str(reason)
 
 
 class _Held(NamedTuple):
@@ -164,8 +164,8 @@ class Deferral:
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
-        """What the broker raises if it is unavailable, or refuses something."""
-        return self.queues.errors
+        """What is raised if the broker is unavailable, or refuses something."""
+        return (*self.queues.errors, DeniedError)
 
     def defer(self, request: GatedRequest, envelope: Envelope) -> None:
         """Defer a request's message, or dead-letter it if its envelope says so.
@@ -178,13 +178,12 @@ class Deferral:
         name, is_dead = envelope.breaker, envelope.died_at > 0
         queue = self.queues.dead(name) if is_dead else self.queues.deferred(name)
         if queue in self.denied:
-            raise DeniedError(queue, envelope)
+            raise DeniedError(queue, envelope, self.denied[queue])
         try:
             (self._dead_letter if is_dead else self._defer)(request, envelope, queue)
         except self.queues.refusals as exc:
             self.forget(name, [request.id])
-            self._note_denied({queue: exc})
-            raise DeniedError(queue, envelope) from exc
+            raise DeniedError(queue, envelope, exc) from exc
 
     def _dead_letter(self, request: GatedRequest, envelope: Envelope, queue: str) -> None:
         self.queues.put(request.message, queue, envelope, owned=not request.acknowledged)
@@ -275,6 +274,7 @@ class Deferral:
         try:
             step()
         except DeniedError as denied:
+            self._note_denied({denied.queue: denied.reason})
             self._hold(request, step, denied)
         except Exception as exc:  # whatever it is, the message must neither be lost nor end the worker
             self._hold(request, step)
@@ -334,7 +334,7 @@ class Deferral:
         """Learn now and then which queues the broker refuses: at first of all breakers, then of those refused."""
         if time.monotonic() < self._check_at:
             return
-        names, refused = list(self.denied), dict[str, Exception]()
+        names, refused = list(self.denied), dict[str, str]()
         if not self._has_checked:
             places = self.queues.deferred, self.queues.dead
             names = [place(name) for name in self._runtime.breakers for place in places]
@@ -342,7 +342,7 @@ class Deferral:
             for queue in names:
                 error = self.queues.check(queue)
                 if error is not None:
-                    refused[queue] = error
+                    refused[queue] = str(error)
                 elif self.denied.pop(queue, None):
                     logger.info("the broker refuses %s no more", queue)
             self._has_checked = True
@@ -351,12 +351,12 @@ class Deferral:
         self._note_denied(refused)
         self._check_at = time.monotonic() + CHECK_INTERVAL
 
-    def _note_denied(self, refused: Mapping[str, Exception]) -> None:
+    def _note_denied(self, refused: Mapping[str, str]) -> None:
         new = [queue for queue in refused if queue not in self.denied]
         if new:
             what = "tasks cannot be deferred, the broker refuses %s (rights: docs/permissions.md): %s"
             logger.error(what, ", ".join(new), refused[new[0]])
-        self.denied.update({queue: str(error) for queue, error in refused.items()})
+        self.denied.update(refused)
 
     def forget(self, breaker: str, task_ids: Sequence[str]) -> None:
         """Take tasks off the index, as far as the store can be reached."""

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from celery import states
@@ -23,7 +23,7 @@ from kombu.exceptions import DecodeError
 
 from resilient_tasks import signals
 from resilient_tasks.core.model import Snapshot
-from resilient_tasks.core.outage import COALESCED, DEAD, DROPPED, EXPIRED, LONGEST_WAIT, RESUMED, REVOKED
+from resilient_tasks.core.outage import COALESCED, DEAD, EXPIRED, LONGEST_WAIT, RESUMED, REVOKED
 from resilient_tasks.core.pace import LARGEST_BATCH, Pace, next_pace, refill_count
 from resilient_tasks.dependency import Dependency
 from resilient_tasks.errors import DeferralExpiredError, ResilienceError
@@ -77,30 +77,38 @@ class DeferredTasks:
     def count(self, breaker: str) -> int:
         return self.queues.size(self.queues.deferred(breaker))
 
-    def transfer(self, breaker: str, choose: Choose, *, start: int = 0, most: int = PAGE) -> tuple[int, list[Move]]:
-        """Offer ``most`` of the oldest waiting tasks, but for the first ``start``, to ``choose`` and make its moves.
+    def transfer(
+        self, breaker: str, choose: Choose, *, enough: Callable[[], bool] = bool, most: int = PAGE
+    ) -> Iterator[list[Move]]:
+        """Offer waiting tasks page by page to ``choose``, the oldest first, and yield of each page the moves made.
 
-        What is no task is dead-lettered, so that it holds up nothing. Return how many messages were looked at, and the
-        moves that were made.
+        The first page holds ``most`` tasks, each further one twice as many, until that is ``enough`` or none is left.
+        What is no task is dead-lettered, so that it holds up nothing.
         """
-        ledger, queue = self._runtime.fleet.ledger, self.queues.deferred(breaker)
-        made: list[Move] = []
-        with self.queues.peek(queue, breaker, start=start, most=most) as entries:
+        start, offered = 0, most  # a page may hold less: messages are of any size
+        while offered and not enough():
+            offered, moves = self._transfer_page(breaker, choose, start, most)
+            start, most = start + offered - len(moves), min(2 * most, PAGE)
+            yield moves
+
+    def _transfer_page(self, breaker: str, choose: Choose, start: int, most: int) -> tuple[int, list[Move]]:
+        """Return how many messages were looked at, and the moves made; reconciling indexes again what was not moved."""
+        queue, made = self.queues.deferred(breaker), list[Move]()
+        with self.queues.peek(queue, breaker, start=start) as entries:
             offered = _page(entries, most)
-            planned = list(choose([entry for entry in offered if not entry.flaw]))
-            flawed = [entry for entry in offered if entry.flaw]
-            for entry in flawed:
+            moves = list(choose([entry for entry in offered if not entry.flaw]))
+            # before they are moved: a worker may report at once that it has taken one up, or defer it again
+            self._events.flush()
+            self._runtime.fleet.ledger.remove_deferred(breaker, [move.entry.task_id for move in moves])
+            for entry in (entry for entry in offered if entry.flaw):
                 logger.warning("a message that waits for breaker %r is dead-lettered: %s", breaker, entry.flaw)
-            dead = [Move(entry, self.queues.dead(breaker), entry.envelope) for entry in flawed]
-            self._events.flush()  # before a worker can report that it has taken a task up
-            ledger.remove_deferred(breaker, [move.entry.task_id for move in planned])  # they may come back at once
-            try:
-                for move in self.queues.move(queue, [*planned, *dead]):
-                    made.append(move)
-                    self._ended.discard(_deferral_of(move.entry))
-            finally:
-                self._note_unmade(planned, made)
-                self._events.flush()
+                moves.append(Move(entry, self.queues.dead(breaker), entry.envelope))
+            for move in self.queues.move(queue, moves):
+                made.append(move)
+                if move.lost:
+                    self._settle(move.entry, ResilienceError(f"the queue {move.lost} that it came from is gone"))
+                self._ended.discard(_deferral_of(move.entry))
+        self._events.flush()
         for entry in (move.entry for move in made if move.resumes):
             signals.notify(
                 signals.task_resumed, self._runtime.app, task_id=entry.task_id, task=entry.task_name,
@@ -108,31 +116,17 @@ class DeferredTasks:
             )  # fmt: skip
         return len(offered), made
 
-    def _note_unmade(self, planned: Sequence[Move], made: Sequence[Move]) -> None:
-        """Index again what was not moved, and end what has no queue to go back to."""
-        queues = {id(move.entry): move.queue for move in made}
-        for move in planned:
-            entry, envelope = move.entry, move.entry.envelope
-            if id(entry) not in queues:
-                self._runtime.fleet.ledger.add_deferred(
-                    envelope.breaker, entry.task_id, deadline=envelope.ends_at, since=envelope.since or None
-                )
-            elif queues[id(entry)] != move.queue:
-                self._settle(entry, ResilienceError(f"the queue {move.queue} that it came from is gone"))
-                self._ended.discard(_deferral_of(entry))
-
-    def transfer_all(
-        self, breaker: str, choose: Choose, *, enough: Callable[[], bool], most: int = PAGE
+    def end_all(
+        self, breaker: str, errors_of: Callable[[Sequence[Entry]], Mapping[str, Exception]], enough: Callable[[], bool]
     ) -> Iterator[list[Move]]:
-        """Go on with :meth:`transfer` until that is ``enough`` or nothing is left; yield what each page has moved.
+        """End those waiting tasks of which ``errors_of`` says by id why; yield what each page has moved."""
 
-        The first page holds ``most`` tasks, each further one twice as many.
-        """
-        start, offered = 0, most  # a page may hold less: messages are of any size
-        while offered and not enough():
-            offered, moves = self.transfer(breaker, choose, start=start, most=most)
-            start, most = start + offered - len(moves), min(2 * most, PAGE)
-            yield moves
+        def choose(entries: Sequence[Entry]) -> list[Move]:
+            errors = errors_of(entries)
+            ending = (entry for entry in entries if entry.task_id in errors and not enough())
+            return [move for entry in ending if (move := self.end(entry, errors[entry.task_id]))]
+
+        return self.transfer(breaker, choose, enough=enough)
 
     def ends(self, entries: Sequence[Entry], now: float) -> dict[str, Exception]:
         """Return by id why tasks must wait no longer: they were revoked, or have waited for too long."""
@@ -149,8 +143,7 @@ class DeferredTasks:
         """
         errors = self.ends(entries, self._runtime.fleet.view.server_now())
         for entry in entries:
-            unreadable = None if entry.task_id in errors else entry.unreadable()
-            if unreadable is not None:
+            if entry.task_id not in errors and (unreadable := entry.unreadable()):
                 errors[entry.task_id] = unreadable
         for task_id, latest in superseded_among(entries, self._runtime.fleet.ledger, gone=errors.keys()).items():
             errors.setdefault(task_id, SupersededError(latest))
@@ -177,16 +170,15 @@ class DeferredTasks:
         One that was revoked, dropped or superseded leaves no message; any other is dead-lettered. None if its result
         cannot be written now: it goes on waiting, and a later tick tries again.
         """
-        breaker, kinds, move = entry.envelope.breaker, [DEAD], Move(entry, None)
+        breaker, move = entry.envelope.breaker, Move(entry, None)
         if isinstance(error, SupersededError):
             kinds = [COALESCED]
         elif isinstance(error, TaskRevokedError) and str(error) != EXPIRED:
-            kinds = [DROPPED if str(error) == DROPPED else REVOKED]
+            kinds = [str(error)]  # DROPPED or REVOKED
         else:
+            kinds = [DEAD, EXPIRED] if isinstance(error, (DeferralExpiredError, TaskRevokedError)) else [DEAD]
             envelope = entry.envelope.dead_letter(self._runtime.fleet.view.server_now(), str(error))
             move = Move(entry, self.queues.dead(breaker), envelope)
-            if isinstance(error, (DeferralExpiredError, TaskRevokedError)):
-                kinds.append(EXPIRED)
         if not self._settle(entry, error):
             return None
         level, what = (logging.WARNING, "is dead-lettered") if move.queue else (logging.INFO, "never runs")
@@ -197,16 +189,15 @@ class DeferredTasks:
 
     def _settle(self, entry: Entry, error: Exception) -> bool:
         """End a task that waits no longer; False if its result cannot be written now."""
-        if _deferral_of(entry) in self._ended:
-            return True
-        try:
-            self._write_end(entry, error)
-        except ResultNotWrittenError as exc:
-            what = "Task %s[%s] cannot end yet (%s): %s"
-            logger.warning(what, entry.task_name, entry.task_id, error, exc, extra=entry.log_fields)
-            return False
-        self._ended.add(_deferral_of(entry))
-        self._withdraw(entry)
+        if _deferral_of(entry) not in self._ended:
+            try:
+                self._write_end(entry, error)
+            except ResultNotWrittenError as exc:
+                what = "Task %s[%s] cannot end yet (%s): %s"
+                logger.warning(what, entry.task_name, entry.task_id, error, exc, extra=entry.log_fields)
+                return False
+            self._ended.add(_deferral_of(entry))
+            self._withdraw(entry)
         return True
 
     def _write_end(self, entry: Entry, error: Exception) -> None:
@@ -235,16 +226,11 @@ class DeferredTasks:
         try:
             task = self._runtime.app.tasks[entry.task_name]
             check_task(task_fields(entry.message), payload_of(entry.message))
-            parts = decode(celery_internals.parts_of, entry.message)
-            eventer = self._events.dispatcher(entry.envelope.reported_by)
             return GatedRequest(
-                entry.message,
-                app=self._runtime.app,
-                task=task,
-                hostname=self._events.hostname,
-                eventer=eventer,
-                **parts,
-            )
+                entry.message, app=self._runtime.app, task=task, hostname=self._events.hostname,
+                eventer=self._events.dispatcher(entry.envelope.reported_by),
+                **decode(celery_internals.parts_of, entry.message),
+            )  # fmt: skip
         except (NotRegistered, DecodeError, InvalidTaskError) as exc:
             what = "Task %s[%s] is no task of this app: %r"
             logger.warning(what, entry.task_name, entry.task_id, exc, extra=entry.log_fields)
@@ -293,7 +279,6 @@ class Resumer:
 
     def __init__(self, runtime: Runtime, tasks: DeferredTasks, room: Callable[[Dependency], int] = no_limit) -> None:
         self._runtime, self._tasks, self._room = runtime, tasks, room
-        self._origins: dict[str, set[str]] = {}  # breaker -> queues that its tasks were resumed to
         self._untouched: dict[str, tuple[int, float]] = {}  # breaker -> outstanding tasks, and since when
         self._consumed: set[str] = set()  # queues that workers consume, as read at
         self._consumed_at = -math.inf
@@ -339,7 +324,7 @@ class Resumer:
         others; ``early``: also those whose own wait after a failure is not over.
         """
         ledger, left = self._runtime.fleet.ledger, limit
-        going: dict[str, str] = {}  # tasks that workers will take up -> their queues
+        waited_for: set[str] = set()  # tasks that workers will take up
         why = f"resumed, breaker {breaker.name!r} is {snapshot.state}"
 
         def choose(entries: Sequence[Entry]) -> list[Move]:
@@ -349,29 +334,28 @@ class Resumer:
             ends, fit = self._tasks.remove_ended(due)
             if unfailed_first:
                 fit.sort(key=lambda entry: entry.envelope.attempted_at > 0)
-            chosen = fit[:left]
-            left -= len(chosen) if only is None else len(wanted)
-            moves = self._tasks.resume(chosen, snapshot.epoch, why)
+            moves = self._tasks.resume(fit[:left], snapshot.epoch, why)
+            left -= len(moves) if only is None else len(wanted)
             consumed = self._consumed_queues()
-            taken = {move.entry.task_id: move.queue for move in moves if move.queue in consumed}
-            going.update(taken)
+            taken = {move.entry.task_id for move in moves if move.queue in consumed}
+            waited_for.update(taken)
             ledger.resumed(breaker.name, len(taken))  # before they can be taken up
             return [*ends, *moves]
 
         resumed: list[str] = []
         # into a free slot goes one task: to read hundreds for it would take ten times as long
         most = PAGE if unfailed_first or only is not None else min(limit + SMALLEST_PAGE, PAGE)
-        for moves in self._tasks.transfer_all(breaker.name, choose, enough=lambda: left <= 0, most=most):
-            gone = [move for move in moves if move.resumes]
-            origins = (going.pop(move.entry.task_id, None) for move in gone)
-            self._origins.setdefault(breaker.name, set()).update(filter(None, origins))
+        for moves in self._tasks.transfer(breaker.name, choose, enough=lambda: left <= 0, most=most):
+            gone = [move.entry for move in moves if move.resumes]
             if gone:
-                since = (move.entry.envelope.since for move in gone)
-                longest = max((snapshot.now - at for at in since if at), default=0.0)
-                self._runtime.fleet.reporter.tally(breaker.name, RESUMED, len(gone), peak=(LONGEST_WAIT, longest))
-            resumed += [move.entry.task_id for move in gone]
-        if going:
-            ledger.taken_up(breaker.name, len(going))  # another process has moved them
+                longest = max(snapshot.now - (entry.envelope.since or snapshot.now) for entry in gone)
+                self._runtime.fleet.reporter.tally(
+                    breaker.name, RESUMED, len(gone), peak=(LONGEST_WAIT, max(longest, 0.0))
+                )
+            resumed += [entry.task_id for entry in gone]
+        stayed = waited_for.difference(resumed)
+        if stayed:
+            ledger.taken_up(breaker.name, len(stayed))  # another process has moved them
         if resumed:
             logger.info("breaker %r is %s: %d tasks resumed", breaker.name, snapshot.state, len(resumed))
         return resumed
@@ -387,14 +371,13 @@ class Resumer:
         return bool(self._runtime.fleet.store.read([breaker.spec])[0].epoch == snapshot.epoch)
 
     def _outstanding(self, breaker: Dependency, pace: Pace) -> int:
-        """Resumed tasks that no worker has taken up: never more than lie in the queues that they went to.
+        """Resumed tasks that no worker has taken up: never more than lie in the queues that workers consume.
 
         None once that is so for too long: the workers that were to take them up may be gone.
         """
         if not pace.outstanding:
             return 0
-        origins = self._origins.get(breaker.name) or self._consumed_queues()
-        outstanding = min(pace.outstanding, self._tasks.queues.size(*origins))
+        outstanding = min(pace.outstanding, self._tasks.queues.size(*self._consumed_queues()))
         before, since = self._untouched.get(breaker.name, (0, 0.0))
         now = time.monotonic()
         if outstanding < before or not before:

@@ -384,15 +384,8 @@ class Reconciler:
         """Dead-letter tasks whose ``defer_for`` or ``expires`` is over, drop those that were revoked."""
         if snapshot.next_deadline_at is None or snapshot.next_deadline_at > snapshot.now:
             return
-        give_up_at = time.monotonic() + EXPIRING
-
-        def choose(entries: Sequence[Entry]) -> list[Move]:
-            errors = self._tasks.ends(entries, snapshot.now)
-            due = (entry for entry in entries if entry.task_id in errors and time.monotonic() < give_up_at)
-            moves = [self._tasks.end(entry, errors[entry.task_id]) for entry in due]
-            return [move for move in moves if move is not None]
-
-        for _ in self._tasks.transfer_all(breaker.name, choose, enough=lambda: time.monotonic() >= give_up_at):
+        give_up_at, ends = time.monotonic() + EXPIRING, partial(self._tasks.ends, now=snapshot.now)
+        for _ in self._tasks.end_all(breaker.name, ends, lambda: time.monotonic() >= give_up_at):
             continue
 
     def reconcile(self, breaker: Dependency) -> None:
@@ -408,7 +401,7 @@ class Reconciler:
             # not at once: a message may be on its way, because the index is written first
             fleet.ledger.clear_deferred(breaker.name)
         if waiting > snapshot.deferred:  # the index is written first and cleared first: some deferrals are missing
-            self._tasks.transfer(breaker.name, partial(self._index, breaker.name))
+            next(self._tasks.transfer(breaker.name, partial(self._index, breaker.name)))
 
     def _index(self, breaker: str, entries: Sequence[Entry]) -> list[Move]:
         waits = {entry.task_id: Wait(entry.envelope.ends_at, entry.envelope.since or None) for entry in entries}
@@ -426,8 +419,9 @@ class Reconciler:
     def _leaves_orphans(self, name: str) -> bool:
         """Resume all tasks that wait for a breaker; return whether some are left."""
         why = f"resumed, breaker {name!r} is defined nowhere any more"
-        while self._tasks.transfer(name, partial(self._tasks.resume, epoch=0, why=why))[1]:
-            logger.warning("breaker %r is defined nowhere any more: its tasks are resumed", name)
+        for moves in self._tasks.transfer(name, partial(self._tasks.resume, epoch=0, why=why)):
+            if moves:
+                logger.warning("breaker %r is defined nowhere any more: its tasks are resumed", name)
         is_left = self._tasks.count(name) > 0
         if not is_left:
             self._runtime.fleet.ledger.clear_deferred(name)

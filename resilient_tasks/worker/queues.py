@@ -107,10 +107,13 @@ class Move:
     entry: Entry
     queue: str | None
     envelope: Envelope | None = None
+    lost: str = ""  # the queue that it should have gone to, and that is gone: it has been dead-lettered
 
     @property
     def resumes(self) -> bool:
-        return self.queue is not None and not self.entry.flaw and not (self.envelope and self.envelope.died_at)
+        return self.queue is not None and not (
+            self.entry.flaw or self.lost or (self.envelope and self.envelope.died_at)
+        )
 
 
 class Queues(ABC):
@@ -201,13 +204,8 @@ class Queues(ABC):
         """
 
     @abstractmethod
-    def peek(
-        self, queue: str, breaker: str, *, start: int = 0, most: int = 0
-    ) -> AbstractContextManager[Iterator[Entry]]:
-        """Open one of a breaker's queues: its messages from number ``start`` on, oldest first, stay where they are.
-
-        A caller that knows that it wants ``most`` says so: no more need be fetched.
-        """
+    def peek(self, queue: str, breaker: str, *, start: int = 0) -> AbstractContextManager[Iterator[Entry]]:
+        """Open one of a breaker's queues: its messages from number ``start`` on, oldest first, stay where they are."""
 
     @abstractmethod
     def move(self, queue: str, moves: Sequence[Move]) -> Iterator[Move]:

@@ -67,11 +67,11 @@ def test_no_more_is_read_than_free_slots_need(
 ) -> None:
     asked: list[int] = []
 
-    def transfer_all(*_: Any, most: int, **__: Any) -> list[list[Move]]:
+    def transfer(*_: Any, most: int, **__: Any) -> list[list[Move]]:
         asked.append(most)
         return []
 
-    monkeypatch.setattr(tasks, "transfer_all", transfer_all)
+    monkeypatch.setattr(tasks, "transfer", transfer)
     breaker = runtime_of(app).breaker("payments")
     Resumer(runtime_of(app), tasks).release(breaker, breaker.cached_state.snapshot, limit, **options)
     assert asked == [most]
@@ -91,12 +91,12 @@ def test_a_resumed_task_that_is_refused_keeps_its_place(before: Envelope, after:
 def test_pages_grow_until_there_is_enough(tasks: DeferredTasks, monkeypatch: pytest.MonkeyPatch) -> None:
     pages: list[tuple[int, int]] = []
 
-    def transfer(*_: Any, start: int, most: int) -> tuple[int, list[Move]]:
+    def transfer_page(_: str, __: Any, start: int, most: int) -> tuple[int, list[Move]]:
         pages.append((start, most))
         return (most, []) if len(pages) < 4 else (0, [])
 
-    monkeypatch.setattr(tasks, "transfer", transfer)
-    assert len(list(tasks.transfer_all("payments", lambda _: [], enough=lambda: False, most=100))) == 4
+    monkeypatch.setattr(tasks, "_transfer_page", transfer_page)
+    assert len(list(tasks.transfer("payments", lambda _: [], most=100))) == 4
     assert pages == [(0, 100), (100, 200), (300, 400), (700, PAGE)]
 
 
