@@ -29,7 +29,7 @@ from resilient_tasks.monitor.report import counted
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.celery_internals import Events
 from resilient_tasks.worker.context import Runtime
-from resilient_tasks.worker.deferred_tasks import DeferredTasks, Resumer
+from resilient_tasks.worker.deferred_tasks import DeferredTasks
 from resilient_tasks.worker.envelope import UNDECODABLE, Step, without_envelope
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.request import ResultNotWrittenError, write_result
@@ -146,7 +146,7 @@ class Deferred:
 
     def _release(self, breaker: str, limit: int, only: Collection[str] | None, *, force: bool) -> Sequence[str]:
         known, snapshot = self._admitting(breaker, force=force)
-        return Resumer(self._runtime, self._tasks).release(known, snapshot, limit, only=only, early=True)
+        return self._tasks.release(known, snapshot, limit, only=only, early=True)
 
     def _admitting(self, breaker: str, *, force: bool) -> tuple[Dependency, Snapshot]:
         known = self._runtime.breaker(breaker)

@@ -1,6 +1,4 @@
-"""``DeferredTasks``: what is done to the tasks that wait: resume, dead-letter, drop; and revokes of them.
-
-``Resumer`` sends them back to the queues that they came from, slowly at first.
+"""``DeferredTasks``: waiting tasks are resumed, slowly at first, dead-lettered or dropped; and revokes of them.
 
 A worker forgets revokes when it stops, the ledger keeps them for all workers. A task is revoked by its id or by one of
 its stamps. An id is one task's for good, but a stamp comes back on later tasks: revoking it concerns those that had
@@ -65,13 +63,25 @@ CONSUMED_FOR = 1.0
 Choose = Callable[[Sequence[Entry]], Sequence[Move]]
 
 
-class DeferredTasks:
-    """What the tick, or an operator, does to waiting tasks; monitors receive it as events."""
+def no_limit(_: Dependency) -> int:
+    return LARGEST_BATCH
 
-    def __init__(self, runtime: Runtime, events: Events, queues: Queues | None = None) -> None:
-        self._runtime = runtime
-        self._events = events
+
+class DeferredTasks:
+    """What the tick, or an operator, does to waiting tasks; monitors receive it as events.
+
+    ``room`` returns how many more tasks of a breaker this worker holds at most.
+    """
+
+    def __init__(
+        self, runtime: Runtime, events: Events, queues: Queues | None = None,
+        room: Callable[[Dependency], int] = no_limit,
+    ) -> None:  # fmt: skip
+        self._runtime, self._events, self._room = runtime, events, room
         self._ended: set[tuple[str, float]] = set()  # of tasks that have ended, and whose messages are yet to be moved
+        self._untouched: dict[str, tuple[int, float]] = {}  # breaker -> outstanding tasks, and since when
+        self._consumed: set[str] = set()  # queues that workers consume, as read at
+        self._consumed_at = -math.inf
         self.queues = queues or open_queues(runtime.app, runtime.settings.namespace)
 
     def count(self, breaker: str) -> int:
@@ -239,51 +249,9 @@ class DeferredTasks:
     def _send(self, entry: Entry, event: str, **fields: Any) -> None:
         self._events.send(event, entry.envelope.reported_by, uuid=entry.task_id, **fields)
 
-    def close(self) -> None:
-        self.queues.close()
-        self._events.close()
+    # --- how many, and which --------------------------------------------------------------------------
 
-
-def _deferral_of(entry: Entry) -> tuple[str, float]:
-    """Return what distinguishes one wait of a task from a later one: it may be replayed."""
-    return entry.task_id if not entry.flaw else "", entry.envelope.since
-
-
-def _page(entries: Iterator[Entry], most: int) -> list[Entry]:
-    """Return the next messages, and fewer of large ones."""
-    page: list[Entry] = []
-    size = 0
-    while len(page) < most and size < PAGE_SIZE and (entry := next(entries, None)) is not None:
-        page.append(entry)
-        size += len(entry.raw)
-    return page
-
-
-def _expiry(entry: Entry, now: float) -> DeferralExpiredError | TaskRevokedError:
-    """Return the error of a task that has waited longer than its ``defer_for``, or past its ``expires``."""
-    envelope = entry.envelope
-    if envelope.ends_at == envelope.expires:
-        return TaskRevokedError(EXPIRED)
-    return DeferralExpiredError(envelope.breaker, now - envelope.since, envelope.deadline - envelope.since)
-
-
-# --- resuming ----------------------------------------------------------------------------------------------
-
-
-def no_limit(_: Dependency) -> int:
-    return LARGEST_BATCH
-
-
-class Resumer:
-    """Decides for the ticks of one worker how many tasks are resumed, and which."""
-
-    def __init__(self, runtime: Runtime, tasks: DeferredTasks, room: Callable[[Dependency], int] = no_limit) -> None:
-        self._runtime, self._tasks, self._room = runtime, tasks, room
-        self._untouched: dict[str, tuple[int, float]] = {}  # breaker -> outstanding tasks, and since when
-        self._consumed: set[str] = set()  # queues that workers consume, as read at
-        self._consumed_at = -math.inf
-
-    def resume(self, breaker: Dependency, snapshot: Snapshot) -> bool:
+    def resume_batch(self, breaker: Dependency, snapshot: Snapshot) -> bool:
         """Resume the next batch of a breaker that admits calls; where its calls are limited, into the free slots.
 
         Return whether more may follow before long; False if no task is due.
@@ -331,10 +299,10 @@ class Resumer:
             nonlocal left
             wanted = [entry for entry in entries if only is None or entry.task_id in only]
             due = [entry for entry in wanted if early or _is_due(breaker, entry, snapshot.now)]
-            ends, fit = self._tasks.remove_ended(due)
+            ends, fit = self.remove_ended(due)
             if unfailed_first:
                 fit.sort(key=lambda entry: entry.envelope.attempted_at > 0)
-            moves = self._tasks.resume(fit[:left], snapshot.epoch, why)
+            moves = self.resume(fit[:left], snapshot.epoch, why)
             left -= len(moves) if only is None else len(wanted)
             consumed = self._consumed_queues()
             taken = {move.entry.task_id for move in moves if move.queue in consumed}
@@ -345,7 +313,7 @@ class Resumer:
         resumed: list[str] = []
         # into a free slot goes one task: to read hundreds for it would take ten times as long
         most = PAGE if unfailed_first or only is not None else min(limit + SMALLEST_PAGE, PAGE)
-        for moves in self._tasks.transfer(breaker.name, choose, enough=lambda: left <= 0, most=most):
+        for moves in self.transfer(breaker.name, choose, enough=lambda: left <= 0, most=most):
             gone = [move.entry for move in moves if move.resumes]
             if gone:
                 longest = max(snapshot.now - (entry.envelope.since or snapshot.now) for entry in gone)
@@ -377,7 +345,7 @@ class Resumer:
         """
         if not pace.outstanding:
             return 0
-        outstanding = min(pace.outstanding, self._tasks.queues.size(*self._consumed_queues()))
+        outstanding = min(pace.outstanding, self.queues.size(*self._consumed_queues()))
         before, since = self._untouched.get(breaker.name, (0, 0.0))
         now = time.monotonic()
         if outstanding < before or not before:
@@ -387,6 +355,33 @@ class Resumer:
             self._runtime.fleet.ledger.taken_up(breaker.name, pace.outstanding)
             return 0
         return outstanding
+
+    def close(self) -> None:
+        self.queues.close()
+        self._events.close()
+
+
+def _deferral_of(entry: Entry) -> tuple[str, float]:
+    """Return what distinguishes one wait of a task from a later one: it may be replayed."""
+    return entry.task_id if not entry.flaw else "", entry.envelope.since
+
+
+def _page(entries: Iterator[Entry], most: int) -> list[Entry]:
+    """Return the next messages, and fewer of large ones."""
+    page: list[Entry] = []
+    size = 0
+    while len(page) < most and size < PAGE_SIZE and (entry := next(entries, None)) is not None:
+        page.append(entry)
+        size += len(entry.raw)
+    return page
+
+
+def _expiry(entry: Entry, now: float) -> DeferralExpiredError | TaskRevokedError:
+    """Return the error of a task that has waited longer than its ``defer_for``, or past its ``expires``."""
+    envelope = entry.envelope
+    if envelope.ends_at == envelope.expires:
+        return TaskRevokedError(EXPIRED)
+    return DeferralExpiredError(envelope.breaker, now - envelope.since, envelope.deadline - envelope.since)
 
 
 def _is_due(breaker: Dependency, entry: Entry, now: float) -> bool:

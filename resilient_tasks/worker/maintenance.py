@@ -29,7 +29,7 @@ from resilient_tasks.errors import StoreError
 from resilient_tasks.store.background import PeriodicThread
 from resilient_tasks.store.ledger import Wait
 from resilient_tasks.worker.celery_internals import Events
-from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks, Resumer, RevokeRelay, no_limit
+from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks, RevokeRelay, no_limit
 from resilient_tasks.worker.probes import Prober
 from resilient_tasks.worker.queues import Entry, Move
 
@@ -217,8 +217,7 @@ class Tick:
     ) -> None:
         self._runtime = runtime
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}"
-        self._tasks = DeferredTasks(runtime, Events(runtime.app, consumer))
-        self._resumer = Resumer(runtime, self._tasks, room)
+        self._tasks = DeferredTasks(runtime, Events(runtime.app, consumer), room=room)
         self._reconciler = Reconciler(runtime, self._tasks)
         self._prober = Prober(wake)
         self._reconciled_at = -math.inf
@@ -286,7 +285,7 @@ class Tick:
         self._child_reconciled_at = {child.name: self._child_reconciled_at[child.name] for child in children}
 
     def _resume(self, breaker: Dependency, snapshot: Snapshot) -> None:
-        if not self._resumer.resume(breaker, snapshot):
+        if not self._tasks.resume_batch(breaker, snapshot):
             self.not_due.add(breaker.name)
 
     def _serve_if_due(self, breaker: Dependency) -> None:
@@ -305,7 +304,7 @@ class Tick:
         if breaker.probe_to_run is not None and breaker.probe_to_run.is_due(snapshot):
             self._prober.start(breaker, breaker.probe_to_run, snapshot)
         if snapshot.state is State.HALF_OPEN and breaker.probe_to_run is None:
-            self._resumer.release_trials(breaker, snapshot)
+            self._tasks.release_trials(breaker, snapshot)
         elif snapshot.state in ADMITTING and snapshot.deferred:
             self._resume(breaker, snapshot)
             if snapshot.deferred <= PAGE:  # the index nears its end: more may wait than it says

@@ -15,7 +15,7 @@ from resilient_tasks import Resilience
 from resilient_tasks.worker.celery_internals import Events
 from resilient_tasks.worker.context import runtime_of
 from resilient_tasks.worker.deferral import keeps_place
-from resilient_tasks.worker.deferred_tasks import PAGE, SMALLEST_PAGE, DeferredTasks, Resumer
+from resilient_tasks.worker.deferred_tasks import PAGE, SMALLEST_PAGE, DeferredTasks
 from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.queues import Entry, Move
 
@@ -73,7 +73,7 @@ def test_no_more_is_read_than_free_slots_need(
 
     monkeypatch.setattr(tasks, "transfer", transfer)
     breaker = runtime_of(app).breaker("payments")
-    Resumer(runtime_of(app), tasks).release(breaker, breaker.cached_state.snapshot, limit, **options)
+    tasks.release(breaker, breaker.cached_state.snapshot, limit, **options)
     assert asked == [most]
 
 
