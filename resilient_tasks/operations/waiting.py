@@ -350,6 +350,8 @@ def _common_fields(entry: Entry) -> dict[str, Any]:
         "task": "" if entry.flaw else entry.task_name,
         "breaker": envelope.breaker,
         "origin": envelope.origin,
+        "reason": UNDECODABLE if entry.flaw else envelope.reason,
+        "since": envelope.since or None,
         "attempts": envelope.attempts,
         "args": str(headers.get("argsrepr", "")),
         "kwargs": str(headers.get("kwargsrepr", "")),
@@ -358,13 +360,7 @@ def _common_fields(entry: Entry) -> dict[str, Any]:
 
 def _deferred_task(entry: Entry) -> DeferredTask:
     envelope = entry.envelope
-    return DeferredTask(
-        **_common_fields(entry),
-        reason=envelope.reason,
-        since=envelope.since,
-        not_before=envelope.not_before or None,
-        ends_at=envelope.ends_at,
-    )
+    return DeferredTask(**_common_fields(entry), not_before=envelope.not_before or None, ends_at=envelope.ends_at)
 
 
 def _dead_letter(entry: Entry) -> DeadLetter:
@@ -372,8 +368,6 @@ def _dead_letter(entry: Entry) -> DeadLetter:
     body = entry.raw if entry.flaw else entry.message.body
     return DeadLetter(
         **_common_fields(entry),
-        reason=UNDECODABLE if entry.flaw else envelope.reason,
-        since=envelope.since or None,
         died_at=envelope.died_at or None,
         history=envelope.history,
         headers={} if entry.flaw else without_envelope(entry.message.headers),
