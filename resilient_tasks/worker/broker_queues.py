@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from importlib import resources
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import redis
 from celery import Celery
@@ -53,29 +53,21 @@ _DEAD_LETTERED = 2
 class RedisQueues(Queues):
     """Lists on a Redis broker; kombu's order: newest first, so that an ordinary consumer could drain them."""
 
-    transport_options: ClassVar[dict[str, Any]] = {
-        "max_retries": 0,
-        "socket_timeout": 5.0,
-        "socket_connect_timeout": 2.0,
-    }
-
     def __init__(self, app: Celery, namespace: str) -> None:
-        super().__init__(app, namespace)
+        limits = {"socket_timeout": 5.0, "socket_connect_timeout": 2.0}
+        of_the_app = app.conf.broker_transport_options.get("sentinel_kwargs") or {}
+        sentinels = {
+            **limits,
+            **of_the_app,
+            "retry": celery_internals.no_retry(),
+        }  # wait for no longer than for a server
+        super().__init__(app, namespace, **limits, sentinel_kwargs=sentinels)
         scripts = resources.files("resilient_tasks.worker") / "lua"
         self._defer_source = (scripts / "defer.lua").read_text()
         self._move_source = (scripts / "move.lua").read_text()
         self._known_client: redis.Redis | None = None
         self._scripts: dict[str, Callable[..., Any]] = {}  # of that client, by their texts
         self._cursor = 0
-
-    def _options(self, app: Celery) -> dict[str, Any]:
-        """Return our options; sentinels are asked as the app asks them, but no longer than a server."""
-        of_the_app = app.conf.broker_transport_options.get("sentinel_kwargs") or {}
-        limits = {name: self.transport_options[name] for name in ("socket_timeout", "socket_connect_timeout")}
-        return {
-            **self.transport_options,
-            "sentinel_kwargs": {**limits, **of_the_app, "retry": celery_internals.no_retry()},
-        }
 
     @property
     def _client(self) -> redis.Redis:
@@ -171,7 +163,13 @@ class RedisQueues(Queues):
             count = max(1, min(_PAGE, 4 * count, _REPLY_SIZE * count // (sum(map(len, reply)) or 1)))
 
     def size(self, *queues: str) -> int:
-        return sum(celery_internals.queue_size(self.channel, queue) for queue in queues)
+        return sum(map(self._size, queues))
+
+    def _size(self, queue: str) -> int:
+        try:
+            return celery_internals.queue_size(self.channel, queue)
+        except redis.ResponseError:  # a key that is no list, or that this user may not read
+            return 0
 
     def found(self) -> list[str]:
         prefix, keys = celery_internals.list_key(self.channel, self.deferred("")), set[str]()
@@ -213,14 +211,11 @@ _NOT_COPIED = frozenset({
 class PublishedQueues(Queues):
     """Any other transport: durable queues without consumers, publish then acknowledge."""
 
-    transport_options: ClassVar[dict[str, Any]] = {
-        "max_retries": 0, "confirm_publish": True, "read_timeout": 10, "write_timeout": 10,
-    }  # fmt: skip
-
     def __init__(self, app: Celery, namespace: str) -> None:
-        super().__init__(app, namespace)
+        super().__init__(app, namespace, confirm_publish=True, read_timeout=10, write_timeout=10)
         self._lock = threading.Lock()
         self._declared: set[str] = set()
+        self._returned = False
         self._arguments = {"x-queue-type": "quorum"} if _uses_quorum_queues(app) else {}
 
     @contextlib.contextmanager
@@ -268,14 +263,17 @@ class PublishedQueues(Queues):
         properties = {name: value for name, value in message.properties.items() if name not in _NOT_COPIED}
         if expiration:  # milliseconds, but kombu takes seconds and truncates
             properties["expiration"] = Fraction(expiration, 1000)
-        returned: list[Any] = []
-        on_return = None if self._emulated else lambda *message: returned.append(message)
+        self._returned = False
+        on_return = None if self._emulated else self._note_return
         Producer(self.channel, auto_declare=False, on_return=on_return).publish(
             message.body, exchange="", routing_key=queue, headers=headers, mandatory=True,
             content_type=message.content_type, content_encoding=message.content_encoding,
             confirm_timeout=LONGEST_CONFIRM, **properties,
         )  # fmt: skip
-        return not returned
+        return not self._returned
+
+    def _note_return(self, *_: Any) -> None:
+        self._returned = True
 
     @property
     def _emulated(self) -> bool:

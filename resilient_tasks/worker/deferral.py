@@ -324,11 +324,12 @@ class Deferral:
             has_failed = after.attempted_at > request.envelope.attempted_at
             try:
                 self.requeue(request, after.origin, after if has_failed else request.envelope, first=held.beside)
-                request.enter_window()
             except self.errors as error:
                 what = "Task %s[%s] cannot be requeued yet: %s"
                 logger.debug(what, request.name, request.id, error, extra=request.log_fields)
                 self._held.append(held)
+            else:
+                request.enter_window()
 
     def check_rights(self) -> None:
         """Learn now and then which queues the broker refuses: at first of all breakers, then of those refused."""

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from celery import Celery
 from kombu import Queue
@@ -119,17 +119,11 @@ class Move:
 class Queues(ABC):
     """The broker's side of deferring. One instance per thread or guarded by the caller's loop."""
 
-    #: An unavailable broker is noticed at once; the caller tries again later.
-    transport_options: ClassVar[dict[str, Any]] = {"max_retries": 0}
-
-    def __init__(self, app: Celery, namespace: str) -> None:
+    def __init__(self, app: Celery, namespace: str, **transport_options: Any) -> None:
         self.namespace = namespace
-        self._connection = app.connection_for_read(transport_options=self._options(app))
+        options = {"max_retries": 0, **transport_options}  # what is not available now is tried again later
+        self._connection = app.connection_for_read(transport_options=options)
         self._accept = celery_internals.accepted_types(app.conf.accept_content)
-
-    def _options(self, _app: Celery) -> dict[str, Any]:
-        """Return the transport options of our connection, which are added to the app's."""
-        return self.transport_options
 
     def deferred(self, breaker: str) -> str:
         return f"{self.namespace}.deferred.{breaker}"
