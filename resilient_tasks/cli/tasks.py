@@ -47,7 +47,7 @@ def deferred(runtime: Runtime, name: str, *, limit: int, ids_only: bool, as_json
         counts = {each: waiting.count(each) for each in expand(runtime, [name])}
         found = [task for each, some in counts.items() if some for task in waiting.list(each, limit=limit)]
     tasks = sorted(found, key=lambda task: task.since or 0)[:limit]
-    rows = [(t.task_id, t.task, t.breaker, moment(t.since), str(t.attempts), t.reason) for t in tasks]
+    rows = [(t.task_id, t.task, t.breaker, moment(t.since or None), str(t.attempts), t.reason) for t in tasks]
     columns = ("ID", "TASK", "BREAKER", "SINCE", "ATTEMPTS", "REASON")
     _print_tasks(columns, rows, [asdict(task) for task in tasks] if as_json else None, ids_only=ids_only)
     _say_how_many(len(tasks), sum(counts.values()), "waiting tasks")

@@ -298,6 +298,11 @@ def _is_late(age: float | None, deployment: Deployment) -> bool:
     return _known(age) > max(LONGEST_SILENCE, 10 * deployment.tick_interval)
 
 
+def _no_beat(deployment: Deployment) -> _Items:
+    if not _is_late(deployment.tick_age, deployment) and _is_late(deployment.tick_sender_age, deployment):
+        yield (_ago(deployment.tick_sender_age),)
+
+
 def _ago(age: float | None) -> str:
     return "never" if age is None or age == math.inf else f"{duration(age)} ago"
 
@@ -367,6 +372,11 @@ def _early(deployment: Deployment) -> _Items:
     return [(", ".join(early),)] if early else []
 
 
+def _outdated(deployment: Deployment) -> _Items:
+    store = deployment.store
+    return [(store.title,)] if store and store.product == "redis" and store.version < OLDEST_SERVER else []
+
+
 _HOLDS = {"broker": "tasks, also those that wait", "store": "the breakers' states and history"}
 
 
@@ -376,9 +386,7 @@ _RULES: tuple[tuple[str, Level, Callable[[Deployment], _Items], str, str, str], 
     ("store", _ERROR, lambda d: [(d.store_trouble,)] if d.store is None else [], "the store is unavailable: {0}",
      "each process decides for itself, and nothing is resumed",
      "start it, or correct RESILIENT_TASKS_STORE_URL and the network between"),
-    ("store", _ERROR,
-     lambda d: [(d.store.title,)] if d.store and d.store.product == "redis" and d.store.version < OLDEST_SERVER else [],
-     "the store is {0}",
+    ("store", _ERROR, _outdated, "the store is {0}",
      "the scripts need commands of Redis 6.2", "upgrade to Redis 6.2 or newer, or Valkey"),
     ("broker", _ERROR, lambda d: [(d.broker_trouble,)] if d.broker_trouble else [],
      "the broker is unavailable: {0}",
@@ -401,8 +409,7 @@ _RULES: tuple[tuple[str, Level, Callable[[Deployment], _Items], str, str, str], 
     ("ticks", _ERROR, lambda d: [(_ago(d.tick_age),)] if _is_late(d.tick_age, d) else [],
      "ticks do not complete, the last: {0}",
      "without ticks no breaker heals and no task is resumed", "start a worker, and celery beat"),
-    ("ticks", _WARNING,
-     lambda d: [(_ago(d.tick_sender_age),)] if _is_late(d.tick_sender_age, d) and not _is_late(d.tick_age, d) else [],
+    ("ticks", _WARNING, _no_beat,
      "beat sends no ticks, last seen: {0}; workers run them by themselves",
      "breakers heal some seconds later than they could", "start celery beat"),
     ("ticks", _WARNING, lambda d: [(name,) for name in d.lasting_ticks],

@@ -29,7 +29,7 @@ from resilient_tasks.monitor.report import counted
 from resilient_tasks.worker import celery_internals
 from resilient_tasks.worker.celery_internals import Events
 from resilient_tasks.worker.context import Runtime
-from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.deferred_tasks import DeferredTasks, Resumer
 from resilient_tasks.worker.envelope import UNDECODABLE, Step, without_envelope
 from resilient_tasks.worker.queues import Entry, Move
 from resilient_tasks.worker.request import ResultNotWrittenError, write_result
@@ -146,7 +146,7 @@ class Deferred:
 
     def _release(self, breaker: str, limit: int, only: Collection[str] | None, *, force: bool) -> Sequence[str]:
         known, snapshot = self._admitting(breaker, force=force)
-        return self._tasks.release(known, snapshot, limit, only=only, early=True)
+        return Resumer(self._runtime, self._tasks).release(known, snapshot, limit, only=only, early=True)
 
     def _admitting(self, breaker: str, *, force: bool) -> tuple[Dependency, Snapshot]:
         known = self._runtime.breaker(breaker)
@@ -170,16 +170,14 @@ class Deferred:
         """
         dropped: list[str] = []
 
-        def errors_of(entries: Sequence[Entry]) -> dict[str, Exception]:
-            ids = {entry.task_id for entry in entries}
-            return {
-                each: TaskRevokedError(DROPPED) for each in (ids if task_ids is None else ids.intersection(task_ids))
-            }
+        def choose(entries: Sequence[Entry]) -> list[Move]:
+            wanted = (entry for entry in entries if task_ids is None or entry.task_id in task_ids)
+            return [move for entry in wanted if (move := self._tasks.end(entry, TaskRevokedError(DROPPED)))]
 
         def enough() -> bool:
             return task_ids is not None and len(dropped) >= len(task_ids)
 
-        for moves in self._tasks.end_all(breaker, errors_of, enough):
+        for moves in self._tasks.transfer_all(breaker, choose, enough=enough):
             dropped.extend(move.entry.task_id for move in moves if not move.entry.flaw)
         return tuple(dropped)
 
@@ -350,8 +348,6 @@ def _common_fields(entry: Entry) -> dict[str, Any]:
         "task": "" if entry.flaw else entry.task_name,
         "breaker": envelope.breaker,
         "origin": envelope.origin,
-        "reason": UNDECODABLE if entry.flaw else envelope.reason,
-        "since": envelope.since or None,
         "attempts": envelope.attempts,
         "args": str(headers.get("argsrepr", "")),
         "kwargs": str(headers.get("kwargsrepr", "")),
@@ -360,7 +356,13 @@ def _common_fields(entry: Entry) -> dict[str, Any]:
 
 def _deferred_task(entry: Entry) -> DeferredTask:
     envelope = entry.envelope
-    return DeferredTask(**_common_fields(entry), not_before=envelope.not_before or None, ends_at=envelope.ends_at)
+    return DeferredTask(
+        **_common_fields(entry),
+        reason=envelope.reason,
+        since=envelope.since,
+        not_before=envelope.not_before or None,
+        ends_at=envelope.ends_at,
+    )
 
 
 def _dead_letter(entry: Entry) -> DeadLetter:
@@ -368,6 +370,8 @@ def _dead_letter(entry: Entry) -> DeadLetter:
     body = entry.raw if entry.flaw else entry.message.body
     return DeadLetter(
         **_common_fields(entry),
+        reason=UNDECODABLE if entry.flaw else envelope.reason,
+        since=envelope.since or None,
         died_at=envelope.died_at or None,
         history=envelope.history,
         headers={} if entry.flaw else without_envelope(entry.message.headers),

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from importlib import resources
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import redis
 from celery import Celery
@@ -44,6 +45,8 @@ _PAGE = 500
 _SCANS, _SCANNED = 20, 1000
 #: Puts a message into a list and takes it back in one step.
 _CHECK = "redis.call('LPUSH', KEYS[1], ARGV[1]); return redis.call('LREM', KEYS[1], 1, ARGV[1])"
+#: What a pattern of Redis takes for more than itself.
+_SPECIAL, _ITSELF = re.compile(r"[]*?[^\\]"), r"\\\g<0>"
 #: Bytes of messages to read, and to move, at a time.
 _REPLY_SIZE = 1_000_000
 #: What the script that moves messages says of one whose queue is no list.
@@ -53,21 +56,29 @@ _DEAD_LETTERED = 2
 class RedisQueues(Queues):
     """Lists on a Redis broker; kombu's order: newest first, so that an ordinary consumer could drain them."""
 
+    transport_options: ClassVar[dict[str, Any]] = {
+        "max_retries": 0,
+        "socket_timeout": 5.0,
+        "socket_connect_timeout": 2.0,
+    }
+
     def __init__(self, app: Celery, namespace: str) -> None:
-        limits = {"socket_timeout": 5.0, "socket_connect_timeout": 2.0}
-        of_the_app = app.conf.broker_transport_options.get("sentinel_kwargs") or {}
-        sentinels = {
-            **limits,
-            **of_the_app,
-            "retry": celery_internals.no_retry(),
-        }  # wait for no longer than for a server
-        super().__init__(app, namespace, **limits, sentinel_kwargs=sentinels)
+        super().__init__(app, namespace)
         scripts = resources.files("resilient_tasks.worker") / "lua"
         self._defer_source = (scripts / "defer.lua").read_text()
         self._move_source = (scripts / "move.lua").read_text()
         self._known_client: redis.Redis | None = None
         self._scripts: dict[str, Callable[..., Any]] = {}  # of that client, by their texts
         self._cursor = 0
+
+    def _options(self, app: Celery) -> dict[str, Any]:
+        """Return our options; sentinels are asked as the app asks them, but no longer than a server."""
+        of_the_app = app.conf.broker_transport_options.get("sentinel_kwargs") or {}
+        limits = {name: self.transport_options[name] for name in ("socket_timeout", "socket_connect_timeout")}
+        return {
+            **self.transport_options,
+            "sentinel_kwargs": {**limits, **of_the_app, "retry": celery_internals.no_retry()},
+        }
 
     @property
     def _client(self) -> redis.Redis:
@@ -106,8 +117,9 @@ class RedisQueues(Queues):
         return bool(answer)
 
     @contextlib.contextmanager
-    def peek(self, queue: str, breaker: str, *, start: int = 0) -> Iterator[Iterator[Entry]]:
-        yield (self._decoded(queue, breaker, text) for text in self._oldest(queue, start))
+    def peek(self, queue: str, breaker: str, *, start: int = 0, most: int = 0) -> Iterator[Iterator[Entry]]:
+        replies = self._oldest(celery_internals.list_key(self.channel, queue), start, most)
+        yield (self._decoded(queue, breaker, text) for text in itertools.chain.from_iterable(replies))
 
     def _decoded(self, queue: str, breaker: str, text: bytes) -> Entry:
         try:
@@ -135,7 +147,7 @@ class RedisQueues(Queues):
         moved = self._run(self._move_source, keys, args)
         for move, made in zip(moves, moved, strict=True):
             if made:
-                yield replace(move, queue=dead, lost=move.queue or "") if made == _DEAD_LETTERED else move
+                yield replace(move, queue=dead) if made == _DEAD_LETTERED else move
 
     def _key(self, queue: str, raw: dict[str, Any] | None) -> str:
         """Return the list that a message goes to; in queues of ours there is but one priority."""
@@ -148,19 +160,20 @@ class RedisQueues(Queues):
         raw["headers"] = envelope.write(raw["headers"]) if envelope else without_envelope(raw["headers"])
         return raw
 
-    def _oldest(self, queue: str, start: int) -> Iterator[bytes]:
-        """Read a list from its oldest message on, but for the first ``start``; large messages come a few at a time.
+    def _oldest(self, key: str, start: int, most: int) -> Iterator[list[bytes]]:
+        """Read a list from its oldest message on, but for the first ``start``, reply by reply.
 
-        Until it is sent, a reply takes memory of the server as well.
+        Large messages come a few at a time: until it is sent, a reply takes memory of the server as well.
         """
-        count, key = 1, celery_internals.list_key(self.channel, queue)
+        count = 1
         while True:
             reply: list[Any] = self._client.lrange(key, -start - count, -start - 1)
-            yield from reversed(reply)
+            yield reply[::-1]
             if len(reply) < count:
                 return
-            start += count
-            count = max(1, min(_PAGE, 4 * count, _REPLY_SIZE * count // (sum(map(len, reply)) or 1)))
+            start, most = start + count, most - count
+            page = most if 0 < most < _PAGE else _PAGE
+            count = max(1, min(page, 4 * count, _REPLY_SIZE * count // (sum(map(len, reply)) or 1)))
 
     def size(self, *queues: str) -> int:
         return sum(map(self._size, queues))
@@ -168,17 +181,18 @@ class RedisQueues(Queues):
     def _size(self, queue: str) -> int:
         try:
             return celery_internals.queue_size(self.channel, queue)
-        except redis.ResponseError:  # a key that is no list, or that this user may not read
+        except redis.ResponseError:  # a key that is no list: only a forged header names it
             return 0
 
     def found(self) -> list[str]:
-        prefix, keys = celery_internals.list_key(self.channel, self.deferred("")), set[str]()
+        prefix: str = celery_internals.list_key(self.channel, self.deferred(""))
+        pattern, keys = f"{_SPECIAL.sub(_ITSELF, prefix)}*", set[Any]()
         for _ in range(_SCANS):
-            self._cursor, some = self._client.scan(self._cursor, match=f"*{self.deferred('')}*", count=_SCANNED)
-            keys.update(key.decode(errors="replace") for key in cast("list[bytes]", some))
+            self._cursor, some = self._client.scan(self._cursor, match=pattern, count=_SCANNED)
+            keys.update(some)
             if not self._cursor:
                 break
-        return sorted(key.removeprefix(prefix) for key in keys if key.startswith(prefix))
+        return sorted(key.decode(errors="replace").removeprefix(prefix) for key in keys)
 
     def memory(self) -> Memory | None:
         return Memory.read(self._client.info("memory"))
@@ -211,8 +225,12 @@ _NOT_COPIED = frozenset({
 class PublishedQueues(Queues):
     """Any other transport: durable queues without consumers, publish then acknowledge."""
 
+    transport_options: ClassVar[dict[str, Any]] = {
+        "max_retries": 0, "confirm_publish": True, "read_timeout": 10, "write_timeout": 10,
+    }  # fmt: skip
+
     def __init__(self, app: Celery, namespace: str) -> None:
-        super().__init__(app, namespace, confirm_publish=True, read_timeout=10, write_timeout=10)
+        super().__init__(app, namespace)
         self._lock = threading.Lock()
         self._declared: set[str] = set()
         self._returned = False
@@ -272,13 +290,13 @@ class PublishedQueues(Queues):
         )  # fmt: skip
         return not self._returned
 
-    def _note_return(self, *_: Any) -> None:
-        self._returned = True
-
     @property
     def _emulated(self) -> bool:
         """Whether kombu plays the broker itself: it then takes everything, and requeues at the end."""
         return celery_internals.is_emulated(self.channel)
+
+    def _note_return(self, *_: Any) -> None:
+        self._returned = True
 
     def put(
         self, message: Any, queue: str, envelope: Envelope | None, *,
@@ -317,7 +335,7 @@ class PublishedQueues(Queues):
             logger.warning("a message could not be acknowledged or requeued", exc_info=True)
 
     @contextlib.contextmanager
-    def peek(self, queue: str, breaker: str, *, start: int = 0) -> Iterator[Iterator[Entry]]:
+    def peek(self, queue: str, breaker: str, *, start: int = 0, most: int = 0) -> Iterator[Iterator[Entry]]:  # noqa: ARG002 - fetched one by one
         held: list[Any] = []
         with self._exclusive():
             self._declare(queue)
@@ -355,7 +373,7 @@ class PublishedQueues(Queues):
                 envelope = move.entry.envelope.dead_letter(time.time(), f"its queue {move.queue} is gone")
                 self._publish(message, dead, envelope)
                 message.ack()
-            yield replace(move, queue=dead, lost=move.queue)
+            yield replace(move, queue=dead)
 
     def _size(self, queue: str) -> int:
         _ = self.channel  # opens the connection again if it was closed

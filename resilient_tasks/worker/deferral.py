@@ -67,9 +67,9 @@ Step = Callable[[], None]
 class DeniedError(Exception):
     """The broker refuses ``queue``, into which a message was to go with ``envelope``."""
 
-    def __init__(self, queue: str, envelope: Envelope, reason: object) -> None:
-        super().__init__(f"the broker refuses {queue}: {reason}")
-        self.queue, self.envelope, self.reason = queue, envelope, str(reason)
+    def __init__(self, queue: str, envelope: Envelope) -> None:
+        super().__init__(queue)
+        self.queue, self.envelope = queue, envelope
 
 
 class _Held(NamedTuple):
@@ -164,8 +164,8 @@ class Deferral:
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
-        """What is raised if the broker is unavailable, or refuses something."""
-        return (*self.queues.errors, DeniedError)
+        """What the broker raises if it is unavailable, or refuses something."""
+        return self.queues.errors
 
     def defer(self, request: GatedRequest, envelope: Envelope) -> None:
         """Defer a request's message, or dead-letter it if its envelope says so.
@@ -178,12 +178,13 @@ class Deferral:
         name, is_dead = envelope.breaker, envelope.died_at > 0
         queue = self.queues.dead(name) if is_dead else self.queues.deferred(name)
         if queue in self.denied:
-            raise DeniedError(queue, envelope, self.denied[queue])
+            raise DeniedError(queue, envelope)
         try:
             (self._dead_letter if is_dead else self._defer)(request, envelope, queue)
         except self.queues.refusals as exc:
             self.forget(name, [request.id])
-            raise DeniedError(queue, envelope, exc) from exc
+            self._note_denied({queue: exc})
+            raise DeniedError(queue, envelope) from exc
 
     def _dead_letter(self, request: GatedRequest, envelope: Envelope, queue: str) -> None:
         self.queues.put(request.message, queue, envelope, owned=not request.acknowledged)
@@ -274,7 +275,6 @@ class Deferral:
         try:
             step()
         except DeniedError as denied:
-            self._note_denied({denied.queue: denied.reason})
             self._hold(request, step, denied)
         except Exception as exc:  # whatever it is, the message must neither be lost nor end the worker
             self._hold(request, step)
@@ -324,18 +324,17 @@ class Deferral:
             has_failed = after.attempted_at > request.envelope.attempted_at
             try:
                 self.requeue(request, after.origin, after if has_failed else request.envelope, first=held.beside)
+                request.enter_window()
             except self.errors as error:
                 what = "Task %s[%s] cannot be requeued yet: %s"
                 logger.debug(what, request.name, request.id, error, extra=request.log_fields)
                 self._held.append(held)
-            else:
-                request.enter_window()
 
     def check_rights(self) -> None:
         """Learn now and then which queues the broker refuses: at first of all breakers, then of those refused."""
         if time.monotonic() < self._check_at:
             return
-        names, refused = list(self.denied), dict[str, str]()
+        names, refused = list(self.denied), dict[str, Exception]()
         if not self._has_checked:
             places = self.queues.deferred, self.queues.dead
             names = [place(name) for name in self._runtime.breakers for place in places]
@@ -343,7 +342,7 @@ class Deferral:
             for queue in names:
                 error = self.queues.check(queue)
                 if error is not None:
-                    refused[queue] = str(error)
+                    refused[queue] = error
                 elif self.denied.pop(queue, None):
                     logger.info("the broker refuses %s no more", queue)
             self._has_checked = True
@@ -352,12 +351,12 @@ class Deferral:
         self._note_denied(refused)
         self._check_at = time.monotonic() + CHECK_INTERVAL
 
-    def _note_denied(self, refused: Mapping[str, str]) -> None:
+    def _note_denied(self, refused: Mapping[str, Exception]) -> None:
         new = [queue for queue in refused if queue not in self.denied]
         if new:
             what = "tasks cannot be deferred, the broker refuses %s (rights: docs/permissions.md): %s"
             logger.error(what, ", ".join(new), refused[new[0]])
-        self.denied.update(refused)
+        self.denied.update({queue: str(error) for queue, error in refused.items()})
 
     def forget(self, breaker: str, task_ids: Sequence[str]) -> None:
         """Take tasks off the index, as far as the store can be reached."""

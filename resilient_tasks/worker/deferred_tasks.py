@@ -1,4 +1,6 @@
-"""``DeferredTasks``: waiting tasks are resumed, slowly at first, dead-lettered or dropped; and revokes of them.
+"""``DeferredTasks``: what is done to the tasks that wait: resume, dead-letter, drop; and revokes of them.
+
+``Resumer`` sends them back to the queues that they came from, slowly at first.
 
 A worker forgets revokes when it stops, the ledger keeps them for all workers. A task is revoked by its id or by one of
 its stamps. An id is one task's for good, but a stamp comes back on later tasks: revoking it concerns those that had
@@ -11,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from celery import states
@@ -21,7 +23,7 @@ from kombu.exceptions import DecodeError
 
 from resilient_tasks import signals
 from resilient_tasks.core.model import Snapshot
-from resilient_tasks.core.outage import COALESCED, DEAD, EXPIRED, LONGEST_WAIT, RESUMED, REVOKED
+from resilient_tasks.core.outage import COALESCED, DEAD, DROPPED, EXPIRED, LONGEST_WAIT, RESUMED, REVOKED
 from resilient_tasks.core.pace import LARGEST_BATCH, Pace, next_pace, refill_count
 from resilient_tasks.dependency import Dependency
 from resilient_tasks.errors import DeferralExpiredError, ResilienceError
@@ -63,62 +65,42 @@ CONSUMED_FOR = 1.0
 Choose = Callable[[Sequence[Entry]], Sequence[Move]]
 
 
-def no_limit(_: Dependency) -> int:
-    return LARGEST_BATCH
-
-
 class DeferredTasks:
-    """What the tick, or an operator, does to waiting tasks; monitors receive it as events.
+    """What the tick, or an operator, does to waiting tasks; monitors receive it as events."""
 
-    ``room`` returns how many more tasks of a breaker this worker holds at most.
-    """
-
-    def __init__(
-        self, runtime: Runtime, events: Events, queues: Queues | None = None,
-        room: Callable[[Dependency], int] = no_limit,
-    ) -> None:  # fmt: skip
-        self._runtime, self._events, self._room = runtime, events, room
+    def __init__(self, runtime: Runtime, events: Events, queues: Queues | None = None) -> None:
+        self._runtime = runtime
+        self._events = events
         self._ended: set[tuple[str, float]] = set()  # of tasks that have ended, and whose messages are yet to be moved
-        self._untouched: dict[str, tuple[int, float]] = {}  # breaker -> outstanding tasks, and since when
-        self._consumed: set[str] = set()  # queues that workers consume, as read at
-        self._consumed_at = -math.inf
         self.queues = queues or open_queues(runtime.app, runtime.settings.namespace)
 
     def count(self, breaker: str) -> int:
         return self.queues.size(self.queues.deferred(breaker))
 
-    def transfer(
-        self, breaker: str, choose: Choose, *, enough: Callable[[], bool] = bool, most: int = PAGE
-    ) -> Iterator[list[Move]]:
-        """Offer waiting tasks page by page to ``choose``, the oldest first, and yield of each page the moves made.
+    def transfer(self, breaker: str, choose: Choose, *, start: int = 0, most: int = PAGE) -> tuple[int, list[Move]]:
+        """Offer ``most`` of the oldest waiting tasks, but for the first ``start``, to ``choose`` and make its moves.
 
-        The first page holds ``most`` tasks, each further one twice as many, until that is ``enough`` or none is left.
-        What is no task is dead-lettered, so that it holds up nothing.
+        What is no task is dead-lettered, so that it holds up nothing. Return how many messages were looked at, and the
+        moves that were made.
         """
-        start, offered = 0, most  # a page may hold less: messages are of any size
-        while offered and not enough():
-            offered, moves = self._transfer_page(breaker, choose, start, most)
-            start, most = start + offered - len(moves), min(2 * most, PAGE)
-            yield moves
-
-    def _transfer_page(self, breaker: str, choose: Choose, start: int, most: int) -> tuple[int, list[Move]]:
-        """Return how many messages were looked at, and the moves made; reconciling indexes again what was not moved."""
-        queue, made = self.queues.deferred(breaker), list[Move]()
-        with self.queues.peek(queue, breaker, start=start) as entries:
+        ledger, queue = self._runtime.fleet.ledger, self.queues.deferred(breaker)
+        made: list[Move] = []
+        with self.queues.peek(queue, breaker, start=start, most=most) as entries:
             offered = _page(entries, most)
-            moves = list(choose([entry for entry in offered if not entry.flaw]))
-            # before they are moved: a worker may report at once that it has taken one up, or defer it again
-            self._events.flush()
-            self._runtime.fleet.ledger.remove_deferred(breaker, [move.entry.task_id for move in moves])
-            for entry in (entry for entry in offered if entry.flaw):
+            planned = list(choose([entry for entry in offered if not entry.flaw]))
+            flawed = [entry for entry in offered if entry.flaw]
+            for entry in flawed:
                 logger.warning("a message that waits for breaker %r is dead-lettered: %s", breaker, entry.flaw)
-                moves.append(Move(entry, self.queues.dead(breaker), entry.envelope))
-            for move in self.queues.move(queue, moves):
-                made.append(move)
-                if move.lost:
-                    self._settle(move.entry, ResilienceError(f"the queue {move.lost} that it came from is gone"))
-                self._ended.discard(_deferral_of(move.entry))
-        self._events.flush()
+            dead = [Move(entry, self.queues.dead(breaker), entry.envelope) for entry in flawed]
+            self._events.flush()  # before a worker can report that it has taken a task up
+            ledger.remove_deferred(breaker, [move.entry.task_id for move in planned])  # they may come back at once
+            try:
+                for move in self.queues.move(queue, [*planned, *dead]):
+                    made.append(move)
+                    self._ended.discard(_deferral_of(move.entry))
+            finally:
+                self._note_unmade(planned, made)
+                self._events.flush()
         for entry in (move.entry for move in made if move.resumes):
             signals.notify(
                 signals.task_resumed, self._runtime.app, task_id=entry.task_id, task=entry.task_name,
@@ -126,17 +108,31 @@ class DeferredTasks:
             )  # fmt: skip
         return len(offered), made
 
-    def end_all(
-        self, breaker: str, errors_of: Callable[[Sequence[Entry]], Mapping[str, Exception]], enough: Callable[[], bool]
+    def _note_unmade(self, planned: Sequence[Move], made: Sequence[Move]) -> None:
+        """Index again what was not moved, and end what has no queue to go back to."""
+        queues = {id(move.entry): move.queue for move in made}
+        for move in planned:
+            entry, envelope = move.entry, move.entry.envelope
+            if id(entry) not in queues:
+                self._runtime.fleet.ledger.add_deferred(
+                    envelope.breaker, entry.task_id, deadline=envelope.ends_at, since=envelope.since or None
+                )
+            elif queues[id(entry)] != move.queue:
+                self._settle(entry, ResilienceError(f"the queue {move.queue} that it came from is gone"))
+                self._ended.discard(_deferral_of(entry))
+
+    def transfer_all(
+        self, breaker: str, choose: Choose, *, enough: Callable[[], bool], most: int = PAGE
     ) -> Iterator[list[Move]]:
-        """End those waiting tasks of which ``errors_of`` says by id why; yield what each page has moved."""
+        """Go on with :meth:`transfer` until that is ``enough`` or nothing is left; yield what each page has moved.
 
-        def choose(entries: Sequence[Entry]) -> list[Move]:
-            errors = errors_of(entries)
-            ending = (entry for entry in entries if entry.task_id in errors and not enough())
-            return [move for entry in ending if (move := self.end(entry, errors[entry.task_id]))]
-
-        return self.transfer(breaker, choose, enough=enough)
+        The first page holds ``most`` tasks, each further one twice as many.
+        """
+        start, offered = 0, most  # a page may hold less: messages are of any size
+        while offered and not enough():
+            offered, moves = self.transfer(breaker, choose, start=start, most=most)
+            start, most = start + offered - len(moves), min(2 * most, PAGE)
+            yield moves
 
     def ends(self, entries: Sequence[Entry], now: float) -> dict[str, Exception]:
         """Return by id why tasks must wait no longer: they were revoked, or have waited for too long."""
@@ -153,7 +149,8 @@ class DeferredTasks:
         """
         errors = self.ends(entries, self._runtime.fleet.view.server_now())
         for entry in entries:
-            if entry.task_id not in errors and (unreadable := entry.unreadable()):
+            unreadable = None if entry.task_id in errors else entry.unreadable()
+            if unreadable is not None:
                 errors[entry.task_id] = unreadable
         for task_id, latest in superseded_among(entries, self._runtime.fleet.ledger, gone=errors.keys()).items():
             errors.setdefault(task_id, SupersededError(latest))
@@ -180,15 +177,16 @@ class DeferredTasks:
         One that was revoked, dropped or superseded leaves no message; any other is dead-lettered. None if its result
         cannot be written now: it goes on waiting, and a later tick tries again.
         """
-        breaker, move = entry.envelope.breaker, Move(entry, None)
+        breaker, kinds, move = entry.envelope.breaker, [DEAD], Move(entry, None)
         if isinstance(error, SupersededError):
             kinds = [COALESCED]
         elif isinstance(error, TaskRevokedError) and str(error) != EXPIRED:
-            kinds = [str(error)]  # DROPPED or REVOKED
+            kinds = [DROPPED if str(error) == DROPPED else REVOKED]
         else:
-            kinds = [DEAD, EXPIRED] if isinstance(error, (DeferralExpiredError, TaskRevokedError)) else [DEAD]
             envelope = entry.envelope.dead_letter(self._runtime.fleet.view.server_now(), str(error))
             move = Move(entry, self.queues.dead(breaker), envelope)
+            if isinstance(error, (DeferralExpiredError, TaskRevokedError)):
+                kinds.append(EXPIRED)
         if not self._settle(entry, error):
             return None
         level, what = (logging.WARNING, "is dead-lettered") if move.queue else (logging.INFO, "never runs")
@@ -199,15 +197,16 @@ class DeferredTasks:
 
     def _settle(self, entry: Entry, error: Exception) -> bool:
         """End a task that waits no longer; False if its result cannot be written now."""
-        if _deferral_of(entry) not in self._ended:
-            try:
-                self._write_end(entry, error)
-            except ResultNotWrittenError as exc:
-                what = "Task %s[%s] cannot end yet (%s): %s"
-                logger.warning(what, entry.task_name, entry.task_id, error, exc, extra=entry.log_fields)
-                return False
-            self._ended.add(_deferral_of(entry))
-            self._withdraw(entry)
+        if _deferral_of(entry) in self._ended:
+            return True
+        try:
+            self._write_end(entry, error)
+        except ResultNotWrittenError as exc:
+            what = "Task %s[%s] cannot end yet (%s): %s"
+            logger.warning(what, entry.task_name, entry.task_id, error, exc, extra=entry.log_fields)
+            return False
+        self._ended.add(_deferral_of(entry))
+        self._withdraw(entry)
         return True
 
     def _write_end(self, entry: Entry, error: Exception) -> None:
@@ -236,11 +235,16 @@ class DeferredTasks:
         try:
             task = self._runtime.app.tasks[entry.task_name]
             check_task(task_fields(entry.message), payload_of(entry.message))
+            parts = decode(celery_internals.parts_of, entry.message)
+            eventer = self._events.dispatcher(entry.envelope.reported_by)
             return GatedRequest(
-                entry.message, app=self._runtime.app, task=task, hostname=self._events.hostname,
-                eventer=self._events.dispatcher(entry.envelope.reported_by),
-                **decode(celery_internals.parts_of, entry.message),
-            )  # fmt: skip
+                entry.message,
+                app=self._runtime.app,
+                task=task,
+                hostname=self._events.hostname,
+                eventer=eventer,
+                **parts,
+            )
         except (NotRegistered, DecodeError, InvalidTaskError) as exc:
             what = "Task %s[%s] is no task of this app: %r"
             logger.warning(what, entry.task_name, entry.task_id, exc, extra=entry.log_fields)
@@ -249,9 +253,52 @@ class DeferredTasks:
     def _send(self, entry: Entry, event: str, **fields: Any) -> None:
         self._events.send(event, entry.envelope.reported_by, uuid=entry.task_id, **fields)
 
-    # --- how many, and which --------------------------------------------------------------------------
+    def close(self) -> None:
+        self.queues.close()
+        self._events.close()
 
-    def resume_batch(self, breaker: Dependency, snapshot: Snapshot) -> bool:
+
+def _deferral_of(entry: Entry) -> tuple[str, float]:
+    """Return what distinguishes one wait of a task from a later one: it may be replayed."""
+    return entry.task_id if not entry.flaw else "", entry.envelope.since
+
+
+def _page(entries: Iterator[Entry], most: int) -> list[Entry]:
+    """Return the next messages, and fewer of large ones."""
+    page: list[Entry] = []
+    size = 0
+    while len(page) < most and size < PAGE_SIZE and (entry := next(entries, None)) is not None:
+        page.append(entry)
+        size += len(entry.raw)
+    return page
+
+
+def _expiry(entry: Entry, now: float) -> DeferralExpiredError | TaskRevokedError:
+    """Return the error of a task that has waited longer than its ``defer_for``, or past its ``expires``."""
+    envelope = entry.envelope
+    if envelope.ends_at == envelope.expires:
+        return TaskRevokedError(EXPIRED)
+    return DeferralExpiredError(envelope.breaker, now - envelope.since, envelope.deadline - envelope.since)
+
+
+# --- resuming ----------------------------------------------------------------------------------------------
+
+
+def no_limit(_: Dependency) -> int:
+    return LARGEST_BATCH
+
+
+class Resumer:
+    """Decides for the ticks of one worker how many tasks are resumed, and which."""
+
+    def __init__(self, runtime: Runtime, tasks: DeferredTasks, room: Callable[[Dependency], int] = no_limit) -> None:
+        self._runtime, self._tasks, self._room = runtime, tasks, room
+        self._origins: dict[str, set[str]] = {}  # breaker -> queues that its tasks were resumed to
+        self._untouched: dict[str, tuple[int, float]] = {}  # breaker -> outstanding tasks, and since when
+        self._consumed: set[str] = set()  # queues that workers consume, as read at
+        self._consumed_at = -math.inf
+
+    def resume(self, breaker: Dependency, snapshot: Snapshot) -> bool:
         """Resume the next batch of a breaker that admits calls; where its calls are limited, into the free slots.
 
         Return whether more may follow before long; False if no task is due.
@@ -292,38 +339,39 @@ class DeferredTasks:
         others; ``early``: also those whose own wait after a failure is not over.
         """
         ledger, left = self._runtime.fleet.ledger, limit
-        waited_for: set[str] = set()  # tasks that workers will take up
+        going: dict[str, str] = {}  # tasks that workers will take up -> their queues
         why = f"resumed, breaker {breaker.name!r} is {snapshot.state}"
 
         def choose(entries: Sequence[Entry]) -> list[Move]:
             nonlocal left
             wanted = [entry for entry in entries if only is None or entry.task_id in only]
             due = [entry for entry in wanted if early or _is_due(breaker, entry, snapshot.now)]
-            ends, fit = self.remove_ended(due)
+            ends, fit = self._tasks.remove_ended(due)
             if unfailed_first:
                 fit.sort(key=lambda entry: entry.envelope.attempted_at > 0)
-            moves = self.resume(fit[:left], snapshot.epoch, why)
-            left -= len(moves) if only is None else len(wanted)
+            chosen = fit[:left]
+            left -= len(chosen) if only is None else len(wanted)
+            moves = self._tasks.resume(chosen, snapshot.epoch, why)
             consumed = self._consumed_queues()
-            taken = {move.entry.task_id for move in moves if move.queue in consumed}
-            waited_for.update(taken)
+            taken = {move.entry.task_id: move.queue for move in moves if move.queue in consumed}
+            going.update(taken)
             ledger.resumed(breaker.name, len(taken))  # before they can be taken up
             return [*ends, *moves]
 
         resumed: list[str] = []
         # into a free slot goes one task: to read hundreds for it would take ten times as long
         most = PAGE if unfailed_first or only is not None else min(limit + SMALLEST_PAGE, PAGE)
-        for moves in self.transfer(breaker.name, choose, enough=lambda: left <= 0, most=most):
-            gone = [move.entry for move in moves if move.resumes]
+        for moves in self._tasks.transfer_all(breaker.name, choose, enough=lambda: left <= 0, most=most):
+            gone = [move for move in moves if move.resumes]
+            origins = (going.pop(move.entry.task_id, None) for move in gone)
+            self._origins.setdefault(breaker.name, set()).update(filter(None, origins))
             if gone:
-                longest = max(snapshot.now - (entry.envelope.since or snapshot.now) for entry in gone)
-                self._runtime.fleet.reporter.tally(
-                    breaker.name, RESUMED, len(gone), peak=(LONGEST_WAIT, max(longest, 0.0))
-                )
-            resumed += [entry.task_id for entry in gone]
-        stayed = waited_for.difference(resumed)
-        if stayed:
-            ledger.taken_up(breaker.name, len(stayed))  # another process has moved them
+                since = (move.entry.envelope.since for move in gone)
+                longest = max((snapshot.now - at for at in since if at), default=0.0)
+                self._runtime.fleet.reporter.tally(breaker.name, RESUMED, len(gone), peak=(LONGEST_WAIT, longest))
+            resumed += [move.entry.task_id for move in gone]
+        if going:
+            ledger.taken_up(breaker.name, len(going))  # another process has moved them
         if resumed:
             logger.info("breaker %r is %s: %d tasks resumed", breaker.name, snapshot.state, len(resumed))
         return resumed
@@ -339,13 +387,14 @@ class DeferredTasks:
         return bool(self._runtime.fleet.store.read([breaker.spec])[0].epoch == snapshot.epoch)
 
     def _outstanding(self, breaker: Dependency, pace: Pace) -> int:
-        """Resumed tasks that no worker has taken up: never more than lie in the queues that workers consume.
+        """Resumed tasks that no worker has taken up: never more than lie in the queues that they went to.
 
         None once that is so for too long: the workers that were to take them up may be gone.
         """
         if not pace.outstanding:
             return 0
-        outstanding = min(pace.outstanding, self.queues.size(*self._consumed_queues()))
+        origins = self._origins.get(breaker.name) or self._consumed_queues()
+        outstanding = min(pace.outstanding, self._tasks.queues.size(*origins))
         before, since = self._untouched.get(breaker.name, (0, 0.0))
         now = time.monotonic()
         if outstanding < before or not before:
@@ -355,33 +404,6 @@ class DeferredTasks:
             self._runtime.fleet.ledger.taken_up(breaker.name, pace.outstanding)
             return 0
         return outstanding
-
-    def close(self) -> None:
-        self.queues.close()
-        self._events.close()
-
-
-def _deferral_of(entry: Entry) -> tuple[str, float]:
-    """Return what distinguishes one wait of a task from a later one: it may be replayed."""
-    return entry.task_id if not entry.flaw else "", entry.envelope.since
-
-
-def _page(entries: Iterator[Entry], most: int) -> list[Entry]:
-    """Return the next messages, and fewer of large ones."""
-    page: list[Entry] = []
-    size = 0
-    while len(page) < most and size < PAGE_SIZE and (entry := next(entries, None)) is not None:
-        page.append(entry)
-        size += len(entry.raw)
-    return page
-
-
-def _expiry(entry: Entry, now: float) -> DeferralExpiredError | TaskRevokedError:
-    """Return the error of a task that has waited longer than its ``defer_for``, or past its ``expires``."""
-    envelope = entry.envelope
-    if envelope.ends_at == envelope.expires:
-        return TaskRevokedError(EXPIRED)
-    return DeferralExpiredError(envelope.breaker, now - envelope.since, envelope.deadline - envelope.since)
 
 
 def _is_due(breaker: Dependency, entry: Entry, now: float) -> bool:

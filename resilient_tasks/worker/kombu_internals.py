@@ -9,9 +9,10 @@ All that is overridden here is undocumented; ``tests/unit/test_celery_internals.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import resources
 from queue import Empty
 from time import monotonic, time
@@ -22,13 +23,14 @@ from kombu.transport import redis, virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 from kombu.utils.scheduling import priority_cycle
-from redis.exceptions import ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 
 from resilient_tasks.worker.envelope import decode, decode_raw
 
 logger = logging.getLogger("resilient_tasks")
 
 TAKE = (resources.files("resilient_tasks.worker") / "lua" / "take.lua").read_text()
+TAKE_DIGEST = hashlib.sha1(TAKE.encode(), usedforsecurity=False).hexdigest()
 #: Seconds after which the lists are looked at without a report by the server, which shows a dead connection, too.
 LONGEST_WAIT = 1.0
 #: The same if the server reports nothing.
@@ -111,6 +113,7 @@ class TakingChannel(redis.Channel):
     _tracked_by: Any = None  # the socket on which the server reports changes
     _can_track = True  # as far as is known
     _wait_until = 0.0
+    _knows_script = False  # the server, as far as is known
     _kept_client: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -175,7 +178,8 @@ class TakingChannel(redis.Channel):
 
     def _take_commands(self, lists: list[str]) -> list[list[Any]]:
         keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key)] + lists
-        take = ["EVAL", TAKE, len(keys), *keys, time()]
+        script = ("EVALSHA", TAKE_DIGEST) if self._knows_script else ("EVAL", TAKE)
+        take = [*script, len(keys), *keys, time()]
         # No reports unless they are waited for: kombu drops a connection on which one arrives while its window is full.
         return [["CLIENT", "TRACKING", "OFF"], take] if self._is_tracked() else [take]
 
@@ -236,21 +240,29 @@ class TakingChannel(redis.Channel):
         if self._is_tracked():
             self._reply("CLIENT")
             self._tracked_by = None
-        return self._reply("BRPOP")  # under this name kombu takes its prefix off the key
+        try:
+            taken = self._reply("BRPOP")  # under this name kombu takes its prefix off the key
+        except NoScriptError:  # another server, or the same one emptied: the next time it gets the text
+            self._knows_script = False
+            raise Empty from None
+        self._knows_script = True
+        return taken
 
     def _open(self, key: bytes, text: bytes) -> dict[str, Any] | None:
         """Return the message in a text; None if there is none, and the text is dead-lettered."""
-        queue = str(bytes_to_str(key)).removeprefix(self.global_keyprefix)  # clients of the channel add it
-        try:
-            raw = decode_raw(loads, text)
-            decode(self.decode_body, raw["body"], raw["properties"].get("body_encoding"))
-        except DecodeError as exc:
-            logger.error("what was in %s is moved to %s: %s", bytes_to_str(key), self.unreadable, exc)  # noqa: TRY400 - no mistake in the code
-        except BaseException:  # whatever fails, nothing is lost
-            self._put_text(queue, text, "rpush")
-            raise
-        else:
+        flaw = ""
+        with ExitStack() as failed:  # whatever fails, nothing is lost
+            queue = str(bytes_to_str(key)).removeprefix(self.global_keyprefix)  # clients of the channel add it
+            failed.callback(lambda: self._put_text(queue, text, "rpush"))
+            try:
+                raw = decode_raw(loads, text)
+                decode(self.decode_body, raw["body"], raw["properties"].get("body_encoding"))
+            except DecodeError as exc:
+                flaw = str(exc)
+            failed.pop_all()
+        if not flaw:
             return raw
+        logger.error("what was in %s is moved to %s: %s", bytes_to_str(key), self.unreadable, flaw)
         try:
             self._put_text(self.unreadable, text, "lpush")
         except ResponseError as exc:

@@ -29,7 +29,7 @@ from resilient_tasks.errors import StoreError
 from resilient_tasks.store.background import PeriodicThread
 from resilient_tasks.store.ledger import Wait
 from resilient_tasks.worker.celery_internals import Events
-from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks, RevokeRelay, no_limit
+from resilient_tasks.worker.deferred_tasks import PAGE, DeferredTasks, Resumer, RevokeRelay, no_limit
 from resilient_tasks.worker.probes import Prober
 from resilient_tasks.worker.queues import Entry, Move
 
@@ -217,7 +217,8 @@ class Tick:
     ) -> None:
         self._runtime = runtime
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}"
-        self._tasks = DeferredTasks(runtime, Events(runtime.app, consumer), room=room)
+        self._tasks = DeferredTasks(runtime, Events(runtime.app, consumer))
+        self._resumer = Resumer(runtime, self._tasks, room)
         self._reconciler = Reconciler(runtime, self._tasks)
         self._prober = Prober(wake)
         self._reconciled_at = -math.inf
@@ -285,7 +286,7 @@ class Tick:
         self._child_reconciled_at = {child.name: self._child_reconciled_at[child.name] for child in children}
 
     def _resume(self, breaker: Dependency, snapshot: Snapshot) -> None:
-        if not self._tasks.resume_batch(breaker, snapshot):
+        if not self._resumer.resume(breaker, snapshot):
             self.not_due.add(breaker.name)
 
     def _serve_if_due(self, breaker: Dependency) -> None:
@@ -304,7 +305,7 @@ class Tick:
         if breaker.probe_to_run is not None and breaker.probe_to_run.is_due(snapshot):
             self._prober.start(breaker, breaker.probe_to_run, snapshot)
         if snapshot.state is State.HALF_OPEN and breaker.probe_to_run is None:
-            self._tasks.release_trials(breaker, snapshot)
+            self._resumer.release_trials(breaker, snapshot)
         elif snapshot.state in ADMITTING and snapshot.deferred:
             self._resume(breaker, snapshot)
             if snapshot.deferred <= PAGE:  # the index nears its end: more may wait than it says
@@ -383,8 +384,15 @@ class Reconciler:
         """Dead-letter tasks whose ``defer_for`` or ``expires`` is over, drop those that were revoked."""
         if snapshot.next_deadline_at is None or snapshot.next_deadline_at > snapshot.now:
             return
-        give_up_at, ends = time.monotonic() + EXPIRING, partial(self._tasks.ends, now=snapshot.now)
-        for _ in self._tasks.end_all(breaker.name, ends, lambda: time.monotonic() >= give_up_at):
+        give_up_at = time.monotonic() + EXPIRING
+
+        def choose(entries: Sequence[Entry]) -> list[Move]:
+            errors = self._tasks.ends(entries, snapshot.now)
+            due = (entry for entry in entries if entry.task_id in errors and time.monotonic() < give_up_at)
+            moves = [self._tasks.end(entry, errors[entry.task_id]) for entry in due]
+            return [move for move in moves if move is not None]
+
+        for _ in self._tasks.transfer_all(breaker.name, choose, enough=lambda: time.monotonic() >= give_up_at):
             continue
 
     def reconcile(self, breaker: Dependency) -> None:
@@ -400,7 +408,7 @@ class Reconciler:
             # not at once: a message may be on its way, because the index is written first
             fleet.ledger.clear_deferred(breaker.name)
         if waiting > snapshot.deferred:  # the index is written first and cleared first: some deferrals are missing
-            next(self._tasks.transfer(breaker.name, partial(self._index, breaker.name)))
+            self._tasks.transfer(breaker.name, partial(self._index, breaker.name))
 
     def _index(self, breaker: str, entries: Sequence[Entry]) -> list[Move]:
         waits = {entry.task_id: Wait(entry.envelope.ends_at, entry.envelope.since or None) for entry in entries}
@@ -418,9 +426,8 @@ class Reconciler:
     def _leaves_orphans(self, name: str) -> bool:
         """Resume all tasks that wait for a breaker; return whether some are left."""
         why = f"resumed, breaker {name!r} is defined nowhere any more"
-        for moves in self._tasks.transfer(name, partial(self._tasks.resume, epoch=0, why=why)):
-            if moves:
-                logger.warning("breaker %r is defined nowhere any more: its tasks are resumed", name)
+        while self._tasks.transfer(name, partial(self._tasks.resume, epoch=0, why=why))[1]:
+            logger.warning("breaker %r is defined nowhere any more: its tasks are resumed", name)
         is_left = self._tasks.count(name) > 0
         if not is_left:
             self._runtime.fleet.ledger.clear_deferred(name)

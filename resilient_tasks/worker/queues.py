@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from celery import Celery
 from kombu import Queue
@@ -107,23 +107,26 @@ class Move:
     entry: Entry
     queue: str | None
     envelope: Envelope | None = None
-    lost: str = ""  # the queue that it should have gone to, and that is gone: it has been dead-lettered
 
     @property
     def resumes(self) -> bool:
-        return self.queue is not None and not (
-            self.entry.flaw or self.lost or (self.envelope and self.envelope.died_at)
-        )
+        return self.queue is not None and not self.entry.flaw and not (self.envelope and self.envelope.died_at)
 
 
 class Queues(ABC):
     """The broker's side of deferring. One instance per thread or guarded by the caller's loop."""
 
-    def __init__(self, app: Celery, namespace: str, **transport_options: Any) -> None:
+    #: An unavailable broker is noticed at once; the caller tries again later.
+    transport_options: ClassVar[dict[str, Any]] = {"max_retries": 0}
+
+    def __init__(self, app: Celery, namespace: str) -> None:
         self.namespace = namespace
-        options = {"max_retries": 0, **transport_options}  # what is not available now is tried again later
-        self._connection = app.connection_for_read(transport_options=options)
+        self._connection = app.connection_for_read(transport_options=self._options(app))
         self._accept = celery_internals.accepted_types(app.conf.accept_content)
+
+    def _options(self, _app: Celery) -> dict[str, Any]:
+        """Return the transport options of our connection, which are added to the app's."""
+        return self.transport_options
 
     def deferred(self, breaker: str) -> str:
         return f"{self.namespace}.deferred.{breaker}"
@@ -198,8 +201,13 @@ class Queues(ABC):
         """
 
     @abstractmethod
-    def peek(self, queue: str, breaker: str, *, start: int = 0) -> AbstractContextManager[Iterator[Entry]]:
-        """Open one of a breaker's queues: its messages from number ``start`` on, oldest first, stay where they are."""
+    def peek(
+        self, queue: str, breaker: str, *, start: int = 0, most: int = 0
+    ) -> AbstractContextManager[Iterator[Entry]]:
+        """Open one of a breaker's queues: its messages from number ``start`` on, oldest first, stay where they are.
+
+        A caller that knows that it wants ``most`` says so: no more need be fetched.
+        """
 
     @abstractmethod
     def move(self, queue: str, moves: Sequence[Move]) -> Iterator[Move]:

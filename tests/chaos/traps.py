@@ -16,7 +16,7 @@ from typing import Any
 from resilient_tasks.dependency import Fleet
 from resilient_tasks.worker.broker_queues import PublishedQueues, RedisQueues
 from resilient_tasks.worker.deferral import Deferral
-from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.deferred_tasks import DeferredTasks, Resumer
 from resilient_tasks.worker.pipeline import Pipeline
 
 #: By name: the method that a worker dies after.
@@ -26,8 +26,8 @@ WINDOWS: dict[str, tuple[type, str]] = {
     "message copied, not acknowledged": (PublishedQueues, "_publish"),
     "permit taken": (Fleet, "acquire"),
     "trial reported, not acknowledged": (Pipeline, "_settle"),
-    "resume promised, not made": (DeferredTasks, "_has_not_moved"),
-    "resumed by script": (DeferredTasks, "_transfer_page"),
+    "resume promised, not made": (Resumer, "_has_not_moved"),
+    "resumed by script": (DeferredTasks, "_note_unmade"),
 }
 
 

@@ -11,7 +11,7 @@ from resilient_tasks.worker import deferred_tasks, maintenance
 from resilient_tasks.worker.admission import Gate
 from resilient_tasks.worker.broker_queues import RedisQueues
 from resilient_tasks.worker.deferral import Deferral
-from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.deferred_tasks import DeferredTasks, Resumer
 from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.maintenance import Reconciler
 from resilient_tasks.worker.pipeline import Pipeline
@@ -24,7 +24,7 @@ DEFERRING: list[tuple[Any, str]] = [
     (Deferral, "defer"), (Deferral, "_report"), (RedisQueues, "put"), (Envelope, "read"),
 ]  # fmt: skip
 RESUMING: list[tuple[Any, str]] = [
-    (Envelope, "read"), (Envelope, "resume"), (Entry, "_field"), (Queues, "_entry"), (DeferredTasks, "release"),
+    (Envelope, "read"), (Envelope, "resume"), (Entry, "_field"), (Queues, "_entry"), (Resumer, "release"),
     (DeferredTasks, "remove_ended"), (DeferredTasks, "resume"), (RedisQueues, "move"),
     (deferred_tasks, "revoked_among"),
 ]  # fmt: skip

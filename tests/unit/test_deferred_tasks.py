@@ -15,7 +15,7 @@ from resilient_tasks import Resilience
 from resilient_tasks.worker.celery_internals import Events
 from resilient_tasks.worker.context import runtime_of
 from resilient_tasks.worker.deferral import keeps_place
-from resilient_tasks.worker.deferred_tasks import PAGE, SMALLEST_PAGE, DeferredTasks
+from resilient_tasks.worker.deferred_tasks import PAGE, SMALLEST_PAGE, DeferredTasks, Resumer
 from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.queues import Entry, Move
 
@@ -67,13 +67,13 @@ def test_no_more_is_read_than_free_slots_need(
 ) -> None:
     asked: list[int] = []
 
-    def transfer(*_: Any, most: int, **__: Any) -> list[list[Move]]:
+    def transfer_all(*_: Any, most: int, **__: Any) -> list[list[Move]]:
         asked.append(most)
         return []
 
-    monkeypatch.setattr(tasks, "transfer", transfer)
+    monkeypatch.setattr(tasks, "transfer_all", transfer_all)
     breaker = runtime_of(app).breaker("payments")
-    tasks.release(breaker, breaker.cached_state.snapshot, limit, **options)
+    Resumer(runtime_of(app), tasks).release(breaker, breaker.cached_state.snapshot, limit, **options)
     assert asked == [most]
 
 
@@ -91,12 +91,12 @@ def test_a_resumed_task_that_is_refused_keeps_its_place(before: Envelope, after:
 def test_pages_grow_until_there_is_enough(tasks: DeferredTasks, monkeypatch: pytest.MonkeyPatch) -> None:
     pages: list[tuple[int, int]] = []
 
-    def transfer_page(_: str, __: Any, start: int, most: int) -> tuple[int, list[Move]]:
+    def transfer(*_: Any, start: int, most: int) -> tuple[int, list[Move]]:
         pages.append((start, most))
         return (most, []) if len(pages) < 4 else (0, [])
 
-    monkeypatch.setattr(tasks, "_transfer_page", transfer_page)
-    assert len(list(tasks.transfer("payments", lambda _: [], most=100))) == 4
+    monkeypatch.setattr(tasks, "transfer", transfer)
+    assert len(list(tasks.transfer_all("payments", lambda _: [], enough=lambda: False, most=100))) == 4
     assert pages == [(0, 100), (100, 200), (300, 400), (700, PAGE)]
 
 

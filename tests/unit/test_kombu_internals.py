@@ -121,6 +121,14 @@ def test_messages_arrive_in_order_and_are_acknowledged(connection: Connection, b
         assert broker.hlen(f"{prefix}unacked") == broker.zcard(f"{prefix}unacked_index") == 0
 
 
+def test_a_server_that_has_lost_the_script_gets_it_again(connection: Connection, broker: Any) -> None:
+    with consuming(connection, "work") as received:
+        for number, body in enumerate(["a", "b", "c"]):
+            publish(connection, body)
+            assert drain(connection, received, number + 1)[-1] == body
+            broker.script_flush()
+
+
 def test_one_client_acknowledges_all(connection: Connection) -> None:
     channel: Any = connection.channel()
     with channel.conn_or_acquire() as first, channel.conn_or_acquire() as second:

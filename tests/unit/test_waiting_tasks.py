@@ -18,7 +18,7 @@ from resilient_tasks.worker import deferred_tasks
 from resilient_tasks.worker.broker_queues import PublishedQueues
 from resilient_tasks.worker.celery_internals import Events
 from resilient_tasks.worker.context import runtime_of
-from resilient_tasks.worker.deferred_tasks import DeferredTasks
+from resilient_tasks.worker.deferred_tasks import DeferredTasks, Resumer
 from resilient_tasks.worker.envelope import Envelope
 from resilient_tasks.worker.queues import Entry, Queues
 from workers.processes import Server, wait_until
@@ -178,10 +178,10 @@ def test_trials_are_tasks_that_have_never_failed_if_there_are_any(
         defer(app, Envelope("payments", ORIGIN, attempted_at=float(task_id == "a")), task_id)
     monkeypatch.setattr(deferred_tasks, "PAGE", 2)
     runtime = runtime_of(app)
-    tasks = DeferredTasks(runtime, Events(app), runtime.queues)
+    resumer = Resumer(runtime, DeferredTasks(runtime, Events(app), runtime.queues))
     snapshot = payments.snapshot()
-    assert tasks.release(payments._dependency, snapshot, 3, unfailed_first=True) == ["b", "a", "c"]
-    assert sorted(tasks.release(payments._dependency, snapshot, 3, unfailed_first=True)) == ["d", "e"]
+    assert resumer.release(payments._dependency, snapshot, 3, unfailed_first=True) == ["b", "a", "c"]
+    assert sorted(resumer.release(payments._dependency, snapshot, 3, unfailed_first=True)) == ["d", "e"]
 
 
 def test_only_tasks_for_queues_that_are_consumed_are_waited_for(
@@ -194,8 +194,8 @@ def test_only_tasks_for_queues_that_are_consumed_are_waited_for(
     ledger = runtime.fleet.ledger
     ledger.taken_up("payments", ledger.pace("payments").outstanding)
     ledger.attend("a worker", [ORIGIN])
-    tasks = DeferredTasks(runtime, Events(app), runtime.queues)
-    assert tasks.release(payments._dependency, payments.snapshot(), 3) == ["a", "b", "c"]
+    resumer = Resumer(runtime, DeferredTasks(runtime, Events(app), runtime.queues))
+    assert resumer.release(payments._dependency, payments.snapshot(), 3) == ["a", "b", "c"]
     assert ledger.pace("payments").outstanding == 2
 
 
