@@ -8,11 +8,14 @@ a misspelt option for example, is a warning of workers at their start and of the
 
 from __future__ import annotations
 
+import dis
+import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
+from types import CodeType
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import tenacity
@@ -161,7 +164,7 @@ _RETRIES = Doubt(
 def doubts(app: Celery, unknown_overrides: Iterable[str] = ()) -> Iterator[Doubt]:
     """Yield what may be a mistake in the definitions of an app's tasks, or in settings of breakers."""
     tasks = [app.tasks[name] for name in sorted(app.tasks) if not name.startswith("celery.")]
-    retrying = [task.name for task in tasks if _defers_failures(task) and getattr(task, "autoretry_for", None)]
+    retrying = [task.name for task in tasks if retries_itself(task)]
     if retrying:
         yield _RETRIES._replace(what=f"{', '.join(retrying)}: {_RETRIES.what}")
     for task in tasks:
@@ -170,10 +173,8 @@ def doubts(app: Celery, unknown_overrides: Iterable[str] = ()) -> Iterator[Doubt
         if unused:
             what = f"{task.name}: {', '.join(f'{name}=' for name in unused)} without breaker="
             yield Doubt(what, "it has no effect, the task is not guarded", "add breaker=")
-        for name, value in given.items() if "_decorated" in given else ():  # what a class defines, its methods may use
-            meant = "breaker" if isinstance(value, Breaker) else meant_option(name)
-            if meant not in (None, name):
-                yield Doubt(f"{task.name}: {name}= is no option", "it has no effect", f"did you mean {meant}=?")
+        for name, meant in _misspelt(task, given):
+            yield Doubt(f"{task.name}: {name}= is no option", "it has no effect", f"did you mean {meant}=?")
     for name in unknown_overrides:
         what = f"settings override breaker {name}, which is not defined"
         yield Doubt(what, "they have no effect", f"correct the name in {PREFIX}BREAKERS__, or define the breaker")
@@ -192,13 +193,62 @@ def _given(task: Any, app: Celery) -> dict[str, Any]:
     return given
 
 
-def _defers_failures(task: Any) -> bool:
+def _misspelt(task: Any, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the attributes that look like options of ours: not inherited, not methods, and not used by the task."""
+    cls = type(task)
+    for name, value in given.items():
+        meant = "breaker" if isinstance(value, Breaker) else meant_option(name)
+        if meant in (None, name):
+            continue
+        is_method = getattr(value, "__qualname__", "").startswith(f"{cls.__qualname__}.")
+        is_inherited = any(name in vars(base) for base in cls.__mro__[1:])
+        if not is_method and not is_inherited and name not in _names_used(cls):
+            yield name, str(meant)
+
+
+def retries_itself(task: Any) -> bool:
+    """Whether a guarded task, or its class, is retried by Celery as well, as far as its definition shows."""
     options = options_of(task)
-    return options is not None and options.on_failure == DEFER
+    if options is None or options.on_failure != DEFER:
+        return False
+    if getattr(task, "autoretry_for", None):
+        return True
+    cls: Any = task if isinstance(task, type) else type(task)
+    run = _function(cls.run)
+    own = {"self", "current_task", run.__name__, *run.__code__.co_varnames[:1]} if run else set()
+    return run is not None and any(_calls_retry(code, own) for code in _codes(run.__code__))
 
 
 @lru_cache(maxsize=1024)
 def warn_of_retry(cls: Any) -> None:
-    """Warn once, at the first retry of a guarded task."""
-    if _defers_failures(cls) and not getattr(cls, "autoretry_for", None):  # which was warned of at the start
+    """Warn once, at the first retry of a guarded task, if its definition has not shown that it retries itself."""
+    if cls.options.on_failure == DEFER and not retries_itself(cls):
         logger.warning("%s: %s: %s; %s", cls.name, *_RETRIES)
+
+
+def _calls_retry(code: CodeType, own: set[str]) -> bool:
+    """Whether code takes ``retry`` of a name by which a task knows itself."""
+    before: Any = None
+    for step in dis.get_instructions(code):
+        if step.argval == "retry" and step.opname in ("LOAD_ATTR", "LOAD_METHOD") and own.intersection(before):
+            return True
+        before = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+    return False
+
+
+def _names_used(cls: type) -> set[str]:
+    functions = filter(None, map(_function, vars(cls).values()))
+    return {name for run in functions for code in _codes(run.__code__) for name in code.co_names}
+
+
+def _codes(code: CodeType) -> Iterable[CodeType]:
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _codes(inner)
+
+
+def _function(value: Any) -> Any:
+    """Return the Python function behind an attribute of a class; None if there is none."""
+    function = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else None
+    return function if inspect.isfunction(function) else None

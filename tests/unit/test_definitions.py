@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tenacity
 from celery import Celery, Task, shared_task
 from celery.canvas import chain
 
@@ -368,27 +369,56 @@ def test_stamps_and_properties_of_ones_own_are_let_through(app: Celery, resilien
 # --- what may be a mistake is a warning ---------------------------------------------------------------
 
 
+def retrying_by_itself(self: Any, order: int) -> int:
+    try:
+        return order
+    except OSError as exc:
+        raise self.retry(exc=exc) from exc
+
+
+def retrying_in_a_nested_function(task: Any, order: int) -> int:
+    def again() -> None:
+        task.retry()
+
+    again()
+    return order
+
+
+def retrying_by_name(order: int) -> Any:
+    return order or retrying_by_name.retry()  # type: ignore[attr-defined]  # it is a task
+
+
+def retrying_something_else(self: Any, order: Any) -> Any:
+    return order.retry() or tenacity.retry
+
+
 RETRIES = "charge: breaker= beside autoretry_for or self.retry"
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "function", "expected"),
     [
-        ({"breaker": "payments", "autoretry_for": (OSError,)}, [RETRIES]),
-        ({"breaker": "payments", "autoretry_for": (OSError,), "on_failure": "raise"}, []),
-        ({"autoretry_for": (OSError,)}, []),
-        ({"on_open": "fail", "fallback": constant(1)}, ["charge: fallback=, on_open= without breaker="]),
-        ({"on_failure": "raise"}, ["charge: on_failure= without breaker="]),
-        ({"breaker": "payments", "fallbak": charge}, ["charge: fallbak= is no option"]),
-        ({"breaker": "payments", "breaker_keys": "order"}, ["charge: breaker_keys= is no option"]),
-        ({"max_attempt": 3}, ["charge: max_attempt= is no option"]),
-        ({"brekaer": "payments"}, ["charge: brekaer= is no option"]),
-        ({"breaker": "payments", "max_retries": 3, "rate_limit": "1/s", "mine": 3}, []),
-        ({"breaker": "payments", "on_failure": "raise", "acks_on_failure": False}, []),
+        ({"breaker": "payments", "autoretry_for": (OSError,)}, charge, [RETRIES]),
+        ({"breaker": "payments", "bind": True}, retrying_by_itself, [RETRIES]),
+        ({"breaker": "payments", "bind": True}, retrying_in_a_nested_function, [RETRIES]),
+        ({"breaker": "payments"}, retrying_by_name, [RETRIES]),
+        ({"breaker": "payments", "bind": True}, retrying_something_else, []),
+        ({"breaker": "payments", "autoretry_for": (OSError,), "on_failure": "raise"}, charge, []),
+        ({"autoretry_for": (OSError,)}, charge, []),
+        ({"on_open": "fail", "fallback": constant(1)}, charge, ["charge: fallback=, on_open= without breaker="]),
+        ({"on_failure": "raise"}, charge, ["charge: on_failure= without breaker="]),
+        ({"breaker": "payments", "fallbak": charge}, charge, ["charge: fallbak= is no option"]),
+        ({"breaker": "payments", "breaker_keys": "order"}, charge, ["charge: breaker_keys= is no option"]),
+        ({"max_attempt": 3}, charge, ["charge: max_attempt= is no option"]),
+        ({"brekaer": "payments"}, charge, ["charge: brekaer= is no option"]),
+        ({"breaker": "payments", "max_retries": 3, "rate_limit": "1/s", "mine": 3}, charge, []),
+        ({"breaker": "payments", "on_failure": "raise", "acks_on_failure": False}, charge, []),
     ],
 )
-def test_doubts(app: Celery, resilience: Resilience, caplog: Any, options: dict[str, Any], expected: list[str]) -> None:
-    app.task(name="charge", shared=False, **options)(charge)
+def test_doubts(
+    app: Celery, resilience: Resilience, caplog: Any, options: dict[str, Any], function: Any, expected: list[str]
+) -> None:
+    app.task(name="charge", shared=False, **options)(function)
     found = list(doubts(app))
     assert [doubt.what for doubt in found] == expected
     runtime_of(app).validate()
@@ -416,16 +446,24 @@ def test_attributes_of_ones_own_are_no_misspelt_options(app: Celery, resilience:
         def run(self, order: int) -> Any:
             return self.fallbacks
 
+        def on_opened(self) -> None:
+            """One more method."""
+
     app.conf.task_annotations = {"*": {"on_open": "fail", "max_attempts": 3}}
     app.register_task(Charge())
     assert list(doubts(app)) == []
 
 
-def test_the_first_retry_is_a_warning(app: Celery, resilience: Resilience, caplog: Any) -> None:
+def test_the_first_retry_that_no_definition_shows_is_a_warning(
+    app: Celery, resilience: Resilience, caplog: Any
+) -> None:
+    def again(task: Any) -> None:
+        task.retry(countdown=0, max_retries=2)
+
     @app.task(name="charge", shared=False, bind=True, breaker="payments")
     def charge(self: Any) -> int:
         if self.request.retries < 2:
-            self.retry(countdown=0, max_retries=2)
+            again(self)
         return 3
 
     with in_memory(resilience):
