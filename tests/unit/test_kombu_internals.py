@@ -272,11 +272,11 @@ def test_a_queue_whose_message_is_deferred_gives_up_its_turns_while_others_have_
     connection: Connection,
 ) -> None:
     for queue in ("work", "play"):
-        publish(connection, *[queue] * 8, queue=queue)
+        publish(connection, *[queue] * (TURNS + 2), queue=queue)
     with consuming(connection, "work", "play") as received:
         first = drain(connection, received, 1)[0]
         give_up_turns(received[0], first)
-        bodies = drain(connection, received, 16)
+        bodies = drain(connection, received, 2 * TURNS)
         assert first not in bodies[1 : 1 + TURNS]
         assert first in bodies[1 + TURNS : 3 + TURNS]
 
