@@ -165,7 +165,7 @@ def resilience(state: Any, **_: Any) -> dict[str, Any]:
     return {
         "version": library_version(),
         "control_queue": runtime.control_queue if runtime.pipeline.takes_ticks else None,
-        "refused": runtime.pipeline.deferral.denied,
+        "refused": runtime.pipeline.deferral.denials.reasons,
         "clock_ahead": time.time() - runtime.fleet.view.server_now(),
         "can_grow": celery_internals.can_grow(state.consumer.pool),
         "tick_scope": runtime.tick_scope,

@@ -59,6 +59,10 @@ class _Call:
     breakers: Sequence[Dependency]
     started: float | None = None  # None while it waits for a process
 
+    def is_of(self, breaker: Dependency) -> bool:
+        """Whether a breaker answers for it; a child that was idle for long may be another object by now."""
+        return any(each.name == breaker.name for each in self.breakers)
+
 
 class Compensation:
     """The guarded calls that one worker has in flight, its suspect breakers and its spare slots."""
@@ -126,7 +130,7 @@ class Compensation:
             self._learn(breaker, now - call.started, now)
             if breaker.name in self.suspects and now - call.started <= self._limit(breaker):
                 limit, others = self._limit(breaker), list(self._calls.values())
-                if not any(now - (each.started or now) > limit for each in others if breaker in each.breakers):
+                if not any(now - (each.started or now) > limit for each in others if each.is_of(breaker)):
                     self.suspects.pop(breaker.name, None)
                     what = "breaker %s is no longer suspect in this worker"
                     logger.info(what, breaker.name, extra={"breaker": breaker.name})
@@ -164,7 +168,7 @@ class Compensation:
         if breaker.cached_state.snapshot.state in _UNLIMITED:
             return False
         suspects, slots, parent = self.suspects, self._slots, breaker.root
-        if breaker.name in suspects and any(breaker in call.breakers for call in running):
+        if breaker.name in suspects and any(call.is_of(breaker) for call in running):
             suspect_calls = sum(any(each.name in suspects for each in call.breakers) for call in running)
             return suspect_calls >= max(1, slots - 1)
         if all(_parent_or_own(name) != parent for name in list(suspects)):

@@ -2,7 +2,7 @@
 
 State and index first, push last: a process that finds the message can also read why it waits.
 
-Where the broker refuses a queue of ours the task stays unacknowledged, beside the prefetch window,
+Where the broker refuses a queue of ours (:class:`Denials`) the task stays unacknowledged, beside the prefetch window,
 so that other tasks go on. It is requeued once its breaker would admit it, or deferred once the rights are there
 (``docs/permissions.md``). Where no window can be widened (quorum queues, ``worker_eta_task_limit``) it goes to the end
 of its queue a moment later.
@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from celery.states import PENDING
 
@@ -56,39 +56,15 @@ LOOK_INTERVAL = 0.25
 LOOK_EVERY = 100
 #: Seconds between two checks whether what was refused is granted by now.
 CHECK_INTERVAL = 10.0
-#: Held tasks that are looked at in one go, four times per tick interval.
-MOST_RETRIED = 1000
+#: Tasks held for missing rights that are looked at in one go, four times per tick interval.
+_AT_ONCE = 100
 
 
-#: By which a request's message leaves this worker; tried until it succeeds.
-Step = Callable[[], None]
+class Step(Protocol):
+    """What is tried until it succeeds."""
 
-
-class DeniedError(Exception):
-    """The broker refuses ``queue``, into which a message was to go with ``envelope``."""
-
-    def __init__(self, queue: str, envelope: Envelope) -> None:
-        super().__init__(queue)
-        self.queue, self.envelope = queue, envelope
-
-
-class _Held(NamedTuple):
-    """A request whose message stays here until a step succeeds; ``beside``: it takes no place in the window."""
-
-    request: GatedRequest
-    step: Step
-    denied: DeniedError | None
-    beside: bool
-
-    @property
-    def envelope(self) -> Envelope:
-        return self.denied.envelope if self.denied else self.request.envelope
-
-    def may_run(self, now: float) -> bool:
-        """Whether the breakers of a task would admit it by now, or it can wait on its queue only; never a dead one."""
-        if self.envelope.died_at or not self.beside:
-            return not self.envelope.died_at
-        return self.envelope.not_before <= now and self.request.pipeline.refusing(self.request) is None
+    def __call__(self, *, limited: bool) -> None:
+        """Take the step; ``limited``: the limits of deferred queues apply."""
 
 
 class MemoryGuard:
@@ -113,25 +89,27 @@ class MemoryGuard:
         """Return the limit in bytes that a server has reached, as far as is known; None: there is room."""
         self._asked += 1
         if self._asked >= LOOK_EVERY or self._clock() >= self._look_at:
-            before, self._exceeded = self._exceeded, None
-            for name in self._servers:
-                self._exceeded = self._exceeded or self._look(name, is_new=before is None)
-            if before is not None and self._exceeded is None:
-                logger.warning("tasks are deferred again: the servers are below their memory limit")
+            self._look()
             self._asked, self._look_at = 0, self._clock() + LOOK_INTERVAL
         return self._exceeded
 
-    def _look(self, name: str, *, is_new: bool) -> int | None:
-        try:
-            memory = self._servers[name]()
-        except self._errors as exc:
-            logger.debug("the %s does not report how much memory it uses: %s", name, type(exc).__name__)
-            return None
-        limit = memory and self._limit.exceeded_by(memory)
-        if memory and limit and is_new:
-            what = "nothing more is deferred: the %s uses %d bytes of memory, and deferring may fill %d"
-            logger.warning(what, name, memory.used, limit)
-        return limit
+    def _look(self) -> None:
+        before, self._exceeded = self._exceeded, None
+        for name, ask in self._servers.items():
+            try:
+                memory = ask()
+            except self._errors as exc:
+                logger.debug("the %s does not report how much memory it uses: %s", name, type(exc).__name__)
+                continue
+            limit = memory and self._limit.exceeded_by(memory)
+            if memory and limit:
+                self._exceeded = limit
+                if before is None:
+                    what = "nothing more is deferred: the %s uses %d bytes of memory, and deferring may fill %d"
+                    logger.warning(what, name, memory.used, limit)
+                return
+        if before is not None:
+            logger.warning("tasks are deferred again: the servers are below their memory limit")
 
 
 def keeps_place(before: Envelope, after: Envelope) -> bool:
@@ -146,7 +124,6 @@ class Deferral:
     def __init__(self, runtime: Runtime, queues: Queues | None = None) -> None:
         self._runtime = runtime
         self.queues = queues or open_queues(runtime.app, runtime.settings.namespace)
-        self.denied: dict[str, str] = {}  # our queues that the broker refuses, and its error
         self._memory = MemoryGuard(
             MemoryLimit.parse(runtime.settings.store_memory_limit),
             {"broker": self.queues.memory, "store": lambda: runtime.fleet.ledger.memory()},  # noqa: PLW0108 - it may change
@@ -154,57 +131,66 @@ class Deferral:
         )
         self._index_writer = TimedWriter("index of deferred tasks", INDEX_TIMEOUT, even_late=True, expected=StoreError)
         self._state_writer = TimedWriter("result backend", STATE_TIMEOUT)
-        self._held: deque[_Held] = deque()
+        self._held: deque[tuple[GatedRequest, Step]] = deque()
+        self.denials = Denials(runtime, self)
         self._retrying = threading.Lock()
         self._broker_away = False
         self._bug: type[Exception] | None = None
-        self._retry_at = self._check_at = float("-inf")
-        self._has_checked = False
+        self._retry_at = float("-inf")
         self._lines = Throttle(MOST_LINES, LINES_INTERVAL)
+
+    def defer(self, request: GatedRequest, envelope: Envelope, *, limited: bool = True) -> None:
+        """Defer a request's message, or dead-letter it if its envelope says so; ``limited``: the limits apply.
+
+        Raises:
+            DeferredQueueFullError: the queue is at the policy's ``max_deferred``, or a server at its memory limit.
+            Exception: one of :attr:`errors`; the message is where it was.
+        """
+        if envelope.died_at:
+            self._dead_letter(request, envelope)
+        else:
+            self._defer(request, envelope, limited=limited)
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
         """What the broker raises if it is unavailable, or refuses something."""
         return self.queues.errors
 
-    def defer(self, request: GatedRequest, envelope: Envelope) -> None:
-        """Defer a request's message, or dead-letter it if its envelope says so.
+    def defer_if_permitted(self, request: GatedRequest, envelope: Envelope, again: Step, *, limited: bool) -> None:
+        """Like :meth:`defer`, but hold the request where the broker refuses the queue, until it takes ``again``."""
+        name = envelope.breaker
+        queue = self.queues.dead(name) if envelope.died_at else self.queues.deferred(name)
+        if queue not in self.denials.reasons:
+            try:
+                self.defer(request, envelope, limited=limited)
+            except self.queues.refusals as exc:
+                self.forget(name, [request.id])
+                self.denials.add({queue: exc})
+            else:
+                return
+        self.denials.hold(request, envelope, queue, again)
 
-        Raises:
-            DeferredQueueFullError: the queue is at the policy's ``max_deferred``, or a server at its memory limit.
-            DeniedError: the broker refuses the queue.
-            Exception: one of :attr:`errors`; the message is where it was.
-        """
-        name, is_dead = envelope.breaker, envelope.died_at > 0
-        queue = self.queues.dead(name) if is_dead else self.queues.deferred(name)
-        if queue in self.denied:
-            raise DeniedError(queue, envelope)
-        try:
-            (self._dead_letter if is_dead else self._defer)(request, envelope, queue)
-        except self.queues.refusals as exc:
-            self.forget(name, [request.id])
-            self._note_denied({queue: exc})
-            raise DeniedError(queue, envelope) from exc
-
-    def _dead_letter(self, request: GatedRequest, envelope: Envelope, queue: str) -> None:
-        self.queues.put(request.message, queue, envelope, owned=not request.acknowledged)
+    def _dead_letter(self, request: GatedRequest, envelope: Envelope) -> None:
+        dead = self.queues.dead(envelope.breaker)
+        self.queues.put(request.message, dead, envelope, owned=not request.acknowledged)
         request.acknowledged = True
         self._runtime.fleet.reporter.tally(envelope.breaker, counts.DEAD)
         what = "Task %s[%s] is dead-lettered: %s"
         logger.warning(what, request.name, request.id, envelope.reason, extra=request.log_fields)
 
-    def _defer(self, request: GatedRequest, envelope: Envelope, queue: str) -> None:
-        if (memory_limit := self._memory.exceeded()) is not None:
+    def _defer(self, request: GatedRequest, envelope: Envelope, *, limited: bool) -> None:
+        if limited and (memory_limit := self._memory.exceeded()) is not None:
             raise DeferredQueueFullError(envelope.breaker, memory_limit=memory_limit)
         is_indexed = self._index_writer.begin(lambda: self._index(request.id, envelope))
         info = {"breaker": envelope.breaker, "since": envelope.since, "reason": envelope.reason}
         self._write_state(request, DEFERRED, info)  # meanwhile
         is_indexed()
+        limit = self._runtime.breaker(envelope.breaker).policy.max_deferred if limited else None
+        queue = self.queues.deferred(envelope.breaker)
         try:
             mine = self.queues.put(
-                request.message, queue, envelope, owned=not request.acknowledged,
-                limit=self._runtime.breaker(envelope.breaker).policy.max_deferred,
-                first=keeps_place(request.envelope, envelope),
+                request.message, queue, envelope,
+                owned=not request.acknowledged, limit=limit, first=keeps_place(request.envelope, envelope),
             )  # fmt: skip
         except DeferredQueueFullError:
             self.forget(envelope.breaker, [request.id])
@@ -269,13 +255,11 @@ class Deferral:
         if self._broker_away:  # a moment ago: do not wait for it once per task
             self._hold(request, step)
         else:
-            self._try(request, step)
+            self._try(request, step, limited=True)
 
-    def _try(self, request: GatedRequest, step: Step) -> None:
+    def _try(self, request: GatedRequest, step: Step, *, limited: bool) -> None:
         try:
-            step()
-        except DeniedError as denied:
-            self._hold(request, step, denied)
+            step(limited=limited)
         except Exception as exc:  # whatever it is, the message must neither be lost nor end the worker
             self._hold(request, step)
             self._broker_away = isinstance(exc, self.errors)
@@ -286,77 +270,29 @@ class Deferral:
             fields = request.log_fields
             logger.warning(what, request.name, request.id, type(exc).__name__, exc_info=is_new_bug, extra=fields)
 
-    def _hold(self, request: GatedRequest, step: Step, denied: DeniedError | None = None) -> None:
-        if denied is None and len(self._held) >= MOST_HELD:
-            lost = self._held.popleft().request
+    def _hold(self, request: GatedRequest, step: Step) -> None:
+        if len(self._held) == MOST_HELD:
+            lost, _ = self._held.popleft()
             what = "Task %s[%s] is no longer held: %d others are"
             logger.error(what, lost.name, lost.id, MOST_HELD, extra=lost.log_fields)
-        self._held.append(_Held(request, step, denied, request.leave_window()))
+        else:
+            request.leave_window()
+        self._held.append((request, step))
 
     def retry_held(self, *, at_once: bool = False) -> None:
-        """Try once more what could not be done; stop at the first failure of the broker.
-
-        What cannot be deferred for want of rights is requeued if it may run.
-        """
+        """Try once more what could not be done; stop at the first failure of the broker."""
         with self._retrying:
             self._broker_away = False
             if not at_once and time.monotonic() < self._retry_at:
                 return
-            now, going = self._runtime.fleet.view.server_now(), list[_Held]()
-            for _ in range(len(self._held) if at_once else min(len(self._held), MOST_RETRIED)):
-                held = self._held.popleft()
-                if held.denied and held.denied.queue in self.denied:
-                    (going if not at_once and held.may_run(now) else self._held).append(held)
-                    continue
-                held.request.enter_window()
-                self._try(held.request, held.step)
+            for _ in range(len(self._held)):
+                request, step = self._held.popleft()
+                request.enter_window()
+                self._try(request, step, limited=False)  # it was let in before
                 if self._broker_away:
-                    break
-            if going:
-                going[0].request.pipeline.consumer.call_soon(self._return, going)
+                    return
             if not self._held:
                 self._bug = None
-
-    def _return(self, going: list[_Held]) -> None:
-        """Requeue tasks that cannot be deferred, in the event loop."""
-        for held in going:
-            request, after = held.request, held.envelope
-            has_failed = after.attempted_at > request.envelope.attempted_at
-            try:
-                self.requeue(request, after.origin, after if has_failed else request.envelope, first=held.beside)
-                request.enter_window()
-            except self.errors as error:
-                what = "Task %s[%s] cannot be requeued yet: %s"
-                logger.debug(what, request.name, request.id, error, extra=request.log_fields)
-                self._held.append(held)
-
-    def check_rights(self) -> None:
-        """Learn now and then which queues the broker refuses: at first of all breakers, then of those refused."""
-        if time.monotonic() < self._check_at:
-            return
-        names, refused = list(self.denied), dict[str, Exception]()
-        if not self._has_checked:
-            places = self.queues.deferred, self.queues.dead
-            names = [place(name) for name in self._runtime.breakers for place in places]
-        try:
-            for queue in names:
-                error = self.queues.check(queue)
-                if error is not None:
-                    refused[queue] = error
-                elif self.denied.pop(queue, None):
-                    logger.info("the broker refuses %s no more", queue)
-            self._has_checked = True
-        except self.errors as error:
-            logger.debug("rights on the broker cannot be checked now: %s", type(error).__name__)
-        self._note_denied(refused)
-        self._check_at = time.monotonic() + CHECK_INTERVAL
-
-    def _note_denied(self, refused: Mapping[str, Exception]) -> None:
-        new = [queue for queue in refused if queue not in self.denied]
-        if new:
-            what = "tasks cannot be deferred, the broker refuses %s (rights: docs/permissions.md): %s"
-            logger.error(what, ", ".join(new), refused[new[0]])
-        self.denied.update({queue: str(error) for queue, error in refused.items()})
 
     def forget(self, breaker: str, task_ids: Sequence[str]) -> None:
         """Take tasks off the index, as far as the store can be reached."""
@@ -388,3 +324,95 @@ class Deferral:
         if self._held:
             logger.error("%d tasks could not be deferred before shutdown", len(self._held))
         self.queues.close()
+
+
+class _Held(NamedTuple):
+    """A task that cannot be deferred; ``beside``: it takes no place in the prefetch window."""
+
+    request: GatedRequest
+    envelope: Envelope
+    queue: str
+    again: Step
+    beside: bool
+
+    def may_run(self, now: float) -> bool:
+        """Whether the task's breakers would admit it by now; a dead one never runs again."""
+        if self.envelope.died_at or self.envelope.not_before > now:
+            return False
+        return self.request.pipeline.refusing(self.request) is None
+
+
+class Denials:
+    """The queues that the broker refuses one worker, and the requests held for that reason."""
+
+    def __init__(self, runtime: Runtime, deferral: Deferral) -> None:
+        self._runtime = runtime
+        self._deferral = deferral
+        self.reasons: dict[str, str] = {}  # by queue, the broker's error
+        self._held: deque[_Held] = deque()
+        self._check_at = float("-inf")
+        self._has_checked = False
+
+    def add(self, refused: Mapping[str, Exception]) -> None:
+        """Note which queues the broker refuses, and how; each is logged once."""
+        new = [queue for queue in refused if queue not in self.reasons]
+        if new:
+            what = "tasks cannot be deferred, the broker refuses %s (rights: docs/permissions.md): %s"
+            logger.error(what, ", ".join(new), refused[new[0]])
+        self.reasons.update({queue: str(error) for queue, error in refused.items()})
+
+    def hold(self, request: GatedRequest, envelope: Envelope, queue: str, again: Step) -> None:
+        """Keep a task that cannot be put into a queue, without a place in the prefetch window."""
+        self._held.append(_Held(request, envelope, queue, again, request.leave_window()))
+
+    def look(self) -> None:
+        """Check rights, and let those held go that may; called by the maintenance thread, does little each time."""
+        if time.monotonic() >= self._check_at:
+            self._check()
+            self._check_at = time.monotonic() + CHECK_INTERVAL
+        going: list[_Held] = []
+        now = self._runtime.fleet.view.server_now()
+        for _ in range(min(len(self._held), _AT_ONCE)):
+            held = self._held.popleft()
+            if held.queue not in self.reasons:
+                held.request.enter_window()
+                self._deferral.attempt(held.request, held.again)
+            elif held.may_run(now) or (not held.beside and not held.envelope.died_at):
+                going.append(held)
+            else:
+                self._held.append(held)
+        if going:
+            going[0].request.pipeline.consumer.call_soon(self._return, going)
+
+    def _check(self) -> None:
+        """At first look at the queues of all breakers that are defined, then at those that were refused."""
+        queues, names = self._deferral.queues, list(self.reasons)
+        if not self._has_checked:
+            names = [place(name) for name in self._runtime.breakers for place in (queues.deferred, queues.dead)]
+        refused: dict[str, Exception] = {}
+        try:
+            for queue in names:
+                error = queues.check(queue)
+                if error is not None:
+                    refused[queue] = error
+                elif self.reasons.pop(queue, None):
+                    logger.info("the broker refuses %s no more", queue)
+            self._has_checked = True
+        except queues.errors as error:
+            logger.debug("rights on the broker cannot be checked now: %s", type(error).__name__)
+        self.add(refused)
+
+    def _return(self, going: list[_Held]) -> None:
+        """Put tasks back to their queues, in the event loop."""
+        for held in going:
+            request, envelope = held.request, held.envelope
+            has_failed = envelope.attempted_at > request.envelope.attempted_at
+            header = envelope if has_failed else request.envelope
+            try:
+                self._deferral.requeue(request, envelope.origin, header, first=held.beside)
+            except self._deferral.errors as error:
+                what = "Task %s[%s] cannot be requeued yet: %s"
+                logger.debug(what, request.name, request.id, error, extra=request.log_fields)
+                self._held.append(held)
+            else:
+                held.request.enter_window()

@@ -204,7 +204,8 @@ class TakingChannel(redis.Channel):
                 raise Empty
             queue = bytes_to_str(taken[0]).rsplit(self.sep, 1)[0]  # the list holds one priority of it
             self._queue_cycle.rotate(queue)
-            self.turns_given_up = {each: turns - 1 for each, turns in self.turns_given_up.items() if turns > 1}
+            given_up = list(self.turns_given_up.items())  # other threads add to it
+            self.turns_given_up = {each: turns - 1 for each, turns in given_up if turns > 1}
             self.noted = True
             self.connection._deliver(raw, queue)
             return True

@@ -109,7 +109,7 @@ class Maintenance:
         try:
             again = self._refill()
             self._deferral.retry_held()
-            self._deferral.check_rights()
+            self._deferral.denials.look()
             self._deferral.log_suppressed()
             self._overflow.look()
             self._report_to_store()

@@ -114,12 +114,15 @@ class Pipeline:
         return admission
 
     def on_start(self, request: GatedRequest) -> None:
-        """Hold the permits of a run that the pool has accepted; TaskRevokedError if it is deferred all the same."""
+        """Check a run that the pool has accepted; TaskRevokedError if it is deferred all the same."""
         limiting = self.compensation.accept(request)
         if limiting is not None:
             self.discard(request)
             self._defer_denied(request, Denial(limiting, is_late=True))
             raise TaskRevokedError(request.id)
+
+    def on_begun(self, request: GatedRequest) -> None:
+        """Hold the permits of a run that has begun."""
         if request.admission is not None:
             self.gate.hold(request, request.admission)
 
@@ -195,11 +198,14 @@ class Pipeline:
         envelope = cache(partial(self._next_envelope, request, breaker, reason, failed, wait))  # one for all tries
         self.deferral.attempt(request, partial(self._try_to_defer, request, envelope, has_failed=failed is not None))
 
-    def _try_to_defer(self, request: GatedRequest, make: Callable[[], Envelope], *, has_failed: bool) -> None:
+    def _try_to_defer(
+        self, request: GatedRequest, make: Callable[[], Envelope], *, has_failed: bool, limited: bool
+    ) -> None:
         envelope = make()
         give_up_turns(request.message, envelope.origin)
         try:
-            self.deferral.defer(request, envelope)
+            again = partial(self._try_to_defer, request, make, has_failed=has_failed)
+            self.deferral.defer_if_permitted(request, envelope, again, limited=limited)
         except DeferredQueueFullError as full:
             if self.runtime.breaker(envelope.breaker).policy.overflow == BLOCK:
                 returned = envelope if has_failed else request.envelope
@@ -210,8 +216,12 @@ class Pipeline:
     def dead_letter(self, request: GatedRequest, breaker: str, cause: str) -> None:
         """Keep the message of a task that is out of attempts; its FAILURE is Celery's to write."""
         request.dead = True
-        envelope = cache(partial(self._last_envelope, request, breaker, cause))  # one for all tries
-        self.deferral.attempt(request, lambda: self.deferral.defer(request, envelope()))
+        envelope = cache(partial(self._last_envelope, request, breaker, cause))
+        self.deferral.attempt(request, partial(self._try_to_dead_letter, request, envelope))
+
+    def _try_to_dead_letter(self, request: GatedRequest, make: Callable[[], Envelope], *, limited: bool) -> None:
+        again = partial(self._try_to_dead_letter, request, make)
+        self.deferral.defer_if_permitted(request, make(), again, limited=limited)
 
     def _next_envelope(
         self, request: GatedRequest, breaker: str, reason: str, failed: Deferred | None, wait: float | None
@@ -258,11 +268,12 @@ class Pipeline:
         self, breakers: Sequence[Dependency], guards: Sequence[Dependency], envelope: Envelope, task_id: str
     ) -> Denial | None:
         """Return why a task does not enter the pool, by what is known here; None if it may."""
+        if self.compensation.suspects and self.gate.refusing(guards, envelope, task_id) is None:
+            limiting = self.compensation.limiting(breakers)
+            if limiting is not None:
+                return Denial(limiting, is_late=True)
         refusing = self.gate.refusing(guards, envelope, task_id, in_line=True)
-        if refusing is not None:
-            return Denial(refusing)
-        limiting = self.compensation.limiting(breakers) if self.compensation.suspects else None
-        return None if limiting is None else Denial(limiting, is_late=True)
+        return None if refusing is None else Denial(refusing)
 
     def _breakers(self, task: Any, message: Any) -> list[Dependency]:
         payload = message.payload
@@ -377,6 +388,6 @@ def _deferred_by_time_limit(request: GatedRequest, exc: BaseException) -> Deferr
     return Deferred(breaker, "the task exceeded its time limit", attempts, type(exc).__name__)
 
 
-def _deny(request: GatedRequest, full: DeferredQueueFullError) -> None:
+def _deny(request: GatedRequest, full: DeferredQueueFullError, *, limited: bool) -> None:  # noqa: ARG001 - it is not let in
     request.fail(full)
     request.acknowledge()

@@ -27,7 +27,7 @@ from kombu import Queue
 from kombu.common import maybe_declare
 
 from resilient_tasks.dependency import with_parents
-from resilient_tasks.errors import BreakerOpenError, ConfigurationError, DeferredQueueFullError, StoreError
+from resilient_tasks.errors import BreakerOpenError, ConfigurationError, DeferredQueueFullError
 from resilient_tasks.fallback import Call
 from resilient_tasks.monitor.events import about
 from resilient_tasks.store.background import renew_after_fork
@@ -259,7 +259,6 @@ class ProducersGate:
         """Start with a new lock and without the parent's connections."""
         self._lock = threading.Lock()
         self._deferral: Deferral | None = None
-        self._errors: tuple[type[Exception], ...] = (StoreError,)  # and what its broker raises
 
     def send(self, task: Any, send: Send, refusal: BreakerOpenError, options: dict[str, Any]) -> Any:
         """Send a task with all that Celery does around it, but its message into the deferred queue."""
@@ -274,17 +273,18 @@ class ProducersGate:
                 self._defer(task, refusal, queue, body, sent)
         except DeferredQueueFullError:
             return False
-        except self._errors as exc:  # it is published, and a worker's gate sees to it
+        except Exception as exc:  # not deferred, for whatever reason: it is published, and a worker's gate sees to it
+            is_broker = self._deferral is not None and isinstance(exc, self._deferral.errors)
             self._deferral = None
             what, task_id = "Task %s[%s] is published as usual: %r", sent["headers"]["id"]
-            logger.warning(what, task.name, task_id, exc, extra=about(task_id, task.name, refusal.breaker))
+            fields = about(task_id, task.name, refusal.breaker)
+            logger.warning(what, task.name, task_id, exc, exc_info=not is_broker, extra=fields)
             return False
         return True
 
     def _defer(self, task: Any, refusal: BreakerOpenError, queue: Queue, body: Any, sent: Any) -> None:
         if self._deferral is None:
             self._deferral = Deferral(self._runtime)
-            self._errors = (StoreError, *self._deferral.errors)
         channel = self._deferral.queues.channel
         maybe_declare(queue, channel)  # as a producer does: it must be there when the task is resumed
         message = celery_internals.compose(channel, body, sent)
