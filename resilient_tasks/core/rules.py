@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import chain
 from typing import Any, NamedTuple
 
 from resilient_tasks.core.model import TARGETS, Calls, Outcome, Snapshot, State, Transition, Verb
@@ -108,16 +106,22 @@ class Rules(NamedTuple):
         """Return the rules as stores keep them: JSON."""
         return _as_text(self)
 
+    def numbers(self) -> tuple[int, ...]:
+        """Return those that most scripts need; see ``store/lua/lib/breaker.lua``."""
+        return (
+            self.window, self.max_open_time, self.most_in_flight, self.minimum_calls, self.minimum_tasks,
+            self.failure_take, self.slow_take, int(self.slow_counts), self.revision,
+        )  # fmt: skip
+
     def or_newer(self, stored: str | None) -> Rules:
         """Return the stored rules if their revision is higher, else these."""
-        return self if not stored or stored == self.text() else _newer(self, stored)
-
-    def worth_as_trial(self, outcome: Outcome) -> str:
-        """Return what a trial that ends like this counts as: "ok", "ko", or "" for nothing."""
-        if outcome is Outcome.SUCCESS or (outcome is Outcome.SLOW and not self.slow_counts):
-            return "ok"
-        counts = outcome is not Outcome.IGNORED and (outcome is not Outcome.OVERDUE or self.slow_counts)
-        return "ko" if counts else ""
+        if not stored or stored == self.text():
+            return self
+        fields: dict[str, Any] = json.loads(stored)
+        if fields["revision"] <= self.revision:
+            return self
+        # stored by another release: what it does not know is as declared here
+        return Rules(**{**self._asdict(), **{name: fields[name] for name in self._fields if name in fields}})
 
     def open_for(self, openings: int, retry_after: int | None, jitter: float) -> int:
         """Return the open time of the ``openings``-th opening in a row, lengthened by a ``jitter`` of 0.0 to 1.0."""
@@ -135,180 +139,127 @@ def _as_text(rules: Rules) -> str:
     return json.dumps(rules._asdict())
 
 
-@lru_cache(maxsize=10_000)
-def _newer(rules: Rules, stored: str) -> Rules:
-    fields: dict[str, Any] = json.loads(stored)
-    if fields["revision"] <= rules.revision:
-        return rules
-    # stored by another release: what it does not know is as declared here
-    return Rules(**{**rules._asdict(), **{name: fields[name] for name in Rules._fields if name in fields}})
-
-
 def _taken_by_success(threshold: float) -> int:
     # rounded down: at the threshold itself the score grows
     return _ALL if threshold >= 1 else min(_ALL, math.floor(UNIT * threshold / (1 - threshold) + 0.001))
 
 
-# --- counting -------------------------------------------------------------------------------------------
+# --- counting: the same lines as in store/lua/count.lua ---------------------------------------------------
 
 KINDS = "failure", "slow"
-
-
-@dataclass(slots=True)
-class Score:
-    """Evidence of one kind. Stores keep it as a text of these numbers, and one more that older releases had."""
-
-    value: int = 0  # in millionths
-    tasks: int = 0  # that have added to it
-    calls: int = 0  # since it was 0
-    bad: int = 0
-    at: int = 0  # when it was last added to
-
-    @classmethod
-    def read(cls, text: str) -> Score:
-        return cls(*map(int, text.split()[:5]))
-
-    def __str__(self) -> str:
-        return f"{self.value} {self.tasks} {self.calls} {self.bad} {self.at} 0"
-
-
+PARTS = "score", "tasks", "calls", "bad", "at", "peak"
 NO_EVIDENCE: dict[str, int | str] = {
-    **{kind: str(Score()) for kind in KINDS},
+    **{f"{kind}_{part}": 0 for kind in KINDS for part in PARTS},
     **{f"bucket_{number}": "" for number in range(BUCKETS)},
     "row": 0,
+    "row_peak": 0,
     "failed_checks": 0,
     "would_open": 0,
 }
 
 
-class Weight(NamedTuple):
-    """What calls in a row do to a score."""
+@dataclass(slots=True)
+class Kept:
+    """A breaker as a store in memory keeps it; the shared store has a hash, two sets and two sorted sets."""
 
-    kind: str
-    number: int  # of the calls
-    amount: int  # what each adds; below 0: takes away
-    task: str = ""
-    each: bool = False  # of a task: each adds, and not all of them once while the score is above 0
-
-
-def weigh(run: Calls, rules: Rules) -> Iterator[Weight]:
-    """Yield what calls in a row do to the scores."""
-    outcome, number = run.outcome, run.number
-    if outcome is Outcome.OVERDUE:
-        if rules.slow_counts:
-            yield Weight("slow", number, UNIT, run.voter, each=True)
-    elif outcome is not Outcome.IGNORED:
-        has_failed = outcome is Outcome.FAILURE
-        bad = number, UNIT, run.voter, run.each
-        yield Weight("failure", *bad) if has_failed else Weight("failure", number, -rules.failure_take)
-        if outcome is Outcome.SUCCESS and not run.was_overdue:
-            yield Weight("slow", number, -rules.slow_take)
-        elif not run.was_overdue and (not has_failed or rules.slow_counts):
-            yield Weight("slow", *bad)
+    fields: dict[str, Any]  # as in the hash; see ``store/lua/lib/breaker.lua``
+    # by score, the tasks that have added to it since it was 0
+    tasks: dict[str, set[str]] = field(default_factory=lambda: {"failure": set(), "slow": set()})
+    trials: dict[str, int] = field(default_factory=dict)  # ``epoch:holder`` of permits -> end of the lease
+    slots: dict[str, int] = field(default_factory=dict)  # holder -> end of the lease
 
 
-def sums_of(runs: Iterable[Calls]) -> tuple[int, int, int]:
-    """Return how many calls have ended, failed and been slow."""
-    counts: Counter[Outcome] = Counter()
-    for run in runs:
-        counts[run.outcome] += run.number
-    failed, slow = counts[Outcome.FAILURE], counts[Outcome.SLOW]
-    return counts[Outcome.SUCCESS] + failed + slow, failed, slow
+class Counter:
+    """Counts outcomes of one breaker at one instant."""
+
+    def __init__(self, kept: Kept, rules: Rules, now: int) -> None:
+        self._kept, self._fields, self._rules, self._now = kept, kept.fields, rules, now
+
+    def count(self, runs: Iterable[Calls]) -> None:
+        """Count runs of equal outcomes, oldest first."""
+        for kind in KINDS:
+            if _is_over(self._fields[f"{kind}_at"], self._now, self._rules.window):
+                self._fields[f"{kind}_peak"] = 0
+                self._clear(kind)
+        for run in runs:
+            if run.outcome is Outcome.OVERDUE:
+                if self._rules.slow_counts:
+                    self._add("slow", run._replace(each=True))
+            elif run.outcome is not Outcome.IGNORED and run.number > 0:
+                self._sum_up(run)
+                self._weigh(run)
+
+    def _weigh(self, run: Calls) -> None:
+        fields, rules = self._fields, self._rules
+        if run.outcome is Outcome.FAILURE:
+            fields["row"] += self._add("failure", run)
+            if fields["failure_tasks"] >= rules.minimum_tasks:
+                fields["row_peak"] = max(fields["row_peak"], fields["row"])
+        else:
+            fields["row"] = 0
+            fields["last_success_at"] = self._now
+            self._take("failure", run.number, rules.failure_take)
+        if run.was_overdue:
+            return
+        if run.outcome is Outcome.SUCCESS:
+            self._take("slow", run.number, rules.slow_take)
+        elif run.outcome is Outcome.SLOW or rules.slow_counts:
+            self._add("slow", run)
+
+    def _add(self, kind: str, run: Calls) -> int:
+        """Add bad calls to a score; return how many. Whole runs of a task add once while it is above 0."""
+        fields, tasks, added, new = self._fields, self._kept.tasks[kind], run.number, run.number
+        if run.voter:
+            new = run.voter not in tasks
+            if new and len(tasks) < MOST_TASKS:
+                tasks.add(run.voter)
+            added = run.number if run.each else int(new)
+        fields[f"{kind}_tasks"] += new
+        if added:
+            fields[f"{kind}_calls"] += added
+            fields[f"{kind}_bad"] += added
+            fields[f"{kind}_at"] = self._now
+            score = fields[f"{kind}_score"] + added * UNIT
+            if fields["would_open"]:  # it ends as soon after the outage as an opening would
+                score = min(score, max(fields[f"{kind}_score"], self._rules.minimum_calls * UNIT))
+            fields[f"{kind}_score"] = score
+        if fields[f"{kind}_tasks"] >= self._rules.minimum_tasks:
+            fields[f"{kind}_peak"] = max(fields[f"{kind}_peak"], fields[f"{kind}_score"])
+        return added
+
+    def _take(self, kind: str, number: int, each: int) -> None:
+        fields = self._fields
+        if fields[f"{kind}_score"]:
+            fields[f"{kind}_calls"] += number
+            fields[f"{kind}_score"] = max(0, fields[f"{kind}_score"] - number * each)
+            if not fields[f"{kind}_score"]:
+                self._clear(kind)
+
+    def _clear(self, kind: str) -> None:
+        self._fields.update({f"{kind}_{part}": 0 for part in ("score", "tasks", "calls", "bad")})
+        self._kept.tasks[kind].clear()
+
+    def _sum_up(self, run: Calls) -> None:
+        """Add to the sums for people."""
+        index = self._now // bucket_width(self._rules.window)
+        slot = f"bucket_{index % BUCKETS}"
+        kept, calls, failures, slow = map(int, (self._fields[slot] or "0 0 0 0").split())
+        if kept != index:
+            calls = failures = slow = 0
+        failed, late = run.outcome is Outcome.FAILURE, run.outcome is Outcome.SLOW
+        self._fields[slot] = f"{index} {calls + run.number} {failures + run.number * failed} {slow + run.number * late}"
+        if failed:
+            self._fields["total_failures"] += run.number
 
 
-def _bucket_width(window: int) -> int:
-    """Return the milliseconds of which a bucket holds the sums for people."""
+def bucket_width(window: int) -> int:
+    """Return the milliseconds of which a bucket holds the sums."""
     return -(-window // (BUCKETS - 1))
 
 
 def _is_over(at: int, now: int, window: int) -> bool:
     """Whether an instant lies a window or more back; or that far ahead, on a clock that was wrong."""
     return abs(now - at) >= window
-
-
-@dataclass(slots=True)
-class Kept:
-    """A breaker as a store in memory keeps it and counts; see ``store/lua``, above all ``count.lua``."""
-
-    fields: dict[str, Any]
-    # by score, the tasks that have added to it since it was 0
-    tasks: dict[str, set[str]] = field(default_factory=lambda: {kind: set() for kind in KINDS})
-    trials: dict[str, int] = field(default_factory=dict)
-    slots: dict[str, int] = field(default_factory=dict)
-
-    def count(self, runs: Sequence[Calls], rules: Rules, now: int) -> dict[str, int]:
-        """Count calls that were admitted in the present epoch, oldest first; return the peaks of the evidence."""
-        fields, peaks = self.fields, {"peak_failure": 0, "peak_slow": 0, "peak_row": 0}
-        scores = {kind: Score.read(fields[kind]) for kind in KINDS}
-        for kind, score in scores.items():
-            if _is_over(score.at, now, rules.window):
-                self._clear(kind, score)
-        for weight in chain.from_iterable(weigh(run, rules) for run in runs):
-            score = scores[weight.kind]
-            number = self._weigh(score, weight, now)
-            reached = {f"peak_{weight.kind}": score.value}
-            if weight.kind == "failure":
-                fields["row"] = reached["peak_row"] = fields["row"] + number if weight.amount > 0 else 0
-            if score.tasks >= rules.minimum_tasks:
-                peaks.update({name: max(value, peaks[name]) for name, value in reached.items()})
-        fields.update({kind: str(score) for kind, score in scores.items()})
-        self._sum_up(sums_of(runs), now // _bucket_width(rules.window), now)
-        return peaks
-
-    def _weigh(self, score: Score, weight: Weight, now: int) -> int:
-        number = weight.number
-        if weight.amount > 0:
-            number = self._add(score, weight, now)
-        elif not score.value:
-            return 0
-        score.calls += number
-        score.value = max(0, score.value + number * weight.amount)
-        if not score.value:
-            self._clear(weight.kind, score)
-        return number
-
-    def _add(self, score: Score, weight: Weight, now: int) -> int:
-        """Return how many bad calls a run is worth. Whole runs of a task add once while the score is above 0."""
-        tasks, number, new = self.tasks[weight.kind], weight.number, weight.number
-        if weight.task:
-            new = int(weight.task not in tasks)
-            if len(tasks) < MOST_TASKS:
-                tasks.add(weight.task)
-            number = weight.number if weight.each else new
-        score.tasks += new
-        if number:
-            score.bad, score.at = score.bad + number, now
-        return number
-
-    def _clear(self, kind: str, score: Score) -> None:
-        score.value = score.tasks = score.calls = score.bad = 0
-        self.tasks[kind].clear()
-
-    def _sum_up(self, sums: tuple[int, int, int], index: int, now: int) -> None:
-        """Add to the sums for people."""
-        calls, failures, _ = sums
-        bucket = f"bucket_{index % BUCKETS}"
-        kept, *before = map(int, (self.fields[bucket] or "0 0 0 0").split())
-        if calls:
-            totals = [each + former for each, former in zip(sums, before if kept == index else (0, 0, 0), strict=True)]
-            self.fields[bucket] = " ".join(map(str, (index, *totals)))
-            self.fields["total_failures"] += failures
-        if calls > failures:
-            self.fields["last_success_at"] = now
-
-    def count_trial(self, permit: str, outcome: Outcome, rules: Rules, now: int) -> bool:
-        """Count what a trial has found out; return whether its permit is free for another one."""
-        trial = rules.worth_as_trial(outcome)
-        if outcome is not Outcome.OVERDUE:
-            del self.trials[permit]
-        elif trial:  # in flight, and no more
-            self.trials[f"0:{permit.partition(':')[2]}"] = self.trials.pop(permit)
-        if trial:
-            self.fields[trial] += 1
-            self.fields["total_failures"] += trial == "ko"
-        if outcome in {Outcome.SUCCESS, Outcome.SLOW}:
-            self.fields["last_success_at"] = now
-        return outcome is Outcome.IGNORED
 
 
 def learn(fields: MutableMapping[str, Any], rules: Rules, in_flight: int, outcome: Outcome) -> None:
@@ -357,8 +308,8 @@ class Change(NamedTuple):
 class Seen:
     """One breaker as a store has answered, with the rules in force. What is stored may be invalid: ``ValueError``.
 
-    ``fields`` (after counting with peaks) and ``trials`` are as in ``store/lua/lib/breaker.lua``, ``waiting`` the
-    number of live slots and of deferred tasks, the earliest instant of a deferral and the earliest deadline.
+    ``fields`` and ``trials`` are those of :class:`Kept`, ``waiting`` the number of live slots and of deferred tasks,
+    the earliest instant of a deferral and the earliest deadline.
     """
 
     def __init__(
@@ -378,8 +329,6 @@ class Seen:
         self.epoch, self.version, self.since = number("epoch"), number("version"), number("since") or now
         self.open_until, self.ramp_since = self._instant("open_until"), self._instant("ramp_since")
         self.ok, self.ko, self.checked_at = number("ok"), number("ko"), number("checked_at")
-        self.failed_checks = number("failed_checks")
-        self.scores = {kind: Score.read(fields.get(kind) or "") for kind in KINDS}
         own = f"{self.epoch}:"
         self.expired = sum(end <= now for member, end in trials.items() if member.startswith(own))
         if self.state is State.OPEN and self.open_until is None:
@@ -387,10 +336,6 @@ class Seen:
 
     def _number(self, name: str) -> int:
         return int(self._fields.get(name) or 0)
-
-    def is_current(self, epoch: int) -> bool:
-        """Whether calls that were admitted in ``epoch`` count; 0: before the store knew the breaker."""
-        return self.state in COUNTING and (epoch == self.epoch or (epoch == 0 and self.epoch == self._number("first")))
 
     def _instant(self, name: str) -> int | None:
         return self._number(name) or None
@@ -407,7 +352,7 @@ class Seen:
         if self.state not in COUNTING:
             calls, failures, slow, _, _ = self._frozen()
             return calls, failures, slow
-        latest = self.now // _bucket_width(self.rules.window)
+        latest = self.now // bucket_width(self.rules.window)
         texts = [self._fields.get(f"bucket_{number}") or "" for number in range(BUCKETS)]
         buckets = [[int(part) for part in text.split()] for text in texts if text.count(" ") == 3]  # noqa: PLR2004
         live = [sums for index, *sums in buckets if latest - BUCKETS < index <= latest]
@@ -419,10 +364,10 @@ class Seen:
 
     def score(self, kind: str) -> int:
         """Return a score, in millionths; 0 when nothing has added to it for a window."""
-        return 0 if self._is_forgotten(kind) else self.scores[kind].value
+        return 0 if self._is_forgotten(kind) else self._number(f"{kind}_score")
 
     def _is_forgotten(self, kind: str) -> bool:
-        return _is_over(self.scores[kind].at, self.now, self.rules.window)
+        return _is_over(self._number(f"{kind}_at"), self.now, self.rules.window)
 
     def evidence(self, kind: str) -> float:
         """Return a score as the share, 0.0 to 1.0, of what opens the breaker."""
@@ -432,29 +377,35 @@ class Seen:
 
     def trips(self, cause: str) -> str:
         """Return why the breaker opens, or "" while the evidence does not suffice."""
-        for kind, score in self.scores.items():
-            reached = max(self._number(f"peak_{kind}"), score.value * self._has_tasks(score))
-            if reached >= self.rules.minimum_calls * UNIT and not self._is_forgotten(kind):
+        for kind in KINDS:
+            if self._suffices(kind):
                 return self._in_words(kind, cause)
-        row = max(self._number("peak_row"), self._number("row") * self._has_tasks(self.scores["failure"]))
+        row = max(self._number("row_peak"), self._number("row") * self._has_tasks("failure"))
         if 0 < self.rules.consecutive <= row and not self._is_forgotten("failure"):
             return with_cause(f"{row} consecutive failures", cause)
-        if 0 < self._number("check_limit") <= self.failed_checks:
-            return with_cause(f"health check failed {self.failed_checks} times in a row", cause)
+        checks, limit = self._number("failed_checks"), self._number("check_limit")
+        if 0 < limit <= checks:
+            return with_cause(f"health check failed {checks} times in a row", cause)
         return ""
 
-    def _has_tasks(self, score: Score) -> bool:
-        return score.tasks >= self.rules.minimum_tasks
+    def _suffices(self, kind: str) -> bool:
+        needed = self.rules.minimum_calls * UNIT
+        if self._is_forgotten(kind):
+            return False
+        peak, score = self._number(f"{kind}_peak"), self._number(f"{kind}_score")
+        return peak >= needed or (score >= needed and self._has_tasks(kind))
+
+    def _has_tasks(self, kind: str) -> bool:
+        return self._number(f"{kind}_tasks") >= self.rules.minimum_tasks
 
     def _in_words(self, kind: str, cause: str) -> str:
-        score, needed = self.scores[kind], self.rules.minimum_calls
-        peak = max(self._number(f"peak_{kind}"), score.value)
-        reached = f"evidence {min(round(peak / UNIT, 1), needed):g} of {needed}"
+        peak = max(self._number(f"{kind}_peak"), self._number(f"{kind}_score"))
+        reached = f"evidence {min(round(peak / UNIT, 1), self.rules.minimum_calls):g} of {self.rules.minimum_calls}"
+        calls, bad = self._number(f"{kind}_calls"), self._number(f"{kind}_bad")
         if kind == "slow":
-            good = score.calls - score.bad
-            return f"slow {reached}: slow, hanging or failed {score.bad} times, in time {good} times"
-        # without any, successes of the same report came after it
-        calls, bad = (score.calls, score.bad) if score.calls else self.sums[:2]
+            return f"slow {reached}: slow, hanging or failed {bad} times, in time {calls - bad} times"
+        if not calls:  # successes of the same report came after it
+            calls, bad, _ = self.sums
         return with_cause(f"{reached}: of the last {calls} calls {bad} failed", cause)
 
     @property
@@ -470,23 +421,17 @@ class Seen:
 
     @property
     def is_calm(self) -> bool:
-        """Whether the first open time after an opening that SHADOW has spared is over, and all is well."""
-        is_over = self.now - self._number("would_open") >= self.rules.open_time
-        return is_over and not (self.score("failure") or self.score("slow") or self.failed_checks)
+        """Whether an opening that SHADOW has spared would be over, and nothing speaks for another one."""
+        would_be_over = self.now - self._number("would_open") >= self.rules.open_time
+        return would_be_over and not (self.score("failure") or self.score("slow") or self._number("failed_checks"))
 
     @property
     def concurrency_limit(self) -> int | None:
         """How many calls may be in flight now; None: any number."""
         return concurrency_limit(self.state, self._number("learned"), self.ramp_since, self.rules, self.now)
 
-    @property
     def snapshot(self) -> Snapshot:
-        """The breaker as others see it, in seconds."""
-        if self._snapshot is None:
-            self._snapshot = self._summary()
-        return self._snapshot
-
-    def _summary(self) -> Snapshot:
+        """Return the breaker as others see it, in seconds."""
         calls, failures, slow = self.sums
         in_flight, deferred, oldest, deadline = self._waiting
         due = decide(self)
@@ -513,7 +458,7 @@ class Seen:
             ramp_since=to_seconds(self.ramp_since),
             would_open=self.is_opened_in_shadow,
             would_have_opened=self._number("would_have_opened"),
-            failed_checks=self.failed_checks,
+            failed_checks=self._number("failed_checks"),
             checked_at=to_seconds(self.checked_at or None),
             in_flight=in_flight if self.rules.most_in_flight else 0,
             concurrency_limit=self.concurrency_limit,

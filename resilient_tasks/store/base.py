@@ -172,8 +172,8 @@ class RuledStore(ABC):
         """Look at a breaker, which comes into being if it is unknown."""
 
     @abstractmethod
-    def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls]) -> Seen:
-        """Count calls that were admitted in ``epoch``."""
+    def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls], check: tuple[Outcome, int] | None = None) -> Seen:
+        """Count calls, and a health check of which so many failures in a row open the breaker."""
 
     @abstractmethod
     def _lease(self, spec: Spec, holder: str, lease: int) -> tuple[Seen, bool]:
@@ -192,7 +192,7 @@ class RuledStore(ABC):
         answer = self._decide(spec, seen, jitter=jitter)
         if answer.snapshot.epoch != seen.epoch:  # it has just become HALF_OPEN, or OPEN
             seen, granted = self._lease(spec, holder, to_ms(lease))
-            answer = Answer(seen.snapshot, answer.transition)
+            answer = Answer(seen.snapshot(), answer.transition)
         state = answer.snapshot.state
         admitted = granted and (state in ADMITTING or state is State.HALF_OPEN)
         return Grant(admitted, admitted and state is State.HALF_OPEN, answer.snapshot, answer.transition)
@@ -220,21 +220,15 @@ class RuledStore(ABC):
     def report_health_check(
         self, spec: Spec, outcome: Outcome, evidence: Evidence, *, limit: int, jitter: float = 0.0
     ) -> Answer:
-        seen, made = self._look(spec), False
-        while seen.is_current(evidence.epoch) and not made:
-            failed = seen.failed_checks + 1 if outcome is Outcome.FAILURE else 0
-            if failed == seen.failed_checks:
-                break
-            seen, made = self._change(spec, seen, seen.quietly(failed_checks=failed, check_limit=limit))
-        return self._decide(spec, seen, evidence, jitter)
+        return self._decide(spec, self._count(spec, evidence.epoch, (), (outcome, limit)), evidence, jitter)
 
     def command(self, spec: Spec, verb: Verb, *, reason: str = "", actor: str = "", jitter: float = 0.0) -> Answer:
         seen = self._look(spec)
         while change := command(seen, verb, brief(reason), brief(actor), jitter):
             seen, made = self._change(spec, seen, change)
             if made:
-                return Answer(seen.snapshot, change.transition)
-        return Answer(seen.snapshot)
+                return Answer(seen.snapshot(), change.transition)
+        return Answer(seen.snapshot())
 
     def _decide(self, spec: Spec, seen: Seen, evidence: Evidence | None = None, jitter: float = 0.0) -> Answer:
         """Make the change that the rules ask for; of all callers that see the same, one makes it."""
@@ -247,4 +241,4 @@ class RuledStore(ABC):
                 transition = change.transition
             if made or seen.version == version:  # no room among max_open_ratio
                 break
-        return Answer(seen.snapshot, transition)
+        return Answer(seen.snapshot(), transition)

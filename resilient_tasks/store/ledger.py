@@ -77,11 +77,9 @@ class Ledger:
 
     def hasten(self, names: Iterable[str], task_ids: Iterable[str]) -> None:
         """Have the tick look at once at those of ``task_ids`` that wait for a breaker among ``names``."""
-        keys, ids, now = [self._keys.breaker(name) for name in names], list(task_ids), self._server.now()
-        asked = [(each, task_id) for each in keys for task_id in ids]
-        found = self._server.commands([("ZSCORE", each.deferred, task_id) for each, task_id in asked])
-        waiting = [each for each, since in zip(asked, found, strict=True) if since is not None]
-        self._server.commands([("ZADD", each.deadlines, "LT", now, task_id) for each, task_id in waiting])
+        keys = [self._keys.breaker(name) for name in names]
+        calls = [([each.deferred, each.deadlines], some) for some in portions(task_ids) for each in keys]
+        self._server.script_each("hasten", calls)
 
     def remove_deferred(self, name: str, task_ids: Iterable[str]) -> None:
         """Forget deferred tasks that were resumed, dead-lettered or dropped."""
@@ -152,12 +150,8 @@ class Ledger:
         return {digest: task_id.decode() for digest, task_id in zip(wanted, found, strict=True) if task_id is not None}
 
     def withdraw(self, digest: str, task_id: str, *, keep_for: float = 0.0) -> None:
-        """Give a claim back, if it is still the task's; ``keep_for``: not before so many seconds have passed.
-
-        Should a later task claim it in this very moment, its claim ends as well: one task more will run.
-        """
-        if self.claims([digest]).get(digest) == task_id:
-            self._server.command("PEXPIRE", self._keys.claim(digest), to_ms(keep_for))
+        """Give a claim back, if it is still the task's; ``keep_for``: not before so many seconds have passed."""
+        self._server.script("withdraw", [self._keys.claim(digest)], task_id, to_ms(keep_for))
 
     # --- the tick -----------------------------------------------------------------------------------
 

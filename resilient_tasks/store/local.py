@@ -21,7 +21,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
-from resilient_tasks.core.model import HELD_OPEN, Calls, Outcome, Snapshot, State, key_of, parent_of
+from resilient_tasks.core.model import (
+    HELD_OPEN,
+    Calls,
+    Outcome,
+    Snapshot,
+    State,
+    key_of,
+    parent_of,
+)
 from resilient_tasks.core.rules import (
     COUNTING,
     LONGEST_LEASE,
@@ -29,6 +37,7 @@ from resilient_tasks.core.rules import (
     OLDEST,
     UNIT,
     Change,
+    Counter,
     Kept,
     Rules,
     Seen,
@@ -87,21 +96,27 @@ class LocalStore(RuledStore):
 
     def read(self, specs: Sequence[Spec]) -> list[Snapshot]:
         with self._lock:
-            return [self._seen(spec).snapshot for spec in specs]
+            return [self._seen(spec).snapshot() for spec in specs]
 
     def _look(self, spec: Spec) -> Seen:
         with self._lock:
             self._declare(spec)
             return self._seen(spec)
 
-    def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls]) -> Seen:
+    def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls], check: tuple[Outcome, int] | None = None) -> Seen:
         with self._lock:
             kept, rules = self._declare(spec)
-            peaks = kept.count(runs, rules, self._now()) if self._seen(spec).is_current(epoch) else None
+            fields = kept.fields
+            is_current = epoch == fields["epoch"] or (epoch == 0 and fields["epoch"] == fields["first"])
+            if is_current and fields["state"] in COUNTING:
+                Counter(kept, rules, self._now()).count(runs)
+                if check is not None:
+                    failed = fields["failed_checks"] + 1 if check[0] is Outcome.FAILURE else 0
+                    fields.update(failed_checks=failed, check_limit=check[1])
             if spec.parent is not None:
                 used_at, key = self._children_of(spec.name).used_at, key_of(spec.name)
                 used_at[key] = max(used_at.get(key, 0), self._now())
-            return self._seen(spec, peaks)
+            return self._seen(spec)
 
     def _lease(self, spec: Spec, holder: str, lease: int) -> tuple[Seen, bool]:
         with self._lock:
@@ -129,23 +144,36 @@ class LocalStore(RuledStore):
         with self._lock:
             kept, rules = self._declare(spec)
             now, fields, ended = self._now(), kept.fields, outcome is not Outcome.OVERDUE
-            permit = f"{epoch}:{holder}"
+            permit, freed = f"{epoch}:{holder}", False
             is_own = fields["state"] is State.HALF_OPEN and epoch == fields["epoch"]
-            freed = False
-            if is_own and kept.trials.get(permit, 0) > now:
-                freed = kept.count_trial(permit, outcome, rules, now)
+            if kept.trials.get(permit, 0) > now and is_own and (ended or rules.slow_counts):
+                lease_end = kept.trials.pop(permit)
+                if not ended:
+                    kept.trials[f"0:{holder}"] = lease_end
+                self._count_trial(fields, outcome, rules)
+                freed = outcome is Outcome.IGNORED
             elif ended and not is_own:
                 freed = kept.trials.pop(permit, None) is not None
+            if ended:
+                freed |= kept.trials.pop(f"0:{holder}", None) is not None
             had_slot = kept.slots.get(holder, 0) > now
             if had_slot and rules.least_in_flight and outcome is not Outcome.IGNORED:
                 learn(fields, rules, _live(kept.slots, now), outcome)
             if ended:
-                freed |= kept.trials.pop(f"0:{holder}", None) is not None
                 kept.slots.pop(holder, None)
             if freed:
                 fields["version"] += 1
                 self._publish(spec)
             return self._seen(spec), had_slot
+
+    def _count_trial(self, fields: dict[str, Any], outcome: Outcome, rules: Rules) -> None:
+        if outcome is Outcome.SUCCESS or (outcome is Outcome.SLOW and not rules.slow_counts):
+            fields["ok"] += 1
+        elif outcome is not Outcome.IGNORED:
+            fields["ko"] += 1
+            fields["total_failures"] += 1
+        if outcome in {Outcome.SUCCESS, Outcome.SLOW}:
+            fields["last_success_at"] = self._now()
 
     def _change(self, spec: Spec, seen: Seen, change: Change) -> tuple[Seen, bool]:
         with self._lock:
@@ -215,11 +243,16 @@ class LocalStore(RuledStore):
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         with self._lock:
-            return _names(name, self._children_of(name).used_at, start, count)
+            used_at = self._children_of(name).used_at
+            keys = sorted(used_at, key=lambda key: (used_at[key], key))
+            return [f"{name}:{key}" for key in keys[start : None if count is None else start + count]]
 
     def active_children(self, name: str, *, start: int = 0, count: int = 500) -> list[str]:
         with self._lock:
-            return _names(name, self._children_of(name).active, start, count)
+            active = self._children_of(name).active
+            return [
+                f"{name}:{key}" for key in sorted(active, key=lambda key: (active[key], key))[start : start + count]
+            ]
 
     def mark_idle(self, spec: Spec) -> bool:
         with self._lock:
@@ -285,13 +318,13 @@ class LocalStore(RuledStore):
             kept = self._breakers[spec.name] = Kept(new(self._now()))
         rules = spec.rules().or_newer(kept.fields["rules"])
         if rules.text() != kept.fields["rules"]:
-            kept.fields["rules"] = text
+            kept.fields.update(rules=text, failure_peak=0, slow_peak=0, row_peak=0)
         return kept, rules
 
-    def _seen(self, spec: Spec, peaks: Mapping[str, int] | None = None) -> Seen:
+    def _seen(self, spec: Spec) -> Seen:
         check_key_part("breaker", spec.name)
         kept, now = self._breakers.get(spec.name) or Kept(new(self._now(), epoch=0)), self._now()
-        fields = {**kept.fields, **(peaks or {}), "active_children": len(self._children_of(spec.name).active)}
+        fields = {**kept.fields, "active_children": len(self._children_of(spec.name).active)}
         rules, waiting = spec.rules().or_newer(kept.fields["rules"]), (_live(kept.slots, now), 0, None, None)
         return Seen(spec.name, now, rules, fields, dict(kept.trials), waiting)
 
@@ -303,12 +336,7 @@ class LocalStore(RuledStore):
         self._changed[spec.name] = self._now()
         for listener in self._listeners:
             if not listener.full():
-                listener.put(self._seen(spec).snapshot)
-
-
-def _names(parent: str, index: Mapping[str, float], start: int, count: int | None) -> list[str]:
-    keys = sorted(index, key=lambda key: (index[key], key))
-    return [f"{parent}:{key}" for key in keys[start : None if count is None else start + count]]
+                listener.put(self._seen(spec).snapshot())
 
 
 def _live(leases: Mapping[str, int], now: int) -> int:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from itertools import chain
+from dataclasses import replace
 from typing import Any
 
 import redis
 from redis.client import PubSub
 
-from resilient_tasks.core.model import Calls, Outcome, Snapshot, key_of, parent_of
-from resilient_tasks.core.rules import OLDEST, Change, Rules, Seen, sums_of, to_ms, weigh
+from resilient_tasks.core.model import Calls, Outcome, Snapshot, key_of
+from resilient_tasks.core.rules import KINDS, OLDEST, PARTS, Change, Seen, to_ms
 from resilient_tasks.errors import ConfigurationError, StoreError
-from resilient_tasks.store.base import IDLE_AFTER, RuledStore, Spec
+from resilient_tasks.store.base import RuledStore, Spec
 from resilient_tasks.store.history import History
 from resilient_tasks.store.keys import Keys
 from resilient_tasks.store.ledger import Ledger
@@ -56,7 +57,6 @@ class RedisStore(RuledStore):
         self._keys = Keys(namespace)
         self._server = Server(url, timeout=timeout, cooldown=cooldown, clock=clock, **client_options)
         self._channel = self._keys.changes(self._server.database)
-        self._newer_rules: dict[str, str] = {}  # than this process declares: what others have declared, by breaker
         self.history = History(self._server, self._keys)
         self.ledger = Ledger(self._server, self._keys, self.history.drain)
 
@@ -99,51 +99,37 @@ class RedisStore(RuledStore):
         return [snapshot for some in portions(specs) for snapshot in self._read(some)]
 
     def _read(self, specs: Sequence[Spec]) -> list[Snapshot]:
-        calls = [(self._keys.breaker(spec.name), (*self._common(spec, *self._rules(spec)), 0)) for spec in specs]
+        calls = [(self._keys.breaker(spec.name), (*self._common(spec), 0)) for spec in specs]
         try:
             replies = self._server.script_each("read", calls)
-            return [self._seen(spec, reply).snapshot for spec, reply in zip(specs, replies, strict=True)]
+            return [_seen(spec, reply).snapshot() for spec, reply in zip(specs, replies, strict=True)]
         except StoreError as error:
             if not is_unreadable(error.__cause__):
                 raise
         except UNREADABLE:
             pass
-        return [self._peek(spec).snapshot for spec in specs]  # finds which it is
-
-    def _peek(self, spec: Spec) -> Seen:
-        return self._run("read", spec, lambda _: (0,))
+        return [self._run("read", spec, 0).snapshot() for spec in specs]  # finds which it is
 
     def _look(self, spec: Spec) -> Seen:
-        return self._run("read", spec, lambda _: (1,))
+        return self._run("read", spec, 1)
 
-    def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls]) -> Seen:
-        def arguments(rules: Rules) -> Iterator[Argument]:
-            yield from (epoch, rules.minimum_tasks, *sums_of(runs))
-            for weight in chain.from_iterable(weigh(run, rules) for run in runs):
-                yield from (*weight[:4], "1" if weight.each else "")
-
-        return self._run("count", spec, arguments)
+    def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls], check: tuple[Outcome, int] | None = None) -> Seen:
+        checked = ("", 0) if check is None else (check[0].value, check[1])
+        flat = [part for run in runs for part in (*run[:3], "1" if run.each else "", "1" if run.was_overdue else "")]
+        return self._run("count", spec, epoch, *checked, *flat)
 
     def _lease(self, spec: Spec, holder: str, lease: int) -> tuple[Seen, bool]:
-        def arguments(rules: Rules) -> tuple[Argument, ...]:
-            return holder, lease, rules.trial_calls, rules.least_in_flight, rules.most_in_flight, rules.ramp
-
-        seen = self._run("lease", spec, arguments)
+        seen = self._run("lease", spec, holder, lease)
         return seen, seen.done > 0
 
     def _settle(self, spec: Spec, holder: str, epoch: int, outcome: Outcome) -> tuple[Seen, bool]:
-        def arguments(rules: Rules) -> tuple[Argument, ...]:
-            trial = rules.worth_as_trial(outcome)
-            return holder, epoch, outcome.value, trial, rules.least_in_flight, rules.most_in_flight
-
-        seen = self._run("settle", spec, arguments)
+        seen = self._run("settle", spec, holder, epoch, outcome.value)
         return seen, seen.done > 0
 
     def _change(self, spec: Spec, seen: Seen, change: Change) -> tuple[Seen, bool]:
         share = seen.rules.max_open_ratio if change.opens_child and spec.parent else 0.0
-        written = chain.from_iterable(change.fields.items())
-        arguments = (seen.version, int(change.forgets), share, *written)
-        after = self._run("transition", spec, lambda _: arguments)
+        written = [part for item in _packed(change.fields).items() for part in item]
+        after = self._run("transition", spec, seen.version, int(change.forgets), share, *written)
         if after.done and change.transition is not None:
             with suppress(StoreError):  # the transition has been made
                 self.history.follow(change.transition, spec.policy.window)
@@ -156,14 +142,8 @@ class RedisStore(RuledStore):
     # --- children -------------------------------------------------------------------------------
 
     def register(self, spec: Spec) -> Snapshot | None:
-        seen, index, key = self._read([spec])[0], self._keys.breaker(spec.name).children, key_of(spec.name)
-        now, idle_at = to_ms(seen.now), to_ms(seen.now) - IDLE_AFTER
-        is_new, count = self._server.commands([("ZADD", index, "NX", now, key), ("ZCARD", index)])
-        is_full = is_new and count > spec.policy.max_keys
-        if is_full and not self._server.command("ZREMRANGEBYSCORE", index, "-inf", idle_at):
-            self._server.command("ZREM", index, key)
-            return None
-        return seen
+        seen = self._run("read", spec, 0, spec.policy.max_keys)
+        return seen.snapshot() if seen.done else None
 
     def children(self, name: str, *, start: int = 0, count: int | None = None) -> list[str]:
         index, end = self._keys.breaker(name).children, -1 if count is None else start + count - 1
@@ -176,10 +156,10 @@ class RedisStore(RuledStore):
 
     def mark_idle(self, spec: Spec) -> bool:
         index, key = self._keys.breaker(spec.name).active, key_of(spec.name)
-        if not self._peek(spec).is_plain:
+        if not self._run("read", spec, 0).is_plain:
             return False
         self._server.command("ZREM", index, key)
-        seen = self._peek(spec)
+        seen = self._run("read", spec, 0)
         if not seen.is_plain:  # something has happened in between
             self._server.command("ZADD", index, seen.now, key)
             return False
@@ -219,46 +199,24 @@ class RedisStore(RuledStore):
 
     # --- inside ---------------------------------------------------------------------------------------
 
-    def _run(self, script: str, spec: Spec, arguments: Callable[[Rules], Iterable[Argument]]) -> _Answer:
-        """Run a script with arguments that follow from the rules; what cannot be read is deleted: it is CLOSED then."""
+    def _run(self, script: str, spec: Spec, *args: Argument) -> _Answer:
+        """Run a script; what is kept and cannot be read is deleted, and the breaker is CLOSED."""
+        keys = self._keys.breaker(spec.name)
         try:
-            return self._ask(script, spec, arguments)
+            return _seen(spec, self._server.script(script, keys, *self._common(spec), *args))
         except StoreError as error:
             if not is_unreadable(error.__cause__):
                 raise
             trouble: Exception = error
         except UNREADABLE as error:
             trouble = error
-        keys = self._keys.breaker(spec.name)
         self._server.discard([keys.state, keys.failures, keys.slow, keys.trials, keys.slots], trouble)
         self.history.close(spec.name)
-        return self._ask(script, spec, arguments)
+        return _seen(spec, self._server.script(script, keys, *self._common(spec), *args))
 
-    def _ask(self, script: str, spec: Spec, arguments: Callable[[Rules], Iterable[Argument]]) -> _Answer:
-        keys = self._keys.breaker(spec.name)
-        while True:
-            rules, text = self._rules(spec)
-            reply = self._server.script(script, keys, *self._common(spec, rules, text), *arguments(rules))
-            answer = self._seen(spec, reply)
-            if answer.done >= 0:
-                return answer
-
-    def _rules(self, spec: Spec) -> tuple[Rules, str]:
-        """Return the newest rules that this process knows, and how they are kept."""
-        own, newer = spec.rules(), self._newer_rules.get(parent_of(spec.name) or spec.name)
-        rules = own.or_newer(newer)
-        return rules, own.text() if rules == own or newer is None else newer
-
-    def _common(self, spec: Spec, rules: Rules, text: str) -> tuple[Argument, ...]:
-        numbers = rules.revision, rules.window, rules.max_open_time
-        return text, key_of(spec.name), self._channel, spec.name, *numbers
-
-    def _seen(self, spec: Spec, reply: str | bytes) -> _Answer:
-        rules, _ = self._rules(spec)
-        answer = _read_answer(spec.name, rules, reply)
-        if answer.rules != rules and answer.kept_rules:
-            self._newer_rules[parent_of(spec.name) or spec.name] = answer.kept_rules
-        return answer
+    def _common(self, spec: Spec) -> tuple[Argument, ...]:
+        rules = spec.rules()
+        return (rules.text(), key_of(spec.name), self._channel, spec.name, *rules.numbers())
 
     def _subscribe(self, client: redis.Redis) -> PubSub:
         subscription: PubSub = client.pubsub()  # type: ignore[no-untyped-call]
@@ -271,27 +229,41 @@ class RedisStore(RuledStore):
         return subscription
 
 
-_ANY = Spec("", revision=OLDEST).rules()  # whatever rules are kept are newer
+_ANY = Spec("", revision=OLDEST)  # whatever rules are kept are newer
+_TEXTS = frozenset({"state", "reason", "actor", "rules"})  # the other fields are numbers
+_NUMBERS = re.compile(r"(-?\d{1,18}( \d{1,18})*)?")
 
 
 class _Answer(Seen):
     """A breaker as a script has answered."""
 
     done = 0
-    kept_rules: str | None = None  # None: those that were sent
 
 
-def _read_answer(name: str, rules: Rules, reply: str | bytes) -> _Answer:
+def _seen(spec: Spec, reply: str | bytes) -> _Answer:
     """Return what a script has answered; see ``lua/lib/breaker.lua``."""
     text = reply.decode(errors="surrogateescape") if isinstance(reply, bytes) else reply
     now, fields, permits, in_flight, deferred, oldest, deadline, active, done = json.loads(text)
+    for name, value in fields.items():
+        if name not in _TEXTS and not _NUMBERS.fullmatch(value):
+            raise ValueError(f"{name}={value}")
+    for kind in KINDS:
+        fields.update(zip([f"{kind}_{part}" for part in PARTS], fields.pop(kind, "").split(), strict=False))
     trials = dict(zip(permits[::2], [int(float(end)) for end in permits[1::2]], strict=True)) if permits else {}
     waiting = int(in_flight), int(deferred), _instant(oldest), _instant(deadline)
-    kept = fields.get("rules")
-    answer = _Answer(name, int(now), rules.or_newer(kept), {**fields, "active_children": active}, trials, waiting)
-    answer.done, answer.kept_rules = int(done), kept
-    _ = answer.snapshot  # reads all of it, while what cannot be read is caught
+    rules = spec.rules().or_newer(fields.get("rules"))
+    answer = _Answer(spec.name, int(now), rules, {**fields, "active_children": active}, trials, waiting)
+    answer.done = int(done)
     return answer
+
+
+def _packed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields with the parts of each score in one, as the scripts keep them."""
+    packed = dict(fields)
+    for kind in KINDS:
+        if f"{kind}_score" in packed:
+            packed[kind] = " ".join(str(packed.pop(f"{kind}_{part}")) for part in PARTS)
+    return packed
 
 
 def _value(kept: Sequence[bytes | None]) -> tuple[bytes, int, int] | None:
@@ -307,6 +279,6 @@ def _published(data: bytes) -> Snapshot | None:
     """Return the snapshot in a message; None for one that is not ours, which the next read makes up for."""
     try:
         name, _, reply = data.decode(errors="surrogateescape").partition("\n")
-        return _read_answer(name, _ANY, reply).snapshot
+        return _seen(replace(_ANY, name=name), reply).snapshot()
     except (ValueError, KeyError, TypeError):
         return None

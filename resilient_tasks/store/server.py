@@ -70,16 +70,29 @@ class Script:
         library = (_FOLDER / "lib" / "breaker.lua").read_text("utf-8") if "-- Needs breaker.lua\n" in text else ""
         return cls("\n".join([clock or (_FOLDER / "lib" / "now.lua").read_text("utf-8"), library, text]))
 
-    def run(self, client: redis.Redis, calls: Sequence[Call]) -> list[Any]:
-        """Run it for each call, all in one round trip; if the server has to be given the text first, in three."""
-        # no method: the pipeline of a cluster's client has none for this
-        commands = [("EVALSHA", self.digest, len(keys), *keys, *args) for keys, args in calls]
+    def __call__(self, client: redis.Redis, keys: Sequence[str], *args: Argument) -> Any:
+        """Run it in one round trip; two if the server has to be given the text first."""
         try:
-            replies = _replies(client, commands)
+            return client.execute_command(*self._by_digest(keys, args))
+        except NoScriptError:
+            return client.eval(self.text, len(keys), *keys, *args)
+
+    def each(self, client: redis.Redis, calls: Sequence[Call]) -> list[Any]:
+        """Run it for each of several calls, all in one round trip. For scripts that may run twice."""
+        commands = [self._by_digest(*call) for call in calls]
+        try:
+            replies = _pipelined(client, commands)
         except NoScriptError:
             client.script_load(self.text)
-            replies = _replies(client, commands)
-        return [_or_raised(reply) for reply in replies]
+            replies = _pipelined(client, commands)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        return replies
+
+    def _by_digest(self, keys: Sequence[str], args: Sequence[Argument]) -> Command:
+        # no method: the pipeline of a cluster's client has none for this
+        return ("EVALSHA", self.digest, len(keys), *keys, *args)
 
 
 class Server:
@@ -135,7 +148,7 @@ class Server:
 
         A value of another type, or one that ``read`` cannot read, is logged and deleted; its place holds None.
         """
-        replies = [reply for some in portions(commands) for reply in self.run(partial(_replies, commands=some))]
+        replies = [reply for some in portions(commands) for reply in self.run(partial(_pipelined, commands=some))]
         return [self._readable(command, reply, read) for command, reply in zip(commands, replies, strict=True)]
 
     def command(self, *command: Any, read: Callable[[Any], Any] = lambda reply: reply) -> Any:
@@ -144,19 +157,21 @@ class Server:
 
     def _readable(self, command: Command, reply: Any, read: Callable[[Any], Any]) -> Any:
         try:
-            return read(_or_raised(reply))
+            if isinstance(reply, Exception):
+                raise reply
+            return read(reply)
         except (*UNREADABLE, redis.ResponseError) as error:
             self.discard([command[1]], error)
             return None
 
     def script(self, name: str, keys: Sequence[str], *args: Argument) -> Any:
         """Run a script and return its reply."""
-        return self.script_each(name, [(keys, args)])[0]
+        return self.run(lambda client: self._scripts[name](client, keys, *args))
 
     def script_each(self, name: str, calls: Iterable[Call]) -> list[Any]:
-        """Run a script for each of several calls, 500 in one round trip."""
+        """Run a script that may run twice for each of several calls, 500 in one round trip."""
         script = self._scripts[name]
-        return [reply for some in portions(calls) for reply in self.run(partial(script.run, calls=some))]
+        return [reply for some in portions(calls) for reply in self.run(partial(script.each, calls=some))]
 
     def now(self) -> int:
         """Return the server's time in ms."""
@@ -165,7 +180,7 @@ class Server:
     def discard(self, keys: Sequence[str], error: Exception) -> None:
         """Delete values that cannot be read, because they were edited by hand, and log it."""
         for key in keys:
-            if self.run(partial(_replies, commands=[("DEL", key)]))[0]:
+            if self.run(partial(_pipelined, commands=[("DEL", key)]))[0]:
                 logger.warning("%s held a value that cannot be read, and is deleted: %.200r", key, error)
 
     def infos(self, section: str) -> list[dict[str, Any]]:
@@ -235,7 +250,7 @@ class Server:
         raise StoreError(self._last_failure) from (error if text == said else None)
 
 
-def is_unreadable(error: object) -> bool:
+def is_unreadable(error: BaseException | None) -> bool:
     """Whether a server or a script has failed over the type or the format of a value."""
     return type(error) is redis.ResponseError and any(sign in str(error) for sign in _SIGNS)
 
@@ -243,26 +258,15 @@ def is_unreadable(error: object) -> bool:
 _SIGNS = ("WRONGTYPE", "is not a", "user_script", "script:")  # the last two of errors within a script
 
 
-def _replies(client: redis.Redis, commands: Sequence[Command]) -> list[Any]:
-    """Run commands in one round trip; an error over a value takes the place of its reply."""
-    replies: list[Any]
-    if len(commands) == 1:  # a pipeline costs the client half as much again
-        try:
-            replies = [client.execute_command(*commands[0])]
-        except redis.ResponseError as error:
-            replies = [error]
-    else:
-        with client.pipeline(transaction=False) as pipeline:
-            for command in commands:
-                pipeline.execute_command(*command)
-            replies = pipeline.execute(raise_on_error=False)
-    return [reply if is_unreadable(reply) else _or_raised(reply) for reply in replies]
-
-
-def _or_raised(reply: Any) -> Any:
-    if isinstance(reply, Exception):
-        raise reply
-    return reply
+def _pipelined(client: redis.Redis, commands: Sequence[Command]) -> list[Any]:
+    with client.pipeline(transaction=False) as pipeline:
+        for command in commands:
+            pipeline.execute_command(*command)
+        replies: list[Any] = pipeline.execute(raise_on_error=False)
+    for reply in replies:
+        if isinstance(reply, Exception) and not is_unreadable(reply):
+            raise reply
+    return replies
 
 
 def _trouble(error: Exception) -> str:

@@ -69,12 +69,6 @@ def test_a_newer_policy_decides_from_its_first_use(lab: Lab) -> None:
     assert [new.ask(holder).trial for holder in "ab"] == [True, False]
 
 
-def test_an_older_process_gets_no_more_trials_than_the_newest_policy_allows(lab: Lab) -> None:
-    lab.breaker(trial_calls=1, revision=2).half_open()
-    old = lab.breaker(trial_calls=3, revision=1)
-    assert [old.ask(holder).trial for holder in "ab"] == [True, False]
-
-
 def test_of_equal_revisions_the_one_in_use_decides(lab: Lab) -> None:
     slow_to_open = lab.breaker(minimum_calls=8)
     strict = lab.breaker(minimum_calls=3)

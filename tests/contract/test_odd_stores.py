@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -174,18 +173,6 @@ def test_other_states_of_a_release_without_schema_numbers_begin_anew(lab: Lab) -
     assert (breaker.snapshot().state, breaker.snapshot().epoch) == (State.CLOSED, 0)
     command(lab, "SET", keys_of(lab, lab.breaker("mail")).former, "BANANA")
     assert lab.breaker("mail").calls("S").snapshot.state is State.CLOSED
-
-
-@SHARED
-def test_rules_of_a_later_release_stay_as_they_are(lab: Lab) -> None:
-    breaker = lab.breaker()
-    breaker.calls("S")
-    later = json.dumps({**breaker.spec.rules()._asdict(), "revision": 7, "minimum_calls": 2, "unheard_of": 1})
-    command(lab, "HSET", keys_of(lab, breaker).state, "rules", later)
-    assert breaker.ask().admitted
-    assert breaker.calls("FF").snapshot.state is State.OPEN
-    kept = command(lab, "HGET", keys_of(lab, breaker).state, "rules")
-    assert kept.decode() == later
 
 
 def test_without_rights_on_channels_states_move_all_the_same(server: Server) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resilient_tasks.core.model import Answer, Calls, Grant, Outcome, State, Verb
-from resilient_tasks.core.rules import Kept, Score
+from resilient_tasks.core.rules import Kept
 from resilient_tasks.policy import BreakerPolicy
 from resilient_tasks.store.base import Evidence, Spec
 from resilient_tasks.store.local import LocalStore, continued, new
@@ -224,7 +224,7 @@ class Permits:
         kept.fields.update(
             first=NEVER, epoch=epoch, state=breaker.state, row=breaker.row, ok=breaker.successes, ko=breaker.failures,
             open_until="" if breaker.open_for is None else NOW + breaker.open_for * SECOND,
-            failure=str(Score(value=int(breaker.row > 0), tasks=int(breaker.row > 0), at=NOW)),
+            failure_at=NOW, failure_tasks=int(breaker.row > 0), failure_score=int(breaker.row > 0),
         )  # fmt: skip
         kept.trials = {f"{epoch}:{permit.holder}": NOW + permit.left * SECOND for permit in breaker.permits}
         kept.trials.update({f"0:{permit.holder}": NOW + permit.left * SECOND for permit in breaker.former})

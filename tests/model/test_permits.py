@@ -5,7 +5,7 @@ And the search does find what it is there for: with one rule of the protocol bro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,8 +68,8 @@ class DenialsRenew(LocalStore):
 
 
 class LeasesLastForEver(LocalStore):
-    def _seen(self, spec: Spec, peaks: Mapping[str, int] | None = None) -> Seen:
-        seen = super()._seen(spec, peaks)
+    def _seen(self, spec: Spec) -> Seen:
+        seen = super()._seen(spec)
         seen.expired = 0
         return seen
 
@@ -94,8 +94,8 @@ class FormerForgotten(LocalStore):
 class AnyEpoch(LocalStore):
     """Reports count whatever epoch they belong to."""
 
-    def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls]) -> Seen:
-        return super()._count(spec, self._breakers[NAME].fields["epoch"] if epoch >= 0 else epoch, runs)
+    def _count(self, spec: Spec, epoch: int, runs: Sequence[Calls], check: tuple[Outcome, int] | None = None) -> Seen:
+        return super()._count(spec, self._breakers[NAME].fields["epoch"] if epoch >= 0 else epoch, runs, check)
 
 
 class AnyTrial(LocalStore):
@@ -126,7 +126,7 @@ class SilentHealing(LocalStore):
 
 class OpenForEver(LocalStore):
     def _decide(self, spec: Spec, seen: Seen, evidence: Evidence | None = None, jitter: float = 0.0) -> Answer:
-        return Answer(seen.snapshot) if seen.state is State.OPEN else super()._decide(spec, seen, evidence, jitter)
+        return Answer(seen.snapshot()) if seen.state is State.OPEN else super()._decide(spec, seen, evidence, jitter)
 
 
 class EpochsFromOne(Permits):

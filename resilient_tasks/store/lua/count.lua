@@ -1,116 +1,132 @@
--- count(epoch, minimum_tasks, calls, failed, slow, score, number, amount, task, each, ...) -> answer; see breaker.lua
--- Count calls that were admitted in the present epoch: into the evidence, and into the sums for people. The answer has
--- peaks of the evidence, too (peak_failure, peak_slow, peak_row): the calls may have ended with successes.
--- KEYS, ARGV 1..7: see breaker.lua
--- ARGV  8 epoch           in which the calls were admitted; 0: before the store knew the breaker
---       9 minimum_tasks   that open the breaker
---       10 calls          that have ended
---       11 failed         ones among them
---       12 slow           ones among them
---       13.. weights      core/rules.py's Weight, oldest first, each five: failure or slow, the number of calls, what
---                         each adds to that score (below 0: takes from it), their task, and each as 1 or ''
+-- count(epoch, check, limit, outcome, number, task, each, was_overdue, ...) -> answer; see breaker.lua
+-- Count outcomes of calls that were admitted in the present epoch: into the evidence, and into the sums for people.
+-- The same lines as core/rules.py's Counter.
+-- KEYS, ARGV 1..13: see breaker.lua
+-- ARGV  14 epoch    in which the calls were admitted; 0: before the store knew the breaker
+--       15 check    of a health check FAILURE or SUCCESS; empty: none was made
+--       16 limit    failed checks in a row that open the breaker
+--       17.. runs   of equal outcomes, oldest first, each five: outcome, number, task, each and was_overdue as 1 or ''
 -- Needs breaker.lua
 
 local UNIT, MOST_TASKS, BUCKETS = 1000000, 1000, 5
-local MINIMUM_TASKS, CALLS, FAILED = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11])
+local calls, failed, slow = 0, 0, 0
 
 local function clear(score)
-  score.value, score.tasks, score.calls, score.bad, score.is_changed = 0, 0, 0, 0, true
+  score.score, score.tasks, score.calls, score.bad = 0, 0, 0, 0
   redis.call('DEL', score.key)
 end
 
--- core/rules.py's Score
-local function load_score(kind, key)
-  local value, tasks, calls, bad, at = string.match(state[kind] or '0 0 0 0 0', '(%d+) (%d+) (%d+) (%d+) (%d+)')
+local function load_score(kind, key, take)
+  local kept = state[kind] or '0 0 0 0 0 0'
+  local value, tasks, counted, bad, at, peak = string.match(kept, '(%d+) (%d+) (%d+) (%d+) (%d+) (%d+)')
   local score = {
-    key = key, value = tonumber(value), tasks = tonumber(tasks), calls = tonumber(calls), bad = tonumber(bad),
-    at = tonumber(at), peak = 0,
+    key = key, take = take, score = tonumber(value), tasks = tonumber(tasks), calls = tonumber(counted),
+    bad = tonumber(bad), at = tonumber(at), peak = tonumber(peak),
   }
-  if score.tasks > 0 and math.abs(now - score.at) >= WINDOW then
+  if score.tasks + score.peak > 0 and math.abs(now - score.at) >= rules.window then
+    score.peak = 0
     clear(score)
+    score.is_changed = true
   end
   return score
 end
 
--- Return how many bad calls a run is worth. Whole runs of a task add once while the score is above 0.
+local function save_score(kind, score)
+  if score.is_changed then
+    local format = '%.0f %.0f %.0f %.0f %.0f %.0f'
+    put(kind, string.format(format, score.score, score.tasks, score.calls, score.bad, score.at, score.peak))
+  end
+end
+
+-- Return how many the run adds to a score. Whole runs of a task add once while it is above 0.
 local function add(score, number, task, each)
-  local new = number
+  local added, new = number, number
   if task ~= '' then
     local is_full = score.tasks >= MOST_TASKS
     new = is_full and 1 - redis.call('SISMEMBER', score.key, task) or redis.call('SADD', score.key, task)
-    number = each ~= '' and number or new
+    added = each and number or new
   end
-  score.tasks = score.tasks + new
-  if number > 0 then
-    score.bad, score.at = score.bad + number, now
-    redis.call('PEXPIRE', score.key, integer(WINDOW + 60000))
+  score.tasks, score.is_changed = score.tasks + new, true
+  if added > 0 then
+    local most = field('would_open') > 0 and math.max(score.score, rules.minimum_calls * UNIT) or math.huge
+    score.score = math.min(score.score + added * UNIT, most)
+    score.calls, score.bad, score.at = score.calls + added, score.bad + added, now
+    redis.call('PEXPIRE', score.key, integer(rules.window + 60000))
   end
-  return number
+  score.peak = score.tasks >= rules.minimum_tasks and math.max(score.peak, score.score) or score.peak
+  return added
 end
 
-local function weigh(score, number, amount, task, each)
-  if amount > 0 then
-    number = add(score, number, task, each)
-  elseif score.value == 0 then
-    return 0
-  end
-  score.calls, score.is_changed = score.calls + number, true
-  score.value = math.max(0, score.value + number * amount)
-  if score.tasks >= MINIMUM_TASKS then
-    score.peak = math.max(score.peak, score.value)
-  end
-  if score.value == 0 then
-    clear(score)
-  end
-  return number
-end
-
-local function count()
-  local scores = { failure = load_score('failure', FAILURES), slow = load_score('slow', SLOW) }
-  local row, row_peak = field('row'), 0
-  for i = 13, #ARGV, 5 do
-    local score, amount = scores[ARGV[i]], tonumber(ARGV[i + 2])
-    local number = weigh(score, tonumber(ARGV[i + 1]), amount, ARGV[i + 3], ARGV[i + 4])
-    if score == scores.failure then
-      row = amount > 0 and row + number or 0
-      row_peak = score.tasks >= MINIMUM_TASKS and math.max(row_peak, row) or row_peak
-    end
-  end
-  put('row', row)
-  state.peak_row = row_peak > 0 and integer(row_peak) or nil
-  for kind, s in pairs(scores) do
-    if s.is_changed then
-      put(kind, string.format('%.0f %.0f %.0f %.0f %.0f 0', s.value, s.tasks, s.calls, s.bad, s.at))
-      state['peak_' .. kind] = integer(s.peak)
+local function take(score, number)
+  if score.score > 0 then
+    score.calls, score.is_changed = score.calls + number, true
+    score.score = math.max(0, score.score - number * score.take)
+    if score.score == 0 then
+      clear(score)
     end
   end
 end
 
 -- Add to the sums for people.
 local function sum_up()
-  local index = math.floor(now / math.ceil(WINDOW / (BUCKETS - 1)))
+  local index = math.floor(now / math.ceil(rules.window / (BUCKETS - 1)))
   local bucket = 'bucket_' .. index % BUCKETS
-  local at, calls, failed, slow = string.match(state[bucket] or '', '^(%d+) (%d+) (%d+) (%d+)$')
+  local at, before, failed_before, slow_before = string.match(state[bucket] or '', '^(%d+) (%d+) (%d+) (%d+)$')
   if tonumber(at) ~= index then
-    calls, failed, slow = 0, 0, 0
+    before, failed_before, slow_before = 0, 0, 0
   end
-  put(bucket, string.format('%.0f %.0f %.0f %.0f', index, calls + CALLS, failed + FAILED, slow + ARGV[12]))
-  if FAILED > 0 then
-    put('total_failures', field('total_failures') + FAILED)
-  end
-  if CALLS > FAILED then
-    put('last_success_at', now)
+  put(bucket, string.format('%.0f %.0f %.0f %.0f', index, before + calls, failed_before + failed, slow_before + slow))
+  if failed > 0 then
+    put('total_failures', field('total_failures') + failed)
   end
 end
 
-if not load_breaker() then
-  return answer(-1)
+local function weigh(failures, lates, outcome, number, task, each, was_overdue)
+  calls = calls + number
+  if outcome == 'FAILURE' then
+    failed = failed + number
+    put('row', field('row') + add(failures, number, task, each))
+    if failures.tasks >= rules.minimum_tasks then
+      put('row_peak', math.max(field('row_peak'), field('row')))
+    end
+  else
+    slow = slow + (outcome == 'SLOW' and number or 0)
+    put('row', 0)
+    put('last_success_at', now)
+    take(failures, number)
+  end
+  if outcome == 'SUCCESS' and not was_overdue then
+    take(lates, number)
+  elseif not was_overdue and (outcome == 'SLOW' or rules.slow_counts) then
+    add(lates, number, task, each)
+  end
 end
-local is_current = ARGV[8] == state.epoch or (ARGV[8] == '0' and state.epoch == state.first)
+
+local function count()
+  local failures = load_score('failure', FAILURES, rules.failure_take)
+  local lates = load_score('slow', SLOW, rules.slow_take)
+  for i = 17, #ARGV, 5 do
+    local outcome, number, task = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2]
+    if outcome == 'OVERDUE' and rules.slow_counts then
+      add(lates, number, task, true)
+    elseif outcome ~= 'OVERDUE' and outcome ~= 'IGNORED' and number > 0 then
+      weigh(failures, lates, outcome, number, task, ARGV[i + 3] ~= '', ARGV[i + 4] ~= '')
+    end
+  end
+  save_score('failure', failures)
+  save_score('slow', lates)
+  if calls > 0 then
+    sum_up()
+  end
+end
+
+load_breaker()
+local is_current = ARGV[14] == state.epoch or (ARGV[14] == '0' and state.epoch == state.first)
 if is_current and (state.state == 'CLOSED' or state.state == 'SHADOW') then
   count()
-  if CALLS > 0 then
-    sum_up()
+  if ARGV[15] ~= '' then
+    put('failed_checks', ARGV[15] == 'FAILURE' and field('failed_checks') + 1 or 0)
+    put('check_limit', ARGV[16])
   end
 end
 if KEY ~= '' then

@@ -1,18 +1,12 @@
--- lease(holder, lease, trial_calls, least, most, ramp) -> answer; see breaker.lua; done is 1: admitted, 2: with a
--- permit, 0: denied
+-- lease(holder, lease) -> answer; see breaker.lua; done is 1: admitted, 2: with a permit, 0: denied
 -- Ask to make a call: in HALF_OPEN for a permit, and where calls in flight are limited for a slot. Both are leases in
 -- a sorted set, of which only so many may be live. A denial writes nothing that could lengthen a lease.
--- KEYS, ARGV 1..7: see breaker.lua
--- ARGV  8 holder        who asks
---       9 lease         ms
---       10 trial_calls  permits in HALF_OPEN
---       11 least        of an adaptive limit of calls in flight, else 0
---       12 most         calls in flight, or 0
---       13 ramp         ms
+-- KEYS, ARGV 1..13: see breaker.lua
+-- ARGV  14 holder   who asks
+--       15 lease    ms
 -- Needs breaker.lua
 
-local HOLDER, LEASE_END = ARGV[8], integer(now + math.min(tonumber(ARGV[9]), LONGEST_LEASE))
-local LEAST, MOST, RAMP = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
+local HOLDER, LEASE_END = ARGV[14], integer(now + math.min(tonumber(ARGV[15]), LONGEST_LEASE))
 
 -- A lease that ends later than any may is of a clock that was ahead.
 local function cut(leases)
@@ -32,22 +26,20 @@ end
 
 -- core/rules.py's concurrency_limit
 local function limit()
-  local most, since = MOST, field('ramp_since')
+  local most, since = rules.most_in_flight, field('ramp_since')
   if most == 0 or state.state == 'DISABLED' or state.state == 'SHADOW' then
     return math.huge
-  elseif LEAST > 0 then
-    most = math.min(math.max(field('learned'), LEAST), most)
+  elseif rules.least_in_flight > 0 then
+    most = math.min(math.max(field('learned'), rules.least_in_flight), most)
   end
-  local elapsed = since > 0 and now - since or RAMP
-  if elapsed < 0 or elapsed >= RAMP then
+  local elapsed = since > 0 and now - since or rules.ramp
+  if elapsed < 0 or elapsed >= rules.ramp then
     return most
   end
-  return math.max(1, math.floor(most * (RAMP + 9 * elapsed) / (10 * RAMP)))
+  return math.max(1, math.floor(most * (rules.ramp + 9 * elapsed) / (10 * rules.ramp)))
 end
 
-if not load_breaker() then
-  return answer(-1)
-end
+load_breaker()
 save()
 cut(TRIALS)
 cut(SLOTS)
@@ -57,7 +49,7 @@ if is_refused or not (most == math.huge or holds(SLOTS, HOLDER) or live(SLOTS) <
   return answer(0)
 end
 if is_trial then
-  local is_new = not redis.call('ZSCORE', TRIALS, permit) and trials_used() < tonumber(ARGV[10])
+  local is_new = not redis.call('ZSCORE', TRIALS, permit) and trials_used() < rules.trial_calls
   if not is_new and not holds(TRIALS, permit) then
     return answer(0)
   end

@@ -1,54 +1,58 @@
--- settle(holder, epoch, outcome, trial, least, most) -> answer; see breaker.lua; done is 1 if the holder had a slot
+-- settle(holder, epoch, outcome) -> answer; see breaker.lua; done is 1 if the holder had a slot
 -- Give a permit and a slot back, with what the call has found out. OVERDUE says that it still runs: it keeps both.
--- KEYS, ARGV 1..7: see breaker.lua
--- ARGV  8 holder     of the permit or the slot
---       9 epoch      in which the call was admitted
---       10 outcome   SUCCESS, FAILURE, SLOW, IGNORED or OVERDUE
---       11 trial     ok or ko, what it is worth as a trial; empty: nothing
---       12 least     of an adaptive limit of calls in flight, else 0
---       13 most      calls in flight
+-- KEYS, ARGV 1..13: see breaker.lua
+-- ARGV  14 holder    of the permit or the slot
+--       15 epoch     in which the call was admitted
+--       16 outcome   SUCCESS, FAILURE, SLOW, IGNORED or OVERDUE
 -- Needs breaker.lua
 
-local HOLDER, EPOCH, OUTCOME, TRIAL, LEAST, MOST = ARGV[8], ARGV[9], ARGV[10], ARGV[11], tonumber(ARGV[12]), ARGV[13]
+local HOLDER, EPOCH, OUTCOME = ARGV[14], ARGV[15], ARGV[16]
 local ENDED = OUTCOME ~= 'OVERDUE'
 
 -- core/rules.py's learn
 local function learn()
-  local limit, credit = math.min(math.max(field('learned'), LEAST), MOST), field('credit') + 1
+  local least, credit = rules.least_in_flight, field('credit') + 1
+  local limit = math.min(math.max(field('learned'), least), rules.most_in_flight)
   if OUTCOME ~= 'SUCCESS' then
-    put('learned', math.max(LEAST, math.floor(limit * 9 / 10)))
+    put('learned', math.max(least, math.floor(limit * 9 / 10)))
     put('credit', 0)
     put('backed_off', 1)
-  elseif 2 * live(SLOTS) >= limit and limit < tonumber(MOST) then
+  elseif 2 * live(SLOTS) >= limit and limit < rules.most_in_flight then
     local grows = field('backed_off') == 0 or credit >= limit
     put('learned', grows and limit + 1 or limit)
     put('credit', grows and 0 or credit)
   end
 end
 
-if not load_breaker() then
-  return answer(-1)
+local function count_trial()
+  if OUTCOME == 'SUCCESS' or (OUTCOME == 'SLOW' and not rules.slow_counts) then
+    put('ok', field('ok') + 1)
+  elseif OUTCOME ~= 'IGNORED' then
+    put('ko', field('ko') + 1)
+    put('total_failures', field('total_failures') + 1)
+  end
+  if OUTCOME == 'SUCCESS' or OUTCOME == 'SLOW' then
+    put('last_success_at', now)
+  end
 end
+
+load_breaker()
 local permit, freed = EPOCH .. ':' .. HOLDER, false
 local lease_end = tonumber(redis.call('ZSCORE', TRIALS, permit) or 0)
 local is_own = state.state == 'HALF_OPEN' and state.epoch == EPOCH
 -- One that has run out stays, as a failed trial of this epoch; one of an earlier epoch is in flight and no more.
-if lease_end > now and is_own and (ENDED or TRIAL ~= '') then
+if lease_end > now and is_own and (ENDED or rules.slow_counts) then
   redis.call('ZREM', TRIALS, permit)
   if not ENDED then
     redis.call('ZADD', TRIALS, integer(lease_end), '0:' .. HOLDER)
   end
-  freed = TRIAL == ''
-  if not freed then
-    put(TRIAL, field(TRIAL) + 1)
-    put('total_failures', field('total_failures') + (TRIAL == 'ko' and 1 or 0))
-  end
-  put('last_success_at', (OUTCOME == 'SUCCESS' or OUTCOME == 'SLOW') and now or field('last_success_at'))
+  count_trial()
+  freed = OUTCOME == 'IGNORED'
 elseif ENDED and not is_own then
   freed = redis.call('ZREM', TRIALS, permit) == 1
 end
 local has_slot = holds(SLOTS, HOLDER)
-if has_slot and LEAST > 0 and OUTCOME ~= 'IGNORED' then
+if has_slot and rules.least_in_flight > 0 and OUTCOME ~= 'IGNORED' then
   learn()
 end
 if ENDED then
@@ -57,7 +61,9 @@ if ENDED then
 end
 if freed then -- those that were denied may ask again
   put('version', field('version') + 1)
-  publish()
 end
 save()
+if freed then
+  publish()
+end
 return answer(has_slot and 1 or 0)

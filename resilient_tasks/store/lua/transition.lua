@@ -1,28 +1,27 @@
 -- transition(version, forgets, share, field, value, ...) -> answer; see breaker.lua; done is 1 for the one
 -- caller that made the change, 0 if the breaker is no longer as it was seen
--- KEYS, ARGV 1..7: see breaker.lua
--- ARGV  8 version    as it was seen; it grows with every transition and with every permit that becomes free
---       9 forgets    1: the evidence is emptied
---       10 share     of the active children that may be held open, if the change opens one; 0: any
---       11..        fields and values that are written
+-- KEYS, ARGV 1..13: see breaker.lua
+-- ARGV  14 version   as it was seen; it grows with every transition and with every permit that becomes free
+--       15 forgets   1: the evidence is emptied
+--       16 share     of the active children that may be held open, if the change opens one; 0: any
+--       17..        fields and values that are written
 -- Needs breaker.lua
 
 local function has_room(share)
-  local active = redis.call('ZCOUNT', CHILDREN, '(' .. integer(now - WINDOW), '+inf')
+  local active = redis.call('ZCOUNT', CHILDREN, '(' .. integer(now - rules.window), '+inf')
   return share == 0 or redis.call('ZCOUNT', CHILDREN, '+inf', '+inf') + 1 <= share * active
 end
 
-if not load_breaker() then
-  return answer(-1)
-elseif state.version ~= ARGV[8] or not has_room(tonumber(ARGV[10])) then
+load_breaker()
+if state.version ~= ARGV[14] or not has_room(tonumber(ARGV[16])) then
   save()
   return answer(0)
 end
-for i = 11, #ARGV, 2 do
+for i = 17, #ARGV, 2 do
   put(ARGV[i], ARGV[i + 1])
 end
 redis.call('ZREMRANGEBYSCORE', TRIALS, '-inf', integer(now))
-if ARGV[9] == '1' then
+if ARGV[15] == '1' then
   redis.call('DEL', FAILURES, SLOW)
 end
 if KEY ~= '' then

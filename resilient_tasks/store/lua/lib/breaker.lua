@@ -1,6 +1,6 @@
--- In front of every script about a breaker: what is kept of it, and the answer that every script gives.
+-- In front of every script about a breaker: what is kept of it, its rules, and the answer that every script gives.
 --
--- KEYS  1 state      hash         fields of core/rules.py's Seen and Kept, and the rules as JSON
+-- KEYS  1 state      hash         fields of core/rules.py's Seen and Counter, and the rules as JSON
 --       2 failures   set          tasks that have added to the failure score since it was 0
 --       3 slow       set          tasks that have added to the slow score since it was 0
 --       4 deferred   sorted set   task id -> deferred at, ms
@@ -10,21 +10,29 @@
 --       8 children   sorted set   of the breaker or its parent: key -> last used, ms; +inf while it is held open
 --       9 active     sorted set   the same: keys of children that are not plainly CLOSED -> last transition, ms
 --       10 former    hash         what a release without schema numbers has kept of the breaker
--- ARGV  1 rules      JSON of core/rules.py's Rules; scripts get the numbers that they need
+-- ARGV  1 rules      JSON of core/rules.py's Rules, as the caller declares them
 --       2 key        of a child; empty for a breaker that is none
 --       3 channel    on which changes are published
 --       4 name       of the breaker
---       5 revision, 6 window, 7 max_open_time   of the rules, ms
+--       5..13        the numbers among the rules that most scripts need, so that none has to decode the JSON: window,
+--                    max_open_time, most_in_flight, minimum_calls, minimum_tasks, failure_take, slow_take,
+--                    slow_counts as 1 or 0, revision
 -- answer: JSON {now, state, trials as a flat array, live slots, deferred, oldest, earliest deadline, active children,
--- done}; all that may be large as text, with all its digits. done is -1 if the rules are out of date: nothing was done,
--- and the caller tries again with those in the answer.
+-- done}; all that may be large as text, with all its digits
 
 local STATE, FAILURES, SLOW, DEFERRED, DEADLINES, TRIALS, SLOTS, CHILDREN, ACTIVE, FORMER = unpack(KEYS)
-local RULES, KEY, CHANNEL, NAME = unpack(ARGV, 1, 4)
-local REVISION, WINDOW, MAX_OPEN_TIME = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local KEY, CHANNEL, NAME = ARGV[2], ARGV[3], ARGV[4]
 local LONGEST_LEASE, IDLE_AFTER = 60000, 3600000 -- ms
 local TAKEN_OVER = { OPEN = true, FORCED_OPEN = true, DISABLED = true, SHADOW = true }
 local now = now_ms()
+local rules = setmetatable({
+  window = tonumber(ARGV[5]), max_open_time = tonumber(ARGV[6]), most_in_flight = tonumber(ARGV[7]),
+  minimum_calls = tonumber(ARGV[8]), minimum_tasks = tonumber(ARGV[9]), failure_take = tonumber(ARGV[10]),
+  slow_take = tonumber(ARGV[11]), slow_counts = ARGV[12] == '1', revision = tonumber(ARGV[13]),
+}, { __index = function(self, name)
+  setmetatable(self, { __index = cjson.decode(ARGV[1]) })
+  return self[name]
+end })
 local state, written = {}, {} -- the fields as text, and which of them are to be written
 
 -- tostring() would round a millisecond timestamp.
@@ -61,7 +69,24 @@ local function begin(epoch)
   put('first', epoch)
 end
 
--- Return whether the caller's rules are in force: those with the highest revision, of equal ones those declared last.
+-- The rules with the higher revision decide, of equal ones those declared last.
+local function load_rules()
+  local kept = state.rules
+  if kept == ARGV[1] then
+    return
+  end
+  local newer = kept and cjson.decode(kept)
+  if newer and newer.revision > rules.revision then
+    rules = setmetatable(newer, { __index = rules })
+    return
+  end
+  put('rules', ARGV[1])
+  put('row_peak', 0) -- a peak says nothing under other rules
+  for _, kind in ipairs({ 'failure', 'slow' }) do
+    put(kind, (string.gsub(state[kind] or '0 0 0 0 0 0', '%d+$', '0')))
+  end
+end
+
 -- Epoch and version of a new breaker start from the clock, so that nothing of a store that was emptied matches.
 local function load_breaker()
   local flat = redis.call('HGETALL', STATE)
@@ -70,13 +95,8 @@ local function load_breaker()
   end
   if not state.epoch then
     begin(now)
-  elseif state.rules == RULES then
-    return true
-  elseif tonumber(string.match(state.rules or '', '"revision": (-?%d+)') or REVISION) > REVISION then
-    return false
   end
-  put('rules', RULES)
-  return true
+  load_rules()
 end
 
 local function live(leases)
@@ -99,7 +119,8 @@ local function save()
   if KEY == '' then
     return
   elseif state.state == 'CLOSED' then -- what says nothing any more ends by itself, later than views remember it
-    redis.call('PEXPIRE', STATE, integer(math.max(2 * WINDOW, 120000) + MAX_OPEN_TIME * field('openings')))
+    local longest = math.max(2 * rules.window, 120000) + rules.max_open_time * field('openings')
+    redis.call('PEXPIRE', STATE, integer(longest))
   elseif state.state == 'OPEN' or state.state == 'HALF_OPEN' then
     redis.call('PEXPIRE', STATE, integer(math.max(0, field('open_until') - now) + IDLE_AFTER))
   else
@@ -111,10 +132,11 @@ local function answer(done, with_rules)
   local kept, deferred = state.rules, redis.call('ZCARD', DEFERRED)
   local oldest = deferred > 0 and redis.call('ZRANGE', DEFERRED, 0, 0, 'WITHSCORES') or {}
   local deadline = deferred > 0 and redis.call('ZRANGE', DEADLINES, 0, 0, 'WITHSCORES') or {}
-  state.rules = (with_rules or kept ~= RULES) and kept or nil -- the caller knows its own
+  state.rules = (with_rules or kept ~= ARGV[1]) and kept or nil -- the caller knows its own
   local encoded = cjson.encode({
-    integer(now), state, redis.call('ZRANGE', TRIALS, 0, -1, 'WITHSCORES'), live(SLOTS), deferred,
-    oldest[2] or '', deadline[2] or '', KEY == '' and redis.call('ZCARD', ACTIVE) or 0, done or 0,
+    integer(now), state, redis.call('ZRANGE', TRIALS, 0, -1, 'WITHSCORES'),
+    rules.most_in_flight > 0 and live(SLOTS) or 0, deferred, oldest[2] or '', deadline[2] or '',
+    KEY == '' and redis.call('ZCARD', ACTIVE) or 0, done or 0,
   })
   state.rules = kept
   return encoded
