@@ -122,8 +122,12 @@ class CachedState:
         return not self.known or snapshot.state is not State.CLOSED or is_waited_for > 0
 
     def has_seen(self, change_at: float) -> bool:
-        """Whether this copy is from after a change, or shows the very transition; others know the time roughly."""
-        return change_at == self.snapshot.since or self.snapshot.now > change_at + _OVERLAP
+        """Whether this copy is from after a change.
+
+        Others know the store's time roughly, and of each breaker the latest change is kept: one that was noted as older
+        may have come after it.
+        """
+        return self.snapshot.now > change_at + _OVERLAP
 
     @property
     def age(self) -> float | None:
@@ -318,11 +322,11 @@ class View:
         names = {name for name in active if name not in known}
         names |= {name for name in former if name in known and name not in active}
         for name, at in changed.items():
-            if parent_of(name) == parent and at != self._changed.get(name):
-                if name not in known:
+            if parent_of(name) == parent:
+                if name in known:
+                    names |= set() if known[name].has_seen(at) else {name}
+                elif at != self._changed.get(name):
                     self._notify(name)
-                elif not known[name].has_seen(at):
-                    names.add(name)
         with self._lock:
             for name in names - known.keys():
                 self._new(replace(known[parent].spec, name=name))

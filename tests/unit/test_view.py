@@ -214,6 +214,8 @@ def test_a_refresh_reads_what_has_changed_and_what_is_not_closed(
         assert len(names) == len(expected)
     store.command(mail, Verb.RESET)
     view.refresh()
+    clock.advance(2)
+    view.refresh()  # what has changed at that moment may have been noted as older
     store.arguments.clear()
     clock.advance(1)
     view.refresh()
@@ -551,7 +553,7 @@ def test_what_becomes_of_others_costs_a_child_process_nothing(
     assert store.calls == {"read": 1}
 
 
-def test_a_refresh_reads_no_child_whose_change_has_been_received(
+def test_a_refresh_reads_a_child_whose_change_has_not_been_received(
     view: View, store: FlakyStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = replace(SPEC, name="payments:acme")
@@ -565,19 +567,17 @@ def test_a_refresh_reads_no_child_whose_change_has_been_received(
 
     monkeypatch.setattr(store.inner, "read", noted_read)
     view.update(store.inner.command(child, Verb.TRIP).snapshot)
-    view.refresh()
-    assert read == ["payments"]
     clock.advance(0.1)
     store.inner.command(child, Verb.ISOLATE)  # and the message is lost
     view.refresh()
-    assert read == ["payments", "payments", "payments:acme"]
+    assert read == ["payments", "payments:acme"]
     assert view.state("payments:acme").snapshot.state is State.FORCED_OPEN
 
 
 def test_a_deferral_in_the_millisecond_of_a_transition_is_seen(view: View, clock: ManualClock) -> None:
     view.update(snapshot(clock))
     cached = view.state("payments")
-    assert cached.has_seen(cached.snapshot.since)
+    assert not cached.has_seen(cached.snapshot.since), "what came after it may have been noted as older"
     assert not cached.has_seen(cached.snapshot.since + 0.0005)
     assert not cached.has_seen(cached.snapshot.now - 0.5), "others know the store's time roughly"
     assert cached.has_seen(cached.snapshot.now - 5)
