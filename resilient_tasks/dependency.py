@@ -7,6 +7,7 @@ of it and its reporter.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -48,6 +49,8 @@ from resilient_tasks.store.ledger import Ledger
 from resilient_tasks.store.local import FailoverStore
 from resilient_tasks.store.reporter import LEASE, Reporter
 from resilient_tasks.store.view import CachedState, View
+
+logger = logging.getLogger("resilient_tasks")
 
 REMEMBERED_FOR = 60.0  # seconds for which a process goes by its cached state of a CLOSED child, which nothing refreshes
 SWEEP_INTERVAL = 60.0  # seconds between two searches for children that are no longer used, made when a new one is
@@ -162,7 +165,10 @@ class Fleet:
         """Update the view by a store's answer, and announce the transition that it brought about, if any."""
         self.view.update(answer.snapshot, asked)
         if answer.transition is not None:
-            self._announce(answer.transition)
+            try:
+                self._announce(answer.transition)
+            except Exception:  # whatever is given to this class
+                logger.exception("a listener failed on the transition of breaker %s", answer.transition.name)
         if isinstance(answer, Answer):
             self.view.look_for_room(answer.snapshot)
 
@@ -400,5 +406,8 @@ def with_parents(breakers: Sequence[Dependency]) -> Sequence[Dependency]:
 
 
 def needs_no_report(name: str, verdict: Verdict, counted_for: str | None) -> bool:
-    """Whether a call has no failure but that which guards inside it have ``counted_for`` a breaker."""
+    """Whether a call adds nothing to what guards inside it have reported: it has no failure of its own.
+
+    ``counted_for`` is the breaker for which one of them has counted the exception that has ended the call.
+    """
     return verdict.outcome is not Outcome.FAILURE or name in (counted_for, parent_of(counted_for or ""))

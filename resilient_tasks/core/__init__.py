@@ -1,5 +1,4 @@
 """The breaker's rules as pure Python: no I/O, no clock of their own, no locks.
 
-This is the readable specification. ``store/lua`` holds the same rules for the shared store;
-a differential property test keeps the two in agreement.
+``rules.decide`` is the one place where a change of state is decided; every store runs it on what it has counted.
 """

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -19,6 +20,7 @@ from resilient_tasks.errors import DeadLetterError, StoreError
 from resilient_tasks.monitor.report import Row, rows_of
 from resilient_tasks.operations.waiting import DeadLetters, Deferred, note
 from resilient_tasks.policy import BreakerPolicy
+from resilient_tasks.store.background import start_thread
 from resilient_tasks.worker.context import Runtime
 from resilient_tasks.worker.envelope import UNDECODABLE
 
@@ -37,6 +39,7 @@ REFRESH, IDLE_REFRESH = 1.0, 5.0  # seconds between two reads of all breakers wh
 
 _LOOK_TIMEOUT, _CHANGE_TIMEOUT, _NEVER_READ_TIMEOUT = 0.05, 1.0, 5.0  # seconds that a look waits for a new read
 _REFRESH_TIMEOUT = 10.0
+_QUEUE_SIZE = 1_000
 
 _SEARCHABLE = ("task_id", "task", "args", "kwargs", "reason")  # fields of a task
 
@@ -54,22 +57,40 @@ class NoAnswerError(Exception):
 
 
 class Executor:
-    """Runs functions one after the other in a thread; ``name`` is what they ask."""
+    """Runs functions one after the other in a daemon thread, which delays no exit; ``name`` is what they ask."""
 
     def __init__(self, name: str) -> None:
-        self._name, self._thread = name, ThreadPoolExecutor(1, f"resilient-tasks-{name}")
+        self._name = name
+        self._queue: queue.Queue[tuple[Future[Any], Callable[[], Any]]] = queue.Queue(_QUEUE_SIZE)
+        self._busy_since: float | None = None
+        start_thread(name, self._run)
 
     async def submit(self, function: Callable[[], T], *, timeout: float = TIMEOUT) -> T:
         """Return what ``function`` returns in the thread, or raise what it raises.
 
         Raises:
-            NoAnswerError: it, and those before it, took longer than ``timeout`` seconds.
+            NoAnswerError: it took longer than ``timeout`` seconds, or another function already has: then at once.
         """
-        running = asyncio.get_running_loop().run_in_executor(self._thread, function)
+        busy_since = self._busy_since
+        if busy_since is not None and (busy_for := time.monotonic() - busy_since) > timeout:
+            raise NoAnswerError(f"the {self._name} has not answered for {busy_for:.0f} s")
+        future: Future[T] = Future()
         try:
-            return await asyncio.wait_for(running, timeout)
-        except asyncio.TimeoutError:
+            self._queue.put_nowait((future, function))
+            return await asyncio.wait_for(asyncio.wrap_future(future), timeout)
+        except (queue.Full, asyncio.TimeoutError):
             raise NoAnswerError(f"the {self._name} did not answer within {timeout:g} s") from None
+
+    def _run(self) -> None:
+        while True:
+            self._busy_since = None
+            future, function = self._queue.get()
+            self._busy_since = time.monotonic()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:  # noqa: BLE001 - the caller gets it
+                    future.set_exception(error)
 
 
 @dataclass(frozen=True)

@@ -322,11 +322,13 @@ class View:
         names = {name for name in active if name not in known}
         names |= {name for name in former if name in known and name not in active}
         for name, at in changed.items():
-            if parent_of(name) == parent:
-                if name in known:
-                    names |= set() if known[name].has_seen(at) else {name}
-                elif at != self._changed.get(name):
+            if parent_of(name) != parent:
+                continue
+            if name not in known:
+                if at != self._changed.get(name):
                     self._notify(name)
+            elif not known[name].has_seen(at):
+                names.add(name)
         with self._lock:
             for name in names - known.keys():
                 self._new(replace(known[parent].spec, name=name))

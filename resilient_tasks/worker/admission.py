@@ -176,7 +176,10 @@ class Gate:
                 _report(request, breaker, admitted, verdict, was_overdue=was_overdue)
 
     def _end_watch(self, request: GatedRequest, breaker: Dependency, verdict: Verdict | None) -> bool:
-        """Watch a run no longer; return whether it was overdue. None is watched again in which guards have reported."""
+        """Watch a run no longer; return whether it has been overdue.
+
+        Without a verdict guards inside have reported: how long runs of this task take then says nothing.
+        """
         watch = self._watches.pop((request, breaker.name), None)
         if watch is None:
             return False
@@ -202,7 +205,10 @@ def _watched_as(request: GatedRequest, breaker: Dependency) -> tuple[str, str]:
 
 
 def _would_count(breaker: Dependency, cached: CachedState, envelope: Envelope) -> bool:
-    """Whether a failure now uses up an attempt: if others succeeded since the task's last one, or for a window."""
+    """Whether a failure now uses up an attempt: only if the dependency has served a task since the last one.
+
+    A task that has not failed before looks back over one window.
+    """
     last_success = cached.snapshot.last_success_at
     if last_success is None:
         return False

@@ -301,10 +301,7 @@ class _Body:
         return value
 
     def _attempts(self) -> Any:
-        """Call the body: once, or in the quick attempts of ``retrying=``, which are outcomes of their own.
-
-        But for those of a trial, which has one.
-        """
+        """Call the body, once or as ``retrying=`` says; each such attempt is an outcome, but a trial has only one."""
         retrying, admitted_by = self.options.retrying, self.admission.admitted_by
         if self.gated is not None and (retrying is None or any(admitted.trial for admitted in admitted_by)):
             function, args, kwargs = self.function, self.args, self.kwargs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from resilient_tasks.core.model import child_name
 from resilient_tasks.errors import StoreError
 from resilient_tasks.flower import flower_internals
 from resilient_tasks.flower.application import FlowerWithBreakers, Receiver
+from resilient_tasks.flower.service import Executor, NoAnswerError
 from resilient_tasks.prometheus import register
 from resilient_tasks.store.local import LocalStore
 from resilient_tasks.testing import Clock
@@ -444,3 +446,21 @@ def test_flower_receives_no_invalid_events(invalid: Any, caplog: pytest.LogCaptu
             receiver._receive(body, None)
     assert [event["uuid"] for event in received] == ["1", "1"]
     assert caplog.text.count("an event is invalid") == 2
+
+
+def test_a_request_to_a_broker_that_still_owes_an_answer_is_answered_at_once() -> None:
+    executor, asked, answers = Executor("broker"), threading.Event(), threading.Event()
+
+    def ask() -> bool:
+        asked.set()
+        return answers.wait(60)
+
+    async def both() -> None:
+        first = asyncio.ensure_future(executor.submit(ask, timeout=60))
+        await asyncio.to_thread(asked.wait)
+        with pytest.raises(NoAnswerError, match="the broker has not answered for 0 s"):
+            await executor.submit(ask, timeout=0)
+        answers.set()
+        assert await first
+
+    asyncio.run(both())
